@@ -1,0 +1,98 @@
+"""Try an installed steep as a user would: a tiny model and corpus, then `steep init`, `plan`, `train` and `eval`.
+
+Run with the Python of the environment that the wheel was installed into, from a folder outside the checkout.
+Everything is made here: the tests' builders are not part of the wheel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+STEEP = str(Path(sys.executable).with_name("steep"))
+
+
+def write_corpus(folder: Path) -> None:
+    folder.mkdir()
+    animals, verbs, places = (
+        ("fox", "owl", "cat", "bear", "hare"),
+        ("sleeps", "runs", "waits"),
+        ("hill", "lake", "barn"),
+    )
+    with (folder / "corpus.jsonl").open("w") as file:
+        for number in range(120):
+            words = (animals[number % 5], verbs[number % 3], places[number // 5 % 3], number)
+            file.write(json.dumps({"text": "The {} {} near the {} on day {}. ".format(*words) * 4}) + "\n")
+
+
+def write_model(folder: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    pieces = ["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(pieces),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def steep(*arguments: str | Path) -> None:
+    command = [STEEP, *map(str, arguments)]
+    print("$", "steep", *command[1:], flush=True)
+    began = time.monotonic()
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, timeout=300)
+    print(f"  {time.monotonic() - began:.1f} s", flush=True)
+
+
+def open_adapter(final: Path) -> None:
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    model = AutoPeftModelForCausalLM.from_pretrained(final, dtype=torch.float32)
+    trained = [name for name, tensor in model.named_parameters() if "lora_B" in name and tensor.abs().max() > 0]
+    assert trained, f"no adapter in {final} left its starting point"
+    ids = AutoTokenizer.from_pretrained(final)("The fox", return_tensors="pt").input_ids
+    assert torch.isfinite(model(input_ids=ids).logits).all()
+    print(f"{final.name}/ opens with PEFT; {len(trained)} adapters were trained", flush=True)
+
+
+def main() -> None:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        os.environ["STEEP_CACHE"] = str(Path(scratch, "cache"))
+        model, data, run_file = Path(scratch, "model"), Path(scratch, "data"), Path(scratch, "run.yaml")
+        write_model(model)
+        write_corpus(data)
+        steep("init", "--model", model, "--data", data, "-o", run_file)
+        steep("plan", run_file)
+        steep("train", run_file, "--training.max_steps", "4")
+        finals = list(Path(scratch).rglob("final/adapter_config.json"))
+        assert len(finals) == 1, f"expected one final/ with an adapter, found {finals}"
+        open_adapter(finals[0].parent)
+        steep("eval", run_file)
+
+
+if __name__ == "__main__":
+    main()

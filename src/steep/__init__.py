@@ -1,0 +1,54 @@
+"""steep: continued pretraining of open LLMs. Names load on first use, so that `import steep` costs nothing."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from steep.config import RunConfig as RunConfig
+    from steep.data.packing import pack as pack
+    from steep.data.sources import Source as Source
+    from steep.errors import RunError as RunError
+    from steep.errors import UserError as UserError
+    from steep.evaluation.perplexity import evaluate as evaluate
+    from steep.generation import generate as generate
+    from steep.initialise import init_run as init_run
+    from steep.model.adapters import add_adapters as add_adapters
+    from steep.model.load import load as load
+    from steep.plan import plan_run as plan_run
+    from steep.run import evaluate_run as evaluate_run
+    from steep.run import generate_run as generate_run
+    from steep.run import train_run as train_run
+    from steep.training.arguments import TrainingArguments as TrainingArguments
+    from steep.training.trainer import Trainer as Trainer
+
+_PUBLIC = {
+    "RunConfig": "config",
+    "RunError": "errors",
+    "Source": "data.sources",
+    "Trainer": "training.trainer",
+    "TrainingArguments": "training.arguments",
+    "UserError": "errors",
+    "add_adapters": "model.adapters",
+    "evaluate": "evaluation.perplexity",
+    "evaluate_run": "run",
+    "generate": "generation",
+    "generate_run": "run",
+    "init_run": "initialise",
+    "load": "model.load",
+    "pack": "data.packing",
+    "plan_run": "plan",
+    "train_run": "run",
+}
+__all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'steep' has no attribute {name!r}")
+    return getattr(import_module(f"steep.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,120 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steep.errors import RunError, UserError
+
+app = typer.Typer(
+    name="steep",
+    help="Continue the pretraining of open LLMs in a new language or domain: QLoRA on every layer plus the embeddings.\n\n"
+    "A run is one YAML file: write it with `init`, check it with `plan`, start it with `train`. Any field can be overridden: "
+    "`steep train ko.yaml --training.learning_rate 3e-5`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run file.", show_default=False)]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)]
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Option(help="Hub name, folder or .gguf file of the base model.", show_default=False)],
+    data: Annotated[list[str], typer.Option(help="Text to learn: file, folder, glob or hub:NAME. Repeatable.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The run file to write.")] = Path("run.yaml"),
+    replay: Annotated[list[str] | None, typer.Option(help="General text in the old language, against forgetting.")] = None,
+) -> None:
+    """Write a commented run file with good defaults."""
+    from steep.initialise import init_run
+
+    path = init_run(model, data, output, replay=replay or [])
+    print(f"wrote {path}\nnext: steep plan {path}")
+
+
+@app.command(context_settings=_OVERRIDES)
+def plan(context: typer.Context, file: RunFile) -> None:
+    """Say what a run will do and need, before any GPU time: parameters, tokens, steps, memory, disk, warnings.
+
+    Tokenises the text (once, into the cache) and finds every input error. Override any field: --section.field VALUE.
+    """
+    from steep.config import load_config
+    from steep.plan import plan_run
+    from steep.terminal import Terminal, plan_tables
+
+    config, terminal = load_config(file, context.args), Terminal()
+    terminal.log_to_stderr()
+    with terminal.tokenising() as progress:
+        worked_out = plan_run(config, progress)
+    for table in plan_tables(worked_out.as_dict()):
+        terminal.show(table)
+    for warning in worked_out.warnings:
+        terminal.warn(warning)
+
+
+@app.command(context_settings=_OVERRIDES)
+def train(
+    context: typer.Context,
+    file: RunFile,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+) -> None:
+    """Run a run file: plan, measure, train, measure again, and write the run folder.
+
+    Override any field of the file: --training.learning_rate 3e-5 --data.max_length 4096.
+    """
+    from steep.config import load_config
+    from steep.terminal import Terminal
+
+    config, terminal = load_config(file, context.args), Terminal()
+    terminal.log_to_stderr()
+    from steep.run import train_run
+
+    train_run(config, resume=resume, terminal=terminal)
+
+
+@app.command("eval")
+def evaluate(run: RunDir) -> None:
+    """Score held-out text with the base model and the trained one: perplexity and bits per byte, by domain."""
+    from steep.run import evaluate_run
+    from steep.terminal import Terminal
+
+    terminal = Terminal()
+    terminal.log_to_stderr()
+    evaluate_run(run, terminal=terminal)
+
+
+@app.command()
+def generate(
+    run: RunDir,
+    prompt: Annotated[str, typer.Argument(help="Text to complete.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(help="Length of each completion, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+) -> None:
+    """Complete a text with the base model and the trained one, as it comes."""
+    from steep.run import generate_run
+
+    shown: list[str] = []
+
+    def stream(which: str, piece: str) -> None:
+        if which not in shown:
+            print(f"{'' if not shown else chr(10)}--- {which}\n{prompt}", end="")
+            shown.append(which)
+        print(piece, end="", flush=True)
+
+    generate_run(run, prompt, max_new_tokens=max_new_tokens, temperature=temperature, stream=stream)
+    print()
+
+
+def main() -> None:
+    """Entry point: user errors become one line and exit code 2, a stopped run exit code 1."""
+    try:
+        app()
+    except (UserError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,252 @@
+"""The run file: a typed schema, read from YAML, any field overridden on the command line as ``--section.field value``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from steep.data.sources import Source
+from steep.errors import UserError
+
+Base = Literal["auto", "nf4", "int8", "bf16", "fp16", "fp32"]
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EMBEDDINGS = ["embed_tokens", "lm_head"]
+
+
+class Section(BaseModel):
+    """A section of the run file: no unknown keys, no coercion between unlike types."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The base model, and in what it is kept and computed."""
+
+    name: str = Field(description="Hub name or local folder of a base (not instruct) model, or a .gguf file.")
+    revision: str | None = Field(None, description="Commit, tag or branch on the hub.")
+    base: Base = Field(
+        "auto",
+        description="What the frozen weights are kept in: nf4 (4 bit, double quantised), int8, bf16, fp16, fp32; auto: nf4.",
+    )
+    trained_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="What adapters and embeddings are trained in; bf16 halves their memory (rounded stochastically)."
+    )
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="What products run in; auto: bf16 on cards that have it, fp16 on others, fp32 on a CPU."
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        "auto", description="transformers' attention backend; auto: what the library chooses for the model."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
+
+
+class AdapterSection(Section):
+    """LoRA on the linear layers and fully trained embeddings, in PEFT's own names."""
+
+    r: int = Field(256, gt=0, description="LoRA rank; lowered for a layer whose smaller side is below it.")
+    lora_alpha: float = Field(32, gt=0, description="LoRA's scale is lora_alpha / sqrt(r), or / r without use_rslora.")
+    use_rslora: bool = Field(True, description="Rank-stabilised scaling (Kalajdzievski 2023).")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before LoRA's A.")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        default_factory=lambda: list(LINEAR_LAYERS), description="Linear layers that get an adapter."
+    )
+    modules_to_save: list[str] = Field(
+        default_factory=lambda: list(EMBEDDINGS), description="Modules trained whole: the two embeddings, or [] for none."
+    )
+
+
+class DataSection(Section):
+    """What is read, and how it becomes rows."""
+
+    sources: list[Source] = Field(min_length=1, description="Files, folders, globs or hub data sets, each with its role.")
+    max_length: int = Field(2048, ge=8, description="Tokens in a row, the longest context that is trained.")
+    packing: Literal["sequential", "best_fit"] = Field(
+        "sequential", description="How documents fill rows; best_fit splits none that fits into a row."
+    )
+    replay_share: float = Field(
+        0.05, ge=0, lt=1, description="Share of the training tokens that `replay` sources get; 0.25 is advised for a new language."
+    )
+    holdout: float = Field(0.01, ge=0, lt=1, description="Share of the documents held out for evaluation, by hash of the text.")
+    keep_duplicates: bool = Field(False, description="Train exact duplicates of a document too.")
+    cache_dir: str | None = Field(None, description="Where tokenised text is kept; default: ~/.cache/steep.")
+
+
+class TrainingSection(BaseModel):
+    """transformers' TrainingArguments by their own names (more of them than are listed here), and steep's."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    output_dir: str = Field(description="Folder of the run; never written over another run.")
+    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
+    max_steps: int = Field(-1, ge=-1, description="Stop after so many steps; -1: when the epochs end.")
+    per_device_train_batch_size: int = Field(2, gt=0, description="Rows in one forward.")
+    gradient_accumulation_steps: int = Field(8, gt=0, description="Forwards in one step.")
+    learning_rate: float = Field(5e-5, ge=0, allow_inf_nan=False, description="Peak rate of the adapters.")
+    embedding_learning_rate: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="Peak rate of embed_tokens and lm_head; default: learning_rate / 10."
+    )
+    lr_scheduler_type: str = Field("cosine", description="cosine, linear, constant, constant_with_warmup, ...")
+    warmup_steps: float = Field(0.05, ge=0, description="Steps of linear warm-up; below 1: their share of all steps.")
+    min_lr_rate: float = Field(0.1, ge=0, le=1, description="Share of the peak rates at which cosine and linear end.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay; never on norms and biases.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm here; 0: never.")
+    optim: str = Field("adamw_8bit", description="adamw_8bit, adamw_torch or any other of transformers.")
+    gradient_checkpointing: bool | None = Field(
+        None, description="Recompute activations in the backward pass: much less memory; default: on a GPU."
+    )
+    seed: int = Field(42, ge=0, description="Of adapters, data order and dropout.")
+    logging_steps: float = Field(1, gt=0, description="Steps between two log lines.")
+    save_steps: float = Field(500, gt=0, description="Steps between two checkpoints; the end is always saved.")
+    save_total_limit: int | None = Field(2, ge=1, description="Checkpoints that are kept.")
+    eval_steps: float | None = Field(None, gt=0, description="Steps between two evaluations; default: start and end only.")
+    report_to: str | list[str] = Field("none", description="Trackers: tensorboard, wandb, mlflow, ... or none.")
+    max_nonfinite_steps: int = Field(3, ge=1, description="Stop after so many NaN or infinite steps in a row.")
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """The TrainingArguments given beyond the fields listed here."""
+        return dict(self.model_extra or {})
+
+
+class EvaluationSection(Section):
+    """Held-out loss by domain, and sample texts."""
+
+    stride: int | None = Field(None, gt=0, description="New tokens a window of a long document scores; default: half a row.")
+    max_tokens: int | None = Field(100_000, gt=0, description="Held-out tokens scored a domain at the most.")
+    prompts: list[str] = Field(default_factory=list, description="Texts completed before and after training (samples.jsonl).")
+    max_new_tokens: int = Field(64, gt=0, description="Length of each sample.")
+
+
+class RunConfig(Section):
+    """A whole run file."""
+
+    model: ModelSection
+    adapter: AdapterSection = Field(default_factory=AdapterSection)
+    data: DataSection
+    training: TrainingSection
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+
+    @model_validator(mode="after")
+    def _rates_need_embeddings(self) -> RunConfig:
+        if self.training.embedding_learning_rate is not None and not set(self.adapter.modules_to_save) & set(EMBEDDINGS):
+            raise UserError(
+                "training.embedding_learning_rate",
+                "it is set but no embedding is trained (adapter.modules_to_save is empty)",
+                f"Set adapter.modules_to_save: {EMBEDDINGS} or leave the rate out.",
+            )
+        if self.model.trained_dtype == "bf16" and self.model.compute_dtype in ("fp16", "fp32"):
+            raise UserError(
+                "model.trained_dtype",
+                f"bf16 cannot be trained with compute_dtype {self.model.compute_dtype}",
+                "Set model.compute_dtype: bf16, or model.trained_dtype: fp32.",
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved run file: every field with its value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file and apply command-line overrides (``--training.learning_rate 3e-5`` or ``--section.field=value``).
+
+    Raises:
+        UserError: with the field and the remedy, for everything that is wrong in the file or the overrides.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("run file", f"{path} does not exist", "Write one with: steep init --model NAME --data FOLDER -o FILE")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError("run file", f"{path} is not UTF-8 at byte {error.start}", "Save it as UTF-8.") from error
+    except yaml.YAMLError as error:
+        raise UserError("run file", f"{path} is not valid YAML: {error}", "Mend the line it names.") from error
+    if not isinstance(tree, dict):
+        raise UserError("run file", f"{path} holds no sections", "Write one with: steep init")
+    return parse_config(merge(tree, parse_overrides(overrides)))
+
+
+def parse_config(tree: Mapping[str, Any]) -> RunConfig:
+    """Validate a tree of plain values.
+
+    Raises:
+        UserError: for the first thing that is wrong, with the number of further ones.
+    """
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error) from error
+    if config.training.further:
+        from steep.training.passed_through import check_further
+
+        further = check_further(config.training.further, list(TrainingSection.model_fields))
+        for name, value in further.items():
+            setattr(config.training, name, value)
+    return config
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Turn ``--a.b value`` and ``--a.b=value`` into a tree; values are read as YAML (numbers, true, null, [lists])."""
+    tree: dict[str, Any] = {}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or "." not in word:
+            raise UserError(word, "it is no option of this command", "Override a field with --section.field value.")
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            if not words:
+                raise UserError(word, "its value is missing", f"Write {word} VALUE.")
+            value = words.pop(0)
+        node = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = yaml.safe_load(value)
+    return tree
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the leaves of `changes` in place; ``sources.0.path`` reaches into lists by number."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            merged[key] = merge(old, value)
+        elif isinstance(value, Mapping) and isinstance(old, list):
+            by_index = merge({str(i): item for i, item in enumerate(old)}, value)
+            merged[key] = list(by_index.values())
+        else:
+            merged[key] = value
+    return merged
+
+
+def _explain(error: ValidationError) -> UserError:
+    errors = error.errors()
+    first = errors[0]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    more = f" ({len(errors) - 1} more problems after this one.)" if len(errors) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known here: {', '.join(known)}."
+        return UserError(field, "it is not a field of the run file", hint + more)
+    if first["type"] == "missing":
+        return UserError(field, "it is missing", f"Add it to the run file.{more}")
+    given = first.get("input")
+    return UserError(field, f"{given!r} is not valid: {first['msg']}", f"Give a value of that kind.{more}")
+
+
+def _fields_at(location: Sequence[int | str]) -> list[str]:
+    section: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = Source if part == "sources" else section.model_fields[part].annotation
+    return list(section.model_fields)

@@ -1,0 +1,289 @@
+"""Which documents are trained, how often in an epoch, and which are only measured.
+
+Two steps. `assign_sides` looks at each document's text alone: seen before, held out, or for training. `mix` then takes
+as much of each source as its weight or the replay share asks for. Both depend on the texts, the order of the sources
+and the seed, and on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from steep.data.tokens import TokenizedSource
+from steep.errors import UserError
+
+_TOLERANCE = 0.1  # a share reached within a tenth of what was asked needs no warning
+
+
+class Side(IntEnum):
+    """What happens to a document."""
+
+    TRAIN = 0
+    DUPLICATE = 1  # its exact text came before, here or in an earlier source
+    HELD_OUT = 2  # measured
+    HELD_OUT_ELSEWHERE = 3  # its text stands in a source of role heldout, and is measured there
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The documents of an epoch.
+
+    Attributes:
+        source: int32 [chosen], index of the source.
+        document: int32 [chosen], index of the document in it, in the shuffled order of packing.
+        planned: for each source, int32 [documents]: how often an epoch has the document.
+        summary: shares asked for and achieved, JSON-able.
+        warnings: what the user should know, in plain words.
+    """
+
+    source: np.ndarray
+    document: np.ndarray
+    planned: list[np.ndarray]
+    summary: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+def assign_sides(sources: Sequence[TokenizedSource], holdout: float, keep_duplicates: bool) -> list[np.ndarray]:
+    """The `Side` of every document: for each source, uint8 [documents].
+
+    A text of a train or replay source is held out when its hash, read as a fraction of 2^64, is below `holdout`: the
+    same text is on the same side in every run and in every source. It is also held out when it stands in a source of
+    role heldout. Of equal texts the first one counts, among train and replay sources, and among heldout sources.
+    """
+    sides = [np.full(len(source), Side.TRAIN, np.uint8) for source in sources]
+    measured = [index for index, source in enumerate(sources) if source.source.role == "heldout"]
+    trained = [index for index, source in enumerate(sources) if source.source.role != "heldout"]
+    measured_hashes = _stack([sources[index].hashes for index in measured])
+    limit = np.uint64(int(holdout * 2**64))
+
+    first = _first_occurrence(measured_hashes)
+    for index, part in _split(sources, measured, first):
+        again = part & (not keep_duplicates)
+        sides[index][:] = np.where(again, Side.DUPLICATE, Side.HELD_OUT)
+
+    hashes = _stack([sources[index].hashes for index in trained])
+    again = _first_occurrence(hashes) & (not keep_duplicates)
+    contaminated = _is_in(hashes, measured_hashes)
+    side = np.where(hashes[:, 0] < limit, Side.HELD_OUT, Side.TRAIN)
+    side[contaminated] = Side.HELD_OUT_ELSEWHERE
+    side[again] = Side.DUPLICATE
+    for index, part in _split(sources, trained, side):
+        sides[index][:] = part
+    return sides
+
+
+def _split(sources: Sequence[TokenizedSource], chosen: list[int], values: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    ends = np.cumsum([len(sources[index]) for index in chosen])[:-1]
+    return list(zip(chosen, np.split(values, ends), strict=True)) if chosen else []
+
+
+def _stack(hashes: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros((0, 2), np.uint64), *hashes])
+
+
+def _first_index(hashes: np.ndarray) -> np.ndarray:
+    """For each row of uint64 [n, 2], the index of the first equal row: int64 [n]."""
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal rows stay in their order
+    ordered = hashes[order]
+    starts = np.ones(len(order), bool)
+    starts[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    result = np.empty(len(order), np.int64)
+    result[order] = order[starts][np.cumsum(starts) - 1]
+    return result
+
+
+def _first_occurrence(hashes: np.ndarray) -> np.ndarray:
+    """Whether an equal row came before: bool [n]."""
+    return _first_index(hashes) != np.arange(len(hashes))
+
+
+def _is_in(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Whether a row stands in `others`: bool [n]."""
+    return _first_index(np.concatenate([others, hashes]))[len(others) :] < len(others)
+
+
+def mix(sources: Sequence[TokenizedSource], sides: Sequence[np.ndarray], replay_share: float, seed: int) -> Mixture:
+    """Choose the documents of an epoch and shuffle them.
+
+    Args:
+        sources: all sources, heldout ones too.
+        sides: from `assign_sides`.
+        replay_share: tokens of replay sources over all training tokens, in [0, 1).
+        seed: of every random choice.
+
+    Raises:
+        UserError: weights on some sources of a role and not on others, or nothing left to train on.
+    """
+    train = [index for index, source in enumerate(sources) if source.source.role == "train"]
+    replay = [index for index, source in enumerate(sources) if source.source.role == "replay"]
+    pools = [np.flatnonzero(side == Side.TRAIN) for side in sides]
+    tokens = [int(source.lengths[pool].sum()) for source, pool in zip(sources, pools, strict=True)]
+    if not sum(tokens[index] for index in train):
+        problem = "no document is left to train on: all are held out, duplicates, or of another role"
+        raise UserError("data.sources", problem, "Add text with role train, or lower data.holdout")
+
+    chosen: dict[int, np.ndarray] = {}
+    quotas = _train_quotas(sources, train, tokens)
+    for index in train:
+        chosen[index] = _choose(sources[index], pools[index], quotas[index], _random(seed, index))
+    train_tokens = _num_tokens(sources, chosen)
+    quotas |= _replay_quotas(sources, replay, tokens, train_tokens * replay_share / (1 - replay_share))
+    for index in replay:
+        chosen[index] = _choose(sources[index], pools[index], quotas[index], _random(seed, index))
+
+    source = np.concatenate([np.full(len(chosen[index]), index, np.int32) for index in sorted(chosen)])
+    document = np.concatenate([chosen[index].astype(np.int32) for index in sorted(chosen)])
+    if not len(document):
+        raise UserError("data.sources", "no document is left to train on", "Add text with role train")
+    order = _random(seed, len(sources)).permutation(len(document))
+    planned = [np.zeros(len(source), np.int32) for source in sources]
+    for index, documents in chosen.items():
+        np.add.at(planned[index], documents, 1)
+    summary = _summary(sources, train, replay, chosen, quotas, replay_share)
+    warnings = _warnings(sources, replay, summary, sides)
+    return Mixture(source[order], document[order], planned, summary, warnings)
+
+
+def _random(seed: int, stream: int) -> np.random.Generator:
+    # Three numbers, where `epoch_order` takes two: the streams differ from those of the row orders.
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, stream, 1))))
+
+
+def _num_tokens(sources: Sequence[TokenizedSource], chosen: dict[int, np.ndarray]) -> int:
+    return sum(int(sources[index].lengths[documents].sum()) for index, documents in chosen.items())
+
+
+def _weights(sources: Sequence[TokenizedSource], indices: list[int]) -> list[float] | None:
+    given = [sources[index].source.weight for index in indices]
+    weights = [weight for weight in given if weight is not None]
+    if not weights:
+        return None
+    if len(weights) < len(given):
+        missing = indices[given.index(None)]
+        role = sources[missing].source.role
+        problem = f"{sources[missing].source.location} has no weight, but other {role} sources have one"
+        raise UserError(f"data.sources[{missing}].weight", problem, f"Give every {role} source a weight, or none")
+    return weights
+
+
+def _train_quotas(sources: Sequence[TokenizedSource], train: list[int], tokens: list[int]) -> dict[int, int]:
+    """Tokens an epoch takes of each train source."""
+    weights = _weights(sources, train)
+    if weights is None:
+        return {index: tokens[index] for index in train}
+    for index in train:
+        if not tokens[index]:
+            problem = f"{sources[index].source.location} has a weight, but no document of it is left to train on"
+            raise UserError(f"data.sources[{index}]", problem, "Remove the source, or lower data.holdout")
+    per_weight = {index: tokens[index] / weight for index, weight in zip(train, weights, strict=True)}
+    finite = [index for index in train if not sources[index].source.repeat]
+    # The source that ends the epoch: the first to run out, or, where all repeat, the largest.
+    last = min(finite, key=per_weight.__getitem__) if finite else max(train, key=tokens.__getitem__)
+    quotas = {index: round(weight * per_weight[last]) for index, weight in zip(train, weights, strict=True)}
+    return quotas | {last: tokens[last]}
+
+
+def _replay_quotas(
+    sources: Sequence[TokenizedSource], replay: list[int], tokens: list[int], budget: float
+) -> dict[int, int]:
+    """Tokens an epoch should take of each replay source; more than it has, if it is too small."""
+    weights = _weights(sources, replay) or [float(tokens[index]) for index in replay]
+    total = sum(weights)
+    return {
+        index: round(budget * weight / total) if total else 0 for index, weight in zip(replay, weights, strict=True)
+    }
+
+
+def _choose(source: TokenizedSource, pool: np.ndarray, quota: int, random: np.random.Generator) -> np.ndarray:
+    """Documents of `pool` worth about `quota` tokens; with `repeat`, whole passes first, if the pool is too small."""
+    total = int(source.lengths[pool].sum())
+    if not total:
+        return pool
+    passes, rest = divmod(quota, total)
+    if passes and not source.source.repeat:
+        passes, rest = 1, 0
+    shuffled = random.permutation(pool)
+    return np.concatenate([np.tile(pool, passes), shuffled[_worth(source.lengths[shuffled], rest)]])
+
+
+def _worth(lengths: np.ndarray, quota: int) -> np.ndarray:
+    """Indices of documents with about `quota` tokens together: in order, leaving out those that no longer fit."""
+    taken = []
+    position, left = 0, quota
+    while True:
+        fits = position + np.flatnonzero(lengths[position:] <= left)[:1]
+        if not len(fits):
+            break
+        position = int(fits[0])
+        ends = np.cumsum(lengths[position:])
+        number = int(np.searchsorted(ends, left, side="right"))
+        taken.append(np.arange(position, position + number))
+        left -= int(ends[number - 1])
+        position += number
+    chosen = np.concatenate([np.zeros(0, np.int64), *taken])
+    rest = np.setdiff1d(np.arange(len(lengths)), chosen, assume_unique=True)
+    if len(rest):
+        # What is left is smaller than any document; half of one is the point where adding it comes nearer.
+        smallest = rest[np.argmin(lengths[rest])]
+        if 2 * left > lengths[smallest]:
+            chosen = np.append(chosen, smallest)
+    return chosen
+
+
+def _summary(
+    sources: Sequence[TokenizedSource],
+    train: list[int],
+    replay: list[int],
+    chosen: dict[int, np.ndarray],
+    quotas: dict[int, int],
+    replay_share: float,
+) -> dict[str, Any]:
+    tokens = {index: _num_tokens(sources, {index: documents}) for index, documents in chosen.items()}
+    train_tokens = sum(tokens[index] for index in train)
+    replay_tokens = sum(tokens[index] for index in replay)
+    return {
+        "train_tokens": train_tokens,
+        "replay_tokens": replay_tokens,
+        "replay_share": replay_share,
+        "replay_share_achieved": replay_tokens / (train_tokens + replay_tokens),
+        "sources": [
+            {
+                "source": index,
+                "domain": sources[index].source.domain_name,
+                "role": sources[index].source.role,
+                "tokens_asked": quotas[index],
+                "tokens": tokens[index],
+            }
+            for index in sorted(chosen)
+        ],
+    }
+
+
+def _warnings(
+    sources: Sequence[TokenizedSource], replay: list[int], summary: dict[str, Any], sides: Sequence[np.ndarray]
+) -> list[str]:
+    warnings = []
+    asked, achieved = summary["replay_share"], summary["replay_share_achieved"]
+    if replay and not asked:
+        warnings.append("data.replay_share is 0, so nothing of the replay sources is trained.")
+    elif replay and abs(achieved - asked) > _TOLERANCE * asked:
+        warnings.append(
+            f"Replay makes up {achieved:.2%} of the training tokens and not {asked:.2%}: its sources hold too little "
+            "text, or documents too long for the share. Add replay text, or set repeat: true on it."
+        )
+    for row in summary["sources"]:
+        if row["role"] == "train" and abs(row["tokens"] - row["tokens_asked"]) > _TOLERANCE * row["tokens_asked"]:
+            warnings.append(
+                f"{row['domain']} gives {row['tokens']:,} tokens an epoch where its weight asks for "
+                f"{row['tokens_asked']:,}: it consists of few long documents."
+            )
+    if not any((side == Side.HELD_OUT).any() for side in sides):
+        warnings.append(
+            "No document is held out, so nothing can be measured. Raise data.holdout or add a heldout source."
+        )
+    return warnings

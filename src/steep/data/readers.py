@@ -1,0 +1,203 @@
+"""One reader a file format. All of them stream, and all of them say file and place when the text is broken.
+
+Files are read as bytes and decoded here, line by line, because only then can a byte that is not UTF-8 be named by its
+offset in the file (in the decompressed text, if the file is packed).
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from steep.errors import UserError
+
+_ARROW_NAME = {"gz": "gzip", "zst": "zstd"}
+_BUFFER = 1 << 20  # bytes; pyarrow decompresses a megabyte at a time
+_ROWS = 512  # parquet rows decoded at a time
+
+
+def read_file(path: Path, kind: str, packed: str | None, text_field: str, field: str) -> Iterator[str]:
+    """Yield the documents of one file.
+
+    Args:
+        path: the file.
+        kind: "txt", "md", "jsonl", "csv" or "parquet".
+        packed: "gz", "zst" or None.
+        text_field: JSON key or column with the text.
+        field: where the source stands in the run file, for messages.
+
+    Raises:
+        UserError: the file cannot be opened, unpacked, decoded or parsed, or has a row without text.
+    """
+    if kind == "parquet":
+        yield from _read_parquet(path, text_field, field)
+        return
+    with _open_bytes(path, packed, field) as stream:
+        if kind == "jsonl":
+            yield from _read_jsonl(stream, path, text_field, field)
+        elif kind == "csv":
+            yield from _read_csv(stream, path, text_field, field)
+        else:
+            yield _decode(_without_bom(stream.read()), path, 0, field)
+
+
+@contextmanager
+def _open_bytes(path: Path, packed: str | None, field: str) -> Iterator[io.BufferedReader]:
+    # pyarrow and not gzip/zstandard: it notices a truncated stream in both formats, which zstandard's own reader does
+    # not, and reads several members or frames one after the other.
+    try:
+        raw: Any = pa.input_stream(str(path), compression=_ARROW_NAME[packed] if packed else None)
+        with io.BufferedReader(raw, _BUFFER) as stream:
+            yield stream
+    except OSError as error:
+        what = f"{path} is truncated or not a .{packed} file" if packed else f"{path} cannot be read"
+        raise UserError(f"{field}.path", f"{what} ({error})", "Copy or download the file again") from error
+
+
+def _without_bom(data: bytes) -> bytes:
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def _decode(data: bytes, path: Path, offset: int, field: str, line: int | None = None) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = f"{path}, byte {offset + error.start}" + (f" (line {line})" if line else "")
+        problem = f"{place}: byte 0x{data[error.start]:02x} is not UTF-8"
+        remedy = "Convert the file, e.g. iconv -f CP949 -t UTF-8 OLD > NEW, with the encoding that it really has"
+        raise UserError(f"{field}.path", problem, remedy) from error
+
+
+def _lines(stream: io.BufferedReader, path: Path, field: str) -> Iterator[str]:
+    """Decoded lines with their line ends; a line ends at a line feed only."""
+    offset = 0
+    for number, raw in enumerate(stream, start=1):
+        line = _without_bom(raw) if number == 1 else raw
+        yield _decode(line, path, offset + len(raw) - len(line), field, number)
+        offset += len(raw)
+
+
+def _read_jsonl(stream: io.BufferedReader, path: Path, text_field: str, field: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(stream, path, field), start=1):
+        if line.isspace():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # ValueError: also an integer of more than 4,300 digits
+            remedy = "Each line must be one JSON object; mend or remove the line"
+            raise UserError(f"{field}.path", f"{place}: broken JSON ({error})", remedy) from error
+        if not isinstance(row, dict):
+            problem = f"{place}: a JSON {_json_type(row)} and not an object"
+            raise UserError(f"{field}.path", problem, f'Each line must look like {{"{text_field}": "..."}}')
+        if text_field not in row:
+            raise _missing(place, text_field, list(row), field)
+        text = row[text_field]
+        if not isinstance(text, str):
+            raise _not_text(place, text_field, _json_type(text), field)
+        if "\\u" in line:  # the only way to a lone surrogate, since the line itself is valid UTF-8
+            _reject_surrogates(text, place, text_field, field)
+        yield text
+
+
+def _reject_surrogates(text: str, place: str, text_field: str, field: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(text[error.start]):04x}"
+        problem = f'{place}: "{text_field}" holds the lone surrogate {code} at character {error.start}'
+        raise UserError(
+            f"{field}.path",
+            problem,
+            "It is half of a character; write the file again from its source, or remove the line",
+        ) from error
+
+
+def _read_csv(stream: io.BufferedReader, path: Path, text_field: str, field: str) -> Iterator[str]:
+    # The limit belongs to the csv module, not to a reader; the default of 128 KiB is less than a long document.
+    csv.field_size_limit(sys.maxsize)
+    # strict: without it an unclosed quote swallows the rest of the file into one document.
+    rows = csv.reader(_lines(stream, path, field), strict=True)
+    header: list[str] | None = None
+    column = 0
+    try:
+        for row in rows:
+            if not row:
+                continue
+            place = f"{path}, line {rows.line_num}"
+            if header is None:
+                header = row
+                if text_field not in header:
+                    raise _missing(place, text_field, header, field)
+                column = header.index(text_field)
+                continue
+            if len(row) != len(header):
+                problem = f"{place}: {len(row)} fields where the header has {len(header)}"
+                raise UserError(f"{field}.path", problem, "Put text that holds a comma or a line end in double quotes")
+            yield row[column]
+    except csv.Error as error:
+        problem = f"{path}, line {rows.line_num}: broken CSV ({error})"
+        remedy = "Fields are separated by commas, quoted with double quotes, and a quote inside is doubled"
+        raise UserError(f"{field}.path", problem, remedy) from error
+
+
+def _read_parquet(path: Path, text_field: str, field: str) -> Iterator[str]:
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        problem = f"{path} is truncated or not a parquet file ({error})"
+        raise UserError(f"{field}.path", problem, "Copy or download the file again") from error
+    with file:
+        names = file.schema_arrow.names
+        if text_field not in names:
+            raise _missing(str(path), text_field, names, field)
+        kind = file.schema_arrow.field(text_field).type
+        text_types = (pa.string(), pa.large_string(), pa.string_view())
+        if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in text_types:
+            raise _not_text(str(path), text_field, str(kind), field)
+        number = 0
+        try:
+            for batch in file.iter_batches(batch_size=_ROWS, columns=[text_field]):
+                for value in batch.column(0):
+                    number += 1
+                    yield _parquet_text(value, f"{path}, row {number}", text_field, field)
+        except (OSError, pa.ArrowInvalid) as error:
+            problem = f"{path}, after row {number}: damaged ({error})"
+            raise UserError(f"{field}.path", problem, "Copy or download the file again") from error
+
+
+def _parquet_text(value: Any, place: str, text_field: str, field: str) -> str:
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError as error:
+        problem = f"{place}: byte {error.start} of the text, 0x{error.object[error.start]:02x}, is not UTF-8"
+        raise UserError(f"{field}.path", problem, "Write the file again with its text as UTF-8") from error
+    if text is None:
+        raise _not_text(place, text_field, "null", field)
+    return text
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")
+
+
+def _missing(place: str, text_field: str, names: list[str], field: str) -> UserError:
+    there = ", ".join(map(repr, names)) or "none"
+    problem = f"{place}: no field {text_field!r}; the fields there are {there}"
+    return UserError(f"{field}.text_field", problem, "Set text_field to the one that holds the text")
+
+
+def _not_text(place: str, text_field: str, kind: str, field: str) -> UserError:
+    problem = f"{place}: {text_field!r} is {kind} and not a string"
+    return UserError(f"{field}.text_field", problem, "Set text_field to a field of text, or remove such rows")

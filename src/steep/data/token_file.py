@@ -1,0 +1,171 @@
+"""Write the token cache: an Arrow IPC stream, so that `datasets.Dataset.from_file(path)` opens it too.
+
+A batch of documents is a record batch; the last batch is empty and carries, as its metadata, how many empty documents
+were skipped. It also marks that the file is whole. A file is written under another name and renamed when it is on the
+disk: a tokenisation killed at any moment leaves nothing that a later run takes for its result.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import socket
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from steep.data.encoder import Encoder
+from steep.data.sources import Source, read_documents
+from steep.errors import UserError
+
+Progress = Callable[[int, int], None]
+
+FORMAT_VERSION = 1
+METADATA_KEY = b"steep"
+COLUMNS = [
+    ("input_ids", pa.list_(pa.int32())),
+    ("text_hash", pa.binary(16)),
+    ("num_bytes", pa.int64()),
+    ("num_chars", pa.int64()),
+]
+# The tokenizer's own objects take about 100 bytes a token, so the batches under way stay below 200 MB.
+_BATCH_DOCUMENTS = 1_000
+_BATCH_CHARS = 500_000
+
+
+def write_tokens(source: Source, encoder: Encoder, path: Path, field: str, progress: Progress | None) -> None:
+    """Tokenise `source` into `path`, all or nothing.
+
+    Args:
+        source: what to read.
+        encoder: makes the ids.
+        path: the file to write; its folder is made if needed, and cleared of what killed tokenisations left.
+        field: where the source stands in the run file, for messages.
+        progress: called after each batch with the documents and UTF-8 bytes done so far.
+
+    Raises:
+        UserError: the source cannot be read, or a text encodes to the id that ends documents.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path.parent)
+    temporary = path.with_name(f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            _write_stream(source, encoder, file, field, progress)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _remove_stale(folder: Path) -> None:
+    """Delete what tokenisations of this host left when they were killed; those under way are left alone."""
+    prefix = f"{socket.gethostname()}-"
+    for file in folder.glob(f"{glob.escape(prefix)}*.tmp"):
+        process = file.name.removeprefix(prefix).split("-")[0]
+        if process.isdigit() and not _is_running(int(process)):
+            file.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, under another user
+        return True
+    return True
+
+
+class _Batches:
+    """Documents in batches of bounded size, without those that are empty, which are counted."""
+
+    def __init__(self, documents: Iterable[str]) -> None:
+        self._documents = documents
+        self.empty = 0
+
+    def __iter__(self) -> Iterator[list[str]]:
+        batch: list[str] = []
+        size = 0
+        for text in self._documents:
+            if not text or text.isspace():
+                self.empty += 1
+                continue
+            if batch and (len(batch) == _BATCH_DOCUMENTS or size + len(text) > _BATCH_CHARS):
+                yield batch
+                batch, size = [], 0
+            batch.append(text)
+            size += len(text)
+        if batch:
+            yield batch
+
+
+def _write_stream(source: Source, encoder: Encoder, file: Any, field: str, progress: Progress | None) -> None:
+    described = {"prefix_length": len(encoder.prefix), "has_eos": encoder.eos is not None}
+    schema = pa.schema(COLUMNS, metadata={METADATA_KEY: json.dumps(described).encode()})
+    batches = _Batches(read_documents(source, field))
+    documents = size = 0
+    with pa.ipc.new_stream(file, schema) as writer:
+        for texts, ids in _encoded(batches, encoder):
+            _reject_eos_inside(ids, encoder, documents, source, field)
+            num_bytes = _write_batch(writer, texts, ids, encoder, schema)
+            documents += len(texts)
+            size += num_bytes
+            if progress is not None:
+                progress(documents, size)
+        writer.write_batch(pa.RecordBatch.from_pylist([], schema=schema), {"empty": str(batches.empty)})
+
+
+def _encoded(batches: Iterable[list[str]], encoder: Encoder) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+    """Encode ahead: this thread reads the next batch and writes the last one while other threads encode."""
+    pending: deque[tuple[list[str], Future[list[np.ndarray]]]] = deque()
+    with ThreadPoolExecutor(encoder.workers) as pool:
+        for texts in batches:
+            pending.append((texts, pool.submit(encoder.encode, texts)))
+            if len(pending) > encoder.workers:
+                texts, future = pending.popleft()
+                yield texts, future.result()
+        while pending:
+            texts, future = pending.popleft()
+            yield texts, future.result()
+
+
+def _write_batch(writer: Any, texts: list[str], ids: list[np.ndarray], encoder: Encoder, schema: pa.Schema) -> int:
+    """Write one record batch and return the UTF-8 bytes of its texts."""
+    prefix = np.array(encoder.prefix, dtype=np.int32)
+    eos = np.array([] if encoder.eos is None else [encoder.eos], dtype=np.int32)
+    values = np.concatenate([part for document in ids for part in (prefix, document, eos)])
+    offsets = np.cumsum([0, *(len(prefix) + len(document) + len(eos) for document in ids)]).astype(np.int32)
+    encoded = [text.encode() for text in texts]
+    hashes = b"".join(hashlib.blake2b(data, digest_size=16).digest() for data in encoded)
+    num_bytes = np.array([len(data) for data in encoded], dtype=np.int64)
+    num_chars = np.array([len(text) for text in texts], dtype=np.int64)
+    columns = [
+        pa.ListArray.from_arrays(offsets, values),
+        pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(texts), [None, pa.py_buffer(hashes)]),
+        pa.array(num_bytes),
+        pa.array(num_chars),
+    ]
+    writer.write_batch(pa.record_batch(columns, schema=schema))
+    return int(num_bytes.sum())
+
+
+def _reject_eos_inside(ids: list[np.ndarray], encoder: Encoder, before: int, source: Source, field: str) -> None:
+    # `Encoder` keeps special tokens in the text literal, but a vocabulary can hold them as ordinary pieces too (a
+    # Unigram model, an unk token that is EOS as well). Trained like that, a model learns to stop in mid-sentence.
+    if encoder.eos is None or not (np.concatenate(ids) == encoder.eos).any():
+        return
+    number = next(index for index, document in enumerate(ids, start=before + 1) if encoder.eos in document)
+    problem = f"document {number} of {source.location} (empty ones not counted) encodes to the end-of-text id inside"
+    remedy = "Remove the end-of-text token from the text, or give the tokenizer an EOS of its own"
+    raise UserError(f"{field}.{'hub' if source.hub else 'path'}", problem, remedy)

@@ -1,0 +1,43 @@
+"""The model inside PEFT's wrapper, and the base model that it was before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from steep.errors import UserError
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself. Its linear layers still carry the adapters, so what it computes is unchanged."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+@contextmanager
+def base_model(model: nn.Module) -> Iterator[None]:
+    """Switch adapters and trained copies of modules off: the model then computes what the untouched base computes.
+
+    PEFT's `disable_adapter()` turns `requires_grad` on for every active adapter when it ends, a frozen one included,
+    which changes what trains next; here each parameter gets back the flag that it had.
+
+    Raises:
+        UserError: the model has no adapters, so there is no second model to compare with.
+    """
+    if not isinstance(model, PeftModel):
+        raise UserError(
+            "model",
+            f"{type(model).__name__} has no adapters, so its base model is gone",
+            "Pass a PeftModel, or evaluate the two models one by one",
+        )
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)

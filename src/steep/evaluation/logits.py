@@ -1,0 +1,92 @@
+"""From hidden states to the loss of single tokens, without ever holding a batch's logits.
+
+A vocabulary of 128,000 makes 4 GiB of fp32 logits of 8,192 tokens. So the decoder runs once, and the head runs on tiles
+of at most `TILE` scored positions. For that one must know what the model does to its head's output; three families'
+habits are known here, and `agrees` finds out whether they are all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from steep.evaluation.adapters import unwrap
+
+TILE = 1024
+
+
+@dataclass(frozen=True)
+class Head:
+    """The two halves of a causal LM, and what lies between its head and its logits.
+
+    logits = softcap * tanh(scale * head(decoder(tokens)) / softcap)
+
+    Attributes:
+        decoder: gives `last_hidden_state` [B, L, D].
+        projection: the output embeddings with their adapters or trained copy, D -> V.
+        scale: Cohere's `logit_scale`, one over Granite's `logits_scaling`, else 1.
+        softcap: Gemma 2's `final_logit_softcapping`, else None.
+    """
+
+    decoder: nn.Module
+    projection: nn.Module
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 [N, V] of hidden states [N, D]. The projection computes in its own dtype, the rest in fp32."""
+        logits = self.projection(hidden).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+def find_head(model: nn.Module) -> Head | None:
+    """The halves of a transformers causal LM, bare or inside PEFT; None where its parts don't have the usual names."""
+    base = unwrap(model)
+    decoder, projection = getattr(base, base.base_model_prefix or "model", None), base.get_output_embeddings()
+    if not isinstance(decoder, nn.Module) or not isinstance(projection, nn.Module):
+        return None
+    config: Any = base.config.get_text_config(decoder=True)
+    multiplier, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    scale = (1.0 if multiplier is None else multiplier) / (1.0 if divisor is None else divisor)
+    return Head(decoder, projection, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def agrees(head: Head, model: nn.Module, tokens: torch.Tensor) -> bool:
+    """Whether the head gives the logits that the outermost model gives for `tokens` (int64 [1, n], one document).
+
+    Both run the same layers on the same input, so they may differ by the rounding of one matrix product and of what
+    follows it in the model's dtype: 4 units in the last place of the largest logit, but no finer than 1e-4 of it.
+    NaN agrees with NaN: a diverged model is no reason to distrust the head.
+    """
+    theirs = model(input_ids=tokens, use_cache=False).logits[0]
+    hidden = head.decoder(input_ids=tokens, use_cache=False).last_hidden_state[0]
+    ours = head.logits(hidden)
+    epsilon = max(torch.finfo(theirs.dtype).eps, torch.finfo(hidden.dtype).eps)
+    theirs = theirs.float()
+    largest = torch.nan_to_num(theirs, posinf=0.0, neginf=0.0).abs().max().item()
+    tolerance = max(4 * epsilon, 1e-4) * largest
+    return torch.allclose(ours, theirs, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def losses_from_hidden(head: Head, hidden: torch.Tensor, where: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Nats of each scored token, fp32 [N], from hidden states [M, D] at the positions `where` [N] of M."""
+    tiles = zip(where.split(TILE), targets.split(TILE), strict=True)
+    return torch.cat([_nats(head.logits(hidden[tile]), tile_targets) for tile, tile_targets in tiles])
+
+
+def losses_from_logits(logits: torch.Tensor, where: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Nats of each scored token, fp32 [N], from the logits [M, V] of one row; fp32 copies are made tile by tile."""
+    tiles = zip(where.split(TILE), targets.split(TILE), strict=True)
+    return torch.cat([_nats(logits[tile].float(), tile_targets) for tile, tile_targets in tiles])
+
+
+def _nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, targets.to(logits.device), reduction="none")

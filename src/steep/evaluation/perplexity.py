@@ -1,0 +1,176 @@
+"""How well a model predicts whole documents, by domain.
+
+Every token of a document after its first is predicted once, with all of the document before it as context, or at least
+`max_length - stride` tokens of it where it is longer than `max_length`. Windows of several documents share a row and
+don't see each other. Training loss is something else: there a document that is cut at a row's end loses its context.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from steep.errors import UserError
+from steep.evaluation.adapters import unwrap
+from steep.evaluation.logits import Head, agrees, find_head, losses_from_hidden, losses_from_logits
+from steep.evaluation.mode import inference_mode, input_device
+from steep.evaluation.score import DomainScore
+from steep.evaluation.windows import Batch, Row, pack, windows
+
+Progress = Callable[[str, int, int], None]
+"""Called after each batch with the domain, its tokens scored so far, and all that will be scored in it."""
+
+_PROBE_TOKENS = 32
+
+
+class Document(Protocol):
+    """What is scored: `tokens` int32 [T], with the beginning and end tokens that training gives them, and the UTF-8
+    bytes of its text."""
+
+    @property
+    def tokens(self) -> NDArray[np.int32]: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+def evaluate(
+    model: nn.Module,
+    documents: Mapping[str, Sequence[Document]],
+    *,
+    max_length: int = 2048,
+    stride: int | None = None,
+    batch_tokens: int = 8192,
+    max_tokens: int | None = None,
+    step: int = 0,
+    autocast_dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> list[DomainScore]:
+    """Score each domain's documents, in the mapping's order.
+
+    Losses are fp32 a token, summed in float64. Nothing of the model changes: every module's mode comes back, gradients
+    and gradient checkpointing are left alone. Documents of one token have nothing to score and count for nothing.
+
+    Args:
+        model: a transformers causal LM, or a PeftModel around one; as it stands, adapters and all.
+        documents: the documents of each domain.
+        max_length: tokens that the model reads at once.
+        stride: new tokens of each later window of a long document; half of `max_length` by default.
+        batch_tokens: tokens of one forward, rounded down to whole rows of `max_length`, at least one row.
+        max_tokens: stop a domain before the document that would score more tokens than this; one is always scored.
+        step: optimizer steps done, for the record.
+        autocast_dtype: run the model under `torch.autocast` with this dtype.
+        progress: called after each batch.
+
+    Raises:
+        UserError: a limit is out of range, a domain has nothing to score, or a token is outside the vocabulary.
+    """
+    stride = max_length // 2 if stride is None else stride
+    _check_limits(max_length, stride, batch_tokens, max_tokens)
+    vocabulary = unwrap(model).config.get_text_config(decoder=True).vocab_size
+    chosen = {domain: _choose(domain, sequence, max_tokens, vocabulary) for domain, sequence in documents.items()}
+    scores: list[DomainScore] = []
+    with inference_mode(model, autocast_dtype):
+        scorer: Scorer | None = None
+        for domain, domain_documents in chosen.items():
+            cut = (window for document in domain_documents for window in windows(document.tokens, max_length, stride))
+            rows = pack(cut, max_length)
+            # Once, on the first row: is the head all that lies between the hidden states and the model's logits?
+            scorer = scorer or Scorer(model, rows[0])
+            num_tokens, done, nats = sum(len(document.tokens) - 1 for document in domain_documents), 0, 0.0
+            for batch in scorer.batches(rows, max(1, batch_tokens // max_length)):
+                losses = scorer.losses(batch)
+                nats += losses.cpu().double().sum().item()
+                done += len(losses)
+                if progress is not None:
+                    progress(domain, done, num_tokens)
+            score = DomainScore.from_nats(
+                nats,
+                step=step,
+                domain=domain,
+                tokens=num_tokens,
+                num_bytes=sum(document.num_bytes for document in domain_documents),
+                documents=len(domain_documents),
+            )
+            scores.append(score)
+    return scores
+
+
+class Scorer:
+    """Scores batches by tiles of the head where that gives the model's own logits, else through the model itself."""
+
+    def __init__(self, model: nn.Module, first_row: Row) -> None:
+        self.model = model
+        self.device = input_device(model)
+        # Only a single sequence is read as packed by transformers' flash attention, so there a batch is one long row.
+        self.flatten = "flash" in (unwrap(model).config._attn_implementation or "")
+        probe = torch.from_numpy(first_row.windows[0].tokens[None, :_PROBE_TOKENS].astype(np.int64)).to(self.device)
+        self.head: Head | None = find_head(model)
+        if self.head is None or not agrees(self.head, model, probe):
+            self.head = None
+            warnings.warn(
+                f"{type(unwrap(model)).__name__} makes its logits in a way that is not known here, so evaluation goes "
+                "through its own forward, one row at a time: right, but slower and with the logits of a whole row "
+                "in memory",
+                stacklevel=3,
+            )
+
+    def batches(self, rows: Sequence[Row], rows_each: int) -> Iterator[Batch]:
+        rows_each = rows_each if self.head is not None else 1
+        for start in range(0, len(rows), rows_each):
+            batch = Batch.of(rows[start : start + rows_each], self.device)
+            yield batch.as_one_row() if self.flatten else batch
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """Nats of each scored token, fp32 [N]."""
+        # With a cache or an attention mask transformers lets packed documents see each other, and says nothing.
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        if self.head is None:
+            logits = self.model(**inputs).logits
+            return losses_from_logits(logits.flatten(0, 1), batch.scored, batch.targets)
+        hidden = self.head.decoder(**inputs).last_hidden_state
+        return losses_from_hidden(self.head, hidden.flatten(0, 1), batch.scored, batch.targets)
+
+
+def _choose(domain: str, documents: Sequence[Document], max_tokens: int | None, vocabulary: int) -> list[Document]:
+    """The documents to score: whole, in order, while they fit into `max_tokens`."""
+    chosen: list[Document] = []
+    total = 0
+    for document in documents:
+        scored = len(document.tokens) - 1
+        if scored < 1:
+            continue
+        if chosen and max_tokens is not None and total + scored > max_tokens:
+            break
+        if not 0 <= document.tokens.min() <= document.tokens.max() < vocabulary:
+            raise UserError(
+                f"documents[{domain!r}]",
+                f"a token is outside the model's vocabulary of {vocabulary}",
+                "Prepare the documents with this model's tokenizer",
+            )
+        chosen.append(document)
+        total += scored
+    if not chosen or not any(document.num_bytes for document in chosen):
+        raise UserError(
+            f"documents[{domain!r}]",
+            "no document has text to score",
+            "Give the domain documents of at least two tokens, or leave it out",
+        )
+    return chosen
+
+
+def _check_limits(max_length: int, stride: int, batch_tokens: int, max_tokens: int | None) -> None:
+    if max_length < 2:
+        raise UserError("max_length", f"{max_length} leaves no token to predict", "Use at least 2")
+    if not 1 <= stride < max_length:
+        raise UserError("stride", f"{stride} is not in [1, {max_length})", "Use half of max_length, the default")
+    if batch_tokens < 1:
+        raise UserError("batch_tokens", f"{batch_tokens} is not positive", "Use the tokens that fit into one forward")
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError("max_tokens", f"{max_tokens} is not positive", "Use None to score everything")

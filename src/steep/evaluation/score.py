@@ -1,0 +1,52 @@
+"""What an evaluation says about one domain."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Self
+
+
+@dataclass(frozen=True)
+class DomainScore:
+    """The loss of one domain's documents at one step of training.
+
+    Bits per byte can be compared between tokenizers and languages; loss and perplexity only between models that
+    share a tokenizer. A model that gives NaN has NaN here.
+
+    Attributes:
+        step: optimizer steps done.
+        domain: the domain's name.
+        loss: mean negative log-likelihood, nats a scored token.
+        perplexity: exp(loss); infinite where that overflows.
+        bits_per_byte: all nats / ln 2 / `bytes`.
+        tokens: scored tokens, which is every token but the first of each document.
+        bytes: UTF-8 bytes of the scored documents' text.
+        documents: scored documents.
+    """
+
+    step: int
+    domain: str
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    documents: int
+
+    @classmethod
+    def from_nats(cls, nats: float, *, step: int, domain: str, tokens: int, num_bytes: int, documents: int) -> Self:
+        """The score of `documents` documents whose scored tokens cost `nats` in all."""
+        loss = nats / tokens
+        try:
+            perplexity = math.exp(loss)
+        except OverflowError:
+            perplexity = math.inf
+        return cls(step, domain, loss, perplexity, nats / math.log(2) / num_bytes, tokens, num_bytes, documents)
+
+    def as_dict(self) -> dict[str, object]:
+        """The fields by name. NaN and infinity become None: JSON has neither."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }

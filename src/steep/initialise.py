@@ -1,0 +1,82 @@
+"""`steep init`: a commented run file, written from the schema itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from steep.config import AdapterSection, DataSection, EvaluationSection, ModelSection, TrainingSection
+from steep.data.sources import Source
+from steep.errors import UserError
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "model": ModelSection,
+    "adapter": AdapterSection,
+    "data": DataSection,
+    "training": TrainingSection,
+    "evaluation": EvaluationSection,
+}
+_SOURCE_FIELDS = ("path", "hub", "role", "domain", "text_field")
+
+
+def init_run(
+    model: str, data: Sequence[str], output: str | Path, *, replay: Sequence[str] = (), output_dir: str | None = None
+) -> Path:
+    """Write a run file with good defaults, each field with a comment.
+
+    Args:
+        model: hub name or folder of the base model.
+        data: paths (or ``hub:NAME``) of the text to learn.
+        output: the file to write.
+        replay: the same of general text in the model's old language.
+        output_dir: folder of the run; default: ``runs/`` and the file's stem.
+
+    Raises:
+        UserError: the file exists already, or no data is named.
+    """
+    output = Path(output)
+    if output.exists():
+        raise UserError("-o", f"{output} exists already", "Give another name or delete it.")
+    if not data:
+        raise UserError("--data", "no text is named", "Give a file, a folder, a glob or hub:NAME.")
+    sources = [_source(place, "train") for place in data] + [_source(place, "replay") for place in replay]
+    given: dict[str, dict[str, Any]] = {
+        "model": {"name": model},
+        "data": {"sources": sources},
+        "training": {"output_dir": output_dir or f"runs/{output.stem}"},
+    }
+    lines = ["# A run of steep: continued pretraining. Check it with `steep plan`, start it with `steep train`."]
+    for name, section in _SECTIONS.items():
+        lines += ["", f"# {(section.__doc__ or '').strip().splitlines()[0]}", f"{name}:"]
+        for field, info in section.model_fields.items():
+            value = given.get(name, {}).get(field, info.get_default(call_default_factory=True))
+            lines.append(f"  # {info.description}")
+            lines += _source_lines(value) if field == "sources" else [f"  {field}: {_yaml(value)}"]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return output
+
+
+def _source(place: str, role: str) -> dict[str, str]:
+    return {"hub": place.removeprefix("hub:"), "role": role} if place.startswith("hub:") else {"path": place, "role": role}
+
+
+def _source_lines(sources: Sequence[dict[str, str]]) -> list[str]:
+    lines = [f"  #   {name}: {Source.model_fields[name].description}" for name in _SOURCE_FIELDS] + ["  sources:"]
+    for source in sources:
+        first, *rest = [f"{key}: {_yaml(value)}" for key, value in source.items()]
+        lines += [f"    - {first}", *(f"      {line}" for line in rest)]
+    return lines
+
+
+def _yaml(value: Any) -> str:
+    # JSON is YAML; plain words and numbers stay bare for the eye.
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, str) and value.replace("_", "").replace("-", "").isalnum():
+        return value
+    return json.dumps(value, ensure_ascii=False)

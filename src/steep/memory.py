@@ -1,0 +1,94 @@
+"""How much GPU memory a run needs, by item, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from steep.model.adapters import EMBEDDINGS, is_tied, linear_shapes, targeted
+
+GIB = 2**30
+WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Bytes a weight: codes, and their scales (nf4: a byte for each 64 weights and 4 bytes for each 256 of those; int8: a row each).
+BASE_WIDTH = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
+# Bytes of optimizer state a trained value; others are counted like plain Adam.
+OPTIMIZER_WIDTH = {"adamw_8bit": 2 + 8 / 256, "adamw_bnb_8bit": 2 + 8 / 256, "sgd": 0.0, "adafactor": 0.01}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Counts that a model's memory follows from.
+
+    Attributes:
+        linear: weights in linear layers, the head not counted.
+        embeddings: values in the embeddings, a tied pair counted once.
+        other: every other parameter (norms, biases).
+        lora: values in the LoRA adapters.
+        trained_embeddings: values of the embeddings that train.
+        hidden, intermediate, layers, vocabulary: the model's own dimensions.
+    """
+
+    linear: int
+    embeddings: int
+    other: int
+    lora: int
+    trained_embeddings: int
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+
+    @property
+    def trained(self) -> int:
+        return self.lora + self.trained_embeddings
+
+
+def shape_of(model: Any, r: int, target_modules: Any, modules_to_save: list[str]) -> Shape:
+    """Count `model` (it may be on the meta device) and the adapters that it would get."""
+    config = model.config.get_text_config()
+    shapes = linear_shapes(model)
+    lora = sum(min(r, *shape) * sum(shape) for shape in targeted(shapes, target_modules).values())
+    tables = [model.get_input_embeddings()] + ([] if is_tied(model) else [model.get_output_embeddings()])
+    embeddings = sum(table.weight.numel() for table in tables)
+    linear = sum(out * inner for out, inner in shapes.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = [name for name in EMBEDDINGS if name in modules_to_save]
+    if is_tied(model):
+        trained_embeddings = embeddings if trained else 0
+    else:
+        trained_embeddings = sum(tables[EMBEDDINGS.index(name)].weight.numel() for name in trained)
+    return Shape(
+        linear=linear,
+        embeddings=embeddings,
+        other=total - linear - embeddings,
+        lora=lora,
+        trained_embeddings=trained_embeddings,
+        hidden=config.hidden_size,
+        intermediate=getattr(config, "intermediate_size", 4 * config.hidden_size),
+        layers=config.num_hidden_layers,
+        vocabulary=tables[0].weight.shape[0],
+    )
+
+
+def memory_by_item(
+    shape: Shape, *, base: str, compute: str, trained: str, optim: str, tokens: int, checkpointing: bool
+) -> dict[str, int]:
+    """Bytes by item at the peak of a step over `tokens` tokens in one forward.
+
+    The residual stream has the dtype of the trained embeddings. With checkpointing each layer keeps its input, and one
+    layer's insides live at a time; the logits of the batch exist whole, in the compute dtype and in fp32 with their
+    gradient (transformers' loss).
+    """
+    stream = WIDTH[trained]
+    inside = tokens * (8 * shape.hidden * stream + 5 * shape.intermediate * WIDTH[compute])
+    kept = shape.layers * (tokens * shape.hidden * stream if checkpointing else inside)
+    return {
+        "frozen linear weights": round(shape.linear * BASE_WIDTH[base]),
+        "frozen embeddings and norms": (shape.embeddings + shape.other) * WIDTH[compute],
+        "adapters": shape.lora * WIDTH[trained],
+        "trained embeddings": shape.trained_embeddings * WIDTH[trained],
+        "gradients": shape.trained * WIDTH[trained],
+        "optimizer states": round(shape.trained * OPTIMIZER_WIDTH.get(optim, 8.0)),
+        "activations": kept + (inside if checkpointing else 0),
+        "logits and loss": tokens * shape.vocabulary * (WIDTH[compute] + 8),
+    }

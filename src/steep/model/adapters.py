@@ -1,0 +1,167 @@
+"""PEFT adapters for continued pretraining: rank-stabilised LoRA on every linear layer, embeddings trained whole."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from steep.errors import UserError
+
+logger = logging.getLogger("steep")
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EMBEDDINGS = ("embed_tokens", "lm_head")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Full name → (outputs, inputs) of every linear layer of `model` but its head. Works on the meta device."""
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    return {
+        name: (module.out_features, module.in_features)  # pyright: ignore[reportReturnType]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+
+
+def targeted(
+    shapes: Mapping[str, tuple[int, int]], target_modules: Sequence[str] | str, field: str = "adapter.target_modules"
+) -> dict[str, tuple[int, int]]:
+    """The linear layers that `target_modules` names: last parts of names, or ``all-linear``.
+
+    Raises:
+        UserError: a name that no linear layer of the model bears.
+    """
+    if target_modules == "all-linear":
+        return dict(shapes)
+    known = sorted({name.rsplit(".", 1)[-1] for name in shapes})
+    for target in target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in shapes):
+            close = difflib.get_close_matches(target, known, n=1)
+            hint = f"Did you mean {close[0]!r}? " if close else ""
+            raise UserError(field, f"the model has no linear layer {target!r}", f"{hint}It has: {', '.join(known)}.")
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if any(name == target or name.endswith(f".{target}") for target in target_modules)
+    }
+
+
+def lowered_ranks(shapes: Mapping[str, tuple[int, int]], r: int) -> dict[str, int]:
+    """Layers whose smaller side is below `r`, with that side: a larger rank would only add parameters without effect."""
+    return {name: min(shape) for name, shape in shapes.items() if min(shape) < r}
+
+
+def rank_pattern(shapes: Mapping[str, tuple[int, int]], r: int) -> dict[str, int]:
+    """PEFT's `rank_pattern` for `lowered_ranks`: ``k_proj: 192`` where all layers of that name agree, else full names."""
+    ranks: dict[str, set[int]] = {}
+    for name, shape in shapes.items():
+        ranks.setdefault(name.rsplit(".", 1)[-1], set()).add(min(*shape, r))
+    pattern = {last: min(found) for last, found in ranks.items() if len(found) == 1 and min(found) < r}
+    for name, rank in lowered_ranks(shapes, r).items():
+        if name.rsplit(".", 1)[-1] not in pattern:
+            pattern[name.replace(".", r"\.")] = rank  # PEFT reads keys as regular expressions
+    return pattern
+
+
+def check_embeddings(model: nn.Module, modules_to_save: Sequence[str], field: str = "adapter.modules_to_save") -> None:
+    """Check that each module meant to be trained whole exists.
+
+    Raises:
+        UserError: with the modules that could be meant.
+    """
+    ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}
+    for name in modules_to_save:
+        if name not in ends:
+            raise UserError(field, f"the model has no module {name!r}", f"Its embeddings are: {', '.join(EMBEDDINGS)}.")
+
+
+def add_adapters(
+    model: Any,
+    *,
+    r: int = 256,
+    lora_alpha: float = 32,
+    use_rslora: bool = True,
+    lora_dropout: float = 0.0,
+    target_modules: Sequence[str] | str = LINEAR_LAYERS,
+    modules_to_save: Sequence[str] = EMBEDDINGS,
+    trained_dtype: str = "fp32",
+) -> PeftModel:
+    """Put LoRA on the linear layers of `model` and make its embeddings trainable.
+
+    Args:
+        r: rank; a layer whose smaller side is below it gets that side as its rank (said once).
+        use_rslora: scale ``lora_alpha / sqrt(rank of the layer)`` instead of ``/ rank`` (Kalajdzievski 2023).
+        modules_to_save: modules trained whole; a tied head stays tied.
+        trained_dtype: ``fp32`` or ``bf16``, of everything that trains.
+
+    Returns:
+        A plain `peft.PeftModel`.
+
+    Raises:
+        UserError: r ≤ 0, an unknown target, a module that is not there.
+    """
+    if r <= 0:
+        raise UserError("adapter.r", f"{r} is not a rank", "Give a number above 0, such as 256.")
+    shapes = targeted(linear_shapes(model), target_modules)
+    check_embeddings(model, modules_to_save)
+    lowered = lowered_ranks(shapes, r)
+    if lowered:
+        example, smallest = next(iter(lowered.items()))
+        logger.info("r is lowered on %d of %d layers (%s: %d)", len(lowered), len(shapes), example, smallest)
+    tied = is_tied(model)
+    whole = [name for name in modules_to_save if not (tied and name == "lm_head" and "embed_tokens" in modules_to_save)]
+    config = LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,  # pyright: ignore[reportArgumentType]
+        use_rslora=use_rslora,
+        lora_dropout=lora_dropout,
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        modules_to_save=whole or None,
+        rank_pattern=rank_pattern(shapes, r),
+        ensure_weight_tying=tied and bool(whole),
+        task_type="CAUSAL_LM",
+    )
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    dtype = DTYPES[trained_dtype]
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return peft_model
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the head of a causal LM is its input embedding."""
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    table = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    return head is not None and head.weight is table.weight
+
+
+def load_adapter_weights(model: PeftModel, folder: Path, field: str) -> None:
+    """Put the adapter that is saved in `folder` into the one that `model` has, in the dtypes that it has.
+
+    `PeftModel.load_adapter` may change dtypes on its way (bf16 adapters to fp32, fp32 embeddings to the base's).
+
+    Raises:
+        UserError: the folder's tensors are not those of the model's adapter.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(field, f"{folder} holds no adapter (adapter_model.safetensors)", "Give a folder that a run wrote.")
+    remedy = "Use the model and adapter settings that it was written with."
+    try:
+        result = set_peft_model_state_dict(model, load_file(file))
+    except (KeyError, RuntimeError) as error:
+        raise UserError(field, f"{file} does not fit: {str(error).splitlines()[-1].strip()}", remedy) from error
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing = sorted(trained & set(result.missing_keys))
+    if missing or result.unexpected_keys:
+        what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {result.unexpected_keys[0]}"
+        raise UserError(field, f"{file} {what}", remedy)

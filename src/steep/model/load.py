@@ -1,0 +1,126 @@
+"""Loading a base model: frozen weights in 4, 8, 16 or 32 bit, on the GPU where there is one."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
+
+from steep.errors import UserError
+from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
+from steep.storage import cache_folder, published
+
+logger = logging.getLogger("steep")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_compute_dtype(compute_dtype: str) -> str:
+    """`auto` in terms of this machine: bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU."""
+    if compute_dtype != "auto":
+        return compute_dtype
+    if not torch.cuda.is_available():
+        return "fp32"
+    # By capability: torch also calls emulated bf16 supported, at a tenth of the speed.
+    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+
+
+def resolve_base(base: str, model: ResolvedModel, field: str = "model.base") -> str:
+    """`auto` in terms of the checkpoint: what it is stored in if that is quantised, else nf4.
+
+    Raises:
+        UserError: a quantised checkpoint is asked to be something else.
+    """
+    stored = model.quantization
+    if stored is None:
+        return "nf4" if base == "auto" else base
+    kind = "int8" if stored.get("load_in_8bit") else "nf4"
+    if base not in ("auto", kind):
+        raise UserError(field, f"{base} was asked for but the checkpoint is stored as {kind}", "Leave it at auto.")
+    return kind
+
+
+def load(
+    name: str,
+    *,
+    base: str = "auto",
+    compute_dtype: str = "auto",
+    attn_implementation: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a causal language model with frozen weights, and its tokenizer.
+
+    Args:
+        name: hub name, folder, or ``.gguf`` file (converted once into the cache, in 16 bit).
+        base: what the linear layers' weights are kept in: ``auto | nf4 | int8 | bf16 | fp16 | fp32``. ``nf4`` is 4-bit
+            NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023).
+        compute_dtype: ``auto | bf16 | fp16 | fp32``: what products run in, and what is not quantised is kept in.
+
+    Returns:
+        The transformers model, every parameter frozen, and the tokenizer.
+
+    Raises:
+        UserError: see `steep.model.resolve.resolve`.
+    """
+    resolved = resolve(name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(resolved)
+    if "gguf_file" in resolved.arguments:
+        resolved = _converted_from_gguf(resolved, tokenizer)
+    base, compute = resolve_base(base, resolved), DTYPES[resolve_compute_dtype(compute_dtype)]
+    arguments = {**resolved.arguments, "dtype": DTYPES.get(base, compute)}
+    if attn_implementation != "auto":
+        arguments["attn_implementation"] = attn_implementation
+    if base in ("nf4", "int8") and resolved.quantization is None:
+        arguments["quantization_config"] = _quantization(base, compute)
+    if torch.cuda.is_available():
+        arguments["device_map"] = {"": torch.cuda.current_device()}
+    model = AutoModelForCausalLM.from_pretrained(resolved.name, **arguments)
+    if resolved.quantization is not None:
+        for module in model.modules():
+            if hasattr(module, "compute_dtype"):
+                module.compute_dtype = compute
+    keep_4bit_layout(model)
+    model.requires_grad_(False)
+    model.config.use_cache = False  # packed documents would see each other through a cache
+    return model, tokenizer
+
+
+def keep_4bit_layout(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place.
+
+    On a CPU with AVX512-BF16 its first forward in eval mode turns the weights into an inference layout that training can
+    no longer read. Said to each layer of this model; nothing is changed for others.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _quantization(base: str, compute: torch.dtype) -> BitsAndBytesConfig:
+    if base == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def _converted_from_gguf(model: ResolvedModel, tokenizer: Any) -> ResolvedModel:
+    """A 16-bit safetensors folder of a GGUF file, in the cache: the base that adapters name and every library opens."""
+    file = Path(model.name) / model.arguments["gguf_file"]
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    folder = cache_folder() / "models" / f"{file.stem}-{digest}"
+    if not folder.is_dir():
+        logger.info("converting %s to 16 bit, once, into %s", file, folder)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model.name, **model.arguments, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        with published(folder) as staging:
+            loaded.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+    return resolve(str(folder))

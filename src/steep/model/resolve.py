@@ -1,0 +1,127 @@
+"""What a model name stands for, found out before any weight is read: its config, its kind, and whether steep can train it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils.hub import is_offline_mode
+
+from steep.errors import UserError
+
+_CHAT_SUFFIXES = ("instruct", "-it", "chat", "-sft", "-dpo", "-rlhf")
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A causal language model that exists and can be trained.
+
+    Attributes:
+        name: hub name or folder that transformers' `from_pretrained` takes.
+        arguments: what else `from_pretrained` needs (`revision`, `gguf_file`, `trust_remote_code`).
+        config: its transformers config.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    config: PretrainedConfig
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The checkpoint's own quantisation settings, if it is stored quantised."""
+        stored = getattr(self.config, "quantization_config", None)
+        return stored if stored is None or isinstance(stored, dict) else stored.to_dict()
+
+
+def resolve(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, field: str = "model.name"
+) -> ResolvedModel:
+    """Find the model called `name` and check that steep can continue its pretraining.
+
+    Raises:
+        UserError: no such folder or hub model, offline, no config, not a causal language model, an unknown quantisation.
+    """
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        arguments["revision"] = revision
+    if name.endswith(".gguf"):
+        file = Path(name)
+        if not file.is_file():
+            raise UserError(field, f"there is no file {name}", "Give the path of a .gguf file or of a model folder.")
+        name, arguments["gguf_file"] = str(file.parent), file.name
+    elif not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")):
+        raise UserError(field, f"there is no folder {name}", "Give an existing model folder or a name on the hub.")
+    elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        what = "holds an adapter, not a model" if (Path(name) / "adapter_config.json").is_file() else "has no config.json"
+        raise UserError(field, f"the folder {name} {what}", "Give a folder that save_pretrained wrote, or a hub name.")
+    config = _read(AutoConfig, name, arguments, field)
+    _check_causal(config, name, field)
+    resolved = ResolvedModel(name, arguments, config)
+    method = (resolved.quantization or {}).get("quant_method")
+    if method not in (None, "bitsandbytes"):
+        raise UserError(
+            field,
+            f"its weights are stored quantised by {method}, which cannot be trained over",
+            "Give the 16-bit checkpoint, or one quantised by bitsandbytes.",
+        )
+    return resolved
+
+
+def read_tokenizer(model: ResolvedModel, field: str = "model.name") -> Any:
+    """The tokenizer that comes with `model`.
+
+    Raises:
+        UserError: it has none.
+    """
+    return _read(AutoTokenizer, model.name, model.arguments, field)
+
+
+def looks_like_chat(model: ResolvedModel, tokenizer: Any) -> bool:
+    """Whether this is an instruct model by its name, or by a chat template in its tokenizer."""
+    names = f"{Path(model.name).name} {model.arguments.get('gguf_file', '')}".lower()
+    return any(suffix in names for suffix in _CHAT_SUFFIXES) or bool(getattr(tokenizer, "chat_template", None))
+
+
+def _read(loader: Any, name: str, arguments: dict[str, Any], field: str) -> Any:
+    try:
+        return loader.from_pretrained(name, **arguments)
+    except (OSError, ValueError, HFValidationError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "trust_remote_code" in str(error):
+            remedy = "If you trust that code, set model.trust_remote_code: true."
+            raise UserError(field, f"{name} needs code that comes with the checkpoint", remedy) from error
+        if Path(name).is_dir():
+            raise UserError(
+                field, f"{name} cannot be read: {reason}", "Give a folder with a whole model and its tokenizer."
+            ) from error
+        offline = is_offline_mode() or os.environ.get("HF_HUB_OFFLINE") == "1"
+        where = "is not in the local cache, and the hub is off (HF_HUB_OFFLINE)" if offline else "could not be had"
+        raise UserError(
+            field,
+            f"{name} {where}: {reason}" if not offline else f"{name} {where}",
+            "Download it where there is a network (hf download NAME), unset HF_HUB_OFFLINE, log in (hf auth login) for a gated "
+            "model, or give a local folder.",
+        ) from error
+
+
+def _check_causal(config: PretrainedConfig, name: str, field: str) -> None:
+    architectures = config.architectures or []
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if any(architecture.endswith("ForConditionalGeneration") for architecture in architectures):
+        kind = "an encoder-decoder or multimodal model"
+    elif architectures and not any(a in causal or a.endswith("ForCausalLM") for a in architectures):
+        kind = f"not a causal language model ({architectures[0]})"
+    elif not architectures and (
+        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):
+        kind = f"not known to be a causal language model (model_type {config.model_type})"
+    else:
+        return
+    raise UserError(
+        field, f"{name} is {kind}", "Continued pretraining needs a decoder: Llama, Mistral, Qwen, Gemma and their like."
+    )

@@ -1,0 +1,186 @@
+"""What a run will do and need, worked out before any weight is loaded; every input error is found here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from steep.config import RunConfig
+from steep.data.packing import Corpus, pack
+from steep.errors import UserError
+from steep.memory import Shape, memory_by_item, shape_of
+from steep.model.adapters import check_embeddings
+from steep.model.load import resolve_base, resolve_compute_dtype
+from steep.model.resolve import ResolvedModel, looks_like_chat, read_tokenizer, resolve
+
+# An adapter holds about 2 bits a parameter (Allen-Zhu & Li 2024), and a token of text teaches about 1 bit.
+PARAMETERS_PER_TOKEN = 0.5
+# English costs about 0.25 tokens a character, Korean in a vocabulary made for it about 0.5.
+MANY_TOKENS_PER_CHARACTER = 1.0
+ADVISED_RATES = (1e-5, 5e-4)
+ADVISED_EMBEDDING_RATIO = (2, 20)
+
+
+@dataclass
+class Plan:
+    """A run worked out. `resolved`, `tokenizer` and `corpus` are what `train_run` goes on with.
+
+    Attributes:
+        base, compute: the automatic choices made: storage of frozen weights, dtype of products.
+        rows, steps, tokens, targets: rows an epoch, optimizer steps, tokens and targets an epoch.
+        memory: bytes by item. disk: bytes by item.
+        warnings: what a user should know before the run.
+    """
+
+    config: RunConfig
+    resolved: ResolvedModel
+    tokenizer: Any
+    corpus: Corpus
+    shape: Shape
+    base: str
+    compute: str
+    steps: int
+    memory: dict[str, int]
+    disk: dict[str, int]
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """`plan.json`."""
+        training, shape = self.config.training, self.shape
+        rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        return {
+            "model": self.config.model.name,
+            "base": self.base,
+            "compute_dtype": self.compute,
+            "trained_dtype": self.config.model.trained_dtype,
+            "parameters": {
+                "frozen": shape.linear + shape.embeddings + shape.other,
+                "adapters": shape.lora,
+                "trained_embeddings": shape.trained_embeddings,
+                "trained": shape.trained,
+            },
+            "data": {**self.corpus.statistics, "mixing": self.corpus.mixing},
+            "steps": self.steps,
+            "rows_per_step": rows_per_step,
+            "epochs": self.steps * rows_per_step / len(self.corpus.train),
+            "learning_rate": training.learning_rate,
+            "embedding_learning_rate": embedding_rate(self.config),
+            "memory_bytes": {**self.memory, "total": sum(self.memory.values())},
+            "disk_bytes": {**self.disk, "total": sum(self.disk.values())},
+            "warnings": self.warnings,
+        }
+
+
+def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = None) -> Plan:
+    """Work out a run: check every input, tokenise the text (once, into the cache), count, and estimate memory and disk.
+
+    Args:
+        progress: called with (documents, bytes) while text is tokenised.
+
+    Raises:
+        UserError: anything that is wrong with the model, the adapter, the data or the settings.
+    """
+    model = config.model
+    resolved = resolve(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    base, compute = resolve_base(model.base, resolved), resolve_compute_dtype(model.compute_dtype)
+    if model.trained_dtype == "bf16" and compute != "bf16":
+        raise UserError(
+            "model.trained_dtype",
+            f"bf16 cannot be trained where products run in {compute}",
+            "Set model.trained_dtype: fp32, or model.compute_dtype: bf16.",
+        )
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(resolved.config, trust_remote_code=model.trust_remote_code)
+    check_embeddings(empty, config.adapter.modules_to_save)
+    shape = shape_of(empty, config.adapter.r, config.adapter.target_modules, config.adapter.modules_to_save)
+    tokenizer = read_tokenizer(resolved)
+    data, training = config.data, config.training
+    corpus = pack(
+        data.sources,
+        tokenizer,
+        max_length=data.max_length,
+        strategy=data.packing,
+        replay_share=data.replay_share,
+        holdout=data.holdout,
+        keep_duplicates=data.keep_duplicates,
+        seed=training.further.get("data_seed", training.seed),
+        cache_dir=data.cache_dir,
+        progress=progress,
+    )
+    steps = planned_steps(config, len(corpus.train))
+    tokens = training.per_device_train_batch_size * data.max_length
+    memory = memory_by_item(
+        shape, base=base, compute=compute, trained=model.trained_dtype, optim=training.optim, tokens=tokens,
+        checkpointing=uses_checkpointing(config),
+    )  # fmt: skip
+    result = memory["trained embeddings"] + memory["adapters"]
+    kept = (training.save_total_limit or max(1, math.ceil(steps / max(training.save_steps, 1)))) + 1
+    disk = {"checkpoints": kept * (result + memory["optimizer states"]), "final": result}
+    plan = Plan(config, resolved, tokenizer, corpus, shape, base, compute, steps, memory, disk)
+    plan.warnings = [*_warnings(plan), *corpus.warnings]
+    return plan
+
+
+def planned_steps(config: RunConfig, rows: int) -> int:
+    """Optimizer steps of the run, as transformers counts them (the last step of an epoch may be smaller)."""
+    training = config.training
+    if training.max_steps > 0:
+        return training.max_steps
+    batches = math.ceil(rows / training.per_device_train_batch_size)
+    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    return math.ceil(training.num_train_epochs * per_epoch)
+
+
+def uses_checkpointing(config: RunConfig) -> bool:
+    """Whether activations are recomputed: as asked, by default on a GPU."""
+    given = config.training.gradient_checkpointing
+    return torch.cuda.is_available() if given is None else given
+
+
+def embedding_rate(config: RunConfig) -> float:
+    """The peak rate of the embeddings: as asked, by default a tenth of the adapters'."""
+    rate = config.training.embedding_learning_rate
+    return config.training.learning_rate / 10 if rate is None else rate
+
+
+def _warnings(plan: Plan) -> list[str]:
+    config, corpus = plan.config, plan.corpus
+    found = []
+    if looks_like_chat(plan.resolved, plan.tokenizer):
+        found.append(
+            f"{config.model.name} looks like an instruct model: continued pretraining on plain text damages its chat ability. "
+            "Use the base model of the same name."
+        )
+    tokens = corpus.statistics["targets"]
+    if plan.shape.lora < tokens * PARAMETERS_PER_TOKEN:
+        found.append(
+            f"the adapters have {plan.shape.lora:,} parameters for {tokens:,} tokens, fewer than {PARAMETERS_PER_TOKEN} a token: "
+            "they may not hold what the text teaches. Raise adapter.r."
+        )
+    if not any(source.role == "replay" for source in config.data.sources):
+        found.append(
+            "no source has the role replay: the model will forget some of what it knows. Add general text in its old language "
+            "with role: replay (5 % of the tokens; 25 % is the published advice for a new language)."
+        )
+    elif config.data.replay_share < 0.25:
+        found.append(f"replay is {config.data.replay_share:.0%} of the tokens; 25 % is the published advice for a new language.")
+    for source in corpus.statistics["sources"]:
+        if source["role"] == "train" and 1 / source["characters_per_token"] > MANY_TOKENS_PER_CHARACTER:
+            found.append(
+                f"the tokenizer spends {1 / source['characters_per_token']:.2f} tokens a character on {source['domain']}: rows hold "
+                "little text. A model with a vocabulary for this language learns it faster."
+            )
+    rate, ratio = config.training.learning_rate, config.training.learning_rate / max(embedding_rate(config), 1e-30)
+    if not ADVISED_RATES[0] <= rate <= ADVISED_RATES[1]:
+        found.append(f"learning_rate {rate:g} is far from the advice ({ADVISED_RATES[0]:g} to {ADVISED_RATES[1]:g}).")
+    if config.adapter.modules_to_save and not ADVISED_EMBEDDING_RATIO[0] <= ratio <= ADVISED_EMBEDDING_RATIO[1]:
+        found.append(
+            f"embedding_learning_rate {embedding_rate(config):g} is far from the advice "
+            f"(learning_rate / {ADVISED_EMBEDDING_RATIO[0]} to / {ADVISED_EMBEDDING_RATIO[1]})."
+        )
+    return found

@@ -1,0 +1,92 @@
+"""The folder of a run: its files, written so that a reader never sees half of one. Fields: docs/run-folder.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from steep.errors import UserError
+
+_PACKAGES = ("steep", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
+
+
+class RunFolder:
+    """Paths and files of one run.
+
+    Args:
+        path: `training.output_dir`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.final = self.path / "final"
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def claim(self, field: str = "training.output_dir") -> None:
+        """Make the folder for a new run.
+
+        Raises:
+            UserError: there is something in it already, or it cannot be made.
+        """
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            what = "holds another run" if (self / "run.yaml").exists() else "is not empty"
+            raise UserError(
+                field, f"{self.path} {what}", "Give another folder, go on with that run (--resume), or delete it yourself."
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(field, f"{self.path} cannot be made: {error.strerror}", "Give a folder you may write.") from error
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace a file by one rename."""
+        temporary = self / f".{name}.writing"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self / name)
+
+    def write_json(self, name: str, tree: Mapping[str, Any]) -> None:
+        """Replace a JSON file by one rename; NaN is refused, since JSON has none."""
+        self.write_text(name, json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines to a JSON-lines file."""
+        with (self / name).open("a", encoding="utf-8") as stream:
+            for row in rows:
+                stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def read_lines(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a JSON-lines file; none if it does not exist. A last line cut off by a crash is left out."""
+        file = self / name
+        if not file.exists():
+            return []
+        lines = file.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines that were written after `step`: the steps behind them are about to be trained again."""
+        for name in ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl"):
+            rows = self.read_lines(name)
+            kept = [row for row in rows if row["step"] <= step]
+            self.write_text(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+
+def environment() -> dict[str, Any]:
+    """`environment.json`: what the run ran on. Versions and hardware, no variables of the environment."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "packages": {name: version(name) for name in _PACKAGES},
+    }

@@ -1,0 +1,158 @@
+"""What a person sees while a run goes on. Results go to stdout; progress, notes and warnings to stderr.
+
+On a terminal there are live bars; in a pipe or a file, plain lines without control characters.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_PLAIN_SECONDS = 10  # between two progress lines in a pipe
+
+
+def human_bytes(count: float) -> str:
+    """1536 → ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}" if unit == "GiB" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+class Terminal:
+    """Where a run shows itself.
+
+    Args:
+        quiet: show nothing (the default of the Python functions).
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.out = Console(quiet=quiet, soft_wrap=True)
+        self.err = Console(stderr=True, quiet=quiet, soft_wrap=True)
+        self._progress: Progress | None = None
+
+    def log_to_stderr(self) -> None:
+        """Send steep's own log lines here."""
+        logger = logging.getLogger("steep")
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.handlers = [RichHandler(console=self.err, show_time=False, show_path=False, markup=False)] if (
+            self.err.is_terminal
+        ) else [logging.StreamHandler()]  # fmt: skip
+
+    def say(self, text: str) -> None:
+        """A note on what happens now."""
+        self.err.print(escape(text), highlight=False)
+
+    def warn(self, text: str) -> None:
+        """A warning in plain words."""
+        self.err.print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
+
+    def show(self, table: Table) -> None:
+        """A result."""
+        self.out.print(table)
+
+    @contextmanager
+    def tokenising(self) -> Iterator[Callable[[int, int], None]]:
+        """Gives a callback for (documents, bytes) done so far."""
+        started, last = time.monotonic(), time.monotonic()
+        with self._bar("tokenising", None) as update:
+
+            def progress(documents: int, num_bytes: int) -> None:
+                nonlocal last
+                rate = num_bytes / 1e6 / max(time.monotonic() - started, 1e-9)
+                text = f"{documents:,} documents, {num_bytes / 1e6:.1f} MB, {rate:.1f} MB/s"
+                if update is not None:
+                    update(text, None)
+                elif time.monotonic() - last > _PLAIN_SECONDS:
+                    last = time.monotonic()
+                    self.say(f"tokenising: {text}")
+
+            yield progress
+
+    @contextmanager
+    def training(self, steps: int, done: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """Gives a callback for the metrics of each log line."""
+        smoothed: float | None = None
+        started, last = time.monotonic(), 0.0
+        with self._bar("training", steps, done) as update:
+
+            def progress(row: Mapping[str, Any]) -> None:
+                nonlocal smoothed, last
+                loss = row["loss"]
+                if loss is not None:
+                    smoothed = loss if smoothed is None else 0.9 * smoothed + 0.1 * loss
+                parts = [
+                    f"loss {loss:.4f}" if loss is not None else "loss not finite",
+                    f"smoothed {smoothed:.4f}" if smoothed is not None else "",
+                    f"{row['tokens_per_second']:,.0f} tokens/s",
+                    f"lr {row['learning_rate']:.2e}" if row["learning_rate"] is not None else "",
+                    f"embeddings {row['embedding_learning_rate']:.2e}" if row["embedding_learning_rate"] is not None else "",
+                    f"peak {human_bytes(row['peak_memory_bytes'])}",
+                ]
+                text = " · ".join(part for part in parts if part)
+                if update is not None:
+                    update(text, row["step"])
+                elif time.monotonic() - last > _PLAIN_SECONDS or row["step"] in (done + 1, steps):
+                    last = time.monotonic()
+                    left = (steps - row["step"]) * (last - started) / max(1, row["step"] - done)
+                    self.say(f"step {row['step']}/{steps} · {text} · about {left:.0f} s left")
+
+            yield progress
+
+    @contextmanager
+    def _bar(self, name: str, total: int | None, done: int = 0) -> Iterator[Callable[[str, int | None], None] | None]:
+        if not self.err.is_terminal or self.err.quiet:
+            yield None
+            return
+        columns = [SpinnerColumn(), TextColumn(name)]
+        columns += [BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()] if total else []
+        with Progress(*columns, TextColumn("{task.description}"), console=self.err, transient=total is None) as bar:
+            task = bar.add_task("", total=total, completed=done)
+
+            def update(text: str, completed: int | None) -> None:
+                bar.update(task, description=escape(text), completed=completed)
+
+            yield update
+
+
+def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
+    """`plan.json` for the eye: the run, its text, memory and disk by item."""
+    run = Table(title="plan", show_header=False)
+    parameters, data = plan["parameters"], plan["data"]
+    for name, value in {
+        "model": f"{plan['model']}, frozen in {plan['base']}, computed in {plan['compute_dtype']}",
+        "parameters": f"{parameters['frozen']:,} frozen, {parameters['trained']:,} trained in {plan['trained_dtype']} "
+        f"({parameters['adapters']:,} adapters, {parameters['trained_embeddings']:,} embeddings)",
+        "rates": f"adapters {plan['learning_rate']:g}, embeddings {plan['embedding_learning_rate']:g}",
+        "rows": f"{data['rows']:,} of {data['max_length']} tokens, {data['targets']:,} targets",
+        "steps": f"{plan['steps']:,} of {plan['rows_per_step']} rows ({plan['epochs']:.2f} epochs)",
+    }.items():
+        run.add_row(name, value)
+    text = Table("domain", "role", "documents", "tokens", "tokens/character", "held out", title="text")
+    for source in data["sources"]:
+        text.add_row(
+            source["domain"],
+            source["role"],
+            f"{source['documents']:,}",
+            f"{source['tokens']:,}",
+            f"{1 / source['characters_per_token']:.2f}",
+            f"{data['heldout_documents'].get(source['domain'], 0):,}",
+        )
+    tables = [run, text]
+    for kind in ("memory", "disk"):
+        table = Table(kind, "estimate")
+        for name, count in plan[f"{kind}_bytes"].items():
+            table.add_row(name, human_bytes(count))
+        tables.append(table)
+    return tables

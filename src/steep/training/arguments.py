@@ -1,0 +1,62 @@
+"""transformers' TrainingArguments with the few fields that continued pretraining needs beside them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+
+import transformers
+
+from steep.errors import UserError
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """Every argument of `transformers.TrainingArguments`, and:
+
+    Args:
+        embedding_learning_rate: rate of the fully trained `embed_tokens` and `lm_head`. Default: ``learning_rate / 10``.
+        min_lr_rate: the cosine and linear schedules end at this share of each group's rate instead of at zero.
+        eval_stride: new tokens that each window scores when held-out documents are longer than a row; default: half a row.
+        eval_max_tokens: held-out tokens scored a domain at the most.
+        max_nonfinite_steps: the run stops after so many steps in a row whose loss or gradient was not finite.
+
+    Raises:
+        UserError: a rate that is negative or not finite.
+    """
+
+    # transformers logs a number in place of a NaN by default; a loss that was NaN is never shown as a number here.
+    logging_nan_inf_filter: bool = field(default=False)
+    embedding_learning_rate: float | None = field(default=None)
+    min_lr_rate: float = field(default=0.0)
+    max_nonfinite_steps: int = field(default=3)
+    eval_stride: int | None = field(default=None)
+    eval_max_tokens: int | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("learning_rate", "embedding_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not (math.isfinite(rate) and rate >= 0):
+                raise UserError(name, f"{rate} is not a learning rate", "Give a finite number ≥ 0, such as 5e-6.")
+        if not 0 <= self.min_lr_rate <= 1:
+            raise UserError("min_lr_rate", f"{self.min_lr_rate} is not a share", "Give a number between 0 and 1.")
+        if self.max_nonfinite_steps < 1:
+            raise UserError("max_nonfinite_steps", f"{self.max_nonfinite_steps} is too few", "Give a number ≥ 1.")
+        if self.n_gpu > 1:
+            warnings.warn(f"{self.n_gpu} GPUs are visible; the first one is used", stacklevel=2)
+            self._n_gpu = 1
+        if self.logging_nan_inf_filter:
+            raise UserError(
+                "logging_nan_inf_filter",
+                "it replaces NaN losses by made-up numbers in the log",
+                "Leave it out: a step with a NaN is not applied and is reported as such.",
+            )
+
+    @property
+    def resolved_embedding_learning_rate(self) -> float:
+        """The rate that the embeddings train at: the given one, or a tenth of `learning_rate`."""
+        if self.embedding_learning_rate is not None:
+            return self.embedding_learning_rate
+        return self.learning_rate / 10

@@ -1,0 +1,91 @@
+"""The saving and loading half of the Trainer: no pickle, published by one rename, restored to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import PeftModel
+from transformers.trainer_callback import ExportableState
+
+from steep.model.adapters import load_adapter_weights
+from steep.storage import published
+from steep.training.checkpoint import checkpoints, retain, rng_state, set_rng_state
+from steep.training.state_files import load_state, save_state
+
+
+class ExactCheckpoints(transformers.Trainer):
+    """`transformers.Trainer` whose checkpoints are safetensors and JSON.
+
+    A checkpoint holds the adapter (PEFT's own files), the tokenizer, ``training_args.json``, ``trainer_state.json``, and as
+    pairs of ``.safetensors`` and ``.json``: ``optimizer``, ``schedule``, ``random``, ``scaler`` (fp16), ``observations``.
+    """
+
+    resumed_state: dict[str, Any] | None = None
+
+    def observations(self) -> dict[str, Any]:
+        """What the subclass wants kept beside transformers' own state."""
+        raise NotImplementedError
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not self.args.should_save:
+            return
+        self.store_flos()
+        run_dir, step = Path(self.args.output_dir), self.state.global_step
+        if self.state.best_global_step and (best := run_dir / f"checkpoint-{self.state.best_global_step}").exists():
+            self.state.best_model_checkpoint = str(best)
+        with published(run_dir / f"checkpoint-{step}") as folder:
+            self.save_model(str(folder), _internal_call=True)
+            if not self.args.save_only_model:
+                save_state(self.optimizer.state_dict(), folder, "optimizer")
+                save_state(self.lr_scheduler.state_dict(), folder, "schedule")
+                save_state(rng_state(), folder, "random")
+                save_state(self.observations(), folder, "observations")
+                if self.accelerator.scaler is not None:
+                    save_state(self.accelerator.scaler.state_dict(), folder, "scaler")
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        retain(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel):
+            # "auto" would look the base model up on the hub and write the trained embeddings a second time.
+            model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+        else:
+            model.save_pretrained(str(folder), state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(str(folder))  # pyright: ignore[reportAttributeAccessIssue]
+        (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def _load_resumed_state(self, checkpoint: str | bool | None) -> None:
+        """Read the observations of the checkpoint that `train` is about to resume from."""
+        if checkpoint is True:
+            found = checkpoints(Path(self.args.output_dir))
+            checkpoint = str(found[-1]) if found else None
+        self.resumed_state = load_state(Path(checkpoint), "observations") if isinstance(checkpoint, str | Path) else None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        if not isinstance(model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_adapter_weights(model, Path(resume_from_checkpoint), "resume_from_checkpoint")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
+            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "schedule"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_rng_state(load_state(Path(checkpoint), "random"))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))

@@ -1,0 +1,191 @@
+"""Proof that every parameter meant to train did, and that nothing else changed.
+
+Known tools have shipped recipes whose embeddings silently never trained. So steep observes the run itself: the gradients that
+the optimizer was given, the values before and after, and a checksum of everything frozen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from steep.errors import RunError
+
+MIN_UPDATES = 3  # LoRA's A has no gradient until B has moved, and a warm-up starts at a rate of zero
+_CHUNK = 2**25  # bytes that one pass of a checksum reads
+_MIX = 0x1E3779B97F4A7C15  # spreads a word's position over 64 bits (Knuth's multiplicative hashing)
+MAX_SAMPLED = 2**18  # elements of one tensor that are watched: a share is then known to ±0.2 %
+
+
+@dataclass
+class TensorRecord:
+    """What was seen of one trained tensor.
+
+    Attributes:
+        group, learning_rate: its parameter group, and that group's highest rate so far.
+        updates: steps applied to its group at a rate above zero.
+        finite_gradient, nonzero_gradient: whether each was seen at any applied step.
+        elements, elements_checked: its size, and how many of its elements were compared.
+        changed_share: share of the compared elements that moved by more than weight decay alone would move them.
+    """
+
+    group: str
+    learning_rate: float = 0.0
+    updates: int = 0
+    finite_gradient: bool = False
+    nonzero_gradient: bool = False
+    elements: int = 0
+    elements_checked: int = 0
+    changed_share: float = 0.0
+
+    @property
+    def trained(self) -> bool:
+        return self.finite_gradient and self.nonzero_gradient and self.changed_share > 0
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """Digest of a tensor's bytes, computed where the tensor lives (8 GB take a moment on a GPU, minutes through a hash).
+
+    A sum of 64-bit words, each times an odd factor of its position, modulo 2^64: any single change alters it.
+    """
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=raw.device)
+    for start in range(0, raw.numel(), _CHUNK):
+        piece = raw[start : start + _CHUNK]
+        words = torch.nn.functional.pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
+        position = torch.arange(start // 8, start // 8 + words.numel(), device=raw.device)
+        total += (words * (position * _MIX | 1)).sum()
+    return f"{total.item() & (2**64 - 1):016x} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def frozen_checksums(model: nn.Module) -> dict[str, str]:
+    """Checksums of every parameter that does not train and of every buffer of `model` (packed 4-bit codes included)."""
+    frozen = {name: tensor for name, tensor in model.named_parameters() if not tensor.requires_grad}
+    frozen |= dict(model.named_buffers())
+    for name, tensor in list(frozen.items()):
+        quant_state = getattr(tensor, "quant_state", None)
+        if quant_state is not None:  # bitsandbytes keeps a weight's scales beside its codes, outside parameters and buffers
+            frozen |= {f"{name}.{key}": part for key, part in quant_state.as_dict(packed=True).items()}
+    return {name: checksum(tensor) for name, tensor in frozen.items()}
+
+
+class Proof:
+    """Watches the trainable tensors of a model through a run.
+
+    Args:
+        model: the model, as it is before the first step of this process.
+        groups: name of the parameter group of each trainable parameter, by parameter name.
+        seed: chooses the elements that are watched in large tensors.
+    """
+
+    def __init__(self, model: nn.Module, groups: dict[str, str], seed: int = 0) -> None:
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._seed = seed
+        self.records = {
+            name: TensorRecord(groups[name], elements=p.numel(), elements_checked=min(p.numel(), MAX_SAMPLED))
+            for name, p in self._parameters.items()
+        }
+        self._start = {name: self._sample(p) for name, p in self._parameters.items()}
+        self._decay_only = dict.fromkeys(self._parameters, 1.0)
+        self._frozen = frozen_checksums(model)
+        self._model = model
+
+    def _sample(self, parameter: torch.Tensor) -> torch.Tensor:
+        flat = parameter.detach().reshape(-1)
+        if flat.numel() > MAX_SAMPLED:
+            # Drawn on the CPU, so that a resumed run on another device watches the same elements.
+            generator = torch.Generator().manual_seed(self._seed)
+            index = torch.randint(flat.numel(), (MAX_SAMPLED,), generator=generator)
+            flat = flat[index.to(flat.device)]
+        return flat.to("cpu", copy=True)
+
+    def observe(self, norms: dict[str, float], optimizer: torch.optim.Optimizer) -> None:
+        """Note one applied step: the gradient norm of each tensor, and the rates of `optimizer`'s groups."""
+        settings = {
+            id(parameter): (group["lr"], group.get("weight_decay", 0.0))
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for name, parameter in self._parameters.items():
+            record = self.records[name]
+            rate, decay = settings[id(parameter)]
+            rate = float(rate)
+            if rate > 0:
+                record.updates += 1
+                record.learning_rate = max(record.learning_rate, rate)
+            self._decay_only[name] *= 1 - rate * decay
+            record.finite_gradient = True  # a step with a gradient that is not finite is never applied
+            record.nonzero_gradient |= norms.get(name, 0.0) > 0
+
+    def measure(self) -> None:
+        """Compare the watched elements with their first values."""
+        for name, parameter in self._parameters.items():
+            start, now = self._start[name].double(), self._sample(parameter).double()
+            kept = self._decay_only[name]
+            # Beyond decay's own pull, and a rounding of the storage where decay made one.
+            slack = start.abs() * ((1 - kept) + (torch.finfo(parameter.dtype).eps if kept < 1 else 0.0))
+            share = float(((now - start * kept).abs() > slack).double().mean())
+            self.records[name].changed_share = max(self.records[name].changed_share, share)
+
+    @property
+    def ready(self) -> bool:
+        """Whether each group has had enough applied updates at a rate above zero to be judged."""
+        return all(record.updates >= MIN_UPDATES for record in self.records.values())
+
+    def untrained(self) -> list[str]:
+        """Names of the tensors that did not train although they had their updates."""
+        return [name for name, r in self.records.items() if r.updates >= MIN_UPDATES and not r.trained]
+
+    def judge(self) -> None:
+        """Measure, and stop the run if a tensor that was meant to train did not.
+
+        Raises:
+            RunError: with the names of the tensors.
+        """
+        self.measure()
+        failed = self.untrained()
+        if failed:
+            reasons = "; ".join(f"{name} ({self._reason(name)})" for name in failed[:5])
+            more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+            raise RunError(
+                f"{len(failed)} of {len(self.records)} tensors that are meant to train did not: {reasons}{more}. "
+                "The run is stopped because its result would not be what its settings say."
+            )
+
+    def _reason(self, name: str) -> str:
+        record = self.records[name]
+        if not record.nonzero_gradient:
+            return "its gradient was always zero or missing"
+        return "no element changed by more than weight decay; its updates may all round away in " + str(
+            self._parameters[name].dtype
+        ).removeprefix("torch.")
+
+    def changed_frozen(self) -> list[str]:
+        """Names of the frozen tensors whose bytes differ from the start."""
+        now = frozen_checksums(self._model)
+        return sorted(name for name in self._frozen.keys() | now.keys() if self._frozen.get(name) != now.get(name))
+
+    def report(self) -> dict[str, Any]:
+        """`proof.json`: each trained tensor's record, and whether everything frozen is bit-identical."""
+        changed = self.changed_frozen()
+        return {
+            "complete": self.ready,
+            "trained": {name: {**asdict(r), "trained": r.trained} for name, r in self.records.items()},
+            "frozen_tensors": len(self._frozen),
+            "frozen_changed": changed,
+            "ok": self.ready and not changed and all(r.trained for r in self.records.values()),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the observations so far."""
+        return {"records": {name: asdict(r) for name, r in self.records.items()}, "frozen": self._frozen,
+                "start": self._start, "decay_only": self._decay_only}  # fmt: skip
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what a checkpoint kept; the frozen tensors must be those of the run's first step."""
+        for name, record in state["records"].items():
+            self.records[name] = TensorRecord(**record)
+        self._start, self._decay_only, self._frozen = state["start"], state["decay_only"], state["frozen"]

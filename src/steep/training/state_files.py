@@ -1,0 +1,87 @@
+"""Nested state (optimizers, schedulers, random generators) as safetensors plus JSON, so that nothing is ever pickled.
+
+A state is a tree of dict, list, tuple, None, bool, int, float, str and tensors. Tensors go to ``NAME.safetensors`` under
+running numbers; the tree itself, with a reference in each tensor's place, goes to ``NAME.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+# Optimizer states of torchao are tensor subclasses; their parts are saved and only these classes are ever rebuilt.
+_SUBCLASSES = {
+    "OptimState4bit": "torchao.optim.subclass_4bit",
+    "OptimState8bit": "torchao.optim.subclass_8bit",
+    "OptimStateFp8": "torchao.optim.subclass_fp8",
+}
+
+
+def save_state(state: Any, folder: Path, name: str) -> None:
+    """Write `state` to ``folder/name.json`` and ``folder/name.safetensors``.
+
+    Raises:
+        TypeError: a leaf of a type that cannot be stored without pickle.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    tree = _encode(state, tensors)
+    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(tree), encoding="utf-8")
+
+
+def load_state(folder: Path, name: str) -> Any:
+    """Read what `save_state` wrote; tensors come back on the CPU, bit for bit."""
+    tensors = load_file(folder / f"{name}.safetensors", device="cpu")
+    return _decode(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), tensors)
+
+
+def _encode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    # Every container becomes {kind: ...}: JSON alone would turn integer keys into text and tuples into lists.
+    if isinstance(node, torch.Tensor):
+        if type(node) not in (torch.Tensor, torch.nn.Parameter):
+            return _encode_subclass(node, tensors)
+        key = str(len(tensors))
+        # A copy of its own: safetensors refuses tensors that share memory (bitsandbytes' code books do).
+        tensors[key] = node.detach().cpu().clone().contiguous()
+        return {"tensor": key}
+    if isinstance(node, dict):
+        return {"dict": [[_encode(key, tensors), _encode(value, tensors)] for key, value in node.items()]}
+    if isinstance(node, tuple):
+        return {"tuple": [_encode(value, tensors) for value in node]}
+    if isinstance(node, list):
+        return {"list": [_encode(value, tensors) for value in node]}
+    if node is None or isinstance(node, bool | int | float | str):
+        return node
+    raise TypeError(f"a {type(node).__name__} cannot be stored in a checkpoint without pickle")
+
+
+def _encode_subclass(node: torch.Tensor, tensors: dict[str, torch.Tensor]) -> Any:
+    name = type(node).__name__
+    if name not in _SUBCLASSES:
+        raise TypeError(f"an optimizer state of type {name} cannot be stored in a checkpoint without pickle")
+    fields, context = node.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+    return {
+        "subclass": name,
+        "parts": _encode({field: getattr(node, field) for field in fields}, tensors),
+        "context": _encode(list(context), tensors),
+    }
+
+
+def _decode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    if "tensor" in node:
+        return tensors[node["tensor"]]
+    if "dict" in node:
+        return {_decode(key, tensors): _decode(value, tensors) for key, value in node["dict"]}
+    if "tuple" in node:
+        return tuple(_decode(value, tensors) for value in node["tuple"])
+    if "list" in node:
+        return [_decode(value, tensors) for value in node["list"]]
+    subclass = getattr(import_module(_SUBCLASSES[node["subclass"]]), node["subclass"])
+    return subclass.__tensor_unflatten__(_decode(node["parts"], tensors), _decode(node["context"], tensors))

@@ -1,0 +1,305 @@
+"""transformers' Trainer for continued pretraining: rates by group, proof, ledger, exact and pickle-free checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+
+from steep.data.packing import Corpus
+from steep.data.sampler import EpochSampler
+from steep.errors import RunError, UserError
+from steep.evaluation.perplexity import DomainScore, evaluate
+from steep.training.adamw8bit import AdamW8bit
+from steep.training.arguments import TrainingArguments
+from steep.training.exact_checkpoints import ExactCheckpoints
+from steep.training.gradients import GradientReport, measure_and_clip
+from steep.training.groups import parameter_groups
+from steep.training.metrics import Window
+from steep.training.proof import Proof
+from steep.training.schedules import schedule_with_min_rate
+
+logger = logging.getLogger("steep")
+
+
+class Trainer(ExactCheckpoints):
+    """`transformers.Trainer` with what continued pretraining needs; takes the same arguments.
+
+    Args:
+        args: a `steep.TrainingArguments`.
+        train_dataset: any map-style data set, or the `Corpus` that `steep.pack` made (its rows are then counted one by one
+            for the ledger, and drawn in an order that is a function of seed and epoch alone).
+
+    Attributes:
+        proof: what was seen of every trained tensor, from `train()` on.
+        times_trained: for a `Corpus`, how often each of its rows was trained, int64 [rows].
+
+    Raises:
+        UserError: settings that contradict each other; before the first step.
+        RunError: a tensor that is meant to train does not, or too many steps in a row were not finite.
+    """
+
+    args: TrainingArguments  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, model: Any = None, args: Any = None, *positional: Any, **kwargs: Any) -> None:
+        if not isinstance(args, TrainingArguments):
+            raise UserError("args", f"it is a {type(args).__name__}", "Give steep.TrainingArguments.")
+        corpus = kwargs.get("train_dataset")
+        self.corpus = corpus if isinstance(corpus, Corpus) else None
+        if self.corpus is not None:
+            kwargs["train_dataset"] = self.corpus.train
+            kwargs.setdefault("eval_dataset", self.corpus.heldout)
+            kwargs.setdefault("data_collator", transformers.default_data_collator)
+            args.remove_unused_columns = False  # a row's number travels with it, for the ledger
+        super().__init__(model, args, *positional, **kwargs)
+        self.add_callback(_StepObserver(self))
+        self.proof: Proof | None = None
+        self.times_trained = torch.zeros(len(self.corpus.train) if self.corpus else 0, dtype=torch.int64)
+        self.evaluations: list[list[DomainScore]] = []
+        self.steps_not_finite = 0  # loss or gradient was NaN or infinite: step not applied
+        self.steps_scaler_skipped = 0  # fp16's loss scale was too high, as is usual now and then
+        self._not_finite_in_a_row = 0
+        self._judged = False
+        self._gradients: GradientReport | None = None
+        self._rows_of_step: list[torch.Tensor] = []
+        self._losses_of_step: list[torch.Tensor] = []
+        self._refused = False
+        self._window = Window()
+
+    # ---- optimizer and schedule
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        cls, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if args.optim in ("adamw_8bit", "adamw_bnb_8bit"):
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("optim_bits", "is_paged")}
+            return AdamW8bit, {**kwargs, "seed": args.seed}
+        return cls, kwargs
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build the optimizer over named groups: adapters A, adapters B, embeddings, other, each with its own rate."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+        if "model" in kwargs or "optimizer_dict" in kwargs:
+            raise UserError(
+                "optim",
+                f"{self.args.optim} updates each tensor inside backward at a single rate and keeps no parameter groups",
+                "Choose an optimizer with groups, such as adamw_8bit.",
+            )
+        groups = parameter_groups(
+            model, self.args, self.get_decay_parameter_names(model), kwargs.pop("params", None)  # GaLore's own groups
+        )  # fmt: skip
+        self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' schedules; with `min_lr_rate`, those of `steep.training.schedules`."""
+        if self.lr_scheduler is None and self.args.min_lr_rate > 0:
+            self.lr_scheduler = schedule_with_min_rate(
+                optimizer or self.optimizer,
+                scheduler_type=str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)),
+                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                num_training_steps=num_training_steps,
+                min_lr_rate=self.args.min_lr_rate,
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # ---- data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.corpus is None:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = EpochSampler(len(self.corpus.train), seed)
+        return self._sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.corpus is not None:
+            # accelerate's loaders pass the epoch on to most samplers, but not through a resumed epoch's skipping one
+            self._sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    # ---- one step
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        by_id = {id(p): group["name"] for group in self.optimizer.param_groups for p in group["params"]}
+        names = {name: by_id[id(p)] for name, p in self.model.named_parameters() if p.requires_grad}
+        self.proof = Proof(self.model, names, seed=self.args.seed)
+        if self.resumed_state is not None:
+            self._load_observations(self.resumed_state)
+        self._window.restart()
+        return prepared
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch. The loss that goes back to transformers is zero where it is not finite: its running sum would
+        stay NaN for ever. What is reported is counted here."""
+        rows = inputs.pop("row", None)
+        if rows is not None:
+            self._rows_of_step.append(rows.cpu())
+        self._window.tokens += self._count_tokens(inputs, rows)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._losses_of_step.append(loss)
+        return torch.where(torch.isfinite(loss), loss, 0.0)
+
+    def _count_tokens(self, inputs: Mapping[str, Any], rows: torch.Tensor | None) -> int:
+        if self.corpus is not None and rows is not None:
+            return int(self.corpus.train.row_tokens[rows.cpu().numpy()].sum())  # padding is no work done
+        if inputs.get("attention_mask") is not None:
+            return int(inputs["attention_mask"].sum())
+        return inputs["input_ids"].numel()
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        return self._look_at_gradients(model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return self._look_at_gradients(model, None) if grad_norm is None else grad_norm
+
+    def _look_at_gradients(self, model: Any, max_norm: float | None) -> torch.Tensor:
+        """Measure and clip, and decide whether the step may be applied: once a step, right before the optimizer."""
+        self.accelerator.unscale_gradients()
+        self._gradients = measure_and_clip(model, max_norm)
+        loss = float(torch.stack(self._losses_of_step).sum())
+        self._losses_of_step.clear()
+        scaled = self.accelerator.scaler is not None  # a loss scaler passes over infinite gradients by itself
+        self._refused = not math.isfinite(loss) or not (scaled or self._gradients.finite)
+        self._window.add_loss(loss)
+        if self._refused:
+            self._refuse_step(model, loss, scaled)
+        return torch.tensor(self._gradients.total)
+
+    def _refuse_step(self, model: Any, loss: float, scaled: bool) -> None:
+        assert self._gradients is not None
+        self.steps_not_finite += 1
+        self._not_finite_in_a_row += 1
+        step = self.state.global_step + 1
+        offenders = self._gradients.offenders
+        what = "loss" if not math.isfinite(loss) else f"gradient of {', '.join(offenders[:3])}"
+        logger.warning("step %d: the %s is not finite; the step is not applied", step, what)
+        if self._not_finite_in_a_row >= self.args.max_nonfinite_steps:
+            raise RunError(
+                f"the loss or its gradient was not finite in {self._not_finite_in_a_row} steps in a row, the last of them "
+                f"step {step}. Lower training.learning_rate (now {self.args.learning_rate:g}) or look at the data of these "
+                "steps; `--resume` goes on from the last checkpoint"
+            )
+        if not scaled:
+            model.zero_grad(set_to_none=True)  # an optimizer passes over tensors without a gradient
+
+    def _after_optimizer_step(self) -> None:
+        """Note what was applied, at the rates it was applied with (the schedule moves on right after)."""
+        rows, self._rows_of_step = self._rows_of_step, []
+        self._window.rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+        if self._refused:
+            return
+        if self.accelerator.optimizer_step_was_skipped:
+            self.steps_scaler_skipped += 1
+            return
+        self._not_finite_in_a_row = 0
+        if rows and self.corpus is not None:
+            self.times_trained[torch.cat(rows)] += 1
+        assert self.proof is not None and self._gradients is not None
+        self.proof.observe(dict(zip(self._gradients.names, self._gradients.norms.tolist(), strict=True)), self.optimizer)
+        if not self._judged and self.proof.ready:
+            self.proof.judge()
+            self._judged = True
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, then judge the proof once more.
+
+        Raises:
+            RunError: a tensor that is meant to train did not, or a frozen one changed.
+        """
+        self._load_resumed_state(kwargs.get("resume_from_checkpoint", args[0] if args else None))
+        output = super().train(*args, **kwargs)
+        assert self.proof is not None
+        if self.proof.ready:
+            self.proof.judge()
+        changed = self.proof.changed_frozen()
+        if changed:
+            raise RunError(f"{len(changed)} frozen tensors changed during training, the first of them {changed[0]}")
+        return output._replace(training_loss=self._window.mean_loss)
+
+    # ---- evaluation and logs
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Score the corpus's held-out documents by domain; with a data set of the caller's own, transformers' evaluation."""
+        if self.corpus is None or eval_dataset is not None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        scores = evaluate(
+            self.model,
+            self.corpus.heldout,
+            max_length=self.corpus.train.max_length,
+            stride=self.args.eval_stride,
+            max_tokens=self.args.eval_max_tokens,
+            step=self.state.global_step,
+            autocast_dtype=self.autocast_dtype,
+        )
+        self.evaluations.append(scores)
+        metrics = {f"{metric_key_prefix}_{s.domain}_bits_per_byte": s.bits_per_byte for s in scores}
+        metrics |= {f"{metric_key_prefix}_{s.domain}_loss": s.loss for s in scores}
+        metrics[f"{metric_key_prefix}_loss"] = sum(s.loss for s in scores) / len(scores)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype that accelerate runs the forward in, or None without mixed precision."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Log a training window with what was measured here; a value that is not finite is left out, never replaced."""
+        if "loss" in logs:
+            logs = {**logs, **self._window.close(), "steps_not_finite": self.steps_not_finite}
+            if self.accelerator.scaler is not None:
+                logs["steps_scaler_skipped"] = self.steps_scaler_skipped
+        if "train_loss" in logs:
+            logs = {**logs, "train_loss": self._window.mean_loss}
+        super().log({k: v for k, v in logs.items() if not (isinstance(v, float) and not math.isfinite(v))}, start_time)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        pauses = self.control.should_evaluate or self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if pauses:
+            self._window.restart()  # evaluating and saving are not part of a step's time
+
+    # ---- what a checkpoint keeps beyond transformers' own
+
+    def observations(self) -> dict[str, Any]:
+        assert self.proof is not None
+        return {
+            "proof": self.proof.state(),
+            "judged": self._judged,
+            "times_trained": self.times_trained,
+            "window": self._window.state(),
+            "steps_not_finite": self.steps_not_finite,
+            "steps_scaler_skipped": self.steps_scaler_skipped,
+            "not_finite_in_a_row": self._not_finite_in_a_row,
+        }
+
+    def _load_observations(self, state: dict[str, Any]) -> None:
+        assert self.proof is not None
+        self.proof.load_state(state["proof"])
+        self._judged = state["judged"]
+        self.times_trained = state["times_trained"]
+        self._window.load_state(state["window"])
+        self.steps_not_finite = state["steps_not_finite"]
+        self.steps_scaler_skipped = state["steps_scaler_skipped"]
+        self._not_finite_in_a_row = state["not_finite_in_a_row"]
+
+
+class _StepObserver(transformers.TrainerCallback):
+    """Tells the trainer when the optimizer has stepped: transformers has a hook there only for callbacks."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._after_optimizer_step()

@@ -1,0 +1,323 @@
+"""Tokens: special tokens around a text and not in it, and a cache that is whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_python import PythonBackend
+
+from steep.data import token_file
+from steep.data.sources import Source
+from steep.data.tokens import TokenizedSource, special_affixes, tokenize
+from steep.errors import UserError
+
+Write = Callable[..., Path]
+
+
+def run(path: Path, tokenizer: PreTrainedTokenizerFast | PythonBackend, cache: Path, **fields: str) -> TokenizedSource:
+    return tokenize(Source(path=str(path), **fields), tokenizer, cache, "data.sources[0]")  # pyright: ignore[reportArgumentType]
+
+
+class Slow(PythonBackend):
+    """A tokenizer without the `tokenizers` library: a character is a token."""
+
+    def __init__(self, **names: str) -> None:
+        self._ids = {name: index for index, name in enumerate(["<s>", "</s>", "<unk>"])}
+        super().__init__(**names)
+
+    @property
+    def vocab_size(self) -> int:
+        return 400
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._ids | dict(self.added_tokens_encoder)
+
+    def _tokenize(self, text: str, **_: object) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._ids.get(token, 100 + ord(token[0]) % 300)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return str(index)
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        return ()
+
+
+def test_affixes_follow_the_tokenizer():
+    assert special_affixes(make_tokenizer(bos=True)) == ([1], 2)
+    assert special_affixes(make_tokenizer(bos=False)) == ([], 2)
+    assert special_affixes(make_tokenizer(bos=True, appends_eos=True)) == ([1], 2)
+    assert special_affixes(make_tokenizer(bos=True, eos=False)) == ([1], None)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("appends_eos", [True, False])
+def test_one_eos_at_the_end_of_each_document(tmp_path: Path, write_jsonl: Write, bos: bool, appends_eos: bool):
+    tokenizer = make_tokenizer(bos=bos, appends_eos=appends_eos)
+    result = run(write_jsonl(["the cat", "조문 sat"]), tokenizer, tmp_path)
+    for index, text in enumerate(["the cat", "조문 sat"]):
+        inside = tokenizer(text, add_special_tokens=False).input_ids
+        assert result.tokens(index).tolist() == [1] * bos + inside + [2]
+    assert (result.prefix_length, result.has_eos) == (int(bos), True)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_special_tokens_in_the_text_are_text(tmp_path: Path, write_jsonl: Write, slow: bool):
+    tokenizer = Slow(bos_token="<s>", eos_token="</s>", unk_token="<unk>") if slow else make_tokenizer()
+    before = None if isinstance(tokenizer, Slow) else tokenizer.backend_tokenizer.to_str()
+    text = "the cat</s> sat<s> on <pad>"
+    assert 2 - slow in tokenizer(text).input_ids  # the tokenizer itself would end the document here
+    result = run(write_jsonl([text]), tokenizer, tmp_path)
+    ids = result.tokens(0).tolist()
+    assert ids.count(2 - slow) == 1
+    assert ids[-1] == 2 - slow
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        assert tokenizer.decode(ids[1:-1]) == text
+        assert tokenizer.backend_tokenizer.to_str() == before
+        assert tokenizer.backend_tokenizer.encode_special_tokens is False
+    else:
+        assert len(ids) == len(text) + 1
+
+
+def test_a_vocabulary_that_holds_eos_as_a_word_is_refused(tmp_path: Path, write_jsonl: Write):
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "END": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="END")
+    with pytest.raises(UserError, match="document 2 of .* encodes to the end-of-text id inside") as caught:
+        run(write_jsonl(["a a", " ", "a END a"]), tokenizer, tmp_path)
+    assert caught.value.field == "data.sources[0].path"
+
+
+def test_truncation_and_padding_of_the_tokenizer_do_not_apply(tmp_path: Path, write_jsonl: Write):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(max_length=4)
+    tokenizer.backend_tokenizer.enable_padding(length=8)
+    result = run(write_jsonl(["x" * 50, "y"]), tokenizer, tmp_path)
+    assert result.lengths.tolist() == [52, 3]
+
+
+def test_columns(tmp_path: Path, write_jsonl: Write, tokenizer: PreTrainedTokenizerFast):
+    texts = ["the cat", "", "법령", " \n", "nul\0"]
+    result = run(write_jsonl(texts), tokenizer, tmp_path)
+    kept = [text for text in texts if text.strip()]
+    assert (len(result), result.empty, result.cached) == (3, 2, False)
+    assert result.num_bytes.tolist() == [len(text.encode()) for text in kept]
+    assert result.num_chars.tolist() == [len(text) for text in kept]
+    digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in kept]
+    assert [b"".join(int(half).to_bytes(8, "big") for half in row) for row in result.hashes] == digests
+    assert result.lengths.dtype == result.num_bytes.dtype == np.int64
+    ram = sum(array.nbytes for array in (result.lengths, result.hashes, result.num_bytes, result.num_chars))
+    assert ram <= 64 * len(result)
+
+    opened = datasets.Dataset.from_file(str(result.path))
+    assert opened.column_names == ["input_ids", "text_hash", "num_bytes", "num_chars"]
+    assert opened["text_hash"][:] == digests
+    assert [row["input_ids"] for row in opened.to_list()] == [result.tokens(index).tolist() for index in range(3)]
+
+
+def test_tokens_are_views_of_the_mapped_file(tmp_path: Path, write_jsonl: Write, byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(token_file, "_BATCH_DOCUMENTS", 2)
+    texts = ["a" * 5, "b" * 300_000, "c", "d" * 7, "e"]
+    result = run(write_jsonl(texts), byte_tokenizer, tmp_path)
+    before = pa.total_allocated_bytes()
+    part = result.tokens(1, 100_000, 100_010)
+    assert part.dtype == np.int32
+    assert not part.flags.owndata
+    assert not part.flags.writeable
+    assert part.tolist() == byte_tokenizer("b" * 10, add_special_tokens=False).input_ids
+    assert pa.total_allocated_bytes() == before
+    for index, text in enumerate(texts):
+        assert result.tokens(index).tolist() == [*byte_tokenizer(text).input_ids, 2]
+    assert result.tokens(4, 1).tolist() == [*byte_tokenizer("e", add_special_tokens=False).input_ids, 2]
+    assert result.tokens(0, 3, 99).tolist() == result.tokens(0).tolist()[3:]
+
+
+def test_pickles_by_path(tmp_path: Path, write_jsonl: Write, tokenizer: PreTrainedTokenizerFast):
+    result = run(write_jsonl(["the cat " * 5_000]), tokenizer, tmp_path)
+    data = pickle.dumps(result)
+    assert len(data) < 2_000
+    assert pickle.loads(data).tokens(0).tolist() == result.tokens(0).tolist()
+
+
+def test_the_cache_is_found_again_by_content(tmp_path: Path, write_jsonl: Write, tokenizer: PreTrainedTokenizerFast):
+    cache = tmp_path / "cache"
+    one, renamed = write_jsonl(["a", "b"], "one.jsonl"), write_jsonl(["a", "b"], "renamed.jsonl")
+    first = run(one, tokenizer, cache)
+    again = run(renamed, tokenizer, cache)
+    assert (first.cached, again.cached) == (False, True)
+    assert again.path == first.path
+    assert again.hashes.tolist() == first.hashes.tolist()
+
+
+def test_any_change_makes_a_new_cache(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    cache = tmp_path / "cache"
+    path = tmp_path / "x.jsonl"
+    row = '{"text": "the cat", "other": "sat"}\n'
+    path.write_text(row)
+    base = run(path, tokenizer, cache)
+    more_tokens = make_tokenizer()
+    more_tokens.add_tokens(["cat"])
+    other_eos = make_tokenizer()
+    other_eos.eos_token = "<pad>"
+    for changed in (more_tokens, other_eos, make_tokenizer(merges=False), make_tokenizer(bos=False)):
+        assert not run(path, changed, cache).cached
+    assert not run(path, tokenizer, cache, text_field="other").cached
+    path.write_text(row + row)
+    assert not run(path, tokenizer, cache).cached
+    path.rename(tmp_path / "x.txt")
+    assert not run(tmp_path / "x.txt", tokenizer, cache).cached
+    assert len(list(cache.iterdir())) == 8
+    assert base.path in cache.iterdir()
+
+
+def test_order_of_files_counts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    for folder, first, second in (("p", "one", "two"), ("q", "two", "one")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.txt").write_text(first)
+        (tmp_path / folder / "2.txt").write_text(second)
+    assert run(tmp_path / "p", tokenizer, tmp_path / "c").path != run(tmp_path / "q", tokenizer, tmp_path / "c").path
+
+
+def test_slow_tokenizers_are_cached_too(tmp_path: Path, write_jsonl: Write):
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    path = write_jsonl(["abc"])
+    assert [run(path, Slow(**names), tmp_path / "c").cached for _ in range(2)] == [False, True]
+
+
+def test_a_hub_data_set_is_cached_by_its_fingerprint(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    datasets.disable_progress_bars()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "one"}\n')
+    source = Source(hub=str(tmp_path / "set"))
+    assert [tokenize(source, tokenizer, tmp_path / "c", "s").cached for _ in range(2)] == [False, True]
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "another"}\n')
+    assert not tokenize(source, tokenizer, tmp_path / "c", "s").cached
+
+
+def test_nothing_but_empty_documents(tmp_path: Path, write_jsonl: Write, tokenizer: PreTrainedTokenizerFast):
+    for _ in range(2):  # from the cache too
+        with pytest.raises(UserError, match=r"holds no text \(2 empty documents\)") as caught:
+            run(write_jsonl(["", "\t"]), tokenizer, tmp_path / "c")
+        assert caught.value.field == "data.sources[0].path"
+
+
+def test_progress(tmp_path: Path, write_jsonl: Write, tokenizer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(token_file, "_BATCH_DOCUMENTS", 2)
+    seen: list[tuple[int, int]] = []
+    source = Source(path=str(write_jsonl(["a", "법", "c", "", "d", "e"])))
+    tokenize(source, tokenizer, tmp_path, "s", lambda documents, size: seen.append((documents, size)))
+    assert seen == [(2, 4), (4, 6), (5, 7)]
+
+
+def test_an_error_midway_leaves_nothing(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(token_file, "_BATCH_DOCUMENTS", 2)
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n' * 50 + "broken\n")
+    cache = tmp_path / "c"
+    with pytest.raises(UserError, match="line 51"):
+        run(path, tokenizer, cache)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_killed_tokenisation_leaves_nothing_taken_for_whole(tmp_path: Path, write_jsonl: Write):
+    path, cache = write_jsonl(["the cat"] * 100), tmp_path / "c"
+    script = tmp_path / "killed.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from conftest import make_tokenizer
+        from steep.data import token_file
+        from steep.data.sources import Source
+        from steep.data.tokens import tokenize
+        token_file._BATCH_DOCUMENTS = 10
+        def stop(documents, size):
+            if documents == 50:
+                print("half", flush=True)
+                time.sleep(60)
+        tokenize(Source(path={str(path)!r}), make_tokenizer(), Path({str(cache)!r}), "s", stop)
+        """)
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "half\n"
+        left = list(cache.iterdir())
+        assert [file.suffix for file in left] == [".tmp"]
+        # While it runs, its file is left alone.
+        assert not run(write_jsonl(["other"], "other.jsonl"), make_tokenizer(), cache).cached
+        assert left[0].exists()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = run(path, make_tokenizer(), cache)
+    assert not result.cached
+    assert len(result) == 100
+    assert not left[0].exists()
+    assert {file.suffix for file in cache.iterdir()} == {".arrow"}
+
+
+def test_temporary_files_of_other_hosts_are_left_alone(tmp_path: Path, write_jsonl: Write, tokenizer):
+    other = tmp_path / "another-host-999999-abc.tmp"
+    other.write_bytes(b"")
+    run(write_jsonl(["a"]), tokenizer, tmp_path)
+    assert other.exists()
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path, write_jsonl: Write, tokenizer: PreTrainedTokenizerFast):
+    path = write_jsonl(["the cat " * 100] * 50)
+    result = run(path, tokenizer, tmp_path / "c")
+    content = result.path.read_bytes()
+    for length in (0, 100, len(content) // 2, len(content) - 300):
+        os.truncate(result.path, 0)
+        result.path.write_bytes(content[:length])
+        with pytest.raises(UserError, match="damaged") as caught:
+            run(path, tokenizer, tmp_path / "c")
+        assert str(result.path) in caught.value.problem
+        assert "Delete it" in caught.value.remedy
+
+
+def test_batches_are_bounded_by_size(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(token_file, "_BATCH_CHARS", 10)
+    batches = token_file._Batches(["a" * 4, "b" * 5, " ", "c" * 2, "d" * 30, "e"])
+    assert [[len(text) for text in batch] for batch in batches] == [[4, 5], [2], [30], [1]]
+    assert batches.empty == 1
+
+
+def test_the_caller_works_while_threads_encode(tokenizer: PreTrainedTokenizerFast):
+    """The next batch is read before the result of the one before is waited for."""
+    events: list[str] = []
+
+    class Watched:
+        workers = 1
+
+        def encode(self, texts: list[str]) -> list[np.ndarray]:
+            time.sleep(0.05)
+            events.append(f"encoded {texts[0]}")
+            return [np.zeros(1, np.int32)]
+
+    def texts():
+        for name in "abc":
+            events.append(f"read {name}")
+            yield [name]
+
+    assert [batch for batch, _ in token_file._encoded(texts(), Watched())] == [["a"], ["b"], ["c"]]  # pyright: ignore[reportArgumentType]
+    assert events.index("read b") < events.index("encoded a")
