@@ -86,12 +86,12 @@ def main() -> None:
         write_model(model)
         write_corpus(data)
         steep("init", "--model", model, "--data", data, "-o", run_file)
-        steep("plan", run_file)
-        steep("train", run_file, "--training.max_steps", "4")
-        finals = list(Path(scratch).rglob("final/adapter_config.json"))
-        assert len(finals) == 1, f"expected one final/ with an adapter, found {finals}"
-        open_adapter(finals[0].parent)
-        steep("eval", run_file)
+        small = ["--data.max_length", "128", "--data.holdout", "0.1"]
+        small += ["--training.gradient_accumulation_steps", "1", "--training.max_steps", "4"]
+        steep("plan", run_file, *small)
+        steep("train", run_file, "--training.output_dir", "runs/smoke", *small)
+        open_adapter(Path(scratch, "runs", "smoke", "final"))
+        steep("eval", "runs/smoke")
 
 
 if __name__ == "__main__":

@@ -274,19 +274,17 @@ def changes(before: dict[str, dict[str, object]]) -> list[str]:
     return found
 
 
-def use_steep(folder: Path) -> None:
+def use_steep(model: Path, corpus: Path) -> None:
     """The whole way through the command line: a run file, a plan, and four steps of training."""
     from steep.cli import main
 
-    from tests.tiny import save_tiny, write_corpus
-
-    model, corpus, run_file = save_tiny("llama", folder / "model"), write_corpus(folder / "corpus"), folder / "run.yaml"
+    small = ["--data.max_length", "64", "--training.gradient_accumulation_steps", "1", "--training.max_steps", "4"]
     for command in (
-        ["init", "--model", model, "--data", corpus, "-o", run_file],
-        ["plan", run_file],
-        ["train", run_file, "--training.max_steps", 4],
+        ["init", "--model", str(model), "--data", str(corpus)],
+        ["plan", "run.yaml", *small],
+        ["train", "run.yaml", *small],
     ):
-        sys.argv = ["steep", *map(str, command)]
+        sys.argv = ["steep", *command]
         try:
             main()
         except SystemExit as exit:
@@ -294,7 +292,16 @@ def use_steep(folder: Path) -> None:
 
 
 def compare_before_and_after(folder: Path) -> None:
-    for dotted in WATCHED:  # all of them first: importing one may still complete another
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny import save_tiny, write_corpus
+
+    os.chdir(folder)  # runs are written below the folder that the command is given in
+    model, corpus = save_tiny("llama", folder / "model"), write_corpus(folder / "corpus")
+    # What the libraries do to each other on first use comes before the snapshot: importing one may complete another,
+    # and transformers notes things on its own classes, and on torch's Module, when it loads a model.
+    AutoModelForCausalLM.from_pretrained(model)
+    for dotted in WATCHED:
         resolve_name(dotted)
     before = {dotted: dict(vars(resolve_name(dotted))) for dotted in WATCHED}
     planted = resolve_name("transformers.Trainer")
@@ -306,7 +313,7 @@ def compare_before_and_after(folder: Path) -> None:
         if not module.endswith("__main__"):
             import_module(module.removesuffix(".__init__"))
     assert not (found := changes(before)), found
-    use_steep(folder)
+    use_steep(model, corpus)
     assert not (found := changes(before)), found
 
 

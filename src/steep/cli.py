@@ -27,9 +27,13 @@ RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finishe
 @app.command()
 def init(
     model: Annotated[str, typer.Option(help="Hub name, folder or .gguf file of the base model.", show_default=False)],
-    data: Annotated[list[str], typer.Option(help="Text to learn: file, folder, glob or hub:NAME. Repeatable.", show_default=False)],
+    data: Annotated[
+        list[str], typer.Option(help="Text to learn: file, folder, glob or hub:NAME. Repeatable.", show_default=False)
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The run file to write.")] = Path("run.yaml"),
-    replay: Annotated[list[str] | None, typer.Option(help="General text in the old language, against forgetting.")] = None,
+    replay: Annotated[
+        list[str] | None, typer.Option(help="General text in the old language, against forgetting.")
+    ] = None,
 ) -> None:
     """Write a commented run file with good defaults."""
     from steep.initialise import init_run

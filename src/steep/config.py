@@ -34,7 +34,8 @@ class ModelSection(Section):
         description="What the frozen weights are kept in: nf4 (4 bit, double quantised), int8, bf16, fp16, fp32; auto: nf4.",
     )
     trained_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="What adapters and embeddings are trained in; bf16 halves their memory (rounded stochastically)."
+        "fp32",
+        description="What adapters and embeddings are trained in; bf16 halves their memory (rounded stochastically).",
     )
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="What products run in; auto: bf16 on cards that have it, fp16 on others, fp32 on a CPU."
@@ -56,22 +57,30 @@ class AdapterSection(Section):
         default_factory=lambda: list(LINEAR_LAYERS), description="Linear layers that get an adapter."
     )
     modules_to_save: list[str] = Field(
-        default_factory=lambda: list(EMBEDDINGS), description="Modules trained whole: the two embeddings, or [] for none."
+        default_factory=lambda: list(EMBEDDINGS),
+        description="Modules trained whole: the two embeddings, or [] for none.",
     )
 
 
 class DataSection(Section):
     """What is read, and how it becomes rows."""
 
-    sources: list[Source] = Field(min_length=1, description="Files, folders, globs or hub data sets, each with its role.")
+    sources: list[Source] = Field(
+        min_length=1, description="Files, folders, globs or hub data sets, each with its role."
+    )
     max_length: int = Field(2048, ge=8, description="Tokens in a row, the longest context that is trained.")
     packing: Literal["sequential", "best_fit"] = Field(
         "sequential", description="How documents fill rows; best_fit splits none that fits into a row."
     )
     replay_share: float = Field(
-        0.05, ge=0, lt=1, description="Share of the training tokens that `replay` sources get; 0.25 is advised for a new language."
+        0.05,
+        ge=0,
+        lt=1,
+        description="Share of the training tokens that `replay` sources get; 0.25 is advised for a new language.",
     )
-    holdout: float = Field(0.01, ge=0, lt=1, description="Share of the documents held out for evaluation, by hash of the text.")
+    holdout: float = Field(
+        0.01, ge=0, lt=1, description="Share of the documents held out for evaluation, by hash of the text."
+    )
     keep_duplicates: bool = Field(False, description="Train exact duplicates of a document too.")
     cache_dir: str | None = Field(None, description="Where tokenised text is kept; default: ~/.cache/steep.")
 
@@ -88,7 +97,10 @@ class TrainingSection(BaseModel):
     gradient_accumulation_steps: int = Field(8, gt=0, description="Forwards in one step.")
     learning_rate: float = Field(5e-5, ge=0, allow_inf_nan=False, description="Peak rate of the adapters.")
     embedding_learning_rate: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="Peak rate of embed_tokens and lm_head; default: learning_rate / 10."
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Peak rate of embed_tokens and lm_head; default: learning_rate / 10.",
     )
     lr_scheduler_type: str = Field("cosine", description="cosine, linear, constant, constant_with_warmup, ...")
     warmup_steps: float = Field(0.05, ge=0, description="Steps of linear warm-up; below 1: their share of all steps.")
@@ -103,7 +115,9 @@ class TrainingSection(BaseModel):
     logging_steps: float = Field(1, gt=0, description="Steps between two log lines.")
     save_steps: float = Field(500, gt=0, description="Steps between two checkpoints; the end is always saved.")
     save_total_limit: int | None = Field(2, ge=1, description="Checkpoints that are kept.")
-    eval_steps: float | None = Field(None, gt=0, description="Steps between two evaluations; default: start and end only.")
+    eval_steps: float | None = Field(
+        None, gt=0, description="Steps between two evaluations; default: start and end only."
+    )
     report_to: str | list[str] = Field("none", description="Trackers: tensorboard, wandb, mlflow, ... or none.")
     max_nonfinite_steps: int = Field(3, ge=1, description="Stop after so many NaN or infinite steps in a row.")
 
@@ -116,9 +130,13 @@ class TrainingSection(BaseModel):
 class EvaluationSection(Section):
     """Held-out loss by domain, and sample texts."""
 
-    stride: int | None = Field(None, gt=0, description="New tokens a window of a long document scores; default: half a row.")
+    stride: int | None = Field(
+        None, gt=0, description="New tokens a window of a long document scores; default: half a row."
+    )
     max_tokens: int | None = Field(100_000, gt=0, description="Held-out tokens scored a domain at the most.")
-    prompts: list[str] = Field(default_factory=list, description="Texts completed before and after training (samples.jsonl).")
+    prompts: list[str] = Field(
+        default_factory=list, description="Texts completed before and after training (samples.jsonl)."
+    )
     max_new_tokens: int = Field(64, gt=0, description="Length of each sample.")
 
 
@@ -133,7 +151,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _rates_need_embeddings(self) -> RunConfig:
-        if self.training.embedding_learning_rate is not None and not set(self.adapter.modules_to_save) & set(EMBEDDINGS):
+        if self.training.embedding_learning_rate is not None and not set(self.adapter.modules_to_save) & set(
+            EMBEDDINGS
+        ):
             raise UserError(
                 "training.embedding_learning_rate",
                 "it is set but no embedding is trained (adapter.modules_to_save is empty)",
@@ -160,7 +180,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError("run file", f"{path} does not exist", "Write one with: steep init --model NAME --data FOLDER -o FILE")
+        raise UserError(
+            "run file", f"{path} does not exist", "Write one with: steep init --model NAME --data FOLDER -o FILE"
+        )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:

@@ -62,7 +62,9 @@ def init_run(
 
 
 def _source(place: str, role: str) -> dict[str, str]:
-    return {"hub": place.removeprefix("hub:"), "role": role} if place.startswith("hub:") else {"path": place, "role": role}
+    return (
+        {"hub": place.removeprefix("hub:"), "role": role} if place.startswith("hub:") else {"path": place, "role": role}
+    )
 
 
 def _source_lines(sources: Sequence[dict[str, str]]) -> list[str]:

@@ -168,7 +168,9 @@ def _warnings(plan: Plan) -> list[str]:
             "with role: replay (5 % of the tokens; 25 % is the published advice for a new language)."
         )
     elif config.data.replay_share < 0.25:
-        found.append(f"replay is {config.data.replay_share:.0%} of the tokens; 25 % is the published advice for a new language.")
+        found.append(
+            f"replay is {config.data.replay_share:.0%} of the tokens; 25 % is the published advice for a new language."
+        )
     for source in corpus.statistics["sources"]:
         if source["role"] == "train" and 1 / source["characters_per_token"] > MANY_TOKENS_PER_CHARACTER:
             found.append(

@@ -81,7 +81,9 @@ def train_run(config: RunConfig, *, resume: bool = False, terminal: Terminal | N
     folder.write_json("proof.json", proof)
     folder.write_json("ledger.json", ledger)
     if not ledger["adds_up"]:
-        raise RunError(f"the token ledger does not add up: {'; '.join(ledger['problems'])}. See {folder / 'ledger.json'}")
+        raise RunError(
+            f"the token ledger does not add up: {'; '.join(ledger['problems'])}. See {folder / 'ledger.json'}"
+        )
     with published(folder.final) as staging:
         trainer.save_model(str(staging))
     before, after = _first_and_last(folder)
@@ -92,7 +94,9 @@ def train_run(config: RunConfig, *, resume: bool = False, terminal: Terminal | N
     return {"steps": output.global_step, "loss": output.training_loss, "before": before, "after": after}
 
 
-def evaluate_run(run_dir: str | Path, *, terminal: Terminal | None = None) -> tuple[list[DomainScore], list[DomainScore]]:
+def evaluate_run(
+    run_dir: str | Path, *, terminal: Terminal | None = None
+) -> tuple[list[DomainScore], list[DomainScore]]:
     """Score the held-out text of a finished run with its base model and with the trained one.
 
     Returns:
@@ -254,14 +258,18 @@ def _newest_checkpoint(folder: RunFolder, config: RunConfig) -> Path:
     found = checkpoints(folder.path)
     if not found:
         raise UserError(
-            "--resume", f"{folder.path} holds no checkpoint to go on from", "Start the run without --resume in a new folder."
+            "--resume",
+            f"{folder.path} holds no checkpoint to go on from",
+            "Start the run without --resume in a new folder.",
         )
     before = parse_config(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")))
     for section in ("model", "adapter", "data"):
         old, new = getattr(before, section).model_dump(), getattr(config, section).model_dump()
         changed = [f"{section}.{key}: {old[key]!r} → {new[key]!r}" for key in new if old[key] != new[key]]
         if changed:
-            raise UserError("--resume", f"the run file differs from the run's: {changed[0]}", "Put it back, or start a new run.")
+            raise UserError(
+                "--resume", f"the run file differs from the run's: {changed[0]}", "Put it back, or start a new run."
+            )
     return found[-1]
 
 

@@ -12,7 +12,17 @@ from typing import Any
 
 from steep.errors import UserError
 
-_PACKAGES = ("steep", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors")
+_PACKAGES = (
+    "steep",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
 
 
 class RunFolder:
@@ -38,12 +48,16 @@ class RunFolder:
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             what = "holds another run" if (self / "run.yaml").exists() else "is not empty"
             raise UserError(
-                field, f"{self.path} {what}", "Give another folder, go on with that run (--resume), or delete it yourself."
+                field,
+                f"{self.path} {what}",
+                "Give another folder, go on with that run (--resume), or delete it yourself.",
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(field, f"{self.path} cannot be made: {error.strerror}", "Give a folder you may write.") from error
+            raise UserError(
+                field, f"{self.path} cannot be made: {error.strerror}", "Give a folder you may write."
+            ) from error
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a file by one rename."""
@@ -81,7 +95,9 @@ def environment() -> dict[str, Any]:
     """`environment.json`: what the run ran on. Versions and hardware, no variables of the environment."""
     import torch
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -24,7 +24,13 @@ def human_bytes(count: float) -> str:
     """1536 → ``1.5 KiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}" if unit == "GiB" else f"{count:.1f} {unit}"
+            return (
+                f"{count:.0f} {unit}"
+                if unit == "B"
+                else f"{count:.2f} {unit}"
+                if unit == "GiB"
+                else f"{count:.1f} {unit}"
+            )
         count /= 1024
     raise AssertionError
 
@@ -97,7 +103,9 @@ class Terminal:
                     f"smoothed {smoothed:.4f}" if smoothed is not None else "",
                     f"{row['tokens_per_second']:,.0f} tokens/s",
                     f"lr {row['learning_rate']:.2e}" if row["learning_rate"] is not None else "",
-                    f"embeddings {row['embedding_learning_rate']:.2e}" if row["embedding_learning_rate"] is not None else "",
+                    f"embeddings {row['embedding_learning_rate']:.2e}"
+                    if row["embedding_learning_rate"] is not None
+                    else "",
                     f"peak {human_bytes(row['peak_memory_bytes'])}",
                 ]
                 text = " · ".join(part for part in parts if part)

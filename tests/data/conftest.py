@@ -35,6 +35,11 @@ def make_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
+@pytest.fixture(scope="session", name="make_tokenizer")
+def make_tokenizer_fixture() -> Callable[..., PreTrainedTokenizerFast]:
+    return make_tokenizer
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
@@ -54,3 +59,9 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def no_eos_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte is a token, and nothing around it: a text of one character has one token."""
+    return make_tokenizer(merges=False, bos=False, eos=False)

@@ -21,7 +21,16 @@ from steep.data.sources import Source, read_documents
 from steep.errors import UserError
 
 PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
-AWKWARD = ["plain", "two\nlines\r\nthree", 'quo"ted, comma', "한국어 \U0001f600", "nul\0inside", " ", "\u2028\x85\x1c", "\ufeffbom"]
+AWKWARD = [
+    "plain",
+    "two\nlines\r\nthree",
+    'quo"ted, comma',
+    "한국어 \U0001f600",
+    "nul\0inside",
+    " ",
+    "\u2028\x85\x1c",
+    "\ufeffbom",
+]
 
 
 def read(path: Path, **fields: str) -> list[str]:
@@ -37,7 +46,10 @@ def failure(path: Path, **fields: str) -> UserError:
 @pytest.mark.parametrize("packed", PACK)
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 def test_the_same_documents_from_every_format(tmp_path: Path, packed: str, bom: bytes):
-    jsonl = "".join(json.dumps({"id": 1, "text": text}, ensure_ascii=number % 2 == 0) + "\n\n" for number, text in enumerate(AWKWARD))
+    jsonl = "".join(
+        json.dumps({"id": 1, "text": text}, ensure_ascii=number % 2 == 0) + "\n\n"
+        for number, text in enumerate(AWKWARD)
+    )
     table = io.StringIO(newline="")
     csv.writer(table).writerows([["text", "id"], *([text, "1"] for text in AWKWARD)])
     for suffix, content in (("jsonl", jsonl), ("csv", table.getvalue())):
@@ -50,7 +62,9 @@ def test_the_same_documents_from_every_format(tmp_path: Path, packed: str, bom: 
         assert read(path) == [text]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_parquet(tmp_path: Path, kind: pa.DataType):
     texts = AWKWARD * 200  # several row groups, several batches
     column = pa.array(texts).cast(kind) if not pa.types.is_dictionary(kind) else pa.array(texts).dictionary_encode()
@@ -62,14 +76,18 @@ def test_parquet(tmp_path: Path, kind: pa.DataType):
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=8))
 def test_json_lines_survive_any_text(tmp_path: Path, texts: list[str]):
     path = tmp_path / "x.jsonl"
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8", newline="")
+    path.write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8", newline=""
+    )
     assert read(path) == texts
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".csv.gz"])
 def test_reading_is_streamed(tmp_path: Path, suffix: str):
     row = '{"text": "' + "x" * 10_000 + '"}\n' if "json" in suffix else "x" * 10_000 + "\n"
-    (tmp_path / f"x{suffix}").write_bytes(gzip.compress((("" if "json" in suffix else "text\n") + row * 2_000).encode()))
+    (tmp_path / f"x{suffix}").write_bytes(
+        gzip.compress((("" if "json" in suffix else "text\n") + row * 2_000).encode())
+    )
     tracemalloc.start()
     count = sum(1 for _ in read_documents(Source(path=str(tmp_path / f"x{suffix}")), "s"))
     peak = tracemalloc.get_traced_memory()[1]
@@ -79,7 +97,10 @@ def test_reading_is_streamed(tmp_path: Path, suffix: str):
 
 
 @pytest.mark.parametrize("packed", PACK)
-@pytest.mark.parametrize(("suffix", "before"), [(".jsonl", b'{"text": "a"}\n{"text": "'), (".csv", b'text\n"'), (".txt", b"abc"), (".md", b"\xef\xbb\xbfabc")])
+@pytest.mark.parametrize(
+    ("suffix", "before"),
+    [(".jsonl", b'{"text": "a"}\n{"text": "'), (".csv", b'text\n"'), (".txt", b"abc"), (".md", b"\xef\xbb\xbfabc")],
+)
 def test_not_utf8_names_the_byte(tmp_path: Path, packed: str, suffix: str, before: bytes):
     path = tmp_path / f"x{suffix}{packed}"
     path.write_bytes(PACK[packed](before + "조문".encode() + "조문".encode("cp949") + b'"}\n'))
@@ -163,7 +184,9 @@ def test_broken_parquet(tmp_path: Path):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"text": ["a", None], "n": [1, 2], "raw": pa.array([b"ok", b"a\xff"], pa.binary())}), path)
     assert f"{path}, row 2: 'text' is null" in failure(path).problem
-    assert f"{path}: no field 'body'; the fields there are 'text', 'n', 'raw'" in failure(path, text_field="body").problem
+    assert (
+        f"{path}: no field 'body'; the fields there are 'text', 'n', 'raw'" in failure(path, text_field="body").problem
+    )
     assert f"{path}: 'n' is int64 and not a string" in failure(path, text_field="n").problem
     path.write_bytes(path.read_bytes()[:-20])
     assert f"{path} is truncated or not a parquet file" in failure(path).problem

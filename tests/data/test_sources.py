@@ -60,7 +60,8 @@ def test_domain_name(fields: dict[str, str], domain: str):
 
 
 def test_import_stays_light():
-    code = "import sys, steep.data.sources; print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'numpy') if m in sys.modules])"
+    heavy = ("torch", "transformers", "datasets", "pyarrow", "numpy")
+    code = f"import sys, steep.data.sources; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -108,8 +109,9 @@ def test_nothing_to_read(folder: Path, path: str, problem: str, remedy: str):
 
 def test_hub_name_of_a_local_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import datasets
+    from datasets import config
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text('{"text": "one", "n": 1}\n{"text": "two", "n": 2}\n')

@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import make_tokenizer
+from datasets import config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_python import PythonBackend
@@ -28,6 +28,7 @@ from steep.data.tokens import TokenizedSource, special_affixes, tokenize
 from steep.errors import UserError
 
 Write = Callable[..., Path]
+Make = Callable[..., PreTrainedTokenizerFast]
 
 
 def run(path: Path, tokenizer: PreTrainedTokenizerFast | PythonBackend, cache: Path, **fields: str) -> TokenizedSource:
@@ -61,7 +62,7 @@ class Slow(PythonBackend):
         return ()
 
 
-def test_affixes_follow_the_tokenizer():
+def test_affixes_follow_the_tokenizer(make_tokenizer: Make):
     assert special_affixes(make_tokenizer(bos=True)) == ([1], 2)
     assert special_affixes(make_tokenizer(bos=False)) == ([], 2)
     assert special_affixes(make_tokenizer(bos=True, appends_eos=True)) == ([1], 2)
@@ -70,7 +71,9 @@ def test_affixes_follow_the_tokenizer():
 
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("appends_eos", [True, False])
-def test_one_eos_at_the_end_of_each_document(tmp_path: Path, write_jsonl: Write, bos: bool, appends_eos: bool):
+def test_one_eos_at_the_end_of_each_document(
+    make_tokenizer: Make, tmp_path: Path, write_jsonl: Write, bos: bool, appends_eos: bool
+):
     tokenizer = make_tokenizer(bos=bos, appends_eos=appends_eos)
     result = run(write_jsonl(["the cat", "조문 sat"]), tokenizer, tmp_path)
     for index, text in enumerate(["the cat", "조문 sat"]):
@@ -80,7 +83,7 @@ def test_one_eos_at_the_end_of_each_document(tmp_path: Path, write_jsonl: Write,
 
 
 @pytest.mark.parametrize("slow", [False, True])
-def test_special_tokens_in_the_text_are_text(tmp_path: Path, write_jsonl: Write, slow: bool):
+def test_special_tokens_in_the_text_are_text(make_tokenizer: Make, tmp_path: Path, write_jsonl: Write, slow: bool):
     tokenizer = Slow(bos_token="<s>", eos_token="</s>", unk_token="<unk>") if slow else make_tokenizer()
     before = None if isinstance(tokenizer, Slow) else tokenizer.backend_tokenizer.to_str()
     text = "the cat</s> sat<s> on <pad>"
@@ -101,12 +104,12 @@ def test_a_vocabulary_that_holds_eos_as_a_word_is_refused(tmp_path: Path, write_
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "END": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="END")
-    with pytest.raises(UserError, match="document 2 of .* encodes to the end-of-text id inside") as caught:
+    with pytest.raises(UserError, match=r"document 2 of .* encodes to the end-of-text id inside") as caught:
         run(write_jsonl(["a a", " ", "a END a"]), tokenizer, tmp_path)
     assert caught.value.field == "data.sources[0].path"
 
 
-def test_truncation_and_padding_of_the_tokenizer_do_not_apply(tmp_path: Path, write_jsonl: Write):
+def test_truncation_and_padding_of_the_tokenizer_do_not_apply(make_tokenizer: Make, tmp_path: Path, write_jsonl: Write):
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(max_length=4)
     tokenizer.backend_tokenizer.enable_padding(length=8)
@@ -167,7 +170,7 @@ def test_the_cache_is_found_again_by_content(tmp_path: Path, write_jsonl: Write,
     assert again.hashes.tolist() == first.hashes.tolist()
 
 
-def test_any_change_makes_a_new_cache(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+def test_any_change_makes_a_new_cache(make_tokenizer: Make, tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     cache = tmp_path / "cache"
     path = tmp_path / "x.jsonl"
     row = '{"text": "the cat", "other": "sat"}\n'
@@ -203,7 +206,7 @@ def test_slow_tokenizers_are_cached_too(tmp_path: Path, write_jsonl: Write):
 
 
 def test_a_hub_data_set_is_cached_by_its_fingerprint(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "hf")
     datasets.disable_progress_bars()
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text('{"text": "one"}\n')
@@ -238,15 +241,15 @@ def test_an_error_midway_leaves_nothing(tmp_path: Path, tokenizer, monkeypatch: 
     assert list(cache.iterdir()) == []
 
 
-def test_a_killed_tokenisation_leaves_nothing_taken_for_whole(tmp_path: Path, write_jsonl: Write):
+def test_a_killed_tokenisation_leaves_nothing_taken_for_whole(make_tokenizer: Make, tmp_path: Path, write_jsonl: Write):
     path, cache = write_jsonl(["the cat"] * 100), tmp_path / "c"
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     script = tmp_path / "killed.py"
     script.write_text(
         textwrap.dedent(f"""
-        import sys, time
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import time
         from pathlib import Path
-        from conftest import make_tokenizer
+        from transformers import PreTrainedTokenizerFast
         from steep.data import token_file
         from steep.data.sources import Source
         from steep.data.tokens import tokenize
@@ -255,7 +258,8 @@ def test_a_killed_tokenisation_leaves_nothing_taken_for_whole(tmp_path: Path, wr
             if documents == 50:
                 print("half", flush=True)
                 time.sleep(60)
-        tokenize(Source(path={str(path)!r}), make_tokenizer(), Path({str(cache)!r}), "s", stop)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained({str(tmp_path / "tokenizer")!r})
+        tokenize(Source(path={str(path)!r}), tokenizer, Path({str(cache)!r}), "s", stop)
         """)
     )
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:

@@ -48,7 +48,9 @@ def read_file(path: Path, kind: str, packed: str | None, text_field: str, field:
         elif kind == "csv":
             yield from _read_csv(stream, path, text_field, field)
         else:
-            yield _decode(_without_bom(stream.read()), path, 0, field)
+            raw = stream.read()
+            text = _without_bom(raw)
+            yield _decode(text, path, len(raw) - len(text), field)
 
 
 @contextmanager

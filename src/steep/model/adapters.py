@@ -154,7 +154,9 @@ def load_adapter_weights(model: PeftModel, folder: Path, field: str) -> None:
     """
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        raise UserError(field, f"{folder} holds no adapter (adapter_model.safetensors)", "Give a folder that a run wrote.")
+        raise UserError(
+            field, f"{folder} holds no adapter (adapter_model.safetensors)", "Give a folder that a run wrote."
+        )
     remedy = "Use the model and adapter settings that it was written with."
     try:
         result = set_peft_model_state_dict(model, load_file(file))

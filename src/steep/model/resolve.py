@@ -57,7 +57,9 @@ def resolve(
     elif not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")):
         raise UserError(field, f"there is no folder {name}", "Give an existing model folder or a name on the hub.")
     elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        what = "holds an adapter, not a model" if (Path(name) / "adapter_config.json").is_file() else "has no config.json"
+        what = (
+            "holds an adapter, not a model" if (Path(name) / "adapter_config.json").is_file() else "has no config.json"
+        )
         raise UserError(field, f"the folder {name} {what}", "Give a folder that save_pretrained wrote, or a hub name.")
     config = _read(AutoConfig, name, arguments, field)
     _check_causal(config, name, field)
@@ -117,7 +119,8 @@ def _check_causal(config: PretrainedConfig, name: str, field: str) -> None:
     elif architectures and not any(a in causal or a.endswith("ForCausalLM") for a in architectures):
         kind = f"not a causal language model ({architectures[0]})"
     elif not architectures and (
-        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     ):
         kind = f"not known to be a causal language model (model_type {config.model_type})"
     else:

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """The published checkpoints of a run, oldest step first."""
-    found = [path for path in run_dir.glob("checkpoint-*") if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [
+        path for path in run_dir.glob("checkpoint-*") if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 

@@ -68,7 +68,9 @@ class ExactCheckpoints(transformers.Trainer):
         if checkpoint is True:
             found = checkpoints(Path(self.args.output_dir))
             checkpoint = str(found[-1]) if found else None
-        self.resumed_state = load_state(Path(checkpoint), "observations") if isinstance(checkpoint, str | Path) else None
+        self.resumed_state = (
+            load_state(Path(checkpoint), "observations") if isinstance(checkpoint, str | Path) else None
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.accelerator.unwrap_model(self.model if model is None else model)

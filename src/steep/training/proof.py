@@ -67,7 +67,9 @@ def frozen_checksums(model: nn.Module) -> dict[str, str]:
     frozen |= dict(model.named_buffers())
     for name, tensor in list(frozen.items()):
         quant_state = getattr(tensor, "quant_state", None)
-        if quant_state is not None:  # bitsandbytes keeps a weight's scales beside its codes, outside parameters and buffers
+        if (
+            quant_state is not None
+        ):  # bitsandbytes keeps a weight's scales beside its codes, outside parameters and buffers
             frozen |= {f"{name}.{key}": part for key, part in quant_state.as_dict(packed=True).items()}
     return {name: checksum(tensor) for name, tensor in frozen.items()}
 

@@ -205,7 +205,9 @@ class Trainer(ExactCheckpoints):
         if rows and self.corpus is not None:
             self.times_trained[torch.cat(rows)] += 1
         assert self.proof is not None and self._gradients is not None
-        self.proof.observe(dict(zip(self._gradients.names, self._gradients.norms.tolist(), strict=True)), self.optimizer)
+        self.proof.observe(
+            dict(zip(self._gradients.names, self._gradients.norms.tolist(), strict=True)), self.optimizer
+        )
         if not self._judged and self.proof.ready:
             self.proof.judge()
             self._judged = True

@@ -1,0 +1,250 @@
+"""Rows, from text files to tensors: what a trainer sees, checked against the documents."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steep.data.packing import IGNORE, Corpus, pack
+from steep.data.sources import Source
+from steep.errors import UserError
+
+MAX_LENGTH = 16
+
+
+def write_sources(folder: Path, drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    sources = []
+    for index, source in enumerate(drawn):
+        path = folder / f"{index}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in source["texts"]))
+        sources.append({"path": str(path)} | {name: value for name, value in source.items() if name != "texts"})
+    return sources
+
+
+@st.composite
+def corpora(draw: st.DrawFn) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Sources with documents of 1 to 3 rows, and options for `pack`."""
+    weighted = draw(st.booleans())
+    sources = []
+    for index, role in enumerate(
+        ["train", *draw(st.lists(st.sampled_from(["train", "replay", "heldout"]), max_size=3))]
+    ):
+        lengths = draw(st.lists(st.integers(0, 3 * MAX_LENGTH), min_size=1, max_size=12))
+        # Texts that differ, but for a few that repeat one of the first source's.
+        texts = [
+            f"{'d' if draw(st.integers(0, 5)) == 0 else index}{n}" + "x" * length for n, length in enumerate(lengths)
+        ]
+        sources.append({"texts": texts, "role": role, "repeat": draw(st.booleans())})
+        if weighted:
+            sources[-1]["weight"] = draw(st.floats(0.2, 5))
+    options = {
+        "max_length": MAX_LENGTH,
+        "strategy": draw(st.sampled_from(["sequential", "best_fit"])),
+        "replay_share": draw(st.sampled_from([0.0, 0.1, 0.5])),
+        "holdout": draw(st.sampled_from([0.0, 0.2])),
+        "keep_duplicates": draw(st.booleans()),
+        "seed": draw(st.integers(0, 3)),
+    }
+    return sources, options
+
+
+def pack_drawn(drawn: list[dict[str, Any]], options: dict[str, Any], tokenizer: Any, folder: Path) -> Corpus | None:
+    try:
+        return pack(write_sources(folder, drawn), tokenizer, cache_dir=folder, **options)
+    except UserError as error:
+        assert "left to train on" in error.problem
+        return None
+
+
+def split_row(row: dict[str, torch.Tensor]) -> list[dict[str, list[int]]]:
+    """The pieces of a row, cut where positions start at 0."""
+    starts = (row["position_ids"] == 0).nonzero().flatten().tolist()
+    ends = [*starts[1:], len(row["position_ids"])]
+    return [
+        {name: row[name][a:b].tolist() for name in ("input_ids", "labels", "position_ids")}
+        for a, b in zip(starts, ends, strict=True)
+    ]
+
+
+@settings(max_examples=80, deadline=None)
+@given(corpora())
+def test_documents_are_rebuilt_from_the_rows(byte_tokenizer, no_eos_tokenizer, drawn):
+    sources, options = drawn
+    tokenizer = no_eos_tokenizer if options["seed"] == 3 else byte_tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = pack_drawn(sources, options, tokenizer, Path(folder))
+        if corpus is None:
+            return
+        rows = corpus.train
+        expected: Counter[tuple[int, ...]] = Counter()
+        for source, planned in zip(corpus.sources, corpus.mixture.planned, strict=True):
+            for document, times in enumerate(planned.tolist()):
+                if times:
+                    expected[tuple(source.tokens(document).tolist())] += times
+        # Pieces by the document that the index names; each time an epoch has it, its pieces follow from 0 to its end.
+        found: Counter[tuple[int, ...]] = Counter()
+        open_documents: dict[tuple[int, int], list[tuple[int, list[int]]]] = {}
+        num_targets = padding = 0
+        for index, row in enumerate(rows[i] for i in range(len(rows))):
+            assert row["row"].item() == index
+            assert all(row[name].dtype == torch.int64 for name in row)
+            assert all(row[name].shape == (MAX_LENGTH,) for name in ("input_ids", "labels", "position_ids"))
+            pieces = split_row(row)
+            first, last = int(rows.row_first[index]), int(rows.row_first[index + 1])
+            assert len(pieces) - (last - first) in (0, 1)
+            for piece in pieces[last - first :]:
+                assert piece["labels"] == [IGNORE] * len(piece["labels"])
+                assert set(piece["input_ids"]) == {tokenizer.pad_token_id}
+                padding += len(piece["labels"])
+            for number, piece in zip(range(first, last), pieces, strict=False):
+                assert piece["position_ids"] == list(range(len(piece["input_ids"])))
+                assert piece["labels"] == [IGNORE, *piece["input_ids"][1:]]
+                num_targets += len(piece["labels"]) - 1
+                name = (int(rows.source[number]), int(rows.document[number]))
+                open_documents.setdefault(name, []).append((int(rows.start[number]), piece["input_ids"]))
+        for (source, document), parts in open_documents.items():
+            whole = corpus.sources[source].tokens(document).tolist()
+            covered = np.zeros(len(whole), int)
+            for start, ids in parts:
+                assert whole[start : start + len(ids)] == ids
+                covered[start + (start > 0) : start + len(ids)] += 1
+            assert len(set(covered)) == 1  # every token of it equally often: once for each time in the epoch
+            found[tuple(whole)] += int(covered[0])
+        assert found == expected
+        assert num_targets == corpus.statistics["targets"] == sum((len(ids) - 1) * n for ids, n in expected.items())
+        assert padding == corpus.statistics["padding"]
+        if options["strategy"] == "sequential":
+            assert padding <= len(rows) + MAX_LENGTH
+
+        trained = set(expected)
+        held = {tuple(document.tokens.tolist()) for documents in corpus.heldout.values() for document in documents}
+        assert not trained & held
+
+
+@settings(max_examples=15, deadline=None)
+@given(corpora())
+def test_the_same_seed_gives_the_same_rows(byte_tokenizer, drawn):
+    sources, options = drawn
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        first = pack_drawn(sources, options, byte_tokenizer, Path(one))
+        second = pack_drawn(
+            [dict(reversed(source.items())) for source in sources], options, byte_tokenizer, Path(other)
+        )
+        assert (first is None) == (second is None)
+        if first is None or second is None:
+            return
+        assert len(first.train) == len(second.train)
+        for index in range(len(first.train)):
+            assert all(torch.equal(first.train[index][name], second.train[index][name]) for name in first.train[index])
+
+
+def test_a_row_by_hand(tmp_path: Path, byte_tokenizer):
+    (tmp_path / "x.txt").write_text("abcdefghij")  # 12 tokens
+    row = pack(tmp_path / "x.txt", byte_tokenizer, max_length=8, cache_dir=tmp_path / "c", holdout=0)
+    a, j = byte_tokenizer.convert_tokens_to_ids(["a", "j"])
+    letters = list(range(a, j + 1))
+    assert len(row.train) == 2
+    assert row.train[0]["input_ids"].tolist() == [1, *letters[:7]]
+    assert row.train[0]["labels"].tolist() == [IGNORE, *letters[:7]]
+    assert row.train[0]["position_ids"].tolist() == [*range(8)]
+    # g is seen again to predict h; </s> is 2; three places of padding follow.
+    assert row.train[1]["input_ids"].tolist() == [*letters[6:], 2, 0, 0, 0]
+    assert row.train[1]["labels"].tolist() == [IGNORE, *letters[7:], 2, IGNORE, IGNORE, IGNORE]
+    assert row.train[1]["position_ids"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("names", "pad"),
+    [({"pad_token": "<pad>"}, 0), ({"pad_token": None}, 2), ({"pad_token": None, "eos_token": None}, 0)],
+)
+def test_padding_token(tmp_path: Path, byte_tokenizer, names: dict[str, str | None], pad: int):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    for name, token in names.items():
+        setattr(tokenizer, name, token)
+    (tmp_path / "x.txt").write_text("a")
+    corpus = pack(tmp_path / "x.txt", tokenizer, max_length=8, cache_dir=tmp_path / "c", holdout=0)
+    assert corpus.train[0]["input_ids"][-1] == pad
+
+
+def test_sources_in_every_form(tmp_path: Path, byte_tokenizer):
+    (tmp_path / "x.txt").write_text("abc")
+    (tmp_path / "y.txt").write_text("defg")
+    one, two = tmp_path / "x.txt", str(tmp_path / "y.txt")
+    options: dict[str, Any] = {"cache_dir": tmp_path / "c", "holdout": 0, "max_length": 8}
+    for form in (one, str(one), Source(path=str(one)), {"path": str(one)}):
+        assert pack(form, byte_tokenizer, **options).statistics["targets"] == 4
+    for form in ([one, two], (Source(path=str(one)), {"path": two})):
+        assert pack(form, byte_tokenizer, **options).statistics["targets"] == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "problem"),
+    [
+        ({"max_length": 7}, "data.max_length", "7 is less than 8"),
+        ({"replay_share": 1.0}, "data.replay_share", "1.0 is not a share"),
+        ({"replay_share": -0.1}, "data.replay_share", "-0.1 is not a share"),
+        ({"holdout": float("nan")}, "data.holdout", "nan is not a share"),
+        ({"strategy": "random"}, "data.strategy", "'random' is unknown"),
+        ({"seed": -1}, "seed", "-1 is negative"),
+        ({"sources": []}, "data.sources", "there is no source"),
+        ({"sources": [{"path": "x", "weight": -1}]}, "data.sources[0].weight", "greater than 0"),
+        ({"sources": ["x", {}]}, "data.sources[1]", "exactly one of path and hub"),
+        ({"sources": "nowhere.txt"}, "data.sources[0].path", "nowhere.txt does not exist"),
+    ],
+)
+def test_settings_out_of_range(tmp_path: Path, byte_tokenizer, options: dict[str, Any], field: str, problem: str):
+    sources = options.pop("sources", "x")
+    with pytest.raises(UserError) as caught:
+        pack(sources, byte_tokenizer, cache_dir=tmp_path, **options)
+    assert caught.value.field == field
+    assert problem in caught.value.problem
+
+
+def test_cache_dir_and_progress(tmp_path: Path, byte_tokenizer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("STEEP_CACHE", str(tmp_path / "env"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    seen: list[tuple[int, int]] = []
+    for name, text in (("x", "abc"), ("y", "defg")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    sources = [tmp_path / "x.txt", tmp_path / "y.txt"]
+    pack(sources, byte_tokenizer, progress=lambda documents, size: seen.append((documents, size)))
+    assert seen == [(1, 3), (2, 7)]
+    assert len(list((tmp_path / "env").glob("*.arrow"))) == 2
+    monkeypatch.delenv("STEEP_CACHE")
+    pack(sources[0], byte_tokenizer)
+    assert len(list((tmp_path / "home/.cache/steep/tokens").glob("*.arrow"))) == 1
+
+
+def test_statistics(tmp_path: Path, byte_tokenizer):
+    sources = write_sources(
+        tmp_path, [{"texts": ["abcd", "", "abcd", "efghij"]}, {"texts": ["held"], "role": "heldout"}]
+    )
+    figures = pack(sources, byte_tokenizer, cache_dir=tmp_path, max_length=8, holdout=0).statistics
+    assert figures["heldout_documents"] == {"1": 1}
+    first = figures["sources"][0]
+    assert first["domain"] == "0"
+    assert (first["documents"], first["tokens"], first["characters"], first["bytes"]) == (3, 20, 14, 14)
+    assert first["characters_per_token"] == first["bytes_per_token"] == 1
+    assert first["duplicates"] == {"documents": 1, "tokens": 6}
+    assert first["planned"] == {"documents": 2, "tokens": 14}
+    assert figures["targets"] == 12
+
+
+def test_rows_reach_worker_processes(tmp_path: Path, byte_tokenizer):
+    (tmp_path / "x.txt").write_text("abc" * 50)
+    rows = pack(tmp_path / "x.txt", byte_tokenizer, cache_dir=tmp_path / "c", holdout=0, max_length=8).train
+    copied = pickle.loads(pickle.dumps(rows))
+    assert all(torch.equal(copied[3][name], rows[3][name]) for name in rows[3])
+    with pytest.raises(IndexError):
+        rows[len(rows)]
