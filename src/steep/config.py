@@ -1,4 +1,5 @@
-"""The run file: a typed schema, read from YAML, any field overridden on the command line as ``--section.field value``."""
+"""The run file: a typed schema, read from YAML, any field overridden on the command line as ``--section.field
+value``."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="Commit, tag or branch on the hub.")
     base: Base = Field(
         "auto",
-        description="What the frozen weights are kept in: nf4 (4 bit, double quantised), int8, bf16, fp16, fp32; auto: nf4.",
+        description="What the frozen weights are kept in: nf4 (4 bit, double quantised), int8, bf16, fp16, fp32; "
+        "auto: nf4.",
     )
     trained_dtype: Literal["fp32", "bf16"] = Field(
         "fp32",
@@ -144,10 +146,10 @@ class RunConfig(Section):
     """A whole run file."""
 
     model: ModelSection
-    adapter: AdapterSection = Field(default_factory=AdapterSection)
+    adapter: AdapterSection = Field(default_factory=lambda: AdapterSection.model_validate({}))
     data: DataSection
     training: TrainingSection
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection.model_validate({}))
 
     @model_validator(mode="after")
     def _rates_need_embeddings(self) -> RunConfig:
@@ -173,7 +175,8 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file and apply command-line overrides (``--training.learning_rate 3e-5`` or ``--section.field=value``).
+    """Read a run file and apply command-line overrides (``--training.learning_rate 3e-5`` or
+    ``--section.field=value``).
 
     Raises:
         UserError: with the field and the remedy, for everything that is wrong in the file or the overrides.

@@ -153,18 +153,21 @@ def _warnings(plan: Plan) -> list[str]:
     found = []
     if looks_like_chat(plan.resolved, plan.tokenizer):
         found.append(
-            f"{config.model.name} looks like an instruct model: continued pretraining on plain text damages its chat ability. "
+            f"{config.model.name} looks like an instruct model: continued pretraining on plain text damages its "
+            f"chat ability. "
             "Use the base model of the same name."
         )
     tokens = corpus.statistics["targets"]
     if plan.shape.lora < tokens * PARAMETERS_PER_TOKEN:
         found.append(
-            f"the adapters have {plan.shape.lora:,} parameters for {tokens:,} tokens, fewer than {PARAMETERS_PER_TOKEN} a token: "
+            f"the adapters have {plan.shape.lora:,} parameters for {tokens:,} tokens, fewer than "
+            f"{PARAMETERS_PER_TOKEN} a token: "
             "they may not hold what the text teaches. Raise adapter.r."
         )
     if not any(source.role == "replay" for source in config.data.sources):
         found.append(
-            "no source has the role replay: the model will forget some of what it knows. Add general text in its old language "
+            "no source has the role replay: the model will forget some of what it knows. Add general text in its "
+            "old language "
             "with role: replay (5 % of the tokens; 25 % is the published advice for a new language)."
         )
     elif config.data.replay_share < 0.25:
@@ -174,7 +177,8 @@ def _warnings(plan: Plan) -> list[str]:
     for source in corpus.statistics["sources"]:
         if source["role"] == "train" and 1 / source["characters_per_token"] > MANY_TOKENS_PER_CHARACTER:
             found.append(
-                f"the tokenizer spends {1 / source['characters_per_token']:.2f} tokens a character on {source['domain']}: rows hold "
+                f"the tokenizer spends {1 / source['characters_per_token']:.2f} tokens a character on "
+                f"{source['domain']}: rows hold "
                 "little text. A model with a vocabulary for this language learns it faster."
             )
     rate, ratio = config.training.learning_rate, config.training.learning_rate / max(embedding_rate(config), 1e-30)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from steep.evaluation.compare import evaluate_base_and_trained
 from steep.evaluation.score import DomainScore
 from steep.generation import generate_side_by_side, sample
 from steep.model.adapters import add_adapters, load_adapter_weights
-from steep.model.load import load
+from steep.model.load import DTYPES, load, resolve_compute_dtype
 from steep.plan import Plan, embedding_rate, plan_run, uses_checkpointing
 from steep.run_folder import RunFolder, environment
 from steep.storage import published
@@ -26,8 +24,6 @@ from steep.terminal import Terminal, plan_tables
 from steep.training.arguments import TrainingArguments
 from steep.training.checkpoint import checkpoints
 from steep.training.trainer import Trainer
-
-logger = logging.getLogger("steep")
 
 
 def train_run(config: RunConfig, *, resume: bool = False, terminal: Terminal | None = None) -> dict[str, Any]:
@@ -74,7 +70,8 @@ def train_run(config: RunConfig, *, resume: bool = False, terminal: Terminal | N
     with terminal.training(plan.steps, done) as show:
         trainer.add_callback(_Recorder(trainer, folder, plan, show))
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if folder.read_lines("evaluation.jsonl")[-1]["step"] != trainer.state.global_step:
+    measured = folder.read_lines("evaluation.jsonl")
+    if not measured or measured[-1]["step"] != trainer.state.global_step:
         _measure(trainer, folder, config, tokenizer)
     assert trainer.proof is not None
     proof, ledger = trainer.proof.report(), plan.corpus.ledger(trainer.times_trained.numpy())
@@ -161,8 +158,6 @@ def mixed_precision(config: RunConfig) -> torch.dtype | None:
 
     Trained tensors in fp32 over products in 16 bit need it; a run wholly in bf16, or wholly in fp32, does not.
     """
-    from steep.model.load import DTYPES, resolve_compute_dtype
-
     compute = resolve_compute_dtype(config.model.compute_dtype)
     uniform = config.model.trained_dtype == compute and config.model.base in ("auto", "nf4", "int8", compute)
     return None if uniform or compute == "fp32" else DTYPES[compute]
@@ -173,7 +168,7 @@ def training_arguments(config: RunConfig, folder: RunFolder) -> TrainingArgument
     training, precision = config.training, mixed_precision(config)
     given = training.model_dump(exclude={"gradient_checkpointing", *training.further})
     evaluates = training.eval_steps is not None
-    names = {field for field in TrainingArguments.__dataclass_fields__}
+    names = TrainingArguments.__dataclass_fields__
     # transformers 5.23 renames gradient to activation checkpointing; 5.17 knows only the old name.
     prefix = "activation" if "activation_checkpointing" in names else "gradient"
     settings = {
@@ -245,13 +240,10 @@ def _record_scores(folder: RunFolder, scores: list[DomainScore], roles: Any) -> 
 
 def _first_and_last(folder: RunFolder) -> tuple[list[DomainScore], list[DomainScore]]:
     rows = folder.read_lines("evaluation.jsonl")
-    fields = list(DomainScore.__dataclass_fields__)
-
-    def at(step: int) -> list[DomainScore]:
-        chosen = [row for row in rows if row["step"] == step]
-        return [DomainScore(**{key: math.nan if row[key] is None else row[key] for key in fields}) for row in chosen]
-
-    return (at(rows[0]["step"]), at(rows[-1]["step"])) if rows else ([], [])
+    if not rows:
+        return [], []
+    first, last = ([DomainScore.from_dict(row) for row in rows if row["step"] == rows[end]["step"]] for end in (0, -1))
+    return first, last
 
 
 def _newest_checkpoint(folder: RunFolder, config: RunConfig) -> Path:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -47,14 +47,18 @@ class Terminal:
         self.err = Console(stderr=True, quiet=quiet, soft_wrap=True)
         self._progress: Progress | None = None
 
-    def log_to_stderr(self) -> None:
-        """Send steep's own log lines here."""
+    def attach(self) -> None:
+        """Send steep's log lines here, and keep the libraries' bars and notes out of the way. For the command line."""
         logger = logging.getLogger("steep")
         logger.setLevel(logging.INFO)
         logger.propagate = False
-        logger.handlers = [RichHandler(console=self.err, show_time=False, show_path=False, markup=False)] if (
-            self.err.is_terminal
-        ) else [logging.StreamHandler()]  # fmt: skip
+        logger.handlers = [_Lines(self)]
+        # Said on every machine without a package that is not needed, or at every call by PEFT to transformers.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
     def say(self, text: str) -> None:
         """A note on what happens now."""
@@ -132,6 +136,18 @@ class Terminal:
                 bar.update(task, description=escape(text), completed=completed)
 
             yield update
+
+
+class _Lines(logging.Handler):
+    """steep's log lines as notes and warnings of a terminal."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        show = self._terminal.warn if record.levelno >= logging.WARNING else self._terminal.say
+        show(record.getMessage())
 
 
 def plan_tables(plan: Mapping[str, Any]) -> list[Table]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Self
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,9 @@ class DomainScore:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in asdict(self).items()
         }
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """What `as_dict` gave, read back; further keys are passed over and None is NaN again."""
+        values: dict[str, Any] = {field.name: row[field.name] for field in fields(cls)}
+        return cls(**{name: math.nan if value is None else value for name, value in values.items()})

@@ -82,7 +82,7 @@ def load(
     if resolved.quantization is not None:
         for module in model.modules():
             if hasattr(module, "compute_dtype"):
-                module.compute_dtype = compute
+                module.compute_dtype = compute  # pyright: ignore[reportArgumentType]
     keep_4bit_layout(model)
     model.requires_grad_(False)
     model.config.use_cache = False  # packed documents would see each other through a cache
@@ -92,12 +92,12 @@ def load(
 def keep_4bit_layout(model: torch.nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights in place.
 
-    On a CPU with AVX512-BF16 its first forward in eval mode turns the weights into an inference layout that training can
-    no longer read. Said to each layer of this model; nothing is changed for others.
+    On a CPU with AVX512-BF16 its first forward in eval mode turns the weights into an inference layout that training
+    can no longer read. Said to each layer of this model; nothing is changed for others.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
 
 
 def _quantization(base: str, compute: torch.dtype) -> BitsAndBytesConfig:

@@ -1,16 +1,16 @@
-"""What a model name stands for, found out before any weight is read: its config, its kind, and whether steep can train it."""
+"""What a model name stands for, found out before any weight is read: its config, its kind, and whether steep can
+train it."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils.hub import is_offline_mode
 
 from steep.errors import UserError
 
@@ -44,7 +44,8 @@ def resolve(
     """Find the model called `name` and check that steep can continue its pretraining.
 
     Raises:
-        UserError: no such folder or hub model, offline, no config, not a causal language model, an unknown quantisation.
+        UserError: no such folder or hub model, offline, no config, not a causal language model, an unknown
+            quantisation.
     """
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -101,12 +102,13 @@ def _read(loader: Any, name: str, arguments: dict[str, Any], field: str) -> Any:
             raise UserError(
                 field, f"{name} cannot be read: {reason}", "Give a folder with a whole model and its tokenizer."
             ) from error
-        offline = is_offline_mode() or os.environ.get("HF_HUB_OFFLINE") == "1"
+        offline = is_offline_mode()
         where = "is not in the local cache, and the hub is off (HF_HUB_OFFLINE)" if offline else "could not be had"
         raise UserError(
             field,
             f"{name} {where}: {reason}" if not offline else f"{name} {where}",
-            "Download it where there is a network (hf download NAME), unset HF_HUB_OFFLINE, log in (hf auth login) for a gated "
+            "Download it where there is a network (hf download NAME), unset HF_HUB_OFFLINE, log in (hf auth "
+            "login) for a gated "
             "model, or give a local folder.",
         ) from error
 

@@ -1,8 +1,8 @@
 """AdamW with 8-bit states (bitsandbytes' blockwise update) that does not lose small updates of bf16 weights.
 
-A bf16 weight keeps 8 bits of mantissa: near 1.0 its neighbours are 0.4 % apart, so at a rate of 5e-6 nearly every update
-rounds back to the old value. Stochastic rounding keeps the update in expectation (Gupta et al. 2015; Zamirai et al. 2020):
-the update runs in fp32 and the result is rounded up or down with the probability of its distance.
+A bf16 weight keeps 8 bits of mantissa: near 1.0 its neighbours are 0.4 % apart, so at a rate of 5e-6 nearly every
+update rounds back to the old value. Stochastic rounding keeps the update in expectation (Gupta et al. 2015; Zamirai et
+al. 2020): the update runs in fp32, and the result is rounded up or down with the probability of its distance.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def stochastic_round_(target: torch.Tensor, values: torch.Tensor, generator: tor
 class AdamW8bit(AdamW):
     """bitsandbytes' AdamW with 8-bit states; bf16 parameters are updated in fp32 and rounded stochastically.
 
-    fp32 and fp16 parameters take bitsandbytes' own path unchanged. The rounding noise is drawn from a generator seeded by
-    (seed, step, position of the tensor), so that a resumed run draws what an uninterrupted one would have drawn.
+    fp32 and fp16 parameters take bitsandbytes' own path unchanged. The rounding noise is drawn from a generator seeded
+    by (seed, step, position of the tensor): a resumed run draws what an uninterrupted one would have drawn.
 
     Args:
         params: parameters or groups, as for every optimizer.

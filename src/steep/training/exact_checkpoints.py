@@ -18,10 +18,16 @@ from steep.training.state_files import load_state, save_state
 class ExactCheckpoints(transformers.Trainer):
     """`transformers.Trainer` whose checkpoints are safetensors and JSON.
 
-    A checkpoint holds the adapter (PEFT's own files), the tokenizer, ``training_args.json``, ``trainer_state.json``, and as
-    pairs of ``.safetensors`` and ``.json``: ``optimizer``, ``schedule``, ``random``, ``scaler`` (fp16), ``observations``.
+    A checkpoint holds the adapter (PEFT's own files), the tokenizer, ``training_args.json``, ``trainer_state.json``,
+    and as pairs of ``.safetensors`` and ``.json``: ``optimizer``, ``schedule``, ``random``, ``scaler`` (fp16),
+    ``observations``.
     """
 
+    # transformers declares these as unions over every backend it knows.
+    args: Any
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
     resumed_state: dict[str, Any] | None = None
 
     def observations(self) -> dict[str, Any]:
@@ -44,9 +50,10 @@ class ExactCheckpoints(transformers.Trainer):
                 save_state(self.observations(), folder, "observations")
                 if self.accelerator.scaler is not None:
                     save_state(self.accelerator.scaler.state_dict(), folder, "scaler")
+            stateful: dict[str, Any] = self.state.stateful_callbacks  # pyright: ignore[reportAssignmentType]
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                    stateful[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(folder / "trainer_state.json"))
         retain(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 

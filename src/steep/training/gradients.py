@@ -1,7 +1,7 @@
 """One look at all gradients a step: their norms, clipping, and what must not be applied.
 
-The norm of each tensor is computed once and serves three ends: exact global-norm clipping, finding a gradient that is not
-finite (a step that has one is not applied), and the proof that every trained tensor had a gradient.
+The norm of each tensor is computed once and serves three ends: exact global-norm clipping, finding a gradient that is
+not finite (a step that has one is not applied), and the proof that every trained tensor had a gradient.
 """
 
 from __future__ import annotations

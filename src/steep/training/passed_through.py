@@ -1,4 +1,5 @@
-"""Which of transformers' TrainingArguments a run file may set beyond the listed ones, and which steep cannot honour, and why."""
+"""Which of transformers' TrainingArguments a run file may set beyond the listed ones, and which steep cannot honour,
+and why."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ HONOURED = {
     "adam_beta1", "adam_beta2", "adam_epsilon", "average_tokens_across_devices", "data_seed", "dataloader_in_order",
     "dataloader_multiprocessing_context", "dataloader_num_workers", "dataloader_persistent_workers",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "eval_delay", "eval_strategy", "full_determinism",
-    "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "log_level", "logging_first_step",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "log_level",
+    "logging_first_step",
     "logging_strategy", "lr_scheduler_kwargs", "optim_args", "optim_target_modules", "project", "run_name",
     "save_strategy", "tf32", "torch_empty_cache_steps", "trackio_bucket_id", "trackio_space_id",
     "trackio_static_space_id", "use_cpu",
@@ -38,20 +40,23 @@ REFUSED = {
          "log_on_each_node", "log_level_replica", "save_on_each_node"), _SEVERAL,
     ),
     **dict.fromkeys(
-        ("batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches", "eval_on_start", "eval_use_gather_object",
+        ("batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches", "eval_on_start",
+        "eval_use_gather_object",
          "include_for_metrics", "per_device_eval_batch_size", "prediction_loss_only", "load_best_model_at_end",
          "metric_for_best_model", "greater_is_better", "eval_stride", "eval_max_tokens"), _EVALUATION,
     ),
     **dict.fromkeys(
-        ("hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token", "push_to_hub"), _HUB
+        ("hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
+        "push_to_hub"), _HUB
     ),
     **dict.fromkeys(("label_smoothing_factor", "label_names", "neftune_noise_alpha"), _LOSS),
     **dict.fromkeys(
-        ("dataloader_drop_last", "length_column_name", "remove_unused_columns", "train_sampling_strategy", "ignore_data_skip",
+        ("dataloader_drop_last", "length_column_name", "remove_unused_columns", "train_sampling_strategy",
+        "ignore_data_skip",
          "auto_find_batch_size"), _DATA,
     ),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _COMPILE),
-    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "it patches the model's classes for the whole process"),
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "it patches classes for the whole process"),
     "use_cache": "packed documents would see each other through a cache",
     "include_num_input_tokens_seen": "tokens are always counted (metrics.jsonl)",
     "logging_nan_inf_filter": "a NaN is never shown as a number",
@@ -73,7 +78,8 @@ def check_further(given: Mapping[str, Any], listed: Sequence[str]) -> dict[str, 
         The values in their own types (YAML reads ``1e-4`` as text).
 
     Raises:
-        UserError: an unknown name (with the nearest known one), one that steep cannot honour (with the reason), a wrong type.
+        UserError: an unknown name (with the nearest known one), one that steep cannot honour (with the reason), a
+            wrong type.
     """
     known = {field.name for field in fields(TrainingArguments) if field.init}
     hints = get_type_hints(TrainingArguments)

@@ -1,7 +1,7 @@
 """Proof that every parameter meant to train did, and that nothing else changed.
 
-Known tools have shipped recipes whose embeddings silently never trained. So steep observes the run itself: the gradients that
-the optimizer was given, the values before and after, and a checksum of everything frozen.
+Known tools have shipped recipes whose embeddings silently never trained. So steep observes the run itself: the
+gradients that the optimizer was given, the values before and after, and a checksum of everything frozen.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class TensorRecord:
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """Digest of a tensor's bytes, computed where the tensor lives (8 GB take a moment on a GPU, minutes through a hash).
+    """Digest of a tensor's bytes, computed where the tensor lives (8 GB take a moment on a GPU, minutes through a
+    hash).
 
     A sum of 64-bit words, each times an odd factor of its position, modulo 2^64: any single change alters it.
     """
@@ -58,7 +59,7 @@ def checksum(tensor: torch.Tensor) -> str:
         words = torch.nn.functional.pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
         position = torch.arange(start // 8, start // 8 + words.numel(), device=raw.device)
         total += (words * (position * _MIX | 1)).sum()
-    return f"{total.item() & (2**64 - 1):016x} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{int(total) & (2**64 - 1):016x} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def frozen_checksums(model: nn.Module) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Nested state (optimizers, schedulers, random generators) as safetensors plus JSON, so that nothing is ever pickled.
 
-A state is a tree of dict, list, tuple, None, bool, int, float, str and tensors. Tensors go to ``NAME.safetensors`` under
-running numbers; the tree itself, with a reference in each tensor's place, goes to ``NAME.json``.
+A state is a tree of dict, list, tuple, None, bool, int, float, str and tensors. Tensors go to ``NAME.safetensors``
+under running numbers; the tree itself, with a reference in each tensor's place, goes to ``NAME.json``.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ class Trainer(ExactCheckpoints):
 
     Args:
         args: a `steep.TrainingArguments`.
-        train_dataset: any map-style data set, or the `Corpus` that `steep.pack` made (its rows are then counted one by one
-            for the ledger, and drawn in an order that is a function of seed and epoch alone).
+        train_dataset: any map-style data set, or the `Corpus` that `steep.pack` made (its rows are then counted one
+            by one for the ledger, and drawn in an order that is a function of seed and epoch alone).
 
     Attributes:
         proof: what was seen of every trained tensor, from `train()` on.
@@ -43,7 +43,7 @@ class Trainer(ExactCheckpoints):
         RunError: a tensor that is meant to train does not, or too many steps in a row were not finite.
     """
 
-    args: TrainingArguments  # pyright: ignore[reportIncompatibleVariableOverride]
+    args: TrainingArguments
 
     def __init__(self, model: Any = None, args: Any = None, *positional: Any, **kwargs: Any) -> None:
         if not isinstance(args, TrainingArguments):
@@ -139,7 +139,8 @@ class Trainer(ExactCheckpoints):
         return prepared
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch. The loss that goes back to transformers is zero where it is not finite: its running sum would
+        """One micro-batch. The loss that goes back to transformers is zero where it is not finite: its running sum
+        would
         stay NaN for ever. What is reported is counted here."""
         rows = inputs.pop("row", None)
         if rows is not None:
@@ -185,8 +186,10 @@ class Trainer(ExactCheckpoints):
         logger.warning("step %d: the %s is not finite; the step is not applied", step, what)
         if self._not_finite_in_a_row >= self.args.max_nonfinite_steps:
             raise RunError(
-                f"the loss or its gradient was not finite in {self._not_finite_in_a_row} steps in a row, the last of them "
-                f"step {step}. Lower training.learning_rate (now {self.args.learning_rate:g}) or look at the data of these "
+                f"the loss or its gradient was not finite in {self._not_finite_in_a_row} steps in a row, the last "
+                f"of them "
+                f"step {step}. Lower training.learning_rate (now {self.args.learning_rate:g}) or look at the data "
+                f"of these "
                 "steps; `--resume` goes on from the last checkpoint"
             )
         if not scaled:
@@ -231,7 +234,8 @@ class Trainer(ExactCheckpoints):
     # ---- evaluation and logs
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Score the corpus's held-out documents by domain; with a data set of the caller's own, transformers' evaluation."""
+        """Score the corpus's held-out documents by domain; with a data set of the caller's own, transformers'
+        evaluation."""
         if self.corpus is None or eval_dataset is not None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         scores = evaluate(
