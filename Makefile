@@ -29,7 +29,7 @@ format: $(VENV)/.dev  ## let ruff put the code in order
 
 check: lint test  ## what a change has to pass
 
-demo: $(VENV)/.demo  ## train a small model on a CPU, from the corpus to the exported files
+demo: $(VENV)/.demo  ## train a small model on a CPU, from the corpus to a checked result
 	$(BIN)/python -m examples.demo
 
 clean:  ## remove .venv, caches and builds

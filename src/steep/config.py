@@ -233,7 +233,12 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         *parents, last = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = yaml.safe_load(value)
+            if not isinstance(node, dict):
+                raise UserError(word, f"{parent} is given a value of its own too", "Give one of the two.")
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(word, f"{value!r} is not valid YAML", "Quote it, or close its brackets.") from error
     return tree
 
 

@@ -14,8 +14,8 @@ from steep.config import RunConfig
 from steep.data.packing import Corpus, pack
 from steep.errors import UserError
 from steep.memory import Shape, memory_by_item, shape_of
-from steep.model.adapters import check_embeddings
-from steep.model.load import resolve_base, resolve_compute_dtype
+from steep.model.adapters import check_embeddings, is_tied
+from steep.model.load import attention_refused, resolve_base, resolve_compute_dtype
 from steep.model.resolve import ResolvedModel, looks_like_chat, read_tokenizer, resolve
 
 # An adapter holds about 2 bits a parameter (Allen-Zhu & Li 2024), and a token of text teaches about 1 bit.
@@ -94,8 +94,11 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
             f"bf16 cannot be trained where products run in {compute}",
             "Set model.trained_dtype: fp32, or model.compute_dtype: bf16.",
         )
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(resolved.config, trust_remote_code=model.trust_remote_code)
+    attention = {} if model.attn_implementation == "auto" else {"attn_implementation": model.attn_implementation}
+    with torch.device("meta"), attention_refused(model.attn_implementation):
+        empty = AutoModelForCausalLM.from_config(
+            resolved.config, trust_remote_code=model.trust_remote_code, **attention
+        )
     check_embeddings(empty, config.adapter.modules_to_save)
     shape = shape_of(empty, config.adapter.r, config.adapter.target_modules, config.adapter.modules_to_save)
     tokenizer = read_tokenizer(resolved)
@@ -118,7 +121,8 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
         shape, base=base, compute=compute, trained=model.trained_dtype, optim=training.optim, tokens=tokens,
         checkpointing=uses_checkpointing(config),
     )  # fmt: skip
-    result = memory["trained embeddings"] + memory["adapters"]
+    twice = 2 if is_tied(empty) else 1  # PEFT's format holds a tied table under both of its names
+    result = twice * memory["trained embeddings"] + memory["adapters"]
     kept = (training.save_total_limit or max(1, math.ceil(steps / max(training.save_steps, 1)))) + 1
     disk = {"checkpoints": kept * (result + memory["optimizer states"]), "final": result}
     plan = Plan(config, resolved, tokenizer, corpus, shape, base, compute, steps, memory, disk)
@@ -151,6 +155,11 @@ def embedding_rate(config: RunConfig) -> float:
 def _warnings(plan: Plan) -> list[str]:
     config, corpus = plan.config, plan.corpus
     found = []
+    positions = getattr(plan.resolved.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.data.max_length > positions:
+        found.append(
+            f"data.max_length {config.data.max_length} is beyond the {positions} positions the model was made for."
+        )
     if looks_like_chat(plan.resolved, plan.tokenizer):
         found.append(
             f"{config.model.name} looks like an instruct model: continued pretraining on plain text damages its "

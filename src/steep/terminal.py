@@ -54,7 +54,8 @@ class Terminal:
         logger.propagate = False
         logger.handlers = [_Lines(self)]
         # Said on every machine without a package that is not needed, or at every call by PEFT to transformers.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning)
         from transformers.utils import logging as transformers_logging
 

@@ -195,7 +195,7 @@ def test_sources_in_every_form(tmp_path: Path, byte_tokenizer):
         ({"replay_share": 1.0}, "data.replay_share", "1.0 is not a share"),
         ({"replay_share": -0.1}, "data.replay_share", "-0.1 is not a share"),
         ({"holdout": float("nan")}, "data.holdout", "nan is not a share"),
-        ({"strategy": "random"}, "data.strategy", "'random' is unknown"),
+        ({"strategy": "random"}, "data.packing", "'random' is unknown"),
         ({"seed": -1}, "seed", "-1 is negative"),
         ({"sources": []}, "data.sources", "there is no source"),
         ({"sources": [{"path": "x", "weight": -1}]}, "data.sources[0].weight", "greater than 0"),
@@ -220,7 +220,7 @@ def test_cache_dir_and_progress(tmp_path: Path, byte_tokenizer, monkeypatch: pyt
     sources = [tmp_path / "x.txt", tmp_path / "y.txt"]
     pack(sources, byte_tokenizer, progress=lambda documents, size: seen.append((documents, size)))
     assert seen == [(1, 3), (2, 7)]
-    assert len(list((tmp_path / "env").glob("*.arrow"))) == 2
+    assert len(list((tmp_path / "env" / "tokens").glob("*.arrow"))) == 2
     monkeypatch.delenv("STEEP_CACHE")
     pack(sources[0], byte_tokenizer)
     assert len(list((tmp_path / "home/.cache/steep/tokens").glob("*.arrow"))) == 1

@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from steep.data.packing import Corpus
+from steep.errors import RunError
+from steep.training.trainer import Trainer
 from tests.tiny import FAMILIES
-from tests.training.helpers import AtStep, adapted, losses, trained_weights, trainer_for
+from tests.training.helpers import AtStep, adapted, arguments, losses, trained_weights, trainer_for
 
 
 @pytest.mark.parametrize(
     ("family", "tied"), [*((family, None) for family in FAMILIES), ("llama", True), ("qwen2", True), ("gemma3", False)]
 )
 def test_every_family_learns(family: str, tied: bool | None, corpus: Corpus, tmp_path: Path) -> None:
-    trainer = trainer_for(adapted(family, tied), corpus, tmp_path, max_steps=10)
+    trainer = trainer_for(adapted(family, tied), corpus, tmp_path, max_steps=10, embedding_learning_rate=1e-2)
     output = trainer.train()
     seen = losses(trainer)
     assert list(seen) == list(range(1, 11))
@@ -96,8 +98,6 @@ def test_a_step_with_a_nan_is_not_applied(corpus: Corpus, tmp_path: Path) -> Non
 
 
 def test_too_many_nan_steps_in_a_row_stop_the_run(corpus: Corpus, tmp_path: Path) -> None:
-    from steep.errors import RunError
-
     model = adapted()
     trainer = trainer_for(model, corpus, tmp_path, max_steps=9, max_nonfinite_steps=3)
     trainer.add_callback(poison(model, {1, 2, 4, 5, 6}))
@@ -107,8 +107,6 @@ def test_too_many_nan_steps_in_a_row_stop_the_run(corpus: Corpus, tmp_path: Path
 
 
 def test_a_tensor_without_gradient_stops_the_run_by_name(corpus: Corpus, tmp_path: Path) -> None:
-    from steep.errors import RunError
-
     model = adapted()
     name = "model.layers.1.self_attn.v_proj.lora_B.default"
     module = next(module for full, module in model.named_modules() if full.endswith(name))
@@ -122,8 +120,6 @@ def test_a_tensor_without_gradient_stops_the_run_by_name(corpus: Corpus, tmp_pat
 
 
 def test_a_trainable_tensor_that_is_never_used_stops_the_run(corpus: Corpus, tmp_path: Path) -> None:
-    from steep.errors import RunError
-
     model = adapted()
     model.register_parameter("spare", torch.nn.Parameter(torch.ones(3)))
     trainer = trainer_for(model, corpus, tmp_path)
@@ -142,9 +138,6 @@ def test_accumulated_unequal_micro_batches_equal_one_large_batch(corpus: Corpus,
     assert len({int((row["labels"] != -100).sum()) for row in rows}) > 2
     for batch, accumulation in ((1, 4), (4, 1)):
         model = adapted()
-        from steep.training.trainer import Trainer
-        from tests.training.helpers import arguments
-
         args = arguments(
             tmp_path / str(batch),
             per_device_train_batch_size=batch,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +23,7 @@ from steep.data.sources import Source
 from steep.data.token_file import Progress
 from steep.data.tokens import TokenizedSource, tokenize
 from steep.errors import UserError
+from steep.storage import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,14 +196,14 @@ def pack(
         holdout: share of the documents of train and replay sources to hold out, in [0, 1).
         keep_duplicates: train documents whose exact text came before.
         seed: of all choices and orders, at least 0.
-        cache_dir: folder of the token files; default $STEEP_CACHE, else ~/.cache/steep/tokens.
+        cache_dir: folder of the token files; default ``tokens`` under `steep.storage.cache_folder()`.
         progress: called with the documents and UTF-8 bytes tokenised so far, over all sources.
 
     Raises:
         UserError: a setting out of range, text that cannot be read, or nothing left to train on.
     """
     _check(max_length, strategy, replay_share, holdout, seed)
-    folder = Path(cache_dir or os.environ.get("STEEP_CACHE") or "~/.cache/steep/tokens").expanduser()
+    folder = Path(cache_dir).expanduser() if cache_dir else cache_folder() / "tokens"
     tokenized: list[TokenizedSource] = []
     for index, source in enumerate(_as_sources(sources)):
         tokenized.append(tokenize(source, tokenizer, folder, f"data.sources[{index}]", _after(tokenized, progress)))
@@ -223,7 +223,7 @@ def _check(max_length: int, strategy: str, replay_share: float, holdout: float, 
     if max_length < MIN_LENGTH:
         raise UserError("data.max_length", f"{max_length} is less than {MIN_LENGTH}", "Use e.g. 2048")
     if strategy not in ("sequential", "best_fit"):
-        raise UserError("data.strategy", f"{strategy!r} is unknown", "Use sequential or best_fit")
+        raise UserError("data.packing", f"{strategy!r} is unknown", "Use sequential or best_fit")
     for name, share in (("replay_share", replay_share), ("holdout", holdout)):
         if not 0 <= share < 1:  # false for NaN too
             raise UserError(f"data.{name}", f"{share} is not a share", "Use a number from 0 to less than 1")

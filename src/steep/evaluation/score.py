@@ -55,5 +55,7 @@ class DomainScore:
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Self:
         """What `as_dict` gave, read back; further keys are passed over and None is NaN again."""
-        values: dict[str, Any] = {field.name: row[field.name] for field in fields(cls)}
-        return cls(**{name: math.nan if value is None else value for name, value in values.items()})
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            values[field.name] = math.nan if row[field.name] is None else row[field.name]
+        return cls(**values)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,8 @@ def load(
         arguments["quantization_config"] = _quantization(base, compute)
     if torch.cuda.is_available():
         arguments["device_map"] = {"": torch.cuda.current_device()}
-    model = AutoModelForCausalLM.from_pretrained(resolved.name, **arguments)
+    with attention_refused(attn_implementation):
+        model = AutoModelForCausalLM.from_pretrained(resolved.name, **arguments)
     if resolved.quantization is not None:
         for module in model.modules():
             if hasattr(module, "compute_dtype"):
@@ -98,6 +101,21 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def attention_refused(attn_implementation: str) -> Iterator[None]:
+    """Turn transformers' refusal of an attention backend into a `UserError` that names the field."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if attn_implementation == "auto" or "attention" not in str(error).lower():
+            raise
+        raise UserError(
+            "model.attn_implementation",
+            f"{attn_implementation} cannot be used: {str(error).splitlines()[0]}",
+            "Leave it at auto, or install what it needs.",
+        ) from error
 
 
 def _quantization(base: str, compute: torch.dtype) -> BitsAndBytesConfig:

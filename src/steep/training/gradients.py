@@ -54,7 +54,7 @@ def measure_and_clip(model: nn.Module, max_norm: float | None) -> GradientReport
         )
         norms[with_gradient] = stacked.cpu()
     total = float(torch.linalg.vector_norm(norms.double()))
-    if max_norm is not None and math.isfinite(total):
+    if max_norm is not None and with_gradient and math.isfinite(total):
         parameters = [named[i][1] for i in with_gradient]
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(total, device=parameters[0].device))
     return GradientReport([name for name, _ in named], norms, total)

@@ -16,7 +16,7 @@ from steep.errors import RunError
 
 MIN_UPDATES = 3  # LoRA's A has no gradient until B has moved, and a warm-up starts at a rate of zero
 _CHUNK = 2**25  # bytes that one pass of a checksum reads
-_MIX = 0x1E3779B97F4A7C15  # spreads a word's position over 64 bits (Knuth's multiplicative hashing)
+_MIX = 0x1E3779B97F4A7C15  # odd: spreads a word over all 64 bits (multiplicative hashing)
 MAX_SAMPLED = 2**18  # elements of one tensor that are watched: a share is then known to ±0.2 %
 
 
@@ -50,7 +50,8 @@ def checksum(tensor: torch.Tensor) -> str:
     """Digest of a tensor's bytes, computed where the tensor lives (8 GB take a moment on a GPU, minutes through a
     hash).
 
-    A sum of 64-bit words, each times an odd factor of its position, modulo 2^64: any single change alters it.
+    A sum modulo 2^64 of its 64-bit words, each mixed with its position (xor, multiply, shift, multiply, as splitmix64
+    does): any single change alters it, and changes of the same bit in several words do not cancel.
     """
     raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=raw.device)
@@ -58,7 +59,8 @@ def checksum(tensor: torch.Tensor) -> str:
         piece = raw[start : start + _CHUNK]
         words = torch.nn.functional.pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
         position = torch.arange(start // 8, start // 8 + words.numel(), device=raw.device)
-        total += (words * (position * _MIX | 1)).sum()
+        words = (words ^ (position * _MIX)) * _MIX
+        total += ((words ^ (words >> 31)) * _MIX).sum()
     return f"{int(total) & (2**64 - 1):016x} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 

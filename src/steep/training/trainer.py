@@ -121,6 +121,9 @@ class Trainer(ExactCheckpoints):
         return self._sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: transformers would train a step more
+            self.control.should_training_stop = True
+            return
         if self.corpus is not None:
             # accelerate's loaders pass the epoch on to most samplers, but not through a resumed epoch's skipping one
             self._sampler.set_epoch(kwargs["epoch"])

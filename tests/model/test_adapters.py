@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from steep.errors import UserError
+from steep.model.adapters import add_adapters, is_tied, load_adapter_weights, lowered_ranks, rank_pattern
+from tests.tiny import FAMILIES, save_tiny, tiny_model
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(3, 384, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def train(model: torch.nn.Module, steps: int = 3) -> float:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(ids(), labels=ids()).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float(model(ids(), labels=ids()).loss)
+
+
+def lora_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+@pytest.mark.parametrize("rslora", [True, False])
+def test_ranks_are_lowered_with_their_own_scale(rslora: bool) -> None:
+    model = add_adapters(tiny_model("llama"), r=48, lora_alpha=16, use_rslora=rslora)
+    layers = lora_layers(model)
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        expected = 32 if name.endswith(("k_proj", "v_proj")) else 48
+        assert layer.r["default"] == expected  # pyright: ignore[reportIndexIssue]
+        assert layer.lora_A["default"].weight.shape[0] == expected  # pyright: ignore
+        scale = 16 / (math.sqrt(expected) if rslora else expected)
+        assert layer.scaling["default"] == pytest.approx(scale)  # pyright: ignore[reportIndexIssue]
+
+
+def test_rank_pattern_names_layers_where_shapes_differ() -> None:
+    shapes = {
+        "layers.0.k_proj": (32, 64),
+        "layers.1.k_proj": (16, 64),
+        "layers.0.q_proj": (64, 64),
+        "layers.0.v": (8, 64),
+    }
+    assert lowered_ranks(shapes, 32) == {"layers.1.k_proj": 16, "layers.0.v": 8}
+    assert rank_pattern(shapes, 32) == {"v": 8, r"layers\.1\.k_proj": 16}
+    assert rank_pattern(shapes, 8) == {}
+
+
+def test_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="steep"):
+        add_adapters(tiny_model("llama"), r=48)
+    assert [record.message for record in caplog.records] == [
+        "r is lowered on 4 of 14 layers (model.layers.0.self_attn.k_proj: 32)"
+    ]
+
+
+@pytest.mark.parametrize("trained_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_trains(tied: bool, trained_dtype: str) -> None:
+    model = add_adapters(tiny_model("llama", tied), r=8, trained_dtype=trained_dtype)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[trained_dtype]
+    assert {p.dtype for p in trained.values()} == {wanted}
+    whole = [name for name in trained if "lora_" not in name]
+    assert len(trained) - len(whole) == 28
+    assert len(whole) == (1 if tied else 2)
+    assert is_tied(tiny_model("llama", tied)) is tied
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_adapter_opens_on_the_stock_base(family: str, tied: bool, tmp_path: Path) -> None:
+    save_tiny(family, tmp_path / "base", tied=tied)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = add_adapters(base, r=8)
+    inner = model.get_base_model()
+    first = float(model(ids(), labels=ids()).loss.detach())
+    loss = train(model)
+    assert loss < first - 0.05
+    head, table = inner.get_output_embeddings(), inner.get_input_embeddings()
+    assert (head.weight is table.weight) is tied
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    opened = PeftModel.from_pretrained(stock, str(tmp_path / "adapter"))
+    with torch.no_grad():
+        assert float(opened(ids(), labels=ids()).loss) == pytest.approx(loss, abs=1e-6)
+
+    again = add_adapters(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), r=8)
+    load_adapter_weights(again, tmp_path / "adapter", "x")
+    with torch.no_grad():
+        assert float(again(ids(), labels=ids()).loss) == loss
+
+
+def test_loading_keeps_dtypes_and_bits(tmp_path: Path) -> None:
+    model = add_adapters(tiny_model("llama"), r=8, trained_dtype="bf16").to(torch.bfloat16)
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    other = add_adapters(tiny_model("llama", seed=3), r=8, trained_dtype="bf16")
+    load_adapter_weights(other, tmp_path, "x")
+    expected = dict(model.named_parameters())
+    trained = {name: p for name, p in other.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.bfloat16}
+    assert all(torch.equal(p, expected[name]) for name, p in trained.items())
+
+
+def test_loading_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    add_adapters(tiny_model("llama"), r=8, modules_to_save=[]).save_pretrained(
+        str(tmp_path), save_embedding_layers=False
+    )
+    with pytest.raises(UserError, match="embed_tokens"):
+        load_adapter_weights(add_adapters(tiny_model("llama"), r=8), tmp_path, "x")
+    with pytest.raises(UserError, match="does not fit"):
+        load_adapter_weights(add_adapters(tiny_model("llama"), r=4, modules_to_save=[]), tmp_path, "x")
+    with pytest.raises(UserError, match="holds no adapter"):
+        load_adapter_weights(add_adapters(tiny_model("llama"), r=4), tmp_path / "none", "x")
+
+
+def test_an_unknown_target_lists_the_models_own() -> None:
+    with pytest.raises(UserError) as raised:
+        add_adapters(tiny_model("llama"), target_modules=["q_prj"])
+    assert "the model has no linear layer 'q_prj'. Did you mean 'q_proj'?" in str(raised.value)
+    assert "It has: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj." in str(raised.value)
+
+
+def test_all_linear_leaves_the_head_alone() -> None:
+    model = add_adapters(tiny_model("llama"), r=4, target_modules="all-linear", modules_to_save=[])
+    assert len(lora_layers(model)) == 14
+    assert not any("lm_head" in name for name in lora_layers(model))
+
+
+@pytest.mark.parametrize("r", [0, -1])
+def test_no_rank_is_refused(r: int) -> None:
+    with pytest.raises(UserError, match=rf"adapter\.r: {r} is not a rank"):
+        add_adapters(tiny_model("llama"), r=r)
+
+
+def test_an_unknown_module_to_save_is_refused() -> None:
+    with pytest.raises(UserError, match="has no module 'wte'"):
+        add_adapters(tiny_model("llama"), modules_to_save=["wte"])

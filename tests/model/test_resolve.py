@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig, T5Config
+
+from steep.errors import UserError
+from steep.model.adapters import add_adapters
+from steep.model.resolve import looks_like_chat, read_tokenizer, resolve
+from tests.tiny import tiny_model
+
+
+def test_a_causal_model_resolves(llama_folder: Path) -> None:
+    model = resolve(str(llama_folder))
+    assert model.name == str(llama_folder)
+    assert model.config.model_type == "llama"
+    assert model.quantization is None
+    tokenizer = read_tokenizer(model)
+    assert len(tokenizer) == 384
+    assert not looks_like_chat(model, tokenizer)
+    tokenizer.chat_template = "{{ messages }}"
+    assert looks_like_chat(model, tokenizer)
+
+
+@pytest.mark.parametrize("architecture", [None, "BertForMaskedLM", "BertModel"])
+def test_an_encoder_is_refused(architecture: str | None, tmp_path: Path) -> None:
+    BertConfig(architectures=[architecture] if architecture else None).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"causal language model .*needs a decoder"):
+        resolve(str(tmp_path))
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="encoder-decoder or multimodal"):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./none", "a/b/c", "models/"])
+def test_a_missing_folder_is_not_asked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(UserError, match=f"there is no folder {name}"):
+        resolve(name)
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        resolve(str(tmp_path))
+
+
+def test_an_adapter_is_not_a_model(tmp_path: Path) -> None:
+    add_adapters(tiny_model("llama"), r=4).save_pretrained(str(tmp_path), save_embedding_layers=False)
+    with pytest.raises(UserError, match="holds an adapter, not a model"):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing-at-all", "nothing-at-all"])
+def test_a_hub_name_offline(name: str) -> None:
+    with pytest.raises(UserError, match=r"is not in the local cache, and the hub is off \(HF_HUB_OFFLINE\)"):
+        resolve(name)
+
+
+def test_a_missing_gguf_file() -> None:
+    with pytest.raises(UserError, match=r"there is no file models/x\.gguf"):
+        resolve("models/x.gguf")
+
+
+def test_a_broken_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(UserError, match="cannot be read"):
+        resolve(str(tmp_path))
+
+
+def test_a_model_without_tokenizer(llama_folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(llama_folder / name, tmp_path / name)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_tokenizer(resolve(str(tmp_path)))
+
+
+def test_weights_quantised_by_others_are_refused(llama_folder: Path, tmp_path: Path) -> None:
+    config = resolve(str(llama_folder)).config
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="quantised by gptq"):
+        resolve(str(tmp_path))

@@ -1,0 +1,209 @@
+"""The command line as a user meets it: one error line and a code, no traceback, and plain text in a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from steep import cli
+from tests.tiny import documents
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Steep = Callable[..., Said]
+
+
+@pytest.fixture
+def steep(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Steep:
+    """Runs a command in this process, its streams captured as those of a pipe."""
+
+    def run(*words: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["steep", *map(str, words)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Said(code, *capfd.readouterr())
+
+    return run
+
+
+def write_run(folder: Path, model: Path, corpus: Path) -> Path:
+    tree = {
+        "model": {"name": str(model), "base": "fp32"},
+        "adapter": {"r": 8},
+        "data": {"sources": [{"path": str(corpus)}], "max_length": 64, "holdout": 0.1},
+        "training": {
+            "output_dir": str(folder / "run"),
+            "max_steps": 4,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-2,
+            "save_steps": 2,
+        },
+    }
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def run_file(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> Path:
+    return write_run(tmp_path, llama_folder, korean_corpus)
+
+
+def is_one_error_line(said: Said, *parts: str) -> bool:
+    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert said.code == 2, said
+    assert len(errors) == 1 and said.err.rstrip().splitlines()[-1] == errors[0], said.err
+    assert "Traceback" not in said.err + said.out
+    for part in parts:
+        assert part in errors[0], errors[0]
+    return True
+
+
+def test_help_is_quick() -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "steep", "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    for command in ("init", "plan", "train", "eval", "generate"):
+        assert re.search(rf"\b{command}\b", done.stdout)
+    assert min(seconds) < 1.0
+
+
+def test_help_loads_no_torch() -> None:
+    code = (
+        "import sys; from steep import cli; sys.argv = ['steep', '--help']\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'peft') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_init_writes_a_file_that_plans(steep: Steep, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ko.yaml"
+    said = steep("init", "--model", llama_folder, "--data", korean_corpus, "--replay", korean_corpus, "-o", file)
+    assert said.code == 0, said
+    assert f"wrote {file}" in said.out and "steep plan" in said.out
+    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert [source["role"] for source in tree["data"]["sources"]] == ["train", "replay"]
+    planned = steep("plan", file, "--data.max_length", "64", "--training.output_dir", tmp_path / "run")
+    assert planned.code == 0, planned
+    assert not (tmp_path / "run").exists()
+    before = file.read_bytes()
+    assert is_one_error_line(steep("init", "--model", "x", "--data", "y", "-o", file), "exists already")
+    assert file.read_bytes() == before
+
+
+def test_train_eval_and_generate(steep: Steep, run_file: Path) -> None:
+    said = steep("train", run_file)
+    assert said.code == 0, said
+    run = run_file.parent / "run"
+    assert f"result: {run / 'final'}" in " ".join((said.out + said.err).split())
+    scored = steep("eval", run)
+    assert scored.code == 0, scored
+    assert "corpus" in scored.out
+    said = steep("generate", run, "the river", "--max-new-tokens", 4)
+    assert said.code == 0, said
+    assert said.out.count("the river") == 2
+    assert "--- base" in said.out and "--- trained" in said.out
+    assert is_one_error_line(steep("train", run_file), "training.output_dir", "holds another run")
+    resumed = steep("train", run_file, "--resume")
+    assert resumed.code == 0, resumed
+
+
+def test_an_override_reaches_the_run(steep: Steep, run_file: Path) -> None:
+    said = steep("train", run_file, "--training.max_steps", 3, "--adapter.r=4")
+    assert said.code == 0, said
+    saved = yaml.safe_load((run_file.parent / "run" / "run.yaml").read_text(encoding="utf-8"))
+    assert (saved["training"]["max_steps"], saved["adapter"]["r"]) == (3, 4)
+
+
+def test_a_pipe_gets_plain_text(run_file: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
+    done = subprocess.run([sys.executable, "-m", "steep", "train", run_file], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    for stream in (done.stdout, done.stderr):
+        assert b"\x1b" not in stream and b"\r" not in stream
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_missing_run_file(command: str, steep: Steep, tmp_path: Path) -> None:
+    assert is_one_error_line(steep(command, tmp_path / "none.yaml"), "none.yaml does not exist", "steep init")
+
+
+def test_an_unknown_key(steep: Steep, run_file: Path) -> None:
+    run_file.write_text(run_file.read_text(encoding="utf-8").replace("max_length", "max_lenght"), encoding="utf-8")
+    assert is_one_error_line(steep("train", run_file), "data.max_lenght", "Did you mean 'max_length'?")
+    assert not (run_file.parent / "run").exists()
+
+
+def test_an_unknown_override(steep: Steep, run_file: Path) -> None:
+    assert is_one_error_line(steep("train", run_file, "--adapter.rank", 4), "adapter.rank")
+    assert is_one_error_line(steep("train", run_file, "--resum"), "--resum")
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (None, ["data.sources[0]"]),
+        (b"", ["data.sources[0]"]),
+        ('{"text": "caf\u00e9"}\n'.encode("latin-1"), ["corpus.jsonl"]),
+        (b'{"text": "one two"}\n{"text": \n', ["corpus.jsonl", "2"]),
+        (b'{"text": "one two"}\n{"body": "three"}\n', ["text", "body"]),
+    ],
+    ids=["missing", "empty", "encoding", "json", "field"],
+)
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_text_that_cannot_be_read(
+    command: str, content: bytes | None, parts: list[str], steep: Steep, llama_folder: Path, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    if content is not None:
+        corpus.write_bytes(content)
+    said = steep(command, write_run(tmp_path, llama_folder, corpus))
+    assert is_one_error_line(said, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_there(steep: Steep, korean_corpus: Path, tmp_path: Path) -> None:
+    said = steep("train", write_run(tmp_path, tmp_path / "none", korean_corpus))
+    assert is_one_error_line(said, "model.name", "there is no folder")
+
+
+@pytest.mark.parametrize("words", [["eval"], ["generate", "x"]])
+def test_a_folder_without_a_run(words: list[str], steep: Steep, tmp_path: Path) -> None:
+    command, *rest = words
+    assert is_one_error_line(steep(command, tmp_path / "none", *rest), "holds no run")
+
+
+def test_a_run_that_stops_has_code_1(steep: Steep, llama_folder: Path, tmp_path: Path) -> None:
+    """A rate of zero trains nothing for ever; a rate beyond all bounds is not finite."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents("en", 60)), encoding="utf-8")
+    file = write_run(tmp_path, llama_folder, corpus)
+    said = steep("train", file, "--training.learning_rate", "1e30", "--training.max_steps", "9")
+    assert said.code == 1, said
+    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "not finite in 3 steps in a row" in errors[0]
+    assert "Traceback" not in said.err

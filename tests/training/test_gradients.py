@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from steep.training.gradients import measure_and_clip
+
+
+def network(scale: float, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)).to(dtype)
+    model[0].bias.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = scale * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+def test_clips_as_torch_does(scale: float) -> None:
+    ours, theirs = network(scale), network(scale)
+    report = measure_and_clip(ours, 1.0)
+    total = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+    assert report.total == pytest.approx(total.item(), rel=1e-6)
+    assert report.names == ["0.weight", "1.weight", "1.bias"]
+    assert report.finite and report.offenders == []
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        if one.grad is None:
+            assert other.grad is None
+        else:
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=0)
+
+
+def test_measures_before_it_clips() -> None:
+    model = network(10.0)
+    before = [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
+    report = measure_and_clip(model, 0.5)
+    assert report.norms.tolist() == pytest.approx(before)
+    assert measure_and_clip(model, None).total == pytest.approx(0.5, rel=1e-4)
+
+
+def test_none_leaves_gradients_alone() -> None:
+    model, same = network(10.0), network(10.0)
+    measure_and_clip(model, None)
+    assert all(
+        a.grad is b.grad is None or (a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad))
+        for a, b in zip(model.parameters(), same.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_is_named_and_left(bad: float) -> None:
+    model = network(1.0)
+    weight = model[1].weight  # pyright: ignore[reportIndexIssue]
+    weight.grad[0, 0] = bad
+    kept = weight.grad.clone()
+    report = measure_and_clip(model, 1.0)
+    assert not report.finite
+    assert report.offenders == ["1.weight"]
+    assert torch.equal(weight.grad, kept) or math.isnan(bad)
+    assert torch.isfinite(weight.grad).sum() == weight.numel() - 1
+
+
+def test_no_gradients_at_all() -> None:
+    model = nn.Linear(2, 2)
+    report = measure_and_clip(model, None)
+    assert report.total == 0 and report.norms.tolist() == [0, 0]
+
+
+def test_no_gradients_at_all_with_clipping() -> None:
+    assert measure_and_clip(nn.Linear(2, 2), 1.0).total == 0
+
+
+def test_bf16_norms_are_summed_in_fp32() -> None:
+    model = nn.Linear(1, 100_000, bias=False, dtype=torch.bfloat16)
+    model.weight.grad = torch.full_like(model.weight, 0.125)
+    assert measure_and_clip(model, None).total == pytest.approx(0.125 * math.sqrt(100_000), rel=1e-4)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from steep.training.checkpoint import rng_state, set_rng_state
+from steep.training.state_files import load_state, save_state
+
+
+def test_nested_round_trip(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    state = {
+        "state": {0: {"step": 3, "m": shared, "same": shared}, 1: {"view": shared.view(2, 3).t()}},
+        ("a", 1): [None, True, 1, 1.5, "text", (), [], {}],
+        "bits": torch.tensor([1, 255], dtype=torch.uint8),
+        "half": torch.tensor([1.5], dtype=torch.bfloat16),
+        "scalar": torch.tensor(2.0),
+        "nan": float("nan"),
+        "inf": float("inf"),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+    save_state(state, tmp_path, "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.safetensors"]
+    back = load_state(tmp_path, "x")
+    assert list(back) == list(state)
+    assert list(back["state"]) == [0, 1]
+    assert back["state"][0]["step"] == 3
+    assert torch.equal(back["state"][0]["m"], shared) and torch.equal(back["state"][0]["same"], shared)
+    assert torch.equal(back["state"][1]["view"], shared.view(2, 3).t())
+    assert back["a", 1] == [None, True, 1, 1.5, "text", (), [], {}]
+    assert [type(value) for value in back["a", 1]] == [type(value) for value in state["a", 1]]
+    assert back["half"].dtype == torch.bfloat16 and torch.equal(back["bits"], state["bits"])
+    assert back["scalar"].shape == () and back["nan"] != back["nan"] and back["inf"] == float("inf")
+    assert torch.equal(back["parameter"], torch.ones(2))
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object(), np.float32(1), b"bytes"])
+def test_an_unknown_type_is_refused(value: object, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="without pickle"):
+        save_state({"x": [value]}, tmp_path, "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_random_state_goes_on_where_it_was(tmp_path: Path) -> None:
+    import random
+
+    def draw() -> list[float]:
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            float(np.random.rand()),
+            float(np.random.randn()),
+            float(torch.rand(())),
+        ]
+
+    draw()
+    save_state(rng_state(), tmp_path, "random")
+    first = draw()
+    assert draw() != first
+    set_rng_state(load_state(tmp_path, "random"))
+    assert draw() == first
