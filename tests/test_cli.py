@@ -40,7 +40,8 @@ def steep(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
             cli.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
-        return Said(code, *capfd.readouterr())
+        out, err = capfd.readouterr()
+        return Said(code, str(out), str(err))
 
     return run
 

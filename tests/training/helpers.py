@@ -56,7 +56,7 @@ def trained_weights(model: Model) -> dict[str, torch.Tensor]:
 
 
 def losses(trainer: Trainer) -> dict[int, float]:
-    return {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
+    return {int(row["step"]): row["loss"] for row in trainer.state.log_history if "loss" in row}
 
 
 class AtStep(transformers.TrainerCallback):
