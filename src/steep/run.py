@@ -256,7 +256,7 @@ def _newest_checkpoint(folder: RunFolder, config: RunConfig) -> Path:
         )
     before = parse_config(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")))
     for section in ("model", "adapter", "data"):
-        old, new = getattr(before, section).model_dump(), getattr(config, section).model_dump()
+        old, new = (getattr(each, section).model_dump(exclude={"cache_dir"}) for each in (before, config))
         changed = [f"{section}.{key}: {old[key]!r} → {new[key]!r}" for key in new if old[key] != new[key]]
         if changed:
             raise UserError(

@@ -45,6 +45,30 @@ class AdamW8bit(AdamW):
         self.seed = seed
 
     @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update of every tensor that has a gradient.
+
+        bitsandbytes' own loop waits for the GPU after each tensor, which leaves it idle between the 448 adapter tensors
+        of an 8B. Nothing here is paged, and on one stream the order is kept without waiting.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.initialized:
+            self.check_overrides()
+            self.to_gpu()
+            self.initialized = True
+        for gindex, group in enumerate(self.param_groups):
+            for pindex, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                if len(self.state[parameter]) == 0:
+                    self.init_state(group, parameter, gindex, pindex)
+                self.update_step(group, parameter, gindex, pindex)
+        return loss
+
+    @torch.no_grad()
     def update_step(self, group: dict[str, Any], p: torch.Tensor, gindex: int, pindex: int) -> None:
         if p.dtype != torch.bfloat16:
             super().update_step(group, p, gindex, pindex)
