@@ -8,6 +8,7 @@ measured, and replayed, from the language reference that every Python carries. I
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import pydoc_data.topics
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -181,10 +183,15 @@ def train_and_kill(run_file: Path) -> None:
 def compare_with_peft() -> None:
     """Load base and `final/` as any PEFT user would, and score the same held-out text."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    for library in ("bitsandbytes", "transformers"):  # bars, and notes on packages that are not needed
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     plan = json.loads((RUN / "plan.json").read_text(encoding="utf-8"))
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[plan["compute_dtype"]]
     quantization = BitsAndBytesConfig(

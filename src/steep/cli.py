@@ -51,11 +51,12 @@ def plan(context: typer.Context, file: RunFile) -> None:
     Tokenises the text (once, into the cache) and finds every input error. Override any field: --section.field VALUE.
     """
     from steep.config import load_config
-    from steep.plan import plan_run
     from steep.terminal import Terminal, plan_tables
 
     config, terminal = load_config(file, context.args), Terminal()
     terminal.attach()
+    from steep.plan import plan_run
+
     with terminal.tokenising() as progress:
         worked_out = plan_run(config, progress)
     for table in plan_tables(worked_out.as_dict()):
@@ -87,11 +88,12 @@ def train(
 @app.command("eval")
 def evaluate(run: RunDir) -> None:
     """Score held-out text with the base model and the trained one: perplexity and bits per byte, by domain."""
-    from steep.run import evaluate_run
     from steep.terminal import Terminal
 
     terminal = Terminal()
     terminal.attach()
+    from steep.run import evaluate_run
+
     evaluate_run(run, terminal=terminal)
 
 
@@ -103,10 +105,11 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
 ) -> None:
     """Complete a text with the base model and the trained one, as it comes."""
-    from steep.run import generate_run
     from steep.terminal import Terminal
 
     Terminal().attach()
+    from steep.run import generate_run
+
     shown: list[str] = []
 
     def stream(which: str, piece: str) -> None:

@@ -15,6 +15,9 @@ BASE_WIDTH = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "bf16": 2.0, "f
 # Bytes of optimizer state a trained value; others are counted like plain Adam.
 OPTIMIZER_WIDTH = {"adamw_8bit": 2 + 8 / 256, "adamw_bnb_8bit": 2 + 8 / 256, "sgd": 0.0, "adafactor": 0.01}
 
+# What the update of bf16 weights copies to fp32 at a time.
+UPDATE_SCRATCH = round(0.4 * GIB)
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -72,24 +75,43 @@ def shape_of(model: Any, r: int, target_modules: Any, modules_to_save: list[str]
 
 
 def memory_by_item(
-    shape: Shape, *, base: str, compute: str, trained: str, optim: str, tokens: int, checkpointing: bool
+    shape: Shape,
+    *,
+    base: str,
+    compute: str,
+    trained: str,
+    optim: str,
+    tokens: int,
+    checkpointing: bool,
+    accumulates: bool,
 ) -> dict[str, int]:
     """Bytes by item at the peak of a step over `tokens` tokens in one forward.
 
-    The residual stream has the dtype of the trained embeddings. With checkpointing each layer keeps its input, and one
-    layer's insides live at a time; the logits of the batch exist whole, in the compute dtype and in fp32 with their
-    gradient (transformers' loss).
+    The peak is where the loss is differentiated, or where all gradients are there, whichever needs more. The residual
+    stream has the dtype of the trained embeddings. With checkpointing each layer keeps its input, and one layer's
+    insides live at a time. Of the logits of the batch three fp32 tensors live at once in transformers' loss
+    (log-softmax, its gradient, theirs); autocast keeps 16-bit copies of what it trains in fp32.
+
+    Args:
+        accumulates: several micro-batches make a step, so that gradients are there while the next loss is computed.
     """
     stream = WIDTH[trained]
     inside = tokens * (8 * shape.hidden * stream + 5 * shape.intermediate * WIDTH[compute])
     kept = shape.layers * (tokens * shape.hidden * stream if checkpointing else inside)
-    return {
+    gradients = shape.trained * WIDTH[trained]
+    scratch = UPDATE_SCRATCH if optim in ("adamw_8bit", "adamw_bnb_8bit") and trained == "bf16" else 0
+    fixed = {
         "frozen linear weights": round(shape.linear * BASE_WIDTH[base]),
         "frozen embeddings and norms": (shape.embeddings + shape.other) * WIDTH[compute],
         "adapters": shape.lora * WIDTH[trained],
         "trained embeddings": shape.trained_embeddings * WIDTH[trained],
-        "gradients": shape.trained * WIDTH[trained],
         "optimizer states": round(shape.trained * OPTIMIZER_WIDTH.get(optim, 8.0)),
-        "activations": kept + (inside if checkpointing else 0),
-        "logits and loss": tokens * shape.vocabulary * (WIDTH[compute] + 8),
+        "16-bit copies": shape.trained * WIDTH[compute] if trained != compute else 0,
     }
+    at_the_loss = {
+        "activations": kept,
+        "logits and loss": tokens * shape.vocabulary * 12,
+        "gradients": gradients if accumulates else 0,
+    }
+    at_the_end = {"activations": inside, "logits and loss": 0, "gradients": gradients + scratch}
+    return {**fixed, **max(at_the_loss, at_the_end, key=lambda items: sum(items.values()))}

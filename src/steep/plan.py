@@ -15,7 +15,7 @@ from steep.data.packing import Corpus, pack
 from steep.errors import UserError
 from steep.memory import Shape, memory_by_item, shape_of
 from steep.model.adapters import check_embeddings, is_tied
-from steep.model.load import attention_refused, resolve_base, resolve_compute_dtype
+from steep.model.load import attention, attention_refused, resolve_base, resolve_compute_dtype
 from steep.model.resolve import ResolvedModel, looks_like_chat, read_tokenizer, resolve
 
 # An adapter holds about 2 bits a parameter (Allen-Zhu & Li 2024), and a token of text teaches about 1 bit.
@@ -94,10 +94,9 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
             f"bf16 cannot be trained where products run in {compute}",
             "Set model.trained_dtype: fp32, or model.compute_dtype: bf16.",
         )
-    attention = {} if model.attn_implementation == "auto" else {"attn_implementation": model.attn_implementation}
     with torch.device("meta"), attention_refused(model.attn_implementation):
         empty = AutoModelForCausalLM.from_config(
-            resolved.config, trust_remote_code=model.trust_remote_code, **attention
+            resolved.config, trust_remote_code=model.trust_remote_code, **attention(model.attn_implementation)
         )
     check_embeddings(empty, config.adapter.modules_to_save)
     shape = shape_of(empty, config.adapter.r, config.adapter.target_modules, config.adapter.modules_to_save)
@@ -119,7 +118,7 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
     tokens = training.per_device_train_batch_size * data.max_length
     memory = memory_by_item(
         shape, base=base, compute=compute, trained=model.trained_dtype, optim=training.optim, tokens=tokens,
-        checkpointing=uses_checkpointing(config),
+        checkpointing=uses_checkpointing(config), accumulates=training.gradient_accumulation_steps > 1,
     )  # fmt: skip
     twice = 2 if is_tied(empty) else 1  # PEFT's format holds a tied table under both of its names
     result = twice * memory["trained embeddings"] + memory["adapters"]

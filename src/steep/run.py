@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import yaml
 
 from steep.config import RunConfig, parse_config
 from steep.errors import RunError, UserError
+from steep.evaluation.adapters import base_model
 from steep.evaluation.board import board
-from steep.evaluation.compare import evaluate_base_and_trained
+from steep.evaluation.perplexity import evaluate
 from steep.evaluation.score import DomainScore
 from steep.generation import generate_side_by_side, sample
 from steep.model.adapters import add_adapters, load_adapter_weights
-from steep.model.load import DTYPES, load, resolve_compute_dtype
+from steep.model.load import DTYPES, load_resolved, resolve_compute_dtype
+from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.plan import Plan, embedding_rate, plan_run, uses_checkpointing
 from steep.run_folder import RunFolder, environment
 from steep.storage import published
@@ -58,8 +62,8 @@ def train_run(config: RunConfig, *, resume: bool = False, terminal: Terminal | N
     folder.write_json("environment.json", environment())
     transformers.set_seed(config.training.seed)  # adapters are drawn at random
     terminal.say(f"loading {config.model.name}")
-    model, tokenizer = load_for(config)
-    trainer = _trainer(config, plan, model, tokenizer, folder)
+    model, tokenizer = load_for(config, plan.resolved, plan.tokenizer), plan.tokenizer
+    trainer = _trainer(config, plan, model, folder)
     if checkpoint is None:
         _measure(trainer, folder, config, tokenizer)
     else:
@@ -106,9 +110,10 @@ def evaluate_run(
     config, folder = _finished(run_dir)
     with terminal.tokenising() as progress:
         plan = plan_run(config, progress)
-    model, _ = load_for(config)
+    model = load_for(config, plan.resolved, plan.tokenizer)
     load_adapter_weights(model, folder.final, "run folder")
-    base, trained = evaluate_base_and_trained(
+    score = partial(
+        evaluate,
         model,
         plan.corpus.heldout,
         max_length=config.data.max_length,
@@ -116,6 +121,9 @@ def evaluate_run(
         max_tokens=config.evaluation.max_tokens,
         autocast_dtype=mixed_precision(config),
     )
+    with base_model(model):
+        base = score()
+    trained = score(step=plan.steps)
     terminal.show(board(base, trained, plan.corpus.roles))
     return base, trained
 
@@ -132,25 +140,27 @@ def generate_run(
         ``{"base": ..., "trained": ...}``.
     """
     config, folder = _finished(run_dir)
-    model, tokenizer = load_for(config)
+    settings = config.model
+    resolved = resolve(settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    tokenizer = read_tokenizer(resolved)
+    model = load_for(config, resolved, tokenizer)
     load_adapter_weights(model, folder.final, "run folder")
     return generate_side_by_side(
         model, tokenizer, prompt, stream=stream, max_new_tokens=max_new_tokens, temperature=temperature
     )
 
 
-def load_for(config: RunConfig) -> tuple[Any, Any]:
-    """The base model of a run with fresh adapters, and its tokenizer."""
-    model_settings, adapter = config.model, config.adapter
-    model, tokenizer = load(
-        model_settings.name,
-        base=model_settings.base,
-        compute_dtype=model_settings.compute_dtype,
-        attn_implementation=model_settings.attn_implementation,
-        revision=model_settings.revision,
-        trust_remote_code=model_settings.trust_remote_code,
+def load_for(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any:
+    """The base model of a run, with fresh adapters."""
+    settings = config.model
+    model = load_resolved(
+        resolved,
+        tokenizer,
+        base=settings.base,
+        compute_dtype=settings.compute_dtype,
+        attn_implementation=settings.attn_implementation,
     )
-    return add_adapters(model, **adapter.model_dump(), trained_dtype=model_settings.trained_dtype), tokenizer
+    return add_adapters(model, **config.adapter.model_dump(), trained_dtype=settings.trained_dtype)
 
 
 def mixed_precision(config: RunConfig) -> torch.dtype | None:
@@ -188,12 +198,12 @@ def training_arguments(config: RunConfig, folder: RunFolder) -> TrainingArgument
     return TrainingArguments(**{**given, **settings, **training.further})
 
 
-def _trainer(config: RunConfig, plan: Plan, model: Any, tokenizer: Any, folder: RunFolder) -> Trainer:
+def _trainer(config: RunConfig, plan: Plan, model: Any, folder: RunFolder) -> Trainer:
     trainer = Trainer(
         model=model,
         args=training_arguments(config, folder),
         train_dataset=plan.corpus,
-        processing_class=tokenizer,
+        processing_class=plan.tokenizer,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -226,7 +236,10 @@ def _measure(trainer: Trainer, folder: RunFolder, config: RunConfig, tokenizer: 
     """Score the held-out text and complete the prompts, as the model is now."""
     step = trainer.state.global_step
     if trainer.corpus is not None and trainer.corpus.heldout:
-        trainer.evaluate()
+        # The trained copies of the embeddings equal the frozen ones here, but in fp32 they round differently; `steep
+        # eval` has only the base itself to compare with.
+        with base_model(trainer.model) if step == 0 else nullcontext():
+            trainer.evaluate()
         if not any(isinstance(callback, _Recorder) for callback in trainer.callback_handler.callbacks):
             _record_scores(folder, trainer.evaluations[-1], trainer.corpus.roles)
     if config.evaluation.prompts:

@@ -48,7 +48,8 @@ class Terminal:
         self._progress: Progress | None = None
 
     def attach(self) -> None:
-        """Send steep's log lines here, and keep the libraries' bars and notes out of the way. For the command line."""
+        """Send steep's log lines here, and keep the libraries' bars and notes out of the way. For the command line,
+        before they are imported: some speak at import."""
         logger = logging.getLogger("steep")
         logger.setLevel(logging.INFO)
         logger.propagate = False

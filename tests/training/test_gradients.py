@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from steep.training.gradients import measure_and_clip
+from steep.training.gradients import GradientReport
+from steep.training.gradients import measure_and_clip as measure_and_clip_named
 
 
 def network(scale: float, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -17,6 +18,10 @@ def network(scale: float, dtype: torch.dtype = torch.float32) -> nn.Module:
         if parameter.requires_grad:
             parameter.grad = scale * torch.randn_like(parameter)
     return model
+
+
+def measure_and_clip(model: nn.Module, max_norm: float | None) -> GradientReport:
+    return measure_and_clip_named({n: p for n, p in model.named_parameters() if p.requires_grad}, max_norm)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])

@@ -8,17 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
 from steep.errors import UserError
+from steep.model.load import DTYPES
 
 logger = logging.getLogger("steep")
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDINGS = ("embed_tokens", "lm_head")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -112,6 +111,8 @@ def add_adapters(
     """
     if r <= 0:
         raise UserError("adapter.r", f"{r} is not a rank", "Give a number above 0, such as 256.")
+    if trained_dtype not in ("fp32", "bf16"):
+        raise UserError("model.trained_dtype", f"{trained_dtype!r} cannot be trained", "Give fp32 or bf16.")
     shapes = targeted(linear_shapes(model), target_modules)
     check_embeddings(model, modules_to_save)
     lowered = lowered_ranks(shapes, r)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from steep.errors import UserError
+from steep.model.gguf import convert
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
-from steep.storage import cache_folder, published
 
-logger = logging.getLogger("steep")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -70,12 +67,20 @@ def load(
     """
     resolved = resolve(name, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(resolved)
+    model = load_resolved(
+        resolved, tokenizer, base=base, compute_dtype=compute_dtype, attn_implementation=attn_implementation
+    )
+    return model, tokenizer
+
+
+def load_resolved(
+    resolved: ResolvedModel, tokenizer: Any, *, base: str, compute_dtype: str, attn_implementation: str
+) -> Any:
+    """`load` for a model and a tokenizer that were found already."""
     if "gguf_file" in resolved.arguments:
-        resolved = _converted_from_gguf(resolved, tokenizer)
+        resolved = resolve(str(convert(Path(resolved.name) / resolved.arguments["gguf_file"], tokenizer)))
     base, compute = resolve_base(base, resolved), DTYPES[resolve_compute_dtype(compute_dtype)]
-    arguments = {**resolved.arguments, "dtype": DTYPES.get(base, compute)}
-    if attn_implementation != "auto":
-        arguments["attn_implementation"] = attn_implementation
+    arguments = {**resolved.arguments, **attention(attn_implementation), "dtype": DTYPES.get(base, compute)}
     if base in ("nf4", "int8") and resolved.quantization is None:
         arguments["quantization_config"] = _quantization(base, compute)
     if torch.cuda.is_available():
@@ -89,7 +94,7 @@ def load(
     keep_4bit_layout(model)
     model.requires_grad_(False)
     model.config.use_cache = False  # packed documents would see each other through a cache
-    return model, tokenizer
+    return model
 
 
 def keep_4bit_layout(model: torch.nn.Module) -> None:
@@ -101,6 +106,11 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
+
+
+def attention(attn_implementation: str) -> dict[str, str]:
+    """The argument for transformers; `auto` leaves the choice to it."""
+    return {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
 
 
 @contextmanager
@@ -124,20 +134,3 @@ def _quantization(base: str, compute: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
-
-
-def _converted_from_gguf(model: ResolvedModel, tokenizer: Any) -> ResolvedModel:
-    """A 16-bit safetensors folder of a GGUF file, in the cache: the base that adapters name and every library opens."""
-    file = Path(model.name) / model.arguments["gguf_file"]
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    folder = cache_folder() / "models" / f"{file.stem}-{digest}"
-    if not folder.is_dir():
-        logger.info("converting %s to 16 bit, once, into %s", file, folder)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model.name, **model.arguments, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-        with published(folder) as staging:
-            loaded.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-    return resolve(str(folder))

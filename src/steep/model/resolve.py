@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from steep.errors import UserError
+from steep.model.gguf import check_readable, converted_folder
 
 _CHAT_SUFFIXES = ("instruct", "-it", "chat", "-sft", "-dpo", "-rlhf")
 
@@ -54,7 +55,11 @@ def resolve(
         file = Path(name)
         if not file.is_file():
             raise UserError(field, f"there is no file {name}", "Give the path of a .gguf file or of a model folder.")
-        name, arguments["gguf_file"] = str(file.parent), file.name
+        if (folder := converted_folder(file)).is_dir():
+            name = str(folder)
+        else:
+            check_readable(file, field)
+            name, arguments["gguf_file"] = str(file.parent), file.name
     elif not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")):
         raise UserError(field, f"there is no folder {name}", "Give an existing model folder or a name on the hub.")
     elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():

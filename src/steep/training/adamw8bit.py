@@ -7,6 +7,8 @@ al. 2020): the update runs in fp32, and the result is rounded up or down with th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from bitsandbytes import functional
 from bitsandbytes.optim import AdamW
 
 BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit states
-SLICE = 2**24  # elements updated at once: bounds the fp32 copies to 128 MiB whatever the size of a tensor
+SLICE = 2**24  # elements updated at once: bounds the copies to 0.4 GiB whatever the size of a tensor
 
 
 def stochastic_round_(target: torch.Tensor, values: torch.Tensor, generator: torch.Generator) -> None:
@@ -28,11 +30,36 @@ def stochastic_round_(target: torch.Tensor, values: torch.Tensor, generator: tor
     target.view(torch.int16).copy_(bits.view(torch.int16)[1::2])
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Part of a parameter, with its share of everything that one update reads and writes; all are flat views.
+
+    Attributes:
+        weights, gradient: bf16 [N], N ≤ SLICE.
+        moments: both moments, 8-bit codes or (a tensor below 4,096 elements) fp32 [N], then the codes' scales, fp32
+            [ceil(N / BLOCK)].
+        state: the whole parameter's, for its code tables.
+        config: bitsandbytes' settings of this parameter.
+    """
+
+    weights: torch.Tensor
+    gradient: torch.Tensor
+    moments: list[torch.Tensor]
+    state: dict[str, Any]
+    config: dict[str, Any]
+
+    def joins(self, other: _Piece) -> bool:
+        """Whether `other` can follow this one in a single update: same settings, same kind, whole blocks so far."""
+        same_kind = self.moments[0].dtype == other.moments[0].dtype and self.config == other.config
+        return same_kind and len(self.weights) % BLOCK == 0
+
+
 class AdamW8bit(AdamW):
     """bitsandbytes' AdamW with 8-bit states; bf16 parameters are updated in fp32 and rounded stochastically.
 
-    fp32 and fp16 parameters take bitsandbytes' own path unchanged. The rounding noise is drawn from a generator seeded
-    by (seed, step, position of the tensor): a resumed run draws what an uninterrupted one would have drawn.
+    fp32 and fp16 parameters take bitsandbytes' own path unchanged. Many small bf16 tensors share one update: the 448
+    adapter tensors of an 8B one by one are bound by launches. The rounding noise is drawn from a generator seeded by
+    (seed, step, group): a resumed run draws what an uninterrupted one would have drawn.
 
     Args:
         params: parameters or groups, as for every optimizer.
@@ -48,8 +75,8 @@ class AdamW8bit(AdamW):
     def step(self, closure: Any = None) -> Any:
         """One update of every tensor that has a gradient.
 
-        bitsandbytes' own loop waits for the GPU after each tensor, which leaves it idle between the 448 adapter tensors
-        of an 8B. Nothing here is paged, and on one stream the order is kept without waiting.
+        bitsandbytes' own loop waits for the GPU after each tensor; nothing here is paged, and on one stream the order
+        is kept without waiting.
         """
         loss = None
         if closure is not None:
@@ -60,46 +87,80 @@ class AdamW8bit(AdamW):
             self.to_gpu()
             self.initialized = True
         for gindex, group in enumerate(self.param_groups):
+            # Tensors that once had no gradient are at a step of their own, and Adam's bias correction depends on it.
+            pieces: dict[tuple[torch.device, int], list[_Piece]] = {}
             for pindex, parameter in enumerate(group["params"]):
                 if parameter.grad is None:
                     continue
                 if len(self.state[parameter]) == 0:
                     self.init_state(group, parameter, gindex, pindex)
-                self.update_step(group, parameter, gindex, pindex)
+                if parameter.dtype != torch.bfloat16:
+                    self.update_step(group, parameter, gindex, pindex)
+                    continue
+                state = self.state[parameter]
+                state["step"] += 1
+                config = self.get_config(gindex, pindex, group)
+                pieces.setdefault((parameter.device, state["step"]), []).extend(_cut(parameter, state, config))
+            for (device, step), of_step in pieces.items():
+                noise_seed = hash((self.seed, step, gindex)) & (2**63 - 1)
+                generator = torch.Generator(device).manual_seed(noise_seed)
+                for batch in _batches(of_step):
+                    _update(batch, step, generator)
         return loss
 
-    @torch.no_grad()
-    def update_step(self, group: dict[str, Any], p: torch.Tensor, gindex: int, pindex: int) -> None:
-        if p.dtype != torch.bfloat16:
-            super().update_step(group, p, gindex, pindex)
-            return
-        assert p.grad is not None
-        state, config = self.state[p], self.get_config(gindex, pindex, group)
-        state["step"] += 1
-        noise_seed = hash((self.seed, state["step"], gindex, pindex)) & (2**63 - 1)
-        generator = torch.Generator(p.device).manual_seed(noise_seed)
-        weights, gradient = p.detach().view(-1), p.grad.contiguous().view(-1)
-        for start in range(0, weights.numel(), SLICE):
-            piece = slice(start, start + SLICE)
-            values = weights[piece].float()
-            self._update_slice(config, state, values, gradient[piece].float(), piece)
-            stochastic_round_(weights[piece], values, generator)
 
-    def _update_slice(
-        self, config: dict[str, Any], state: dict[str, Any], values: torch.Tensor, gradient: torch.Tensor, piece: slice
-    ) -> None:
-        # The states of one slice of the flattened parameter: SLICE is a multiple of BLOCK, so scales divide evenly.
-        state1, state2 = state["state1"].view(-1)[piece], state["state2"].view(-1)[piece]
-        (beta1, beta2), eps, step, lr = config["betas"], config["eps"], state["step"], config["lr"]
-        if state1.dtype == torch.float32:  # a tensor below 4,096 elements keeps fp32 states
-            functional.optimizer_update_32bit(
-                "adam", gradient, values, state1, beta1, eps, step, lr, state2, beta2,
-                weight_decay=config["weight_decay"],
-            )  # fmt: skip
-            return
-        blocks = slice(piece.start // BLOCK, -(-min(piece.stop, state["state1"].numel()) // BLOCK))
+def _cut(parameter: torch.Tensor, state: dict[str, Any], config: dict[str, Any]) -> Iterator[_Piece]:
+    """A parameter in pieces of at most SLICE elements. SLICE is a multiple of BLOCK, so scales divide evenly."""
+    assert parameter.grad is not None
+    weights, gradient = parameter.detach().view(-1), parameter.grad.contiguous().view(-1)
+    scales = [state[name] for name in ("absmax1", "absmax2") if state["state1"].dtype == torch.uint8]
+    for start in range(0, len(weights), SLICE):
+        stop = min(start + SLICE, len(weights))
+        blocks = slice(start // BLOCK, -(-stop // BLOCK))
+        moments = [state[name].view(-1)[start:stop] for name in ("state1", "state2")]
+        moments += [scale[blocks] for scale in scales]
+        yield _Piece(weights[start:stop], gradient[start:stop], moments, state, config)
+
+
+def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces in order, in runs that one update can take: at most SLICE elements."""
+    batch: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        if batch and (size + len(piece.weights) > SLICE or not batch[-1].joins(piece)):
+            yield batch
+            batch, size = [], 0
+        batch.append(piece)
+        size += len(piece.weights)
+    if batch:
+        yield batch
+
+
+def _update(pieces: list[_Piece], step: int, generator: torch.Generator) -> None:
+    """bitsandbytes' update of all `pieces` as one tensor, rounded stochastically into their weights."""
+    weights = _joined([piece.weights for piece in pieces])
+    gradient = _joined([piece.gradient for piece in pieces]).float()
+    moments = [_joined(list(parts)) for parts in zip(*(piece.moments for piece in pieces), strict=True)]
+    values, state, config = weights.float(), pieces[0].state, pieces[0].config
+    (beta1, beta2), eps, lr, decay = config["betas"], config["eps"], config["lr"], config["weight_decay"]
+    if len(moments) == 2:
+        functional.optimizer_update_32bit(
+            "adam", gradient, values, moments[0], beta1, eps, step, lr, moments[1], beta2, weight_decay=decay
+        )
+    else:
         functional.optimizer_update_8bit_blockwise(
-            "adam", gradient, values, state1, state2, beta1, beta2, 0.0, 0.0, eps, step, lr,
-            state["qmap1"], state["qmap2"], state["absmax1"][blocks], state["absmax2"][blocks],
-            weight_decay=config["weight_decay"],
+            "adam", gradient, values, moments[0], moments[1], beta1, beta2, 0.0, 0.0, eps, step, lr,
+            state["qmap1"], state["qmap2"], moments[2], moments[3], weight_decay=decay,
         )  # fmt: skip
+    stochastic_round_(weights, values, generator)
+    if len(pieces) > 1:  # a single piece was updated in place
+        for joined, parts in zip(
+            (weights, *moments),
+            ([p.weights for p in pieces], *zip(*(p.moments for p in pieces), strict=True)),
+            strict=True,
+        ):
+            torch._foreach_copy_(list(parts), list(joined.split([len(part) for part in parts])))
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -7,6 +7,7 @@ not finite (a step that has one is not applied), and the proof that every traine
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,24 +38,23 @@ class GradientReport:
         return [name for name, norm in zip(self.names, self.norms.tolist(), strict=True) if not math.isfinite(norm)]
 
 
-def measure_and_clip(model: nn.Module, max_norm: float | None) -> GradientReport:
-    """Measure every trainable gradient, then scale all to a global norm of at most `max_norm` (None: leave them).
+def measure_and_clip(parameters: Mapping[str, nn.Parameter], max_norm: float | None) -> GradientReport:
+    """Measure every gradient, then scale all to a global norm of at most `max_norm` (None: leave them).
 
     Non-finite gradients are reported and left as they are. One transfer to the host.
+
+    Args:
+        parameters: the trainable ones by name.
     """
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    with_gradient = [i for i, (_, parameter) in enumerate(named) if parameter.grad is not None]
-    norms = torch.zeros(len(named))
+    with_gradient = [parameter for parameter in parameters.values() if parameter.grad is not None]
+    norms = torch.zeros(len(parameters))
     if with_gradient:
-        gradients = [named[i][1].grad for i in with_gradient]
-        assert all(gradient is not None for gradient in gradients)
+        gradients = [parameter.grad for parameter in with_gradient]
         # fp32 per tensor whatever its own dtype: the sum of squares of a bf16 tensor would be rounded to 8 bits.
-        stacked = torch.stack(
-            [norm.float() for norm in torch._foreach_norm(gradients, 2, dtype=torch.float32)]  # pyright: ignore
-        )
-        norms[with_gradient] = stacked.cpu()
+        measured = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))  # pyright: ignore
+        norms[[parameter.grad is not None for parameter in parameters.values()]] = measured.cpu()
     total = float(torch.linalg.vector_norm(norms.double()))
     if max_norm is not None and with_gradient and math.isfinite(total):
-        parameters = [named[i][1] for i in with_gradient]
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(total, device=parameters[0].device))
-    return GradientReport([name for name, _ in named], norms, total)
+        device = with_gradient[0].device
+        torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, torch.tensor(total, device=device))
+    return GradientReport(list(parameters), norms, total)

@@ -134,7 +134,8 @@ class Trainer(ExactCheckpoints):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         by_id = {id(p): group["name"] for group in self.optimizer.param_groups for p in group["params"]}
-        names = {name: by_id[id(p)] for name, p in self.model.named_parameters() if p.requires_grad}
+        self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        names = {name: by_id[id(p)] for name, p in self._trainable.items()}
         self.proof = Proof(self.model, names, seed=self.args.seed)
         if self.resumed_state is not None:
             self._load_observations(self.resumed_state)
@@ -142,9 +143,8 @@ class Trainer(ExactCheckpoints):
         return prepared
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch. The loss that goes back to transformers is zero where it is not finite: its running sum
-        would
-        stay NaN for ever. What is reported is counted here."""
+        """One micro-batch. The loss that goes back to transformers is zero where it is not finite, since its running
+        sum would stay NaN for ever; what is reported is counted here."""
         rows = inputs.pop("row", None)
         if rows is not None:
             self._rows_of_step.append(rows.cpu())
@@ -169,7 +169,7 @@ class Trainer(ExactCheckpoints):
     def _look_at_gradients(self, model: Any, max_norm: float | None) -> torch.Tensor:
         """Measure and clip, and decide whether the step may be applied: once a step, right before the optimizer."""
         self.accelerator.unscale_gradients()
-        self._gradients = measure_and_clip(model, max_norm)
+        self._gradients = measure_and_clip(self._trainable, max_norm)
         loss = float(torch.stack(self._losses_of_step).sum())
         self._losses_of_step.clear()
         scaled = self.accelerator.scaler is not None  # a loss scaler passes over infinite gradients by itself
@@ -189,11 +189,9 @@ class Trainer(ExactCheckpoints):
         logger.warning("step %d: the %s is not finite; the step is not applied", step, what)
         if self._not_finite_in_a_row >= self.args.max_nonfinite_steps:
             raise RunError(
-                f"the loss or its gradient was not finite in {self._not_finite_in_a_row} steps in a row, the last "
-                f"of them "
-                f"step {step}. Lower training.learning_rate (now {self.args.learning_rate:g}) or look at the data "
-                f"of these "
-                "steps; `--resume` goes on from the last checkpoint"
+                f"the loss or its gradient was not finite in {self._not_finite_in_a_row} steps in a row, the last of "
+                f"them step {step}. Lower training.learning_rate (now {self.args.learning_rate:g}) or look at the "
+                "data of these steps; `--resume` goes on from the last checkpoint"
             )
         if not scaled:
             model.zero_grad(set_to_none=True)  # an optimizer passes over tensors without a gradient
