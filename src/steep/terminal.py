@@ -6,6 +6,7 @@ On a terminal there are live bars; in a pipe or a file, plain lines without cont
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +59,7 @@ class Terminal:
         for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning)
+        os.environ["TQDM_DISABLE"] = "1"  # transformers' reader of GGUF asks nobody
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,18 +32,18 @@ def check_readable(file: Path, field: str) -> None:
         UserError: it isn't GGUF, or it has scaled rotary frequencies (Llama 3.1 and later), which transformers' reader
             leaves out: its logits are then off by 84 %.
     """
-    from gguf import GGUFReader
-
-    try:
-        tensors = {tensor.name for tensor in GGUFReader(file).tensors}
-    except (ValueError, OSError, IndexError) as error:
-        raise UserError(field, f"{file} is not a GGUF file: {error}", "Give a whole .gguf file.") from error
-    if "rope_freqs.weight" in tensors:
+    if "rope_freqs.weight" in _header(file, field).tensors:
         raise UserError(
             field,
             f"{file} scales its rotary frequencies, which transformers does not read from GGUF",
             "Give the model's safetensors checkpoint.",
         )
+
+
+def correct_special_tokens(tokenizer: Any, file: Path, field: str) -> None:
+    """Give `tokenizer` the beginning and end tokens that `file` names: transformers 5.17 takes Llama's BOS for both."""
+    for name, token in _header(file, field).special_tokens.items():
+        setattr(tokenizer, name, token)
 
 
 def convert(file: Path, tokenizer: Any) -> Path:
@@ -60,6 +61,35 @@ def convert(file: Path, tokenizer: Any) -> Path:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
     return folder
+
+
+@dataclass(frozen=True)
+class _Header:
+    tensors: frozenset[str]
+    special_tokens: dict[str, str]
+
+
+def _header(file: Path, field: str) -> _Header:
+    status = file.stat()
+    try:
+        return _read_header(file, status.st_size, status.st_mtime_ns)
+    except ImportError as error:
+        raise UserError(field, "a .gguf file needs the package gguf", "pip install 'steep[gguf]'") from error
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise UserError(field, f"{file} is not a whole GGUF file: {error}", "Give a whole .gguf file.") from error
+
+
+@cache  # the package reads in Python: seconds for a large vocabulary
+def _read_header(file: Path, size: int, modified: int) -> _Header:
+    from gguf import GGUFReader  # optional
+
+    reader = GGUFReader(file)
+    tokens, special = reader.fields.get("tokenizer.ggml.tokens"), {}
+    for name in ("bos", "eos"):
+        number = reader.fields.get(f"tokenizer.ggml.{name}_token_id")
+        if tokens is not None and number is not None:
+            special[f"{name}_token"] = bytes(tokens.parts[tokens.data[int(number.parts[-1][0])]]).decode()
+    return _Header(frozenset(tensor.name for tensor in reader.tensors), special)
 
 
 @cache

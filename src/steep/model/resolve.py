@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from steep.errors import UserError
-from steep.model.gguf import check_readable, converted_folder
+from steep.model.gguf import check_readable, converted_folder, correct_special_tokens
 
 _CHAT_SUFFIXES = ("instruct", "-it", "chat", "-sft", "-dpo", "-rlhf")
 
@@ -86,7 +86,10 @@ def read_tokenizer(model: ResolvedModel, field: str = "model.name") -> Any:
     Raises:
         UserError: it has none.
     """
-    return _read(AutoTokenizer, model.name, model.arguments, field)
+    tokenizer = _read(AutoTokenizer, model.name, model.arguments, field)
+    if "gguf_file" in model.arguments:
+        correct_special_tokens(tokenizer, Path(model.name) / model.arguments["gguf_file"], field)
+    return tokenizer
 
 
 def looks_like_chat(model: ResolvedModel, tokenizer: Any) -> bool:
