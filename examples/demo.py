@@ -74,10 +74,9 @@ def main() -> None:
         encoding="utf-8",
     )
     say(
-        "2. The plan. The warning about the instruct model is right: there is no base model that small on PyPI, "
-        "and bits per"
+        "2. The plan. The warning about the instruct model is right: there is no base model that small on PyPI, and "
+        "bits\n   per byte show what is learned all the same. The rate is high because twenty steps is all there is."
     )
-    say("   byte show what is learned all the same. The learning rate is high because twenty steps is all there is.")
     steep("plan", str(run_file))
     say(f"3. Training, killed (SIGKILL) behind step {KILL_AT} ...")
     train_and_kill(run_file)
@@ -85,10 +84,7 @@ def main() -> None:
     steep("train", str(run_file), "--resume")
     say("4. The result opened with plain transformers and PEFT")
     compare_with_peft()
-    say(
-        "5. What it writes after twenty steps is still nonsense: the figures above show the learning, prose "
-        "would not yet."
-    )
+    say("5. What it writes after twenty steps is still nonsense: the figures show the learning, prose would not yet.")
     print((RUN / "samples.jsonl").read_text(encoding="utf-8"), end="")
     print(
         f"""

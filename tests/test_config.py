@@ -8,6 +8,7 @@ import yaml
 
 from steep.config import load_config, parse_config, parse_overrides
 from steep.errors import UserError
+from steep.initialise import init_run
 
 MINIMAL = """
 model: {name: some/model}
@@ -54,7 +55,18 @@ def test_yaml_round_trip(file: Path) -> None:
         ({"training": {"fp16": True}}, r"training\.fp16: steep cannot honour it: precision is one choice"),
         ({"data": {"sources": [{"path": "a", "rol": "train"}]}}, r"data\.sources\[0\]\.rol: .*Did you mean 'role'\?"),
         ({"adapter": {"r": "big"}}, r"adapter\.r: 'big' is not valid"),
-        ({"adapter": {"r": 0}}, r"adapter\.r: 0 is not valid"),
+        ({"adapter": {"r": 0}}, r"adapter\.r: 0 is not valid.*Give a number above 0"),
+        ({"adapter": {"r": True}}, r"adapter\.r: True is not valid.*Give a number"),
+        ({"adapter": {"lora_alpha": True}}, r"adapter\.lora_alpha: True is not valid: true and false are no numbers"),
+        ({"adapter": {"lora_alpha": float("inf")}}, r"adapter\.lora_alpha: inf is not valid.*Give a finite number"),
+        ({"adapter": {"target_modules": "q_proj"}}, r"adapter\.target_modules: 'q_proj' is not valid.*\[q_proj\]"),
+        ({"adapter": {"target_modules": []}}, r"adapter\.target_modules: \[\] is not valid"),
+        ({"adapter": {"modules_to_save": ["norm"]}}, r"adapter\.modules_to_save\[0\]: 'norm' .*embed_tokens"),
+        ({"training": {"max_steps": 0}}, r"training\.max_steps: 0 is not valid: a run without a step"),
+        ({"training": {"learning_rate": 0}}, r"training\.learning_rate: 0 is not valid.*above 0"),
+        ({"training": {"num_train_epochs": float("inf")}}, r"training\.num_train_epochs: inf is not valid"),
+        ({"training": {"use_cpu": True}}, r"training\.use_cpu: steep cannot honour it"),
+        ({"training": {"save_strategy": "best"}}, r"training\.save_strategy: steep cannot honour best"),
         ({"adapter": {"r": -4}}, r"adapter\.r: -4 is not valid"),
         ({"adapter": {"r": 1.5}}, r"adapter\.r: 1\.5 is not valid"),
         ({"model": {"base": "nf8"}}, r"model\.base: 'nf8' is not valid: .*nf4"),
@@ -111,7 +123,7 @@ def test_overrides(file: Path) -> None:
     config = load_config(file, words)
     assert config.training.learning_rate == 3e-5
     assert config.adapter.r == 16
-    assert [source.path for source in config.data.sources] == ["a.txt", "c.txt"]
+    assert [source.path for source in config.data.sources] == [str(Path.cwd() / "a.txt"), str(Path.cwd() / "c.txt")]
     assert [source.role for source in config.data.sources] == ["train", "replay"]
     assert config.adapter.target_modules == ["q_proj", "v_proj"]
     assert config.adapter.use_rslora is False
@@ -155,3 +167,29 @@ def test_unreadable_files(content: bytes, message: str, tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_a_bare_no_is_a_strategy(file: Path) -> None:
+    assert load_config(file, ["--training.save_strategy", "no"]).training.further == {"save_strategy": "no"}
+
+
+@pytest.mark.parametrize("index", ["7", "foo", "-1"])
+def test_a_source_that_is_not_there(index: str, file: Path) -> None:
+    with pytest.raises(UserError, match=rf"sources\.{index}: there are 2 of them"):
+        load_config(file, [f"--data.sources.{index}.path", "c.txt"])
+    assert len(load_config(file, ["--data.sources.2.path", "c.txt"]).data.sources) == 3
+
+
+def test_a_tilde_is_the_home_folder(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").mkdir()
+    words = ["--model.name", "~/m", "--training.output_dir", "~/runs", "--data.sources.0.path", "~/a.txt"]
+    config = load_config(file, words)
+    assert config.model.name == str(tmp_path / "m")
+    assert config.training.output_dir == str(tmp_path / "runs")
+    assert config.data.sources[0].path == str(tmp_path / "a.txt")
+
+
+def test_names_that_yaml_reads_as_something_else(tmp_path: Path) -> None:
+    path = init_run("123", ["2024", "no"], tmp_path / "run.yaml")
+    assert [Path(source.path or "").name for source in load_config(path).data.sources] == ["2024", "no"]

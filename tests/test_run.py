@@ -10,15 +10,27 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForLanguageModeling,
+)
 
+from steep import run
 from steep.config import RunConfig, parse_config
-from steep.errors import UserError
+from steep.errors import RunError, UserError
+from steep.model.adapters import add_adapters
+from steep.model.load import keep_4bit_layout
+from steep.plan import plan_run
 from steep.run import evaluate_run, generate_run, train_run
-from tests.tiny import documents, tiny_model
+from steep.run_folder import RunFolder
+from steep.training.trainer import Trainer
+from tests.tiny import documents, save_tiny, tiny_model
 
 
-def run_file(model: Path, corpus: Path, folder: Path, **sections: dict[str, Any]) -> RunConfig:
+def run_file(model: Path, corpus: Path, folder: Path, /, **sections: dict[str, Any]) -> RunConfig:
     given: dict[str, dict[str, Any]] = {
         "model": {"name": str(model), "base": "fp32"},
         "adapter": {"r": 8},
@@ -88,6 +100,33 @@ def test_final_opens_with_peft(finished: Path, llama_folder: Path) -> None:
         assert score.loss == pytest.approx(saved[score.domain]["loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_final_of_a_4bit_run_opens_with_peft(
+    tied: bool, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_tiny("llama", tmp_path / "base", tied=tied)
+    trainers: list[Trainer] = []
+    monkeypatch.setattr(run, "Trainer", lambda **given: trainers.append(Trainer(**given)) or trainers[-1])
+    train_run(run_file(base, korean_corpus, tmp_path / "run", model={"base": "nf4"}))
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=quantization)
+    keep_4bit_layout(stock)  # on some CPUs bitsandbytes would compute in bf16, whatever it was told
+    opened: Any = PeftModel.from_pretrained(stock, str(tmp_path / "run" / "final")).eval()
+    tokens = torch.randint(3, 384, (2, 24))
+    with torch.no_grad():
+        expected, got = trainers[0].model.eval()(tokens).logits, opened(tokens).logits
+        with opened.disable_adapter():
+            untrained = opened(tokens).logits
+    # The same codes, weights and kernels: nothing but the order of a sum could differ.
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert (got - untrained).abs().max() > 0.5
+
+
 def test_evaluate_and_generate_a_finished_run(finished: Path) -> None:
     base, trained = evaluate_run(finished)
     rows = lines(finished / "evaluation.jsonl")
@@ -151,7 +190,7 @@ def test_resume_refuses_another_run_file(finished: Path, llama_folder: Path, kor
 
 
 def test_resume_without_a_run(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="holds no run to go on with"):
         train_run(run_file(llama_folder, korean_corpus, tmp_path / "none"), resume=True)
 
 
@@ -166,6 +205,36 @@ def test_evaluations_on_the_way(llama_folder: Path, korean_corpus: Path, tmp_pat
     folder = tmp_path / "run"
     train_run(run_file(llama_folder, korean_corpus, folder, training={"eval_steps": 2}))
     assert [row["step"] for row in lines(folder / "evaluation.jsonl")] == [0, 2, 4, 6]
+
+
+def test_tensorboard_gets_every_logged_step(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the run folder, what is evaluated before the first step too, and nothing in the current folder."""
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = tmp_path / "run"
+    train_run(run_file(llama_folder, korean_corpus, folder, training={"report_to": "tensorboard", "logging_steps": 2}))
+    assert not list((tmp_path / "here").iterdir())
+    (written,) = {path.parent for path in folder.rglob("*tfevents*")}
+    events = EventAccumulator(str(written)).Reload()
+    for file, name in (("metrics.jsonl", "train/loss"), ("evaluation.jsonl", "eval/loss")):
+        expected, got = lines(folder / file), events.Scalars(name)
+        assert [event.step for event in got] == [row["step"] for row in expected]
+        assert [event.value for event in got] == pytest.approx([row["loss"] for row in expected], rel=1e-6)  # fp32
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_an_attention_that_gemma2_cannot_have_is_refused(attention: str, korean_corpus: Path, tmp_path: Path) -> None:
+    """transformers has no sdpa for this model, and flash-attn is not installed here."""
+    model = save_tiny("gemma2", tmp_path / "gemma2")
+    config = run_file(model, korean_corpus, tmp_path / "run", model={"attn_implementation": attention})
+    with pytest.raises(UserError, match=rf"^model\.attn_implementation: {attention} cannot be used"):
+        plan_run(config)
+    eager = run_file(model, korean_corpus, tmp_path / "run", model={"attn_implementation": "eager"})
+    assert plan_run(eager).steps == 6
 
 
 def test_a_plain_transformers_script(llama_folder: Path, tmp_path: Path) -> None:
@@ -207,3 +276,184 @@ def test_a_plain_transformers_script(llama_folder: Path, tmp_path: Path) -> None
     with torch.no_grad():
         loss = float(opened(**batch).loss)
     assert loss == pytest.approx(last, rel=1e-5)
+
+
+def test_a_run_over_a_16bit_base(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    """fp32 weights are trained over a bf16 base: everything runs under autocast, samples and `steep eval` too."""
+    folder = tmp_path / "run"
+    train_run(run_file(llama_folder, korean_corpus, folder, model={"base": "bf16"}))
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    assert (plan["base"], plan["compute_dtype"], plan["trained_dtype"]) == ("bf16", "bf16", "fp32")
+    assert {row["step"] for row in lines(folder / "samples.jsonl")} == {0, 6}
+    rows = {row["step"]: row for row in lines(folder / "evaluation.jsonl")}
+    (base,), (trained,) = evaluate_run(folder)
+    assert (base.loss, trained.loss) == (rows[0]["loss"], rows[6]["loss"])
+    assert generate_run(folder, "the river", max_new_tokens=4).keys() == {"base", "trained"}
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "field"),
+    [
+        ("training", {"seed": 7}, "training.seed"),
+        ("training", {"per_device_train_batch_size": 1}, "training.per_device_train_batch_size"),
+        ("training", {"gradient_accumulation_steps": 2}, "training.gradient_accumulation_steps"),
+        ("training", {"learning_rate": 1e-3}, "training.learning_rate"),
+        ("training", {"adam_beta2": 0.9}, "training.adam_beta2"),
+        ("adapter", {"r": 4}, "adapter.r"),
+        ("data", {"max_length": 32}, "data.max_length"),
+        ("model", {"trained_dtype": "bf16", "compute_dtype": "bf16"}, "model.trained_dtype"),
+    ],
+)
+def test_a_resume_with_another_run_file_is_refused(
+    section: str, change: dict[str, Any], field: str, finished: Path, llama_folder: Path, korean_corpus: Path
+) -> None:
+    before = (finished / "run.yaml").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match=rf"--resume: the run file differs.*{field}: .* → "):
+        train_run(run_file(llama_folder, korean_corpus, finished, **{section: change}), resume=True)
+    assert (finished / "run.yaml").read_text(encoding="utf-8") == before
+
+
+def stopped(model: Path, corpus: Path, folder: Path) -> RunConfig:
+    """A run of which only the checkpoint at step 3 is left."""
+    config = run_file(model, corpus, folder)
+    train_run(config)
+    for name in ("checkpoint-6", "final"):
+        shutil.rmtree(folder / name)
+    return config
+
+
+def test_a_resume_with_other_text_is_refused(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    corpus = shutil.copytree(korean_corpus, tmp_path / "corpus")
+    config = stopped(llama_folder, corpus, tmp_path / "run")
+    text = (corpus / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (corpus / "corpus.jsonl").write_text("".join(reversed(text)), encoding="utf-8")
+    with pytest.raises(UserError, match="--resume: the text, or how the tokenizer reads it, is not what the run began"):
+        train_run(config, resume=True)
+    (corpus / "corpus.jsonl").write_text("".join(text), encoding="utf-8")
+    train_run(config, resume=True)
+    assert json.loads((tmp_path / "run" / "ledger.json").read_text(encoding="utf-8"))["adds_up"]
+
+
+def test_a_resume_over_another_base_is_refused_before_it_trains(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(llama_folder, tmp_path / "base")
+    config = stopped(base, korean_corpus, tmp_path / "run")
+    save_tiny("llama", base, seed=5)
+    with pytest.raises(RunError, match="this is not the base model that the run began with"):
+        train_run(config, resume=True)
+    assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_start_that_was_killed_goes_on(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    """Before the first checkpoint a resumed run is the run from its beginning."""
+    config = run_file(llama_folder, korean_corpus, tmp_path / "run")
+    train_run(config)
+    whole = lines(tmp_path / "run" / "metrics.jsonl")
+    for name in ("checkpoint-3", "checkpoint-6", "final"):
+        shutil.rmtree(tmp_path / "run" / name)
+    train_run(config, resume=True)
+    again = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["loss"] for row in again] == [row["loss"] for row in whole]
+    assert [row["step"] for row in lines(tmp_path / "run" / "evaluation.jsonl")] == [0, 6]
+
+
+def test_two_processes_do_not_train_in_one_folder(finished: Path, llama_folder: Path, korean_corpus: Path) -> None:
+    with RunFolder(finished).locked(), pytest.raises(UserError, match="another process trains in"):
+        train_run(run_file(llama_folder, korean_corpus, finished), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("training", {"lr_scheduler_type": "cosin"}, r"training\.lr_scheduler_type: 'cosin' .*Did you mean 'cosine'"),
+        ("training", {"lr_scheduler_type": "reduce_lr_on_plateau"}, r"training\.lr_scheduler_type: .*is unknown"),
+        ("training", {"optim": "adamw8bit"}, r"training\.optim: 'adamw8bit' is unknown.*Did you mean 'adamw_8bit'"),
+        ("training", {"report_to": "tensorbord"}, r"training\.report_to: 'tensorbord' is unknown.*tensorboard"),
+        ("training", {"save_steps": 2.5}, r"training: transformers refuses it: .*save_steps"),
+        ("training", {"logging_steps": 1.5}, r"training: transformers refuses it: .*logging_steps"),
+        ("training", {"lr_scheduler_type": "constant", "min_lr_rate": 0.1}, r"training\.min_lr_rate: 0\.1 has no mean"),
+        ("training", {"lr_scheduler_kwargs": {"num_cycles": 3}}, r"training\.lr_scheduler_kwargs: a cosine that ends"),
+        ("evaluation", {"stride": 64}, r"evaluation\.stride: 64 leaves a window no context"),
+        ("model", {"compute_dtype": "fp16"}, r"model\.compute_dtype: fp16 needs a GPU"),
+        ("model", {"base": "bf16", "compute_dtype": "fp32"}, r"model\.compute_dtype: fp32 products .* in bf16"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_the_folder_is_made(
+    section: str, change: dict[str, Any], message: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        train_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **{section: change}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluations_without_held_out_text_are_refused(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    config = run_file(llama_folder, korean_corpus, tmp_path / "run", data={"holdout": 0}, training={"eval_steps": 2})
+    with pytest.raises(UserError, match=r"training\.eval_steps: there is no held-out text"):
+        train_run(config)
+
+
+def test_a_constant_rate_with_the_other_defaults(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    schedule = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}
+    train_run(run_file(llama_folder, korean_corpus, tmp_path / "run", training=schedule))
+    rates = [row["learning_rate"] for row in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert rates == pytest.approx([0, 5e-3, 1e-2, 1e-2, 1e-2, 1e-2])
+
+
+def test_a_run_whose_proof_fails_says_so(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(*given: Any, **settings: Any) -> Any:
+        model = add_adapters(*given, **settings)
+        name = "model.layers.1.self_attn.v_proj.lora_B.default"
+        module = next(module for full, module in model.named_modules() if full.endswith(name))
+        module.register_forward_hook(lambda module, inputs, output: output.detach())
+        return model
+
+    monkeypatch.setattr(run, "add_adapters", cut_off)
+    with pytest.raises(RunError, match="v_proj"):
+        train_run(run_file(llama_folder, korean_corpus, tmp_path / "run"))
+    proof = json.loads((tmp_path / "run" / "proof.json").read_text(encoding="utf-8"))
+    assert (proof["complete"], proof["ok"]) == (True, False)
+    failed = [name for name, record in proof["trained"].items() if not record["trained"]]
+    assert failed and all("layers.1.self_attn.v_proj" in name for name in failed)
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_embeddings_that_were_frozen_by_mistake_stop_the_run(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a known tool's recipe did for months."""
+
+    def frozen(*given: Any, **settings: Any) -> Any:
+        model = add_adapters(*given, **settings)
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(run, "add_adapters", frozen)
+    with pytest.raises(RunError, match=r"16,384 values of the model require a gradient, and 65,536 are meant to train"):
+        train_run(run_file(llama_folder, korean_corpus, tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_last_samples_are_taken_also_where_an_evaluation_ends_the_run(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    train_run(run_file(llama_folder, korean_corpus, tmp_path / "run", training={"eval_steps": 3}))
+    assert [row["step"] for row in lines(tmp_path / "run" / "evaluation.jsonl")] == [0, 3, 6]
+    assert {row["step"] for row in lines(tmp_path / "run" / "samples.jsonl")} == {0, 6}
+
+
+def test_a_run_is_evaluated_from_any_folder(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(llama_folder, tmp_path / "model")
+    shutil.copytree(korean_corpus, tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)
+    train_run(run_file(Path("model"), Path("corpus"), Path("run")))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    base, trained = evaluate_run(tmp_path / "run")
+    assert trained[0].loss < base[0].loss

@@ -13,10 +13,8 @@ from steep.errors import RunError, UserError
 app = typer.Typer(
     name="steep",
     help="Continue the pretraining of open LLMs in a new language or domain: QLoRA on every layer plus the "
-    "embeddings.\n\n"
-    "A run is one YAML file: write it with `init`, check it with `plan`, start it with `train`. Any field can be "
-    "overridden: "
-    "`steep train ko.yaml --training.learning_rate 3e-5`.",
+    "embeddings.\n\nA run is one YAML file: write it with `init`, check it with `plan`, start it with `train`. "
+    "Any field can be overridden: `steep train ko.yaml --training.learning_rate 3e-5`.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -50,11 +48,13 @@ def plan(context: typer.Context, file: RunFile) -> None:
 
     Tokenises the text (once, into the cache) and finds every input error. Override any field: --section.field VALUE.
     """
-    from steep.config import load_config
     from steep.terminal import Terminal, plan_tables
 
-    config, terminal = load_config(file, context.args), Terminal()
+    terminal = Terminal()
     terminal.attach()
+    from steep.config import load_config
+
+    config = load_config(file, context.args)
     from steep.plan import plan_run
 
     with terminal.tokenising() as progress:
@@ -75,11 +75,13 @@ def train(
 
     Override any field of the file: --training.learning_rate 3e-5 --data.max_length 4096.
     """
-    from steep.config import load_config
     from steep.terminal import Terminal
 
-    config, terminal = load_config(file, context.args), Terminal()
+    terminal = Terminal()
     terminal.attach()
+    from steep.config import load_config
+
+    config = load_config(file, context.args)
     from steep.run import train_run
 
     train_run(config, resume=resume, terminal=terminal)

@@ -1,22 +1,41 @@
-"""The run file: a typed schema, read from YAML, any field overridden on the command line as ``--section.field
-value``."""
+"""The run file: a typed schema, read from YAML; ``--section.field value`` on the command line overrides any field."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AllowInfNan,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from steep.data.sources import Source
 from steep.errors import UserError
+from steep.model.names import EMBEDDINGS, LINEAR_LAYERS
 
 Base = Literal["auto", "nf4", "int8", "bf16", "fp16", "fp32"]
-LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-EMBEDDINGS = ["embed_tokens", "lm_head"]
+
+
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")
+    return value
+
+
+Integer = Annotated[int, Strict()]
+# YAML reads 3e-5 as text, which pydantic turns into a number; it would turn true into 1 as well.
+Number = Annotated[float, BeforeValidator(_no_flag), AllowInfNan(False)]
 
 
 class Section(BaseModel):
@@ -51,14 +70,14 @@ class ModelSection(Section):
 class AdapterSection(Section):
     """LoRA on the linear layers and fully trained embeddings, in PEFT's own names."""
 
-    r: int = Field(256, gt=0, description="LoRA rank; lowered for a layer whose smaller side is below it.")
-    lora_alpha: float = Field(32, gt=0, description="LoRA's scale is lora_alpha / sqrt(r), or / r without use_rslora.")
+    r: Integer = Field(256, gt=0, description="LoRA rank; lowered for a layer whose smaller side is below it.")
+    lora_alpha: Number = Field(32, gt=0, description="LoRA's scale is lora_alpha / sqrt(r), or / r without use_rslora.")
     use_rslora: bool = Field(True, description="Rank-stabilised scaling (Kalajdzievski 2023).")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before LoRA's A.")
-    target_modules: list[str] | Literal["all-linear"] = Field(
+    lora_dropout: Number = Field(0.0, ge=0, lt=1, description="Dropout before LoRA's A.")
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
         default_factory=lambda: list(LINEAR_LAYERS), description="Linear layers that get an adapter."
     )
-    modules_to_save: list[str] = Field(
+    modules_to_save: list[Literal["embed_tokens", "lm_head"]] = Field(
         default_factory=lambda: list(EMBEDDINGS),
         description="Modules trained whole: the two embeddings, or [] for none.",
     )
@@ -70,17 +89,17 @@ class DataSection(Section):
     sources: list[Source] = Field(
         min_length=1, description="Files, folders, globs or hub data sets, each with its role."
     )
-    max_length: int = Field(2048, ge=8, description="Tokens in a row, the longest context that is trained.")
+    max_length: Integer = Field(2048, ge=8, description="Tokens in a row, the longest context that is trained.")
     packing: Literal["sequential", "best_fit"] = Field(
         "sequential", description="How documents fill rows; best_fit splits none that fits into a row."
     )
-    replay_share: float = Field(
+    replay_share: Number = Field(
         0.05,
         ge=0,
         lt=1,
         description="Share of the training tokens that `replay` sources get; 0.25 is advised for a new language.",
     )
-    holdout: float = Field(
+    holdout: Number = Field(
         0.01, ge=0, lt=1, description="Share of the documents held out for evaluation, by hash of the text."
     )
     keep_duplicates: bool = Field(False, description="Train exact duplicates of a document too.")
@@ -93,35 +112,43 @@ class TrainingSection(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     output_dir: str = Field(description="Folder of the run; never written over another run.")
-    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
-    max_steps: int = Field(-1, ge=-1, description="Stop after so many steps; -1: when the epochs end.")
-    per_device_train_batch_size: int = Field(2, gt=0, description="Rows in one forward.")
-    gradient_accumulation_steps: int = Field(8, gt=0, description="Forwards in one step.")
-    learning_rate: float = Field(5e-5, ge=0, allow_inf_nan=False, description="Peak rate of the adapters.")
-    embedding_learning_rate: float | None = Field(
+    num_train_epochs: Number = Field(1.0, gt=0, description="Passes over the training rows.")
+    max_steps: Integer = Field(-1, ge=-1, description="Stop after so many steps; -1: when the epochs end.")
+    per_device_train_batch_size: Integer = Field(2, gt=0, description="Rows in one forward.")
+    gradient_accumulation_steps: Integer = Field(8, gt=0, description="Forwards in one step.")
+    learning_rate: Number = Field(5e-5, gt=0, description="Peak rate of the adapters.")
+    embedding_learning_rate: Number | None = Field(
         None,
-        ge=0,
-        allow_inf_nan=False,
+        gt=0,
         description="Peak rate of embed_tokens and lm_head; default: learning_rate / 10.",
     )
     lr_scheduler_type: str = Field("cosine", description="cosine, linear, constant, constant_with_warmup, ...")
-    warmup_steps: float = Field(0.05, ge=0, description="Steps of linear warm-up; below 1: their share of all steps.")
-    min_lr_rate: float = Field(0.1, ge=0, le=1, description="Share of the peak rates at which cosine and linear end.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay; never on norms and biases.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm here; 0: never.")
+    warmup_steps: Number = Field(0.05, ge=0, description="Steps of linear warm-up; below 1: their share of all steps.")
+    min_lr_rate: Number | None = Field(
+        None, ge=0, le=1, description="Share of the peak rates at which cosine and linear end; default: 0.1 for them."
+    )
+    weight_decay: Number = Field(0.0, ge=0, description="AdamW's weight decay; never on norms and biases.")
+    max_grad_norm: Number = Field(1.0, ge=0, description="Clip the global gradient norm here; 0: never.")
     optim: str = Field("adamw_8bit", description="adamw_8bit, adamw_torch or any other of transformers.")
     gradient_checkpointing: bool | None = Field(
         None, description="Recompute activations in the backward pass: much less memory; default: on a GPU."
     )
-    seed: int = Field(42, ge=0, description="Of adapters, data order and dropout.")
-    logging_steps: float = Field(1, gt=0, description="Steps between two log lines.")
-    save_steps: float = Field(500, gt=0, description="Steps between two checkpoints; the end is always saved.")
-    save_total_limit: int | None = Field(2, ge=1, description="Checkpoints that are kept.")
-    eval_steps: float | None = Field(
+    seed: Integer = Field(42, ge=0, description="Of adapters, data order and dropout.")
+    logging_steps: Number = Field(1, gt=0, description="Steps between two log lines.")
+    save_steps: Number = Field(500, gt=0, description="Steps between two checkpoints; the end is always saved.")
+    save_total_limit: Integer | None = Field(2, ge=1, description="Checkpoints that are kept.")
+    eval_steps: Number | None = Field(
         None, gt=0, description="Steps between two evaluations; default: start and end only."
     )
     report_to: str | list[str] = Field("none", description="Trackers: tensorboard, wandb, mlflow, ... or none.")
-    max_nonfinite_steps: int = Field(3, ge=1, description="Stop after so many NaN or infinite steps in a row.")
+    max_nonfinite_steps: Integer = Field(3, ge=1, description="Stop after so many NaN or infinite steps in a row.")
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_steps(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("a run without a step trains nothing: give a number above 0, or -1 for whole epochs")
+        return value
 
     @property
     def further(self) -> dict[str, Any]:
@@ -132,14 +159,14 @@ class TrainingSection(BaseModel):
 class EvaluationSection(Section):
     """Held-out loss by domain, and sample texts."""
 
-    stride: int | None = Field(
+    stride: Integer | None = Field(
         None, gt=0, description="New tokens a window of a long document scores; default: half a row."
     )
-    max_tokens: int | None = Field(100_000, gt=0, description="Held-out tokens scored a domain at the most.")
+    max_tokens: Integer | None = Field(100_000, gt=0, description="Held-out tokens scored a domain at the most.")
     prompts: list[str] = Field(
         default_factory=list, description="Texts completed before and after training (samples.jsonl)."
     )
-    max_new_tokens: int = Field(64, gt=0, description="Length of each sample.")
+    max_new_tokens: Integer = Field(64, gt=0, description="Length of each sample.")
 
 
 class RunConfig(Section):
@@ -159,7 +186,7 @@ class RunConfig(Section):
             raise UserError(
                 "training.embedding_learning_rate",
                 "it is set but no embedding is trained (adapter.modules_to_save is empty)",
-                f"Set adapter.modules_to_save: {EMBEDDINGS} or leave the rate out.",
+                f"Set adapter.modules_to_save: [{', '.join(EMBEDDINGS)}] or leave the rate out.",
             )
         if self.model.trained_dtype == "bf16" and self.model.compute_dtype in ("fp16", "fp32"):
             raise UserError(
@@ -213,7 +240,20 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
         further = check_further(config.training.further, list(TrainingSection.model_fields))
         for name, value in further.items():
             setattr(config.training, name, value)
+    _make_absolute(config)
     return config
+
+
+def _make_absolute(config: RunConfig) -> None:
+    """Model and text are found again from any folder, also when the run file is read out of the run folder."""
+    model = Path(config.model.name).expanduser()
+    if model.exists():
+        config.model.name = str(model.absolute())
+    config.data.sources = [
+        source.model_copy(update={"path": str(Path(source.path).expanduser().absolute())}) if source.path else source
+        for source in config.data.sources
+    ]
+    config.training.output_dir = str(Path(config.training.output_dir).expanduser())
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
@@ -250,6 +290,11 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
         if isinstance(value, Mapping) and isinstance(old, Mapping):
             merged[key] = merge(old, value)
         elif isinstance(value, Mapping) and isinstance(old, list):
+            for index in value:
+                if not (index.isdecimal() and int(index) <= len(old)):
+                    raise UserError(
+                        f"{key}.{index}", f"there are {len(old)} of them", f"Give a number from 0 to {len(old)}."
+                    )
             by_index = merge({str(i): item for i, item in enumerate(old)}, value)
             merged[key] = list(by_index.values())
         else:
@@ -260,7 +305,9 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 def _explain(error: ValidationError) -> UserError:
     errors = error.errors()
     first = errors[0]
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    # Union members stand in the location too ("list[str]"): names of types, not of fields.
+    location = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     more = f" ({len(errors) - 1} more problems after this one.)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(first["loc"][:-1])
@@ -269,8 +316,31 @@ def _explain(error: ValidationError) -> UserError:
         return UserError(field, "it is not a field of the run file", hint + more)
     if first["type"] == "missing":
         return UserError(field, "it is missing", f"Add it to the run file.{more}")
-    given = first.get("input")
-    return UserError(field, f"{given!r} is not valid: {first['msg']}", f"Give a value of that kind.{more}")
+    given, message = first.get("input"), first["msg"].removeprefix("Value error, ")
+    return UserError(field, f"{given!r} is not valid: {message}", f"{_remedy(first)}{more}")
+
+
+_REMEDIES = {
+    "greater_than": "Give a number above {gt}.",
+    "greater_than_equal": "Give {ge} or more.",
+    "less_than": "Give a number below {lt}.",
+    "less_than_equal": "Give {le} or less.",
+    "literal_error": "Give one of {expected}.",
+    "finite_number": "Give a finite number.",
+    "too_short": "Give at least {min_length}.",
+    "list_type": "Write a list: [{given}].",
+    "bool_type": "Write true or false.",
+    "bool_parsing": "Write true or false.",
+}
+
+
+def _remedy(error: Any) -> str:
+    kind = error["type"]
+    if kind.startswith(("int_", "float_")) or (kind == "value_error" and isinstance(error.get("input"), bool)):
+        return "Give a number."
+    return _REMEDIES.get(kind, "See docs/run-file.md for what the field takes.").format(
+        **error.get("ctx", {}), given=error.get("input")
+    )
 
 
 def _fields_at(location: Sequence[int | str]) -> list[str]:

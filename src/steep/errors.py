@@ -18,7 +18,7 @@ class UserError(Exception):
         self.field = field
         self.problem = problem
         self.remedy = remedy
-        super().__init__(f"{field}: {problem}. {remedy}")
+        super().__init__(f"{field}: {problem.rstrip('.')}. {remedy}")
 
 
 class RunError(Exception):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 
 from steep.config import AdapterSection, DataSection, EvaluationSection, ModelSection, TrainingSection
@@ -62,9 +63,8 @@ def init_run(
 
 
 def _source(place: str, role: str) -> dict[str, str]:
-    return (
-        {"hub": place.removeprefix("hub:"), "role": role} if place.startswith("hub:") else {"path": place, "role": role}
-    )
+    kind, name = ("hub", place.removeprefix("hub:")) if place.startswith("hub:") else ("path", place)
+    return {kind: name, "role": role}
 
 
 def _source_lines(sources: Sequence[dict[str, str]]) -> list[str]:
@@ -79,6 +79,6 @@ def _yaml(value: Any) -> str:
     # JSON is YAML; plain words and numbers stay bare for the eye.
     if isinstance(value, float):
         return f"{value:g}"
-    if isinstance(value, str) and value.replace("_", "").replace("-", "").isalnum():
+    if isinstance(value, str) and value.replace("_", "").replace("-", "").isalnum() and yaml.safe_load(value) == value:
         return value
     return json.dumps(value, ensure_ascii=False)

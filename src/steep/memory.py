@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steep.model.adapters import EMBEDDINGS, is_tied, linear_shapes, targeted
+from steep.model.adapters import is_tied, linear_shapes, targeted
+from steep.model.names import EMBEDDINGS
 
 GIB = 2**30
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -47,7 +49,7 @@ class Shape:
         return self.lora + self.trained_embeddings
 
 
-def shape_of(model: Any, r: int, target_modules: Any, modules_to_save: list[str]) -> Shape:
+def shape_of(model: Any, r: int, target_modules: Any, modules_to_save: Sequence[str]) -> Shape:
     """Count `model` (it may be on the meta device) and the adapters that it would get."""
     config = model.config.get_text_config()
     shapes = linear_shapes(model)
@@ -102,7 +104,7 @@ def memory_by_item(
     scratch = UPDATE_SCRATCH if optim in ("adamw_8bit", "adamw_bnb_8bit") and trained == "bf16" else 0
     fixed = {
         "frozen linear weights": round(shape.linear * BASE_WIDTH[base]),
-        "frozen embeddings and norms": (shape.embeddings + shape.other) * WIDTH[compute],
+        "frozen embeddings and norms": (shape.embeddings + shape.other) * WIDTH.get(base, WIDTH[compute]),
         "adapters": shape.lora * WIDTH[trained],
         "trained embeddings": shape.trained_embeddings * WIDTH[trained],
         "optimizer states": round(shape.trained * OPTIMIZER_WIDTH.get(optim, 8.0)),

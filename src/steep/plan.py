@@ -17,6 +17,8 @@ from steep.memory import Shape, memory_by_item, shape_of
 from steep.model.adapters import check_embeddings, is_tied
 from steep.model.load import attention, attention_refused, resolve_base, resolve_compute_dtype
 from steep.model.resolve import ResolvedModel, looks_like_chat, read_tokenizer, resolve
+from steep.settings import embedding_rate, planned_epochs, planned_steps, training_arguments, uses_checkpointing
+from steep.training.arguments import TrainingArguments
 
 # An adapter holds about 2 bits a parameter (Allen-Zhu & Li 2024), and a token of text teaches about 1 bit.
 PARAMETERS_PER_TOKEN = 0.5
@@ -28,7 +30,7 @@ ADVISED_EMBEDDING_RATIO = (2, 20)
 
 @dataclass
 class Plan:
-    """A run worked out. `resolved`, `tokenizer` and `corpus` are what `train_run` goes on with.
+    """A run worked out. `resolved`, `tokenizer`, `arguments` and `corpus` are what `train_run` goes on with.
 
     Attributes:
         base, compute: the automatic choices made: storage of frozen weights, dtype of products.
@@ -40,6 +42,7 @@ class Plan:
     config: RunConfig
     resolved: ResolvedModel
     tokenizer: Any
+    arguments: TrainingArguments
     corpus: Corpus
     shape: Shape
     base: str
@@ -64,10 +67,10 @@ class Plan:
                 "trained_embeddings": shape.trained_embeddings,
                 "trained": shape.trained,
             },
-            "data": {**self.corpus.statistics, "mixing": self.corpus.mixing},
+            "data": {**self.corpus.statistics, "mixing": self.corpus.mixing, "fingerprint": self.corpus.fingerprint},
             "steps": self.steps,
             "rows_per_step": rows_per_step,
-            "epochs": self.steps * rows_per_step / len(self.corpus.train),
+            "epochs": planned_epochs(self.config, len(self.corpus.train)),
             "learning_rate": training.learning_rate,
             "embedding_learning_rate": embedding_rate(self.config),
             "memory_bytes": {**self.memory, "total": sum(self.memory.values())},
@@ -87,7 +90,8 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
     """
     model = config.model
     resolved = resolve(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    base, compute = resolve_base(model.base, resolved), resolve_compute_dtype(model.compute_dtype)
+    base = resolve_base(model.base, resolved)
+    compute = resolve_compute_dtype(model.compute_dtype, base)
     if model.trained_dtype == "bf16" and compute != "bf16":
         raise UserError(
             "model.trained_dtype",
@@ -102,6 +106,14 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
     shape = shape_of(empty, config.adapter.r, config.adapter.target_modules, config.adapter.modules_to_save)
     tokenizer = read_tokenizer(resolved)
     data, training = config.data, config.training
+    arguments = training_arguments(config)
+    stride = config.evaluation.stride
+    if stride is not None and stride >= data.max_length:
+        raise UserError(
+            "evaluation.stride",
+            f"{stride} leaves a window no context: it has to be below data.max_length, {data.max_length}",
+            "Leave it out (half a row), or lower it.",
+        )
     corpus = pack(
         data.sources,
         tokenizer,
@@ -114,6 +126,12 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
         cache_dir=data.cache_dir,
         progress=progress,
     )
+    if arguments.eval_strategy != "no" and not corpus.heldout:
+        raise UserError(
+            "training.eval_steps",
+            "there is no held-out text to evaluate",
+            "Raise data.holdout, add a source with role: heldout, or leave it out.",
+        )
     steps = planned_steps(config, len(corpus.train))
     tokens = training.per_device_train_batch_size * data.max_length
     memory = memory_by_item(
@@ -122,33 +140,13 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
     )  # fmt: skip
     twice = 2 if is_tied(empty) else 1  # PEFT's format holds a tied table under both of its names
     result = twice * memory["trained embeddings"] + memory["adapters"]
-    kept = (training.save_total_limit or max(1, math.ceil(steps / max(training.save_steps, 1)))) + 1
+    interval = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
+    written = math.ceil(steps / max(interval, 1))
+    kept = min(written, training.save_total_limit or written) + 1  # one more while the next is written
     disk = {"checkpoints": kept * (result + memory["optimizer states"]), "final": result}
-    plan = Plan(config, resolved, tokenizer, corpus, shape, base, compute, steps, memory, disk)
+    plan = Plan(config, resolved, tokenizer, arguments, corpus, shape, base, compute, steps, memory, disk)
     plan.warnings = [*_warnings(plan), *corpus.warnings]
     return plan
-
-
-def planned_steps(config: RunConfig, rows: int) -> int:
-    """Optimizer steps of the run, as transformers counts them (the last step of an epoch may be smaller)."""
-    training = config.training
-    if training.max_steps > 0:
-        return training.max_steps
-    batches = math.ceil(rows / training.per_device_train_batch_size)
-    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
-    return math.ceil(training.num_train_epochs * per_epoch)
-
-
-def uses_checkpointing(config: RunConfig) -> bool:
-    """Whether activations are recomputed: as asked, by default on a GPU."""
-    given = config.training.gradient_checkpointing
-    return torch.cuda.is_available() if given is None else given
-
-
-def embedding_rate(config: RunConfig) -> float:
-    """The peak rate of the embeddings: as asked, by default a tenth of the adapters'."""
-    rate = config.training.embedding_learning_rate
-    return config.training.learning_rate / 10 if rate is None else rate
 
 
 def _warnings(plan: Plan) -> list[str]:
@@ -162,21 +160,18 @@ def _warnings(plan: Plan) -> list[str]:
     if looks_like_chat(plan.resolved, plan.tokenizer):
         found.append(
             f"{config.model.name} looks like an instruct model: continued pretraining on plain text damages its "
-            f"chat ability. "
-            "Use the base model of the same name."
+            "chat ability. Use the base model of the same name."
         )
     tokens = corpus.statistics["targets"]
     if plan.shape.lora < tokens * PARAMETERS_PER_TOKEN:
         found.append(
             f"the adapters have {plan.shape.lora:,} parameters for {tokens:,} tokens, fewer than "
-            f"{PARAMETERS_PER_TOKEN} a token: "
-            "they may not hold what the text teaches. Raise adapter.r."
+            f"{PARAMETERS_PER_TOKEN} a token: they may not hold what the text teaches. Raise adapter.r."
         )
     if not any(source.role == "replay" for source in config.data.sources):
         found.append(
             "no source has the role replay: the model will forget some of what it knows. Add general text in its "
-            "old language "
-            "with role: replay (5 % of the tokens; 25 % is the published advice for a new language)."
+            "old language with role: replay (5 % of the tokens; 25 % is the published advice for a new language)."
         )
     elif config.data.replay_share < 0.25:
         found.append(
@@ -186,9 +181,14 @@ def _warnings(plan: Plan) -> list[str]:
         if source["role"] == "train" and 1 / source["characters_per_token"] > MANY_TOKENS_PER_CHARACTER:
             found.append(
                 f"the tokenizer spends {1 / source['characters_per_token']:.2f} tokens a character on "
-                f"{source['domain']}: rows hold "
-                "little text. A model with a vocabulary for this language learns it faster."
+                f"{source['domain']}: rows hold little text. A model with a vocabulary for this language learns it "
+                "faster."
             )
+    if config.model.trained_dtype == "bf16" and config.training.optim not in ("adamw_8bit", "adamw_bnb_8bit"):
+        found.append(
+            f"model.trained_dtype is bf16, and {config.training.optim} rounds most updates of such weights away. Use "
+            "optim: adamw_8bit, which rounds stochastically, or trained_dtype: fp32."
+        )
     rate, ratio = config.training.learning_rate, config.training.learning_rate / max(embedding_rate(config), 1e-30)
     if not ADVISED_RATES[0] <= rate <= ADVISED_RATES[1]:
         found.append(f"learning_rate {rate:g} is far from the advice ({ADVISED_RATES[0]:g} to {ADVISED_RATES[1]:g}).")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 import yaml
 
@@ -19,15 +19,26 @@ from steep.evaluation.perplexity import evaluate
 from steep.evaluation.score import DomainScore
 from steep.generation import generate_side_by_side, sample
 from steep.model.adapters import add_adapters, load_adapter_weights
-from steep.model.load import DTYPES, load_resolved, resolve_compute_dtype
+from steep.model.load import load_resolved
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
-from steep.plan import Plan, embedding_rate, plan_run, uses_checkpointing
+from steep.plan import Plan, plan_run
 from steep.run_folder import RunFolder, environment
+from steep.settings import mixed_precision
 from steep.storage import published
 from steep.terminal import Terminal, plan_tables
-from steep.training.arguments import TrainingArguments
 from steep.training.checkpoint import checkpoints
 from steep.training.trainer import Trainer
+
+# Fields that change neither what is computed nor which rows are trained when.
+HARMLESS = {
+    "data.cache_dir",
+    *(f"training.{name}" for name in (
+        "output_dir", "save_steps", "save_total_limit", "save_strategy", "logging_steps", "logging_first_step",
+        "logging_strategy", "eval_steps", "eval_strategy", "eval_delay", "report_to", "run_name", "project",
+        "log_level", "max_nonfinite_steps", "dataloader_num_workers", "dataloader_pin_memory",
+        "dataloader_persistent_workers", "dataloader_prefetch_factor", "torch_empty_cache_steps",
+    )),
+}  # fmt: skip
 
 
 def train_run(config: RunConfig, *, resume: bool = False, terminal: Terminal | None = None) -> dict[str, Any]:
@@ -46,41 +57,50 @@ def train_run(config: RunConfig, *, resume: bool = False, terminal: Terminal | N
     """
     terminal = terminal or Terminal(quiet=True)
     folder = RunFolder(config.training.output_dir)
-    checkpoint = _newest_checkpoint(folder, config) if resume else None
-    if not resume:
-        _refuse_other_run(folder)
+    if resume:
+        _refuse_other_settings(folder, config)
+    else:
+        folder.refuse_contents()
     with terminal.tokenising() as progress:
         plan = plan_run(config, progress)
     for table in plan_tables(plan.as_dict()):
         terminal.show(table)
     for warning in plan.warnings:
         terminal.warn(warning)
-    if checkpoint is None:
-        folder.claim()
-        folder.write_text("run.yaml", config.to_yaml())
-        folder.write_json("plan.json", plan.as_dict())
-    folder.write_json("environment.json", environment())
+    folder.make()
+    with folder.locked():
+        if resume:
+            _refuse_other_inputs(folder, plan)
+        else:
+            folder.refuse_contents()
+        return _train(plan, folder, terminal, resume)
+
+
+def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> dict[str, Any]:
+    config, found = plan.config, checkpoints(folder.path)
     transformers.set_seed(config.training.seed)  # adapters are drawn at random
     terminal.say(f"loading {config.model.name}")
-    model, tokenizer = load_for(config, plan.resolved, plan.tokenizer), plan.tokenizer
-    trainer = _trainer(config, plan, model, folder)
-    if checkpoint is None:
-        _measure(trainer, folder, config, tokenizer)
-    else:
-        step = int(checkpoint.name.removeprefix("checkpoint-"))
-        folder.rewind(step)
-        terminal.say(f"going on from {checkpoint}")
-    done = 0 if checkpoint is None else step
+    model = load_for(config, plan.resolved, plan.tokenizer)
+    _check_trainable(model, plan)
+    trainer = _trainer(plan, model)
+    folder.write_text("run.yaml", config.to_yaml())
+    folder.write_json("plan.json", plan.as_dict())
+    folder.write_json("environment.json", environment())
+    done = int(found[-1].name.removeprefix("checkpoint-")) if found else 0
+    if resume:
+        folder.rewind(done)
+        terminal.say(f"going on from {found[-1]}" if found else "there is no checkpoint yet: starting at step 0")
+    if not found:
+        _measure(trainer, folder, plan)
     with terminal.training(plan.steps, done) as show:
         trainer.add_callback(_Recorder(trainer, folder, plan, show))
-        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    measured = folder.read_lines("evaluation.jsonl")
-    if not measured or measured[-1]["step"] != trainer.state.global_step:
-        _measure(trainer, folder, config, tokenizer)
-    assert trainer.proof is not None
-    proof, ledger = trainer.proof.report(), plan.corpus.ledger(trainer.times_trained.numpy())
-    folder.write_json("proof.json", proof)
-    folder.write_json("ledger.json", ledger)
+        try:
+            output = trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+        except RunError:
+            _account(trainer, folder, plan)  # its proof may say why
+            raise
+    proof, ledger = _account(trainer, folder, plan)
+    _measure(trainer, folder, plan)
     if not ledger["adds_up"]:
         raise RunError(
             f"the token ledger does not add up: {'; '.join(ledger['problems'])}. See {folder / 'ledger.json'}"
@@ -93,6 +113,31 @@ def train_run(config: RunConfig, *, resume: bool = False, terminal: Terminal | N
     terminal.say(_proof_line(proof))
     terminal.say(f"result: {folder.final}")
     return {"steps": output.global_step, "loss": output.training_loss, "before": before, "after": after}
+
+
+def _account(trainer: Trainer, folder: RunFolder, plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write `proof.json` and `ledger.json`."""
+    assert trainer.proof is not None
+    proof, ledger = (
+        trainer.proof.report(),
+        plan.corpus.ledger(trainer.times_trained.numpy(), trainer.times_seen.numpy()),
+    )
+    folder.write_json("proof.json", proof)
+    folder.write_json("ledger.json", ledger)
+    return proof, ledger
+
+
+def _check_trainable(model: Any, plan: Plan) -> None:
+    """The proof watches what requires a gradient; that this is what the plan says is checked here.
+
+    Raises:
+        RunError: more or fewer values would train.
+    """
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if trainable != plan.shape.trained:
+        raise RunError(
+            f"{trainable:,} values of the model require a gradient, and {plan.shape.trained:,} are meant to train"
+        )
 
 
 def evaluate_run(
@@ -110,6 +155,12 @@ def evaluate_run(
     config, folder = _finished(run_dir)
     with terminal.tokenising() as progress:
         plan = plan_run(config, progress)
+    if not plan.corpus.heldout:
+        raise UserError(
+            "data.holdout",
+            "the run held no text out, so there is nothing to score",
+            "Raise it, or add a source with role: heldout.",
+        )
     model = load_for(config, plan.resolved, plan.tokenizer)
     load_adapter_weights(model, folder.final, "run folder")
     score = partial(
@@ -146,7 +197,13 @@ def generate_run(
     model = load_for(config, resolved, tokenizer)
     load_adapter_weights(model, folder.final, "run folder")
     return generate_side_by_side(
-        model, tokenizer, prompt, stream=stream, max_new_tokens=max_new_tokens, temperature=temperature
+        model,
+        tokenizer,
+        prompt,
+        stream=stream,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        autocast_dtype=mixed_precision(config),
     )
 
 
@@ -163,45 +220,10 @@ def load_for(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any:
     return add_adapters(model, **config.adapter.model_dump(), trained_dtype=settings.trained_dtype)
 
 
-def mixed_precision(config: RunConfig) -> torch.dtype | None:
-    """The dtype that autocast runs products in, or None where all tensors have one dtype already.
-
-    Trained tensors in fp32 over products in 16 bit need it; a run wholly in bf16, or wholly in fp32, does not.
-    """
-    compute = resolve_compute_dtype(config.model.compute_dtype)
-    uniform = config.model.trained_dtype == compute and config.model.base in ("auto", "nf4", "int8", compute)
-    return None if uniform or compute == "fp32" else DTYPES[compute]
-
-
-def training_arguments(config: RunConfig, folder: RunFolder) -> TrainingArguments:
-    """The run file's `training` section as `steep.TrainingArguments`."""
-    training, precision = config.training, mixed_precision(config)
-    given = training.model_dump(exclude={"gradient_checkpointing", *training.further})
-    evaluates = training.eval_steps is not None
-    names = TrainingArguments.__dataclass_fields__
-    # transformers 5.23 renames gradient to activation checkpointing; 5.17 knows only the old name.
-    prefix = "activation" if "activation_checkpointing" in names else "gradient"
-    settings = {
-        f"{prefix}_checkpointing": uses_checkpointing(config),
-        f"{prefix}_checkpointing_kwargs": {"use_reentrant": False} if uses_checkpointing(config) else None,
-        "embedding_learning_rate": embedding_rate(config) if config.adapter.modules_to_save else None,
-        "eval_strategy": "steps" if evaluates else "no",
-        "eval_stride": config.evaluation.stride,
-        "eval_max_tokens": config.evaluation.max_tokens,
-        "bf16": precision == torch.bfloat16,
-        "fp16": precision == torch.float16,
-        "use_cpu": not torch.cuda.is_available(),
-        "disable_tqdm": True,
-        "logging_nan_inf_filter": False,
-        "output_dir": str(folder.path),
-    }
-    return TrainingArguments(**{**given, **settings, **training.further})
-
-
-def _trainer(config: RunConfig, plan: Plan, model: Any, folder: RunFolder) -> Trainer:
+def _trainer(plan: Plan, model: Any) -> Trainer:
     trainer = Trainer(
         model=model,
-        args=training_arguments(config, folder),
+        args=plan.arguments,
         train_dataset=plan.corpus,
         processing_class=plan.tokenizer,
     )
@@ -227,24 +249,37 @@ class _Recorder(transformers.TrainerCallback):
         _record_scores(self._folder, self._trainer.evaluations[-1], self._plan.corpus.roles)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        assert trainer.proof is not None
-        self._folder.write_json("ledger.json", self._plan.corpus.ledger(trainer.times_trained.numpy()))
+        self._folder.write_json(
+            "ledger.json",
+            self._plan.corpus.ledger(self._trainer.times_trained.numpy(), self._trainer.times_seen.numpy()),
+        )
 
 
-def _measure(trainer: Trainer, folder: RunFolder, config: RunConfig, tokenizer: Any) -> None:
-    """Score the held-out text and complete the prompts, as the model is now."""
-    step = trainer.state.global_step
-    if trainer.corpus is not None and trainer.corpus.heldout:
+def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:
+    """Score the held-out text and complete the prompts, as the model is now, unless both are recorded already."""
+    step, settings = trainer.state.global_step, plan.config.evaluation
+
+    def missing(name: str) -> bool:
+        rows = folder.read_lines(name)
+        return not rows or rows[-1]["step"] != step
+
+    if trainer.corpus is not None and trainer.corpus.heldout and missing("evaluation.jsonl"):
         # The trained copies of the embeddings equal the frozen ones here, but in fp32 they round differently; `steep
         # eval` has only the base itself to compare with.
         with base_model(trainer.model) if step == 0 else nullcontext():
             trainer.evaluate()
         if not any(isinstance(callback, _Recorder) for callback in trainer.callback_handler.callbacks):
             _record_scores(folder, trainer.evaluations[-1], trainer.corpus.roles)
-    if config.evaluation.prompts:
-        prompts, length = config.evaluation.prompts, config.evaluation.max_new_tokens
-        folder.append("samples.jsonl", sample(trainer.model, tokenizer, prompts, step, max_new_tokens=length))
+    if settings.prompts and missing("samples.jsonl"):
+        samples = sample(
+            trainer.model,
+            plan.tokenizer,
+            settings.prompts,
+            step,
+            max_new_tokens=settings.max_new_tokens,
+            autocast_dtype=trainer.autocast_dtype,
+        )
+        folder.append("samples.jsonl", samples)
 
 
 def _record_scores(folder: RunFolder, scores: list[DomainScore], roles: Any) -> None:
@@ -259,28 +294,58 @@ def _first_and_last(folder: RunFolder) -> tuple[list[DomainScore], list[DomainSc
     return first, last
 
 
-def _newest_checkpoint(folder: RunFolder, config: RunConfig) -> Path:
-    found = checkpoints(folder.path)
-    if not found:
+def _refuse_other_settings(folder: RunFolder, config: RunConfig) -> None:
+    """Compare the run file with the run's own, before anything is loaded.
+
+    Raises:
+        UserError: there is no run, or a field differs that changes what is computed.
+    """
+    if not (folder / "run.yaml").is_file():
         raise UserError(
             "--resume",
-            f"{folder.path} holds no checkpoint to go on from",
-            "Start the run without --resume in a new folder.",
+            f"{folder.path} holds no run to go on with",
+            "Start the run without --resume, or give its output_dir.",
         )
     before = parse_config(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")))
-    for section in ("model", "adapter", "data"):
-        old, new = (getattr(each, section).model_dump(exclude={"cache_dir"}) for each in (before, config))
-        changed = [f"{section}.{key}: {old[key]!r} → {new[key]!r}" for key in new if old[key] != new[key]]
-        if changed:
+    old, new = _flat(before), _flat(config)
+    changed = [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in old | new if old.get(key) != new.get(key)]
+    if changed:
+        raise UserError(
+            "--resume", f"the run file differs from the run's: {'; '.join(changed)}", "Put it back, or start a new run."
+        )
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """What a resumed run has to share with its beginning, by field."""
+    sections = {name: getattr(config, name).model_dump() for name in ("model", "adapter", "data", "training")}
+    return {
+        f"{section}.{key}": value
+        for section, values in sections.items()
+        for key, value in values.items()
+        if f"{section}.{key}" not in HARMLESS
+    }
+
+
+def _refuse_other_inputs(folder: RunFolder, plan: Plan) -> None:
+    """Compare what files and machine made of the run file with what they made of it at the beginning.
+
+    Raises:
+        UserError: the text, the storage of the base or the dtype of the products is another.
+    """
+    if not (folder / "plan.json").is_file():  # killed before it had written anything else
+        return
+    before, now = json.loads((folder / "plan.json").read_text(encoding="utf-8")), plan.as_dict()
+    for key, what in (("base", "model.base"), ("compute_dtype", "model.compute_dtype")):
+        if before[key] != now[key]:
             raise UserError(
-                "--resume", f"the run file differs from the run's: {changed[0]}", "Put it back, or start a new run."
+                "--resume", f"{what} was {before[key]} and is {now[key]} here", f"Set {what}: {before[key]}."
             )
-    return found[-1]
-
-
-def _refuse_other_run(folder: RunFolder) -> None:
-    if folder.path.exists():
-        folder.claim()
+    if before["data"]["fingerprint"] != now["data"]["fingerprint"]:
+        raise UserError(
+            "--resume",
+            "the text, or how the tokenizer reads it, is not what the run began with",
+            "Put the files back as they were, or start a new run.",
+        )
 
 
 def _finished(run_dir: str | Path) -> tuple[RunConfig, RunFolder]:

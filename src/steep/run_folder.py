@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,11 +41,29 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def claim(self, field: str = "training.output_dir") -> None:
-        """Make the folder for a new run.
+    @contextmanager
+    def locked(self, field: str = "training.output_dir") -> Iterator[None]:
+        """Hold the folder against other processes. The lock ends with its owner, however that ends.
 
         Raises:
-            UserError: there is something in it already, or it cannot be made.
+            UserError: another process holds it.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise UserError(
+                field, f"another process trains in {self.path}", "Wait for it, or give another folder."
+            ) from error
+        finally:
+            os.close(descriptor)
+
+    def refuse_contents(self, field: str = "training.output_dir") -> None:
+        """Check that nothing is lost when a new run takes the folder.
+
+        Raises:
+            UserError: there is something in it already.
         """
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             what = "holds another run" if (self / "run.yaml").exists() else "is not empty"
@@ -52,6 +72,13 @@ class RunFolder:
                 f"{self.path} {what}",
                 "Give another folder, go on with that run (--resume), or delete it yourself.",
             )
+
+    def make(self, field: str = "training.output_dir") -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: it cannot be made.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -95,9 +122,7 @@ def environment() -> dict[str, Any]:
     """`environment.json`: what the run ran on. Versions and hardware, no variables of the environment."""
     import torch
 
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    )
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

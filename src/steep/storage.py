@@ -41,7 +41,8 @@ def _sync(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where tokenised text and converted models are kept: ``$STEEP_CACHE``, or ``steep`` under the user's cache
-    folder."""
+    """Where tokenised text and converted models are kept: ``$STEEP_CACHE``, or ``steep`` in the user's cache folder."""
     given = os.environ.get("STEEP_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "steep"
+    return (
+        Path(given).expanduser() if given else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "steep"
+    )

@@ -23,15 +23,9 @@ _PLAIN_SECONDS = 10  # between two progress lines in a pipe
 
 def human_bytes(count: float) -> str:
     """1536 → ``1.5 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    for unit, decimals in (("B", 0), ("KiB", 1), ("MiB", 1), ("GiB", 2)):
         if count < 1024 or unit == "GiB":
-            return (
-                f"{count:.0f} {unit}"
-                if unit == "B"
-                else f"{count:.2f} {unit}"
-                if unit == "GiB"
-                else f"{count:.1f} {unit}"
-            )
+            return f"{count:.{decimals}f} {unit}"
         count /= 1024
     raise AssertionError
 
@@ -59,10 +53,7 @@ class Terminal:
         for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning)
-        os.environ["TQDM_DISABLE"] = "1"  # transformers' reader of GGUF asks nobody
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
+        os.environ["TQDM_DISABLE"] = "1"  # transformers' bars; those of downloads ask the terminal themselves
 
     def say(self, text: str) -> None:
         """A note on what happens now."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from hypothesis import strategies as st
 
 from steep.data.ledger import check_ledger
 from steep.data.mixing import Side
-from steep.data.packing import IGNORE, Corpus, pack
+from steep.data.packed_dataset import IGNORE
+from steep.data.packing import Corpus, pack
 
 from .test_packing import MAX_LENGTH, corpora, pack_drawn, write_sources
 
@@ -31,30 +34,61 @@ def plain_count(corpus: Corpus, times: np.ndarray) -> list[list[int]]:
     return [[len(positions) for positions in source] for source in seen]
 
 
+@st.composite
+def legal_times(draw: st.DrawFn, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(trained, seen) of a run: some whole epochs and part of one, in which some steps were not applied."""
+    epochs = draw(st.integers(0, 2))
+    seen = epochs + np.array(draw(st.lists(st.integers(0, 1), min_size=rows, max_size=rows)))
+    if draw(st.booleans()):
+        return seen.copy(), seen
+    refused = np.array(draw(st.lists(st.integers(0, 3), min_size=rows, max_size=rows)))
+    return np.maximum(seen - refused, 0), seen
+
+
+def illegal_times(trained: np.ndarray, seen: np.ndarray, row: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The same run, but for what cannot be: each by its name."""
+    found = {}
+    found["trained without being seen"] = (np.where(np.arange(len(seen)) == row, seen + 1, trained), seen)
+    if len(seen) > 1:
+        other = (row + 1) % len(seen)
+        twice = seen.copy()
+        twice[row] = seen[other] + 2
+        found["seen twice before all were once"] = (np.minimum(trained, twice), twice)
+        if trained[other]:
+            swapped = trained.copy()
+            swapped[[row, other]] = seen[row] + 1, trained[other] - 1  # as many rows in all, but not the same
+            found["one trained in place of another"] = (swapped, seen)
+    return found
+
+
 @settings(max_examples=100, deadline=None)
 @given(drawn=corpora(), data=st.data())
-def test_it_adds_up_whatever_was_trained(byte_tokenizer, no_eos_tokenizer, drawn, data):
+def test_it_adds_up_for_any_run_and_no_other(byte_tokenizer, no_eos_tokenizer, drawn, data):
     sources, options = drawn
     tokenizer = no_eos_tokenizer if options["seed"] == 3 else byte_tokenizer
     with tempfile.TemporaryDirectory() as folder:
         corpus = pack_drawn(sources, options, tokenizer, Path(folder))
         if corpus is None:
             return
-        times = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(corpus.train), max_size=len(corpus.train))))
-        if data.draw(st.booleans()):
-            times += 1
-        ledger = corpus.ledger(times)
+        times, seen = data.draw(legal_times(len(corpus.train)))
+        ledger = corpus.ledger(times, seen)
         assert ledger["problems"] == []
         assert ledger["adds_up"] is True
         assert json.loads(json.dumps(ledger)) == ledger
 
         labels = np.stack([corpus.train[index]["labels"].numpy() for index in range(len(corpus.train))])
         by_row = (labels != IGNORE).sum(axis=1)
+        assert by_row.min() > 0  # no row without a target
         assert ledger["targets"] == by_row.sum()
         assert ledger["targets_trained"] == (by_row * times).sum()
-        assert ledger["epochs"] == pytest.approx((by_row * times).sum() / max(by_row.sum(), 1))
+        assert ledger["epochs"] == pytest.approx((by_row * times).sum() / by_row.sum())
         assert {int(n): targets for n, targets in ledger["times_trained"].items()} == {
             n: by_row[times == n].sum() for n in set(times.tolist())
+        }
+        assert (ledger["rows_seen"], ledger["rows_trained"]) == (seen.sum(), times.sum())
+        assert ledger["rows_refused"] == (seen - times).sum()
+        assert {int(n): rows for n, rows in ledger["times_seen"].items()} == {
+            n: (seen == n).sum() for n in set(seen.tolist())
         }
         for part, source, side, planned, counted in zip(
             ledger["sources"],
@@ -65,22 +99,31 @@ def test_it_adds_up_whatever_was_trained(byte_tokenizer, no_eos_tokenizer, drawn
             strict=True,
         ):
             whole = [int(c == length) for c, length in zip(counted, source.lengths, strict=True)]
+            available = side == Side.TRAIN
             assert part["tokens"]["trained"] == sum(counted)
+            assert part["tokens"]["not_reached"] == source.lengths[available].sum() - sum(counted)
             assert part["documents"]["trained"] == sum(whole)
+            assert part["documents"]["not_reached"] == available.sum() - sum(whole)
             assert part["partly_trained"] == sum(c > 0 for c in counted) - sum(whole)
             assert part["documents"]["read"] == len(source)
             assert part["documents"]["duplicates"] == (side == Side.DUPLICATE).sum()
-            again = np.maximum(planned - 1, 0)
-            assert part["tokens"]["repeated_within_an_epoch"] == (again * source.lengths).sum()
+            assert part["documents"]["too_short"] == (source.lengths < 2).sum()
+            more = np.maximum(planned - 1, 0)
+            assert part["documents"]["repeated_within_an_epoch"] == more.sum()
+            assert part["tokens"]["repeated_within_an_epoch"] == (more * source.lengths).sum()
             assert part["truncated"] == part["stray"] == 0
             assert part["eos_added"] == len(source) * (tokenizer is byte_tokenizer)
+            assert part["text_tokens"] == source.num_bytes.sum()  # a byte is a token
             if times.all():
-                assert part["tokens"]["not_reached"] == source.lengths[(side == Side.TRAIN) & (planned == 0)].sum()
+                assert part["tokens"]["not_reached"] == source.lengths[available & (planned == 0)].sum()
+        row = data.draw(st.integers(0, len(seen) - 1))
+        for what, pair in illegal_times(times, seen, row).items():
+            assert not corpus.ledger(*pair)["adds_up"], what
 
 
 @pytest.fixture
 def corpus(tmp_path: Path, byte_tokenizer) -> Corpus:
-    texts = [f"{number:02}" + "x" * (number * 7 % 40) for number in range(30)]
+    texts = [f"{number:02}" + "x" * (number * 7 % 21) for number in range(30)]
     drawn = [
         {"texts": [*texts, "", texts[0]], "role": "train"},
         {"texts": ["replay one", "replay two, longer"], "role": "replay", "repeat": True},
@@ -97,7 +140,8 @@ def corpus(tmp_path: Path, byte_tokenizer) -> Corpus:
 
 
 def test_the_parts_of_a_source(corpus: Corpus):
-    ledger = corpus.ledger(np.ones(len(corpus.train), int))
+    once = np.ones(len(corpus.train), int)
+    ledger = corpus.ledger(once, once)
     train, replay, heldout = ledger["sources"]
     assert train["empty"] == 1
     assert (train["name"], train["domain"], train["role"]) == ("0.jsonl", "0", "train")
@@ -108,8 +152,10 @@ def test_the_parts_of_a_source(corpus: Corpus):
     assert heldout["documents"]["held_out"] == 1
     assert (train["bos_added"], train["eos_added"]) == (31, 31)
     assert ledger["epochs"] == 1
-    nothing = corpus.ledger(np.zeros(len(corpus.train), np.int32))
+    assert (ledger["rows_refused"], ledger["times_seen"]) == (0, {"1": len(once)})
+    nothing = corpus.ledger(np.zeros(len(corpus.train), np.int32), once)
     assert nothing["adds_up"]
+    assert nothing["rows_refused"] == len(once)
     assert nothing["sources"][0]["tokens"]["trained"] == 0
     assert nothing["epochs"] == 0
 
@@ -117,8 +163,8 @@ def test_the_parts_of_a_source(corpus: Corpus):
 def test_a_document_trained_in_part_is_not_reached(tmp_path: Path, byte_tokenizer):
     (tmp_path / "x.txt").write_text("abcdefghij")  # 12 tokens: 8 in the first row, 5 with one of them again
     corpus = pack(tmp_path / "x.txt", byte_tokenizer, max_length=8, cache_dir=tmp_path / "c", holdout=0)
-    for times, tokens in (([1, 0], 8), ([0, 2], 4), ([1, 1], 12)):
-        ledger = corpus.ledger(np.array(times))
+    for times, seen, tokens in (([1, 0], [1, 1], 8), ([0, 2], [1, 2], 4), ([1, 1], [1, 1], 12)):
+        ledger = corpus.ledger(np.array(times), np.array(seen))
         part = ledger["sources"][0]
         assert ledger["adds_up"]
         assert part["tokens"]["trained"] == tokens
@@ -131,8 +177,34 @@ def test_a_document_trained_in_part_is_not_reached(tmp_path: Path, byte_tokenize
 def test_counts_must_fit_the_rows(tmp_path: Path, byte_tokenizer, times: np.ndarray):
     (tmp_path / "x.txt").write_text("abcdefghij")
     corpus = pack(tmp_path / "x.txt", byte_tokenizer, max_length=8, cache_dir=tmp_path / "c", holdout=0)
-    with pytest.raises(ValueError, match="a count for each of 2 rows"):
-        corpus.ledger(times)
+    right = np.zeros(2, int)
+    with pytest.raises(ValueError, match="times_trained must hold a count for each of 2 rows"):
+        corpus.ledger(times, right)
+    with pytest.raises(ValueError, match="times_seen must hold a count for each of 2 rows"):
+        corpus.ledger(right, times)
+
+
+def test_a_row_trained_thrice_and_others_never(corpus: Corpus):
+    times = np.zeros(len(corpus.train), int)
+    times[:2] = 3, 2
+    assert corpus.ledger(times, times)["problems"] == [
+        "rows were handed to the model 0 to 3 times: some twice in an epoch, or not at all"
+    ]
+
+
+def test_documents_of_one_token(tmp_path: Path, no_eos_tokenizer):
+    drawn = [{"texts": ["a", "bc", "a", "d"], "role": "train"}, {"texts": ["a", "ef"], "role": "heldout"}]
+    corpus = pack(write_sources(tmp_path, drawn), no_eos_tokenizer, cache_dir=tmp_path, max_length=8, holdout=0)
+    assert [side.tolist() for side in corpus.sides] == [
+        [Side.TOO_SHORT, Side.TRAIN, Side.TOO_SHORT, Side.TOO_SHORT],
+        [Side.TOO_SHORT, Side.HELD_OUT],
+    ]
+    once = np.ones(len(corpus.train), int)
+    train, heldout = corpus.ledger(once, once)["sources"]
+    assert (train["documents"]["too_short"], train["tokens"]["too_short"]) == (3, 3)
+    assert (train["documents"]["trained"], heldout["documents"]["held_out"]) == (1, 1)
+    assert corpus.statistics["sources"][0]["too_short"] == {"documents": 3, "tokens": 3}
+    assert corpus.ledger(once, once)["adds_up"]
 
 
 def drop_a_row(corpus: Corpus) -> None:
@@ -164,6 +236,19 @@ def train_a_held_out_document(corpus: Corpus) -> None:
     corpus.train.document[piece] = held
 
 
+def train_a_document_in_place_of_another(corpus: Corpus) -> None:
+    rows, lengths = corpus.train, corpus.sources[0].lengths
+    planned = np.flatnonzero(corpus.mixture.planned[0])
+    one, other = next(pair for pair in itertools.combinations(planned, 2) if lengths[pair[0]] == lengths[pair[1]])
+    rows.document[(rows.source == 0) & (rows.document == one)] = other
+
+
+def move_the_end_of_a_row(corpus: Corpus) -> None:
+    """The first row gets a piece of the next: one holds too much and one too little, and the sum is the same."""
+    corpus.train.row_first = corpus.train.row_first.copy()
+    corpus.train.row_first[1] += 1
+
+
 def plan_a_document_once_more(corpus: Corpus) -> None:
     corpus.mixture.planned[0][np.argmax(corpus.mixture.planned[0])] += 1
 
@@ -177,34 +262,54 @@ def plan_a_document_once_more(corpus: Corpus) -> None:
         shorten_a_piece,
         name_another_document,
         train_a_held_out_document,
+        train_a_document_in_place_of_another,
+        move_the_end_of_a_row,
         plan_a_document_once_more,
     ],
 )
 def test_a_damaged_index_does_not_add_up(corpus: Corpus, damage: Any, trained: int):
     damage(corpus)
-    ledger = corpus.ledger(np.full(len(corpus.train), trained))
+    times = np.full(len(corpus.train), trained)
+    ledger = corpus.ledger(times, times)
     assert ledger["problems"]
     assert ledger["adds_up"] is False
 
 
-def test_every_number_of_a_ledger_is_checked(corpus: Corpus):
-    ledger = corpus.ledger(np.arange(len(corpus.train)) % 3)
+def numbers(part: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The place of every whole number in a tree."""
+    children = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else []
+    for key, value in children:
+        if isinstance(value, int) and not isinstance(value, bool):
+            yield (*path, key)
+        yield from numbers(value, (*path, key))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("step", [1, -1])
+def test_every_number_of_a_ledger_is_checked(corpus: Corpus, whole: bool, step: int):
+    seen = np.ones(len(corpus.train), int) + (0 if whole else np.arange(len(corpus.train)) % 2)
+    trained = seen if whole else np.maximum(seen - np.arange(len(corpus.train)) % 3, 0)
+    ledger = corpus.ledger(trained, seen)
     assert check_ledger(ledger) == []
-    changes: list[tuple[Any, ...]] = [
-        (name,) for name in ("rows", "max_length", "pieces", "padding", "targets", "targets_reached", "targets_trained")
-    ]
-    changes += [("times_trained", "1"), ("first_tokens_reached",)]
-    for unit in ("documents", "tokens"):
-        names = ["read", "duplicates", "held_out", "trained", "not_reached", "planned", "repeated_within_an_epoch"]
-        changes += [("sources", 0, unit, name) for name in names]
-    changes += [("sources", 0, "truncated"), ("sources", 0, "stray")]
-    unnoticed = []
-    for path in changes:
+    assert len(list(numbers(ledger))) > 60
+    unnoticed = set()
+    for path in numbers(ledger):
         damaged = copy.deepcopy(ledger)
         place: Any = damaged
-        for step in path[:-1]:
-            place = place[step]
-        place[path[-1]] += 10_000
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] += step
         if not check_ledger(damaged):
-            unnoticed.append(path)
-    assert unnoticed == []
+            unnoticed.add(path)
+    # Blank documents leave no trace anywhere else.
+    assert unnoticed == {("sources", index, "empty") for index in range(3)}
+
+
+@pytest.mark.parametrize("unit", ["documents", "tokens"])
+def test_what_was_not_trained_cannot_be_called_trained(corpus: Corpus, unit: str):
+    """Nor the other way round: the sums of a source stay as they are, those of the rows do not."""
+    seen = np.ones(len(corpus.train), int)
+    ledger = corpus.ledger(np.arange(len(corpus.train)) % 2, seen)
+    ledger["sources"][0][unit]["trained"] -= 3
+    ledger["sources"][0][unit]["not_reached"] += 3
+    assert check_ledger(ledger)

@@ -212,6 +212,23 @@ def test_the_seed_decides_and_nothing_else(pack_texts: Pack):
     assert 0 < (np.diff(one.source) != 0).sum() < len(one.source)
 
 
+def test_every_domain_without_held_out_text_is_named(pack_texts: Pack):
+    corpus = pack_texts(
+        (["a", "b"], {"domain": "ko"}),
+        (["h"], {"domain": "ko", "role": "heldout"}),
+        (["r"], {"domain": "en", "role": "replay"}),
+        (["s"], {"domain": "de", "role": "replay"}),
+        replay_share=0.5,
+    )
+    assert [warning for warning in corpus.warnings if "held out" in warning] == [
+        f"No document of {domain} is held out, so what happens to it cannot be measured. Raise data.holdout or add a "
+        f"heldout source with domain: {domain}."
+        for domain in ("en", "de")
+    ]
+    measured = pack_texts((["a"], {"domain": "ko"}), (["h"], {"domain": "ko", "role": "heldout"}))
+    assert measured.warnings == []
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.lists(st.integers(1, 60), min_size=3, max_size=30), min_size=2, max_size=3),

@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steep.data.packing import IGNORE, Corpus, pack
+from steep.data import packing
+from steep.data.encoder import Encoder
+from steep.data.packed_dataset import IGNORE
+from steep.data.packing import Corpus, pack
 from steep.data.sources import Source
 from steep.errors import UserError
 
@@ -45,6 +49,8 @@ def corpora(draw: st.DrawFn) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         texts = [
             f"{'d' if draw(st.integers(0, 5)) == 0 else index}{n}" + "x" * length for n, length in enumerate(lengths)
         ]
+        # A character alone: without BOS and EOS it is a single token, and cannot be trained.
+        texts += draw(st.lists(st.sampled_from("abc"), max_size=3))
         sources.append({"texts": texts, "role": role, "repeat": draw(st.booleans())})
         if weighted:
             sources[-1]["weight"] = draw(st.floats(0.2, 5))
@@ -177,6 +183,102 @@ def test_padding_token(tmp_path: Path, byte_tokenizer, names: dict[str, str | No
     assert corpus.train[0]["input_ids"][-1] == pad
 
 
+def pack_text(tmp_path: Path, tokenizer: Any, text: str = "a", **options: Any) -> Corpus:
+    (tmp_path / "x.txt").write_text(text)
+    return pack(tmp_path / "x.txt", tokenizer, max_length=8, cache_dir=tmp_path / "c", holdout=0, **options)
+
+
+def test_padding_stays_inside_the_vocabulary(tmp_path: Path, byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # as many recipes do, without a row of the embeddings for it
+    assert tokenizer.pad_token_id == size
+    for vocab_size, pad in ((None, size), (size + 1, size), (size, 2)):
+        assert pack_text(tmp_path, tokenizer, vocab_size=vocab_size).train[0]["input_ids"][-1] == pad
+    tokenizer.eos_token = None
+    tokenizer.eos_token_id = None
+    assert pack_text(tmp_path, tokenizer, vocab_size=size).train[0]["input_ids"][-1] == 0
+
+
+def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, byte_tokenizer):
+    largest = max(byte_tokenizer("az").input_ids)
+    pack_text(tmp_path, byte_tokenizer, "az", vocab_size=largest + 1)
+    for _ in range(2):  # from the cache too
+        with pytest.raises(UserError, match=f"token id {largest}, and the model's ids end at {largest - 1}") as caught:
+            pack_text(tmp_path, byte_tokenizer, "az", vocab_size=largest)
+        assert caught.value.field == "model.name"
+        assert "more tokens than the model" in caught.value.remedy
+
+
+def test_a_tokenizer_without_eos_is_told_once(tmp_path: Path, byte_tokenizer, no_eos_tokenizer):
+    told = "the tokenizer has no end token: documents will not be separated by one"
+    sources = write_sources(tmp_path, [{"texts": ["ab"]}, {"texts": ["cd"]}])
+    for tokenizer, times in ((byte_tokenizer, 0), (no_eos_tokenizer, 1)):
+        assert pack(sources, tokenizer, cache_dir=tmp_path / "c", max_length=8).warnings.count(told) == times
+
+
+@pytest.mark.parametrize("roles", [("train",), ("train", "heldout", "replay")])
+def test_nothing_to_predict(tmp_path: Path, no_eos_tokenizer, roles: tuple[str, ...]):
+    sources = write_sources(tmp_path, [{"texts": list("abc"), "role": role} for role in roles])
+    with pytest.raises(UserError, match="nothing to predict") as caught:
+        pack(sources, no_eos_tokenizer, cache_dir=tmp_path / "c", max_length=8, holdout=0)
+    assert caught.value.field == "data.sources"
+
+
+def test_rows_always_have_a_target(tmp_path: Path, no_eos_tokenizer):
+    texts = [*"abcdefghijkl", "mn"]  # alone, the twelve letters would fill a row without a target
+    [source] = write_sources(tmp_path, [{"texts": texts}])
+    for strategy in ("sequential", "best_fit"):
+        corpus = pack(source, no_eos_tokenizer, cache_dir=tmp_path / "c", max_length=8, holdout=0, strategy=strategy)
+        assert len(corpus.train) == corpus.statistics["targets"] == 1
+
+
+def test_train_and_replay_of_the_same_default_domain(tmp_path: Path, byte_tokenizer):
+    for name in ("ko", "en"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "corpus.jsonl").write_text(json.dumps({"text": name}) + "\n")
+
+    def packed(train: str | None, replay: str | None, role: str = "replay") -> Corpus:
+        sources = [Source(path=str(tmp_path / "ko/corpus.jsonl"), domain=train)]
+        sources.append(Source(path=str(tmp_path / "en/corpus.jsonl"), domain=replay, role=role))  # pyright: ignore[reportArgumentType]
+        return pack(sources, byte_tokenizer, cache_dir=tmp_path / "c", max_length=8, holdout=0)
+
+    for names in ((None, None), ("corpus", None), (None, "corpus")):
+        with pytest.raises(UserError, match=r"\(train\) and .* \(replay\) are both called 'corpus'") as caught:
+            packed(*names)
+        assert caught.value.field == "data.sources[1].domain"
+        assert "Give each a domain" in caught.value.remedy
+    assert packed("both", "both").roles == {"both": "train"}
+    assert packed("ko", None).roles == {"ko": "train", "corpus": "replay"}
+    assert packed(None, None, "heldout").roles == {"corpus": "train"}  # what is trained, measured
+    assert packed(None, None, "train").roles == {"corpus": "train"}
+
+
+def test_one_encoder_reads_all_sources(tmp_path: Path, byte_tokenizer, monkeypatch: pytest.MonkeyPatch):
+    made: list[Any] = []
+
+    class Counted(Encoder):
+        def __init__(self, tokenizer: Any) -> None:
+            made.append(tokenizer)
+            super().__init__(tokenizer)
+
+    monkeypatch.setattr(packing, "Encoder", Counted)
+    sources = write_sources(tmp_path, [{"texts": ["ab"]}, {"texts": ["cd"]}, {"texts": ["ef"]}])
+    pack(sources, byte_tokenizer, cache_dir=tmp_path / "c", max_length=8)
+    assert made == [byte_tokenizer]
+
+
+def test_fingerprint_follows_the_tokens_and_the_rows(tmp_path: Path, byte_tokenizer, monkeypatch: pytest.MonkeyPatch):
+    base = pack_text(tmp_path, byte_tokenizer, "abcdefghij").fingerprint
+    assert pack_text(tmp_path, byte_tokenizer, "abcdefghij", seed=1).fingerprint != base
+    assert pack_text(tmp_path, byte_tokenizer, "abcdefghik").fingerprint != base
+    # A library of another version reads the text anew, and a run may go on where that gives the same tokens.
+    monkeypatch.setattr(tokenizers, "__version__", "0.0.1")
+    anew = pack_text(tmp_path, byte_tokenizer, "abcdefghij")
+    assert not anew.sources[0].cached
+    assert anew.fingerprint == base
+
+
 def test_sources_in_every_form(tmp_path: Path, byte_tokenizer):
     (tmp_path / "x.txt").write_text("abc")
     (tmp_path / "y.txt").write_text("defg")
@@ -196,7 +298,7 @@ def test_sources_in_every_form(tmp_path: Path, byte_tokenizer):
         ({"replay_share": -0.1}, "data.replay_share", "-0.1 is not a share"),
         ({"holdout": float("nan")}, "data.holdout", "nan is not a share"),
         ({"strategy": "random"}, "data.packing", "'random' is unknown"),
-        ({"seed": -1}, "seed", "-1 is negative"),
+        ({"seed": -1}, "training.seed", "-1 is negative"),
         ({"sources": []}, "data.sources", "there is no source"),
         ({"sources": [{"path": "x", "weight": -1}]}, "data.sources[0].weight", "greater than 0"),
         ({"sources": ["x", {}]}, "data.sources[1]", "exactly one of path and hub"),
@@ -234,6 +336,7 @@ def test_statistics(tmp_path: Path, byte_tokenizer):
     assert figures["heldout_documents"] == {"1": 1}
     first = figures["sources"][0]
     assert first["domain"] == "0"
+    assert (first["files"], first["files_not_read"]) == (1, 0)
     assert (first["documents"], first["tokens"], first["characters"], first["bytes"]) == (3, 20, 14, 14)
     assert first["characters_per_token"] == first["bytes_per_token"] == 1
     assert first["duplicates"] == {"documents": 1, "tokens": 6}

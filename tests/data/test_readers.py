@@ -17,7 +17,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from steep.data.sources import Source, read_documents
+from steep.data.readers import read_documents
+from steep.data.sources import Source
 from steep.errors import UserError
 
 PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -109,6 +110,18 @@ def test_not_utf8_names_the_byte(tmp_path: Path, packed: str, suffix: str, befor
     assert f"{path}, byte {len(before) + 6}" in error.problem
     assert "0xc1 is not UTF-8" in error.problem
     assert "iconv" in error.remedy
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv.gz"])
+def test_utf16_is_named(tmp_path: Path, suffix: str, encoding: str):
+    path = tmp_path / f"x{suffix}"
+    content = "\ufefftext\nlaw\n".encode(encoding)
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    error = failure(path)
+    assert error.field == "data.sources[0].path"
+    assert error.problem == f"{path} is UTF-16 and not UTF-8"
+    assert "iconv -f UTF-16 -t UTF-8" in error.remedy
 
 
 @pytest.mark.parametrize(

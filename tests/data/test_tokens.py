@@ -17,14 +17,16 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+import tokenizers
 from datasets import config
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_python import PythonBackend
 
-from steep.data import token_file
+from steep.data import token_file, tokens
+from steep.data.encoder import Encoder
 from steep.data.sources import Source
-from steep.data.tokens import TokenizedSource, special_affixes, tokenize
+from steep.data.tokens import TokenizedSource, tokenize
 from steep.errors import UserError
 
 Write = Callable[..., Path]
@@ -32,7 +34,8 @@ Make = Callable[..., PreTrainedTokenizerFast]
 
 
 def run(path: Path, tokenizer: PreTrainedTokenizerFast | PythonBackend, cache: Path, **fields: str) -> TokenizedSource:
-    return tokenize(Source(path=str(path), **fields), tokenizer, cache, "data.sources[0]")  # pyright: ignore[reportArgumentType]
+    source = Source(path=str(path), **fields)  # pyright: ignore[reportArgumentType]
+    return tokenize(source, Encoder(tokenizer), cache, "data.sources[0]")
 
 
 class Slow(PythonBackend):
@@ -62,11 +65,18 @@ class Slow(PythonBackend):
         return ()
 
 
-def test_affixes_follow_the_tokenizer(make_tokenizer: Make):
-    assert special_affixes(make_tokenizer(bos=True)) == ([1], 2)
-    assert special_affixes(make_tokenizer(bos=False)) == ([], 2)
-    assert special_affixes(make_tokenizer(bos=True, appends_eos=True)) == ([1], 2)
-    assert special_affixes(make_tokenizer(bos=True, eos=False)) == ([1], None)
+@pytest.mark.parametrize(
+    ("options", "prefix", "eos"),
+    [
+        ({"bos": True}, [1], 2),
+        ({"bos": False}, [], 2),
+        ({"bos": True, "appends_eos": True}, [1], 2),
+        ({"bos": True, "eos": False}, [1], None),
+    ],
+)
+def test_affixes_follow_the_tokenizer(make_tokenizer: Make, options: dict[str, bool], prefix: list[int], eos: int):
+    encoder = Encoder(make_tokenizer(**options))
+    assert (encoder.prefix, encoder.eos) == (prefix, eos)
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -170,7 +180,7 @@ def test_the_cache_is_found_again_by_content(tmp_path: Path, write_jsonl: Write,
     assert again.hashes.tolist() == first.hashes.tolist()
 
 
-def test_any_change_makes_a_new_cache(make_tokenizer: Make, tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+def test_any_change_makes_a_new_cache(make_tokenizer: Make, tmp_path: Path, tokenizer, monkeypatch):
     cache = tmp_path / "cache"
     path = tmp_path / "x.jsonl"
     row = '{"text": "the cat", "other": "sat"}\n'
@@ -188,6 +198,8 @@ def test_any_change_makes_a_new_cache(make_tokenizer: Make, tmp_path: Path, toke
     path.rename(tmp_path / "x.txt")
     assert not run(tmp_path / "x.txt", tokenizer, cache).cached
     assert len(list(cache.iterdir())) == 8
+    monkeypatch.setattr(tokenizers, "__version__", "0.0.1")
+    assert not run(tmp_path / "x.txt", tokenizer, cache).cached
     assert base.path in cache.iterdir()
 
 
@@ -211,9 +223,10 @@ def test_a_hub_data_set_is_cached_by_its_fingerprint(tmp_path: Path, tokenizer, 
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text('{"text": "one"}\n')
     source = Source(hub=str(tmp_path / "set"))
-    assert [tokenize(source, tokenizer, tmp_path / "c", "s").cached for _ in range(2)] == [False, True]
+    encoder = Encoder(tokenizer)
+    assert [tokenize(source, encoder, tmp_path / "c", "s").cached for _ in range(2)] == [False, True]
     (tmp_path / "set" / "train.jsonl").write_text('{"text": "another"}\n')
-    assert not tokenize(source, tokenizer, tmp_path / "c", "s").cached
+    assert not tokenize(source, encoder, tmp_path / "c", "s").cached
 
 
 def test_nothing_but_empty_documents(tmp_path: Path, write_jsonl: Write, tokenizer: PreTrainedTokenizerFast):
@@ -221,13 +234,90 @@ def test_nothing_but_empty_documents(tmp_path: Path, write_jsonl: Write, tokeniz
         with pytest.raises(UserError, match=r"holds no text \(2 empty documents\)") as caught:
             run(write_jsonl(["", "\t"]), tokenizer, tmp_path / "c")
         assert caught.value.field == "data.sources[0].path"
+    with pytest.raises(UserError, match=r"holds no text \(1 empty document\)"):
+        run(write_jsonl([""]), tokenizer, tmp_path / "c")
+
+
+@pytest.mark.parametrize("around", [True, False])
+def test_a_text_without_tokens_is_empty(make_tokenizer: Make, tmp_path: Path, write_jsonl: Write, around: bool):
+    tokenizer = make_tokenizer(bos=around, eos=around)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")  # pyright: ignore[reportAttributeAccessIssue]
+    path = write_jsonl(["the", "\u200b", "cat"])
+    for _ in range(2):  # from the cache too
+        result = run(path, tokenizer, tmp_path / "c")
+        assert (len(result), result.empty) == (2, 1)
+        assert result.lengths.min() > 2 * around
+    with pytest.raises(UserError, match="holds no text"):
+        run(write_jsonl(["\u200b"]), tokenizer, tmp_path / "c")
+
+
+@pytest.mark.parametrize("around", [True, False])
+def test_what_is_counted_on_the_way(make_tokenizer: Make, tmp_path: Path, write_jsonl: Write, around: bool):
+    tokenizer = make_tokenizer(merges=False, bos=around, eos=around)
+    result = run(write_jsonl(["abc", "법", ""]), tokenizer, tmp_path)
+    assert result.text_tokens == 6
+    assert result.largest_id == max(result.tokens(0).max(), result.tokens(1).max())
+    same = run(write_jsonl(["", "abc", "법"]), tokenizer, tmp_path)
+    assert same.path != result.path
+    assert same.digest == result.digest
+    assert run(write_jsonl(["abc", "뱁"]), tokenizer, tmp_path).digest != result.digest
+
+
+def test_files_not_read_are_told(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.txt", "c.json", "d.pdf", "e.PDF"):
+        (tmp_path / "in" / name).write_text(name)
+    for _ in range(2):  # from the cache too
+        result = run(tmp_path / "in", tokenizer, tmp_path / "c")
+        assert (result.files, result.files_not_read) == (2, 3)
+        assert result.warnings == [
+            "data.sources[0]: 3 files are of a kind that steep does not read (.json, .pdf): they were left out"
+        ]
+    assert pickle.loads(pickle.dumps(result)).warnings == result.warnings
+    single = run(tmp_path / "in" / "a.txt", tokenizer, tmp_path / "c")
+    assert (single.files, single.files_not_read, single.warnings) == (1, 0, [])
+
+
+@pytest.mark.parametrize("change", ["append", "rewrite", "remove"])
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, write_jsonl: Write, tokenizer, change: str):
+    path, cache = write_jsonl(["old", "one"]), tmp_path / "c"
+    content = path.read_bytes()
+    os.utime(path, (1, 1))  # a clock may not tick between two writes of a test
+
+    def touch(documents: int, size: int) -> None:
+        if change == "remove":
+            path.unlink()
+        else:
+            path.write_bytes(content * 2 if change == "append" else content.replace(b"old", b"new"))
+
+    with pytest.raises(UserError, match=r"corpus.jsonl changed while it was read") as caught:
+        tokenize(Source(path=str(path)), Encoder(tokenizer), cache, "data.sources[0]", touch)
+    assert caught.value.field == "data.sources[0].path"
+    assert list(cache.iterdir()) == []
+    path.write_bytes(content)
+    assert not run(path, tokenizer, cache).cached
+
+
+def test_a_change_between_naming_and_reading_is_seen(tmp_path: Path, write_jsonl: Write, tokenizer, monkeypatch):
+    path, cache = write_jsonl(["old"]), tmp_path / "c"
+    write_tokens = tokens.write_tokens
+
+    def late(*arguments: object) -> None:
+        write_jsonl(["new", "text"])
+        write_tokens(*arguments)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(tokens, "write_tokens", late)
+    with pytest.raises(UserError, match="changed while it was read"):
+        run(path, tokenizer, cache)
+    monkeypatch.undo()
+    assert len(run(write_jsonl(["old"]), tokenizer, cache)) == 1
 
 
 def test_progress(tmp_path: Path, write_jsonl: Write, tokenizer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(token_file, "_BATCH_DOCUMENTS", 2)
     seen: list[tuple[int, int]] = []
     source = Source(path=str(write_jsonl(["a", "법", "c", "", "d", "e"])))
-    tokenize(source, tokenizer, tmp_path, "s", lambda documents, size: seen.append((documents, size)))
+    tokenize(source, Encoder(tokenizer), tmp_path, "s", lambda documents, size: seen.append((documents, size)))
     assert seen == [(2, 4), (4, 6), (5, 7)]
 
 
@@ -251,6 +341,7 @@ def test_a_killed_tokenisation_leaves_nothing_taken_for_whole(make_tokenizer: Ma
         from pathlib import Path
         from transformers import PreTrainedTokenizerFast
         from steep.data import token_file
+        from steep.data.encoder import Encoder
         from steep.data.sources import Source
         from steep.data.tokens import tokenize
         token_file._BATCH_DOCUMENTS = 10
@@ -259,7 +350,7 @@ def test_a_killed_tokenisation_leaves_nothing_taken_for_whole(make_tokenizer: Ma
                 print("half", flush=True)
                 time.sleep(60)
         tokenizer = PreTrainedTokenizerFast.from_pretrained({str(tmp_path / "tokenizer")!r})
-        tokenize(Source(path={str(path)!r}), tokenizer, Path({str(cache)!r}), "s", stop)
+        tokenize(Source(path={str(path)!r}), Encoder(tokenizer), Path({str(cache)!r}), "s", stop)
         """)
     )
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:

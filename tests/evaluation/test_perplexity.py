@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from steep.errors import UserError
-from steep.evaluation.perplexity import Scorer, evaluate
+from steep.evaluation.perplexity import Scorer, _choose, evaluate
 from steep.evaluation.windows import pack, windows
 from tests.evaluation.oracle import (
     TokenDocument,
@@ -110,19 +110,37 @@ def test_default_stride_is_half_a_window() -> None:
     assert evaluate(model, documents, max_length=32) == evaluate(model, documents, max_length=32, stride=16)
 
 
-def test_max_tokens_takes_whole_documents_in_order_and_at_least_one() -> None:
+def test_max_tokens_takes_whole_documents_and_at_least_one() -> None:
     model = tiny_model("llama")
-    documents = random_documents(20, 11, 30, 2)
+    lengths = (20, 11, 30, 2)
+    documents = random_documents(*lengths)
 
     def taken(max_tokens: int | None) -> tuple[int, int]:
         [score] = evaluate(model, {"d": documents}, max_length=32, max_tokens=max_tokens)
         return score.documents, score.tokens
 
-    assert taken(5) == (1, 19)
-    assert taken(28) == (1, 19)
-    assert taken(29) == (2, 29)
-    assert taken(57) == (2, 29)  # the last one would fit, but order counts
-    assert taken(None) == (4, 59)
+    picked = [next(i for i, d in enumerate(documents) if d is chosen) for chosen in _choose("d", documents, 5, 384)]
+    assert len(picked) == 1
+    first = lengths[picked[0]] - 1
+    assert taken(1) == taken(first) == (1, first)
+    assert taken(59) == taken(None) == (4, 59)
+    assert taken(58)[0] < 4
+
+
+def test_max_tokens_takes_from_everywhere_and_always_the_same() -> None:
+    """A domain's sources stand one after the other: the first tokens of it would be of the first source alone."""
+    documents = random_documents(*[11] * 100)
+
+    def picked(of: list[TokenDocument]) -> list[int]:
+        numbers = {id(document): number for number, document in enumerate(of)}
+        return [numbers[id(document)] for document in _choose("d", of, 400, 384)]
+
+    numbers = picked(documents)
+    assert len(numbers) == 40
+    assert numbers == sorted(numbers)  # scored in their own order
+    assert 10 < sum(number < 50 for number in numbers) < 30
+    assert picked(random_documents(*[11] * 100)) == numbers
+    assert picked(list(reversed(documents))) == numbers  # the count decides, not the content
 
 
 def test_domains_keep_their_order_and_progress_is_told() -> None:

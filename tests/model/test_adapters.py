@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from steep.errors import UserError
@@ -126,6 +128,42 @@ def test_loading_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None
         load_adapter_weights(add_adapters(tiny_model("llama"), r=4), tmp_path / "none", "x")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.lora_B", "model.embed_tokens", "lm_head"])
+def test_a_tensor_too_few_or_too_many_is_named(name: str, tied: bool, tmp_path: Path) -> None:
+    def adapted(seed: int = 0) -> PeftModel:
+        return add_adapters(tiny_model("llama", tied, seed), r=8)
+
+    adapted().save_pretrained(str(tmp_path), save_embedding_layers=False)
+    file, key = tmp_path / "adapter_model.safetensors", f"base_model.model.{name}.weight"
+    whole = load_file(file)
+    extra = key.replace("layers.1", "layers.2") if "layers" in key else key.replace(".weight", ".bias")
+    for stored, problem in (
+        ({other: tensor for other, tensor in whole.items() if other != key}, f"lacks {key}"),
+        ({**whole, extra: whole[key].clone()}, f"has an unknown tensor {extra}"),
+    ):
+        save_file(stored, file)
+        model = adapted(seed=1)
+        before = [p.clone() for p in model.parameters()]
+        with pytest.raises(UserError, match=f"^x: {re.escape(f'{file} {problem}')}. Use the model and adapter"):
+            load_adapter_weights(model, tmp_path, "x")
+        assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
+    save_file(whole, file)
+    load_adapter_weights(model, tmp_path, "x")
+    after = get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert all(torch.equal(after[other], tensor) for other, tensor in whole.items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_embeddings_are_not_loaded_into_a_base(tied: bool, tmp_path: Path) -> None:
+    add_adapters(tiny_model("llama", tied), r=8).save_pretrained(str(tmp_path), save_embedding_layers=False)
+    model = add_adapters(tiny_model("llama", tied, seed=1), r=8, modules_to_save=[])
+    with pytest.raises(UserError, match=r"has an unknown tensor base_model\.model\.(lm_head|model\.embed_tokens)\."):
+        load_adapter_weights(model, tmp_path, "x")
+    base: Any = tiny_model("llama", tied, seed=1)
+    assert torch.equal(model.get_input_embeddings().weight, base.get_input_embeddings().weight)
+
+
 def test_an_unknown_target_lists_the_models_own() -> None:
     with pytest.raises(UserError) as raised:
         add_adapters(tiny_model("llama"), target_modules=["q_prj"])
@@ -146,5 +184,5 @@ def test_no_rank_is_refused(r: int) -> None:
 
 
 def test_an_unknown_module_to_save_is_refused() -> None:
-    with pytest.raises(UserError, match="has no module 'wte'"):
+    with pytest.raises(UserError, match="'wte' is not an embedding"):
         add_adapters(tiny_model("llama"), modules_to_save=["wte"])

@@ -33,7 +33,7 @@ NAMES = {
 }
 
 
-def write_gguf(model: PreTrainedModel, file: Path, scaled_rope: bool = False) -> Path:
+def write_gguf(model: PreTrainedModel, file: Path, scaled_rope: bool = False, window: int | None = None) -> Path:
     """`model` (Llama) in fp32 with the tests' tokenizer, as llama.cpp's converter lays it out."""
     config, tokenizer = model.config, tiny_tokenizer(bos=True)
     writer = GGUFWriter(file, "llama")
@@ -47,6 +47,8 @@ def write_gguf(model: PreTrainedModel, file: Path, scaled_rope: bool = False) ->
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(VOCAB_SIZE)
+    if window is not None:
+        writer.add_sliding_window(window)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([tokenizer.convert_ids_to_tokens(i) for i in range(VOCAB_SIZE)])
@@ -109,6 +111,12 @@ def test_a_converted_file_is_not_parsed_again(gguf_file: Path) -> None:
 def test_scaled_rope_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     file = write_gguf(model, tmp_path / "scaled.gguf", scaled_rope=True)
     with pytest.raises(UserError, match=r"scales its rotary frequencies.*safetensors"):
+        resolve(str(file))
+
+
+def test_mistrals_window_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    file = write_gguf(model, tmp_path / "window.gguf", window=64)
+    with pytest.raises(UserError, match=r"is a Mistral with a sliding window.*safetensors"):
         resolve(str(file))
 
 

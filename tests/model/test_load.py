@@ -26,7 +26,7 @@ def ids(length: int = 24) -> torch.Tensor:
         ("auto", "fp32", bitsandbytes.nn.Linear4bit, torch.uint8),
         ("int8", "fp32", bitsandbytes.nn.Linear8bitLt, torch.int8),
         ("fp32", "fp32", torch.nn.Linear, torch.float32),
-        ("bf16", "fp32", torch.nn.Linear, torch.bfloat16),
+        ("bf16", "auto", torch.nn.Linear, torch.bfloat16),
     ],
 )
 def test_bases(base: str, compute: str, layer: type, stored: torch.dtype, llama_folder: Path) -> None:
@@ -93,9 +93,13 @@ def test_attention_can_be_chosen(llama_folder: Path) -> None:
     assert model.config._attn_implementation == "eager"
 
 
-def test_an_attention_that_is_not_there_is_refused(llama_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.attn_implementation: .*flash_attention_2"):
-        load(str(llama_folder), base="fp32", attn_implementation="flash_attention_2")
+@pytest.mark.parametrize(
+    ("family", "attention"), [("llama", "flash_attention_2"), ("gemma2", "flash_attention_2"), ("gemma2", "sdpa")]
+)
+def test_an_attention_that_is_not_there_is_refused(family: str, attention: str, tmp_path: Path) -> None:
+    save_tiny(family, tmp_path)
+    with pytest.raises(UserError, match=rf"^model\.attn_implementation: {attention} cannot be used"):
+        load(str(tmp_path), base="fp32", attn_implementation=attention)
 
 
 @pytest.mark.parametrize("attention", ["auto", "eager"])

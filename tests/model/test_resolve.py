@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from transformers import BertConfig, T5Config
+from transformers import AutoConfig, BertConfig, T5Config
 
 from steep.errors import UserError
 from steep.model.adapters import add_adapters
-from steep.model.resolve import looks_like_chat, read_tokenizer, resolve
+from steep.model.resolve import ResolvedModel, looks_like_chat, read_tokenizer, resolve
 from tests.tiny import tiny_model
 
 
@@ -84,3 +85,22 @@ def test_weights_quantised_by_others_are_refused(llama_folder: Path, tmp_path: P
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="quantised by gptq"):
         resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "template", "chat"),
+    [
+        ("Llama-3.2-1B-Instruct", "llama", False, True),
+        ("gemma-3-1b-it", "gemma3", False, True),
+        ("Minerva-7B-italian", "llama", False, False),
+        ("phi-iterated", "phi3", False, False),
+        ("Qwen3-0.6B-Base", "qwen3", True, False),
+        ("Qwen2.5-0.5B", "qwen2", True, False),
+        ("Qwen2.5-0.5B-Instruct", "qwen2", True, True),
+        ("gemma-3-1b-pt", "gemma3", True, False),
+        ("some-model", "llama", True, True),
+    ],
+)
+def test_an_instruct_model_is_known_by_name_or_template(name: str, model_type: str, template: bool, chat: bool) -> None:
+    tokenizer = SimpleNamespace(chat_template="{{ messages }}" if template else None)
+    assert looks_like_chat(ResolvedModel(name, {}, AutoConfig.for_model(model_type)), tokenizer) is chat

@@ -13,6 +13,7 @@ from steep.data.packing import Corpus
 from steep.errors import UserError
 from steep.model.adapters import add_adapters
 from steep.model.load import load
+from steep.training import adamw8bit
 from steep.training.trainer import Trainer
 from tests.training.helpers import AtStep, adapted, trained_weights, trainer_for
 
@@ -39,10 +40,23 @@ def differences(left: Any, right: Any, where: str = "") -> list[str]:
     return [] if left == right else [where]
 
 
-def make(llama: Path, corpus: Corpus, folder: Path, trained_dtype: str) -> Trainer:
+def assert_same(whole: Trainer, resumed: Trainer) -> None:
+    """Weights, optimizer, log, ledger and proof of the two are the same to the bit."""
+    assert differences(trained_weights(whole.model), trained_weights(resumed.model)) == []
+    assert whole.optimizer is not None and resumed.optimizer is not None
+    assert differences(whole.optimizer.state_dict(), resumed.optimizer.state_dict()) == []
+    for expected, row in zip(whole.state.log_history[:-1], resumed.state.log_history[:-1], strict=True):
+        assert [row[field] for field in STEP_FIELDS] == [expected[field] for field in STEP_FIELDS]
+    assert torch.equal(whole.times_trained, resumed.times_trained)
+    assert whole.proof is not None and resumed.proof is not None
+    assert resumed.proof.report() == whole.proof.report()
+    assert resumed.proof.report()["ok"]
+
+
+def make(llama: Path, corpus: Corpus, folder: Path, trained_dtype: str, base: str = "nf4", r: int = 8) -> Trainer:
     torch.manual_seed(5)
-    model, _ = load(str(llama), base="nf4", compute_dtype=trained_dtype)
-    model = add_adapters(model, r=8, lora_alpha=8, lora_dropout=0.1, trained_dtype=trained_dtype)
+    model, _ = load(str(llama), base=base, compute_dtype=trained_dtype)
+    model = add_adapters(model, r=r, lora_alpha=8, lora_dropout=0.1, trained_dtype=trained_dtype)
     return trainer_for(
         model,
         corpus,
@@ -68,7 +82,7 @@ def test_resumed_is_never_stopped(trained_dtype: str, llama_folder: Path, corpus
     whole.train()
     assert len(whole.state.log_history) - 1 == whole.state.global_step > 12
     assert differences(start, trained_weights(whole.model)) != []
-    assert whole.optimizer is not None
+    assert whole.times_trained.min() == whole.times_trained.max() == 2
     for step in (5, 10):  # within the first epoch, and within the second
         torch.manual_seed(99)
         resumed = make(llama_folder, corpus, tmp_path / f"resumed-{step}", trained_dtype)
@@ -76,16 +90,71 @@ def test_resumed_is_never_stopped(trained_dtype: str, llama_folder: Path, corpus
         resumed.add_callback(AtStep(begin=seen.append))
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert seen == list(range(step + 1, whole.state.global_step + 1))
-        assert differences(trained_weights(whole.model), trained_weights(resumed.model)) == []
-        assert resumed.optimizer is not None
-        assert differences(whole.optimizer.state_dict(), resumed.optimizer.state_dict()) == []
-        for expected, row in zip(whole.state.log_history[:-1], resumed.state.log_history[:-1], strict=True):
-            assert [row[field] for field in STEP_FIELDS] == [expected[field] for field in STEP_FIELDS]
-        assert torch.equal(whole.times_trained, resumed.times_trained)
-        assert whole.times_trained.min() == whole.times_trained.max() == 2
-        assert whole.proof is not None and resumed.proof is not None
-        assert resumed.proof.report() == whole.proof.report()
-        assert resumed.proof.report()["ok"]
+        assert_same(whole, resumed)
+
+
+def test_tensors_that_share_an_8bit_update_resume(
+    llama_folder: Path, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run wholly in bf16, at a rank that gives most adapters the 4,096 elements from which states are 8-bit."""
+    shared: set[tuple[int, torch.dtype]] = set()
+    update = adamw8bit._update
+
+    def spy(pieces: list[Any], *rest: Any) -> None:
+        shared.add((len(pieces), pieces[0].moments[0].dtype))
+        update(pieces, *rest)
+
+    monkeypatch.setattr(adamw8bit, "_update", spy)
+    whole = make(llama_folder, corpus, tmp_path / "whole", "bf16", base="bf16", r=64)
+    assert {p.dtype for p in whole.model.parameters()} == {torch.bfloat16} and whole.autocast_dtype is None
+    whole.train()
+    assert max(count for count, dtype in shared if dtype == torch.uint8) >= 4  # o, gate, up, down, then the next q
+    assert max(count for count, dtype in shared if dtype == torch.float32) >= 2  # k and v
+    resumed = make(llama_folder, corpus, tmp_path / "resumed", "bf16", base="bf16", r=64)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-10"))
+    assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("trained_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "rate"),
+    [
+        ("adamw_torch", None, 1e-3),
+        ("adamw_torch_fused", None, 1e-3),
+        ("adafactor", None, 1e-2),
+        ("sgd", "momentum=0.9", 2.0),
+        ("lion_32bit", None, 1e-3),
+        ("lion_8bit", None, 1e-3),
+    ],
+)
+def test_every_kind_of_optimizer_resumes(
+    optim: str, optim_args: str | None, rate: float, trained_dtype: str, corpus: Corpus, tmp_path: Path
+) -> None:
+    """Adafactor keeps fp32 states of bf16 weights, which torch rounds to bf16 when it loads them."""
+
+    def trainer(folder: str) -> Trainer:
+        torch.manual_seed(5)
+        model = adapted(r=64, lora_dropout=0.1, trained_dtype=trained_dtype)
+        return trainer_for(
+            model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[trained_dtype]),
+            corpus,
+            tmp_path / folder,
+            max_steps=6,
+            optim=optim,
+            optim_args=optim_args,
+            learning_rate=rate,
+            embedding_learning_rate=rate,
+            lr_scheduler_type="linear",
+            save_strategy="steps",
+            save_steps=4,
+        )
+
+    whole, resumed = trainer("whole"), trainer("resumed")
+    start = trained_weights(whole.model)
+    whole.train()
+    assert not any(torch.equal(weight, start[name]) for name, weight in trained_weights(whole.model).items())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_same(whole, resumed)
 
 
 def test_checkpoints_hold_no_pickle(corpus: Corpus, tmp_path: Path) -> None:

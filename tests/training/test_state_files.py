@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from steep.training import state_files
 from steep.training.checkpoint import rng_state, set_rng_state
 from steep.training.state_files import load_state, save_state
 
@@ -62,3 +64,39 @@ def test_random_state_goes_on_where_it_was(tmp_path: Path) -> None:
     assert draw() != first
     set_rng_state(load_state(tmp_path, "random"))
     assert draw() == first
+
+
+class Packed(torch.Tensor):
+    """Shaped as torchao's optimizer states are: parts, and a context that holds a dtype."""
+
+    codes: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Packed:
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)  # pyright: ignore
+
+    def __init__(self, codes: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.codes = codes
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(func)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[object, ...]]:
+        return ["codes"], (tuple(self.shape), self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, torch.Tensor], context: list[Any], *rest: object) -> Packed:
+        return cls(parts["codes"], *context)
+
+
+def test_a_tensor_subclass_keeps_its_parts_and_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {0: {"exp_avg": Packed(torch.arange(6, dtype=torch.uint8), (2, 3), torch.bfloat16)}}
+    with pytest.raises(TypeError, match="of type Packed cannot be stored"):
+        save_state(state, tmp_path, "optimizer")
+    monkeypatch.setitem(state_files._SUBCLASSES, "Packed", __name__)
+    save_state(state, tmp_path, "optimizer")
+    found = load_state(tmp_path, "optimizer")[0]["exp_avg"]
+    assert type(found) is Packed
+    assert (found.shape, found.dtype) == ((2, 3), torch.bfloat16)
+    assert torch.equal(found.codes, torch.arange(6, dtype=torch.uint8))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 
 from steep.data.packing import Corpus
-from steep.errors import RunError
+from steep.errors import RunError, UserError
+from steep.model.adapters import add_adapters
+from steep.model.load import load
 from steep.training.trainer import Trainer
 from tests.tiny import FAMILIES
 from tests.training.helpers import AtStep, adapted, arguments, losses, trained_weights, trainer_for
@@ -30,8 +34,26 @@ def test_every_family_learns(family: str, tied: bool | None, corpus: Corpus, tmp
     assert report["ok"], report
     assert report["frozen_changed"] == []
     assert trainer.times_trained.sum() == 20
-    ledger = corpus.ledger(trainer.times_trained.numpy())
+    ledger = corpus.ledger(trainer.times_trained.numpy(), trainer.times_seen.numpy())
     assert ledger["adds_up"], ledger["problems"]
+
+
+def test_an_int8_base_learns(llama_folder: Path, corpus: Corpus, tmp_path: Path) -> None:
+    model, _ = load(str(llama_folder), base="int8", compute_dtype="fp32")
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear8bitLt)]
+    assert len(layers) == 14
+    codes, scales = [layer.weight.clone() for layer in layers], [layer.weight.SCB.clone() for layer in layers]
+    model = add_adapters(model, r=8, lora_alpha=8)
+    trainer = trainer_for(model, corpus, tmp_path, max_steps=10, embedding_learning_rate=1e-2)
+    trainer.train()
+    seen = losses(trainer)
+    assert sum(seen[step] for step in (8, 9, 10)) / 3 < 0.9 * seen[1]
+    assert trainer.proof is not None and trainer.proof.report()["ok"]
+    for layer, code, scale in zip(layers, codes, scales, strict=True):
+        assert layer.weight.dtype == torch.int8 and torch.equal(layer.weight, code)
+        assert torch.equal(layer.state.SCB, scale)
+    layers[3].state.SCB[5] *= 2  # the proof covers the rows' scales as well
+    assert [name.rsplit(".", 1)[-1] for name in trainer.proof.changed_frozen()] == ["SCB"]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +119,36 @@ def test_a_step_with_a_nan_is_not_applied(corpus: Corpus, tmp_path: Path) -> Non
     assert trainer.times_trained.sum() == 12  # the rows of step 3 were not trained
 
 
+def test_a_step_with_a_nan_gradient_is_not_applied(
+    corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = adapted()
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_B.default.weight"
+    now = {"step": 0}
+    dict(model.named_parameters())[name].register_hook(lambda grad: grad * math.nan if now["step"] == 3 else None)
+    trainer = trainer_for(model, corpus, tmp_path, max_steps=7)
+    snapshots: dict[int, dict[str, torch.Tensor]] = {}
+    trainer.add_callback(
+        AtStep(
+            begin=lambda step: now.update(step=step),
+            end=lambda step: snapshots.update({step: trained_weights(model)}),
+        )
+    )
+    trainer.train()
+    assert all(torch.equal(snapshots[2][name], snapshots[3][name]) for name in snapshots[2])
+    assert not any(torch.equal(snapshots[4][name], snapshots[3][name]) for name in snapshots[3])
+    assert [record.getMessage() for record in caplog.records if record.name == "steep"] == [
+        f"step 3: the gradient of {name} is not finite; the step is not applied"
+    ]
+    assert list(losses(trainer)) == [1, 2, 3, 4, 5, 6, 7]  # the loss of step 3 was finite
+    rows = {row["step"]: row for row in trainer.state.log_history if "tokens" in row}
+    assert [step for step in rows if "grad_norm" not in rows[step]] == [3]
+    assert [rows[step]["steps_not_finite"] for step in (2, 3, 4)] == [0, 1, 1]
+    assert trainer.steps_not_finite == 1
+    assert trainer.times_trained.sum() == 12  # the rows of step 3 were not trained
+    assert trainer.proof is not None and trainer.proof.report()["ok"]
+
+
 def test_too_many_nan_steps_in_a_row_stop_the_run(corpus: Corpus, tmp_path: Path) -> None:
     model = adapted()
     trainer = trainer_for(model, corpus, tmp_path, max_steps=9, max_nonfinite_steps=3)
@@ -125,6 +177,20 @@ def test_a_trainable_tensor_that_is_never_used_stops_the_run(corpus: Corpus, tmp
     trainer = trainer_for(model, corpus, tmp_path)
     with pytest.raises(RunError, match=r"^1 of \d+ tensors that are meant to train did not: spare \(its gradient"):
         trainer.train()
+
+
+def test_of_several_gpus_the_first_is_used(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.warns(UserWarning) as caught:
+        trainer = trainer_for(adapted(), corpus, tmp_path, use_cpu=False, max_steps=3)
+        trainer.train()
+    assert [str(warning.message) for warning in caught if "GPU" in str(warning.message)] == [
+        "2 GPUs are visible; the first one is used"
+    ]
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.device == torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    assert trainer.model_wrapped is trainer.model  # else DataParallel's
+    assert trainer.times_trained.sum() == 6  # two rows a step, not two for each GPU
 
 
 def test_accumulated_unequal_micro_batches_equal_one_large_batch(corpus: Corpus, tmp_path: Path) -> None:
@@ -160,3 +226,91 @@ def test_accumulated_unequal_micro_batches_equal_one_large_batch(corpus: Corpus,
         torch.testing.assert_close(several[name], weight, rtol=1e-5, atol=1e-7)
         moved += int(not torch.equal(weight, start[name]))
     assert moved >= 16  # all of LoRA's B and the embeddings
+
+
+def test_rows_are_one_packed_sequence_for_flash_attention(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' flash attention sees documents only in a batch of one; as one long row the loss is the same."""
+    trainer = trainer_for(adapted(), corpus, tmp_path, per_device_train_batch_size=3, max_steps=2)
+    shapes, losses_seen = [], []
+
+    def look(flash: bool) -> None:
+        model = adapted()
+        trainer = trainer_for(model, corpus, tmp_path / str(flash), per_device_train_batch_size=3, max_steps=2)
+        compute = trainer.compute_loss
+
+        def recorded(model: Any, inputs: Any, **kwargs: Any) -> Any:
+            shapes.append({name: tuple(value.shape) for name, value in inputs.items()})
+            config.__dict__["_attn_implementation_internal"] = "sdpa"  # flash itself is for GPUs
+            return compute(model, inputs, **kwargs)
+
+        config = model.get_base_model().config
+        monkeypatch.setattr(trainer, "compute_loss", recorded)
+        trainer.add_callback(
+            AtStep(begin=lambda step: config.__dict__.update(
+                _attn_implementation_internal="flash_attention_2" if flash else "sdpa"))
+        )  # fmt: skip
+        trainer.train()
+        losses_seen.append(losses(trainer))
+
+    look(flash=False)
+    look(flash=True)
+    length = trainer.corpus.train.max_length if trainer.corpus else 0
+    assert set(shapes[0].values()) == {(3, length)}
+    assert set(shapes[2].values()) == {(1, 3 * length)}
+    assert losses_seen[1] == pytest.approx(losses_seen[0], rel=1e-5)
+
+
+def test_an_optimizer_of_the_callers_own(corpus: Corpus, tmp_path: Path) -> None:
+    model = adapted()
+    own = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=corpus, optimizers=(own, None))
+    trainer.train()
+    assert trainer.proof is not None and trainer.proof.report()["ok"]
+
+
+def test_an_optimizer_that_misses_a_tensor_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    model = adapted()
+    own = torch.optim.AdamW([p for name, p in model.named_parameters() if "lora" in name], lr=1e-2)
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=corpus, optimizers=(own, None))
+    with pytest.raises(UserError, match=r"optimizers: 2 trainable tensors are in no group.*modules_to_save"):
+        trainer.train()
+
+
+def test_a_corpus_by_position(corpus: Corpus, tmp_path: Path) -> None:
+    trainer = Trainer(adapted(), arguments(tmp_path, max_steps=1), None, corpus)
+    trainer.train()
+    assert trainer.times_trained.sum() == 2
+
+
+def test_a_group_at_rate_zero_does_not_hide_the_others(corpus: Corpus, tmp_path: Path) -> None:
+    model = adapted()
+    name = "model.layers.1.self_attn.v_proj.lora_B.default"
+    module = next(module for full, module in model.named_modules() if full.endswith(name))
+    module.register_forward_hook(lambda module, inputs, output: output.detach())
+    trainer = trainer_for(model, corpus, tmp_path, embedding_learning_rate=0.0)
+    with pytest.raises(RunError, match=r"v_proj"):
+        trainer.train()
+
+
+def test_an_interrupted_step_leaves_nothing_behind(corpus: Corpus, tmp_path: Path) -> None:
+    model = adapted()
+    trainer = trainer_for(model, corpus, tmp_path, gradient_accumulation_steps=2, max_steps=1)
+    step = trainer.training_step
+    calls = []
+
+    def interrupted(*given: Any, **settings: Any) -> torch.Tensor:
+        loss = step(*given, **settings)
+        calls.append(loss)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return loss
+
+    trainer.training_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    model.zero_grad()
+    trainer.train()
+    assert losses(trainer)[1] == pytest.approx(sum(float(loss) for loss in calls[1:]), rel=1e-6)
+    assert trainer.times_seen.sum() == trainer.times_trained.sum() == 4

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tokenizers
 
 from steep.errors import UserError
 
@@ -27,6 +30,9 @@ class Encoder:
         prefix: ids that the tokenizer puts in front of a document (BOS, if it has that convention).
         eos: the id that ends each document, or None.
         workers: how many threads may call `encode` at once.
+
+    Raises:
+        UserError: the tokenizer changes the text's own ids when it adds special tokens.
     """
 
     prefix: list[int]
@@ -49,15 +55,19 @@ class Encoder:
         rows = self._slow(texts, add_special_tokens=False)
         return [np.array(ids, dtype=np.int32) for ids in rows]
 
-    def fingerprint(self) -> list[bytes]:
-        """Everything that decides which ids a text gets, for the key of the token cache."""
-        affixes = f"{self.prefix} {self.eos} {self._tokenizer.bos_token_id}".encode()
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """Digest of everything that decides which ids a text gets, for the key of the token cache."""
+        # The library's version counts too: an upgrade may read the same tokenizer.json another way.
+        parts = [f"{tokenizers.__version__} {self.prefix} {self.eos} {self._tokenizer.bos_token_id}".encode()]
         if self._fast is not None:
-            return [self._fast.to_str().encode(), affixes]
-        with tempfile.TemporaryDirectory() as folder:
-            self._tokenizer.save_pretrained(folder)
-            files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
-            return [affixes, *(part for file in files for part in (file.name.encode(), file.read_bytes()))]
+            parts.append(self._fast.to_str().encode())
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                self._tokenizer.save_pretrained(folder)
+                files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+                parts += [part for file in files for part in (file.name.encode(), file.read_bytes())]
+        return digest(parts)
 
     def _slow(self, texts: list[str], add_special_tokens: bool) -> Sequence[Sequence[int]]:
         # verbose=False: a document longer than the model's context is no reason to warn, it will be split into rows.
@@ -81,17 +91,13 @@ class Encoder:
         raise UserError("tokenizer", problem, "Use a tokenizer that only puts special tokens around a text")
 
 
-def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int | None]:
-    """What stands around each document: ids in front (the tokenizer's own convention) and the EOS id behind, or None.
-
-    The convention is what `encode(text, add_special_tokens=True)` puts in front. EOS is `tokenizer.eos_token_id`, once,
-    whether or not the convention appends it.
-
-    Raises:
-        UserError: the tokenizer changes the text's own ids when it adds special tokens.
-    """
-    encoder = Encoder(tokenizer)
-    return encoder.prefix, encoder.eos
+def digest(parts: Iterable[bytes]) -> bytes:
+    """One digest of several parts that moves when a byte goes from one part to the next."""
+    result = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        result.update(len(part).to_bytes(8, "big"))
+        result.update(part)
+    return result.digest()
 
 
 def _literal_copy(tokenizer: PreTrainedTokenizerBase) -> Any:

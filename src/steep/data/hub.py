@@ -19,9 +19,11 @@ def load_hub(source: Source, field: str) -> Dataset:
     """The data set with its one text column, downloaded if it is not in the cache of `datasets`.
 
     Raises:
-        UserError: it cannot be reached or does not exist, or has no such subset, split or text field.
+        UserError: it cannot be reached or does not exist, needs a script of its own, has files that cannot be read, or
+            has no such subset, split or text field.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     name = f"{source.hub}" + (f" ({source.subset})" if source.subset else "")
     try:
@@ -32,10 +34,12 @@ def load_hub(source: Source, field: str) -> Dataset:
             "Check the name, log in with `hf auth login` if it is gated, unset HF_HUB_OFFLINE, download it beforehand "
             "where there is a network, or give the files as a local path"
         )
-        raise UserError(f"{field}.hub", f"{name} cannot be loaded ({_first_line(error)})", remedy) from error
-    except ValueError as error:  # what datasets raises for an unknown subset or split
-        remedy = "Correct subset or split"
-        raise UserError(f"{field}.hub", f"{name} cannot be loaded ({_first_line(error)})", remedy) from error
+        raise UserError(f"{field}.hub", f"{name} cannot be loaded ({_reason(error)})", remedy) from error
+    except (ValueError, RuntimeError, DatasetsError) as error:
+        remedy = "Use a revision or a copy of it that consists of data files, or give the files as a local path"
+        if type(error) is ValueError:  # an unknown subset or split; a file that cannot be parsed raises a subclass
+            remedy = "Correct subset or split"
+        raise UserError(f"{field}.hub", f"{name} cannot be loaded ({_reason(error)})", remedy) from error
     if source.text_field not in data.column_names:
         there = ", ".join(map(repr, data.column_names))
         problem = f"{name}: no field {source.text_field!r}; the fields there are {there}"
@@ -61,5 +65,7 @@ def read_hub(source: Source, field: str) -> Iterator[str]:
             yield text
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _reason(error: Exception) -> str:
+    """The first line, and that of what caused it: "An error occurred while generating the dataset" says little."""
+    lines = [str(each).strip().split("\n")[0] for each in (error, error.__cause__) if each is not None]
+    return ": ".join(line for line in lines if line)

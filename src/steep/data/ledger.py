@@ -1,24 +1,23 @@
 """The account of a run: where every document and every token went.
 
-Two independent sums meet here. From the documents: lengths, sides and how often an epoch was meant to have each. From
-the rows: what really stands in them, and how often the trainer saw each. `check_ledger` compares the two and re-adds
-every line, so a row index that lost, doubled or shifted a piece does not add up.
+Independent sums meet here. From the documents: lengths, sides and how often an epoch was meant to have each. From the
+rows: what really stands in them. From the trainer: how often each row was handed to the model, and how often its step
+was applied. `check_ledger` compares them, so a row index that lost, doubled or shifted a piece does not add up, and
+neither does a run that handed out a row twice in an epoch or left one out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from steep.data.mixing import Mixture, Side
+from steep.data.packed_dataset import PackedDataset
 from steep.data.tokens import TokenizedSource
 
-if TYPE_CHECKING:
-    from steep.data.packing import PackedDataset
-
-_PARTS = ("duplicates", "held_out", "trained", "not_reached")
+_PARTS = ("duplicates", "held_out", "too_short", "trained", "not_reached")
 
 
 def describe_sources(
@@ -28,21 +27,23 @@ def describe_sources(
     result = []
     for item, side, planned in zip(sources, sides, mixture.planned, strict=True):
         tokens, characters, size = int(item.lengths.sum()), int(item.num_chars.sum()), int(item.num_bytes.sum())
-        text_tokens = tokens - len(item) * (item.prefix_length + item.has_eos)
         result.append(
             _names(item)
             | {
+                "files": item.files,
+                "files_not_read": item.files_not_read,
                 "documents": len(item),
                 "empty": item.empty,
                 "tokens": tokens,
                 "bytes": size,
                 "characters": characters,
-                "characters_per_token": characters / max(text_tokens, 1),
-                "bytes_per_token": size / max(text_tokens, 1),
+                "characters_per_token": characters / item.text_tokens,
+                "bytes_per_token": size / item.text_tokens,
                 "longest": int(item.lengths.max()),
                 "cached": item.cached,
                 "duplicates": _count(item, side == Side.DUPLICATE),
                 "held_out": _count(item, _is_held_out(side)),
+                "too_short": _count(item, side == Side.TOO_SHORT),
                 "planned": _planned(item, planned),
             }
         )
@@ -55,6 +56,7 @@ def build_ledger(
     mixture: Mixture,
     rows: PackedDataset,
     times_trained: np.ndarray,
+    times_seen: np.ndarray,
 ) -> dict[str, Any]:
     """Account for every document and token.
 
@@ -68,112 +70,157 @@ def build_ledger(
         sides: for each source, uint8 [documents], from `assign_sides`.
         mixture: the documents of an epoch.
         rows: the rows of an epoch.
-        times_trained: int [rows], how often each row was trained.
+        times_trained: int [rows], how often a step that was applied had each row.
+        times_seen: int [rows], how often each row was handed to the model, its step applied or not.
 
     Returns:
-        A JSON-able dict. In `sources`, for each source: `documents` and `tokens`, each with read = duplicates +
-        held_out + trained + not_reached, `planned` (an epoch's, with repetitions) and `repeated_within_an_epoch`;
-        `empty` documents, `partly_trained` documents, `truncated` tokens (of planned documents, but in no row),
-        `stray` tokens (in a row, of documents not planned), `bos_added` and `eos_added` (tokens among those read).
-        Beside it: `rows`, `max_length`, `pieces`, `padding`, `targets` (of an epoch), `targets_reached` (at least
-        once), `first_tokens_reached` (of documents, repetitions counted), `targets_trained` (every time counted),
-        `times_trained` (times → how many targets were trained that often), `epochs` (targets trained over targets);
-        `problems` from `check_ledger`, and `adds_up`, which says that there are none.
+        A JSON-able dict. `sources` holds one for each source, see `_account`. Of the rows: `rows`, `max_length`,
+        `overfull_rows` (with more tokens than that), `pieces`, `overlaps` (pieces that go on with a document, and so
+        hold a token a second time), `padding`, `targets` (of an epoch). Of the trainer: `times_seen` (times → how many
+        rows were seen that often), `rows_seen`, `rows_trained` (every time counted), `rows_refused` (seen in a step
+        that was not applied), `times_trained` (times → how many targets were trained that often), `targets_reached`
+        (at least once), `first_tokens_reached` (of documents, repetitions counted), `targets_trained` (every time
+        counted), `epochs` (targets trained over targets). `problems` from `check_ledger`, and `adds_up`, which says
+        that there are none.
 
     Raises:
-        ValueError: `times_trained` has not one count, 0 or more, for each row.
+        ValueError: `times_trained` or `times_seen` has not one count, 0 or more, for each row.
     """
-    times = np.asarray(times_trained)
-    if times.shape != (len(rows),) or times.dtype.kind not in "iu" or (times < 0).any():
-        raise ValueError(
-            f"times_trained must hold a count for each of {len(rows)} rows, not {times.shape} {times.dtype}"
-        )
-    targets = _row_sums(rows.length - 1, rows.row_first)
-    counts, number = np.unique(times, return_inverse=True)
-    histogram = np.bincount(number, weights=targets, minlength=len(counts)).astype(np.int64)
-    piece_trained = np.repeat(times > 0, np.diff(rows.row_first))
-    everything = np.ones(len(rows.length), bool)
-    total = int(targets.sum())
-    targets_trained = int((targets * times.astype(np.int64)).sum())
+    trained, seen = _counts("times_trained", times_trained, rows), _counts("times_seen", times_seen, rows)
+    length = rows.length.astype(np.int64)
+    row_tokens, row_targets = _row_sums(length, rows), _row_sums(length - 1, rows)
+    piece_times = np.repeat(trained, np.diff(rows.row_first))
+    targets, targets_trained = int((length - 1).sum()), int((row_targets * trained).sum())
     ledger: dict[str, Any] = {
         "sources": [
-            _account(
-                item,
-                sides[index],
-                mixture.planned[index],
-                _covered(rows, index, item, everything),
-                _covered(rows, index, item, piece_trained),
-            )
+            _account(item, sides[index], mixture.planned[index], rows, rows.source == index, piece_times)
             for index, item in enumerate(sources)
         ],
         "rows": len(rows),
         "max_length": rows.max_length,
-        "pieces": len(rows.length),
-        "padding": len(rows) * rows.max_length - int(rows.length.sum(dtype=np.int64)),
-        "targets": total,
-        "targets_reached": int(targets[times > 0].sum()),
-        "first_tokens_reached": int((piece_trained & (rows.start == 0)).sum()),
+        "overfull_rows": int((row_tokens > rows.max_length).sum()),
+        "pieces": len(length),
+        "overlaps": int((rows.start > 0).sum()),
+        # By row, none below 0: where one row holds too much, the padding of the others does not make up for it.
+        "padding": int(np.maximum(rows.max_length - row_tokens, 0).sum()),
+        "targets": targets,
+        "times_seen": _histogram(seen, np.ones(len(rows), np.int64)),
+        "rows_seen": int(seen.sum()),
+        "rows_trained": int(trained.sum()),
+        # By row, none below 0: a row that was trained without being seen does not make up for one that was refused.
+        "rows_refused": int(np.maximum(seen - trained, 0).sum()),
+        "times_trained": _histogram(trained, row_targets),
+        "targets_reached": int(row_targets[trained > 0].sum()),
+        "first_tokens_reached": int(((piece_times > 0) & (rows.start == 0)).sum()),
         "targets_trained": targets_trained,
-        "times_trained": {str(count): int(part) for count, part in zip(counts, histogram, strict=True)},
-        "epochs": targets_trained / total if total else 0.0,
+        "epochs": targets_trained / targets if targets else 0.0,
     }
     problems = check_ledger(ledger)
     return ledger | {"adds_up": not problems, "problems": problems}
 
 
-def _row_sums(values: np.ndarray, row_first: np.ndarray) -> np.ndarray:
-    sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    return sums[row_first[1:]] - sums[row_first[:-1]]
+def _counts(name: str, given: np.ndarray, rows: PackedDataset) -> np.ndarray:
+    counts = np.asarray(given)
+    if counts.shape != (len(rows),) or counts.dtype.kind not in "iu" or (counts < 0).any():
+        raise ValueError(f"{name} must hold a count for each of {len(rows)} rows, not {counts.shape} {counts.dtype}")
+    return counts.astype(np.int64)
 
 
-def _covered(rows: PackedDataset, index: int, item: TokenizedSource, chosen: np.ndarray) -> np.ndarray:
-    """How many different tokens of each document stand in the chosen pieces: int64 [documents].
+def _histogram(times: np.ndarray, weights: np.ndarray) -> dict[str, int]:
+    """times → the sum of the weights that have it."""
+    counts, number = np.unique(times, return_inverse=True)
+    sums = np.zeros(len(counts), np.int64)
+    np.add.at(sums, number, weights)
+    return {str(count): int(part) for count, part in zip(counts, sums, strict=True)}
+
+
+def _row_sums(values: np.ndarray, rows: PackedDataset) -> np.ndarray:
+    sums = np.concatenate([[0], np.cumsum(values)])
+    return sums[rows.row_first[1:]] - sums[rows.row_first[:-1]]
+
+
+def _account(
+    item: TokenizedSource,
+    side: np.ndarray,
+    planned: np.ndarray,
+    rows: PackedDataset,
+    chosen: np.ndarray,
+    piece_times: np.ndarray,
+) -> dict[str, Any]:
+    """A source's part of the ledger.
+
+    Args:
+        item: the source.
+        side: the side of each document.
+        planned: how often an epoch was meant to have each document.
+        rows: the rows of an epoch.
+        chosen: bool [pieces], which pieces are the source's.
+        piece_times: int64 [pieces], how often each piece was trained.
+
+    Returns:
+        `documents` and `tokens`, each with read = duplicates + held_out + too_short + trained + not_reached,
+        `planned` (an epoch's, with repetitions), `not_planned` (to train, but not in an epoch) and
+        `repeated_within_an_epoch` (in the rows once more than once). `targets_trained`, every time counted;
+        `repeated_in_trained_rows`, tokens that stand there once more than once; `touched` documents, with a piece in a
+        trained row, and `partly_trained` ones; `truncated` tokens (of planned documents, but in no row) and `stray`
+        ones (in a row, of documents not planned); `empty` documents; and of the tokens read `text_tokens`, `bos_added`
+        and `eos_added`.
+    """
+    document, start = rows.document[chosen], rows.start[chosen]
+    length, times = rows.length[chosen].astype(np.int64), piece_times[chosen]
+    own, hit = length - (start > 0), times > 0
+    in_rows = _covered(item, document, start, length)
+    trained = _covered(item, document[hit], start[hit], length[hit])
+    whole = trained == item.lengths
+    copies = np.bincount(document[start == 0], minlength=len(item))  # each time a document stands in the rows
+    not_planned = (side == Side.TRAIN) & (planned == 0)
+    # What stands in the rows and was not trained: not the rest of what was read, or `read` would add up by itself.
+    left = {"documents": int((trained < in_rows).sum()), "tokens": int((in_rows - trained).sum())}
+    outside = _count(item, not_planned)
+    parts = {
+        "read": _count(item, np.ones(len(item), bool)),
+        "duplicates": _count(item, side == Side.DUPLICATE),
+        "held_out": _count(item, _is_held_out(side)),
+        "too_short": _count(item, side == Side.TOO_SHORT),
+        "trained": {"documents": int(whole.sum()), "tokens": int(trained.sum())},
+        "not_reached": {unit: outside[unit] + left[unit] for unit in left},
+        "planned": _planned(item, planned),
+        "not_planned": outside,
+        "repeated_within_an_epoch": {
+            "documents": int(np.maximum(copies - 1, 0).sum()),
+            "tokens": int(own.sum() - in_rows.sum()),
+        },
+    }
+    return _names(item) | {
+        "documents": {name: part["documents"] for name, part in parts.items()},
+        "tokens": {name: part["tokens"] for name, part in parts.items()},
+        "targets_trained": int(((length - 1) * times).sum()),
+        "repeated_in_trained_rows": int(own[hit].sum() - trained.sum()),
+        "touched": int(np.count_nonzero(np.bincount(document[hit], minlength=len(item)))),
+        "partly_trained": int(((trained > 0) & ~whole).sum()),
+        "truncated": int((item.lengths - in_rows)[planned > 0].sum()),
+        "stray": int(in_rows[planned == 0].sum()),
+        "empty": item.empty,
+        "text_tokens": item.text_tokens,
+        "bos_added": len(item) * item.prefix_length,
+        "eos_added": len(item) * item.has_eos,
+    }
+
+
+def _covered(item: TokenizedSource, document: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """How many different tokens of each document stand in the pieces: int64 [documents].
 
     A repeated document is split at other places each time, so that pieces overlap; what counts is their union. Each
     document gets its own stretch of one long line of tokens, and the union is taken along the line.
     """
-    pieces = np.flatnonzero(chosen & (rows.source == index))
-    document = rows.document[pieces]
     line = np.concatenate([[0], np.cumsum(item.lengths)])[document]
-    start = rows.start[pieces]
     begin = line + start + (start > 0)  # the token that a later piece starts with belongs to the piece before
-    end = line + start + rows.length[pieces]
+    end = line + start + length
     order = np.argsort(begin, kind="stable")
     begin, end, document = begin[order], end[order], document[order]
     reached = np.concatenate([[0], np.maximum.accumulate(end)[:-1]]) if len(end) else end
     new = np.maximum(end - np.maximum(begin, reached), 0)
     return np.bincount(document, weights=new, minlength=len(item)).astype(np.int64)
-
-
-def _account(
-    item: TokenizedSource, side: np.ndarray, planned: np.ndarray, in_rows: np.ndarray, trained: np.ndarray
-) -> dict[str, Any]:
-    available = side == Side.TRAIN
-    whole = available & (trained == item.lengths)
-    read = _count(item, np.ones(len(item), bool))
-    parts = {
-        "duplicates": _count(item, side == Side.DUPLICATE),
-        "held_out": _count(item, _is_held_out(side)),
-        "trained": {"documents": int(whole.sum()), "tokens": int(trained[available].sum())},
-        "not_reached": {
-            "documents": int((available & ~whole).sum()),
-            "tokens": int((item.lengths - trained)[available].sum()),
-        },
-    }
-    again = np.maximum(planned - 1, 0)
-    all_parts = (
-        {"read": read} | parts | {"planned": _planned(item, planned), "repeated_within_an_epoch": _planned(item, again)}
-    )
-    return _names(item) | {
-        "documents": {name: part["documents"] for name, part in all_parts.items()},
-        "tokens": {name: part["tokens"] for name, part in all_parts.items()},
-        "empty": item.empty,
-        "truncated": int((item.lengths - in_rows)[planned > 0].sum()),
-        "stray": int(in_rows[planned == 0].sum()),
-        "partly_trained": int(((trained > 0) & ~whole).sum()),
-        "bos_added": len(item) * item.prefix_length,
-        "eos_added": len(item) * item.has_eos,
-    }
 
 
 def _names(item: TokenizedSource) -> dict[str, Any]:
@@ -200,50 +247,69 @@ def _planned(item: TokenizedSource, times: np.ndarray) -> dict[str, int]:
 
 
 def check_ledger(ledger: dict[str, Any]) -> list[str]:
-    """Re-add a ledger, and compare what the documents say with what the rows say; the list of what does not agree."""
+    """Compare what documents, rows and trainer say; the list of what does not agree."""
     problems: list[str] = []
 
     def expect(what: str, found: int, expected: int) -> None:
         if found != expected:
             problems.append(f"{what}: {found:,} and not {expected:,}")
 
-    planned_documents = planned_tokens = repeated = trained_tokens = 0
     for source in ledger["sources"]:
-        name = source["domain"]
-        for unit in ("documents", "tokens"):
-            line = source[unit]
-            expect(f"{name}, {unit} read", line["read"], sum(line[part] for part in _PARTS))
-            if min(line.values()) < 0:
-                problems.append(f"{name}, {unit}: a negative number")
-            if line["repeated_within_an_epoch"] and not source["repeat"]:
-                problems.append(f"{name}, {unit}: repeated within an epoch without repeat: true")
-        expect(f"{name}, tokens truncated", source["truncated"], 0)
-        expect(f"{name}, tokens in rows of documents that are not planned", source["stray"], 0)
-        if source["role"] == "heldout":
-            expect(f"{name}, tokens of a heldout source planned", source["tokens"]["planned"], 0)
-        planned_documents += source["documents"]["planned"]
-        planned_tokens += source["tokens"]["planned"]
-        repeated += source["tokens"]["repeated_within_an_epoch"]
-        trained_tokens += source["tokens"]["trained"]
+        _check_source(source, expect, problems)
 
-    # An epoch's targets are all tokens of its documents but the first of each.
+    def total(name: str, unit: str | None = None) -> int:
+        return sum((source[unit] if unit else source)[name] for source in ledger["sources"])
+
+    # Rows against documents. An epoch's targets are all tokens of its documents but the first of each.
+    planned_documents, planned_tokens = total("planned", "documents"), total("planned", "tokens")
+    expect("rows with more tokens than max_length", ledger["overfull_rows"], 0)
     expect("targets in the rows", ledger["targets"], planned_tokens - planned_documents)
-    # Every piece after the first of its document holds one token a second time.
-    overlaps = ledger["pieces"] - planned_documents
+    expect("pieces that begin a document", ledger["pieces"] - ledger["overlaps"], planned_documents)
     places = ledger["rows"] * ledger["max_length"]
-    expect("places in the rows", places, planned_tokens + overlaps + ledger["padding"])
-    histogram = {int(times): targets for times, targets in ledger["times_trained"].items()}
-    expect("targets by times trained", sum(histogram.values()), ledger["targets"])
-    expect("targets trained", ledger["targets_trained"], sum(times * targets for times, targets in histogram.items()))
-    reached = sum(targets for times, targets in histogram.items() if times)
-    expect("targets reached", ledger["targets_reached"], reached)
-    # The tokens of the trained pieces; those of repeated documents can be trained twice and count once.
-    most = reached + ledger["first_tokens_reached"]
-    if not most - repeated <= trained_tokens <= most:
-        problems.append(f"tokens trained: {trained_tokens:,} and not {most - repeated:,} to {most:,}")
-    if reached == ledger["targets"] and ledger["first_tokens_reached"] == planned_documents:
-        sources = ledger["sources"]
-        available = sum(s["tokens"]["read"] - s["tokens"]["held_out"] - s["tokens"]["duplicates"] for s in sources)
-        not_reached = sum(s["tokens"]["not_reached"] for s in sources)
-        expect("tokens not reached after a whole epoch", not_reached, available - (planned_tokens - repeated))
+    expect("places in the rows", places, planned_tokens + ledger["overlaps"] + ledger["padding"])
+
+    # The trainer: within a run the order goes epoch by epoch, so no row is handed out twice before all are once.
+    times_seen = {int(times): number for times, number in ledger["times_seen"].items()}
+    expect("rows by times seen", sum(times_seen.values()), ledger["rows"])
+    if max(times_seen) - min(times_seen) > 1:
+        problems.append(
+            f"rows were handed to the model {min(times_seen)} to {max(times_seen)} times: some twice in an epoch, or "
+            "not at all"
+        )
+    expect("rows seen", ledger["rows_seen"], ledger["rows_trained"] + ledger["rows_refused"])
+
+    # Rows that were trained against documents that were trained.
+    times_trained = {int(times): targets for times, targets in ledger["times_trained"].items()}
+    expect("targets by times trained", sum(times_trained.values()), ledger["targets"])
+    by_source = total("targets_trained")
+    expect("targets trained", ledger["targets_trained"], by_source)
+    expect("times trained", sum(times * targets for times, targets in times_trained.items()), by_source)
+    reached = total("trained", "tokens") + total("repeated_in_trained_rows")
+    expect("tokens in trained rows", ledger["targets_reached"] + ledger["first_tokens_reached"], reached)
+    if 0 not in times_trained:
+        not_planned = total("not_planned", "tokens")
+        expect("tokens not reached after a whole epoch", total("not_reached", "tokens"), not_planned)
     return problems
+
+
+def _check_source(source: dict[str, Any], expect: Callable[[str, int, int], None], problems: list[str]) -> None:
+    name = source["domain"]
+    for unit in ("documents", "tokens"):
+        line = source[unit]
+        expect(f"{name}, {unit} read", line["read"], sum(line[part] for part in _PARTS))
+        once = line["planned"] - line["repeated_within_an_epoch"]
+        to_train = line["trained"] + line["not_reached"]
+        expect(f"{name}, {unit} planned, each once", once, to_train - line["not_planned"])
+        if min(line.values()) < 0:
+            problems.append(f"{name}, {unit}: a negative number")
+        if line["repeated_within_an_epoch"] and not source["repeat"]:
+            problems.append(f"{name}, {unit}: repeated within an epoch without repeat: true")
+    expect(f"{name}, tokens truncated", source["truncated"], 0)
+    expect(f"{name}, tokens in rows of documents that are not planned", source["stray"], 0)
+    expect(f"{name}, tokens of documents of one token", source["tokens"]["too_short"], source["documents"]["too_short"])
+    if source["role"] == "heldout":
+        expect(f"{name}, tokens of a heldout source planned", source["tokens"]["planned"], 0)
+    whole_or_part = source["documents"]["trained"] + source["partly_trained"]
+    expect(f"{name}, documents with a piece in a trained row", source["touched"], whole_or_part)
+    with_ends = source["text_tokens"] + source["bos_added"] + source["eos_added"]
+    expect(f"{name}, tokens read, of the text and around it", source["tokens"]["read"], with_ends)

@@ -27,6 +27,7 @@ class Side(IntEnum):
     DUPLICATE = 1  # its exact text came before, here or in an earlier source
     HELD_OUT = 2  # measured
     HELD_OUT_ELSEWHERE = 3  # its text stands in a source of role heldout, and is measured there
+    TOO_SHORT = 4  # a single token: nothing to predict, in training as in measuring
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def assign_sides(sources: Sequence[TokenizedSource], holdout: float, keep_duplic
     A text of a train or replay source is held out when its hash, read as a fraction of 2^64, is below `holdout`: the
     same text is on the same side in every run and in every source. It is also held out when it stands in a source of
     role heldout. Of equal texts the first one counts, among train and replay sources, and among heldout sources.
+    Documents of one token are left out before all that.
     """
     sides = [np.full(len(source), Side.TRAIN, np.uint8) for source in sources]
     measured = [index for index, source in enumerate(sources) if source.source.role == "heldout"]
@@ -61,19 +63,20 @@ def assign_sides(sources: Sequence[TokenizedSource], holdout: float, keep_duplic
     measured_hashes = _stack([sources[index].hashes for index in measured])
     limit = np.uint64(int(holdout * 2**64))
 
-    first = _first_occurrence(measured_hashes)
-    for index, part in _split(sources, measured, first):
-        again = part & (not keep_duplicates)
-        sides[index][:] = np.where(again, Side.DUPLICATE, Side.HELD_OUT)
+    repeated = _came_before(measured_hashes) & (not keep_duplicates)
+    for index, part in _split(sources, measured, np.where(repeated, Side.DUPLICATE, Side.HELD_OUT)):
+        sides[index][:] = part
 
     hashes = _stack([sources[index].hashes for index in trained])
-    again = _first_occurrence(hashes) & (not keep_duplicates)
+    repeated = _came_before(hashes) & (not keep_duplicates)
     contaminated = _is_in(hashes, measured_hashes)
     side = np.where(hashes[:, 0] < limit, Side.HELD_OUT, Side.TRAIN)
     side[contaminated] = Side.HELD_OUT_ELSEWHERE
-    side[again] = Side.DUPLICATE
+    side[repeated] = Side.DUPLICATE
     for index, part in _split(sources, trained, side):
         sides[index][:] = part
+    for source, side in zip(sources, sides, strict=True):
+        side[source.lengths < 2] = Side.TOO_SHORT
     return sides
 
 
@@ -97,7 +100,7 @@ def _first_index(hashes: np.ndarray) -> np.ndarray:
     return result
 
 
-def _first_occurrence(hashes: np.ndarray) -> np.ndarray:
+def _came_before(hashes: np.ndarray) -> np.ndarray:
     """Whether an equal row came before: bool [n]."""
     return _first_index(hashes) != np.arange(len(hashes))
 
@@ -117,7 +120,7 @@ def mix(sources: Sequence[TokenizedSource], sides: Sequence[np.ndarray], replay_
         seed: of every random choice.
 
     Raises:
-        UserError: weights on some sources of a role and not on others, or nothing left to train on.
+        UserError: weights on some sources of a role and not on others, or nothing left to train on or to predict.
     """
     train = [index for index, source in enumerate(sources) if source.source.role == "train"]
     replay = [index for index, source in enumerate(sources) if source.source.role == "replay"]
@@ -125,6 +128,8 @@ def mix(sources: Sequence[TokenizedSource], sides: Sequence[np.ndarray], replay_
     tokens = [int(source.lengths[pool].sum()) for source, pool in zip(sources, pools, strict=True)]
     if not sum(tokens[index] for index in train):
         problem = "no document is left to train on: all are held out, duplicates, or of another role"
+        if any((sides[index] == Side.TOO_SHORT).any() for index in train):
+            problem = "there is nothing to predict: every document left to train on has a single token"
         raise UserError("data.sources", problem, "Add text with role train, or lower data.holdout")
 
     chosen: dict[int, np.ndarray] = {}
@@ -282,8 +287,19 @@ def _warnings(
                 f"{row['domain']} gives {row['tokens']:,} tokens an epoch where its weight asks for "
                 f"{row['tokens_asked']:,}: it consists of few long documents."
             )
-    if not any((side == Side.HELD_OUT).any() for side in sides):
-        warnings.append(
-            "No document is held out, so nothing can be measured. Raise data.holdout or add a heldout source."
-        )
-    return warnings
+    return [*warnings, *_not_measured(sources, sides)]
+
+
+def _not_measured(sources: Sequence[TokenizedSource], sides: Sequence[np.ndarray]) -> list[str]:
+    measured = {
+        source.source.domain_name for source, side in zip(sources, sides, strict=True) if (side == Side.HELD_OUT).any()
+    }
+    if not measured:
+        return ["No document is held out, so nothing can be measured. Raise data.holdout or add a heldout source."]
+    trained = dict.fromkeys(source.source.domain_name for source in sources if source.source.role != "heldout")
+    return [
+        f"No document of {domain} is held out, so what happens to it cannot be measured. Raise data.holdout or add a "
+        f"heldout source with domain: {domain}."
+        for domain in trained
+        if domain not in measured
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,17 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import ValidationError
-from torch.utils.data import Dataset
 
+from steep.data.encoder import Encoder
 from steep.data.heldout import HeldoutDocuments, heldout_by_domain
 from steep.data.ledger import build_ledger, describe_sources
 from steep.data.mixing import Mixture, assign_sides, mix
-from steep.data.rows import Pieces, pack_best_fit, pack_sequential
-from steep.data.sampler import EpochSampler as EpochSampler
-from steep.data.sampler import epoch_order as epoch_order
-from steep.data.sources import Source
+from steep.data.packed_dataset import PackedDataset
+from steep.data.rows import pack_best_fit, pack_sequential
+from steep.data.sources import MIN_LENGTH, Source
 from steep.data.token_file import Progress
 from steep.data.tokens import TokenizedSource, tokenize
 from steep.errors import UserError
@@ -29,77 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SourceLike = str | Path | Source | Mapping[str, Any]
-
-IGNORE = -100
-MIN_LENGTH = 8
-
-
-class PackedDataset(Dataset[dict[str, torch.Tensor]]):
-    """Rows of `max_length` tokens, put together from the mapped token files when they are asked for.
-
-    Attributes:
-        sources: where the tokens are.
-        max_length: tokens in a row.
-        pad_id: what fills a row behind its last piece.
-        source: int32 [pieces], index of the source of each piece.
-        document: int32 [pieces], index of the document in that source.
-        start: int64 [pieces], the first token of the piece in the document.
-        length: int32 [pieces], tokens.
-        row_first: int64 [rows + 1], the first piece of each row.
-    """
-
-    def __init__(
-        self, sources: Sequence[TokenizedSource], mixture: Mixture, pieces: Pieces, max_length: int, pad_id: int
-    ) -> None:
-        self.sources = sources
-        self.max_length = max_length
-        self.pad_id = pad_id
-        self.source = mixture.source[pieces.item]
-        self.document = mixture.document[pieces.item]
-        self.start = pieces.start
-        self.length = pieces.length
-        self.row_first = pieces.row_first
-
-    def __len__(self) -> int:
-        return len(self.row_first) - 1
-
-    @cached_property
-    def row_tokens(self) -> np.ndarray:
-        """Places of each row that are not padding: int64 [rows]."""
-        return np.add.reduceat(self.length, self.row_first[:-1], dtype=np.int64)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One row.
-
-        Returns:
-            int64 tensors `input_ids`, `labels` and `position_ids` [max_length], and the scalar `row`. Labels are not
-            shifted: -100 at the first token of each piece and in the padding, else the token itself. Positions start
-            at 0 in each piece and in the padding, which so counts as a document of its own.
-
-        Raises:
-            IndexError: no such row.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        input_ids = np.full(self.max_length, self.pad_id, np.int64)
-        labels = np.full(self.max_length, IGNORE, np.int64)
-        position_ids = np.empty(self.max_length, np.int64)
-        place = 0
-        for piece in range(int(self.row_first[index]), int(self.row_first[index + 1])):
-            first, length = int(self.start[piece]), int(self.length[piece])
-            end = place + length
-            source = self.sources[int(self.source[piece])]
-            input_ids[place:end] = source.tokens(int(self.document[piece]), first, first + length)
-            labels[place + 1 : end] = input_ids[place + 1 : end]
-            position_ids[place:end] = np.arange(length)
-            place = end
-        position_ids[place:] = np.arange(self.max_length - place)
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "labels": torch.from_numpy(labels),
-            "position_ids": torch.from_numpy(position_ids),
-            "row": torch.tensor(index, dtype=torch.int64),
-        }
 
 
 @dataclass(frozen=True)
@@ -132,7 +61,10 @@ class Corpus:
     @property
     def warnings(self) -> list[str]:
         """What the user should know, in plain words."""
-        return self.mixture.warnings
+        found = [warning for item in self.sources for warning in item.warnings]
+        if not self.sources[0].has_eos:  # one tokenizer read them all
+            found.append("the tokenizer has no end token: documents will not be separated by one")
+        return [*found, *self.mixture.warnings]
 
     @cached_property
     def roles(self) -> dict[str, str]:
@@ -143,6 +75,18 @@ class Corpus:
             name, role = item.source.domain_name, item.source.role
             roles[name] = max(role, roles.get(name, role), key=order.index)
         return roles
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of which tokens stand in which row: two corpora that share it train the same."""
+        digest = hashlib.blake2b(digest_size=16)
+        for source in self.sources:
+            digest.update(source.digest.encode())
+        train = self.train
+        for array in (train.source, train.document, train.start, train.length, train.row_first):
+            digest.update(np.ascontiguousarray(array).data)
+        digest.update(f"{train.max_length} {self.seed}".encode())
+        return digest.hexdigest()
 
     @cached_property
     def statistics(self) -> dict[str, Any]:
@@ -158,16 +102,17 @@ class Corpus:
             "sources": describe_sources(self.sources, self.sides, self.mixture),
         }
 
-    def ledger(self, times_trained: np.ndarray) -> dict[str, Any]:
+    def ledger(self, times_trained: np.ndarray, times_seen: np.ndarray) -> dict[str, Any]:
         """Where every document and token went.
 
         Args:
-            times_trained: int [rows], how often the trainer saw each row.
+            times_trained: int [rows], how often a step that was applied had each row.
+            times_seen: int [rows], how often each row was handed to the model, its step applied or not.
 
         Returns:
             A JSON-able account; `ledger.build_ledger` describes it.
         """
-        return build_ledger(self.sources, self.sides, self.mixture, self.train, times_trained)
+        return build_ledger(self.sources, self.sides, self.mixture, self.train, times_trained, times_seen)
 
 
 def pack(
@@ -181,6 +126,7 @@ def pack(
     keep_duplicates: bool = False,
     seed: int = 42,
     cache_dir: str | Path | None = None,
+    vocab_size: int | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
     """Read, tokenise, mix and pack text.
@@ -197,16 +143,23 @@ def pack(
         keep_duplicates: train documents whose exact text came before.
         seed: of all choices and orders, at least 0.
         cache_dir: folder of the token files; default ``tokens`` under `steep.storage.cache_folder()`.
+        vocab_size: entries of the model's vocabulary, if known: no token may lie outside.
         progress: called with the documents and UTF-8 bytes tokenised so far, over all sources.
 
     Raises:
-        UserError: a setting out of range, text that cannot be read, or nothing left to train on.
+        UserError: a setting out of range, text that cannot be read, a token outside the vocabulary, or nothing left to
+            train on.
     """
     _check(max_length, strategy, replay_share, holdout, seed)
     folder = Path(cache_dir).expanduser() if cache_dir else cache_folder() / "tokens"
+    given = _as_sources(sources)
+    _reject_shared_default_domains(given)
+    encoder = Encoder(tokenizer)
     tokenized: list[TokenizedSource] = []
-    for index, source in enumerate(_as_sources(sources)):
-        tokenized.append(tokenize(source, tokenizer, folder, f"data.sources[{index}]", _after(tokenized, progress)))
+    for index, source in enumerate(given):
+        tokenized.append(tokenize(source, encoder, folder, f"data.sources[{index}]", _after(tokenized, progress)))
+    if vocab_size is not None:
+        _reject_ids_outside(tokenized, vocab_size)
 
     sides = assign_sides(tokenized, holdout, keep_duplicates)
     mixture = mix(tokenized, sides, replay_share, seed)
@@ -215,7 +168,7 @@ def pack(
         here = mixture.source == index
         lengths[here] = source.lengths[mixture.document[here]]
     pieces = (pack_sequential if strategy == "sequential" else pack_best_fit)(lengths, max_length)
-    rows = PackedDataset(tokenized, mixture, pieces, max_length, _pad_id(tokenizer))
+    rows = PackedDataset(tokenized, mixture, pieces, max_length, _pad_id(tokenizer, vocab_size))
     return Corpus(rows, heldout_by_domain(tokenized, sides), tokenized, sides, mixture, strategy, seed)
 
 
@@ -228,7 +181,7 @@ def _check(max_length: int, strategy: str, replay_share: float, holdout: float, 
         if not 0 <= share < 1:  # false for NaN too
             raise UserError(f"data.{name}", f"{share} is not a share", "Use a number from 0 to less than 1")
     if seed < 0:
-        raise UserError("seed", f"{seed} is negative", "Use 0 or more")
+        raise UserError("training.seed", f"{seed} is negative", "Use 0 or more")
 
 
 def _as_sources(given: SourceLike | Sequence[SourceLike]) -> list[Source]:
@@ -248,6 +201,28 @@ def _as_sources(given: SourceLike | Sequence[SourceLike]) -> list[Source]:
     return sources
 
 
+def _reject_shared_default_domains(sources: list[Source]) -> None:
+    """Text of one domain is measured as one. For train and replay text a user may want that, but should have said so:
+    by default ko/corpus.jsonl and en/corpus.jsonl are both called "corpus"."""
+    for (_, one), (index, other) in itertools.combinations(enumerate(sources), 2):
+        if one.domain_name != other.domain_name or {one.role, other.role} != {"train", "replay"}:
+            continue
+        if not (one.domain and other.domain):
+            raise UserError(
+                f"data.sources[{index}].domain",
+                f"{one.location} ({one.role}) and {other.location} ({other.role}) are both called {one.domain_name!r}",
+                "Give each a domain, the same one if they shall be measured together",
+            )
+
+
+def _reject_ids_outside(tokenized: list[TokenizedSource], vocab_size: int) -> None:
+    largest = max(source.largest_id for source in tokenized)
+    if largest >= vocab_size:
+        problem = f"the text has the token id {largest}, and the model's ids end at {vocab_size - 1}"
+        remedy = "The tokenizer has more tokens than the model: use the two that belong together"
+        raise UserError("model.name", problem, remedy)
+
+
 def _after(done: list[TokenizedSource], progress: Progress | None) -> Progress | None:
     """`progress` with the documents and bytes of the sources before added."""
     if progress is None:
@@ -256,8 +231,10 @@ def _after(done: list[TokenizedSource], progress: Progress | None) -> Progress |
     return lambda more, more_size: progress(documents + more, size + more_size)
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def _pad_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> int:
+    """An id that the model can look up; which one does not matter, as nothing is predicted from or at padding."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):  # 0 is an id like any other
+        # 0 is an id like any other. A pad token that was added to the tokenizer alone lies outside the vocabulary.
+        if isinstance(token, int) and (vocab_size is None or token < vocab_size):
             return token
     return 0

@@ -1,4 +1,4 @@
-"""One reader a file format. All of them stream, and all of them say file and place when the text is broken.
+"""From a source to its documents. One reader a file format; all of them stream, and say file and place of broken text.
 
 Files are read as bytes and decoded here, line by line, because only then can a byte that is not UTF-8 be named by its
 offset in the file (in the decompressed text, if the file is packed).
@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,35 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from steep.data.files import find_files
+from steep.data.hub import read_hub
+from steep.data.sources import Source, file_format
 from steep.errors import UserError
 
 _ARROW_NAME = {"gz": "gzip", "zst": "zstd"}
 _BUFFER = 1 << 20  # bytes; pyarrow decompresses a megabyte at a time
 _ROWS = 512  # parquet rows decoded at a time
+
+
+def read_documents(source: Source, field: str, files: Iterable[Path] | None = None) -> Iterator[str]:
+    """Yield the text of every document, in order, without holding more than a document (a batch of rows) in memory.
+
+    A .txt or .md file is one document; a .jsonl line, a .csv row or a .parquet row is one.
+
+    Args:
+        source: what to read.
+        field: where the source stands in the run file, e.g. "data.sources[0]".
+        files: those of a source with a path, if they are known already.
+
+    Raises:
+        UserError: something cannot be read as text; the message names the file and the place in it.
+    """
+    if source.hub:
+        yield from read_hub(source, field)
+        return
+    for file in find_files(source, field).read if files is None else files:
+        kind, packed = file_format(file) or ("", None)
+        yield from read_file(file, kind, packed, source.text_field, field)
 
 
 def read_file(path: Path, kind: str, packed: str | None, text_field: str, field: str) -> Iterator[str]:
@@ -74,6 +98,9 @@ def _decode(data: bytes, path: Path, offset: int, field: str, line: int | None =
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        if offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            remedy = "Convert the file: iconv -f UTF-16 -t UTF-8 OLD > NEW"
+            raise UserError(f"{field}.path", f"{path} is UTF-16 and not UTF-8", remedy) from error
         place = f"{path}, byte {offset + error.start}" + (f" (line {line})" if line else "")
         problem = f"{place}: byte 0x{data[error.start]:02x} is not UTF-8"
         remedy = "Convert the file, e.g. iconv -f CP949 -t UTF-8 OLD > NEW, with the encoding that it really has"

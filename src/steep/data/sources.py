@@ -5,21 +5,17 @@ This file is on the path of `steep --help`, so nothing here imports more than py
 
 from __future__ import annotations
 
-import glob
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from steep.errors import UserError
-
+MIN_LENGTH = 8  # tokens of a row, at the least; the run file's schema and `pack` both refuse less
 TEXT_FORMATS = ("txt", "md", "jsonl", "csv")
 SUPPORTED_SUFFIXES = (*(f".{name}{packed}" for name in TEXT_FORMATS for packed in ("", ".gz", ".zst")), ".parquet")
 _SUFFIX = re.compile(rf"\.(?:(?P<text>{'|'.join(TEXT_FORMATS)})(?:\.(?P<packed>gz|zst))?|(?P<parquet>parquet))$", re.I)
 _SPLIT_NAME = re.compile(r"\.(?:train|training|valid|validation|dev|test|eval|heldout|replay)$", re.I)
-_WILDCARD = re.compile(r"[*?\[]")
 
 
 class Source(BaseModel):
@@ -97,63 +93,3 @@ def file_format(path: Path) -> tuple[str, str | None] | None:
         return None
     packed = match["packed"]
     return (match["text"] or match["parquet"]).lower(), packed.lower() if packed else None
-
-
-def list_files(source: Source, field: str) -> list[Path]:
-    """The files of a source with a path, sorted by name; folders with their subfolders, without hidden files.
-
-    Args:
-        source: a source with `path`.
-        field: where the source stands in the run file, e.g. "data.sources[0]"; error messages start with it.
-
-    Raises:
-        UserError: the path does not exist, or no file of a supported format is there.
-    """
-    path = Path(source.location).expanduser()
-    supported = f"Supported suffixes: {' '.join(SUPPORTED_SUFFIXES)}"
-    if path.is_file():
-        found, files = 1, [path]
-    elif path.is_dir():
-        everything = [item for item in path.rglob("*") if item.is_file()]
-        visible = [p for p in everything if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        found, files = len(visible), visible
-    elif _WILDCARD.search(source.location):
-        matches = [Path(name) for name in glob.glob(str(path), recursive=True)]
-        found, files = len(matches), [match for match in matches if match.is_file()]
-        if not matches:
-            raise UserError(f"{field}.path", f"no file matches {source.location}", "Check the pattern")
-    else:
-        raise UserError(
-            f"{field}.path",
-            f"{path} does not exist",
-            f"Check the spelling; relative paths start at the working folder, here {Path.cwd()}",
-        )
-    files = sorted((file for file in files if file_format(file)), key=lambda file: file.as_posix())
-    if not files:
-        problem = f"{source.location} holds no file that steep reads ({found} other files there)"
-        raise UserError(f"{field}.path", problem, supported)
-    return files
-
-
-def read_documents(source: Source, field: str) -> Iterator[str]:
-    """Yield the text of every document, in order, without holding more than a document (a batch of rows) in memory.
-
-    A .txt or .md file is one document; a .jsonl line, a .csv row or a .parquet row is one.
-
-    Args:
-        source: what to read.
-        field: where the source stands in the run file, e.g. "data.sources[0]".
-
-    Raises:
-        UserError: something cannot be read as text; the message names the file and the place in it.
-    """
-    if source.hub:
-        from steep.data.hub import read_hub
-
-        yield from read_hub(source, field)
-        return
-    from steep.data.readers import read_file
-
-    for file in list_files(source, field):
-        kind, packed = file_format(file) or ("", None)
-        yield from read_file(file, kind, packed, source.text_field, field)

@@ -1,8 +1,8 @@
 """Write the token cache: an Arrow IPC stream, so that `datasets.Dataset.from_file(path)` opens it too.
 
-A batch of documents is a record batch; the last batch is empty and carries, as its metadata, how many empty documents
-were skipped. It also marks that the file is whole. A file is written under another name and renamed when it is on the
-disk: a tokenisation killed at any moment leaves nothing that a later run takes for its result.
+A batch of documents is a record batch; the last batch is empty and carries a `Summary` as its metadata. It also marks
+that the file is whole. A file is written under another name and renamed when it is on the disk: a tokenisation killed
+at any moment leaves nothing that a later run takes for its result.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import os
 import socket
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ import numpy as np
 import pyarrow as pa
 
 from steep.data.encoder import Encoder
-from steep.data.sources import Source, read_documents
+from steep.data.readers import read_documents
+from steep.data.sources import Source
 from steep.errors import UserError
 
 Progress = Callable[[int, int], None]
+Stamp = tuple[int, int]
+"""Size and time of change (ns) of a file."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = b"steep"
 COLUMNS = [
     ("input_ids", pa.list_(pa.int32())),
@@ -41,31 +45,72 @@ _BATCH_DOCUMENTS = 1_000
 _BATCH_CHARS = 500_000
 
 
-def write_tokens(source: Source, encoder: Encoder, path: Path, field: str, progress: Progress | None) -> None:
+@dataclass(frozen=True)
+class Summary:
+    """What is known of a token file when its last document is written.
+
+    Attributes:
+        empty: documents skipped because their text is blank or has no tokens.
+        text_tokens: tokens as the tokenizer gave them, before BOS and EOS were put around them.
+        largest_id: the largest token id, -1 without any.
+        digest: of all token ids in their order.
+    """
+
+    empty: int
+    text_tokens: int
+    largest_id: int
+    digest: str
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    return status.st_size, status.st_mtime_ns
+
+
+def write_tokens(
+    source: Source,
+    files: Mapping[Path, Stamp],
+    encoder: Encoder,
+    path: Path,
+    field: str,
+    progress: Progress | None,
+) -> None:
     """Tokenise `source` into `path`, all or nothing.
 
     Args:
         source: what to read.
+        files: those of a source with a path, as they were when `path` was named after their content.
         encoder: makes the ids.
         path: the file to write; its folder is made if needed, and cleared of what killed tokenisations left.
         field: where the source stands in the run file, for messages.
         progress: called after each batch with the documents and UTF-8 bytes done so far.
 
     Raises:
-        UserError: the source cannot be read, or a text encodes to the id that ends documents.
+        UserError: the source cannot be read, a text encodes to the id that ends documents, or a file has changed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(path.parent)
     temporary = path.with_name(f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
-            _write_stream(source, encoder, file, field, progress)
+            _write_stream(source, files, encoder, file, field, progress)
             file.flush()
             os.fsync(file.fileno())
+        _reject_changed(files, field)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _reject_changed(files: Mapping[Path, Stamp], field: str) -> None:
+    for file, stamp in files.items():
+        try:
+            changed = stamp_of(file.stat()) != stamp
+        except OSError:  # it is gone
+            changed = True
+        if changed:
+            problem = f"{file} changed while it was read"
+            raise UserError(f"{field}.path", problem, "Start again when nothing writes to it any more")
 
 
 def _remove_stale(folder: Path) -> None:
@@ -88,7 +133,7 @@ def _is_running(process: int) -> bool:
 
 
 class _Batches:
-    """Documents in batches of bounded size, without those that are empty, which are counted."""
+    """Documents in batches of bounded size, without those that are blank, which are counted."""
 
     def __init__(self, documents: Iterable[str]) -> None:
         self._documents = documents
@@ -110,20 +155,39 @@ class _Batches:
             yield batch
 
 
-def _write_stream(source: Source, encoder: Encoder, file: Any, field: str, progress: Progress | None) -> None:
+def _write_stream(
+    source: Source, files: Iterable[Path], encoder: Encoder, file: Any, field: str, progress: Progress | None
+) -> None:
     described = {"prefix_length": len(encoder.prefix), "has_eos": encoder.eos is not None}
     schema = pa.schema(COLUMNS, metadata={METADATA_KEY: json.dumps(described).encode()})
-    batches = _Batches(read_documents(source, field))
-    documents = size = 0
+    batches = _Batches(read_documents(source, field, files))
+    documents = size = without_tokens = text_tokens = 0
+    largest_id = -1
+    digest = hashlib.blake2b(digest_size=16)
     with pa.ipc.new_stream(file, schema) as writer:
-        for texts, ids in _encoded(batches, encoder):
+        for batch in _encoded(batches, encoder):
+            texts, ids = _with_tokens(*batch)
+            without_tokens += len(batch[0]) - len(texts)
+            if not texts:
+                continue
             _reject_eos_inside(ids, encoder, documents, source, field)
-            num_bytes = _write_batch(writer, texts, ids, encoder, schema)
+            values, num_bytes = _write_batch(writer, texts, ids, encoder, schema)
             documents += len(texts)
             size += num_bytes
+            text_tokens += sum(map(len, ids))
+            largest_id = max(largest_id, int(values.max()))
+            digest.update(values.data)
             if progress is not None:
                 progress(documents, size)
-        writer.write_batch(pa.RecordBatch.from_pylist([], schema=schema), {"empty": str(batches.empty)})
+        summary = Summary(batches.empty + without_tokens, text_tokens, largest_id, digest.hexdigest())
+        last = pa.RecordBatch.from_pylist([], schema=schema)
+        writer.write_batch(last, {METADATA_KEY: json.dumps(asdict(summary)).encode()})
+
+
+def _with_tokens(texts: list[str], ids: list[np.ndarray]) -> tuple[list[str], list[np.ndarray]]:
+    """Without the documents whose text has no tokens, as when a normaliser removes all of it."""
+    kept = [index for index, document in enumerate(ids) if len(document)]
+    return [texts[index] for index in kept], [ids[index] for index in kept]
 
 
 def _encoded(batches: Iterable[list[str]], encoder: Encoder) -> Iterator[tuple[list[str], list[np.ndarray]]]:
@@ -140,8 +204,10 @@ def _encoded(batches: Iterable[list[str]], encoder: Encoder) -> Iterator[tuple[l
             yield texts, future.result()
 
 
-def _write_batch(writer: Any, texts: list[str], ids: list[np.ndarray], encoder: Encoder, schema: pa.Schema) -> int:
-    """Write one record batch and return the UTF-8 bytes of its texts."""
+def _write_batch(
+    writer: Any, texts: list[str], ids: list[np.ndarray], encoder: Encoder, schema: pa.Schema
+) -> tuple[np.ndarray, int]:
+    """Write one record batch; return all its token ids, and the UTF-8 bytes of its texts."""
     prefix = np.array(encoder.prefix, dtype=np.int32)
     eos = np.array([] if encoder.eos is None else [encoder.eos], dtype=np.int32)
     values = np.concatenate([part for document in ids for part in (prefix, document, eos)])
@@ -157,7 +223,7 @@ def _write_batch(writer: Any, texts: list[str], ids: list[np.ndarray], encoder: 
         pa.array(num_chars),
     ]
     writer.write_batch(pa.record_batch(columns, schema=schema))
-    return int(num_bytes.sum())
+    return values, int(num_bytes.sum())
 
 
 def _reject_eos_inside(ids: list[np.ndarray], encoder: Encoder, before: int, source: Source, field: str) -> None:

@@ -27,6 +27,7 @@ Progress = Callable[[str, int, int], None]
 """Called after each batch with the domain, its tokens scored so far, and all that will be scored in it."""
 
 _PROBE_TOKENS = 32
+_PICKING_SEED = 0
 
 
 class Document(Protocol):
@@ -64,6 +65,7 @@ def evaluate(
         stride: new tokens of each later window of a long document; half of `max_length` by default.
         batch_tokens: tokens of one forward, rounded down to whole rows of `max_length`, at least one row.
         max_tokens: stop a domain before the document that would score more tokens than this; one is always scored.
+            Documents are picked in a shuffled order, the same for every model, and scored in their own.
         step: optimizer steps done, for the record.
         autocast_dtype: run the model under `torch.autocast` with this dtype.
         progress: called after each batch.
@@ -139,10 +141,17 @@ class Scorer:
 
 
 def _choose(domain: str, documents: Sequence[Document], max_tokens: int | None, vocabulary: int) -> list[Document]:
-    """The documents to score: whole, in order, while they fit into `max_tokens`."""
-    chosen: list[Document] = []
+    """The documents to score: whole, while they fit into `max_tokens`.
+
+    They are picked in a shuffled order, since a domain's sources follow one another and a part of it from the front may
+    be of the first source only. The order depends on the number of documents alone, so the base and the trained model
+    are scored on the same ones at every step.
+    """
+    chosen: dict[int, Document] = {}
     total = 0
-    for document in documents:
+    random = np.random.Generator(np.random.PCG64(np.random.SeedSequence((_PICKING_SEED, len(documents)))))
+    for index in random.permutation(len(documents)).tolist():
+        document = documents[index]
         scored = len(document.tokens) - 1
         if scored < 1:
             continue
@@ -154,15 +163,15 @@ def _choose(domain: str, documents: Sequence[Document], max_tokens: int | None, 
                 f"a token is outside the model's vocabulary of {vocabulary}",
                 "Prepare the documents with this model's tokenizer",
             )
-        chosen.append(document)
+        chosen[index] = document
         total += scored
-    if not chosen or not any(document.num_bytes for document in chosen):
+    if not chosen or not any(document.num_bytes for document in chosen.values()):
         raise UserError(
             f"documents[{domain!r}]",
             "no document has text to score",
             "Give the domain documents of at least two tokens, or leave it out",
         )
-    return chosen
+    return [chosen[index] for index in sorted(chosen)]
 
 
 def _check_limits(max_length: int, stride: int, batch_tokens: int, max_tokens: int | None) -> None:

@@ -58,4 +58,6 @@ class DomainScore:
         values: dict[str, Any] = {}
         for field in fields(cls):
             values[field.name] = math.nan if row[field.name] is None else row[field.name]
+        if row["perplexity"] is None and row["loss"] is not None:
+            values["perplexity"] = math.inf  # a finite loss whose exp is not
         return cls(**values)

@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
 from steep.errors import UserError
 from steep.model.load import DTYPES
+from steep.model.names import EMBEDDINGS, LINEAR_LAYERS
 
 logger = logging.getLogger("steep")
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -73,15 +72,17 @@ def rank_pattern(shapes: Mapping[str, tuple[int, int]], r: int) -> dict[str, int
 
 
 def check_embeddings(model: nn.Module, modules_to_save: Sequence[str], field: str = "adapter.modules_to_save") -> None:
-    """Check that each module meant to be trained whole exists.
+    """Check that each module meant to be trained whole is an embedding, and exists.
 
     Raises:
         UserError: with the modules that could be meant.
     """
     ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}
     for name in modules_to_save:
+        if name not in EMBEDDINGS:
+            raise UserError(field, f"{name!r} is not an embedding", f"Give some of {', '.join(EMBEDDINGS)}, or [].")
         if name not in ends:
-            raise UserError(field, f"the model has no module {name!r}", f"Its embeddings are: {', '.join(EMBEDDINGS)}.")
+            raise UserError(field, f"the model has no module {name!r}", "Give a Llama, Mistral, Qwen or Gemma model.")
 
 
 def add_adapters(
@@ -161,12 +162,12 @@ def load_adapter_weights(model: PeftModel, folder: Path, field: str) -> None:
             field, f"{folder} holds no adapter (adapter_model.safetensors)", "Give a folder that a run wrote."
         )
     remedy = "Use the model and adapter settings that it was written with."
+    tensors, own = load_file(file), get_peft_model_state_dict(model, save_embedding_layers=False)
+    # Checked before anything is written: PEFT would load an embedding that this adapter does not train into the base.
+    for names, others, what in ((own, tensors, "lacks"), (tensors, own, "has an unknown tensor")):
+        if odd := [name for name in names if name not in others]:
+            raise UserError(field, f"{file} {what} {odd[0]}", remedy)
     try:
-        result = set_peft_model_state_dict(model, load_file(file))
-    except (KeyError, RuntimeError) as error:
+        set_peft_model_state_dict(model, tensors)
+    except RuntimeError as error:
         raise UserError(field, f"{file} does not fit: {str(error).splitlines()[-1].strip()}", remedy) from error
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing = sorted(trained & set(result.missing_keys))
-    if missing or result.unexpected_keys:
-        what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {result.unexpected_keys[0]}"
-        raise UserError(field, f"{file} {what}", remedy)

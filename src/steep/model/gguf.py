@@ -29,13 +29,26 @@ def check_readable(file: Path, field: str) -> None:
     """Refuse a file that transformers reads without a word as another model.
 
     Raises:
-        UserError: it isn't GGUF, or it has scaled rotary frequencies (Llama 3.1 and later), which transformers' reader
-            leaves out: its logits are then off by 84 %.
+        UserError: it isn't GGUF, or it has what transformers' reader leaves out: scaled rotary frequencies (Llama 3.1
+            and later; logits are then off by 84 %), Mistral's window, Qwen 3's head size, Gemma 2's soft caps.
     """
-    if "rope_freqs.weight" in _header(file, field).tensors:
+    header = _header(file, field)
+    settings = header.settings
+    reason = None
+    if "rope_freqs.weight" in header.tensors:
+        reason = "scales its rotary frequencies"
+    elif header.architecture == "llama" and "attention.sliding_window" in settings:
+        reason = "is a Mistral with a sliding window"
+    elif header.architecture == "qwen3" and settings.get("attention.key_length", 128) != 128:
+        reason = f"has heads of {settings['attention.key_length']:g}"
+    elif header.architecture == "gemma2":
+        caps = {"attn_logit_softcapping": 50, "final_logit_softcapping": 30}
+        other = [name for name, value in caps.items() if settings.get(name, value) != value]
+        reason = f"has {' and '.join(other)} of its own" if other else None
+    if reason:
         raise UserError(
             field,
-            f"{file} scales its rotary frequencies, which transformers does not read from GGUF",
+            f"{file} {reason}, which transformers does not read from GGUF",
             "Give the model's safetensors checkpoint.",
         )
 
@@ -65,6 +78,8 @@ def convert(file: Path, tokenizer: Any) -> Path:
 
 @dataclass(frozen=True)
 class _Header:
+    architecture: str
+    settings: dict[str, float]
     tensors: frozenset[str]
     special_tokens: dict[str, str]
 
@@ -89,7 +104,14 @@ def _read_header(file: Path, size: int, modified: int) -> _Header:
         number = reader.fields.get(f"tokenizer.ggml.{name}_token_id")
         if tokens is not None and number is not None:
             special[f"{name}_token"] = bytes(tokens.parts[tokens.data[int(number.parts[-1][0])]]).decode()
-    return _Header(frozenset(tensor.name for tensor in reader.tensors), special)
+    named = reader.fields["general.architecture"]
+    architecture = bytes(named.parts[named.data[0]]).decode()
+    settings = {
+        name.removeprefix(f"{architecture}."): float(field.parts[-1][0])
+        for name, field in reader.fields.items()
+        if name.startswith(f"{architecture}.") and field.types and field.types[0] not in (8, 9)  # no text, no list
+    }
+    return _Header(architecture, settings, frozenset(tensor.name for tensor in reader.tensors), special)
 
 
 @cache

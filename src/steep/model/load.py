@@ -17,12 +17,25 @@ from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def resolve_compute_dtype(compute_dtype: str) -> str:
-    """`auto` in terms of this machine: bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU."""
+def resolve_compute_dtype(compute_dtype: str, base: str, field: str = "model.compute_dtype") -> str:
+    """`auto` in terms of this machine: bf16 on a GPU that has it, fp16 on one that has not; on a CPU fp32, or bf16 over
+    a base in bf16.
+
+    Raises:
+        UserError: fp16 without a GPU, or fp32 over a base in 16 bit.
+    """
+    if compute_dtype == "fp16" and not torch.cuda.is_available():
+        raise UserError(field, "fp16 needs a GPU, for its loss scaling", "Give fp32 or bf16.")
+    if compute_dtype == "fp32" and base in ("bf16", "fp16"):
+        raise UserError(
+            field,
+            f"fp32 products cannot be had from weights in {base}",
+            f"Leave it at auto, or set model.base: {compute_dtype}.",
+        )
     if compute_dtype != "auto":
         return compute_dtype
     if not torch.cuda.is_available():
-        return "fp32"
+        return "bf16" if base in ("bf16", "fp16") else "fp32"
     # By capability: torch also calls emulated bf16 supported, at a tenth of the speed.
     return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
 
@@ -79,7 +92,8 @@ def load_resolved(
     """`load` for a model and a tokenizer that were found already."""
     if "gguf_file" in resolved.arguments:
         resolved = resolve(str(convert(Path(resolved.name) / resolved.arguments["gguf_file"], tokenizer)))
-    base, compute = resolve_base(base, resolved), DTYPES[resolve_compute_dtype(compute_dtype)]
+    base = resolve_base(base, resolved)
+    compute = DTYPES[resolve_compute_dtype(compute_dtype, base)]
     arguments = {**resolved.arguments, **attention(attn_implementation), "dtype": DTYPES.get(base, compute)}
     if base in ("nf4", "int8") and resolved.quantization is None:
         arguments["quantization_config"] = _quantization(base, compute)

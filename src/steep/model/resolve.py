@@ -1,8 +1,8 @@
-"""What a model name stands for, found out before any weight is read: its config, its kind, and whether steep can
-train it."""
+"""What a model name stands for, found out before any weight is read: its config, and whether steep can train it."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from steep.errors import UserError
 from steep.model.gguf import check_readable, converted_folder, correct_special_tokens
 
-_CHAT_SUFFIXES = ("instruct", "-it", "chat", "-sft", "-dpo", "-rlhf")
+_CHAT = {"instruct", "it", "chat", "sft", "dpo", "rlhf"}
+_BASE = {"base", "pt", "pretrained"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def resolve(
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         arguments["revision"] = revision
+    if Path(name).expanduser().exists():
+        name = str(Path(name).expanduser())
     if name.endswith(".gguf"):
         file = Path(name)
         if not file.is_file():
@@ -93,9 +96,15 @@ def read_tokenizer(model: ResolvedModel, field: str = "model.name") -> Any:
 
 
 def looks_like_chat(model: ResolvedModel, tokenizer: Any) -> bool:
-    """Whether this is an instruct model by its name, or by a chat template in its tokenizer."""
-    names = f"{Path(model.name).name} {model.arguments.get('gguf_file', '')}".lower()
-    return any(suffix in names for suffix in _CHAT_SUFFIXES) or bool(getattr(tokenizer, "chat_template", None))
+    """Whether this is an instruct model: by a part of its name, or by a chat template in its tokenizer.
+
+    A template says nothing of Qwen, whose base models have one too, nor against a name that says base.
+    """
+    name = f"{Path(model.name).name} {model.arguments.get('gguf_file', '')}".lower()
+    parts = set(re.split(r"[-_. ]", name))
+    if parts & _CHAT or parts & _BASE or model.config.model_type.startswith("qwen"):
+        return bool(parts & _CHAT)
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def _read(loader: Any, name: str, arguments: dict[str, Any], field: str) -> Any:
@@ -115,9 +124,8 @@ def _read(loader: Any, name: str, arguments: dict[str, Any], field: str) -> Any:
         raise UserError(
             field,
             f"{name} {where}: {reason}" if not offline else f"{name} {where}",
-            "Download it where there is a network (hf download NAME), unset HF_HUB_OFFLINE, log in (hf auth "
-            "login) for a gated "
-            "model, or give a local folder.",
+            "Download it where there is a network (hf download NAME), unset HF_HUB_OFFLINE, log in for a gated model "
+            "(hf auth login), or give a local folder.",
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from peft import PeftModel
 from transformers.trainer_callback import ExportableState
@@ -88,7 +89,7 @@ class ExactCheckpoints(transformers.Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
+            _load_optimizer(self.optimizer, load_state(Path(checkpoint), "optimizer"))
             self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "schedule"))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -98,3 +99,16 @@ class ExactCheckpoints(transformers.Trainer):
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
+
+
+def _load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
+    """`load_state_dict`, but with the states as they were saved: it rounds them to the dtype of their parameter, and
+    Adafactor keeps fp32 ones of bf16 weights."""
+    optimizer.load_state_dict(saved)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for key, value in saved["state"].get(number, {}).items():
+            state = optimizer.state[parameter]
+            if isinstance(value, torch.Tensor) and state[key].dtype != value.dtype:
+                state[key] = value.to(state[key].device)

@@ -19,7 +19,7 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Window:
+class Meter:
     """Sums since the last log line, and over the whole run.
 
     Attributes:

@@ -1,5 +1,4 @@
-"""Which of transformers' TrainingArguments a run file may set beyond the listed ones, and which steep cannot honour,
-and why."""
+"""Which of transformers' TrainingArguments a run file may set beyond the listed ones, and which not, and why."""
 
 from __future__ import annotations
 
@@ -18,11 +17,9 @@ HONOURED = {
     "adam_beta1", "adam_beta2", "adam_epsilon", "average_tokens_across_devices", "data_seed", "dataloader_in_order",
     "dataloader_multiprocessing_context", "dataloader_num_workers", "dataloader_persistent_workers",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "eval_delay", "eval_strategy", "full_determinism",
-    "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "log_level",
-    "logging_first_step",
-    "logging_strategy", "lr_scheduler_kwargs", "optim_args", "optim_target_modules", "project", "run_name",
-    "save_strategy", "tf32", "torch_empty_cache_steps", "trackio_bucket_id", "trackio_space_id",
-    "trackio_static_space_id", "use_cpu",
+    "log_level", "logging_first_step", "logging_strategy", "lr_scheduler_kwargs", "optim_args", "optim_target_modules",
+    "project", "run_name", "save_strategy", "tf32", "torch_empty_cache_steps", "trackio_bucket_id", "trackio_space_id",
+    "trackio_static_space_id",
 }  # fmt: skip
 
 _PRECISION = "precision is one choice: set model.base, model.trained_dtype and model.compute_dtype"
@@ -31,6 +28,7 @@ _EVALUATION = "held-out text is scored by steep: see the section evaluation"
 _HUB = "nothing is uploaded while training"
 _LOSS = "the loss that is reported is the model's own, a token each"
 _DATA = "rows come packed, already shuffled, and each is trained once an epoch"
+_CHECKPOINTING = "one field turns it on: training.gradient_checkpointing"
 _COMPILE = "the step is not compiled"
 REFUSED = {
     **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), _PRECISION),
@@ -41,21 +39,24 @@ REFUSED = {
     ),
     **dict.fromkeys(
         ("batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches", "eval_on_start",
-        "eval_use_gather_object",
-         "include_for_metrics", "per_device_eval_batch_size", "prediction_loss_only", "load_best_model_at_end",
-         "metric_for_best_model", "greater_is_better", "eval_stride", "eval_max_tokens"), _EVALUATION,
+         "eval_use_gather_object", "include_for_metrics", "per_device_eval_batch_size", "prediction_loss_only",
+         "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_stride", "eval_max_tokens"),
+        _EVALUATION,
     ),
     **dict.fromkeys(
         ("hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
-        "push_to_hub"), _HUB
+         "push_to_hub"), _HUB,
     ),
     **dict.fromkeys(("label_smoothing_factor", "label_names", "neftune_noise_alpha"), _LOSS),
     **dict.fromkeys(
         ("dataloader_drop_last", "length_column_name", "remove_unused_columns", "train_sampling_strategy",
-        "ignore_data_skip",
-         "auto_find_batch_size"), _DATA,
+         "ignore_data_skip", "auto_find_batch_size"), _DATA,
     ),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _COMPILE),
+    **dict.fromkeys(
+        ("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), _CHECKPOINTING
+    ),
+    "use_cpu": "a GPU is used where there is one; hide it with CUDA_VISIBLE_DEVICES=",
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "it patches classes for the whole process"),
     "use_cache": "packed documents would see each other through a cache",
     "include_num_input_tokens_seen": "tokens are always counted (metrics.jsonl)",
@@ -92,6 +93,10 @@ def check_further(given: Mapping[str, Any], listed: Sequence[str]) -> dict[str, 
             close = difflib.get_close_matches(name, [*listed, *sorted(HONOURED & known)], n=1)
             hint = f"Did you mean {close[0]!r}?" if close else "See transformers.TrainingArguments for the names."
             raise UserError(field, "it is not a field of the run file", hint)
+        if value is False and name.endswith("_strategy"):  # YAML reads a bare no as false
+            value = "no"
+        if (name, value) == ("save_strategy", "best"):
+            raise UserError(field, "steep cannot honour best: no single metric decides", "Give steps, epoch or no.")
         try:
             checked[name] = TypeAdapter(hints[name]).validate_python(value)
         except ValidationError as error:

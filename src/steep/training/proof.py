@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from torch import nn
 
 from steep.errors import RunError
@@ -17,7 +18,7 @@ from steep.errors import RunError
 MIN_UPDATES = 3  # LoRA's A has no gradient until B has moved, and a warm-up starts at a rate of zero
 _CHUNK = 2**25  # bytes that one pass of a checksum reads
 _MIX = 0x1E3779B97F4A7C15  # odd: spreads a word over all 64 bits (multiplicative hashing)
-MAX_SAMPLED = 2**18  # elements of one tensor that are watched: a share is then known to ±0.2 %
+MAX_SAMPLED = 2**14  # elements of one tensor that are watched: a share is then known to ±0.8 %
 
 
 @dataclass
@@ -27,7 +28,7 @@ class TensorRecord:
     Attributes:
         group, learning_rate: its parameter group, and that group's highest rate so far.
         updates: steps applied to its group at a rate above zero.
-        finite_gradient, nonzero_gradient: whether each was seen at any applied step.
+        nonzero_gradient: whether an applied step had one; none is applied with a gradient that is not finite.
         elements, elements_checked: its size, and how many of its elements were compared.
         changed_share: share of the compared elements that moved by more than weight decay alone would move them.
     """
@@ -35,7 +36,6 @@ class TensorRecord:
     group: str
     learning_rate: float = 0.0
     updates: int = 0
-    finite_gradient: bool = False
     nonzero_gradient: bool = False
     elements: int = 0
     elements_checked: int = 0
@@ -43,12 +43,11 @@ class TensorRecord:
 
     @property
     def trained(self) -> bool:
-        return self.finite_gradient and self.nonzero_gradient and self.changed_share > 0
+        return self.nonzero_gradient and self.changed_share > 0
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """Digest of a tensor's bytes, computed where the tensor lives (8 GB take a moment on a GPU, minutes through a
-    hash).
+    """Digest of a tensor's bytes, computed where it lives: 8 GB take a moment on a GPU, and minutes through a hash.
 
     A sum modulo 2^64 of its 64-bit words, each mixed with its position (xor, multiply, shift, multiply, as splitmix64
     does): any single change alters it, and changes of the same bit in several words do not cancel.
@@ -65,15 +64,19 @@ def checksum(tensor: torch.Tensor) -> str:
 
 
 def frozen_checksums(model: nn.Module) -> dict[str, str]:
-    """Checksums of every parameter that does not train and of every buffer of `model` (packed 4-bit codes included)."""
+    """Checksums of every parameter that does not train and of every buffer of `model`, and of the scales that
+    bitsandbytes keeps beside its codes, outside parameters and buffers."""
     frozen = {name: tensor for name, tensor in model.named_parameters() if not tensor.requires_grad}
     frozen |= dict(model.named_buffers())
     for name, tensor in list(frozen.items()):
         quant_state = getattr(tensor, "quant_state", None)
-        if (
-            quant_state is not None
-        ):  # bitsandbytes keeps a weight's scales beside its codes, outside parameters and buffers
+        if quant_state is not None:  # 4 bit
             frozen |= {f"{name}.{key}": part for key, part in quant_state.as_dict(packed=True).items()}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear8bitLt) and not module.state.has_fp16_weights:
+            weight: Any = module.weight
+            holder: Any = module.state if weight.SCB is None else weight  # the first forward moves it to the state
+            frozen[f"{name}.SCB"] = holder.SCB
     return {name: checksum(tensor) for name, tensor in frozen.items()}
 
 
@@ -96,6 +99,7 @@ class Proof:
         self._start = {name: self._sample(p) for name, p in self._parameters.items()}
         self._decay_only = dict.fromkeys(self._parameters, 1.0)
         self._frozen = frozen_checksums(model)
+        self._changed: list[str] | None = None
         self._model = model
 
     def _sample(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -122,7 +126,6 @@ class Proof:
                 record.updates += 1
                 record.learning_rate = max(record.learning_rate, rate)
             self._decay_only[name] *= 1 - rate * decay
-            record.finite_gradient = True  # a step with a gradient that is not finite is never applied
             record.nonzero_gradient |= norms.get(name, 0.0) > 0
 
     def measure(self) -> None:
@@ -145,7 +148,7 @@ class Proof:
         return [name for name, r in self.records.items() if r.updates >= MIN_UPDATES and not r.trained]
 
     def judge(self) -> None:
-        """Measure, and stop the run if a tensor that was meant to train did not.
+        """Measure, and stop the run if a tensor that was meant to train did not, though it had its updates.
 
         Raises:
             RunError: with the names of the tensors.
@@ -171,11 +174,15 @@ class Proof:
     def changed_frozen(self) -> list[str]:
         """Names of the frozen tensors whose bytes differ from the start."""
         now = frozen_checksums(self._model)
-        return sorted(name for name in self._frozen.keys() | now.keys() if self._frozen.get(name) != now.get(name))
+        self._changed = sorted(
+            name for name in self._frozen.keys() | now.keys() if self._frozen.get(name) != now.get(name)
+        )
+        return self._changed
 
     def report(self) -> dict[str, Any]:
-        """`proof.json`: each trained tensor's record, and whether everything frozen is bit-identical."""
-        changed = self.changed_frozen()
+        """`proof.json`: each trained tensor's record, and whether everything frozen was bit-identical when last
+        compared."""
+        changed = self.changed_frozen() if self._changed is None else self._changed
         return {
             "complete": self.ready,
             "trained": {name: {**asdict(r), "trained": r.trained} for name, r in self.records.items()},
@@ -190,7 +197,18 @@ class Proof:
                 "start": self._start, "decay_only": self._decay_only}  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what a checkpoint kept; the frozen tensors must be those of the run's first step."""
+        """Go on from what a checkpoint kept.
+
+        Raises:
+            RunError: the frozen tensors are not those of the run's first step.
+        """
+        if state["frozen"] != self._frozen:
+            names = state["frozen"].keys() | self._frozen.keys()
+            other = sorted(name for name in names if state["frozen"].get(name) != self._frozen.get(name))
+            raise RunError(
+                f"this is not the base model that the run began with: {len(other)} of {len(names)} frozen tensors "
+                f"differ, the first of them {other[0]}. Put the checkpoint back, or start a new run"
+            )
         for name, record in state["records"].items():
             self.records[name] = TensorRecord(**record)
-        self._start, self._decay_only, self._frozen = state["start"], state["decay_only"], state["frozen"]
+        self._start, self._decay_only = state["start"], state["decay_only"]

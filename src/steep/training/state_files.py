@@ -1,7 +1,7 @@
 """Nested state (optimizers, schedulers, random generators) as safetensors plus JSON, so that nothing is ever pickled.
 
-A state is a tree of dict, list, tuple, None, bool, int, float, str and tensors. Tensors go to ``NAME.safetensors``
-under running numbers; the tree itself, with a reference in each tensor's place, goes to ``NAME.json``.
+A state is a tree of dict, list, tuple, None, bool, int, float, str, dtypes and tensors. Tensors go to
+``NAME.safetensors`` under running numbers; the tree, with a reference in each tensor's place, goes to ``NAME.json``.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def _encode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {"tuple": [_encode(value, tensors) for value in node]}
     if isinstance(node, list):
         return {"list": [_encode(value, tensors) for value in node]}
+    if isinstance(node, torch.dtype):  # torchao keeps one beside its parts
+        return {"dtype": str(node).removeprefix("torch.")}
     if node is None or isinstance(node, bool | int | float | str):
         return node
     raise TypeError(f"a {type(node).__name__} cannot be stored in a checkpoint without pickle")
@@ -75,6 +77,8 @@ def _encode_subclass(node: torch.Tensor, tensors: dict[str, torch.Tensor]) -> An
 def _decode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if not isinstance(node, dict):
         return node
+    if "dtype" in node:
+        return getattr(torch, node["dtype"])
     if "tensor" in node:
         return tensors[node["tensor"]]
     if "dict" in node:

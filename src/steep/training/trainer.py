@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
+from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 
 from steep.data.packing import Corpus
 from steep.data.sampler import EpochSampler
 from steep.errors import RunError, UserError
+from steep.evaluation.adapters import unwrap
 from steep.evaluation.perplexity import DomainScore, evaluate
 from steep.training.adamw8bit import AdamW8bit
 from steep.training.arguments import TrainingArguments
 from steep.training.exact_checkpoints import ExactCheckpoints
 from steep.training.gradients import GradientReport, measure_and_clip
 from steep.training.groups import parameter_groups
-from steep.training.metrics import Window
+from steep.training.metrics import Meter
 from steep.training.proof import Proof
 from steep.training.schedules import schedule_with_min_rate
 
@@ -36,7 +37,8 @@ class Trainer(ExactCheckpoints):
 
     Attributes:
         proof: what was seen of every trained tensor, from `train()` on.
-        times_trained: for a `Corpus`, how often each of its rows was trained, int64 [rows].
+        times_seen, times_trained: for a `Corpus`, how often each of its rows was in a step, and in one that was
+            applied; int64 [rows].
 
     Raises:
         UserError: settings that contradict each other; before the first step.
@@ -45,20 +47,33 @@ class Trainer(ExactCheckpoints):
 
     args: TrainingArguments
 
-    def __init__(self, model: Any = None, args: Any = None, *positional: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if not isinstance(args, TrainingArguments):
             raise UserError("args", f"it is a {type(args).__name__}", "Give steep.TrainingArguments.")
-        corpus = kwargs.get("train_dataset")
-        self.corpus = corpus if isinstance(corpus, Corpus) else None
+        self.corpus = train_dataset if isinstance(train_dataset, Corpus) else None
+        rows: Any = train_dataset
         if self.corpus is not None:
-            kwargs["train_dataset"] = self.corpus.train
-            kwargs.setdefault("eval_dataset", self.corpus.heldout)
-            kwargs.setdefault("data_collator", transformers.default_data_collator)
+            rows = self.corpus.train
+            eval_dataset = self.corpus.heldout if eval_dataset is None else eval_dataset
+            data_collator = data_collator or transformers.default_data_collator
             args.remove_unused_columns = False  # a row's number travels with it, for the ledger
-        super().__init__(model, args, *positional, **kwargs)
+        super().__init__(model, args, data_collator, rows, eval_dataset, **kwargs)
         self.add_callback(_StepObserver(self))
+        for callback in self.callback_handler.callbacks:
+            # It learns its folder when training begins: a score logged before would send all to the current folder.
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = f"{args.output_dir}/{default_logdir()}"
         self.proof: Proof | None = None
-        self.times_trained = torch.zeros(len(self.corpus.train) if self.corpus else 0, dtype=torch.int64)
+        self.times_seen = torch.zeros(len(self.corpus.train) if self.corpus else 0, dtype=torch.int64)
+        self.times_trained = torch.zeros_like(self.times_seen)
         self.evaluations: list[list[DomainScore]] = []
         self.steps_not_finite = 0  # loss or gradient was NaN or infinite: step not applied
         self.steps_scaler_skipped = 0  # fp16's loss scale was too high, as is usual now and then
@@ -67,8 +82,8 @@ class Trainer(ExactCheckpoints):
         self._gradients: GradientReport | None = None
         self._rows_of_step: list[torch.Tensor] = []
         self._losses_of_step: list[torch.Tensor] = []
-        self._refused = False
-        self._window = Window()
+        self._refused = self._scaler_skips = False
+        self._meter = Meter()
 
     # ---- optimizer and schedule
 
@@ -86,6 +101,7 @@ class Trainer(ExactCheckpoints):
             return self.optimizer
         model = self.model if model is None else model
         cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+        kwargs = dict(kwargs)
         if "model" in kwargs or "optimizer_dict" in kwargs:
             raise UserError(
                 "optim",
@@ -133,32 +149,52 @@ class Trainer(ExactCheckpoints):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        by_id = {id(p): group["name"] for group in self.optimizer.param_groups for p in group["params"]}
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        names = {name: by_id[id(p)] for name, p in self._trainable.items()}
-        self.proof = Proof(self.model, names, seed=self.args.seed)
+        self.proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
+        self._rows_of_step.clear()  # an interrupted step may have left some
+        self._losses_of_step.clear()
         if self.resumed_state is not None:
             self._load_observations(self.resumed_state)
-        self._window.restart()
+        self._meter.restart()
         return prepared
+
+    def _groups_of_trained(self) -> dict[str, str]:
+        """Group of each trainable tensor; a caller's own optimizer may have groups without names."""
+        by_id = {
+            id(parameter): group.get("name", "other")
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+        }
+        missed = [name for name, parameter in self._trainable.items() if id(parameter) not in by_id]
+        if missed:
+            raise UserError(
+                "optimizers",
+                f"{len(missed)} trainable tensors are in no group of the optimizer, the first of them {missed[0]}",
+                "Give it every parameter that requires a gradient, or freeze the others.",
+            )
+        return {name: by_id[id(parameter)] for name, parameter in self._trainable.items()}
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch. The loss that goes back to transformers is zero where it is not finite, since its running
         sum would stay NaN for ever; what is reported is counted here."""
         rows = inputs.pop("row", None)
-        if rows is not None:
-            self._rows_of_step.append(rows.cpu())
-        self._window.tokens += self._count_tokens(inputs, rows)
+        if self.corpus is not None and rows is not None:
+            self._rows_of_step.append(rows)
+            inputs = self._as_packed(inputs)
+        else:
+            mask = inputs.get("attention_mask")
+            self._meter.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses_of_step.append(loss)
         return torch.where(torch.isfinite(loss), loss, 0.0)
 
-    def _count_tokens(self, inputs: Mapping[str, Any], rows: torch.Tensor | None) -> int:
-        if self.corpus is not None and rows is not None:
-            return int(self.corpus.train.row_tokens[rows.cpu().numpy()].sum())  # padding is no work done
-        if inputs.get("attention_mask") is not None:
-            return int(inputs["attention_mask"].sum())
-        return inputs["input_ids"].numel()
+    def _as_packed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Several rows as a single one where attention is flash: transformers reads restarting positions as document
+        boundaries there only in a batch of one, and else lets documents see each other. Each piece's first label is
+        masked, so no target crosses a row's edge."""
+        if "flash" not in (unwrap(self.accelerator.unwrap_model(self.model)).config._attn_implementation or ""):
+            return inputs
+        return {name: value.reshape(1, -1) for name, value in inputs.items()}
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         return self._look_at_gradients(model, self.args.max_grad_norm)
@@ -172,14 +208,19 @@ class Trainer(ExactCheckpoints):
         self._gradients = measure_and_clip(self._trainable, max_norm)
         loss = float(torch.stack(self._losses_of_step).sum())
         self._losses_of_step.clear()
-        scaled = self.accelerator.scaler is not None  # a loss scaler passes over infinite gradients by itself
-        self._refused = not math.isfinite(loss) or not (scaled or self._gradients.finite)
-        self._window.add_loss(loss)
+        scaler = self.accelerator.scaler
+        # Too high a loss scale explains such a gradient; one that no longer magnifies anything does not.
+        overflowed = not self._gradients.finite and scaler is not None and scaler.get_scale() > 1
+        self._refused = not math.isfinite(loss) or not (self._gradients.finite or overflowed)
+        self._scaler_skips = overflowed and not self._refused
+        self._meter.add_loss(loss)
         if self._refused:
-            self._refuse_step(model, loss, scaled)
+            self._refuse_step(loss)
+        if self._refused or self._scaler_skips:
+            model.zero_grad(set_to_none=True)  # an optimizer passes over tensors without a gradient
         return torch.tensor(self._gradients.total)
 
-    def _refuse_step(self, model: Any, loss: float, scaled: bool) -> None:
+    def _refuse_step(self, loss: float) -> None:
         assert self._gradients is not None
         self.steps_not_finite += 1
         self._not_finite_in_a_row += 1
@@ -193,21 +234,18 @@ class Trainer(ExactCheckpoints):
                 f"them step {step}. Lower training.learning_rate (now {self.args.learning_rate:g}) or look at the "
                 "data of these steps; `--resume` goes on from the last checkpoint"
             )
-        if not scaled:
-            model.zero_grad(set_to_none=True)  # an optimizer passes over tensors without a gradient
 
     def _after_optimizer_step(self) -> None:
         """Note what was applied, at the rates it was applied with (the schedule moves on right after)."""
-        rows, self._rows_of_step = self._rows_of_step, []
-        self._window.rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+        rows = self._count_rows()
+        self._meter.rates = {g.get("name", "other"): float(g["lr"]) for g in self.optimizer.param_groups}
         if self._refused:
             return
-        if self.accelerator.optimizer_step_was_skipped:
+        if self._scaler_skips:  # accelerate does not see it where a fused optimizer skips by itself
             self.steps_scaler_skipped += 1
             return
         self._not_finite_in_a_row = 0
-        if rows and self.corpus is not None:
-            self.times_trained[torch.cat(rows)] += 1
+        self.times_trained[rows] += 1
         assert self.proof is not None and self._gradients is not None
         self.proof.observe(
             dict(zip(self._gradients.names, self._gradients.norms.tolist(), strict=True)), self.optimizer
@@ -215,6 +253,17 @@ class Trainer(ExactCheckpoints):
         if not self._judged and self.proof.ready:
             self.proof.judge()
             self._judged = True
+
+    def _count_rows(self) -> torch.Tensor:
+        """The rows of the step that ended; they and their tokens are counted here, once a step: each look at a tensor
+        on the GPU waits for it."""
+        if self.corpus is None or not self._rows_of_step:
+            return torch.empty(0, dtype=torch.int64)
+        rows = torch.cat(self._rows_of_step).cpu()
+        self._rows_of_step.clear()
+        self.times_seen[rows] += 1
+        self._meter.tokens += int(self.corpus.train.row_tokens[rows.numpy()].sum())  # padding is no work done
+        return rows
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, then judge the proof once more.
@@ -225,20 +274,22 @@ class Trainer(ExactCheckpoints):
         self._load_resumed_state(kwargs.get("resume_from_checkpoint", args[0] if args else None))
         output = super().train(*args, **kwargs)
         assert self.proof is not None
-        if self.proof.ready:
-            self.proof.judge()
+        self.proof.judge()
         changed = self.proof.changed_frozen()
         if changed:
             raise RunError(f"{len(changed)} frozen tensors changed during training, the first of them {changed[0]}")
-        return output._replace(training_loss=self._window.mean_loss)
+        return output._replace(training_loss=self._meter.mean_loss)
 
     # ---- evaluation and logs
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Score the corpus's held-out documents by domain; with a data set of the caller's own, transformers'
-        evaluation."""
+        """Score the corpus's held-out documents by domain; a data set of the caller's own is transformers' to score."""
         if self.corpus is None or eval_dataset is not None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if not self.corpus.heldout:
+            raise UserError("eval_dataset", "the corpus holds no text out", "Raise pack's holdout, or add a source.")
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()  # a schedule-free optimizer trains other weights than it means
         scores = evaluate(
             self.model,
             self.corpus.heldout,
@@ -264,18 +315,18 @@ class Trainer(ExactCheckpoints):
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Log a training window with what was measured here; a value that is not finite is left out, never replaced."""
         if "loss" in logs:
-            logs = {**logs, **self._window.close(), "steps_not_finite": self.steps_not_finite}
+            logs = {**logs, **self._meter.close(), "steps_not_finite": self.steps_not_finite}
             if self.accelerator.scaler is not None:
                 logs["steps_scaler_skipped"] = self.steps_scaler_skipped
         if "train_loss" in logs:
-            logs = {**logs, "train_loss": self._window.mean_loss}
+            logs = {**logs, "train_loss": self._meter.mean_loss}
         super().log({k: v for k, v in logs.items() if not (isinstance(v, float) and not math.isfinite(v))}, start_time)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         pauses = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if pauses:
-            self._window.restart()  # evaluating and saving are not part of a step's time
+            self._meter.restart()  # evaluating and saving are not part of a step's time
 
     # ---- what a checkpoint keeps beyond transformers' own
 
@@ -284,8 +335,9 @@ class Trainer(ExactCheckpoints):
         return {
             "proof": self.proof.state(),
             "judged": self._judged,
+            "times_seen": self.times_seen,
             "times_trained": self.times_trained,
-            "window": self._window.state(),
+            "window": self._meter.state(),
             "steps_not_finite": self.steps_not_finite,
             "steps_scaler_skipped": self.steps_scaler_skipped,
             "not_finite_in_a_row": self._not_finite_in_a_row,
@@ -295,8 +347,8 @@ class Trainer(ExactCheckpoints):
         assert self.proof is not None
         self.proof.load_state(state["proof"])
         self._judged = state["judged"]
-        self.times_trained = state["times_trained"]
-        self._window.load_state(state["window"])
+        self.times_seen, self.times_trained = state["times_seen"], state["times_trained"]
+        self._meter.load_state(state["window"])
         self.steps_not_finite = state["steps_not_finite"]
         self.steps_scaler_skipped = state["steps_scaler_skipped"]
         self._not_finite_in_a_row = state["not_finite_in_a_row"]

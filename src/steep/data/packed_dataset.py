@@ -1,0 +1,84 @@
+"""The rows that a trainer sees: tensors, put together from the mapped token files when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from steep.data.mixing import Mixture
+from steep.data.rows import Pieces
+from steep.data.tokens import TokenizedSource
+
+IGNORE = -100
+
+
+class PackedDataset(Dataset[dict[str, torch.Tensor]]):
+    """Rows of `max_length` tokens, put together from the mapped token files when they are asked for.
+
+    Attributes:
+        sources: where the tokens are.
+        max_length: tokens in a row.
+        pad_id: what fills a row behind its last piece.
+        source: int32 [pieces], index of the source of each piece.
+        document: int32 [pieces], index of the document in that source.
+        start: int64 [pieces], the first token of the piece in the document.
+        length: int32 [pieces], tokens.
+        row_first: int64 [rows + 1], the first piece of each row.
+    """
+
+    def __init__(
+        self, sources: Sequence[TokenizedSource], mixture: Mixture, pieces: Pieces, max_length: int, pad_id: int
+    ) -> None:
+        self.sources = sources
+        self.max_length = max_length
+        self.pad_id = pad_id
+        self.source = mixture.source[pieces.item]
+        self.document = mixture.document[pieces.item]
+        self.start = pieces.start
+        self.length = pieces.length
+        self.row_first = pieces.row_first
+
+    def __len__(self) -> int:
+        return len(self.row_first) - 1
+
+    @cached_property
+    def row_tokens(self) -> np.ndarray:
+        """Places of each row that are not padding: int64 [rows]."""
+        return np.add.reduceat(self.length, self.row_first[:-1], dtype=np.int64)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One row.
+
+        Returns:
+            int64 tensors `input_ids`, `labels` and `position_ids` [max_length], and the scalar `row`. Labels are not
+            shifted: -100 at the first token of each piece and in the padding, else the token itself. Positions start
+            at 0 in each piece and in the padding, which so counts as a document of its own.
+
+        Raises:
+            IndexError: no such row.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        input_ids = np.full(self.max_length, self.pad_id, np.int64)
+        labels = np.full(self.max_length, IGNORE, np.int64)
+        position_ids = np.empty(self.max_length, np.int64)
+        place = 0
+        for piece in range(int(self.row_first[index]), int(self.row_first[index + 1])):
+            first, length = int(self.start[piece]), int(self.length[piece])
+            end = place + length
+            source = self.sources[int(self.source[piece])]
+            input_ids[place:end] = source.tokens(int(self.document[piece]), first, first + length)
+            labels[place + 1 : end] = input_ids[place + 1 : end]
+            position_ids[place:end] = np.arange(length)
+            place = end
+        position_ids[place:] = np.arange(self.max_length - place)
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
+            "position_ids": torch.from_numpy(position_ids),
+            "row": torch.tensor(index, dtype=torch.int64),
+        }

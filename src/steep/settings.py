@@ -1,0 +1,141 @@
+"""A run file's settings in the terms of this machine and of transformers."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import torch
+from transformers import SchedulerType
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
+
+from steep.config import RunConfig
+from steep.errors import UserError
+from steep.model.load import DTYPES, resolve_compute_dtype
+from steep.training.arguments import TrainingArguments
+from steep.training.schedules import SHAPES
+
+MIN_LR_RATE = 0.1  # Ibrahim et al. 2024 end at a tenth of the peak rate
+
+
+def planned_steps(config: RunConfig, rows: int) -> int:
+    """Optimizer steps of the run, as transformers counts them (the last step of an epoch may be smaller)."""
+    training = config.training
+    return (
+        training.max_steps
+        if training.max_steps > 0
+        else math.ceil(planned_epochs(config, rows) * _per_epoch(config, rows))
+    )
+
+
+def planned_epochs(config: RunConfig, rows: int) -> float:
+    """Passes over the rows."""
+    training = config.training
+    return training.max_steps / _per_epoch(config, rows) if training.max_steps > 0 else training.num_train_epochs
+
+
+def _per_epoch(config: RunConfig, rows: int) -> int:
+    batches = math.ceil(rows / config.training.per_device_train_batch_size)
+    return math.ceil(batches / config.training.gradient_accumulation_steps)
+
+
+def uses_checkpointing(config: RunConfig) -> bool:
+    """Whether activations are recomputed: as asked, by default on a GPU."""
+    given = config.training.gradient_checkpointing
+    return torch.cuda.is_available() if given is None else given
+
+
+def embedding_rate(config: RunConfig) -> float:
+    """The peak rate of the embeddings: as asked, by default a tenth of the adapters'."""
+    rate = config.training.embedding_learning_rate
+    return config.training.learning_rate / 10 if rate is None else rate
+
+
+def mixed_precision(config: RunConfig) -> torch.dtype | None:
+    """The dtype that autocast runs products in, or None where all tensors have one dtype already.
+
+    Trained tensors in fp32 over products in 16 bit need it; a run wholly in bf16, or wholly in fp32, does not.
+    """
+    model = config.model
+    compute = resolve_compute_dtype(model.compute_dtype, model.base)
+    uniform = model.trained_dtype == compute and model.base in ("auto", "nf4", "int8", compute)
+    return None if uniform or compute == "fp32" else DTYPES[compute]
+
+
+def training_arguments(config: RunConfig) -> TrainingArguments:
+    """The run file's `training` section as `steep.TrainingArguments`.
+
+    Raises:
+        UserError: a value that transformers does not know or cannot use.
+    """
+    training, precision = config.training, mixed_precision(config)
+    _check_choice("lr_scheduler_type", training.lr_scheduler_type, (kind.value for kind in SchedulerType))
+    _check_choice("optim", training.optim, (name.value for name in OptimizerNames))
+    _check_trackers(training.report_to)
+    given = training.model_dump(exclude={"gradient_checkpointing", *training.further})
+    names = TrainingArguments.__dataclass_fields__
+    # transformers 5.23 renames gradient to activation checkpointing; 5.17 knows only the old name.
+    prefix = "activation" if "activation_checkpointing" in names else "gradient"
+    settings = {
+        f"{prefix}_checkpointing": uses_checkpointing(config),
+        f"{prefix}_checkpointing_kwargs": {"use_reentrant": False} if uses_checkpointing(config) else None,
+        "embedding_learning_rate": embedding_rate(config) if config.adapter.modules_to_save else None,
+        "min_lr_rate": _min_lr_rate(config),
+        "eval_strategy": "no" if training.eval_steps is None else "steps",
+        "eval_stride": config.evaluation.stride,
+        "eval_max_tokens": config.evaluation.max_tokens,
+        "bf16": precision == torch.bfloat16,
+        "fp16": precision == torch.float16,
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+    }
+    try:
+        return TrainingArguments(**{**given, **settings, **training.further})
+    except (ValueError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = "See transformers.TrainingArguments for what the field takes."
+        raise UserError("training", f"transformers refuses it: {reason}", remedy) from error
+
+
+def _min_lr_rate(config: RunConfig) -> float:
+    training = config.training
+    kind, given = training.lr_scheduler_type, training.min_lr_rate
+    rate = (MIN_LR_RATE if kind in SHAPES else 0.0) if given is None else given
+    if rate > 0 and kind not in SHAPES:
+        raise UserError(
+            "training.min_lr_rate",
+            f"{rate:g} has no meaning for lr_scheduler_type {kind}",
+            f"Leave it out, or set lr_scheduler_type: {' or '.join(SHAPES)}.",
+        )
+    if rate > 0 and training.further.get("lr_scheduler_kwargs"):
+        raise UserError(
+            "training.lr_scheduler_kwargs",
+            f"a {kind} that ends above zero takes none",
+            "Leave it out, or set training.min_lr_rate: 0.",
+        )
+    return rate
+
+
+def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    choices = sorted(known)
+    if name == "lr_scheduler_type":
+        choices.remove("reduce_lr_on_plateau")  # it would need transformers' evaluation
+    if value not in choices:
+        close = difflib.get_close_matches(value, choices, n=1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise UserError(f"training.{name}", f"{value!r} is unknown", f"{hint}Known are: {', '.join(choices)}.")
+
+
+def _check_trackers(given: str | list[str]) -> None:
+    available = get_available_reporting_integrations()
+    for name in [given] if isinstance(given, str) else given:
+        if name not in ("none", "all", *available):
+            here = ", ".join(available) or "none"
+            raise UserError(
+                "training.report_to",
+                f"{name!r} is unknown to transformers, or its package is not installed",
+                f"Install it, or give one of those installed here: {here}.",
+            )
