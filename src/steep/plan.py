@@ -123,6 +123,7 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
         holdout=data.holdout,
         keep_duplicates=data.keep_duplicates,
         seed=training.further.get("data_seed", training.seed),
+        vocab_size=resolved.config.get_text_config().vocab_size,
         cache_dir=data.cache_dir,
         progress=progress,
     )
@@ -181,8 +182,7 @@ def _warnings(plan: Plan) -> list[str]:
         if source["role"] == "train" and 1 / source["characters_per_token"] > MANY_TOKENS_PER_CHARACTER:
             found.append(
                 f"the tokenizer spends {1 / source['characters_per_token']:.2f} tokens a character on "
-                f"{source['domain']}: rows hold little text. A model with a vocabulary for this language learns it "
-                "faster."
+                f"{source['domain']}: rows hold little text. A model with a vocabulary for it learns faster."
             )
     if config.model.trained_dtype == "bf16" and config.training.optim not in ("adamw_8bit", "adamw_bnb_8bit"):
         found.append(

@@ -31,8 +31,7 @@ _PICKING_SEED = 0
 
 
 class Document(Protocol):
-    """What is scored: `tokens` int32 [T], with the beginning and end tokens that training gives them, and the UTF-8
-    bytes of its text."""
+    """What is scored: `tokens` int32 [T], as training has them (beginning, end), and the UTF-8 bytes of its text."""
 
     @property
     def tokens(self) -> NDArray[np.int32]: ...
@@ -118,8 +117,7 @@ class Scorer:
             self.head = None
             warnings.warn(
                 f"{type(unwrap(model)).__name__} makes its logits in a way that is not known here, so evaluation goes "
-                "through its own forward, one row at a time: right, but slower and with the logits of a whole row "
-                "in memory",
+                "through its own forward, one row at a time: right, but slower, and a row's logits exist whole",
                 stacklevel=3,
             )
 

@@ -53,14 +53,12 @@ def targeted(
 
 
 def lowered_ranks(shapes: Mapping[str, tuple[int, int]], r: int) -> dict[str, int]:
-    """Layers whose smaller side is below `r`, with that side: a larger rank would only add parameters without
-    effect."""
+    """Layers whose smaller side is below `r`, with that side: a larger rank would be parameters without effect."""
     return {name: min(shape) for name, shape in shapes.items() if min(shape) < r}
 
 
 def rank_pattern(shapes: Mapping[str, tuple[int, int]], r: int) -> dict[str, int]:
-    """PEFT's `rank_pattern` for `lowered_ranks`: ``k_proj: 192`` where all layers of that name agree, else full
-    names."""
+    """PEFT's `rank_pattern` for `lowered_ranks`: ``k_proj: 192`` where all layers of a name agree, else full names."""
     ranks: dict[str, set[int]] = {}
     for name, shape in shapes.items():
         ranks.setdefault(name.rsplit(".", 1)[-1], set()).add(min(*shape, r))

@@ -1,5 +1,4 @@
-"""GGUF files as base models: converted once to a 16-bit folder in the cache, which adapters name and every library
-opens."""
+"""GGUF files as base models: converted once to a 16-bit folder in the cache, which every library opens."""
 
 from __future__ import annotations
 

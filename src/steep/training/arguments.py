@@ -16,11 +16,10 @@ class TrainingArguments(transformers.TrainingArguments):
     """Every argument of `transformers.TrainingArguments`, and:
 
     Args:
-        embedding_learning_rate: rate of the fully trained `embed_tokens` and `lm_head`. Default: ``learning_rate /
-            10``.
+        embedding_learning_rate: rate of the fully trained `embed_tokens` and `lm_head`; default: a tenth of
+            `learning_rate`.
         min_lr_rate: the cosine and linear schedules end at this share of each group's rate instead of at zero.
-        eval_stride: new tokens that each window scores when held-out documents are longer than a row; default: half a
-            row.
+        eval_stride: new tokens that each window of a long held-out document scores; default: half a row.
         eval_max_tokens: held-out tokens scored a domain at the most.
         max_nonfinite_steps: the run stops after so many steps in a row whose loss or gradient was not finite.
 

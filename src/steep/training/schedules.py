@@ -20,8 +20,7 @@ def linear_to(progress: float, min_lr_rate: float) -> float:
 
 
 def cosine_to(progress: float, min_lr_rate: float) -> float:
-    """Factor at `progress` in [0, 1] after the warm-up: half a cosine from 1 to `min_lr_rate` (Loshchilov & Hutter
-    2016)."""
+    """Factor at `progress` in [0, 1] after the warm-up: half a cosine to `min_lr_rate` (Loshchilov & Hutter 2016)."""
     return min_lr_rate + (1 - min_lr_rate) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
