@@ -305,11 +305,54 @@ def test_every_number_of_a_ledger_is_checked(corpus: Corpus, whole: bool, step: 
     assert unnoticed == {("sources", index, "empty") for index in range(3)}
 
 
-@pytest.mark.parametrize("unit", ["documents", "tokens"])
-def test_what_was_not_trained_cannot_be_called_trained(corpus: Corpus, unit: str):
-    """Nor the other way round: the sums of a source stay as they are, those of the rows do not."""
-    seen = np.ones(len(corpus.train), int)
-    ledger = corpus.ledger(np.arange(len(corpus.train)) % 2, seen)
-    ledger["sources"][0][unit]["trained"] -= 3
-    ledger["sources"][0][unit]["not_reached"] += 3
+DOCUMENTS, TOKENS = ("sources", 0, "documents"), ("sources", 0, "tokens")
+MOVES: dict[str, tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]] = {  # what loses one, what gains one
+    "documents trained that were not": ([(*DOCUMENTS, "not_reached")], [(*DOCUMENTS, "trained")]),
+    "tokens trained that were not": ([(*TOKENS, "not_reached")], [(*TOKENS, "trained")]),
+    "too short, but of two tokens": ([(*TOKENS, "held_out")], [(*TOKENS, "too_short")]),
+    "trained more often": ([("times_trained", "1")], [("times_trained", "2")]),
+    "a target of no document": ([], [("targets",), ("times_trained", "0")]),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_what_is_moved_is_noticed(corpus: Corpus, move: str):
+    """The lines still add up by themselves; what the rows or the documents say is something else."""
+    seen = 1 + np.arange(len(corpus.train)) % 2
+    ledger = corpus.ledger(seen - (np.arange(len(seen)) % 3 == 2), seen)
+    assert check_ledger(ledger) == []
+    for paths, step in zip(MOVES[move], (-1, 1), strict=True):
+        for path in paths:
+            place: Any = ledger
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] += step
     assert check_ledger(ledger)
+
+
+def test_an_epoch_leaves_nothing_that_was_planned(corpus: Corpus):
+    once = np.ones(len(corpus.train), int)
+    ledger = corpus.ledger(once, once)
+    source = ledger["sources"][0]
+    source["tokens"]["trained"] -= 1
+    source["tokens"]["not_reached"] += 1
+    source["repeated_in_trained_rows"] += 1
+    assert check_ledger(ledger) == ["tokens not reached after a whole epoch: 1 and not 0"]
+
+
+def test_what_stands_in_the_rows_is_told_as_it_is(corpus: Corpus):
+    once = np.ones(len(corpus.train), int)
+    ledger = corpus.ledger(once, once)
+    ledger["sources"][0]["role"] = "heldout"
+    [problem] = check_ledger(ledger)
+    assert "tokens of a heldout source planned" in problem
+    train_a_document_in_place_of_another(corpus)
+    ledger = corpus.ledger(once, once)
+    assert ledger["sources"][0]["documents"]["repeated_within_an_epoch"] == 1
+    assert ledger["sources"][0]["tokens"]["repeated_within_an_epoch"] > 1
+    for unit in ("documents", "tokens"):
+        assert f"0, {unit}: repeated within an epoch without repeat: true" in ledger["problems"]
+    move_the_end_of_a_row(corpus)
+    told = " ".join(corpus.ledger(once, once)["problems"])
+    assert "rows with more tokens than max_length: 1 and not 0" in told
+    assert "places in the rows" in told
