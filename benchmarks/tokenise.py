@@ -25,7 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from steep.data.sources import Source, read_documents
+from steep.data.readers import read_documents
+from steep.data.sources import Source
 
 WORKS = ("encode_batch", "encode_batch and ids", "steep")
 
@@ -34,14 +35,16 @@ def measure(work: str, tokenizer_name: str, sources: list[Source]) -> float:
     """Seconds of one work, in this process."""
     from transformers import AutoTokenizer
 
+    from steep.data.encoder import Encoder
     from steep.data.tokens import tokenize
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     if work == "steep":
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
+            encoder = Encoder(tokenizer)
             for source in sources:
-                tokenize(source, tokenizer, Path(folder), "--data")
+                tokenize(source, encoder, Path(folder), "--data")
             return time.perf_counter() - start
     texts = [text for source in sources for text in read_documents(source, "--data")]
     start = time.perf_counter()

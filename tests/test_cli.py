@@ -78,7 +78,6 @@ def assert_one_error_line(said: Said, *parts: str) -> None:
     assert "Traceback" not in said.err + said.out
     for part in parts:
         assert part in errors[0], errors[0]
-    return True
 
 
 def test_help_is_quick() -> None:

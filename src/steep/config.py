@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from steep.data.sources import Source
+from steep.data.sources import MIN_LENGTH, Source
 from steep.errors import UserError
 from steep.model.names import EMBEDDINGS, LINEAR_LAYERS
 
@@ -89,7 +89,9 @@ class DataSection(Section):
     sources: list[Source] = Field(
         min_length=1, description="Files, folders, globs or hub data sets, each with its role."
     )
-    max_length: Integer = Field(2048, ge=8, description="Tokens in a row, the longest context that is trained.")
+    max_length: Integer = Field(
+        2048, ge=MIN_LENGTH, description="Tokens in a row, the longest context that is trained."
+    )
     packing: Literal["sequential", "best_fit"] = Field(
         "sequential", description="How documents fill rows; best_fit splits none that fits into a row."
     )

@@ -217,6 +217,17 @@ def test_a_tokenizer_without_eos_is_told_once(tmp_path: Path, byte_tokenizer, no
         assert pack(sources, tokenizer, cache_dir=tmp_path / "c", max_length=8).warnings.count(told) == times
 
 
+def test_files_not_read_are_told(tmp_path: Path, byte_tokenizer):
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.json", "c.pdf"):
+        (tmp_path / "in" / name).write_text(name)
+    corpus = pack(tmp_path / "in", byte_tokenizer, cache_dir=tmp_path / "c", max_length=8)
+    told = "data.sources[0]: 2 files are of a kind that steep does not read (.json, .pdf): they were left out"
+    assert corpus.warnings[0] == told
+    [source] = corpus.statistics["sources"]
+    assert (source["files"], source["files_not_read"]) == (1, 2)
+
+
 @pytest.mark.parametrize("roles", [("train",), ("train", "heldout", "replay")])
 def test_nothing_to_predict(tmp_path: Path, no_eos_tokenizer, roles: tuple[str, ...]):
     sources = write_sources(tmp_path, [{"texts": list("abc"), "role": role} for role in roles])

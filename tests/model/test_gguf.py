@@ -51,7 +51,7 @@ def write_gguf(model: PreTrainedModel, file: Path, scaled_rope: bool = False, wi
         writer.add_sliding_window(window)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([tokenizer.convert_ids_to_tokens(i) for i in range(VOCAB_SIZE)])
+    writer.add_token_list([str(tokenizer.convert_ids_to_tokens(i)) for i in range(VOCAB_SIZE)])
     writer.add_token_types([3 if i < 3 else 1 for i in range(VOCAB_SIZE)])
     writer.add_token_merges([" ".join(pair) for pair in merges])
     for name in ("bos", "eos", "pad"):
