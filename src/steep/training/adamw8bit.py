@@ -7,7 +7,7 @@ al. 2020): the update runs in fp32, and the result is rounded up or down with th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class _Piece:
         weights, gradient: bf16 [N], N ≤ SLICE.
         moments: both moments, 8-bit codes or (a tensor below 4,096 elements) fp32 [N], then the codes' scales, fp32
             [ceil(N / BLOCK)].
+        step: updates of this parameter, this one included.
         state: the whole parameter's, for its code tables.
         config: bitsandbytes' settings of this parameter.
     """
@@ -45,13 +46,18 @@ class _Piece:
     weights: torch.Tensor
     gradient: torch.Tensor
     moments: list[torch.Tensor]
+    step: int
     state: dict[str, Any]
     config: dict[str, Any]
 
     def joins(self, other: _Piece) -> bool:
-        """Whether `other` can follow this one in a single update: same settings, same kind, whole blocks so far."""
+        """Whether `other` can follow this one in a single update: same settings, same kind, whole blocks so far.
+
+        A tensor that once had no gradient is at a step of its own, and Adam's bias correction depends on it.
+        """
+        same_place = self.weights.device == other.weights.device and self.step == other.step
         same_kind = self.moments[0].dtype == other.moments[0].dtype and self.config == other.config
-        return same_kind and len(self.weights) % BLOCK == 0
+        return same_place and same_kind and len(self.weights) % BLOCK == 0
 
 
 class AdamW8bit(AdamW):
@@ -86,27 +92,30 @@ class AdamW8bit(AdamW):
             self.check_overrides()
             self.to_gpu()
             self.initialized = True
-        for gindex, group in enumerate(self.param_groups):
-            # Tensors that once had no gradient are at a step of their own, and Adam's bias correction depends on it.
-            pieces: dict[tuple[torch.device, int], list[_Piece]] = {}
-            for pindex, parameter in enumerate(group["params"]):
-                if parameter.grad is None:
-                    continue
-                if len(self.state[parameter]) == 0:
-                    self.init_state(group, parameter, gindex, pindex)
-                if parameter.dtype != torch.bfloat16:
-                    self.update_step(group, parameter, gindex, pindex)
-                    continue
-                state = self.state[parameter]
-                state["step"] += 1
-                config = self.get_config(gindex, pindex, group)
-                pieces.setdefault((parameter.device, state["step"]), []).extend(_cut(parameter, state, config))
-            for (device, step), of_step in pieces.items():
-                noise_seed = hash((self.seed, step, gindex)) & (2**63 - 1)
-                generator = torch.Generator(device).manual_seed(noise_seed)
-                for batch in _batches(of_step):
-                    _update(batch, step, generator)
+        for gindex in range(len(self.param_groups)):
+            generators: dict[tuple[torch.device, int], torch.Generator] = {}
+            # One batch after the other: the GPU works on it while the next one's pieces are cut.
+            for batch in _batches(self._pieces(gindex)):
+                key = batch[0].weights.device, batch[0].step
+                if key not in generators:
+                    noise_seed = hash((self.seed, key[1], gindex)) & (2**63 - 1)
+                    generators[key] = torch.Generator(key[0]).manual_seed(noise_seed)
+                _update(batch, generators[key])
         return loss
+
+    def _pieces(self, gindex: int) -> Iterator[_Piece]:
+        """The bf16 tensors of a group in pieces; those of other dtypes are updated on the way, as bitsandbytes does."""
+        group = self.param_groups[gindex]
+        for pindex, parameter in enumerate(group["params"]):
+            if parameter.grad is None:
+                continue
+            if len(self.state[parameter]) == 0:
+                self.init_state(group, parameter, gindex, pindex)
+            if parameter.dtype != torch.bfloat16:
+                self.update_step(group, parameter, gindex, pindex)
+                continue
+            self.state[parameter]["step"] += 1
+            yield from _cut(parameter, self.state[parameter], self.get_config(gindex, pindex, group))
 
 
 def _cut(parameter: torch.Tensor, state: dict[str, Any], config: dict[str, Any]) -> Iterator[_Piece]:
@@ -119,10 +128,10 @@ def _cut(parameter: torch.Tensor, state: dict[str, Any], config: dict[str, Any])
         blocks = slice(start // BLOCK, -(-stop // BLOCK))
         moments = [state[name].view(-1)[start:stop] for name in ("state1", "state2")]
         moments += [scale[blocks] for scale in scales]
-        yield _Piece(weights[start:stop], gradient[start:stop], moments, state, config)
+        yield _Piece(weights[start:stop], gradient[start:stop], moments, state["step"], state, config)
 
 
-def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     """Pieces in order, in runs that one update can take: at most SLICE elements."""
     batch: list[_Piece] = []
     size = 0
@@ -136,12 +145,12 @@ def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _update(pieces: list[_Piece], step: int, generator: torch.Generator) -> None:
+def _update(pieces: list[_Piece], generator: torch.Generator) -> None:
     """bitsandbytes' update of all `pieces` as one tensor, rounded stochastically into their weights."""
     weights = _joined([piece.weights for piece in pieces])
     gradient = _joined([piece.gradient for piece in pieces]).float()
     moments = [_joined(list(parts)) for parts in zip(*(piece.moments for piece in pieces), strict=True)]
-    values, state, config = weights.float(), pieces[0].state, pieces[0].config
+    values, step, state, config = weights.float(), pieces[0].step, pieces[0].state, pieces[0].config
     (beta1, beta2), eps, lr, decay = config["betas"], config["eps"], config["lr"], config["weight_decay"]
     if len(moments) == 2:
         functional.optimizer_update_32bit(
