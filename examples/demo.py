@@ -78,7 +78,7 @@ def main() -> None:
         "bits\n   per byte show what is learned all the same. The rate is high because twenty steps is all there is."
     )
     steep("plan", str(run_file))
-    say(f"3. Training, killed (SIGKILL) behind step {KILL_AT} ...")
+    say(f"3. Training, killed (SIGKILL) after step {KILL_AT} ...")
     train_and_kill(run_file)
     say("   ... and resumed from the checkpoint, to the bit where it was")
     steep("train", str(run_file), "--resume")
@@ -162,7 +162,7 @@ def steep(*arguments: str) -> None:
 
 
 def train_and_kill(run_file: Path) -> None:
-    """Start training, wait for a checkpoint and the first step behind it, and kill the process."""
+    """Start training, wait for a checkpoint and the first step after it, and kill the process."""
     print(f"$ steep train {run_file}", flush=True)
     process = subprocess.Popen(command("train", str(run_file)), stdout=subprocess.DEVNULL)
     metrics = RUN / "metrics.jsonl"

@@ -20,7 +20,7 @@ from tests.syntax import SOURCE, called_name, sources
 # A module may import from the layers before its own, and from its own.
 LAYERS = (
     "errors", "storage", "kernels", "ops", "data", "model", "evaluation", "training", "export",
-    "generation", "config", "initialise", "memory", "settings", "plan", "terminal", "run_folder", "run", "report",
+    "generation", "config", "initialise", "memory", "settings", "run_folder", "plan", "terminal", "run", "report",
     "cli", "__main__",
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ import yaml
 from transformers import BertConfig
 
 from steep import cli
+from steep.run_folder import RunFolder
+from steep.training.trainer import Trainer
 from tests.tiny import documents
 
 
@@ -191,7 +194,7 @@ def test_text_that_cannot_be_read(
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--adapter.r", "big"], ["adapter.r: 'big' is not valid", "Give a number"]),
+        (["--adapter.r", "big"], ["adapter.r: 'big' is not valid", "Give a whole number"]),
         (["--adapter.r", "0"], ["adapter.r: 0 is not valid", "Give a number above 0"]),
         (["--adapter.target_modules", "[q_prj]"], ["adapter.target_modules: ", "no linear layer 'q_prj'", "'q_proj'"]),
         (
@@ -237,3 +240,49 @@ def test_a_run_that_stops_has_code_1(steep: Steep, llama_folder: Path, tmp_path:
     errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "not finite in 3 steps in a row" in errors[0]
     assert "Traceback" not in said.err
+
+
+def test_the_version(steep: Steep) -> None:
+    assert steep("--version").out == f"steep {version('steep')}\n"
+
+
+def test_init_looks_for_the_text(steep: Steep, tmp_path: Path) -> None:
+    said = steep("init", "--model", "m", "--data", tmp_path / "nope", "-o", tmp_path / "x.yaml")
+    assert_one_error_line(said, "there is no '", "Check the spelling")
+    assert not (tmp_path / "x.yaml").exists()
+
+
+def test_a_place_that_cannot_be_written(steep: Steep, run_file: Path) -> None:
+    for place in ("/proc/x", run_file):
+        for command in ("plan", "train"):
+            assert_one_error_line(steep(command, run_file, "--training.output_dir", place), "training.output_dir: ")
+    said = steep("plan", run_file, "--data.cache_dir", run_file)
+    assert_one_error_line(said, str(run_file), "Check the path")
+
+
+def test_ctrl_c_says_how_to_go_on(steep: Steep, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: object, *given: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "training_step", stop)
+    said = steep("train", run_file)
+    assert said.code == 130
+    assert said.err.rstrip().endswith(
+        f"stopped; go on from the newest checkpoint with: steep train {run_file} --resume"
+    )
+
+
+def test_damaged_files_are_named(steep: Steep, run_file: Path) -> None:
+    assert steep("train", run_file).code == 0
+    run = run_file.parent / "run"
+    (run / "final" / "adapter_model.safetensors").write_bytes(b"12345678901234567890")
+    assert_one_error_line(steep("eval", run), "final/adapter_model.safetensors is damaged")
+    (run / "checkpoint-4" / "optimizer.safetensors").write_bytes(b"12345678901234567890")
+    shutil.rmtree(run / "final")
+    said = steep("train", run_file, "--resume")
+    assert_one_error_line(said, "checkpoint-4 is damaged: optimizer cannot be read", "Delete that checkpoint")
+
+
+def test_a_disk_that_is_too_small_is_told(steep: Steep, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunFolder, "free_bytes", lambda self: 2**20)
+    assert "has 0.00 GiB free, and the run may need" in steep("plan", run_file).err

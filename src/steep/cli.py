@@ -24,6 +24,23 @@ RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run file.", s
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"steep {version('steep')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _steep(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def init(
     model: Annotated[str, typer.Option(help="Hub name, folder or .gguf file of the base model.", show_default=False)],
@@ -84,7 +101,11 @@ def train(
     config = load_config(file, context.args)
     from steep.run import train_run
 
-    train_run(config, resume=resume, terminal=terminal)
+    try:
+        train_run(config, resume=resume, terminal=terminal)
+    except KeyboardInterrupt:
+        terminal.say(f"stopped; go on from the newest checkpoint with: steep train {file} --resume")
+        raise typer.Exit(130) from None
 
 
 @app.command("eval")
@@ -131,3 +152,11 @@ def main() -> None:
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a disk that is full, a folder that may not be read
+        if error.errno is None or isinstance(error, BrokenPipeError):
+            raise
+        print(
+            f"error: {error.filename or 'disk'}: {error.strerror}. Check path, permissions and free space.",
+            file=sys.stderr,
+        )
+        sys.exit(UserError.exit_code)

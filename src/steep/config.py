@@ -203,6 +203,20 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML itself takes the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.YAMLError(
+                    f"{key.value!r} stands twice in a section, again in line {key.start_mark.line + 1}"
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file and apply command-line overrides (``--training.learning_rate 3e-5`` or
     ``--section.field=value``).
@@ -216,7 +230,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             "run file", f"{path} does not exist", "Write one with: steep init --model NAME --data FOLDER -o FILE"
         )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+    except OSError as error:
+        raise UserError("run file", f"{path} cannot be read: {error.strerror}", "Give a file you may read.") from error
     except UnicodeDecodeError as error:
         raise UserError("run file", f"{path} is not UTF-8 at byte {error.start}", "Save it as UTF-8.") from error
     except yaml.YAMLError as error:
@@ -284,18 +300,20 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any], section: str = "") -> dict[str, Any]:
     """`base` with the leaves of `changes` in place; ``sources.0.path`` reaches into lists by number."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            merged[key] = merge(old, value)
+            merged[key] = merge(old, value, f"{section}{key}.")
         elif isinstance(value, Mapping) and isinstance(old, list):
             for index in value:
                 if not (index.isdecimal() and int(index) <= len(old)):
                     raise UserError(
-                        f"{key}.{index}", f"there are {len(old)} of them", f"Give a number from 0 to {len(old)}."
+                        f"{section}{key}.{index}",
+                        f"there are {len(old)} of them",
+                        f"Give a number from 0; {len(old)} adds one.",
                     )
             by_index = merge({str(i): item for i, item in enumerate(old)}, value)
             merged[key] = list(by_index.values())
@@ -319,7 +337,10 @@ def _explain(error: ValidationError) -> UserError:
     if first["type"] == "missing":
         return UserError(field, "it is missing", f"Add it to the run file.{more}")
     given, message = first.get("input"), first["msg"].removeprefix("Value error, ")
-    return UserError(field, f"{given!r} is not valid: {message}", f"{_remedy(first)}{more}")
+    remedy = _remedy(first)
+    if remedy is None:  # the message is all there is to say
+        return UserError(field, f"{given!r} is not valid", f"{message[0].upper()}{message[1:]}.{more}")
+    return UserError(field, f"{given!r} is not valid", f"{remedy}{more}")
 
 
 _REMEDIES = {
@@ -331,18 +352,20 @@ _REMEDIES = {
     "finite_number": "Give a finite number.",
     "too_short": "Give at least {min_length}.",
     "list_type": "Write a list: [{given}].",
+    "int_type": "Give a whole number.",
+    "int_parsing": "Give a whole number.",
+    "int_from_float": "Give a whole number.",
+    "float_type": "Give a number.",
+    "float_parsing": "Give a number.",
+    "string_type": "Give a text.",
     "bool_type": "Write true or false.",
     "bool_parsing": "Write true or false.",
 }
 
 
-def _remedy(error: Any) -> str:
-    kind = error["type"]
-    if kind.startswith(("int_", "float_")) or (kind == "value_error" and isinstance(error.get("input"), bool)):
-        return "Give a number."
-    return _REMEDIES.get(kind, "See docs/run-file.md for what the field takes.").format(
-        **error.get("ctx", {}), given=error.get("input")
-    )
+def _remedy(error: Any) -> str | None:
+    remedy = _REMEDIES.get(error["type"])
+    return remedy and remedy.format(**error.get("ctx", {}), given=error.get("input"))
 
 
 def _fields_at(location: Sequence[int | str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,13 +38,20 @@ def init_run(
         output_dir: folder of the run; default: ``runs/`` and the file's stem.
 
     Raises:
-        UserError: the file exists already, or no data is named.
+        UserError: the file exists already or cannot be written, or the text is not there.
     """
     output = Path(output)
     if output.exists():
         raise UserError("-o", f"{output} exists already", "Give another name or delete it.")
     if not data:
         raise UserError("--data", "no text is named", "Give a file, a folder, a glob or hub:NAME.")
+    if not model.strip():
+        raise UserError("--model", "no model is named", "Give a hub name, a folder or a .gguf file.")
+    for place in (*data, *replay):
+        if not place.startswith("hub:") and not glob.glob(str(Path(place).expanduser()), recursive=True):
+            raise UserError(
+                "--data or --replay", f"there is no {place!r}", "Check the spelling; a hub data set is hub:NAME."
+            )
     sources = [_source(place, "train") for place in data] + [_source(place, "replay") for place in replay]
     given: dict[str, dict[str, Any]] = {
         "model": {"name": model},
@@ -57,8 +65,11 @@ def init_run(
             value = given.get(name, {}).get(field, info.get_default(call_default_factory=True))
             lines.append(f"  # {info.description}")
             lines += _source_lines(value) if field == "sources" else [f"  {field}: {_yaml(value)}"]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError("-o", f"{output} cannot be written: {error.strerror}", "Give a place you may write.") from error
     return output
 
 

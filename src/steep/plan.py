@@ -17,6 +17,7 @@ from steep.memory import Shape, memory_by_item, shape_of
 from steep.model.adapters import check_embeddings, is_tied
 from steep.model.load import attention, attention_refused, resolve_base, resolve_compute_dtype
 from steep.model.resolve import ResolvedModel, looks_like_chat, read_tokenizer, resolve
+from steep.run_folder import RunFolder
 from steep.settings import embedding_rate, planned_epochs, planned_steps, training_arguments, uses_checkpointing
 from steep.training.arguments import TrainingArguments
 
@@ -89,6 +90,8 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
         UserError: anything that is wrong with the model, the adapter, the data or the settings.
     """
     model = config.model
+    folder = RunFolder(config.training.output_dir)
+    folder.check_place()
     resolved = resolve(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
     base = resolve_base(model.base, resolved)
     compute = resolve_compute_dtype(model.compute_dtype, base)
@@ -147,6 +150,12 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
     disk = {"checkpoints": kept * (result + memory["optimizer states"]), "final": result}
     plan = Plan(config, resolved, tokenizer, arguments, corpus, shape, base, compute, steps, memory, disk)
     plan.warnings = [*_warnings(plan), *corpus.warnings]
+    free = folder.free_bytes()
+    if free < sum(disk.values()):
+        plan.warnings.append(
+            f"the disk of {folder.path} has {free / 2**30:.2f} GiB free, and the run may need "
+            f"{sum(disk.values()) / 2**30:.2f}: lower training.save_total_limit, or give another output_dir."
+        )
     return plan
 
 

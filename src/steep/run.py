@@ -63,10 +63,11 @@ def train_run(config: RunConfig, *, resume: bool = False, terminal: Terminal | N
         folder.refuse_contents()
     with terminal.tokenising() as progress:
         plan = plan_run(config, progress)
-    for table in plan_tables(plan.as_dict()):
-        terminal.show(table)
-    for warning in plan.warnings:
-        terminal.warn(warning)
+    if not resume:
+        for table in plan_tables(plan.as_dict()):
+            terminal.show(table)
+        for warning in plan.warnings:
+            terminal.warn(warning)
     folder.make()
     with folder.locked():
         if resume:
@@ -91,6 +92,7 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
         folder.rewind(done)
         terminal.say(f"going on from {found[-1]}" if found else "there is no checkpoint yet: starting at step 0")
     if not found:
+        terminal.say("scoring held-out text with the base model")
         _measure(trainer, folder, plan)
     with terminal.training(plan.steps, done) as show:
         trainer.add_callback(_Recorder(trainer, folder, plan, show))
@@ -100,6 +102,7 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
             _account(trainer, folder, plan)  # its proof may say why
             raise
     proof, ledger = _account(trainer, folder, plan)
+    terminal.say("scoring held-out text with the trained model")
     _measure(trainer, folder, plan)
     if not ledger["adds_up"]:
         raise RunError(

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -70,8 +71,29 @@ class RunFolder:
             raise UserError(
                 field,
                 f"{self.path} {what}",
-                "Give another folder, go on with that run (--resume), or delete it yourself.",
+                "Give another folder, or go on with that run: --resume.",
             )
+
+    def check_place(self, field: str = "training.output_dir") -> None:
+        """Check that the folder can be made, or written into.
+
+        Raises:
+            UserError: a file stands there, or a folder above cannot be written into.
+        """
+        place = self.path.absolute()
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise UserError(field, f"{place} is a file", "Give a folder.")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(field, f"{place} cannot be written into", "Give a folder you may write.")
+
+    def free_bytes(self) -> int:
+        """Room on the disk that the folder is, or will be, on."""
+        place = self.path.absolute()
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free
 
     def make(self, field: str = "training.output_dir") -> None:
         """Make the folder.
@@ -108,14 +130,18 @@ class RunFolder:
         if not file.exists():
             return []
         lines = file.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        try:
+            return [json.loads(line) for line in lines[:-1] if line]
+        except json.JSONDecodeError as error:
+            raise UserError("run folder", f"{file} is damaged: {error}", "Mend or delete the broken line.") from error
 
     def rewind(self, step: int) -> None:
         """Drop the lines that were written after `step`: the steps behind them are about to be trained again."""
         for name in ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl"):
             rows = self.read_lines(name)
             kept = [row for row in rows if row["step"] <= step]
-            self.write_text(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+            if rows:
+                self.write_text(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
 def environment() -> dict[str, Any]:

@@ -18,7 +18,11 @@ def published(folder: Path) -> Iterator[Path]:
     staging = folder.with_name(f"{_STAGING}{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    yield staging
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # on a full disk its room is needed
+        raise
     for path in [*(path for path in staging.rglob("*") if path.is_file()), staging]:
         _sync(path)
     if folder.exists():

@@ -101,8 +101,8 @@ class Terminal:
                     f"loss {loss:.4f}" if loss is not None else "loss not finite",
                     f"smoothed {smoothed:.4f}" if smoothed is not None else "",
                     f"{row['tokens_per_second']:,.0f} tokens/s",
-                    f"lr {row['learning_rate']:.2e}" if row["learning_rate"] is not None else "",
-                    f"embeddings {row['embedding_learning_rate']:.2e}"
+                    f"rate {row['learning_rate']:.2e}" if row["learning_rate"] is not None else "",
+                    f"embeddings' rate {row['embedding_learning_rate']:.2e}"
                     if row["embedding_learning_rate"] is not None
                     else "",
                     f"peak {human_bytes(row['peak_memory_bytes'])}",
@@ -145,12 +145,17 @@ class _Lines(logging.Handler):
         show(record.getMessage())
 
 
+def _last_part(name: str) -> str:
+    """The end of a long path, which is what tells models apart."""
+    return name if len(name) <= 50 else f"…{name[-49:]}"
+
+
 def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     """`plan.json` for the eye: the run, its text, memory and disk by item."""
     run = Table(title="plan", show_header=False)
     parameters, data = plan["parameters"], plan["data"]
     for name, value in {
-        "model": f"{plan['model']}, frozen in {plan['base']}, computed in {plan['compute_dtype']}",
+        "model": f"{_last_part(plan['model'])}, frozen in {plan['base']}, computed in {plan['compute_dtype']}",
         "parameters": f"{parameters['frozen']:,} frozen, {parameters['trained']:,} trained in {plan['trained_dtype']} "
         f"({parameters['adapters']:,} adapters, {parameters['trained_embeddings']:,} embeddings)",
         "rates": f"adapters {plan['learning_rate']:g}, embeddings {plan['embedding_learning_rate']:g}",
@@ -166,12 +171,13 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
             f"{source['documents']:,}",
             f"{source['tokens']:,}",
             f"{1 / source['characters_per_token']:.2f}",
-            f"{data['heldout_documents'].get(source['domain'], 0):,}",
+            f"{source['held_out']['documents']:,}",
         )
     tables = [run, text]
     for kind in ("memory", "disk"):
         table = Table(kind, "estimate")
         for name, count in plan[f"{kind}_bytes"].items():
-            table.add_row(name, human_bytes(count))
+            if count:
+                table.add_row(name, human_bytes(count))
         tables.append(table)
     return tables

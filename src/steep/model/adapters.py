@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -160,7 +161,11 @@ def load_adapter_weights(model: PeftModel, folder: Path, field: str) -> None:
             field, f"{folder} holds no adapter (adapter_model.safetensors)", "Give a folder that a run wrote."
         )
     remedy = "Use the model and adapter settings that it was written with."
-    tensors, own = load_file(file), get_peft_model_state_dict(model, save_embedding_layers=False)
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise UserError(field, f"{file} is damaged: {error}", "Put it back, or train again.") from error
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
     # Checked before anything is written: PEFT would load an embedding that this adapter does not train into the base.
     for names, others, what in ((own, tensors, "lacks"), (tensors, own, "has an unknown tensor")):
         if odd := [name for name in names if name not in others]:

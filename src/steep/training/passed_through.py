@@ -63,7 +63,7 @@ REFUSED = {
     "logging_nan_inf_filter": "a NaN is never shown as a number",
     "disable_tqdm": "progress is shown on a terminal and left out of a pipe",
     "save_only_model": "a checkpoint without its optimizer cannot be resumed",
-    "enable_jit_checkpoint": "stop a run with Ctrl-C and go on with --resume",
+    "enable_jit_checkpoint": "a stopped run goes on from its newest checkpoint with --resume",
     "restore_callback_states_from_checkpoint": "a resumed run always restores what it needs",
     "resume_from_checkpoint": "use `steep train FILE --resume`",
     "skip_memory_metrics": "peak memory is always measured",

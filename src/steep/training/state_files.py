@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from steep.errors import UserError
 
 # Optimizer states of torchao are tensor subclasses; their parts are saved and only these classes are ever rebuilt.
 _SUBCLASSES = {
@@ -35,9 +38,21 @@ def save_state(state: Any, folder: Path, name: str) -> None:
 
 
 def load_state(folder: Path, name: str) -> Any:
-    """Read what `save_state` wrote; tensors come back on the CPU, bit for bit."""
-    tensors = load_file(folder / f"{name}.safetensors", device="cpu")
-    return _decode(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), tensors)
+    """Read what `save_state` wrote; tensors come back on the CPU, bit for bit.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    try:
+        tensors = load_file(folder / f"{name}.safetensors", device="cpu")
+        tree = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            "--resume",
+            f"{folder} is damaged: {name} cannot be read ({error})",
+            "Delete that checkpoint: the run then goes on from the one before.",
+        ) from error
+    return _decode(tree, tensors)
 
 
 def _encode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
