@@ -253,9 +253,9 @@ def test_init_looks_for_the_text(steep: Steep, tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_written(steep: Steep, run_file: Path) -> None:
-    for place in ("/proc/x", run_file):
-        for command in ("plan", "train"):
-            assert_one_error_line(steep(command, run_file, "--training.output_dir", place), "training.output_dir: ")
+    for command in ("plan", "train"):
+        said = steep(command, run_file, "--training.output_dir", run_file)
+        assert_one_error_line(said, "training.output_dir: ", "is a file", "Give a folder")
     said = steep("plan", run_file, "--data.cache_dir", run_file)
     assert_one_error_line(said, str(run_file), "Check the path")
 
