@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,23 +21,13 @@ from steep.model.adapters import add_adapters, load_adapter_weights
 from steep.model.load import load_resolved
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.plan import Plan, plan_run
+from steep.resume import refuse_other_inputs, refuse_other_settings
 from steep.run_folder import RunFolder, environment
 from steep.settings import mixed_precision
 from steep.storage import published
 from steep.terminal import Terminal, plan_tables
 from steep.training.checkpoint import checkpoints
 from steep.training.trainer import Trainer
-
-# Fields that change neither what is computed nor which rows are trained when.
-HARMLESS = {
-    "data.cache_dir",
-    *(f"training.{name}" for name in (
-        "output_dir", "save_steps", "save_total_limit", "save_strategy", "logging_steps", "logging_first_step",
-        "logging_strategy", "eval_steps", "eval_strategy", "eval_delay", "report_to", "run_name", "project",
-        "log_level", "max_nonfinite_steps", "dataloader_num_workers", "dataloader_pin_memory",
-        "dataloader_persistent_workers", "dataloader_prefetch_factor", "torch_empty_cache_steps",
-    )),
-}  # fmt: skip
 
 
 def train_run(config: RunConfig, *, resume: bool = False, terminal: Terminal | None = None) -> dict[str, Any]:
@@ -58,7 +47,7 @@ def train_run(config: RunConfig, *, resume: bool = False, terminal: Terminal | N
     terminal = terminal or Terminal(quiet=True)
     folder = RunFolder(config.training.output_dir)
     if resume:
-        _refuse_other_settings(folder, config)
+        refuse_other_settings(folder, config)
     else:
         folder.refuse_contents()
     with terminal.tokenising() as progress:
@@ -71,7 +60,7 @@ def train_run(config: RunConfig, *, resume: bool = False, terminal: Terminal | N
     folder.make()
     with folder.locked():
         if resume:
-            _refuse_other_inputs(folder, plan)
+            refuse_other_inputs(folder, plan)
         else:
             folder.refuse_contents()
         return _train(plan, folder, terminal, resume)
@@ -295,60 +284,6 @@ def _first_and_last(folder: RunFolder) -> tuple[list[DomainScore], list[DomainSc
         return [], []
     first, last = ([DomainScore.from_dict(row) for row in rows if row["step"] == rows[end]["step"]] for end in (0, -1))
     return first, last
-
-
-def _refuse_other_settings(folder: RunFolder, config: RunConfig) -> None:
-    """Compare the run file with the run's own, before anything is loaded.
-
-    Raises:
-        UserError: there is no run, or a field differs that changes what is computed.
-    """
-    if not (folder / "run.yaml").is_file():
-        raise UserError(
-            "--resume",
-            f"{folder.path} holds no run to go on with",
-            "Start the run without --resume, or give its output_dir.",
-        )
-    before = parse_config(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")))
-    old, new = _flat(before), _flat(config)
-    changed = [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in old | new if old.get(key) != new.get(key)]
-    if changed:
-        raise UserError(
-            "--resume", f"the run file differs from the run's: {'; '.join(changed)}", "Put it back, or start a new run."
-        )
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    """What a resumed run has to share with its beginning, by field."""
-    sections = {name: getattr(config, name).model_dump() for name in ("model", "adapter", "data", "training")}
-    return {
-        f"{section}.{key}": value
-        for section, values in sections.items()
-        for key, value in values.items()
-        if f"{section}.{key}" not in HARMLESS
-    }
-
-
-def _refuse_other_inputs(folder: RunFolder, plan: Plan) -> None:
-    """Compare what files and machine made of the run file with what they made of it at the beginning.
-
-    Raises:
-        UserError: the text, the storage of the base or the dtype of the products is another.
-    """
-    if not (folder / "plan.json").is_file():  # killed before it had written anything else
-        return
-    before, now = json.loads((folder / "plan.json").read_text(encoding="utf-8")), plan.as_dict()
-    for key, what in (("base", "model.base"), ("compute_dtype", "model.compute_dtype")):
-        if before[key] != now[key]:
-            raise UserError(
-                "--resume", f"{what} was {before[key]} and is {now[key]} here", f"Set {what}: {before[key]}."
-            )
-    if before["data"]["fingerprint"] != now["data"]["fingerprint"]:
-        raise UserError(
-            "--resume",
-            "the text, or how the tokenizer reads it, is not what the run began with",
-            "Put the files back as they were, or start a new run.",
-        )
 
 
 def _finished(run_dir: str | Path) -> tuple[RunConfig, RunFolder]:

@@ -64,9 +64,10 @@ class RunFolder:
         """Check that nothing is lost when a new run takes the folder.
 
         Raises:
-            UserError: there is something in it already.
+            UserError: there is something in it already, or it cannot be a folder of ours.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        self.check_place(field)
+        if self.path.exists() and any(self.path.iterdir()):
             what = "holds another run" if (self / "run.yaml").exists() else "is not empty"
             raise UserError(
                 field,

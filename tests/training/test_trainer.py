@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes
+import numpy as np
 import pytest
 import torch
 
+from steep.data.packed_dataset import collate
 from steep.data.packing import Corpus
+from steep.data.sampler import EpochSampler
 from steep.errors import RunError, UserError
 from steep.model.adapters import add_adapters
 from steep.model.load import load
@@ -314,3 +317,24 @@ def test_an_interrupted_step_leaves_nothing_behind(corpus: Corpus, tmp_path: Pat
     trainer.train()
     assert losses(trainer)[1] == pytest.approx(sum(float(loss) for loss in calls[1:]), rel=1e-6)
     assert trainer.times_seen.sum() == trainer.times_trained.sum() == 4
+
+
+def test_a_row_that_comes_twice_in_a_step_does_not_add_up(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_for(adapted(), corpus, tmp_path, max_steps=2)
+    monkeypatch.setattr(trainer, "_get_train_sampler", lambda *given: [0, 0, 1, 2])
+    trainer._sampler = EpochSampler(4, 0)
+    trainer.train()
+    assert trainer.times_seen[:4].tolist() == [2, 1, 1, 0]
+    assert not corpus.ledger(trainer.times_trained.numpy(), trainer.times_seen.numpy())["adds_up"]
+
+
+def test_the_rows_of_a_batch_stay_on_the_cpu(corpus: Corpus) -> None:
+    batch = collate([corpus.train[3], corpus.train[1]])
+    assert isinstance(batch["row"], np.ndarray) and batch["row"].tolist() == [3, 1]
+    length = corpus.train.max_length
+    assert {name: tuple(value.shape) for name, value in batch.items() if name != "row"} == dict.fromkeys(
+        ("input_ids", "labels", "position_ids"), (2, length)
+    )
+    assert torch.equal(batch["input_ids"][1], corpus.train[1]["input_ids"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from steep.data.tokens import TokenizedSource
 IGNORE = -100
 
 
-class PackedDataset(Dataset[dict[str, torch.Tensor]]):
+class PackedDataset(Dataset[dict[str, Any]]):
     """Rows of `max_length` tokens, put together from the mapped token files when they are asked for.
 
     Attributes:
@@ -50,11 +51,11 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
         """Places of each row that are not padding: int64 [rows]."""
         return np.add.reduceat(self.length, self.row_first[:-1], dtype=np.int64)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """One row.
 
         Returns:
-            int64 tensors `input_ids`, `labels` and `position_ids` [max_length], and the scalar `row`. Labels are not
+            int64 tensors `input_ids`, `labels` and `position_ids` [max_length], and the number `row`. Labels are not
             shifted: -100 at the first token of each piece and in the padding, else the token itself. Positions start
             at 0 in each piece and in the padding, which so counts as a document of its own.
 
@@ -80,5 +81,14 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(position_ids),
-            "row": torch.tensor(index, dtype=torch.int64),
+            "row": index,
         }
+
+
+def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of rows: tensors [rows, max_length], and the rows' numbers `row`, int64 [rows].
+
+    The numbers are an array, which stays on the CPU: reading them back from a GPU would wait for all that it has to do.
+    """
+    tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "row"}
+    return {**tensors, "row": np.array([row["row"] for row in rows], np.int64)}

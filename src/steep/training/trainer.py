@@ -6,10 +6,12 @@ import logging
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 
+from steep.data.packed_dataset import collate
 from steep.data.packing import Corpus
 from steep.data.sampler import EpochSampler
 from steep.errors import RunError, UserError
@@ -63,7 +65,7 @@ class Trainer(ExactCheckpoints):
         if self.corpus is not None:
             rows = self.corpus.train
             eval_dataset = self.corpus.heldout if eval_dataset is None else eval_dataset
-            data_collator = data_collator or transformers.default_data_collator
+            data_collator = data_collator or collate
             args.remove_unused_columns = False  # a row's number travels with it, for the ledger
         super().__init__(model, args, data_collator, rows, eval_dataset, **kwargs)
         self.add_callback(_StepObserver(self))
@@ -80,7 +82,7 @@ class Trainer(ExactCheckpoints):
         self._not_finite_in_a_row = 0
         self._judged = False
         self._gradients: GradientReport | None = None
-        self._rows_of_step: list[torch.Tensor] = []
+        self._rows_of_step: list[np.ndarray] = []
         self._losses_of_step: list[torch.Tensor] = []
         self._refused = self._scaler_skips = False
         self._meter = Meter()
@@ -179,7 +181,8 @@ class Trainer(ExactCheckpoints):
         sum would stay NaN for ever; what is reported is counted here."""
         rows = inputs.pop("row", None)
         if self.corpus is not None and rows is not None:
-            self._rows_of_step.append(rows)
+            # A collator of the caller's own may have made it a tensor.
+            self._rows_of_step.append(rows.cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows))
             inputs = self._as_packed(inputs)
         else:
             mask = inputs.get("attention_mask")
@@ -245,7 +248,7 @@ class Trainer(ExactCheckpoints):
             self.steps_scaler_skipped += 1
             return
         self._not_finite_in_a_row = 0
-        self.times_trained[rows] += 1
+        self.times_trained.index_add_(0, rows, torch.ones_like(rows))
         assert self.proof is not None and self._gradients is not None
         self.proof.observe(
             dict(zip(self._gradients.names, self._gradients.norms.tolist(), strict=True)), self.optimizer
@@ -255,13 +258,12 @@ class Trainer(ExactCheckpoints):
             self._judged = True
 
     def _count_rows(self) -> torch.Tensor:
-        """The rows of the step that ended; they and their tokens are counted here, once a step: each look at a tensor
-        on the GPU waits for it."""
+        """Count the rows of the step that ended, and their tokens."""
         if self.corpus is None or not self._rows_of_step:
             return torch.empty(0, dtype=torch.int64)
-        rows = torch.cat(self._rows_of_step).cpu()
+        rows = torch.from_numpy(np.concatenate(self._rows_of_step))
         self._rows_of_step.clear()
-        self.times_seen[rows] += 1
+        self.times_seen.index_add_(0, rows, torch.ones_like(rows))  # a row that came twice counts twice
         self._meter.tokens += int(self.corpus.train.row_tokens[rows.numpy()].sum())  # padding is no work done
         return rows
 
