@@ -257,7 +257,7 @@ def test_a_place_that_cannot_be_written(steep: Steep, run_file: Path) -> None:
         said = steep(command, run_file, "--training.output_dir", run_file)
         assert_one_error_line(said, "training.output_dir: ", "is a file", "Give a folder")
     said = steep("plan", run_file, "--data.cache_dir", run_file)
-    assert_one_error_line(said, str(run_file), "Check the path")
+    assert_one_error_line(said, str(run_file), "Check path, permissions")
 
 
 def test_ctrl_c_says_how_to_go_on(steep: Steep, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
