@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,15 @@ app = typer.Typer(
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run file.", show_default=False)]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)]
+
+
+def _attached_terminal() -> Any:
+    """Comes before every other import of a command: some libraries speak when they are imported."""
+    from steep.terminal import Terminal
+
+    terminal = Terminal()
+    terminal.attach()
+    return terminal
 
 
 def _print_version(asked: bool) -> None:
@@ -65,14 +74,12 @@ def plan(context: typer.Context, file: RunFile) -> None:
 
     Tokenises the text (once, into the cache) and finds every input error. Override any field: --section.field VALUE.
     """
-    from steep.terminal import Terminal, plan_tables
-
-    terminal = Terminal()
-    terminal.attach()
+    terminal = _attached_terminal()
     from steep.config import load_config
 
     config = load_config(file, context.args)
     from steep.plan import plan_run
+    from steep.terminal import plan_tables
 
     with terminal.tokenising() as progress:
         worked_out = plan_run(config, progress)
@@ -92,10 +99,7 @@ def train(
 
     Override any field of the file: --training.learning_rate 3e-5 --data.max_length 4096.
     """
-    from steep.terminal import Terminal
-
-    terminal = Terminal()
-    terminal.attach()
+    terminal = _attached_terminal()
     from steep.config import load_config
 
     config = load_config(file, context.args)
@@ -111,10 +115,7 @@ def train(
 @app.command("eval")
 def evaluate(run: RunDir) -> None:
     """Score held-out text with the base model and the trained one: perplexity and bits per byte, by domain."""
-    from steep.terminal import Terminal
-
-    terminal = Terminal()
-    terminal.attach()
+    terminal = _attached_terminal()
     from steep.run import evaluate_run
 
     evaluate_run(run, terminal=terminal)
@@ -128,9 +129,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
 ) -> None:
     """Complete a text with the base model and the trained one, as it comes."""
-    from steep.terminal import Terminal
-
-    Terminal().attach()
+    _attached_terminal()
     from steep.run import generate_run
 
     shown: list[str] = []

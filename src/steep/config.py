@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +20,7 @@ from pydantic import (
 )
 
 from steep.data.sources import MIN_LENGTH, Source
-from steep.errors import UserError
+from steep.errors import UserError, did_you_mean
 from steep.model.names import EMBEDDINGS, LINEAR_LAYERS
 
 Base = Literal["auto", "nf4", "int8", "bf16", "fp16", "fp32"]
@@ -331,8 +330,7 @@ def _explain(error: ValidationError) -> UserError:
     more = f" ({len(errors) - 1} more problems after this one.)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(first["loc"][:-1])
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"Known here: {', '.join(known)}."
+        hint = did_you_mean(str(first["loc"][-1]), known) or f"Known here: {', '.join(known)}."
         return UserError(field, "it is not a field of the run file", hint + more)
     if first["type"] == "missing":
         return UserError(field, "it is missing", f"Add it to the run file.{more}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A wrong input, named by its field, with what to do about it.
@@ -25,3 +28,9 @@ class RunError(Exception):
     """A run that had to stop although its input was valid (a tensor that did not train, a loss that is not finite)."""
 
     exit_code = 1
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A remedy for a misspelt name: ``Did you mean 'max_length'?``, or nothing where no known one is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"Did you mean {close[0]!r}?" if close else ""

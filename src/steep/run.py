@@ -88,9 +88,9 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
         try:
             output = trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
         except RunError:
-            _account(trainer, folder, plan)  # its proof may say why
+            _account(trainer, folder)  # its proof may say why
             raise
-    proof, ledger = _account(trainer, folder, plan)
+    proof, ledger = _account(trainer, folder)
     terminal.say("scoring held-out text with the trained model")
     _measure(trainer, folder, plan)
     if not ledger["adds_up"]:
@@ -107,13 +107,10 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
     return {"steps": output.global_step, "loss": output.training_loss, "before": before, "after": after}
 
 
-def _account(trainer: Trainer, folder: RunFolder, plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+def _account(trainer: Trainer, folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write `proof.json` and `ledger.json`."""
     assert trainer.proof is not None
-    proof, ledger = (
-        trainer.proof.report(),
-        plan.corpus.ledger(trainer.times_trained.numpy(), trainer.times_seen.numpy()),
-    )
+    proof, ledger = trainer.proof.report(), trainer.ledger()
     folder.write_json("proof.json", proof)
     folder.write_json("ledger.json", ledger)
     return proof, ledger
@@ -241,10 +238,7 @@ class _Recorder(transformers.TrainerCallback):
         _record_scores(self._folder, self._trainer.evaluations[-1], self._plan.corpus.roles)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._folder.write_json(
-            "ledger.json",
-            self._plan.corpus.ledger(self._trainer.times_trained.numpy(), self._trainer.times_seen.numpy()),
-        )
+        self._folder.write_json("ledger.json", self._trainer.ledger())
 
 
 def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:

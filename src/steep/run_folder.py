@@ -81,9 +81,7 @@ class RunFolder:
         Raises:
             UserError: a file stands there, or a folder above cannot be written into.
         """
-        place = self.path.absolute()
-        while not place.exists():
-            place = place.parent
+        place = self._standing_place()
         if not place.is_dir():
             raise UserError(field, f"{place} is a file", "Give a folder.")
         if not os.access(place, os.W_OK | os.X_OK):
@@ -91,10 +89,14 @@ class RunFolder:
 
     def free_bytes(self) -> int:
         """Room on the disk that the folder is, or will be, on."""
+        return shutil.disk_usage(self._standing_place()).free
+
+    def _standing_place(self) -> Path:
+        """The folder, or the nearest one above it that exists."""
         place = self.path.absolute()
         while not place.exists():
             place = place.parent
-        return shutil.disk_usage(place).free
+        return place
 
     def make(self, field: str = "training.output_dir") -> None:
         """Make the folder.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 
@@ -12,7 +11,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.training_args import OptimizerNames
 
 from steep.config import RunConfig
-from steep.errors import UserError
+from steep.errors import UserError, did_you_mean
 from steep.model.load import DTYPES, resolve_compute_dtype
 from steep.training.arguments import TrainingArguments
 from steep.training.schedules import SHAPES
@@ -23,11 +22,9 @@ MIN_LR_RATE = 0.1  # Ibrahim et al. 2024 end at a tenth of the peak rate
 def planned_steps(config: RunConfig, rows: int) -> int:
     """Optimizer steps of the run, as transformers counts them (the last step of an epoch may be smaller)."""
     training = config.training
-    return (
-        training.max_steps
-        if training.max_steps > 0
-        else math.ceil(planned_epochs(config, rows) * _per_epoch(config, rows))
-    )
+    if training.max_steps > 0:
+        return training.max_steps
+    return math.ceil(training.num_train_epochs * _per_epoch(config, rows))
 
 
 def planned_epochs(config: RunConfig, rows: int) -> float:
@@ -71,8 +68,9 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         UserError: a value that transformers does not know or cannot use.
     """
     training, precision = config.training, mixed_precision(config)
-    _check_choice("lr_scheduler_type", training.lr_scheduler_type, (kind.value for kind in SchedulerType))
-    _check_choice("optim", training.optim, (name.value for name in OptimizerNames))
+    schedules = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau"}  # needs transformers' evaluation
+    _check_choice("lr_scheduler_type", training.lr_scheduler_type, schedules)
+    _check_choice("optim", training.optim, {name.value for name in OptimizerNames})
     _check_trackers(training.report_to)
     given = training.model_dump(exclude={"gradient_checkpointing", *training.further})
     names = TrainingArguments.__dataclass_fields__
@@ -121,12 +119,9 @@ def _min_lr_rate(config: RunConfig) -> float:
 
 def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
     choices = sorted(known)
-    if name == "lr_scheduler_type":
-        choices.remove("reduce_lr_on_plateau")  # it would need transformers' evaluation
     if value not in choices:
-        close = difflib.get_close_matches(value, choices, n=1)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"training.{name}", f"{value!r} is unknown", f"{hint}Known are: {', '.join(choices)}.")
+        remedy = f"{did_you_mean(value, choices)} Known are: {', '.join(choices)}.".lstrip()
+        raise UserError(f"training.{name}", f"{value!r} is unknown", remedy)
 
 
 def _check_trackers(given: str | list[str]) -> None:

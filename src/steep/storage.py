@@ -47,6 +47,5 @@ def _sync(path: Path) -> None:
 def cache_folder() -> Path:
     """Where tokenised text and converted models are kept: ``$STEEP_CACHE``, or ``steep`` in the user's cache folder."""
     given = os.environ.get("STEEP_CACHE")
-    return (
-        Path(given).expanduser() if given else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "steep"
-    )
+    folder = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "steep"
+    return folder.expanduser()

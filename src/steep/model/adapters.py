@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from steep.errors import UserError
+from steep.errors import UserError, did_you_mean
 from steep.model.load import DTYPES
 from steep.model.names import EMBEDDINGS, LINEAR_LAYERS
 
@@ -43,9 +42,8 @@ def targeted(
     known = sorted({name.rsplit(".", 1)[-1] for name in shapes})
     for target in target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in shapes):
-            close = difflib.get_close_matches(target, known, n=1)
-            hint = f"Did you mean {close[0]!r}? " if close else ""
-            raise UserError(field, f"the model has no linear layer {target!r}", f"{hint}It has: {', '.join(known)}.")
+            remedy = f"{did_you_mean(target, known)} It has: {', '.join(known)}.".lstrip()
+            raise UserError(field, f"the model has no linear layer {target!r}", remedy)
     return {
         name: shape
         for name, shape in shapes.items()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from steep.errors import UserError
+from steep.errors import UserError, did_you_mean
 from steep.training.arguments import TrainingArguments
 
 # Honoured as they are: transformers' own code does what they say, and nothing of steep stands in its way.
@@ -90,8 +89,8 @@ def check_further(given: Mapping[str, Any], listed: Sequence[str]) -> dict[str, 
         if name in REFUSED:
             raise UserError(field, f"steep cannot honour it: {REFUSED[name]}", "Leave it out.")
         if name not in known or name not in HONOURED:
-            close = difflib.get_close_matches(name, [*listed, *sorted(HONOURED & known)], n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else "See transformers.TrainingArguments for the names."
+            hint = did_you_mean(name, [*listed, *sorted(HONOURED & known)])
+            hint = hint or "See transformers.TrainingArguments for the names."
             raise UserError(field, "it is not a field of the run file", hint)
         if value is False and name.endswith("_strategy"):  # YAML reads a bare no as false
             value = "no"

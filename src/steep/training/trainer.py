@@ -267,6 +267,11 @@ class Trainer(ExactCheckpoints):
         self._meter.tokens += int(self.corpus.train.row_tokens[rows.numpy()].sum())  # padding is no work done
         return rows
 
+    def ledger(self) -> dict[str, Any]:
+        """Where every document and token of the `Corpus` went so far; `Corpus.ledger` describes it."""
+        assert self.corpus is not None
+        return self.corpus.ledger(self.times_trained.numpy(), self.times_seen.numpy())
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, then judge the proof once more.
 
