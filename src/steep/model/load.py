@@ -90,8 +90,7 @@ def load_resolved(
     resolved: ResolvedModel, tokenizer: Any, *, base: str, compute_dtype: str, attn_implementation: str
 ) -> Any:
     """`load` for a model and a tokenizer that were found already."""
-    if "gguf_file" in resolved.arguments:
-        resolved = resolve(str(convert(Path(resolved.name) / resolved.arguments["gguf_file"], tokenizer)))
+    resolved = as_folder(resolved, tokenizer)
     base = resolve_base(base, resolved)
     compute = DTYPES[resolve_compute_dtype(compute_dtype, base)]
     arguments = {**resolved.arguments, **attention(attn_implementation), "dtype": DTYPES.get(base, compute)}
@@ -109,6 +108,13 @@ def load_resolved(
     model.requires_grad_(False)
     model.config.use_cache = False  # packed documents would see each other through a cache
     return model
+
+
+def as_folder(resolved: ResolvedModel, tokenizer: Any) -> ResolvedModel:
+    """`resolved` itself, or what stands for a GGUF file: the folder that it is converted into, once."""
+    if "gguf_file" not in resolved.arguments:
+        return resolved
+    return resolve(str(convert(Path(resolved.name) / resolved.arguments["gguf_file"], tokenizer)))
 
 
 def keep_4bit_layout(model: torch.nn.Module) -> None:

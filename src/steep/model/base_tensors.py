@@ -1,0 +1,70 @@
+"""The base model's own tensors, read from its safetensors files one at a time; the model itself is never built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils.hub import cached_file
+
+from steep.errors import UserError
+from steep.model.resolve import ResolvedModel
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class BaseTensors(Mapping[str, torch.Tensor]):
+    """Name → tensor as it is stored, on the CPU, read at each access; iterated shard by shard, in the files' order.
+
+    Args:
+        resolved: a model in safetensors (a GGUF file after `steep.model.load.as_folder`).
+        field: named in errors.
+
+    Raises:
+        UserError: the checkpoint has no safetensors, or a shard is missing or damaged.
+    """
+
+    def __init__(self, resolved: ResolvedModel, field: str = "model.name") -> None:
+        self._name, self._arguments, self._field = resolved.name, resolved.arguments, field
+        index = self._find(_INDEX)
+        shards = [_SINGLE] if index is None else sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        self._files: dict[str, Path] = {}
+        for shard in shards:
+            file = self._find(shard)
+            if file is None:
+                raise UserError(
+                    field,
+                    f"{self._name} has no {shard}",
+                    "Give a checkpoint in safetensors, with all its shards (save_pretrained writes one).",
+                )
+            with self._opened(file) as tensors:
+                self._files |= dict.fromkeys(tensors.keys(), file)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with self._opened(self._files[name]) as tensors:
+            return tensors.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def _opened(self, file: Path):
+        try:
+            return safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise UserError(self._field, f"{file} is damaged: {error}", "Download it again.") from error
+
+    def _find(self, file: str) -> Path | None:
+        found = cached_file(
+            self._name,
+            file,
+            revision=self._arguments.get("revision"),
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if found is None else Path(found)
