@@ -63,6 +63,9 @@ class ModelSection(Section):
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
         "auto", description="transformers' attention backend; auto: what the library chooses for the model."
     )
+    untie_embeddings: bool = Field(
+        False, description="Train a head of its own from a checkpoint whose head is its embed_tokens."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
 
 
@@ -80,6 +83,12 @@ class AdapterSection(Section):
         default_factory=lambda: list(EMBEDDINGS),
         description="Modules trained whole: the two embeddings, or [] for none.",
     )
+    init_lora_weights: bool | str = Field(
+        True,
+        description="Where adapters begin. true: at no effect; loftq: at the quantisation's error; pissa: at the "
+        "weights' principal directions.",
+    )
+    use_dora: bool = Field(False, description="DoRA: train each output row's length apart from its direction (slower).")
 
 
 class DataSection(Section):
@@ -122,6 +131,9 @@ class TrainingSection(BaseModel):
         None,
         gt=0,
         description="Peak rate of embed_tokens and lm_head; default: learning_rate / 10.",
+    )
+    loraplus_lr_ratio: Number = Field(
+        1.0, gt=0, description="LoRA+: LoRA's B trains at this multiple of learning_rate; 16 is its authors' advice."
     )
     lr_scheduler_type: str = Field("cosine", description="cosine, linear, constant, constant_with_warmup, ...")
     warmup_steps: Number = Field(0.05, ge=0, description="Steps of linear warm-up; below 1: their share of all steps.")
@@ -194,6 +206,12 @@ class RunConfig(Section):
                 "model.trained_dtype",
                 f"bf16 cannot be trained with compute_dtype {self.model.compute_dtype}",
                 "Set model.compute_dtype: bf16, or model.trained_dtype: fp32.",
+            )
+        if self.model.untie_embeddings and "lm_head" not in self.adapter.modules_to_save:
+            raise UserError(
+                "model.untie_embeddings",
+                "a head of its own that is not trained would stay what embed_tokens was",
+                "Put lm_head into adapter.modules_to_save, or leave it out.",
             )
         return self
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steep.model.adapters import is_tied, linear_shapes, targeted
+from steep.config import AdapterSection
+from steep.model.adapters import linear_shapes, targeted
+from steep.model.embeddings import is_tied
 from steep.model.names import EMBEDDINGS
 
 GIB = 2**30
@@ -29,7 +30,8 @@ class Shape:
         linear: weights in linear layers, the head not counted.
         embeddings: values in the embeddings, a tied pair counted once.
         other: every other parameter (norms, biases).
-        lora: values in the LoRA adapters.
+        lora: values in the LoRA adapters that train.
+        lora_start: values in the frozen adapter that PiSSA takes its beginning back with.
         trained_embeddings: values of the embeddings that train.
         hidden, intermediate, layers, vocabulary: the model's own dimensions.
     """
@@ -38,6 +40,7 @@ class Shape:
     embeddings: int
     other: int
     lora: int
+    lora_start: int
     trained_embeddings: int
     hidden: int
     intermediate: int
@@ -49,16 +52,18 @@ class Shape:
         return self.lora + self.trained_embeddings
 
 
-def shape_of(model: Any, r: int, target_modules: Any, modules_to_save: Sequence[str]) -> Shape:
+def shape_of(model: Any, adapter: AdapterSection) -> Shape:
     """Count `model` (it may be on the meta device) and the adapters that it would get."""
     config = model.config.get_text_config()
     shapes = linear_shapes(model)
-    lora = sum(min(r, *shape) * sum(shape) for shape in targeted(shapes, target_modules).values())
+    layers = targeted(shapes, adapter.target_modules).values()
+    factors = sum(min(adapter.r, *shape) * sum(shape) for shape in layers)
+    lengths = sum(outputs for outputs, _ in layers) if adapter.use_dora else 0
     tables = [model.get_input_embeddings()] + ([] if is_tied(model) else [model.get_output_embeddings()])
     embeddings = sum(table.weight.numel() for table in tables)
     linear = sum(out * inner for out, inner in shapes.values())
     total = sum(parameter.numel() for parameter in model.parameters())
-    trained = [name for name in EMBEDDINGS if name in modules_to_save]
+    trained = [name for name in EMBEDDINGS if name in adapter.modules_to_save]
     if is_tied(model):
         trained_embeddings = embeddings if trained else 0
     else:
@@ -67,7 +72,8 @@ def shape_of(model: Any, r: int, target_modules: Any, modules_to_save: Sequence[
         linear=linear,
         embeddings=embeddings,
         other=total - linear - embeddings,
-        lora=lora,
+        lora=factors + lengths,
+        lora_start=factors if adapter.init_lora_weights == "pissa" else 0,
         trained_embeddings=trained_embeddings,
         hidden=config.hidden_size,
         intermediate=getattr(config, "intermediate_size", 4 * config.hidden_size),
@@ -105,10 +111,10 @@ def memory_by_item(
     fixed = {
         "frozen linear weights": round(shape.linear * BASE_WIDTH[base]),
         "frozen embeddings and norms": (shape.embeddings + shape.other) * WIDTH.get(base, WIDTH[compute]),
-        "adapters": shape.lora * WIDTH[trained],
+        "adapters": (shape.lora + shape.lora_start) * WIDTH[trained],
         "trained embeddings": shape.trained_embeddings * WIDTH[trained],
         "optimizer states": round(shape.trained * OPTIMIZER_WIDTH.get(optim, 8.0)),
-        "16-bit copies": shape.trained * WIDTH[compute] if trained != compute else 0,
+        "16-bit copies": (shape.trained + shape.lora_start) * WIDTH[compute] if trained != compute else 0,
     }
     at_the_loss = {
         "activations": kept,

@@ -14,7 +14,8 @@ from steep.config import RunConfig
 from steep.data.packing import Corpus, pack
 from steep.errors import UserError
 from steep.memory import Shape, memory_by_item, shape_of
-from steep.model.adapters import check_embeddings, is_tied
+from steep.model.adapters import check_embeddings, check_start
+from steep.model.embeddings import is_tied, untie
 from steep.model.load import attention, attention_refused, resolve_base, resolve_compute_dtype
 from steep.model.resolve import ResolvedModel, looks_like_chat, read_tokenizer, resolve
 from steep.run_folder import RunFolder
@@ -65,6 +66,7 @@ class Plan:
             "parameters": {
                 "frozen": shape.linear + shape.embeddings + shape.other,
                 "adapters": shape.lora,
+                "adapters_frozen": shape.lora_start,
                 "trained_embeddings": shape.trained_embeddings,
                 "trained": shape.trained,
             },
@@ -105,8 +107,11 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
         empty = AutoModelForCausalLM.from_config(
             resolved.config, trust_remote_code=model.trust_remote_code, **attention(model.attn_implementation)
         )
+    if model.untie_embeddings:
+        untie(empty)
     check_embeddings(empty, config.adapter.modules_to_save)
-    shape = shape_of(empty, config.adapter.r, config.adapter.target_modules, config.adapter.modules_to_save)
+    _check_adapter(config, base, resolved)
+    shape = shape_of(empty, config.adapter)
     tokenizer = read_tokenizer(resolved)
     data, training = config.data, config.training
     arguments = training_arguments(config)
@@ -159,6 +164,38 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
     return plan
 
 
+def _check_adapter(config: RunConfig, base: str, resolved: ResolvedModel) -> None:
+    adapter, field = config.adapter, "adapter.init_lora_weights"
+    check_start(adapter.init_lora_weights, adapter.use_dora)
+    if adapter.init_lora_weights == "loftq" and base not in ("nf4", "int8"):
+        raise UserError(field, f"loftq begins at the quantisation's error, and a base in {base} has none", "Give true.")
+    if adapter.init_lora_weights == "loftq" and resolved.quantization is not None:
+        raise UserError(
+            field,
+            f"loftq needs the 16-bit weights, and {config.model.name} is stored quantised",
+            "Give the 16-bit checkpoint as model.name.",
+        )
+
+
+def _option_warnings(config: RunConfig) -> list[str]:
+    """What the options of the recipe do not go with."""
+    adapter, training, found = config.adapter, config.training, []
+    scale = adapter.lora_alpha / (adapter.r**0.5 if adapter.use_rslora else adapter.r)
+    at_odds = []
+    if adapter.init_lora_weights == "pissa" and scale != 1:
+        at_odds.append("PiSSA was published with a scale of 1 (lora_alpha: r, use_rslora: false)")
+    rate = training.loraplus_lr_ratio * training.learning_rate
+    if training.loraplus_lr_ratio > 1 and rate > ADVISED_RATES[1] and adapter.use_rslora:
+        at_odds.append(f"LoRA+ trains B at {rate:g}, and rank-stabilised scaling makes its steps larger once more")
+    if at_odds:
+        found.append(
+            f"the adapters' scale is {scale:g}: {'; '.join(at_odds)}. Lower training.learning_rate if the loss jumps."
+        )
+    if adapter.use_dora:
+        found.append("DoRA reads every weight once more in each forward: expect a much slower step.")
+    return found
+
+
 def _warnings(plan: Plan) -> list[str]:
     config, corpus = plan.config, plan.corpus
     found = []
@@ -198,6 +235,7 @@ def _warnings(plan: Plan) -> list[str]:
             f"model.trained_dtype is bf16, and {config.training.optim} rounds most updates of such weights away. Use "
             "optim: adamw_8bit, which rounds stochastically, or trained_dtype: fp32."
         )
+    found += _option_warnings(config)
     rate, ratio = config.training.learning_rate, config.training.learning_rate / max(embedding_rate(config), 1e-30)
     if not ADVISED_RATES[0] <= rate <= ADVISED_RATES[1]:
         found.append(f"learning_rate {rate:g} is far from the advice ({ADVISED_RATES[0]:g} to {ADVISED_RATES[1]:g}).")

@@ -17,7 +17,8 @@ from steep.evaluation.board import board
 from steep.evaluation.perplexity import evaluate
 from steep.evaluation.score import DomainScore
 from steep.generation import generate_side_by_side, sample
-from steep.model.adapters import add_adapters, load_adapter_weights
+from steep.model.adapters import add_adapters, open_adapter
+from steep.model.embeddings import untie
 from steep.model.load import load_resolved
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.plan import Plan, plan_run
@@ -70,7 +71,9 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
     config, found = plan.config, checkpoints(folder.path)
     transformers.set_seed(config.training.seed)  # adapters are drawn at random
     terminal.say(f"loading {config.model.name}")
-    model = load_for(config, plan.resolved, plan.tokenizer)
+    base = load_base(config, plan.resolved, plan.tokenizer)
+    settings = {**config.adapter.model_dump(), "trained_dtype": config.model.trained_dtype}
+    model = add_adapters(base, **settings, resumed=bool(found))
     _check_trainable(model, plan)
     trainer = _trainer(plan, model)
     folder.write_text("run.yaml", config.to_yaml())
@@ -150,8 +153,7 @@ def evaluate_run(
             "the run held no text out, so there is nothing to score",
             "Raise it, or add a source with role: heldout.",
         )
-    model = load_for(config, plan.resolved, plan.tokenizer)
-    load_adapter_weights(model, folder.final, "run folder")
+    model = load_result(config, plan.resolved, plan.tokenizer, folder)
     score = partial(
         evaluate,
         model,
@@ -183,8 +185,7 @@ def generate_run(
     settings = config.model
     resolved = resolve(settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     tokenizer = read_tokenizer(resolved)
-    model = load_for(config, resolved, tokenizer)
-    load_adapter_weights(model, folder.final, "run folder")
+    model = load_result(config, resolved, tokenizer, folder)
     return generate_side_by_side(
         model,
         tokenizer,
@@ -196,8 +197,8 @@ def generate_run(
     )
 
 
-def load_for(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any:
-    """The base model of a run, with fresh adapters."""
+def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any:
+    """The frozen model that a run trains over."""
     settings = config.model
     model = load_resolved(
         resolved,
@@ -206,7 +207,15 @@ def load_for(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any:
         compute_dtype=settings.compute_dtype,
         attn_implementation=settings.attn_implementation,
     )
-    return add_adapters(model, **config.adapter.model_dump(), trained_dtype=settings.trained_dtype)
+    if settings.untie_embeddings:
+        untie(model)
+    return model
+
+
+def load_result(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, folder: RunFolder) -> Any:
+    """The model that a finished run trained: `final/` over the base."""
+    base = load_base(config, resolved, tokenizer)
+    return open_adapter(base, folder.final, trained_dtype=config.model.trained_dtype)
 
 
 def _trainer(plan: Plan, model: Any) -> Trainer:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from steep.errors import UserError
-from steep.model.adapters import add_adapters, is_tied, load_adapter_weights, lowered_ranks, rank_pattern
+from steep.model.adapters import add_adapters, load_adapter_weights, lowered_ranks, rank_pattern
+from steep.model.embeddings import is_tied
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
 

@@ -9,10 +9,22 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from steep.errors import UserError, did_you_mean
+from steep.model.adapter_start import (
+    ADAPTER,
+    START,
+    add_frozen_start,
+    has_frozen_start,
+    join,
+    joined_config,
+    split,
+    start_from_principal_directions,
+    start_from_quantisation_error,
+)
+from steep.model.embeddings import is_tied
 from steep.model.load import DTYPES
 from steep.model.names import EMBEDDINGS, LINEAR_LAYERS
 
@@ -91,7 +103,10 @@ def add_adapters(
     lora_dropout: float = 0.0,
     target_modules: Sequence[str] | str = LINEAR_LAYERS,
     modules_to_save: Sequence[str] = EMBEDDINGS,
+    init_lora_weights: bool | str = True,
+    use_dora: bool = False,
     trained_dtype: str = "fp32",
+    resumed: bool = False,
 ) -> PeftModel:
     """Put LoRA on the linear layers of `model` and make its embeddings trainable.
 
@@ -99,18 +114,22 @@ def add_adapters(
         r: rank; a layer whose smaller side is below it gets that side as its rank (said once).
         use_rslora: scale ``lora_alpha / sqrt(rank of the layer)`` instead of ``/ rank`` (Kalajdzievski 2023).
         modules_to_save: modules trained whole; a tied head stays tied.
+        init_lora_weights: True (B begins at zero), ``"pissa"`` or ``"loftq"``: see `steep.model.adapter_start`.
+        use_dora: train each output row's length apart from its direction (Liu et al. 2024).
         trained_dtype: ``fp32`` or ``bf16``, of everything that trains.
+        resumed: leave out the work of `init_lora_weights`, whose values a checkpoint will replace.
 
     Returns:
         A plain `peft.PeftModel`.
 
     Raises:
-        UserError: r ≤ 0, an unknown target, a module that is not there.
+        UserError: r ≤ 0, an unknown target, a module that is not there, options that exclude each other.
     """
     if r <= 0:
         raise UserError("adapter.r", f"{r} is not a rank", "Give a number above 0, such as 256.")
     if trained_dtype not in ("fp32", "bf16"):
         raise UserError("model.trained_dtype", f"{trained_dtype!r} cannot be trained", "Give fp32 or bf16.")
+    check_start(init_lora_weights, use_dora)
     shapes = targeted(linear_shapes(model), target_modules)
     check_embeddings(model, modules_to_save)
     lowered = lowered_ranks(shapes, r)
@@ -128,8 +147,34 @@ def add_adapters(
         modules_to_save=whole or None,
         rank_pattern=rank_pattern(shapes, r),
         ensure_weight_tying=tied and bool(whole),
+        use_dora=use_dora,
         task_type="CAUSAL_LM",
     )
+    peft_model = _wrapped(model, config, trained_dtype)
+    if resumed and init_lora_weights == "pissa":
+        add_frozen_start(peft_model)
+    elif not resumed and init_lora_weights == "pissa":
+        start_from_principal_directions(peft_model)
+    elif not resumed and init_lora_weights == "loftq":
+        start_from_quantisation_error(peft_model)
+    return peft_model
+
+
+def open_adapter(model: Any, folder: Path, *, trained_dtype: str = "fp32", field: str = "run folder") -> PeftModel:
+    """Put the adapter that is saved in `folder` on `model`, as its own config says, in `trained_dtype`.
+
+    Raises:
+        UserError: the folder's tensors are not what its config says, or do not fit the model.
+    """
+    config = LoraConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)
+    config.inference_mode = False
+    peft_model = _wrapped(model, config, trained_dtype)
+    load_adapter_weights(peft_model, folder, field)
+    return peft_model
+
+
+def _wrapped(model: Any, config: LoraConfig, trained_dtype: str) -> PeftModel:
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     dtype = DTYPES[trained_dtype]
     for parameter in peft_model.parameters():
@@ -138,11 +183,40 @@ def add_adapters(
     return peft_model
 
 
-def is_tied(model: nn.Module) -> bool:
-    """Whether the head of a causal LM is its input embedding."""
-    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    table = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    return head is not None and head.weight is table.weight
+def check_start(init_lora_weights: bool | str, use_dora: bool) -> None:
+    """Check that LoRA's beginning is one that steep has.
+
+    Raises:
+        UserError: another of PEFT's, or one that excludes DoRA.
+    """
+    field = "adapter.init_lora_weights"
+    if init_lora_weights not in (True, "pissa", "loftq"):
+        remedy = "Give true, pissa or loftq."
+        if "pissa" in str(init_lora_weights).lower():
+            remedy = "Give pissa, which here works over a 4-bit base too and is as exact as an SVD."
+        raise UserError(field, f"steep does not have {init_lora_weights!r}", remedy)
+    if use_dora and init_lora_weights is not True:
+        raise UserError(
+            "adapter.use_dora",
+            f"DoRA's lengths are those of the stock weights, and {init_lora_weights} begins elsewhere",
+            "Give one of the two.",
+        )
+
+
+def save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Write the trained adapter in PEFT's format, each matrix once; it opens on the stock base.
+
+    With PiSSA it is one adapter of twice the rank, [B, −B0][A; A0]; `load_adapter_weights` takes it apart again.
+    """
+    # "auto" would look the base model up on the hub and write the trained embeddings a second time.
+    model.save_pretrained(str(folder), selected_adapters=[ADAPTER], state_dict=state_dict, save_embedding_layers=False)
+    if has_frozen_start(model):
+        start = get_peft_model_state_dict(model, state_dict, adapter_name=START, save_embedding_layers=False)
+        file = folder / "adapter_model.safetensors"
+        save_file(join(load_file(file), {name: t.cpu() for name, t in start.items()}), file, metadata={"format": "pt"})
+        config = LoraConfig.from_pretrained(str(folder))
+        assert isinstance(config, LoraConfig)
+        joined_config(config).save_pretrained(str(folder))
 
 
 def load_adapter_weights(model: PeftModel, folder: Path, field: str) -> None:
@@ -163,6 +237,9 @@ def load_adapter_weights(model: PeftModel, folder: Path, field: str) -> None:
         tensors = load_file(file)
     except SafetensorError as error:
         raise UserError(field, f"{file} is damaged: {error}", "Put it back, or train again.") from error
+    start: dict[str, Any] = {}
+    if has_frozen_start(model):
+        tensors, start = split(tensors)
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     # Checked before anything is written: PEFT would load an embedding that this adapter does not train into the base.
     for names, others, what in ((own, tensors, "lacks"), (tensors, own, "has an unknown tensor")):
@@ -170,5 +247,7 @@ def load_adapter_weights(model: PeftModel, folder: Path, field: str) -> None:
             raise UserError(field, f"{file} {what} {odd[0]}", remedy)
     try:
         set_peft_model_state_dict(model, tensors)
+        if start:
+            set_peft_model_state_dict(model, start, adapter_name=START)
     except RuntimeError as error:
         raise UserError(field, f"{file} does not fit: {str(error).splitlines()[-1].strip()}", remedy) from error

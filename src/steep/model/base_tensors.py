@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
 from steep.errors import UserError
-from steep.model.resolve import ResolvedModel
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -20,15 +19,16 @@ class BaseTensors(Mapping[str, torch.Tensor]):
     """Name → tensor as it is stored, on the CPU, read at each access; iterated shard by shard, in the files' order.
 
     Args:
-        resolved: a model in safetensors (a GGUF file after `steep.model.load.as_folder`).
+        name: folder or hub name of a model in safetensors (what `steep.model.load.as_folder` makes of a GGUF file).
+        revision: commit, tag or branch on the hub.
         field: named in errors.
 
     Raises:
         UserError: the checkpoint has no safetensors, or a shard is missing or damaged.
     """
 
-    def __init__(self, resolved: ResolvedModel, field: str = "model.name") -> None:
-        self._name, self._arguments, self._field = resolved.name, resolved.arguments, field
+    def __init__(self, name: str, *, revision: str | None = None, field: str = "model.name") -> None:
+        self._name, self._revision, self._field = name, revision, field
         index = self._find(_INDEX)
         shards = [_SINGLE] if index is None else sorted(set(json.loads(index.read_text())["weight_map"].values()))
         self._files: dict[str, Path] = {}
@@ -63,7 +63,7 @@ class BaseTensors(Mapping[str, torch.Tensor]):
         found = cached_file(
             self._name,
             file,
-            revision=self._arguments.get("revision"),
+            revision=self._revision,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )

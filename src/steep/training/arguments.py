@@ -18,6 +18,7 @@ class TrainingArguments(transformers.TrainingArguments):
     Args:
         embedding_learning_rate: rate of the fully trained `embed_tokens` and `lm_head`; default: a tenth of
             `learning_rate`.
+        loraplus_lr_ratio: LoRA's B matrices train at this multiple of `learning_rate` (LoRA+, Hayou et al. 2024).
         min_lr_rate: the cosine and linear schedules end at this share of each group's rate instead of at zero.
         eval_stride: new tokens that each window of a long held-out document scores; default: half a row.
         eval_max_tokens: held-out tokens scored a domain at the most.
@@ -30,6 +31,7 @@ class TrainingArguments(transformers.TrainingArguments):
     # transformers logs a number in place of a NaN by default; a loss that was NaN is never shown as a number here.
     logging_nan_inf_filter: bool = field(default=False)
     embedding_learning_rate: float | None = field(default=None)
+    loraplus_lr_ratio: float = field(default=1.0)
     min_lr_rate: float = field(default=0.0)
     max_nonfinite_steps: int = field(default=3)
     eval_stride: int | None = field(default=None)
@@ -41,6 +43,10 @@ class TrainingArguments(transformers.TrainingArguments):
             rate = getattr(self, name)
             if rate is not None and not (math.isfinite(rate) and rate >= 0):
                 raise UserError(name, f"{rate} is not a learning rate", "Give a finite number ≥ 0, such as 5e-6.")
+        if not (math.isfinite(self.loraplus_lr_ratio) and self.loraplus_lr_ratio > 0):
+            raise UserError(
+                "loraplus_lr_ratio", f"{self.loraplus_lr_ratio} is no ratio", "Give a number above 0, such as 16."
+            )
         if not 0 <= self.min_lr_rate <= 1:
             raise UserError("min_lr_rate", f"{self.min_lr_rate} is not a share", "Give a number between 0 and 1.")
         if self.max_nonfinite_steps < 1:

@@ -10,7 +10,7 @@ import transformers
 from peft import PeftModel
 from transformers.trainer_callback import ExportableState
 
-from steep.model.adapters import load_adapter_weights
+from steep.model.adapters import load_adapter_weights, save_adapter
 from steep.storage import published
 from steep.training.checkpoint import checkpoints, retain, rng_state, set_rng_state
 from steep.training.state_files import load_state, save_state
@@ -63,8 +63,7 @@ class ExactCheckpoints(transformers.Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel):
-            # "auto" would look the base model up on the hub and write the trained embeddings a second time.
-            model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+            save_adapter(model, folder, state_dict)
         else:
             model.save_pretrained(str(folder), state_dict=state_dict)
         if self.processing_class is not None:

@@ -16,7 +16,8 @@ KINDS = ("adapters_a", "adapters_b", "embeddings", "other")
 
 
 def kind_of(name: str, embedding_names: Collection[str]) -> str:
-    """The kind of the parameter called `name`: LoRA's A or B, an embedding, or anything else (norms, biases)."""
+    """The kind of the parameter called `name`: LoRA's A or B, an embedding, or another (norms, biases, DoRA's
+    lengths)."""
     if name in embedding_names:
         return "embeddings"
     if "lora_A" in name or "lora_embedding_A" in name:
@@ -57,7 +58,8 @@ def parameter_groups(
         members: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
         for parameter in source["params"]:
             name = names[id(parameter)]
-            members.setdefault((kind_of(name, embedding_names), name in decayed), []).append(parameter)
+            decays = name in decayed and "lora_magnitude" not in name  # DoRA's lengths start at the base's
+            members.setdefault((kind_of(name, embedding_names), decays), []).append(parameter)
         for kind in KINDS:
             for decays in (True, False):
                 if (kind, decays) not in members:
@@ -67,8 +69,14 @@ def parameter_groups(
                     | {
                         "name": kind,
                         "params": members[kind, decays],
-                        "lr": args.resolved_embedding_learning_rate if kind == "embeddings" else args.learning_rate,
+                        "lr": _rate(kind, args),
                         "weight_decay": args.weight_decay if decays else 0.0,
                     }
                 )
     return groups
+
+
+def _rate(kind: str, args: TrainingArguments) -> float:
+    if kind == "embeddings":
+        return args.resolved_embedding_learning_rate
+    return args.learning_rate * (args.loraplus_lr_ratio if kind == "adapters_b" else 1)
