@@ -81,10 +81,8 @@ def test_the_result_opens_on_the_stock_base(runs: dict[str, Path], base: Path, o
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=quantization)
     keep_4bit_layout(stock)
     # PEFT advises to keep a head tied that is untied here on purpose.
-    said = (
-        pytest.warns(UserWarning, match="a tied layer is part of the adapter") if option == "untied" else nullcontext()
-    )
-    with said:
+    said = pytest.warns(UserWarning, match="a tied layer is part of the adapter")
+    with said if option == "untied" else nullcontext():
         model: Any = PeftModel.from_pretrained(stock, str(runs[option] / "final")).eval()
     plan = plan_run(load_config(runs[option] / "run.yaml"))
     saved = {row["domain"]: row["loss"] for row in lines(runs[option] / "evaluation.jsonl") if row["step"] == 6}
@@ -141,10 +139,10 @@ def test_what_cannot_be_is_refused_by_the_plan(base: Path, llama_folder: Path, k
     def check(match: str, path: Path = base, **sections: dict[str, Any]) -> None:
         refused(match, path, korean_corpus, tmp_path / "run", **sections)
 
-    nf4 = {"model": {"base": "nf4"}}
+    nf4: dict[str, Any] = {"base": "nf4"}
     check("init_lora_weights: loftq begins at", adapter={"init_lora_weights": "loftq"})
-    check("init_lora_weights: steep does not have 'olora'", adapter={"init_lora_weights": "olora"}, **nf4)
-    check("use_dora: DoRA's lengths", adapter={"init_lora_weights": "pissa", "use_dora": True}, **nf4)
+    check("init_lora_weights: steep does not have 'olora'", adapter={"init_lora_weights": "olora"}, model=nf4)
+    check("use_dora: DoRA's lengths", adapter={"init_lora_weights": "pissa", "use_dora": True}, model=nf4)
     untied = {"untie_embeddings": True}
     check("untie_embeddings: the model's head is a matrix of its own", llama_folder, model=untied)
     with pytest.raises(UserError, match="untie_embeddings: a head of its own that is not trained"):

@@ -83,8 +83,8 @@ def test_loftq_takes_up_what_quantisation_lost(base: Path, kind: str, rslora: bo
     frozen = {name: dequantize_module_weight(module) for name, module in quantised(model).items()}
     peft_model = add_adapters(model, r=16, use_rslora=rslora, init_lora_weights="loftq")
     for name, layer in layers(peft_model).items():
-        weight = original.get_submodule(name).weight.detach()
-        error = (weight - frozen[name]).double()
+        weight: Any = original.get_submodule(name).weight
+        error = (weight.detach() - frozen[name]).double()
         moved = layer.scaling[ADAPTER] * product(layer).double()
         rank = layer.r[ADAPTER]
         tail = torch.linalg.svdvals(error)[rank:].square().sum().sqrt()
