@@ -144,6 +144,32 @@ def generate(
     print()
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folder of a run, finished or not; several: beside each other."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The page; default: report.html in the run folder, or here for several."),
+    ] = None,
+    live: Annotated[bool, typer.Option("--watch", help="Serve the page to this machine, kept fresh.")] = False,
+    port: Annotated[int, typer.Option(help="With --watch: 0 takes a free one.", min=0, max=65535)] = 0,
+) -> None:
+    """Write what a run learned, forgot, used and proved as one HTML page, or serve it while the run goes on."""
+    if live and output is not None:
+        raise UserError("-o", "it does not go with --watch, which writes no file", "Leave one of the two out.")
+    if live:
+        from steep.report.watch import watch
+
+        watch(runs, port, said=lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True))
+    else:
+        from steep.report.page import write_report
+
+        print(f"wrote {write_report(runs, output)}")
+
+
 def main() -> None:
     """Entry point: user errors become one line and exit code 2, a stopped run exit code 1."""
     try:
