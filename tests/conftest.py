@@ -20,9 +20,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 _CACHE = tempfile.mkdtemp(prefix="steep-tests-")
 os.environ["STEEP_CACHE"] = _CACHE
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
+
+from tests.report.browser import chromium
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -33,34 +37,45 @@ if TYPE_CHECKING:
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-_without_gpu = pytest.StashKey[int]()
+
+def _has_browser() -> bool:
+    return chromium() is not None and importlib.util.find_spec("playwright") is not None
+
+
+# What a marked test needs, and what is said where that is missing.
+_NEEDS = {
+    "gpu": (torch.cuda.is_available, "this machine has no CUDA device"),
+    "browser": (_has_browser, "they need Chromium (apt install chromium) and playwright (make venv)"),
+}
+_left_out = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests marked `gpu` where there is none: deselected and counted, never a silent skip."""
-    if torch.cuda.is_available():
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-    config.stash[_without_gpu] = len(left_out)
-    workeroutput = getattr(config, "workeroutput", None)  # xdist's way to send a number to the process that prints
+    """Leave out marked tests where what they need is missing: deselected and counted, never a silent skip."""
+    counts: dict[str, int] = {}
+    for mark, (is_there, _) in _NEEDS.items():
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        if marked and not is_there():
+            config.hook.pytest_deselected(items=marked)
+            items[:] = [item for item in items if not item.get_closest_marker(mark)]
+            counts[mark] = len(marked)
+    config.stash[_left_out] = counts
+    workeroutput = getattr(config, "workeroutput", None)  # xdist's way to send numbers to the process that prints
     if workeroutput is not None:
-        workeroutput["steep_without_gpu"] = len(left_out)
+        workeroutput["steep_left_out"] = counts
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: object, error: object) -> None:
-    """Every xdist worker collects all tests, so each reports the same number."""
+    """Every xdist worker collects all tests, so each reports the same numbers."""
     output = getattr(node, "workeroutput", {})
-    if "steep_without_gpu" in output:
-        node.config.stash[_without_gpu] = output["steep_without_gpu"]  # pyright: ignore[reportAttributeAccessIssue]
+    if "steep_left_out" in output:
+        node.config.stash[_left_out] = output["steep_left_out"]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if left_out := config.stash.get(_without_gpu, 0):
-        terminalreporter.write_line(f"{left_out} tests marked 'gpu' were left out: this machine has no CUDA device")
+    for mark, count in config.stash.get(_left_out, {}).items():
+        terminalreporter.write_line(f"{count} tests marked '{mark}' were left out: {_NEEDS[mark][1]}")
 
 
 def pytest_unconfigure() -> None:

@@ -67,7 +67,7 @@ def write_run(
             }
         )
     _write_lines(folder / "metrics.jsonl", rows)
-    measured = sorted({*range(0, done + 1, eval_every), *([steps] if finished else [])})
+    measured = [*range(0, done, eval_every), *([steps] if finished else [])]
     _write_lines(folder / "evaluation.jsonl", [row for step in measured for row in _scores(step, steps, domains)])
     _write_lines(
         folder / "samples.jsonl",

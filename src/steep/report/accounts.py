@@ -124,13 +124,11 @@ def proof_line(proof: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def ledger_line(ledger: Mapping[str, Any]) -> tuple[str, str]:
-    """``good``, ``bad`` or ``open``, and the ledger in one sentence. The sums of the sources are added up here again."""
+    """``good``, ``bad`` or ``open``, and the ledger in one sentence. The sums are added up here again."""
     if not ledger:
         return "open", "The ledger is written at each checkpoint and at the end."
-    wrong = [
-        account.name for unit in ("documents", "tokens") for account in accounts(ledger, unit) if not account.adds_up
-    ]
-    if wrong or not ledger["adds_up"]:
+    every = [account for unit in ("documents", "tokens") for account in accounts(ledger, unit)]
+    if not ledger["adds_up"] or not all(account.adds_up for account in every):
         return "bad", "The ledger does not add up."
     tokens = accounts(ledger, "tokens")[-1]
     return "good", f"All {tokens.read:,} tokens are accounted for."

@@ -156,9 +156,7 @@ def charts(runs: Sequence[Run]) -> tuple[list[Chart], str]:
 
 
 def _named(run: Run, runs: Sequence[Run], name: str) -> str:
-    if len(runs) == 1:
-        return name
-    return f"{run.label} · {name}" if name else run.label
+    return name if len(runs) == 1 else f"{run.label} · {name}"
 
 
 def _look(number: int) -> dict[str, Any]:
@@ -273,9 +271,8 @@ def _domains(runs: Sequence[Run]) -> list[Chart]:
                 chart.curves.append(_level(run, values[0], _named(run, runs, "base model"), dict(_BASE)))
             steps = [row["step"] for row in rows]
             tokens = [_tokens_at(run, step) for step in steps]
-            chart.curves.append(
-                Curve(_named(run, runs, "trained" if len(runs) == 1 else ""), steps, tokens, values, **_look(number))
-            )
+            name = run.label if len(runs) > 1 else "trained"
+            chart.curves.append(Curve(name, steps, tokens, values, **_look(number)))
         if len(runs) > 1 and len(bases) == 1:  # one line for all
             next(curve for curve in chart.curves if curve.colour == "base").name = "base model"
         found.append(chart)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 MINUS, DASH = "\u2212", "\u2013"
 
@@ -17,11 +17,12 @@ def short(value: float | None) -> str:
     """1234567 → ``1.23 M``; for big figures, where the digits behind do not matter."""
     if value is None:
         return DASH
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            scaled = value / (1e3 if unit == "k" else limit)
-            return f"{scaled:.3g} {unit}" if abs(scaled) < 1000 else f"{scaled:,.0f} {unit}"
-    return f"{value:,.0f}"
+    if abs(value) < 1e4:
+        return f"{value:,.0f}"
+    power = 1
+    while abs(value) / 1000**power >= 999.5 and power < 4:
+        power += 1
+    return f"{value / 1000**power:.3g} {' kMGT'[power]}"
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
@@ -69,4 +70,4 @@ def perplexity(value: float | None) -> str:
 
 def moment(seconds: float | None) -> str:
     """Seconds since the epoch → ``2026-03-01 14:05 UTC``."""
-    return DASH if seconds is None else f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M} UTC"
+    return DASH if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"

@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 from steep.errors import UserError
+from steep.report import comparison, figures
 from steep.report.accounts import (
     FATES,
     MOST_NAMES,
@@ -28,7 +29,6 @@ from steep.report.accounts import (
     proof_groups,
     proof_line,
 )
-from steep.report import comparison, figures
 from steep.report.curves import charts, smooth, smoothing_span
 from steep.report.read import Run, read_runs
 from steep.report.verdict import changes, headline
@@ -209,9 +209,8 @@ def plot_library() -> str:
         raise UserError(
             "steep report", f"the package {error.name} is not installed", "Install it: pip install 'steep[report]'"
         ) from error
-    library = (
-        f"{{\n{javascript_bundle('window.vegaEmbed = vegaEmbed;')}\n}}"  # in a block, or its names would be global
-    )
+    bundle = javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    library = f"{{\n{bundle}\n}}"  # in a block, or its names would be global
     assert not re.search(r"</script|<!--|<script|\r", library, re.IGNORECASE)  # could end the tag, or its digest fail
     return library
 

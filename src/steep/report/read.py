@@ -69,6 +69,12 @@ class Run:
         return self.plan.get("steps")
 
     @property
+    def model(self) -> str:
+        """The base model: its name on the hub, or the last part of its path."""
+        name = str(self.config.get("model", {}).get("name", ""))
+        return Path(name).name if name.startswith("/") else name
+
+    @property
     def last(self) -> dict[str, Any]:
         """The newest line of `metrics.jsonl`."""
         return self.metrics[-1] if self.metrics else {}
