@@ -21,6 +21,7 @@ from transformers import BertConfig
 from steep import cli
 from steep.run_folder import RunFolder
 from steep.training.trainer import Trainer
+from tests.report.runs import write_run as write_report_run
 from tests.tiny import documents
 
 
@@ -89,7 +90,7 @@ def test_help_is_quick() -> None:
         start = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", "steep", "--help"], capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - start)
-    for command in ("init", "plan", "train", "eval", "generate"):
+    for command in ("init", "plan", "train", "eval", "generate", "report"):
         assert re.search(rf"\b{command}\b", done.stdout)
     assert min(seconds) < 0.5
 
@@ -286,3 +287,12 @@ def test_damaged_files_are_named(steep: Steep, run_file: Path) -> None:
 def test_a_disk_that_is_too_small_is_told(steep: Steep, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunFolder, "free_bytes", lambda self: 2**20)
     assert "has 0.00 GiB free, and the run may need" in steep("plan", run_file).err
+
+
+def test_a_report(steep: Steep, tmp_path: Path) -> None:
+    folder = write_report_run(tmp_path / "ko")
+    said = steep("report", folder)
+    assert (said.code, said.out) == (0, f"wrote {folder / 'report.html'}\n")
+    assert (folder / "report.html").stat().st_size > 500_000
+    assert_one_error_line(steep("report", tmp_path / "none"), "RUN: ", "holds no run", "runs/ko")
+    assert_one_error_line(steep("report", folder, "--watch", "-o", "x.html"), "-o: ", "does not go with --watch")
