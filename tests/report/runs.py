@@ -61,7 +61,7 @@ def write_run(
                 "learning_rate_embeddings": rate / 10,
                 "tokens": step * 32_640,
                 "tokens_per_second": 11_800 + chance.gauss(0, 150),
-                "peak_memory_bytes": 20_200_000_000 + min(step, 5) * 40_000_000,
+                "peak_memory_bytes": 20_200_000_000 + min(step, 50) * 4_000_000,
                 "steps_not_finite": 0,
                 "epoch": step / steps,
             }

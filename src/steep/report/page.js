@@ -376,9 +376,7 @@
   function replacePart(name, html) {
     const part = document.querySelector(`[data-part="${name}"]`);
     if (part.dataset.html === html) return;
-    const first = part.dataset.html === undefined;
     part.dataset.html = html;
-    if (first && part.innerHTML.trim() === html) return;
     const open = new Map([...part.querySelectorAll("details[id]")].map((details) => [details.id, details.open]));
     part.innerHTML = html;
     for (const details of part.querySelectorAll("details[id]")) {
