@@ -62,7 +62,7 @@ def test_the_headline(domains: dict[str, tuple[str, float, float]], text: str, t
 def test_the_headline_of_a_run_that_goes_on(tmp_path: Path) -> None:
     assert headline(read_run(tmp_path / "ko")) == "Waiting for the run to begin."
     folder = write_run(tmp_path / "ko", steps=100, done=10)
-    assert headline(read_run(folder)).startswith("The base model is measured.")
+    assert headline(read_run(folder)).startswith("The base model is measured, the trained one not yet.")
     write_run(folder, steps=100, done=50)
     assert headline(read_run(folder)) == "So far: learned korean. Forgot some of english."
 

@@ -411,7 +411,11 @@
     if (data.problem) banner(`${data.problem} What stands below is older.`, "bad");
     else if (data.finished) banner("The run has finished. This page stays as it is.", "good");
     else if (data.written === null) banner("Waiting for the run: its folder is not there yet, or has nothing in it.", "open");
-    else banner(`Live: last written ${ago(Date.now() / 1000 - data.written)}.`, "open");
+    else {
+      const silence = Date.now() / 1000 - data.written;
+      const doubt = silence > 900 ? " The run may have stopped." : "";
+      banner(`Live: last written ${ago(silence)}.${doubt}`, "open");
+    }
   }
 
   async function poll() {

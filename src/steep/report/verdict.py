@@ -97,7 +97,7 @@ def headline(run: Run) -> str:
     if not measured:
         if run.finished:
             return "Trained. The held-out text was scored only once, so there is nothing to compare."
-        return "The base model is measured. Held-out text is scored again later."
+        return "The base model is measured, the trained one not yet."
     learned = [change for change in measured if change.learns]
     kept = [change for change in measured if not change.learns]
     sentences = _sentences(learned, ("better", "Learned"), ("same", "Did not learn"), ("worse", "Got worse at"))
