@@ -40,7 +40,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(option: str, base: Path, corpus: Path, folder: Path) -> RunConfig:
     given = OPTIONS[option]
-    return run_file(base, corpus, folder, **{**given, "model": {"base": "nf4", **given.get("model", {})}})
+    return run_file(
+        base, corpus, folder, **{**given, "model": {"base": "nf4", "compute_dtype": "fp32", **given.get("model", {})}}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,10 @@ def test_the_result_opens_on_the_stock_base(runs: dict[str, Path], base: Path, o
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )  # fmt: skip
-    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=quantization)
+    stock = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, quantization_config=quantization,
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+    )  # fmt: skip
     keep_4bit_layout(stock)
     # PEFT advises to keep a head tied that is untied here on purpose.
     said = pytest.warns(UserWarning, match="a tied layer is part of the adapter")

@@ -19,6 +19,8 @@ from steep.model.adapters import add_adapters, load_adapter_weights, open_adapte
 from steep.model.load import keep_4bit_layout, load
 from tests.tiny import save_tiny
 
+DEVICE = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,7 +33,7 @@ def ids() -> torch.Tensor:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(ids()).logits.double()
+        return model.eval()(ids().to(model.device)).logits.double()
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -44,7 +46,8 @@ def train(model: Any, steps: int = 3) -> None:
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        model(ids(), labels=ids()).loss.backward()
+        tokens = ids().to(model.device)
+        model(tokens, labels=tokens).loss.backward()
         optimizer.step()
 
 
@@ -78,8 +81,8 @@ def test_a_matrix_of_lower_rank_gives_finite_factors() -> None:
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("rslora", [True, False])
 def test_loftq_takes_up_what_quantisation_lost(base: Path, kind: str, rslora: bool) -> None:
-    model, _ = load(str(base), base=kind)
-    original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model, _ = load(str(base), base=kind, compute_dtype="fp32")
+    original = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, device_map=DEVICE)
     frozen = {name: dequantize_module_weight(module) for name, module in quantised(model).items()}
     peft_model = add_adapters(model, r=16, use_rslora=rslora, init_lora_weights="loftq")
     for name, layer in layers(peft_model).items():
@@ -111,7 +114,7 @@ def test_loftq_without_the_16_bit_weights_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rslora", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp32"])
 def test_pissa_begins_at_the_base_and_trains_its_principal_directions(base: Path, kind: str, rslora: bool) -> None:
-    model, _ = load(str(base), base=kind)
+    model, _ = load(str(base), base=kind, compute_dtype="fp32")
     before = logits(model)
     frozen = {name: dequantize_module_weight(module) for name, module in quantised(model).items()}
     peft_model = add_adapters(model, r=48, use_rslora=rslora, init_lora_weights="pissa")
@@ -130,7 +133,7 @@ def test_pissa_begins_at_the_base_and_trains_its_principal_directions(base: Path
 
 
 def test_evaluating_the_base_does_not_start_training_the_frozen_adapter(base: Path) -> None:
-    model, _ = load(str(base), base="fp32")
+    model, _ = load(str(base), base="fp32", compute_dtype="fp32")
     before = logits(model)
     peft_model = add_adapters(model, r=8, init_lora_weights="pissa")
     train(peft_model)
@@ -146,7 +149,7 @@ def test_evaluating_the_base_does_not_start_training_the_frozen_adapter(base: Pa
 @pytest.mark.parametrize("rslora", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "fp32"])
 def test_a_trained_pissa_adapter_opens_on_the_stock_base(base: Path, tmp_path: Path, kind: str, rslora: bool) -> None:
-    model, _ = load(str(base), base=kind)
+    model, _ = load(str(base), base=kind, compute_dtype="fp32")
     peft_model = add_adapters(model, r=48, lora_alpha=16, use_rslora=rslora, init_lora_weights="pissa")
     train(peft_model)
     save_adapter(peft_model, tmp_path)
@@ -156,7 +159,7 @@ def test_a_trained_pissa_adapter_opens_on_the_stock_base(base: Path, tmp_path: P
         bnb_4bit_compute_dtype=torch.float32,
     )  # fmt: skip
     settings = {"quantization_config": quantization} if kind == "nf4" else {}
-    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **settings)
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, device_map=DEVICE, **settings)
     keep_4bit_layout(stock)
     opened = PeftModel.from_pretrained(stock, str(tmp_path))
     saved = opened.peft_config["default"]
@@ -164,12 +167,12 @@ def test_a_trained_pissa_adapter_opens_on_the_stock_base(base: Path, tmp_path: P
     for name, layer in layers(opened).items():
         assert layer.scaling["default"] == pytest.approx(layers(peft_model)[name].scaling[ADAPTER])
     assert difference(logits(opened), expected) < 1e-6
-    again, _ = load(str(base), base=kind)
+    again, _ = load(str(base), base=kind, compute_dtype="fp32")
     assert difference(logits(open_adapter(again, tmp_path)), expected) < 1e-6
 
 
 def test_halving_the_saved_scale_is_seen(base: Path, tmp_path: Path) -> None:
-    model, _ = load(str(base), base="fp32")
+    model, _ = load(str(base), base="fp32", compute_dtype="fp32")
     peft_model = add_adapters(model, r=8, init_lora_weights="pissa")
     train(peft_model)
     save_adapter(peft_model, tmp_path)
@@ -177,13 +180,13 @@ def test_halving_the_saved_scale_is_seen(base: Path, tmp_path: Path) -> None:
     config = LoraConfig.from_pretrained(str(tmp_path))
     config.lora_alpha /= 2  # pyright: ignore[reportAttributeAccessIssue]
     config.save_pretrained(str(tmp_path))
-    again, _ = load(str(base), base="fp32")
+    again, _ = load(str(base), base="fp32", compute_dtype="fp32")
     assert difference(logits(open_adapter(again, tmp_path)), expected) > 1e-3
 
 
 def test_a_pissa_checkpoint_is_taken_apart_again_to_the_bit(base: Path, tmp_path: Path) -> None:
     def fresh(resumed: bool) -> PeftModel:
-        model, _ = load(str(base), base="fp32")
+        model, _ = load(str(base), base="fp32", compute_dtype="fp32")
         return add_adapters(model, r=48, init_lora_weights="pissa", resumed=resumed)
 
     peft_model = fresh(False)
@@ -217,7 +220,7 @@ def test_every_pattern_keeps_its_scale(rslora: bool) -> None:
 
 @pytest.mark.parametrize("given", ["pissa_niter_4", "qpissa", "olora", "gaussian", False])
 def test_another_beginning_is_refused(base: Path, given: Any) -> None:
-    model, _ = load(str(base), base="fp32")
+    model, _ = load(str(base), base="fp32", compute_dtype="fp32")
     with pytest.raises(UserError, match=r"adapter\.init_lora_weights: steep does not have"):
         add_adapters(model, r=4, init_lora_weights=given)
 
