@@ -94,8 +94,21 @@ def train(
     context: typer.Context,
     file: RunFile,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+    branch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Begin a new run at a checkpoint of another: its path, or checkpoint-N of the run that FILE itself "
+            "names, with another --training.output_dir.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run a run file: plan, measure, train, measure again, and write the run folder.
+
+    A branch keeps model and adapters, and has a schedule, a length (max_steps) and a folder of its own:
+    steep train ko.yaml --branch checkpoint-300 --training.output_dir runs/ko-300 --training.max_steps 60
+    --training.lr_scheduler_type warmup_stable_decay.
 
     Override any field of the file: --training.learning_rate 3e-5 --data.max_length 4096.
     """
@@ -105,10 +118,14 @@ def train(
     config = load_config(file, context.args)
     from steep.run import train_run
 
+    if branch is not None and not branch.exists() and branch.parent == Path():
+        branch = Path(load_config(file).training.output_dir) / branch
+    # With overrides the file alone is another run; the folder holds this one's.
+    again = Path(config.training.output_dir) / "run.yaml" if context.args else file
     try:
-        train_run(config, resume=resume, terminal=terminal)
+        train_run(config, resume=resume, branch=branch, terminal=terminal)
     except KeyboardInterrupt:
-        terminal.say(f"stopped; go on from the newest checkpoint with: steep train {file} --resume")
+        terminal.say(f"stopped; go on from the newest checkpoint with: steep train {again} --resume")
         raise typer.Exit(130) from None
 
 

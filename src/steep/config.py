@@ -135,10 +135,40 @@ class TrainingSection(BaseModel):
     loraplus_lr_ratio: Number = Field(
         1.0, gt=0, description="LoRA+: LoRA's B trains at this multiple of learning_rate; 16 is its authors' advice."
     )
-    lr_scheduler_type: str = Field("cosine", description="cosine, linear, constant, constant_with_warmup, ...")
-    warmup_steps: Number = Field(0.05, ge=0, description="Steps of linear warm-up; below 1: their share of all steps.")
+    lr_scheduler_type: str = Field(
+        "cosine", description="cosine, linear, warmup_stable_decay, constant_with_warmup, constant, ..."
+    )
+    warmup_steps: Number | None = Field(
+        None, ge=0, description="Steps of linear warm-up; below 1: their share of all steps; default: 0.05, in a "
+        "branch 0.",
+    )  # fmt: skip
+    warmup_lr_rate: Number | None = Field(
+        None, ge=0, le=1, description="Share of the peak rates at which the warm-up starts; default: 0."
+    )
     min_lr_rate: Number | None = Field(
-        None, ge=0, le=1, description="Share of the peak rates at which cosine and linear end; default: 0.1 for them."
+        None,
+        ge=0,
+        le=1,
+        description="Share of the peak rates at which the decay ends; default: 0.1 for cosine and linear, 0 for "
+        "warmup_stable_decay.",
+    )
+    decay_steps: Number | None = Field(
+        None,
+        gt=0,
+        description="warmup_stable_decay: last steps, in which the rate falls; below 1: their share of all steps; "
+        "default: 0.2, in a branch all.",
+    )
+    decay_type: Literal["1-sqrt", "linear", "cosine"] | None = Field(
+        None, description="warmup_stable_decay: how the rate falls; default: 1-sqrt."
+    )
+    cooldown_steps: Number | None = Field(
+        None,
+        gt=0,
+        description="constant_with_warmup and warmup_stable_decay: steps after the warm-up in which the rate falls "
+        "to stable_lr_rate; below 1: their share of all steps; default: none.",
+    )
+    stable_lr_rate: Number | None = Field(
+        None, gt=0, lt=1, description="Share of the peak rates at which a cool-down ends and the rate stays."
     )
     weight_decay: Number = Field(0.0, ge=0, description="AdamW's weight decay; never on norms and biases.")
     max_grad_norm: Number = Field(1.0, ge=0, description="Clip the global gradient norm here; 0: never.")

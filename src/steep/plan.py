@@ -21,6 +21,8 @@ from steep.model.resolve import ResolvedModel, looks_like_chat, read_tokenizer, 
 from steep.run_folder import RunFolder
 from steep.settings import embedding_rate, planned_epochs, planned_steps, training_arguments, uses_checkpointing
 from steep.training.arguments import TrainingArguments
+from steep.training.branch import Branch
+from steep.training.schedules import Schedule, schedule_of
 
 # An adapter holds about 2 bits a parameter (Allen-Zhu & Li 2024), and a token of text teaches about 1 bit.
 PARAMETERS_PER_TOKEN = 0.5
@@ -35,6 +37,8 @@ class Plan:
     """A run worked out. `resolved`, `tokenizer`, `arguments` and `corpus` are what `train_run` goes on with.
 
     Attributes:
+        branch: where the run leaves its parent, if it is a branch.
+        schedule: the learning rates' factor by step; None where the schedule is transformers' own.
         base, compute: the automatic choices made: storage of frozen weights, dtype of products.
         rows, steps, tokens, targets: rows an epoch, optimizer steps, tokens and targets an epoch.
         memory: bytes by item. disk: bytes by item.
@@ -52,7 +56,18 @@ class Plan:
     steps: int
     memory: dict[str, int]
     disk: dict[str, int]
+    branch: Branch | None = None
+    schedule: Schedule | None = None
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def first_step(self) -> int:
+        """Steps before the first one of this run."""
+        return self.branch.step if self.branch else 0
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + self.steps
 
     def as_dict(self) -> dict[str, Any]:
         """`plan.json`."""
@@ -71,22 +86,28 @@ class Plan:
                 "trained": shape.trained,
             },
             "data": {**self.corpus.statistics, "mixing": self.corpus.mixing, "fingerprint": self.corpus.fingerprint},
+            "first_step": self.first_step,
             "steps": self.steps,
             "rows_per_step": rows_per_step,
             "epochs": planned_epochs(self.config, len(self.corpus.train)),
             "learning_rate": training.learning_rate,
             "embedding_learning_rate": embedding_rate(self.config),
+            "lr_scheduler_type": training.lr_scheduler_type,
+            "schedule": self.schedule.describe() if self.schedule else None,
             "memory_bytes": {**self.memory, "total": sum(self.memory.values())},
             "disk_bytes": {**self.disk, "total": sum(self.disk.values())},
             "warnings": self.warnings,
         }
 
 
-def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = None) -> Plan:
+def plan_run(
+    config: RunConfig, progress: Callable[[int, int], None] | None = None, branch: Branch | None = None
+) -> Plan:
     """Work out a run: check every input, tokenise the text (once, into the cache), count, and estimate memory and disk.
 
     Args:
         progress: called with (documents, bytes) while text is tokenised.
+        branch: where the run leaves its parent, if it is a branch.
 
     Raises:
         UserError: anything that is wrong with the model, the adapter, the data or the settings.
@@ -114,7 +135,7 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
     shape = shape_of(empty, config.adapter)
     tokenizer = read_tokenizer(resolved)
     data, training = config.data, config.training
-    arguments = training_arguments(config)
+    arguments = training_arguments(config, branch=branch is not None)
     stride = config.evaluation.stride
     if stride is not None and stride >= data.max_length:
         raise UserError(
@@ -142,6 +163,7 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
             "Raise data.holdout, add a source with role: heldout, or leave it out.",
         )
     steps = planned_steps(config, len(corpus.train))
+    schedule = schedule_of(arguments, steps, start=branch.rate_factor if branch else None, section="training.")
     tokens = training.per_device_train_batch_size * data.max_length
     memory = memory_by_item(
         shape, base=base, compute=compute, trained=model.trained_dtype, optim=training.optim, tokens=tokens,
@@ -153,7 +175,9 @@ def plan_run(config: RunConfig, progress: Callable[[int, int], None] | None = No
     written = math.ceil(steps / max(interval, 1))
     kept = min(written, training.save_total_limit or written) + 1  # one more while the next is written
     disk = {"checkpoints": kept * (result + memory["optimizer states"]), "final": result}
-    plan = Plan(config, resolved, tokenizer, arguments, corpus, shape, base, compute, steps, memory, disk)
+    plan = Plan(
+        config, resolved, tokenizer, arguments, corpus, shape, base, compute, steps, memory, disk, branch, schedule
+    )
     plan.warnings = [*_warnings(plan), *corpus.warnings]
     free = folder.free_bytes()
     if free < sum(disk.values()):

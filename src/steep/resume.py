@@ -1,16 +1,20 @@
-"""What a resumed run has to share with its beginning."""
+"""What a resumed run has to share with its beginning, and a branch with the run that it leaves."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import AutoTokenizer
 
 from steep.config import RunConfig, parse_config
 from steep.errors import UserError
 from steep.plan import Plan
 from steep.run_folder import RunFolder
+from steep.training.branch import Branch, read_branch
 
 # Fields that change neither what is computed nor which rows are trained when.
 HARMLESS = {
@@ -21,6 +25,17 @@ HARMLESS = {
         "log_level", "max_nonfinite_steps", "dataloader_num_workers", "dataloader_pin_memory",
         "dataloader_persistent_workers", "dataloader_prefetch_factor", "torch_empty_cache_steps",
     )),
+}  # fmt: skip
+
+# What a branch may change beside these: the rates and their schedule, how long it is, and the text.
+_BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+OWN_OF_A_BRANCH = {
+    *(f"training.{name}" for name in (
+        "learning_rate", "embedding_learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+        "warmup_lr_rate", "min_lr_rate", "decay_steps", "decay_type", "cooldown_steps", "stable_lr_rate", "max_steps",
+        "num_train_epochs",
+    )),
+    *_BATCH,
 }  # fmt: skip
 
 
@@ -37,9 +52,7 @@ def refuse_other_settings(folder: RunFolder, config: RunConfig) -> None:
             "Start the run without --resume, or give its output_dir.",
         )
     before = parse_config(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")))
-    old, new = _flat(before), _flat(config)
-    changed = [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in old | new if old.get(key) != new.get(key)]
-    if changed:
+    if changed := _changed(before, config):
         raise UserError(
             "--resume", f"the run file differs from the run's: {'; '.join(changed)}", "Put it back, or start a new run."
         )
@@ -54,17 +67,85 @@ def refuse_other_inputs(folder: RunFolder, plan: Plan) -> None:
     if not (folder / "plan.json").is_file():  # killed before it had written anything else
         return
     before, now = json.loads((folder / "plan.json").read_text(encoding="utf-8")), plan.as_dict()
-    for key, what in (("base", "model.base"), ("compute_dtype", "model.compute_dtype")):
-        if before[key] != now[key]:
-            raise UserError(
-                "--resume", f"{what} was {before[key]} and is {now[key]} here", f"Set {what}: {before[key]}."
-            )
+    _refuse_other_precision("--resume", before, now)
     if before["data"]["fingerprint"] != now["data"]["fingerprint"]:
         raise UserError(
             "--resume",
             "the text, or how the tokenizer reads it, is not what the run began with",
             "Put the files back as they were, or start a new run.",
         )
+
+
+def begin_branch(checkpoint: str | Path, config: RunConfig) -> Branch:
+    """The branch that begins at a checkpoint, its run file compared with that of the run that wrote it.
+
+    Raises:
+        UserError: it is no checkpoint of a run, or a field differs that a branch has to share with its parent.
+    """
+    branch = read_branch(checkpoint)
+    parent = RunFolder(Path(branch.checkpoint).parent)
+    if not (parent / "run.yaml").is_file():
+        raise UserError(
+            "--branch", f"{parent.path} is not the folder of a run", "Give the checkpoint where its run wrote it."
+        )
+    before = parse_config(yaml.safe_load((parent / "run.yaml").read_text(encoding="utf-8")))
+    changed = _changed(before, config, lambda key: key in OWN_OF_A_BRANCH or key.startswith("data."))
+    if changed:
+        raise UserError(
+            "--branch",
+            f"the run file differs from that of {parent.path}: {'; '.join(changed)}",
+            "Put it back: a branch may change the rates, their schedule, its length and the text.",
+        )
+    return branch
+
+
+def refuse_unlike_parent(plan: Plan) -> None:
+    """Compare what files and machine make of a branch's run file with what they made of its parent's.
+
+    Raises:
+        UserError: dtypes or the tokenizer differ, or the batch does while the rows go on.
+    """
+    branch = plan.branch
+    assert branch is not None
+    parent = RunFolder(Path(branch.checkpoint).parent)
+    before, now = json.loads((parent / "plan.json").read_text(encoding="utf-8")), plan.as_dict()
+    _refuse_other_precision("--branch", before, now)
+    if AutoTokenizer.from_pretrained(branch.checkpoint).get_vocab() != plan.tokenizer.get_vocab():
+        raise UserError(
+            "--branch", f"the tokenizer is not the one of {branch.checkpoint}", "Put the model's folder back."
+        )
+    if branch.fingerprint != plan.corpus.fingerprint:
+        return
+    old = parse_config(yaml.safe_load((parent / "run.yaml").read_text(encoding="utf-8")))
+    if changed := _changed(old, plan.config, lambda key: key not in _BATCH):
+        raise UserError(
+            "--branch",
+            f"the place in the rows is counted in steps, and those of the parent had others: {'; '.join(changed)}",
+            "Put it back; it may change with the text.",
+        )
+
+
+def branch_of(folder: RunFolder) -> Branch | None:
+    """Where the run of a folder left its parent, if it is a branch."""
+    if not (folder / "parent.json").is_file():
+        return None
+    return Branch(**json.loads((folder / "parent.json").read_text(encoding="utf-8")))
+
+
+def _refuse_other_precision(field: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for key, what in (("base", "model.base"), ("compute_dtype", "model.compute_dtype")):
+        if before[key] != now[key]:
+            raise UserError(field, f"{what} was {before[key]} and is {now[key]} here", f"Set {what}: {before[key]}.")
+
+
+def _changed(before: RunConfig, config: RunConfig, free: Callable[[str], bool] = lambda key: False) -> list[str]:
+    """The fields that differ, as text, but those that are harmless or `free` to."""
+    old, new = _flat(before), _flat(config)
+    return [
+        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
+        for key in old | new
+        if old.get(key) != new.get(key) and not free(key)
+    ]
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:

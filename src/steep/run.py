@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from steep.model.embeddings import untie
 from steep.model.load import load_resolved
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.plan import Plan, plan_run
-from steep.resume import refuse_other_inputs, refuse_other_settings
+from steep.resume import begin_branch, branch_of, refuse_other_inputs, refuse_other_settings, refuse_unlike_parent
 from steep.run_folder import RunFolder, environment
 from steep.settings import mixed_precision
 from steep.storage import published
@@ -31,11 +32,20 @@ from steep.training.checkpoint import checkpoints
 from steep.training.trainer import Trainer
 
 
-def train_run(config: RunConfig, *, resume: bool = False, terminal: Terminal | None = None) -> dict[str, Any]:
+def train_run(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    branch: str | Path | None = None,
+    terminal: Terminal | None = None,
+) -> dict[str, Any]:
     """Train what the run file says, into its run folder.
 
     Args:
         resume: go on from the newest checkpoint of the run folder.
+        branch: begin at this checkpoint of another run, such as ``runs/ko/checkpoint-300``: its weights, optimizer
+            states and random generators go on, its rows too where the text is the same. `max_steps` and the schedule
+            are the branch's own.
         terminal: where to show plan, progress and the board; default: nowhere.
 
     Returns:
@@ -48,12 +58,20 @@ def train_run(config: RunConfig, *, resume: bool = False, terminal: Terminal | N
     terminal = terminal or Terminal(quiet=True)
     folder = RunFolder(config.training.output_dir)
     if resume:
+        if branch is not None:
+            raise UserError("--branch", "it begins a run, and --resume goes on with one", "Give one of the two.")
         refuse_other_settings(folder, config)
+        parent = branch_of(folder)
+        if parent is not None and not checkpoints(folder.path):
+            parent.verify()
     else:
+        parent = begin_branch(branch, config) if branch is not None else None
         folder.refuse_contents()
     with terminal.tokenising() as progress:
-        plan = plan_run(config, progress)
+        plan = plan_run(config, progress, parent)
     if not resume:
+        if parent is not None:
+            refuse_unlike_parent(plan)
         for table in plan_tables(plan.as_dict()):
             terminal.show(table)
         for warning in plan.warnings:
@@ -76,17 +94,21 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
     model = add_adapters(base, **settings, resumed=bool(found))
     _check_trainable(model, plan)
     trainer = _trainer(plan, model)
+    if plan.branch is not None:  # before run.yaml, from which on the folder holds a run
+        folder.write_json("parent.json", asdict(plan.branch))
     folder.write_text("run.yaml", config.to_yaml())
     folder.write_json("plan.json", plan.as_dict())
     folder.write_json("environment.json", environment())
-    done = int(found[-1].name.removeprefix("checkpoint-")) if found else 0
+    done = int(found[-1].name.removeprefix("checkpoint-")) if found else plan.first_step
     if resume:
         folder.rewind(done)
-        terminal.say(f"going on from {found[-1]}" if found else "there is no checkpoint yet: starting at step 0")
+        terminal.say(f"going on from {found[-1]}" if found else f"there is no checkpoint yet: starting at step {done}")
     if not found:
         terminal.say("scoring held-out text with the base model")
         _measure(trainer, folder, plan)
-    with terminal.training(plan.steps, done) as show:
+        if plan.branch is not None:
+            _measure_parent(trainer, folder, plan, terminal)
+    with terminal.training(plan.last_step, done) as show:
         trainer.add_callback(_Recorder(trainer, folder, plan, show))
         try:
             output = trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
@@ -105,9 +127,17 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
     before, after = _first_and_last(folder)
     if before:
         terminal.show(board(before, after, plan.corpus.roles))
+        if plan.branch is not None:
+            at_parent = _scores_at(folder, plan.first_step)
+            terminal.show(board(at_parent, after, plan.corpus.roles, title=f"{plan.branch.name} → branch"))
     terminal.say(_proof_line(proof))
     terminal.say(f"result: {folder.final}")
-    return {"steps": output.global_step, "loss": output.training_loss, "before": before, "after": after}
+    return {
+        "steps": output.global_step - plan.first_step,
+        "loss": output.training_loss,
+        "before": before,
+        "after": after,
+    }
 
 
 def _account(trainer: Trainer, folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -146,7 +176,7 @@ def evaluate_run(
     terminal = terminal or Terminal(quiet=True)
     config, folder = _finished(run_dir)
     with terminal.tokenising() as progress:
-        plan = plan_run(config, progress)
+        plan = plan_run(config, progress, branch_of(folder))
     if not plan.corpus.heldout:
         raise UserError(
             "data.holdout",
@@ -165,7 +195,7 @@ def evaluate_run(
     )
     with base_model(model):
         base = score()
-    trained = score(step=plan.steps)
+    trained = score(step=plan.last_step)
     terminal.show(board(base, trained, plan.corpus.roles))
     return base, trained
 
@@ -224,6 +254,7 @@ def _trainer(plan: Plan, model: Any) -> Trainer:
         args=plan.arguments,
         train_dataset=plan.corpus,
         processing_class=plan.tokenizer,
+        branch=plan.branch,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -255,8 +286,7 @@ def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:
     step, settings = trainer.state.global_step, plan.config.evaluation
 
     def missing(name: str) -> bool:
-        rows = folder.read_lines(name)
-        return not rows or rows[-1]["step"] != step
+        return all(row["step"] != step for row in folder.read_lines(name))
 
     if trainer.corpus is not None and trainer.corpus.heldout and missing("evaluation.jsonl"):
         # The trained copies of the embeddings equal the frozen ones here, but in fp32 they round differently; `steep
@@ -277,16 +307,27 @@ def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:
         folder.append("samples.jsonl", samples)
 
 
+def _measure_parent(trainer: Trainer, folder: RunFolder, plan: Plan, terminal: Terminal) -> None:
+    """Score and complete once more as the checkpoint that a branch begins at does."""
+    assert plan.branch is not None
+    rows = "go on with the rows it has not had" if trainer.goes_on_with_rows else "begin at the first row of other text"
+    terminal.say(f"branching off {plan.branch.checkpoint}: {plan.steps} steps that {rows}; scoring it")
+    load_adapter_weights(trainer.model, Path(plan.branch.checkpoint), "--branch")
+    trainer.state.global_step = plan.first_step
+    _measure(trainer, folder, plan)
+
+
 def _record_scores(folder: RunFolder, scores: list[DomainScore], roles: Any) -> None:
     folder.append("evaluation.jsonl", [{**score.as_dict(), "role": roles[score.domain]} for score in scores])
 
 
 def _first_and_last(folder: RunFolder) -> tuple[list[DomainScore], list[DomainScore]]:
     rows = folder.read_lines("evaluation.jsonl")
-    if not rows:
-        return [], []
-    first, last = ([DomainScore.from_dict(row) for row in rows if row["step"] == rows[end]["step"]] for end in (0, -1))
-    return first, last
+    return (_scores_at(folder, rows[0]["step"]), _scores_at(folder, rows[-1]["step"])) if rows else ([], [])
+
+
+def _scores_at(folder: RunFolder, step: int) -> list[DomainScore]:
+    return [DomainScore.from_dict(row) for row in folder.read_lines("evaluation.jsonl") if row["step"] == step]
 
 
 def _finished(run_dir: str | Path) -> tuple[RunConfig, RunFolder]:

@@ -14,9 +14,10 @@ from steep.config import RunConfig
 from steep.errors import UserError, did_you_mean
 from steep.model.load import DTYPES, resolve_compute_dtype
 from steep.training.arguments import TrainingArguments
-from steep.training.schedules import SHAPES
+from steep.training.schedules import check_schedule
 
-MIN_LR_RATE = 0.1  # Ibrahim et al. 2024 end at a tenth of the peak rate
+MIN_LR_RATE = {"cosine": 0.1, "linear": 0.1}  # Ibrahim et al. 2024 end at a tenth of the peak rate
+WARMUP_STEPS = 0.05
 
 
 def planned_steps(config: RunConfig, rows: int) -> int:
@@ -61,11 +62,14 @@ def mixed_precision(config: RunConfig) -> torch.dtype | None:
     return None if uniform or compute == "fp32" else DTYPES[compute]
 
 
-def training_arguments(config: RunConfig) -> TrainingArguments:
+def training_arguments(config: RunConfig, *, branch: bool = False) -> TrainingArguments:
     """The run file's `training` section as `steep.TrainingArguments`.
 
+    Args:
+        branch: the run goes on from another's checkpoint, at the rate that it had.
+
     Raises:
-        UserError: a value that transformers does not know or cannot use.
+        UserError: a value that transformers does not know or cannot use; a schedule that contradicts itself.
     """
     training, precision = config.training, mixed_precision(config)
     schedules = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau"}  # needs transformers' evaluation
@@ -80,7 +84,10 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         f"{prefix}_checkpointing": uses_checkpointing(config),
         f"{prefix}_checkpointing_kwargs": {"use_reentrant": False} if uses_checkpointing(config) else None,
         "embedding_learning_rate": embedding_rate(config) if config.adapter.modules_to_save else None,
-        "min_lr_rate": _min_lr_rate(config),
+        "warmup_steps": (0 if branch else WARMUP_STEPS) if training.warmup_steps is None else training.warmup_steps,
+        "min_lr_rate": (
+            MIN_LR_RATE.get(training.lr_scheduler_type, 0.0) if training.min_lr_rate is None else training.min_lr_rate
+        ),
         "eval_strategy": "no" if training.eval_steps is None else "steps",
         "eval_stride": config.evaluation.stride,
         "eval_max_tokens": config.evaluation.max_tokens,
@@ -91,30 +98,13 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         "logging_nan_inf_filter": False,
     }
     try:
-        return TrainingArguments(**{**given, **settings, **training.further})
+        arguments = TrainingArguments(**{**given, **settings, **training.further})
     except (ValueError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "See transformers.TrainingArguments for what the field takes."
         raise UserError("training", f"transformers refuses it: {reason}", remedy) from error
-
-
-def _min_lr_rate(config: RunConfig) -> float:
-    training = config.training
-    kind, given = training.lr_scheduler_type, training.min_lr_rate
-    rate = (MIN_LR_RATE if kind in SHAPES else 0.0) if given is None else given
-    if rate > 0 and kind not in SHAPES:
-        raise UserError(
-            "training.min_lr_rate",
-            f"{rate:g} has no meaning for lr_scheduler_type {kind}",
-            f"Leave it out, or set lr_scheduler_type: {' or '.join(SHAPES)}.",
-        )
-    if rate > 0 and training.further.get("lr_scheduler_kwargs"):
-        raise UserError(
-            "training.lr_scheduler_kwargs",
-            f"a {kind} that ends above zero takes none",
-            "Leave it out, or set training.min_lr_rate: 0.",
-        )
-    return rate
+    check_schedule(arguments, branch=branch, section="training.")
+    return arguments
 
 
 def _check_choice(name: str, value: str, known: Iterable[str]) -> None:

@@ -159,8 +159,10 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
         "parameters": f"{parameters['frozen']:,} frozen, {parameters['trained']:,} trained in {plan['trained_dtype']} "
         f"({parameters['adapters']:,} adapters, {parameters['trained_embeddings']:,} embeddings)",
         "rates": f"adapters {plan['learning_rate']:g}, embeddings {plan['embedding_learning_rate']:g}",
+        "schedule": f"{plan['lr_scheduler_type']}{': ' + plan['schedule'] if plan['schedule'] else ''}",
         "rows": f"{data['rows']:,} of {data['max_length']} tokens, {data['targets']:,} targets",
-        "steps": f"{plan['steps']:,} of {plan['rows_per_step']} rows ({plan['epochs']:.2f} epochs)",
+        "steps": f"{plan['steps']:,} of {plan['rows_per_step']} rows ({plan['epochs']:.2f} epochs)"
+        + (f", after the {plan['first_step']:,} of the parent" if plan["first_step"] else ""),
     }.items():
         run.add_row(name, value)
     text = Table("domain", "role", "documents", "tokens", "tokens/character", "held out", title="text")

@@ -57,6 +57,7 @@ def build_ledger(
     rows: PackedDataset,
     times_trained: np.ndarray,
     times_seen: np.ndarray,
+    times_seen_before: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Account for every document and token.
 
@@ -72,6 +73,8 @@ def build_ledger(
         rows: the rows of an epoch.
         times_trained: int [rows], how often a step that was applied had each row.
         times_seen: int [rows], how often each row was handed to the model, its step applied or not.
+        times_seen_before: int [rows], the same of the runs that this one is a branch of. The order of the rows goes
+            through them all, so what may not be handed out twice in an epoch is counted over all; the rest is not.
 
     Returns:
         A JSON-able dict. `sources` holds one for each source, see `_account`. Of the rows: `rows`, `max_length`,
@@ -80,13 +83,15 @@ def build_ledger(
         rows were seen that often), `rows_seen`, `rows_trained` (every time counted), `rows_refused` (seen in a step
         that was not applied), `times_trained` (times → how many targets were trained that often), `targets_reached`
         (at least once), `first_tokens_reached` (of documents, repetitions counted), `targets_trained` (every time
-        counted), `epochs` (targets trained over targets). `problems` from `check_ledger`, and `adds_up`, which says
-        that there are none.
+        counted), `epochs` (targets trained over targets). In a branch that goes on with its parent's rows also
+        `rows_seen_before` (every time counted) and `times_seen_with_parents` (as `times_seen`). `problems` from
+        `check_ledger`, and `adds_up`, which says that there are none.
 
     Raises:
         ValueError: `times_trained` or `times_seen` has not one count, 0 or more, for each row.
     """
     trained, seen = _counts("times_trained", times_trained, rows), _counts("times_seen", times_seen, rows)
+    before = None if times_seen_before is None else _counts("times_seen_before", times_seen_before, rows)
     length = rows.length.astype(np.int64)
     row_tokens, row_targets = _row_sums(length, rows), _row_sums(length - 1, rows)
     piece_times = np.repeat(trained, np.diff(rows.row_first))
@@ -115,6 +120,9 @@ def build_ledger(
         "targets_trained": targets_trained,
         "epochs": targets_trained / targets if targets else 0.0,
     }
+    if before is not None and before.any():
+        ledger["rows_seen_before"] = int(before.sum())
+        ledger["times_seen_with_parents"] = _histogram(seen + before, np.ones(len(rows), np.int64))
     problems = check_ledger(ledger)
     return ledger | {"adds_up": not problems, "problems": problems}
 
@@ -268,9 +276,15 @@ def check_ledger(ledger: dict[str, Any]) -> list[str]:
     places = ledger["rows"] * ledger["max_length"]
     expect("places in the rows", places, planned_tokens + ledger["overlaps"] + ledger["padding"])
 
-    # The trainer: within a run the order goes epoch by epoch, so no row is handed out twice before all are once.
+    # The trainer: within a run, and the branch that goes on with it, the order goes epoch by epoch, so no row is handed
+    # out twice before all are once.
     times_seen = {int(times): number for times, number in ledger["times_seen"].items()}
     expect("rows by times seen", sum(times_seen.values()), ledger["rows"])
+    if "times_seen_with_parents" in ledger:
+        times_seen = {int(times): number for times, number in ledger["times_seen_with_parents"].items()}
+        expect("rows by times seen, parents included", sum(times_seen.values()), ledger["rows"])
+        handed_out = sum(times * number for times, number in times_seen.items())
+        expect("rows seen, parents included", handed_out, ledger["rows_seen"] + ledger["rows_seen_before"])
     if max(times_seen) - min(times_seen) > 1:
         problems.append(
             f"rows were handed to the model {min(times_seen)} to {max(times_seen)} times: some twice in an epoch, or "

@@ -102,17 +102,22 @@ class Corpus:
             "sources": describe_sources(self.sources, self.sides, self.mixture),
         }
 
-    def ledger(self, times_trained: np.ndarray, times_seen: np.ndarray) -> dict[str, Any]:
+    def ledger(
+        self, times_trained: np.ndarray, times_seen: np.ndarray, times_seen_before: np.ndarray | None = None
+    ) -> dict[str, Any]:
         """Where every document and token went.
 
         Args:
             times_trained: int [rows], how often a step that was applied had each row.
             times_seen: int [rows], how often each row was handed to the model, its step applied or not.
+            times_seen_before: int [rows], the same of the runs that this one is a branch of; default: none.
 
         Returns:
             A JSON-able account; `ledger.build_ledger` describes it.
         """
-        return build_ledger(self.sources, self.sides, self.mixture, self.train, times_trained, times_seen)
+        return build_ledger(
+            self.sources, self.sides, self.mixture, self.train, times_trained, times_seen, times_seen_before
+        )
 
 
 def pack(

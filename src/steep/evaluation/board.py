@@ -19,13 +19,19 @@ from steep.evaluation.score import DomainScore
 _SECTIONS = {"learned": ("train",), "kept or forgotten": ("replay", "heldout")}
 
 
-def board(before: Sequence[DomainScore], after: Sequence[DomainScore], roles: Mapping[str, str]) -> Table:
+def board(
+    before: Sequence[DomainScore],
+    after: Sequence[DomainScore],
+    roles: Mapping[str, str],
+    title: str = "base → trained",
+) -> Table:
     """Base against trained, domain by domain, in `before`'s order within each section.
 
     Args:
         before: the base model's scores.
         after: the trained model's scores of the same domains.
         roles: "train", "replay" or "heldout" for each domain.
+        title: what the two are.
 
     Raises:
         UserError: the two lists have different domains or tokens, or a domain has no such role.
@@ -33,7 +39,7 @@ def board(before: Sequence[DomainScore], after: Sequence[DomainScore], roles: Ma
     trained = {score.domain: score for score in after}
     _check(before, trained, roles)
     # Few lines and no margins: it should fit 80 columns.
-    table = Table(title="base → trained", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("domain")
     for heading in ("bits/byte", "difference", "perplexity", "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)

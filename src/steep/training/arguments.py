@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import transformers
 
 from steep.errors import UserError
+from steep.training.schedules import FALLS
 
 
 @dataclass
@@ -19,13 +20,19 @@ class TrainingArguments(transformers.TrainingArguments):
         embedding_learning_rate: rate of the fully trained `embed_tokens` and `lm_head`; default: a tenth of
             `learning_rate`.
         loraplus_lr_ratio: LoRA's B matrices train at this multiple of `learning_rate` (LoRA+, Hayou et al. 2024).
-        min_lr_rate: the cosine and linear schedules end at this share of each group's rate instead of at zero.
+        min_lr_rate: the decay (of linear, cosine, warmup_stable_decay) ends at this share of each group's peak rate
+            instead of at zero.
+        warmup_lr_rate: the warm-up starts at this share of the peak rates instead of at zero.
+        decay_steps, decay_type: last steps of warmup_stable_decay, in which the rate falls (below 1: their share of
+            all; default: 0.2), and how: "1-sqrt" (default), "linear" or "cosine".
+        cooldown_steps, stable_lr_rate: in so many steps after the warm-up (below 1: their share) constant_with_warmup
+            and warmup_stable_decay fall from the peak rates to this share of them, and stay there.
         eval_stride: new tokens that each window of a long held-out document scores; default: half a row.
         eval_max_tokens: held-out tokens scored a domain at the most.
         max_nonfinite_steps: the run stops after so many steps in a row whose loss or gradient was not finite.
 
     Raises:
-        UserError: a rate that is negative or not finite.
+        UserError: a rate that is negative or not finite, a share outside [0, 1], an unknown decay.
     """
 
     # transformers logs a number in place of a NaN by default; a loss that was NaN is never shown as a number here.
@@ -33,6 +40,11 @@ class TrainingArguments(transformers.TrainingArguments):
     embedding_learning_rate: float | None = field(default=None)
     loraplus_lr_ratio: float = field(default=1.0)
     min_lr_rate: float = field(default=0.0)
+    warmup_lr_rate: float | None = field(default=None)
+    cooldown_steps: float | None = field(default=None)
+    stable_lr_rate: float | None = field(default=None)
+    decay_steps: float | None = field(default=None)
+    decay_type: str | None = field(default=None)
     max_nonfinite_steps: int = field(default=3)
     eval_stride: int | None = field(default=None)
     eval_max_tokens: int | None = field(default=None)
@@ -47,8 +59,18 @@ class TrainingArguments(transformers.TrainingArguments):
             raise UserError(
                 "loraplus_lr_ratio", f"{self.loraplus_lr_ratio} is no ratio", "Give a number above 0, such as 16."
             )
-        if not 0 <= self.min_lr_rate <= 1:
-            raise UserError("min_lr_rate", f"{self.min_lr_rate} is not a share", "Give a number between 0 and 1.")
+        for name in ("min_lr_rate", "warmup_lr_rate", "stable_lr_rate"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise UserError(name, f"{share} is not a share", "Give a number between 0 and 1.")
+        if self.stable_lr_rate == 0:
+            raise UserError("stable_lr_rate", "at a rate of 0 nothing trains", "Give a share above 0.")
+        for name in ("cooldown_steps", "decay_steps"):
+            steps = getattr(self, name)
+            if steps is not None and not 0 < steps < math.inf:
+                raise UserError(name, f"{steps} is no number of steps", "Give one above 0; below 1 it is a share.")
+        if self.decay_type not in (None, *FALLS):
+            raise UserError("decay_type", f"{self.decay_type!r} is unknown", f"Give one of {', '.join(FALLS)}.")
         if self.max_nonfinite_steps < 1:
             raise UserError("max_nonfinite_steps", f"{self.max_nonfinite_steps} is too few", "Give a number ≥ 1.")
         if self.n_gpu > 1:

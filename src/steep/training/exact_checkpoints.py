@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from steep.model.adapters import load_adapter_weights, save_adapter
 from steep.storage import published
-from steep.training.checkpoint import checkpoints, retain, rng_state, set_rng_state
+from steep.training.checkpoint import retain, rng_state, set_rng_state
 from steep.training.state_files import load_state, save_state
 
 
@@ -70,15 +70,6 @@ class ExactCheckpoints(transformers.Trainer):
             self.processing_class.save_pretrained(str(folder))  # pyright: ignore[reportAttributeAccessIssue]
         (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
-    def _load_resumed_state(self, checkpoint: str | bool | None) -> None:
-        """Read the observations of the checkpoint that `train` is about to resume from."""
-        if checkpoint is True:
-            found = checkpoints(Path(self.args.output_dir))
-            checkpoint = str(found[-1]) if found else None
-        self.resumed_state = (
-            load_state(Path(checkpoint), "observations") if isinstance(checkpoint, str | Path) else None
-        )
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.accelerator.unwrap_model(self.model if model is None else model)
         if not isinstance(model, PeftModel):
@@ -88,7 +79,7 @@ class ExactCheckpoints(transformers.Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            _load_optimizer(self.optimizer, load_state(Path(checkpoint), "optimizer"))
+            load_optimizer(self.optimizer, load_state(Path(checkpoint), "optimizer"))
             self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "schedule"))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -100,7 +91,7 @@ class ExactCheckpoints(transformers.Trainer):
             self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
 
 
-def _load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
+def load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
     """`load_state_dict`, but with the states as they were saved: it rounds them to the dtype of their parameter, and
     Adafactor keeps fp32 ones of bf16 weights."""
     optimizer.load_state_dict(saved)

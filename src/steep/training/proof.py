@@ -202,6 +202,17 @@ class Proof:
         Raises:
             RunError: the frozen tensors are not those of the run's first step.
         """
+        self.refuse_other_base(state)
+        for name, record in state["records"].items():
+            self.records[name] = TensorRecord(**record)
+        self._start, self._decay_only = state["start"], state["decay_only"]
+
+    def refuse_other_base(self, state: dict[str, Any]) -> None:
+        """Compare the frozen tensors with those that a checkpoint was trained over.
+
+        Raises:
+            RunError: they differ.
+        """
         if state["frozen"] != self._frozen:
             names = state["frozen"].keys() | self._frozen.keys()
             other = sorted(name for name in names if state["frozen"].get(name) != self._frozen.get(name))
@@ -209,6 +220,3 @@ class Proof:
                 f"this is not the base model that the run began with: {len(other)} of {len(names)} frozen tensors "
                 f"differ, the first of them {other[0]}. Put the checkpoint back, or start a new run"
             )
-        for name, record in state["records"].items():
-            self.records[name] = TensorRecord(**record)
-        self._start, self._decay_only = state["start"], state["decay_only"]

@@ -19,28 +19,32 @@ from steep.evaluation.adapters import unwrap
 from steep.evaluation.perplexity import DomainScore, evaluate
 from steep.training.adamw8bit import AdamW8bit
 from steep.training.arguments import TrainingArguments
-from steep.training.exact_checkpoints import ExactCheckpoints
+from steep.training.branch import Branch
+from steep.training.branching import Branching
 from steep.training.gradients import GradientReport, measure_and_clip
 from steep.training.groups import parameter_groups
 from steep.training.metrics import Meter
 from steep.training.proof import Proof
-from steep.training.schedules import schedule_with_min_rate
+from steep.training.schedules import schedule_of
 
 logger = logging.getLogger("steep")
 
 
-class Trainer(ExactCheckpoints):
+class Trainer(Branching):
     """`transformers.Trainer` with what continued pretraining needs; takes the same arguments.
 
     Args:
         args: a `steep.TrainingArguments`.
         train_dataset: any map-style data set, or the `Corpus` that `steep.pack` made (its rows are then counted one
             by one for the ledger, and drawn in an order that is a function of seed and epoch alone).
+        branch: begin at another run's checkpoint (`steep.training.branch.read_branch`), with a schedule from its rate
+            on; `max_steps` are then the branch's own.
 
     Attributes:
         proof: what was seen of every trained tensor, from `train()` on.
         times_seen, times_trained: for a `Corpus`, how often each of its rows was in a step, and in one that was
             applied; int64 [rows].
+        times_seen_before: in a branch over its parent's text, how often each row was in a step before; int64 [rows].
 
     Raises:
         UserError: settings that contradict each other; before the first step.
@@ -56,10 +60,12 @@ class Trainer(ExactCheckpoints):
         data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        branch: Branch | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, TrainingArguments):
             raise UserError("args", f"it is a {type(args).__name__}", "Give steep.TrainingArguments.")
+        self.branch = branch
         self.corpus = train_dataset if isinstance(train_dataset, Corpus) else None
         rows: Any = train_dataset
         if self.corpus is not None:
@@ -76,6 +82,7 @@ class Trainer(ExactCheckpoints):
         self.proof: Proof | None = None
         self.times_seen = torch.zeros(len(self.corpus.train) if self.corpus else 0, dtype=torch.int64)
         self.times_trained = torch.zeros_like(self.times_seen)
+        self.times_seen_before = torch.zeros_like(self.times_seen)
         self.evaluations: list[list[DomainScore]] = []
         self.steps_not_finite = 0  # loss or gradient was NaN or infinite: step not applied
         self.steps_scaler_skipped = 0  # fp16's loss scale was too high, as is usual now and then
@@ -117,16 +124,13 @@ class Trainer(ExactCheckpoints):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """transformers' schedules; with `min_lr_rate`, those of `steep.training.schedules`."""
-        if self.lr_scheduler is None and self.args.min_lr_rate > 0:
-            self.lr_scheduler = schedule_with_min_rate(
-                optimizer or self.optimizer,
-                scheduler_type=str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)),
-                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
-                num_training_steps=num_training_steps,
-                min_lr_rate=self.args.min_lr_rate,
-            )
-            self._created_lr_scheduler = True
+        """transformers' schedules, and those of `steep.training.schedules`; a branch's is over its own steps."""
+        if self.lr_scheduler is None:
+            start = self.branch.rate_factor if self.branch else None
+            schedule = schedule_of(self.args, num_training_steps - self.first_step, start=start)
+            if schedule is not None:
+                self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, schedule)
+                self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
     # ---- data
@@ -155,7 +159,12 @@ class Trainer(ExactCheckpoints):
         self.proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
         self._rows_of_step.clear()  # an interrupted step may have left some
         self._losses_of_step.clear()
-        if self.resumed_state is not None:
+        if self._begins_branch:
+            assert self.resumed_state is not None
+            self.proof.refuse_other_base(self.resumed_state["proof"])
+            if self.corpus is not None:
+                self.times_seen_before = self.rows_before()
+        elif self.resumed_state is not None:
             self._load_observations(self.resumed_state)
         self._meter.restart()
         return prepared
@@ -270,16 +279,18 @@ class Trainer(ExactCheckpoints):
     def ledger(self) -> dict[str, Any]:
         """Where every document and token of the `Corpus` went so far; `Corpus.ledger` describes it."""
         assert self.corpus is not None
-        return self.corpus.ledger(self.times_trained.numpy(), self.times_seen.numpy())
+        return self.corpus.ledger(
+            self.times_trained.numpy(), self.times_seen.numpy(), self.times_seen_before.numpy()
+        )  # fmt: skip
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, then judge the proof once more.
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, then judge the proof once more. A branch begins at its parent's checkpoint, or goes on from its own.
 
         Raises:
             RunError: a tensor that is meant to train did not, or a frozen one changed.
         """
-        self._load_resumed_state(kwargs.get("resume_from_checkpoint", args[0] if args else None))
-        output = super().train(*args, **kwargs)
+        begin = self._where_to_begin(resume_from_checkpoint)
+        output = super().train(begin, *args, **kwargs)
         assert self.proof is not None
         self.proof.judge()
         changed = self.proof.changed_frozen()
@@ -344,6 +355,10 @@ class Trainer(ExactCheckpoints):
             "judged": self._judged,
             "times_seen": self.times_seen,
             "times_trained": self.times_trained,
+            "times_seen_before": self.times_seen_before,
+            "fingerprint": self.fingerprint,
+            "data_start": self.data_start,
+            "rate_factor": self.rate_factor(),
             "window": self._meter.state(),
             "steps_not_finite": self.steps_not_finite,
             "steps_scaler_skipped": self.steps_scaler_skipped,
@@ -355,6 +370,7 @@ class Trainer(ExactCheckpoints):
         self.proof.load_state(state["proof"])
         self._judged = state["judged"]
         self.times_seen, self.times_trained = state["times_seen"], state["times_trained"]
+        self.times_seen_before = state["times_seen_before"]
         self._meter.load_state(state["window"])
         self.steps_not_finite = state["steps_not_finite"]
         self.steps_scaler_skipped = state["steps_scaler_skipped"]

@@ -1,0 +1,111 @@
+"""The half of the Trainer that lets a run begin at another one's checkpoint.
+
+A branch counts its steps on from the parent's, so the logs of the two lie side by side on one axis. Weights, optimizer
+states and random generators go on. Schedule, log, ledger and proof are the branch's own.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steep.data.packing import Corpus
+from steep.training.branch import Branch
+from steep.training.checkpoint import checkpoints
+from steep.training.exact_checkpoints import ExactCheckpoints, load_optimizer
+from steep.training.state_files import load_state
+
+
+class Branching(ExactCheckpoints):
+    """`ExactCheckpoints` that may begin at a `Branch`.
+
+    Attributes:
+        branch: where the run leaves its parent; None in a run of its own.
+        corpus: the packed text that it trains on, if it is that.
+        first_step: steps before the first one of this run.
+        data_start: the step at which the epochs of this run's text began. Text that is the parent's goes on with the
+            rows that the parent has not had; other text begins at its first row.
+    """
+
+    corpus: Corpus | None
+    branch: Branch | None
+    _begins_branch = False
+
+    @property
+    def first_step(self) -> int:
+        return self.branch.step if self.branch else 0
+
+    @property
+    def fingerprint(self) -> str | None:
+        return self.corpus.fingerprint if self.corpus else None
+
+    @property
+    def goes_on_with_rows(self) -> bool:
+        """Whether this is a branch over its parent's text."""
+        return self.branch is not None and self.branch.fingerprint == self.fingerprint
+
+    @property
+    def data_start(self) -> int:
+        if self.branch is None:
+            return 0
+        return self.branch.data_start if self.goes_on_with_rows else self.branch.step
+
+    def _where_to_begin(self, checkpoint: str | Path | bool | None) -> str | bool | None:
+        """The checkpoint that `train` begins at: the one asked for, or else the parent's. Reads what was observed."""
+        if checkpoint is True:
+            found = checkpoints(Path(self.args.output_dir))
+            checkpoint = str(found[-1]) if found else None if self.branch else True
+        elif isinstance(checkpoint, Path):
+            checkpoint = str(checkpoint)
+        self._begins_branch = self.branch is not None and not checkpoint
+        if self._begins_branch:
+            assert self.branch is not None
+            checkpoint = self.branch.checkpoint
+        self.resumed_state = load_state(Path(checkpoint), "observations") if isinstance(checkpoint, str) else None
+        return checkpoint
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        epochs, per_epoch, *rest, max_steps = super().set_initial_training_values(*args, **kwargs)
+        max_steps += self.first_step
+        if self.branch is not None:
+            epochs = math.ceil((max_steps - self.data_start) / per_epoch)
+        return epochs, per_epoch, *rest, max_steps
+
+    def _init_training_state(self, max_steps: int, num_update_steps_per_epoch: int, *args: Any) -> tuple[int, int]:
+        begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args)
+        # transformers goes on with the intervals of the checkpoint, though the run may ask for others.
+        self.state.compute_steps(self.args, max_steps - self.first_step)
+        if self._begins_branch:
+            self.state.log_history = []
+        if self.branch is None:
+            return begun
+        epochs, steps = divmod(self.state.global_step - self.data_start, num_update_steps_per_epoch)
+        return epochs, steps * self.args.gradient_accumulation_steps
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self._begins_branch:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert checkpoint is not None
+        groups = self.optimizer.param_groups
+        rates = [{key: group[key] for key in ("lr", "initial_lr")} for group in groups]
+        load_optimizer(self.optimizer, load_state(Path(checkpoint), "optimizer"))  # brings the parent's rates too
+        for group, own in zip(self.optimizer.param_groups, rates, strict=True):
+            group.update(own)
+
+    def rate_factor(self) -> float | None:
+        """What multiplies the peak rate of every group in the step to come; None where it is not one number."""
+        lambdas = getattr(self.lr_scheduler, "lr_lambdas", None) or []
+        factors = {float(factor(self.lr_scheduler.last_epoch)) for factor in lambdas}
+        return factors.pop() if len(factors) == 1 else None
+
+    def rows_before(self) -> torch.Tensor:
+        """How often the parent, and its own parents, handed out each row of this text: int64 [rows]."""
+        state = self.resumed_state
+        assert state is not None and self.corpus is not None
+        if not self.goes_on_with_rows:
+            return torch.zeros(len(self.corpus.train), dtype=torch.int64)
+        return state["times_seen"] + state["times_seen_before"]
