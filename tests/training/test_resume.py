@@ -53,26 +53,27 @@ def assert_same(whole: Trainer, resumed: Trainer) -> None:
     assert resumed.proof.report()["ok"]
 
 
-def make(llama: Path, corpus: Corpus, folder: Path, trained_dtype: str, base: str = "nf4", r: int = 8) -> Trainer:
+def make(
+    llama: Path, corpus: Corpus, folder: Path, trained_dtype: str, base: str = "nf4", r: int = 8, **settings: Any
+) -> Trainer:
     torch.manual_seed(5)
     model, _ = load(str(llama), base=base, compute_dtype=trained_dtype)
     model = add_adapters(model, r=r, lora_alpha=8, lora_dropout=0.1, trained_dtype=trained_dtype)
-    return trainer_for(
-        model,
-        corpus,
-        folder,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=-1,
-        num_train_epochs=2,
-        optim="adamw_8bit",
-        lr_scheduler_type="cosine",
-        warmup_steps=2,
-        min_lr_rate=0.1,
-        save_strategy="steps",
-        save_steps=5,
-        weight_decay=0.01,
-    )
+    given: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "optim": "adamw_8bit",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "min_lr_rate": 0.1,
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "weight_decay": 0.01,
+        **settings,
+    }
+    return trainer_for(model, corpus, folder, **given)
 
 
 @pytest.mark.parametrize("trained_dtype", ["fp32", "bf16"])
