@@ -305,6 +305,28 @@ def test_every_number_of_a_ledger_is_checked(corpus: Corpus, whole: bool, step: 
     assert unnoticed == {("sources", index, "empty") for index in range(3)}
 
 
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_branch_adds_up_with_its_parents(corpus: Corpus, step: int):
+    """They gave out an epoch and the even rows; the branch the odd ones, and then every third of the next epoch."""
+    number = np.arange(len(corpus.train))
+    before, seen = 1 + (number % 2 == 0), (number % 2) + (number % 3 == 0)
+    ledger = corpus.ledger(seen, seen, before)
+    assert check_ledger(ledger) == []
+    assert ledger["rows_seen_before"] == before.sum() and ledger["rows_seen"] == seen.sum()
+    assert ledger["times_seen_with_parents"] == {str(n): int((seen + before == n).sum()) for n in (2, 3)}
+    for path in (("rows_seen_before",), ("times_seen_with_parents", "2"), ("times_seen_with_parents", "3")):
+        damaged = copy.deepcopy(ledger)
+        place: Any = damaged
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] += step
+        assert check_ledger(damaged), path
+    assert not corpus.ledger(seen, seen)["adds_up"]
+    assert not corpus.ledger(before, before, seen * 2)["adds_up"]
+    nothing = np.zeros(len(corpus.train), int)
+    assert corpus.ledger(before, before, nothing) == corpus.ledger(before, before)
+
+
 DOCUMENTS, TOKENS = ("sources", 0, "documents"), ("sources", 0, "tokens")
 MOVES: dict[str, tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]] = {  # what loses one, what gains one
     "documents trained that were not": ([(*DOCUMENTS, "not_reached")], [(*DOCUMENTS, "trained")]),

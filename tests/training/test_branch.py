@@ -55,7 +55,7 @@ def parent(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 
 def checkpoint(parent: Trainer, step: int) -> Path:
-    return Path(parent.args.output_dir) / f"checkpoint-{step}"
+    return Path(str(parent.args.output_dir)) / f"checkpoint-{step}"
 
 
 def rows_of(trainer: Trainer) -> list[list[int]]:
@@ -64,9 +64,9 @@ def rows_of(trainer: Trainer) -> list[list[int]]:
     trainer.add_callback(AtStep(begin=lambda step: steps.append([])))
     step = trainer.training_step
 
-    def note(model: Any, inputs: dict[str, Any], *given: Any) -> torch.Tensor:
+    def note(model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         steps[-1].extend(int(row) for row in inputs["row"])
-        return step(model, inputs, *given)
+        return step(model, inputs, num_items_in_batch)
 
     trainer.training_step = note
     return steps
