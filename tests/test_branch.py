@@ -126,6 +126,21 @@ def test_both_are_on_the_board(
     assert digest_of(parent) == before, "the parent is left as it was"
 
 
+@pytest.mark.parametrize("adapter", [{"init_lora_weights": "pissa"}, {"use_dora": True}])
+def test_other_adapters_go_on_to_the_bit(
+    adapter: dict[str, Any], llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    """PiSSA's frozen start comes from the checkpoint too."""
+    whole, folder = tmp_path / "ko", tmp_path / "run"
+    train_run(parent_file(llama_folder, korean_corpus, whole, adapter=adapter))
+    going_on = {"lr_scheduler_type": "constant", "max_steps": 3}
+    config = branch_file(llama_folder, korean_corpus, folder, adapter=adapter, training=going_on)
+    train_run(config, branch=whole / "checkpoint-3")
+    one, two = (root / "final" / "adapter_model.safetensors" for root in (whole, folder))
+    assert one.read_bytes() == two.read_bytes()
+    assert lines(folder / "evaluation.jsonl")[-1]["loss"] == lines(whole / "evaluation.jsonl")[-1]["loss"]
+
+
 def test_resumed_from_half_way(branch: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
     """Also when the parent is gone by then."""
     folder = tmp_path / "ko-decay"

@@ -31,9 +31,9 @@ HARMLESS = {
 _BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 OWN_OF_A_BRANCH = {
     *(f"training.{name}" for name in (
-        "learning_rate", "embedding_learning_rate", "loraplus_lr_ratio", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
-        "warmup_lr_rate", "min_lr_rate", "decay_steps", "decay_type", "cooldown_steps", "stable_lr_rate", "max_steps",
-        "num_train_epochs",
+        "learning_rate", "embedding_learning_rate", "loraplus_lr_ratio", "lr_scheduler_type", "lr_scheduler_kwargs",
+        "warmup_steps", "warmup_lr_rate", "min_lr_rate", "decay_steps", "decay_type", "cooldown_steps",
+        "stable_lr_rate", "max_steps", "num_train_epochs",
     )),
     *_BATCH,
 }  # fmt: skip

@@ -18,7 +18,7 @@ from steep.evaluation.board import board
 from steep.evaluation.perplexity import evaluate
 from steep.evaluation.score import DomainScore
 from steep.generation import generate_side_by_side, sample
-from steep.model.adapters import add_adapters, open_adapter
+from steep.model.adapters import add_adapters, load_adapter_weights, open_adapter
 from steep.model.embeddings import untie
 from steep.model.load import load_resolved
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
