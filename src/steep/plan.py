@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from steep.config import RunConfig
 from steep.data.packing import Corpus, pack
+from steep.data.token_file import Progress
 from steep.errors import UserError
 from steep.memory import Shape, memory_by_item, shape_of
 from steep.model.adapters import check_embeddings, check_start
@@ -101,13 +102,18 @@ class Plan:
 
 
 def plan_run(
-    config: RunConfig, progress: Callable[[int, int], None] | None = None, branch: Branch | None = None
+    config: RunConfig,
+    progress: Progress | None = None,
+    *,
+    branch: Branch | None = None,
+    commits: Mapping[int, str] | None = None,
 ) -> Plan:
     """Work out a run: check every input, tokenise the text (once, into the cache), count, and estimate memory and disk.
 
     Args:
-        progress: called with (documents, bytes) while text is tokenised.
+        progress: called with documents, bytes and budget while text is tokenised.
         branch: where the run leaves its parent, if it is a branch.
+        commits: of streamed sources, by number, to take in place of what their revision names today.
 
     Raises:
         UserError: anything that is wrong with the model, the adapter, the data or the settings.
@@ -143,8 +149,9 @@ def plan_run(
             f"{stride} leaves a window no context: it has to be below data.max_length, {data.max_length}",
             "Leave it out (half a row), or lower it.",
         )
+    pinned = {index: {"revision": commit} for index, commit in (commits or {}).items()}
     corpus = pack(
-        data.sources,
+        [source.model_copy(update=pinned.get(index)) for index, source in enumerate(data.sources)],
         tokenizer,
         max_length=data.max_length,
         strategy=data.packing,

@@ -58,6 +58,21 @@ def refuse_other_settings(folder: RunFolder, config: RunConfig) -> None:
         )
 
 
+def streamed_commits(folder: RunFolder) -> dict[int, str]:
+    """The commits of a run's streamed sources, by number: a data set may have moved on since the run began."""
+    if not (folder / "plan.json").is_file():  # killed before it had written anything else
+        return {}
+    sources = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["data"]["sources"]
+    return {index: source["revision"] for index, source in enumerate(sources) if source.get("streamed")}
+
+
+def commits_of_parent(branch: Branch, config: RunConfig) -> dict[int, str]:
+    """The same for a branch: its parent's, as long as its sources are the parent's."""
+    parent = RunFolder(Path(branch.checkpoint).parent)
+    before = parse_config(yaml.safe_load((parent / "run.yaml").read_text(encoding="utf-8")))
+    return streamed_commits(parent) if before.data.sources == config.data.sources else {}
+
+
 def refuse_other_inputs(folder: RunFolder, plan: Plan) -> None:
     """Compare what files and machine made of the run file with what they made of it at the beginning.
 

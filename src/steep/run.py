@@ -23,7 +23,15 @@ from steep.model.embeddings import untie
 from steep.model.load import load_resolved
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.plan import Plan, plan_run
-from steep.resume import begin_branch, branch_of, refuse_other_inputs, refuse_other_settings, refuse_unlike_parent
+from steep.resume import (
+    begin_branch,
+    branch_of,
+    commits_of_parent,
+    refuse_other_inputs,
+    refuse_other_settings,
+    refuse_unlike_parent,
+    streamed_commits,
+)
 from steep.run_folder import RunFolder, environment
 from steep.settings import mixed_precision
 from steep.storage import published
@@ -67,8 +75,9 @@ def train_run(
     else:
         parent = begin_branch(branch, config) if branch is not None else None
         folder.refuse_contents()
+    commits = streamed_commits(folder) if resume else commits_of_parent(parent, config) if parent else None
     with terminal.tokenising() as progress:
-        plan = plan_run(config, progress, parent)
+        plan = plan_run(config, progress, branch=parent, commits=commits)
     if not resume:
         if parent is not None:
             refuse_unlike_parent(plan)
@@ -176,7 +185,7 @@ def evaluate_run(
     terminal = terminal or Terminal(quiet=True)
     config, folder = _finished(run_dir)
     with terminal.tokenising() as progress:
-        plan = plan_run(config, progress, branch_of(folder))
+        plan = plan_run(config, progress, branch=branch_of(folder), commits=streamed_commits(folder))
     if not plan.corpus.heldout:
         raise UserError(
             "data.holdout",

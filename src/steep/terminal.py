@@ -11,12 +11,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:  # this file is imported before the libraries
+    from steep.data.token_file import Budget
+    from steep.data.token_file import Progress as Tokenised
 
 _PLAIN_SECONDS = 10  # between two progress lines in a pipe
 
@@ -68,15 +72,24 @@ class Terminal:
         self.out.print(table)
 
     @contextmanager
-    def tokenising(self) -> Iterator[Callable[[int, int], None]]:
-        """Gives a callback for (documents, bytes) done so far."""
+    def tokenising(self) -> Iterator[Tokenised]:
+        """Gives a callback for documents and bytes done so far, and the budget of the source that is read."""
         started, last = time.monotonic(), time.monotonic()
+        begun = before = started  # when the budget under way began, when the last call came
+        tokens = 0
         with self._bar("tokenising", None) as update:
 
-            def progress(documents: int, num_bytes: int) -> None:
-                nonlocal last
-                rate = num_bytes / 1e6 / max(time.monotonic() - started, 1e-9)
+            def progress(documents: int, num_bytes: int, budget: Budget | None) -> None:
+                nonlocal last, begun, before, tokens
+                now = time.monotonic()
+                rate = num_bytes / 1e6 / max(now - started, 1e-9)
                 text = f"{documents:,} documents, {num_bytes / 1e6:.1f} MB, {rate:.1f} MB/s"
+                if budget is None or not 0 < tokens <= budget.tokens:  # another source
+                    begun = before
+                before, tokens = now, 0 if budget is None else budget.tokens
+                if budget is not None:
+                    left = (budget.limit - tokens) * (now - begun) / tokens
+                    text += f", {tokens:,} of {budget.limit:,} tokens, about {left:.0f} s left"
                 if update is not None:
                     update(text, None)
                 elif time.monotonic() - last > _PLAIN_SECONDS:
@@ -171,7 +184,7 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
             source["domain"],
             source["role"],
             f"{source['documents']:,}",
-            f"{source['tokens']:,}",
+            f"{source['tokens']:,}" + (" (max_tokens)" if source["stopped"] else ""),
             f"{1 / source['characters_per_token']:.2f}",
             f"{source['held_out']['documents']:,}",
         )

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from steep.data import mixing
 from steep.data.mixing import Side
 from steep.data.packing import Corpus, pack
 from steep.errors import UserError
@@ -252,3 +253,20 @@ def test_weighted_shares_are_met_to_a_document(pack_texts: Pack, lengths, weight
     finite = [index for index in range(len(lengths)) if not repeats[index]]
     ended = [index for index in finite or range(len(lengths)) if (corpus.mixture.planned[index] == 1).all()]
     assert ended  # some source ends the epoch, and all of it is read
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    halves=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=30),
+    measured=st.integers(0, 30),
+    part=st.integers(1, 40),
+)
+def test_equal_hashes_are_found_part_by_part(halves: list[tuple[int, int]], measured: int, part: int):
+    """Many rows agree in their first halves alone, and equal ones would straddle the parts."""
+    measured = min(measured, len(halves))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixing, "_PART", part)
+        repeated, contaminated = mixing._compare(np.array(halves, np.uint64), measured)
+    for index, row in enumerate(halves):
+        assert repeated[index] == (row in (halves[:index] if index < measured else halves[measured:index]))
+        assert contaminated[index] == (index >= measured and row in halves[:measured])

@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import tempfile
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steep.data import packing
+from steep.data import mixing, packing, rows
 from steep.data.encoder import Encoder
 from steep.data.packed_dataset import IGNORE
 from steep.data.packing import Corpus, pack
@@ -333,7 +334,7 @@ def test_cache_dir_and_progress(tmp_path: Path, byte_tokenizer, monkeypatch: pyt
     for name, text in (("x", "abc"), ("y", "defg")):
         (tmp_path / f"{name}.txt").write_text(text)
     sources = [tmp_path / "x.txt", tmp_path / "y.txt"]
-    pack(sources, byte_tokenizer, progress=lambda documents, size: seen.append((documents, size)))
+    pack(sources, byte_tokenizer, progress=lambda documents, size, _: seen.append((documents, size)))
     assert seen == [(1, 3), (2, 7)]
     assert len(list((tmp_path / "env" / "tokens").glob("*.arrow"))) == 2
     monkeypatch.delenv("STEEP_CACHE")
@@ -364,3 +365,26 @@ def test_rows_reach_worker_processes(tmp_path: Path, byte_tokenizer):
     assert all(np.array_equal(copied[3][name], rows[3][name]) for name in rows[3])
     with pytest.raises(IndexError):
         rows[len(rows)]
+
+
+@pytest.mark.parametrize("strategy", ["sequential", "best_fit"])
+def test_memory_grows_by_little_a_document_and_row(tmp_path: Path, byte_tokenizer, monkeypatch, strategy: str):
+    """The largest memory of numpy and Python on the way from token files to a plan: 64 bytes a document, 16 a row."""
+    for module in (mixing, packing, rows):
+        monkeypatch.setattr(module, "_PART", 500)  # what is held of a part does not grow
+
+    def peak(documents: int) -> np.ndarray:
+        texts = [f"{number} text" + "x" * (number % 40) for number in range(documents)]
+        texts[1::10] = texts[::10]  # a tenth comes twice
+        sources = write_sources(tmp_path, [{"texts": texts}])
+        options = {"cache_dir": tmp_path / "c", "max_length": MAX_LENGTH, "strategy": strategy}
+        pack(sources, byte_tokenizer, **options)
+        tracemalloc.start()
+        corpus = pack(sources, byte_tokenizer, **options)
+        assert corpus.fingerprint and corpus.statistics
+        measured = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return np.array([measured, documents, len(corpus.train)])
+
+    more = peak(9_000) - peak(3_000)
+    assert more[0] <= 64 * more[1] + 16 * more[2]

@@ -24,7 +24,7 @@ def row_lengths(pieces: Pieces) -> list[list[int]]:
 @given(lengths=lengths_of_documents)
 def test_every_target_exactly_once(pack, lengths: list[int]):
     pieces = pack(np.array(lengths), MAX_LENGTH)
-    assert (pieces.item.dtype, pieces.start.dtype, pieces.length.dtype) == (np.int32, np.int64, np.int32)
+    assert (pieces.item.dtype, pieces.start.dtype, pieces.length.dtype) == (np.int32, np.int32, np.uint8)
     assert pieces.row_first[0] == 0
     assert pieces.row_first[-1] == len(pieces.item)
     assert all(0 < sum(row) <= MAX_LENGTH for row in row_lengths(pieces))

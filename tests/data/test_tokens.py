@@ -137,8 +137,10 @@ def test_columns(tmp_path: Path, write_jsonl: Write, tokenizer: PreTrainedTokeni
     digests = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in kept]
     assert [b"".join(int(half).to_bytes(8, "big") for half in row) for row in result.hashes] == digests
     assert result.lengths.dtype == result.num_bytes.dtype == np.int64
-    ram = sum(array.nbytes for array in (result.lengths, result.hashes, result.num_bytes, result.num_chars))
-    assert ram <= 64 * len(result)
+    assert [result.num_bytes_of(index) for index in range(3)] == result.num_bytes.tolist()
+    assert [result.num_chars_of(index) for index in range(3)] == result.num_chars.tolist()
+    kept_in_memory = [value for value in vars(result).values() if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in kept_in_memory) == 8 * len(result) + 56  # and 48 a batch
 
     opened = datasets.Dataset.from_file(str(result.path))
     assert opened.column_names == ["input_ids", "text_hash", "num_bytes", "num_chars"]
@@ -284,7 +286,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, write_jsonl: Write
     content = path.read_bytes()
     os.utime(path, (1, 1))  # a clock may not tick between two writes of a test
 
-    def touch(documents: int, size: int) -> None:
+    def touch(documents: int, size: int, budget: object) -> None:
         if change == "remove":
             path.unlink()
         else:
@@ -317,8 +319,8 @@ def test_progress(tmp_path: Path, write_jsonl: Write, tokenizer, monkeypatch: py
     monkeypatch.setattr(token_file, "_BATCH_DOCUMENTS", 2)
     seen: list[tuple[int, int]] = []
     source = Source(path=str(write_jsonl(["a", "법", "c", "", "d", "e"])))
-    tokenize(source, Encoder(tokenizer), tmp_path, "s", lambda documents, size: seen.append((documents, size)))
-    assert seen == [(2, 4), (4, 6), (5, 7)]
+    tokenize(source, Encoder(tokenizer), tmp_path, "s", lambda documents, size, _: seen.append((documents, size)))
+    assert seen == [(2, 4), (3, 5), (5, 7)]
 
 
 def test_an_error_midway_leaves_nothing(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch):
@@ -345,7 +347,7 @@ def test_a_killed_tokenisation_leaves_nothing_taken_for_whole(make_tokenizer: Ma
         from steep.data.sources import Source
         from steep.data.tokens import tokenize
         token_file._BATCH_DOCUMENTS = 10
-        def stop(documents, size):
+        def stop(documents, size, budget):
             if documents == 50:
                 print("half", flush=True)
                 time.sleep(60)
@@ -392,9 +394,8 @@ def test_a_damaged_cache_is_named(tmp_path: Path, write_jsonl: Write, tokenizer:
 
 def test_batches_are_bounded_by_size(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(token_file, "_BATCH_CHARS", 10)
-    batches = token_file._Batches(["a" * 4, "b" * 5, " ", "c" * 2, "d" * 30, "e"])
-    assert [[len(text) for text in batch] for batch in batches] == [[4, 5], [2], [30], [1]]
-    assert batches.empty == 1
+    batches = token_file._batches(["a" * 4, "b" * 5, " ", "c" * 2, "d" * 30, "e"])
+    assert [[len(text) for text in batch] for batch in batches] == [[4, 5, 1], [2], [30], [1]]
 
 
 def test_the_caller_works_while_threads_encode(tokenizer: PreTrainedTokenizerFast):

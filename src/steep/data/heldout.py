@@ -31,12 +31,12 @@ class HeldoutDocument:
     @property
     def num_bytes(self) -> int:
         """Bytes of its UTF-8 text."""
-        return int(self.source.num_bytes[self.index])
+        return self.source.num_bytes_of(self.index)
 
     @property
     def num_chars(self) -> int:
         """Characters (code points) of its text."""
-        return int(self.source.num_chars[self.index])
+        return self.source.num_chars_of(self.index)
 
 
 class HeldoutDocuments(Sequence[HeldoutDocument]):

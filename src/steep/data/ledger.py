@@ -32,6 +32,9 @@ def describe_sources(
             | {
                 "files": item.files,
                 "files_not_read": item.files_not_read,
+                "streamed": item.source.stream,
+                "max_tokens": item.source.max_tokens,
+                "stopped": item.stopped,
                 "documents": len(item),
                 "empty": item.empty,
                 "tokens": tokens,
@@ -238,6 +241,7 @@ def _names(item: TokenizedSource) -> dict[str, Any]:
         "domain": source.domain_name,
         "role": source.role,
         "path": source.location,
+        "revision": source.revision,
         "repeat": source.repeat,
     }
 

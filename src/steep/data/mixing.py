@@ -18,6 +18,7 @@ from steep.data.tokens import TokenizedSource
 from steep.errors import UserError
 
 _TOLERANCE = 0.1  # a share reached within a tenth of what was asked needs no warning
+_PART = 1 << 16  # rows compared at a time
 
 
 class Side(IntEnum):
@@ -35,7 +36,7 @@ class Mixture:
     """The documents of an epoch.
 
     Attributes:
-        source: int32 [chosen], index of the source.
+        source: unsigned [chosen], index of the source, in as few bytes as hold it.
         document: int32 [chosen], index of the document in it, in the shuffled order of packing.
         planned: for each source, int32 [documents]: how often an epoch has the document.
         summary: shares asked for and achieved, JSON-able.
@@ -57,57 +58,66 @@ def assign_sides(sources: Sequence[TokenizedSource], holdout: float, keep_duplic
     role heldout. Of equal texts the first one counts, among train and replay sources, and among heldout sources.
     Documents of one token are left out before all that.
     """
-    sides = [np.full(len(source), Side.TRAIN, np.uint8) for source in sources]
     measured = [index for index, source in enumerate(sources) if source.source.role == "heldout"]
     trained = [index for index, source in enumerate(sources) if source.source.role != "heldout"]
-    measured_hashes = _stack([sources[index].hashes for index in measured])
-    limit = np.uint64(int(holdout * 2**64))
+    num_measured = sum(len(sources[index]) for index in measured)
+    ends = np.cumsum([len(sources[index]) for index in (*measured, *trained)])
+    hashes = np.empty((ends[-1], 2), np.uint64)
+    for index, end in zip((*measured, *trained), ends, strict=True):
+        hashes[end - len(sources[index]) : end] = sources[index].hashes
+    repeated, contaminated = _compare(hashes, num_measured)
 
-    repeated = _came_before(measured_hashes) & (not keep_duplicates)
-    for index, part in _split(sources, measured, np.where(repeated, Side.DUPLICATE, Side.HELD_OUT)):
-        sides[index][:] = part
-
-    hashes = _stack([sources[index].hashes for index in trained])
-    repeated = _came_before(hashes) & (not keep_duplicates)
-    contaminated = _is_in(hashes, measured_hashes)
-    side = np.where(hashes[:, 0] < limit, Side.HELD_OUT, Side.TRAIN)
+    side = np.full(len(hashes), Side.TRAIN, np.uint8)
+    side[hashes[:, 0] < np.uint64(int(holdout * 2**64))] = Side.HELD_OUT
+    side[:num_measured] = Side.HELD_OUT
     side[contaminated] = Side.HELD_OUT_ELSEWHERE
-    side[repeated] = Side.DUPLICATE
-    for index, part in _split(sources, trained, side):
-        sides[index][:] = part
-    for source, side in zip(sources, sides, strict=True):
-        side[source.lengths < 2] = Side.TOO_SHORT
-    return sides
+    if not keep_duplicates:
+        side[repeated] = Side.DUPLICATE
+    sides = dict(zip((*measured, *trained), np.split(side, ends[:-1]), strict=True))
+    for index, source in enumerate(sources):
+        sides[index][source.lengths < 2] = Side.TOO_SHORT
+    return [sides[index] for index in range(len(sources))]
 
 
-def _split(sources: Sequence[TokenizedSource], chosen: list[int], values: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    ends = np.cumsum([len(sources[index]) for index in chosen])[:-1]
-    return list(zip(chosen, np.split(values, ends), strict=True)) if chosen else []
+def _compare(hashes: np.ndarray, num_measured: int) -> tuple[np.ndarray, np.ndarray]:
+    """Find equal texts by their hashes.
+
+    Args:
+        hashes: uint64 [documents, 2], first those of heldout sources.
+        num_measured: how many these are.
+
+    Returns:
+        bool [documents] each: whether an equal row came before, among the heldout ones or among the others; and whether
+        one of the others equals a heldout one.
+    """
+    repeated, contaminated = np.zeros((2, len(hashes)), bool)
+    # Sorted by the first half alone, which costs 20 bytes a document. Parts that no equal rows straddle are then sorted
+    # by both: the memory for that does not grow with the corpus.
+    order = np.argsort(hashes[:, 0], kind="stable")
+    start = 0
+    while start < len(order):
+        end = _end_of_equals(hashes, order, start + _PART)
+        part = order[start:end]
+        part = part[np.lexsort((hashes[part, 1], hashes[part, 0]))]  # stable: equal rows stay in their order
+        rows, is_measured = hashes[part], part < num_measured
+        is_first = np.ones(len(part), bool)
+        is_first[1:] = (rows[1:] != rows[:-1]).any(axis=1)
+        # Heldout rows stand before the others that equal them: the first of these has not been among the others before.
+        before = np.concatenate([[True], is_measured[:-1]])
+        repeated[part] = ~is_first & (is_measured | ~before)
+        contaminated[part] = ~is_measured & is_measured[is_first][np.cumsum(is_first) - 1]
+        start = end
+    return repeated, contaminated
 
 
-def _stack(hashes: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.zeros((0, 2), np.uint64), *hashes])
-
-
-def _first_index(hashes: np.ndarray) -> np.ndarray:
-    """For each row of uint64 [n, 2], the index of the first equal row: int64 [n]."""
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal rows stay in their order
-    ordered = hashes[order]
-    starts = np.ones(len(order), bool)
-    starts[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    result = np.empty(len(order), np.int64)
-    result[order] = order[starts][np.cumsum(starts) - 1]
-    return result
-
-
-def _came_before(hashes: np.ndarray) -> np.ndarray:
-    """Whether an equal row came before: bool [n]."""
-    return _first_index(hashes) != np.arange(len(hashes))
-
-
-def _is_in(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Whether a row stands in `others`: bool [n]."""
-    return _first_index(np.concatenate([others, hashes]))[len(others) :] < len(others)
+def _end_of_equals(hashes: np.ndarray, order: np.ndarray, end: int) -> int:
+    """The first place in `order`, from `end` on, whose row differs in its first half from the row before."""
+    while end < len(order):
+        differs = np.flatnonzero(hashes[order[end : end + _PART], 0] != hashes[order[end - 1], 0])
+        if len(differs):
+            return end + int(differs[0])
+        end += _PART
+    return len(order)
 
 
 def mix(sources: Sequence[TokenizedSource], sides: Sequence[np.ndarray], replay_share: float, seed: int) -> Mixture:
@@ -124,7 +134,7 @@ def mix(sources: Sequence[TokenizedSource], sides: Sequence[np.ndarray], replay_
     """
     train = [index for index, source in enumerate(sources) if source.source.role == "train"]
     replay = [index for index, source in enumerate(sources) if source.source.role == "replay"]
-    pools = [np.flatnonzero(side == Side.TRAIN) for side in sides]
+    pools = [np.flatnonzero(side == Side.TRAIN).astype(np.int32) for side in sides]
     tokens = [int(source.lengths[pool].sum()) for source, pool in zip(sources, pools, strict=True)]
     if not sum(tokens[index] for index in train):
         problem = "no document is left to train on: all are held out, duplicates, or of another role"
@@ -141,16 +151,18 @@ def mix(sources: Sequence[TokenizedSource], sides: Sequence[np.ndarray], replay_
     for index in replay:
         chosen[index] = _choose(sources[index], pools[index], quotas[index], _random(seed, index))
 
-    source = np.concatenate([np.full(len(chosen[index]), index, np.int32) for index in sorted(chosen)])
-    document = np.concatenate([chosen[index].astype(np.int32) for index in sorted(chosen)])
-    if not len(document):
-        raise UserError("data.sources", "no document is left to train on", "Add text with role train")
-    order = _random(seed, len(sources)).permutation(len(document))
     planned = [np.zeros(len(source), np.int32) for source in sources]
     for index, documents in chosen.items():
         np.add.at(planned[index], documents, 1)
     summary = _summary(sources, train, replay, chosen, quotas, replay_share)
     warnings = _warnings(sources, replay, summary, sides)
+    small = np.min_scalar_type(len(sources))
+    source = np.concatenate([np.full(len(chosen[index]), index, small) for index in sorted(chosen)])
+    document = np.concatenate([chosen[index] for index in sorted(chosen)])
+    if not len(document):
+        raise UserError("data.sources", "no document is left to train on", "Add text with role train")
+    order = np.arange(len(document), dtype=np.int32)
+    _random(seed, len(sources)).shuffle(order)
     return Mixture(source[order], document[order], planned, summary, warnings)
 
 
@@ -212,13 +224,15 @@ def _choose(source: TokenizedSource, pool: np.ndarray, quota: int, random: np.ra
     passes, rest = divmod(quota, total)
     if passes and not source.source.repeat:
         passes, rest = 1, 0
+    if not rest:
+        return pool if passes == 1 else np.tile(pool, passes)
     shuffled = random.permutation(pool)
     return np.concatenate([np.tile(pool, passes), shuffled[_worth(source.lengths[shuffled], rest)]])
 
 
 def _worth(lengths: np.ndarray, quota: int) -> np.ndarray:
     """Indices of documents with about `quota` tokens together: in order, leaving out those that no longer fit."""
-    taken = []
+    taken = np.zeros(len(lengths), bool)
     position, left = 0, quota
     while True:
         fits = position + np.flatnonzero(lengths[position:] <= left)[:1]
@@ -227,14 +241,13 @@ def _worth(lengths: np.ndarray, quota: int) -> np.ndarray:
         position = int(fits[0])
         ends = np.cumsum(lengths[position:])
         number = int(np.searchsorted(ends, left, side="right"))
-        taken.append(np.arange(position, position + number))
+        taken[position : position + number] = True
         left -= int(ends[number - 1])
         position += number
-    chosen = np.concatenate([np.zeros(0, np.int64), *taken])
-    rest = np.setdiff1d(np.arange(len(lengths)), chosen, assume_unique=True)
-    if len(rest):
+    chosen = np.flatnonzero(taken)
+    if len(chosen) < len(lengths):
         # What is left is smaller than any document; half of one is the point where adding it comes nearer.
-        smallest = rest[np.argmin(lengths[rest])]
+        smallest = int(np.argmin(np.where(taken, lengths.max() + 1, lengths)))
         if 2 * left > lengths[smallest]:
             chosen = np.append(chosen, smallest)
     return chosen

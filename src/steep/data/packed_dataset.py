@@ -24,11 +24,11 @@ class PackedDataset(Dataset[dict[str, Any]]):
         sources: where the tokens are.
         max_length: tokens in a row.
         pad_id: what fills a row behind its last piece.
-        source: int32 [pieces], index of the source of each piece.
+        source: unsigned [pieces], index of the source of each piece.
         document: int32 [pieces], index of the document in that source.
-        start: int64 [pieces], the first token of the piece in the document.
-        length: int32 [pieces], tokens.
-        row_first: int64 [rows + 1], the first piece of each row.
+        start: int32 [pieces], the first token of the piece in the document.
+        length: unsigned [pieces], tokens.
+        row_first: int32 [rows + 1], the first piece of each row.
     """
 
     def __init__(

@@ -28,6 +28,8 @@ from steep.storage import cache_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PART = 1 << 16  # entries of the index that are digested at a time
+
 SourceLike = str | Path | Source | Mapping[str, Any]
 
 
@@ -83,8 +85,16 @@ class Corpus:
         for source in self.sources:
             digest.update(source.digest.encode())
         train = self.train
-        for array in (train.source, train.document, train.start, train.length, train.row_first):
-            digest.update(np.ascontiguousarray(array).data)
+        # In these types whatever the index is stored in.
+        for array, dtype in (
+            (train.source, np.int32),
+            (train.document, np.int32),
+            (train.start, np.int64),
+            (train.length, np.int32),
+            (train.row_first, np.int64),
+        ):
+            for first in range(0, len(array), _PART):
+                digest.update(array[first : first + _PART].astype(dtype).data)
         digest.update(f"{train.max_length} {self.seed}".encode())
         return digest.hexdigest()
 
@@ -149,7 +159,8 @@ def pack(
         seed: of all choices and orders, at least 0.
         cache_dir: folder of the token files; default ``tokens`` under `steep.storage.cache_folder()`.
         vocab_size: entries of the model's vocabulary, if known: no token may lie outside.
-        progress: called with the documents and UTF-8 bytes tokenised so far, over all sources.
+        progress: called with the documents and UTF-8 bytes tokenised so far, over all sources, and how far the one that
+            is read has come with its `max_tokens` (`token_file.Budget`), or None.
 
     Raises:
         UserError: a setting out of range, text that cannot be read, a token outside the vocabulary, or nothing left to
@@ -168,11 +179,12 @@ def pack(
 
     sides = assign_sides(tokenized, holdout, keep_duplicates)
     mixture = mix(tokenized, sides, replay_share, seed)
-    lengths = np.empty(len(mixture.document), np.int64)
+    lengths = np.empty(len(mixture.document), np.int32)
     for index, source in enumerate(tokenized):
         here = mixture.source == index
         lengths[here] = source.lengths[mixture.document[here]]
     pieces = (pack_sequential if strategy == "sequential" else pack_best_fit)(lengths, max_length)
+    del lengths
     rows = PackedDataset(tokenized, mixture, pieces, max_length, _pad_id(tokenizer, vocab_size))
     return Corpus(rows, heldout_by_domain(tokenized, sides), tokenized, sides, mixture, strategy, seed)
 
@@ -233,7 +245,7 @@ def _after(done: list[TokenizedSource], progress: Progress | None) -> Progress |
     if progress is None:
         return None
     documents, size = sum(map(len, done)), sum(int(source.num_bytes.sum()) for source in done)
-    return lambda more, more_size: progress(documents + more, size + more_size)
+    return lambda more, more_size, budget: progress(documents + more, size + more_size, budget)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> int:

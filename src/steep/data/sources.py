@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 MIN_LENGTH = 8  # tokens of a row, at the least; the run file's schema and `pack` both refuse less
 TEXT_FORMATS = ("txt", "md", "jsonl", "csv")
@@ -32,6 +32,16 @@ class Source(BaseModel):
     subset: str | None = Field(default=None, description="Configuration of the hub data set, e.g. 20231101.ko.")
     split: str = Field(default="train", description="Split of the hub data set.")
     revision: str | None = Field(default=None, description="Commit, tag or branch of the hub data set.")
+    stream: bool = Field(
+        default=False,
+        description="Read the hub data set over the network, once, up to max_tokens, instead of downloading all of it.",
+    )
+    max_tokens: Annotated[int, Strict()] | None = Field(
+        default=None,
+        gt=0,
+        description="Read whole documents from the beginning until the next one would pass so many tokens; "
+        "required with stream. Default: all.",
+    )
     text_field: str = Field(default="text", description="Field (JSON key, column) that holds a document's text.")
     role: Literal["train", "replay", "heldout"] = Field(
         default="train",
@@ -60,6 +70,10 @@ class Source(BaseModel):
             raise ValueError(f"a source needs exactly one of path and hub, and has {found}")
         if self.path and (self.subset or self.revision):
             raise ValueError("subset and revision belong to a hub data set, and this source has a path")
+        if self.stream and not self.hub:
+            raise ValueError("stream belongs to a hub data set, and this source has a path, which is not downloaded")
+        if self.stream and self.max_tokens is None:
+            raise ValueError("stream needs max_tokens: how much of the data set to read, e.g. 200_000_000")
         return self
 
     @property

@@ -28,7 +28,8 @@ from steep.data.readers import read_documents
 from steep.data.sources import Source
 from steep.errors import UserError
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int, "Budget | None"], None]
+"""Called with the documents and UTF-8 bytes done so far, and how far a source with `max_tokens` has come."""
 Stamp = tuple[int, int]
 """Size and time of change (ns) of a file."""
 
@@ -46,6 +47,19 @@ _BATCH_CHARS = 500_000
 
 
 @dataclass(frozen=True)
+class Budget:
+    """A source is read until it holds so many tokens, those around its texts included.
+
+    Attributes:
+        limit: `max_tokens`.
+        tokens: of the documents taken so far.
+    """
+
+    limit: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Summary:
     """What is known of a token file when its last document is written.
 
@@ -54,12 +68,14 @@ class Summary:
         text_tokens: tokens as the tokenizer gave them, before BOS and EOS were put around them.
         largest_id: the largest token id, -1 without any.
         digest: of all token ids in their order.
+        stopped: whether `max_tokens` ended the reading, and not the end of the text.
     """
 
     empty: int
     text_tokens: int
     largest_id: int
     digest: str
+    stopped: bool = False
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
@@ -82,7 +98,7 @@ def write_tokens(
         encoder: makes the ids.
         path: the file to write; its folder is made if needed, and cleared of what killed tokenisations left.
         field: where the source stands in the run file, for messages.
-        progress: called after each batch with the documents and UTF-8 bytes done so far.
+        progress: called after each batch.
 
     Raises:
         UserError: the source cannot be read, a text encodes to the id that ends documents, or a file has changed.
@@ -132,27 +148,24 @@ def _is_running(process: int) -> bool:
     return True
 
 
-class _Batches:
-    """Documents in batches of bounded size, without those that are blank, which are counted."""
-
-    def __init__(self, documents: Iterable[str]) -> None:
-        self._documents = documents
-        self.empty = 0
-
-    def __iter__(self) -> Iterator[list[str]]:
-        batch: list[str] = []
-        size = 0
-        for text in self._documents:
-            if not text or text.isspace():
-                self.empty += 1
-                continue
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents in batches of bounded size. An error comes after the documents that were read before it."""
+    batch: list[str] = []
+    size = 0
+    failure = None
+    try:
+        for text in documents:
             if batch and (len(batch) == _BATCH_DOCUMENTS or size + len(text) > _BATCH_CHARS):
                 yield batch
                 batch, size = [], 0
             batch.append(text)
             size += len(text)
-        if batch:
-            yield batch
+    except UserError as error:
+        failure = error
+    if batch:
+        yield batch
+    if failure is not None:
+        raise failure
 
 
 def _write_stream(
@@ -160,48 +173,86 @@ def _write_stream(
 ) -> None:
     described = {"prefix_length": len(encoder.prefix), "has_eos": encoder.eos is not None}
     schema = pa.schema(COLUMNS, metadata={METADATA_KEY: json.dumps(described).encode()})
-    batches = _Batches(read_documents(source, field, files))
-    documents = size = without_tokens = text_tokens = 0
+    taker = _Taker(source.max_tokens, len(encoder.prefix) + (encoder.eos is not None))
+    documents = size = text_tokens = 0
     largest_id = -1
     digest = hashlib.blake2b(digest_size=16)
     with pa.ipc.new_stream(file, schema) as writer:
-        for batch in _encoded(batches, encoder):
-            texts, ids = _with_tokens(*batch)
-            without_tokens += len(batch[0]) - len(texts)
-            if not texts:
-                continue
-            _reject_eos_inside(ids, encoder, documents, source, field)
-            values, num_bytes = _write_batch(writer, texts, ids, encoder, schema)
-            documents += len(texts)
-            size += num_bytes
-            text_tokens += sum(map(len, ids))
-            largest_id = max(largest_id, int(values.max()))
-            digest.update(values.data)
-            if progress is not None:
-                progress(documents, size)
-        summary = Summary(batches.empty + without_tokens, text_tokens, largest_id, digest.hexdigest())
+        for batch in _encoded(_batches(read_documents(source, field, files)), encoder):
+            texts, ids = taker.take(*batch)
+            if texts:
+                _reject_eos_inside(ids, encoder, documents, source, field)
+                values, num_bytes = _write_batch(writer, texts, ids, encoder, schema)
+                documents += len(texts)
+                size += num_bytes
+                text_tokens += sum(map(len, ids))
+                largest_id = max(largest_id, int(values.max()))
+                digest.update(values.data)
+                if progress is not None:
+                    limit = source.max_tokens
+                    progress(documents, size, None if limit is None else Budget(limit, taker.tokens))
+            if taker.stopped:
+                break
+        summary = Summary(taker.empty, text_tokens, largest_id, digest.hexdigest(), taker.stopped)
         last = pa.RecordBatch.from_pylist([], schema=schema)
         writer.write_batch(last, {METADATA_KEY: json.dumps(asdict(summary)).encode()})
 
 
-def _with_tokens(texts: list[str], ids: list[np.ndarray]) -> tuple[list[str], list[np.ndarray]]:
-    """Without the documents whose text has no tokens, as when a normaliser removes all of it."""
-    kept = [index for index, document in enumerate(ids) if len(document)]
-    return [texts[index] for index in kept], [ids[index] for index in kept]
+class _Taker:
+    """Takes documents in their order, whole, until the next one would pass a limit.
+
+    Those that are blank or have no tokens, as when a normaliser removes all of a text, are left out and counted.
+
+    Args:
+        limit: tokens, or None to take all.
+        around: how many tokens stand around each text.
+    """
+
+    def __init__(self, limit: int | None, around: int) -> None:
+        self._limit = limit
+        self._around = around
+        self.tokens = 0
+        self.empty = 0
+        self.stopped = False
+
+    def take(self, texts: list[str], ids: list[np.ndarray]) -> tuple[list[str], list[np.ndarray]]:
+        """What is taken of a batch; nothing may follow when `stopped` is true then."""
+        taken: list[int] = []
+        for index, (text, document) in enumerate(zip(texts, ids, strict=True)):
+            if not text or text.isspace() or not len(document):
+                self.empty += 1
+                continue
+            tokens = self._around + len(document)
+            if self._limit is not None and self.tokens + tokens > self._limit:
+                self.stopped = True
+                break
+            self.tokens += tokens
+            taken.append(index)
+        return [texts[index] for index in taken], [ids[index] for index in taken]
 
 
 def _encoded(batches: Iterable[list[str]], encoder: Encoder) -> Iterator[tuple[list[str], list[np.ndarray]]]:
-    """Encode ahead: this thread reads the next batch and writes the last one while other threads encode."""
+    """Encode ahead: this thread reads the next batch and writes the last one while other threads encode.
+
+    So when the consumer stops, at most `encoder.workers` batches after its last one have been read. What is wrong with
+    these is not its business: an error in reading comes after the batches that were read before it.
+    """
     pending: deque[tuple[list[str], Future[list[np.ndarray]]]] = deque()
+    failure = None
     with ThreadPoolExecutor(encoder.workers) as pool:
-        for texts in batches:
-            pending.append((texts, pool.submit(encoder.encode, texts)))
-            if len(pending) > encoder.workers:
-                texts, future = pending.popleft()
-                yield texts, future.result()
+        try:
+            for texts in batches:
+                pending.append((texts, pool.submit(encoder.encode, texts)))
+                if len(pending) > encoder.workers:
+                    texts, future = pending.popleft()
+                    yield texts, future.result()
+        except UserError as error:
+            failure = error
         while pending:
             texts, future = pending.popleft()
             yield texts, future.result()
+    if failure is not None:
+        raise failure
 
 
 def _write_batch(
