@@ -58,15 +58,12 @@ def refuse_other_settings(folder: RunFolder, config: RunConfig) -> None:
         )
 
 
-def streamed_commits(folder: RunFolder, config: RunConfig) -> dict[int, str]:
-    """The commits that a run read of the streamed sources that `config` has too, by their number in `config`: a data
-    set may have moved on since."""
+def streamed_commits(folder: RunFolder) -> dict[int, str]:
+    """The commits of a run's streamed sources, by number: a data set may have moved on since the run began."""
     if not (folder / "plan.json").is_file():  # killed before it had written anything else
         return {}
-    before = parse_config(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))).data.sources
-    planned = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["data"]["sources"]
-    commits = {source: plan["revision"] for source, plan in zip(before, planned, strict=True) if source.stream}
-    return {index: commits[source] for index, source in enumerate(config.data.sources) if source in commits}
+    sources = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["data"]["sources"]
+    return {index: source["revision"] for index, source in enumerate(sources) if source.get("streamed")}
 
 
 def commits_of_parent(branch: Branch, config: RunConfig) -> dict[int, str]:
