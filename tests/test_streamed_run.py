@@ -48,7 +48,7 @@ def rows(count: int) -> list[dict[str, Any]]:
     return [{"text": text} for text in documents("ko", count)]
 
 
-def test_a_run_goes_on_with_the_commit_it_began_with(hub: Hub, llama_folder: Path, tmp_path: Path) -> None:
+def test_a_run_and_its_branch_go_on_with_the_commit_it_began_with(hub: Hub, llama_folder: Path, tmp_path: Path) -> None:
     began = hub.commit(rows(100))
     config = run_file(llama_folder, tmp_path)
     whole = train_run(config)
@@ -63,6 +63,11 @@ def test_a_run_goes_on_with_the_commit_it_began_with(hub: Hub, llama_folder: Pat
     assert [score.loss for score in resumed["after"]] == [score.loss for score in whole["after"]]
     assert hub.opened == 1
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["data"]["sources"][0]["revision"] == began
+
+    training = config.training.model_copy(update={"output_dir": str(tmp_path / "branch"), "max_steps": 1})
+    train_run(config.model_copy(update={"training": training}), branch=tmp_path / "run" / "checkpoint-2")
+    plan = json.loads((tmp_path / "branch" / "plan.json").read_text())
     assert plan["data"]["sources"][0]["revision"] == began
 
     hub.offline = True
