@@ -1,4 +1,4 @@
-"""A run from its file to its folder, and the two lines that a script changes."""
+"""A run from its file to its folder."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    DataCollatorForLanguageModeling,
 )
 
 from steep import run
@@ -27,7 +26,7 @@ from steep.plan import plan_run
 from steep.run import evaluate_run, generate_run, train_run
 from steep.run_folder import RunFolder
 from steep.training.trainer import Trainer
-from tests.tiny import documents, save_tiny, tiny_model
+from tests.tiny import save_tiny
 
 
 def run_file(model: Path, corpus: Path, folder: Path, /, **sections: dict[str, Any]) -> RunConfig:
@@ -235,47 +234,6 @@ def test_an_attention_that_gemma2_cannot_have_is_refused(attention: str, korean_
         plan_run(config)
     eager = run_file(model, korean_corpus, tmp_path / "run", model={"attn_implementation": "eager"})
     assert plan_run(eager).steps == 6
-
-
-def test_a_plain_transformers_script(llama_folder: Path, tmp_path: Path) -> None:
-    """A script of transformers and PEFT; these two lines are the change."""
-    from steep import Trainer, TrainingArguments
-
-    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32),
-        LoraConfig(
-            r=8, target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"
-        ),
-    )
-    rows = [tokenizer(text) for text in documents("ko", 16)]
-    args = TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=4,
-        num_train_epochs=2,
-        learning_rate=1e-2,
-        embedding_learning_rate=1e-3,
-        logging_steps=1,
-        save_steps=4,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:4], data_collator=collator)
-    first = trainer.evaluate()["eval_loss"]
-    output = trainer.train()
-    assert output.global_step == 8
-    assert trainer.proof is not None and trainer.proof.report()["ok"]
-    last = trainer.evaluate()["eval_loss"]
-    assert last < first - 0.1
-    trainer.save_model(str(tmp_path / "final"))
-    opened = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "final"))
-    batch = collator([dict(row) for row in rows[:4]])
-    with torch.no_grad():
-        loss = float(opened(**batch).loss)
-    assert loss == pytest.approx(last, rel=1e-5)
 
 
 def test_a_run_over_a_16bit_base(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from steep.initialise import init_run as init_run
     from steep.model.adapters import add_adapters as add_adapters
     from steep.model.load import load as load
+    from steep.model.text_model import extract_text_model as extract_text_model
     from steep.plan import plan_run as plan_run
     from steep.run import evaluate_run as evaluate_run
     from steep.run import generate_run as generate_run
@@ -33,6 +34,7 @@ _PUBLIC = {
     "add_adapters": "model.adapters",
     "evaluate": "evaluation.perplexity",
     "evaluate_run": "run",
+    "extract_text_model": "model.text_model",
     "generate": "generation",
     "generate_run": "run",
     "init_run": "initialise",

@@ -32,9 +32,10 @@ def test_an_encoder_is_refused(architecture: str | None, tmp_path: Path) -> None
         resolve(str(tmp_path))
 
 
-def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
-    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="encoder-decoder or multimodal"):
+@pytest.mark.parametrize("architecture", ["T5ForConditionalGeneration", "T5EncoderModel", None])
+def test_an_encoder_decoder_is_refused(architecture: str | None, tmp_path: Path) -> None:
+    T5Config(architectures=[architecture] if architecture else None).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"is an encoder-decoder model \(t5\)\. Continued pretraining needs a decoder"):
         resolve(str(tmp_path))
 
 

@@ -10,7 +10,11 @@ from typing import Any
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from steep.errors import UserError
 from steep.model.gguf import check_readable, converted_folder, correct_special_tokens
@@ -70,7 +74,7 @@ def resolve(
             "holds an adapter, not a model" if (Path(name) / "adapter_config.json").is_file() else "has no config.json"
         )
         raise UserError(field, f"the folder {name} {what}", "Give a folder that save_pretrained wrote, or a hub name.")
-    config = _read(AutoConfig, name, arguments, field)
+    config = read_config(name, arguments, field)
     _check_causal(config, name, field)
     resolved = ResolvedModel(name, arguments, config)
     method = (resolved.quantization or {}).get("quant_method")
@@ -107,6 +111,15 @@ def looks_like_chat(model: ResolvedModel, tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
+def read_config(name: str, arguments: dict[str, Any], field: str) -> PretrainedConfig:
+    """The config of the model called `name`.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    return _read(AutoConfig, name, arguments, field)
+
+
 def _read(loader: Any, name: str, arguments: dict[str, Any], field: str) -> Any:
     try:
         return loader.from_pretrained(name, **arguments)
@@ -129,11 +142,33 @@ def _read(loader: Any, name: str, arguments: dict[str, Any], field: str) -> Any:
         ) from error
 
 
+def text_config_of(config: PretrainedConfig) -> PretrainedConfig | None:
+    """The config of the text model inside a multimodal one, where transformers has a causal LM of that type alone."""
+    text = getattr(config, "text_config", None)
+    if text is None or config.is_encoder_decoder or config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return None
+    # Some multimodal models stand in the list of causal ones too, under a type of their own.
+    return text if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type, "").endswith("ForCausalLM") else None
+
+
 def _check_causal(config: PretrainedConfig, name: str, field: str) -> None:
     architectures = config.architectures or []
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if any(architecture.endswith("ForConditionalGeneration") for architecture in architectures):
-        kind = "an encoder-decoder or multimodal model"
+    text, inner = text_config_of(config), getattr(config, "text_config", None)
+    if text is not None:
+        folder = f"{Path(name).name}-text"
+        raise UserError(
+            field,
+            f"{name} is a multimodal model ({config.model_type}); its text model ({text.model_type}) can be trained",
+            "Write that into a folder of its own, and give the folder: "
+            f'python -c "import steep; steep.extract_text_model({name!r}, {folder!r})"',
+        )
+    if config.is_encoder_decoder:
+        kind = f"an encoder-decoder model ({config.model_type})"
+    elif inner is not None:
+        kind = f"a multimodal model ({config.model_type}), and its text model ({inner.model_type}) cannot stand alone"
+    elif any(architecture.endswith("ForConditionalGeneration") for architecture in architectures):
+        kind = f"a model that is conditioned on more than text ({architectures[0]})"
     elif architectures and not any(a in causal or a.endswith("ForCausalLM") for a in architectures):
         kind = f"not a causal language model ({architectures[0]})"
     elif not architectures and (
