@@ -21,7 +21,7 @@ from tests.syntax import SOURCE, called_name, sources
 LAYERS = (
     "errors", "storage", "kernels", "ops", "data", "model", "evaluation", "training", "export",
     "generation", "config", "initialise", "memory", "settings", "run_folder", "plan", "resume", "terminal",
-    "run", "report", "cli", "__main__",
+    "run", "report", "doctor", "cli", "__main__",
 )  # fmt: skip
 
 

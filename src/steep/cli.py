@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -185,6 +186,21 @@ def report(
         from steep.report.page import write_report
 
         print(f"wrote {write_report(runs, output)}")
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="The whole report as JSON.")] = False) -> None:
+    """Say what is installed, what the card can do and what is missing. Exit code 1: steep cannot train here."""
+    _attached_terminal()
+    from contextlib import redirect_stdout
+
+    from steep.doctor import as_lines, examine
+
+    with redirect_stdout(sys.stderr):  # some libraries speak when they are imported
+        report = examine()
+    print(json.dumps(report, indent=2) if as_json else "\n".join(as_lines(report)))
+    if not report["can_train"]:
+        raise typer.Exit(1)
 
 
 def main() -> None:
