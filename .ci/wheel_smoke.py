@@ -1,7 +1,8 @@
-"""Try an installed steep as a user would: a tiny model and corpus, then `steep init`, `plan`, `train` and `eval`.
+"""Try an installed steep as a user would: a tiny model and corpus, then every command, from `steep doctor` on.
 
-Run with the Python of the environment that the wheel was installed into, from a folder outside the checkout.
-Everything is made here: the tests' builders are not part of the wheel.
+Run with the Python of the environment that the wheel was installed into, without extras, from a folder outside the
+checkout. Everything is made here: the tests' builders are not part of the wheel. Where an extra is missing, steep has
+to name it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 STEEP = str(Path(sys.executable).with_name("steep"))
@@ -64,6 +67,26 @@ def steep(*arguments: str | Path) -> None:
     print(f"  {time.monotonic() - began:.1f} s", flush=True)
 
 
+def refused(*arguments: str | Path, says: str) -> None:
+    """The command ends with one error line that holds `says`."""
+    command = [STEEP, *map(str, arguments)]
+    print("$", "steep", *command[1:], flush=True)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(lines) == 1 and says in lines[0], done.stderr
+    print(f"  {lines[0]}", flush=True)
+
+
+def import_everything() -> None:
+    """Every file of the package came with the wheel, and no module needs an extra to be imported."""
+    files = [Path(str(file)) for file in metadata.files("steep") or [] if str(file).startswith("steep/")]
+    modules = [".".join(file.with_suffix("").parts) for file in files if file.suffix == ".py"]
+    modules = [name.removesuffix(".__init__") for name in modules if not name.endswith("__main__")]
+    for name in modules:
+        import_module(name)
+    print(f"{len(modules)} modules import", flush=True)
+
+
 def open_adapter(final: Path) -> None:
     import torch
     from peft import AutoPeftModelForCausalLM
@@ -85,6 +108,10 @@ def main() -> None:
         model, data, run_file = Path(scratch, "model"), Path(scratch, "data"), Path(scratch, "run.yaml")
         write_model(model)
         write_corpus(data)
+        for package in ("gguf", "tensorboard"):
+            assert find_spec(package) is None, f"this is about an environment without {package}"
+        import_everything()
+        steep("doctor")
         steep("init", "--model", model, "--data", data, "-o", run_file)
         small = ["--data.max_length", "128", "--data.holdout", "0.1"]
         small += ["--training.gradient_accumulation_steps", "1", "--training.max_steps", "4"]
@@ -92,6 +119,10 @@ def main() -> None:
         steep("train", run_file, "--training.output_dir", "runs/smoke", *small)
         open_adapter(Path(scratch, "runs", "smoke", "final"))
         steep("eval", "runs/smoke")
+        steep("generate", "runs/smoke", "The fox", "--max-new-tokens", "8")
+        Path("model.gguf").write_bytes(b"GGUF")
+        refused("plan", run_file, "--model.name", "model.gguf", says="pip install 'steep[gguf]'")
+        refused("plan", run_file, "--training.report_to", "tensorboard", says="pip install 'steep[tensorboard]'")
 
 
 if __name__ == "__main__":

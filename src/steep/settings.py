@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from transformers import SchedulerType
-from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
 from steep.config import RunConfig
@@ -117,10 +117,11 @@ def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
 def _check_trackers(given: str | list[str]) -> None:
     available = get_available_reporting_integrations()
     for name in [given] if isinstance(given, str) else given:
-        if name not in ("none", "all", *available):
-            here = ", ".join(available) or "none"
-            raise UserError(
-                "training.report_to",
-                f"{name!r} is unknown to transformers, or its package is not installed",
-                f"Install it, or give one of those installed here: {here}.",
-            )
+        if name in ("none", "all", *available):
+            continue
+        here = f"Installed here are: {', '.join(available) or 'none'}."
+        if name in INTEGRATION_TO_CALLBACK:
+            how = "pip install 'steep[tensorboard]'" if name == "tensorboard" else f"Install {name}"
+            raise UserError("training.report_to", f"the package of {name} is not installed", f"{how}. {here}")
+        remedy = f"{did_you_mean(name, INTEGRATION_TO_CALLBACK)} {here}".lstrip()
+        raise UserError("training.report_to", f"{name!r} is unknown to transformers", remedy)
