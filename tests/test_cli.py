@@ -90,7 +90,7 @@ def test_help_is_quick() -> None:
         start = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", "steep", "--help"], capture_output=True, text=True, check=True)
         seconds.append(time.perf_counter() - start)
-    for command in ("init", "plan", "train", "eval", "generate", "report"):
+    for command in ("init", "plan", "train", "eval", "generate", "report", "doctor"):
         assert re.search(rf"\b{command}\b", done.stdout)
     assert min(seconds) < 0.5
 

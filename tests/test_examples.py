@@ -70,6 +70,8 @@ def test_two_lines(tied: bool, corpus_file: str, tmp_path: Path) -> None:
     assert (rates["adapters_b"], rates["embeddings"]) == (1e-2, 1e-3)
     after = loss_on(trainer.model, tokenizer, texts)
     assert after < before - 0.1
+    first: Any = trainer.train_dataset  # transformers' own way to score rows
+    assert trainer.evaluate(first.select(range(8)))["eval_loss"] == pytest.approx(after, rel=1e-5)
     opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), "run/final")
     assert loss_on(opened, tokenizer, texts) == pytest.approx(after, rel=1e-5)
 
