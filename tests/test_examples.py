@@ -288,7 +288,7 @@ def wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
         (tmp_path / name.lower()).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     yield tmp_path / "wandb_dir"
-    wandb.teardown()  # ends the process that it started
+    wandb.teardown()
 
 
 def test_weights_and_biases_offline(
@@ -296,6 +296,7 @@ def test_weights_and_biases_offline(
 ) -> None:
     tracked(llama_folder, korean_corpus, tmp_path / "run", "wandb", "run-file")
     wandb.finish()
+    wandb.teardown()  # waits for the process that writes; without it the file may still be empty
     (file,) = wandb_offline.rglob("*.wandb")
     assert file.parent.name.startswith("offline-run-")
     rows = list(wandb_history(file))
