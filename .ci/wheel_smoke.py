@@ -80,6 +80,7 @@ def refused(*arguments: str | Path, says: str) -> None:
 def import_everything() -> None:
     """Every file of the package came with the wheel, and no module needs an extra to be imported."""
     files = [Path(str(file)) for file in metadata.files("steep") or [] if str(file).startswith("steep/")]
+    assert {".css", ".j2", ".js"} <= {file.suffix for file in files}, "the report's page is not in the wheel"
     modules = [".".join(file.with_suffix("").parts) for file in files if file.suffix == ".py"]
     modules = [name.removesuffix(".__init__") for name in modules if not name.endswith("__main__")]
     for name in modules:
@@ -108,7 +109,7 @@ def main() -> None:
         model, data, run_file = Path(scratch, "model"), Path(scratch, "data"), Path(scratch, "run.yaml")
         write_model(model)
         write_corpus(data)
-        for package in ("gguf", "tensorboard"):
+        for package in ("gguf", "tensorboard", "vl_convert"):
             assert find_spec(package) is None, f"this is about an environment without {package}"
         import_everything()
         steep("doctor")
@@ -122,6 +123,7 @@ def main() -> None:
         steep("generate", "runs/smoke", "The fox", "--max-new-tokens", "8")
         Path("model.gguf").write_bytes(b"GGUF")
         refused("plan", run_file, "--model.name", "model.gguf", says="pip install 'steep[gguf]'")
+        refused("report", "runs/smoke", says="pip install 'steep[report]'")
         refused("plan", run_file, "--training.report_to", "tensorboard", says="pip install 'steep[tensorboard]'")
 
 

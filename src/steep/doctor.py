@@ -23,6 +23,7 @@ from steep.storage import cache_folder
 # What each extra of steep is for. Its packages stand in the metadata of the installed steep.
 EXTRAS = {
     "gguf": "base models in .gguf files",
+    "report": "steep report",
     "tensorboard": "report_to: tensorboard",
 }
 # Packages that steep can use and no extra brings: what for, how to get them.
