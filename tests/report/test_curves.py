@@ -10,7 +10,7 @@ import pytest
 
 from steep.report.curves import MAX_POINTS, charts, smooth, thin
 from steep.report.read import read_run
-from tests.report.runs import write_run
+from tests.report.runs import edit, write_run
 
 
 def by_id(*folders: Path) -> dict[str, dict]:
@@ -89,6 +89,19 @@ def test_scores_between_log_lines_stand_at_their_tokens(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "ko", steps=60, every=8, eval_every=20)
     trained = by_id(folder)["domain-0"]["curves"][1]
     assert trained["tokens"] == [0, 20 * 32_640, 40 * 32_640, 56 * 32_640]  # the last log line is that of step 56
+
+
+def test_a_branch_has_scores_from_before_it_began(tmp_path: Path) -> None:
+    """The base at step 0 and its parent's checkpoint at step 20 cost it no tokens; it ends where both have come to."""
+    folder = write_run(tmp_path / "ko", steps=60, every=8, eval_every=20)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    own = [row | {"tokens": row["tokens"] - 20 * 32_640} for row in rows if row["step"] > 20]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
+    edit(folder / "plan.json", first_step=20, steps=40)
+    curve = by_id(folder)["domain-0"]["curves"][1]
+    assert (curve["step"], curve["tokens"]) == ([0, 20, 40, 60], [0, 0, 20 * 32_640, 36 * 32_640])
+    run = read_run(folder)
+    assert (run.first_step, run.steps) == (20, 60)
 
 
 def test_a_loss_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:

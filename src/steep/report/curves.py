@@ -245,12 +245,14 @@ def _level(run: Run, value: float, name: str, look: dict[str, Any]) -> Curve:
 
 
 def _tokens_at(run: Run, step: int) -> float:
-    """Tokens trained at a step; between two log lines in proportion."""
+    """Tokens that the run had trained at a step; between two log lines in proportion."""
     steps, tokens = run.logged
     after = bisect_right(steps, step)
     if after == len(steps):
         return tokens[-1] if tokens else 0.0
-    start, count = (steps[after - 1], tokens[after - 1]) if after else (0, 0.0)
+    start, count = (steps[after - 1], tokens[after - 1]) if after else (run.first_step, 0.0)
+    if step <= start:  # a branch has scores from before it began
+        return count
     return count + (tokens[after] - count) * (step - start) / (steps[after] - start)
 
 

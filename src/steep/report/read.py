@@ -64,9 +64,14 @@ class Run:
         return max((rows[-1]["step"] for rows in (self.metrics, self.evaluation) if rows), default=0)
 
     @property
+    def first_step(self) -> int:
+        """Optimizer steps before this run: 0, or those of the checkpoint that a branch began at."""
+        return self.plan.get("first_step", 0)
+
+    @property
     def steps(self) -> int | None:
-        """Optimizer steps planned."""
-        return self.plan.get("steps")
+        """The step at which the run is planned to end; a branch counts on from its parent's."""
+        return self.first_step + self.plan["steps"] if self.plan else None
 
     @property
     def model(self) -> str:
