@@ -47,6 +47,11 @@ class BaseTensors(Mapping[str, torch.Tensor]):
         with self._opened(self._files[name]) as tensors:
             return tensors.get_tensor(name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of `name`, without reading it."""
+        with self._opened(self._files[name]) as tensors:
+            return tuple(tensors.get_slice(name).get_shape())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 

@@ -1,0 +1,172 @@
+"""Whether a GGUF file is the merged model: llama.cpp judges where it is installed, else the file is read back.
+
+llama.cpp tokenises the texts and computes their logits, and both are compared with transformers' on the merged folder.
+Reading back compares every tensor and every key with what they were made from; it would not see that llama.cpp
+computes something else, which the project's tests do for each family.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steep.evaluation.mode import inference_mode, input_device
+from steep.export.gguf import GgufModel, open_model
+
+BITS_LIMIT = 0.005
+"""Bits per byte by which a file may be worse than the merged folder."""
+_MAX_TOKENS = 512  # of a text: its logits are kept, 4 bytes for each entry of the vocabulary
+_ROUNDING = {"F32": 1e-6, "F16": 2**-11, "Q8_0": 0.5 / 127 + 2**-11}  # of the largest value in a block of 32
+
+
+@dataclass(frozen=True)
+class GgufCheck:
+    """What the judge found.
+
+    Attributes:
+        judge: "llama.cpp", or "the file read back".
+        problems: what is wrong, in words; none if the file is the merged model.
+        tokens: scored tokens; 0 where nothing was scored, as are the next three.
+        merged_loss, loss: nats a token, of the folder in transformers and of the file in llama.cpp.
+        bits_per_byte_gap: file less folder.
+        logit_error: relative RMS.
+    """
+
+    judge: str
+    problems: list[str]
+    tokens: int = 0
+    merged_loss: float = 0.0
+    loss: float = 0.0
+    bits_per_byte_gap: float = 0.0
+    logit_error: float = 0.0
+
+    def __str__(self) -> str:
+        if not self.tokens:
+            return "tensors and metadata are the merged model's (llama.cpp is not installed: pip install 'steep[llama-cpp]')"
+        return (
+            f"loss {self.loss:.4f} in llama.cpp, {self.merged_loss:.4f} in transformers "
+            f"({self.bits_per_byte_gap:+.4f} bits per byte), logits differ by {self.logit_error:.2%}, {self.tokens} tokens"
+        )
+
+
+def check_gguf(file: Path, model_folder: Path, texts: Sequence[str]) -> GgufCheck:
+    """Compare `file` with the merged folder that it was written from.
+
+    Args:
+        texts: held-out text; of each the first 512 tokens are scored, and all of it is tokenised.
+
+    Raises:
+        UserError: the folder cannot be opened, or is none that has a GGUF file.
+    """
+    if find_spec("llama_cpp") is None:
+        return GgufCheck("the file read back", read_back(file, open_model(model_folder)))
+    return _scored(file, model_folder, texts)
+
+
+def read_back(file: Path, model: GgufModel) -> list[str]:
+    """What in `file` is not what `model` has: tensors beyond their rounding, and keys."""
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, GGUFWriter  # optional
+    from gguf.quants import dequantize
+
+    from steep.export.gguf_families import add_settings
+    from steep.export.gguf_tokenizer import add_vocabulary
+
+    reader = GGUFReader(file)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    problems = [f"{name} is in one of them only" for name in sorted(found.keys() ^ model.names.keys())]
+    for name in found.keys() & model.names.keys():
+        tensor, expected = found[name], model.expected(name).numpy()
+        values = dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
+        allowed = _ROUNDING[tensor.tensor_type.name] * _block_maximum(expected, tensor.tensor_type.name) + 6e-8
+        if not bool((np.abs(values - expected) <= allowed).all()):
+            problems.append(f"{name} differs by up to {np.abs(values - expected).max():.3g}")
+    wanted = GGUFWriter(None, MODEL_ARCH_NAMES[MODEL_ARCH[model.family.architecture]])
+    add_settings(wanted, model.config, model.family)
+    add_vocabulary(wanted, model.vocabulary)
+    for key, value in wanted.kv_data[0].items():
+        stored = reader.fields[key].contents() if key in reader.fields else None
+        if not _same(stored, value.value):
+            problems.append(f"{key} is {str(stored)[:80]}, not {str(value.value)[:80]}")
+    return problems
+
+
+def _block_maximum(values: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
+    if kind != "Q8_0":
+        return np.abs(values)
+    blocks = np.abs(values).reshape(-1, 32).max(1, keepdims=True)
+    return np.broadcast_to(blocks, (len(blocks), 32)).reshape(values.shape)
+
+
+def _same(stored: Any, wanted: Any) -> bool:
+    if isinstance(wanted, float):
+        return stored is not None and math.isclose(stored, wanted, rel_tol=1e-6)
+    if isinstance(wanted, (list, tuple)):
+        return stored is not None and list(stored) == list(wanted)
+    return stored == wanted
+
+
+def _scored(file: Path, model_folder: Path, texts: Sequence[str]) -> GgufCheck:
+    from llama_cpp import Llama  # optional
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    encoded = [tokenizer(text, return_offsets_mapping=True) for text in texts]
+    ids = [list(each["input_ids"]) for each in encoded]
+    bytes_scored = sum(
+        len(text[: each["offset_mapping"][:_MAX_TOKENS][-1][1]].encode())
+        for text, each in zip(texts, encoded, strict=True)
+        if each["input_ids"]
+    )
+    threads = torch.get_num_threads()
+    judge = Llama(
+        str(file), n_ctx=_MAX_TOKENS, logits_all=True, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+    try:
+        differing = [
+            text
+            for text, wanted in zip(texts, ids, strict=True)
+            if judge.tokenize(text.encode(), add_bos=True, special=True) != wanted
+        ]
+        their_loss, our_loss, error, size, tokens = 0.0, 0.0, 0.0, 0.0, 0
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
+        if torch.cuda.is_available():
+            model = model.to("cuda")
+        with inference_mode(model, None):
+            for sequence in (each[:_MAX_TOKENS] for each in ids if len(each) > 1):
+                row = torch.tensor([sequence], device=input_device(model))
+                ours = model(input_ids=row, use_cache=False).logits[0, :-1].float().cpu()
+                judge.reset()
+                judge.eval(sequence)
+                theirs = torch.from_numpy(judge.scores[: len(sequence) - 1].copy())
+                labels = torch.tensor(sequence[1:])
+                our_loss += torch.nn.functional.cross_entropy(ours, labels, reduction="sum").item()
+                their_loss += torch.nn.functional.cross_entropy(theirs, labels, reduction="sum").item()
+                error += (theirs - ours).square().sum().item()
+                size += ours.square().sum().item()
+                tokens += len(labels)
+        del model
+        gc.collect()
+    finally:
+        judge.close()
+    gap = (their_loss - our_loss) / math.log(2) / max(bytes_scored, 1)
+    problems = [f"llama.cpp makes other tokens of {text[:60]!r}" for text in differing]
+    if not gap <= BITS_LIMIT:  # a loss that is no number too
+        problems.append(f"the loss in llama.cpp is {gap:.4f} bits per byte higher")
+    return GgufCheck(
+        "llama.cpp",
+        problems,
+        tokens,
+        our_loss / max(tokens, 1),
+        their_loss / max(tokens, 1),
+        gap,
+        math.sqrt(error / size) if size else 0.0,
+    )
