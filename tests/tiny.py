@@ -33,6 +33,7 @@ _FAMILY_FIELDS: dict[str, dict[str, object]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {},
+    "gemma": {},
     "gemma2": {"layer_types": _LOCAL_AND_GLOBAL, "sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 16},
     "gemma3": {"layer_types": _LOCAL_AND_GLOBAL, "sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 16},
 }

@@ -2,76 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
 from transformers import PreTrainedModel
 
 from steep.errors import UserError
+from steep.export import gguf
+from steep.export.gguf import write_gguf
+from steep.export.gguf_families import add_settings
 from steep.model.gguf import converted_folder
 from steep.model.load import load
 from steep.model.resolve import read_tokenizer, resolve
-from tests.tiny import EOS, VOCAB_SIZE, tiny_model, tiny_tokenizer
-
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
 
-def write_gguf(model: PreTrainedModel, file: Path, scaled_rope: bool = False, window: int | None = None) -> Path:
-    """`model` (Llama) in fp32 with the tests' tokenizer, as llama.cpp's converter lays it out."""
-    config, tokenizer = model.config, tiny_tokenizer(bos=True)
-    writer = GGUFWriter(file, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(VOCAB_SIZE)
-    if window is not None:
-        writer.add_sliding_window(window)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([str(tokenizer.convert_ids_to_tokens(i)) for i in range(VOCAB_SIZE)])
-    writer.add_token_types([3 if i < 3 else 1 for i in range(VOCAB_SIZE)])
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    for name in ("bos", "eos", "pad"):
-        getattr(writer, f"add_{name}_token_id")(getattr(tokenizer, f"{name}_token_id"))
-    for name, tensor in model.state_dict().items():
-        stem = name.removesuffix(".weight")
-        layer = ""
-        if stem.startswith("model.layers."):
-            _, _, number, stem = stem.split(".", 3)
-            layer = f"blk.{number}."
-        if stem.endswith(("q_proj", "k_proj")):  # llama.cpp keeps the two halves of a rotary pair side by side
-            heads = config.num_attention_heads if stem.endswith("q_proj") else config.num_key_value_heads
-            tensor = tensor.view(heads, 2, -1, config.hidden_size).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(f"{layer}{NAMES[stem]}.weight", tensor.numpy())
-    if scaled_rope:
-        writer.add_tensor("rope_freqs.weight", np.ones(config.head_dim // 2, dtype=np.float32))
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        write()
-    writer.close()
-    return file
+def written(model: PreTrainedModel, folder: Path) -> Path:
+    """`model` (Llama) in f16, with the tests' tokenizer."""
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer(bos=True).save_pretrained(folder / "model")
+    return write_gguf(folder / "model", folder, "tiny")[0]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +34,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def gguf_file(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gguf(model, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+    return written(model, tmp_path_factory.mktemp("gguf"))
 
 
 def test_the_model_is_the_one_in_the_file(model: PreTrainedModel, gguf_file: Path) -> None:
@@ -108,16 +61,21 @@ def test_a_converted_file_is_not_parsed_again(gguf_file: Path) -> None:
     assert read_tokenizer(resolved).eos_token == EOS
 
 
-def test_scaled_rope_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
-    file = write_gguf(model, tmp_path / "scaled.gguf", scaled_rope=True)
+def test_scaled_rope_is_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    file = written(tiny_model("llama", rope_parameters=rope | {"original_max_position_embeddings": 64}), tmp_path)
     with pytest.raises(UserError, match=r"scales its rotary frequencies.*safetensors"):
         resolve(str(file))
 
 
-def test_mistrals_window_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
-    file = write_gguf(model, tmp_path / "window.gguf", window=64)
+def test_mistrals_window_is_refused(model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_window(writer: GGUFWriter, *arguments: Any) -> None:
+        add_settings(writer, *arguments)
+        writer.add_sliding_window(64)
+
+    monkeypatch.setattr(gguf, "add_settings", with_window)  # steep itself writes no such file
     with pytest.raises(UserError, match=r"is a Mistral with a sliding window.*safetensors"):
-        resolve(str(file))
+        resolve(str(written(model, tmp_path)))
 
 
 def test_a_file_that_is_cut_off_is_refused(gguf_file: Path, tmp_path: Path) -> None:

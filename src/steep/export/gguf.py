@@ -115,7 +115,8 @@ def write_gguf(model_folder: Path, out: Path, name: str | None = None) -> list[P
     model = open_model(model_folder)
     name = name or model_folder.resolve().name
     out.mkdir(parents=True, exist_ok=True)
-    files = {kind: out / f"{name}-{kind.name.lower()}.gguf" for kind in (GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)}
+    kinds = (GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)
+    files = {kind: out / f"{name}-{kind.name.lower()}.gguf" for kind in kinds}
     with ExitStack() as stack:
         writers = {
             kind: stack.enter_context(_writer(file, model, name, LlamaFileType[f"MOSTLY_{kind.name}"]))
@@ -178,7 +179,7 @@ def _shape(model: GgufModel, name: str) -> tuple[int, ...]:
 
 def _stored_as(shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
     """As llama.cpp's converter: vectors stay in fp32, and rows that don't fill Q8_0's blocks of 32 in f16."""
-    from gguf import GGMLQuantizationType, GGML_QUANT_SIZES  # optional
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # optional
 
     if len(shape) == 1:
         return GGMLQuantizationType.F32
@@ -200,7 +201,7 @@ def _encoded(tensor: torch.Tensor, stored_as: GGMLQuantizationType) -> np.ndarra
 
 def _in_range(name: str, tensor: torch.Tensor) -> torch.Tensor:
     largest = tensor.abs().max().item()
-    if tensor.ndim > 1 and not largest <= _LARGEST_F16 or not np.isfinite(largest):
+    if (tensor.ndim > 1 and not largest <= _LARGEST_F16) or not np.isfinite(largest):
         raise UserError(
             FIELD,
             f"{name} has a value of {largest:g}, and f16 ends at {_LARGEST_F16:g}",

@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from steep.evaluation.mode import inference_mode, input_device
 from steep.export.gguf import GgufModel, open_model
+from steep.export.gguf_families import FIELD, add_settings
+from steep.export.gguf_tokenizer import add_vocabulary
+from steep.model.resolve import read_tokenizer, resolve
 
 BITS_LIMIT = 0.005
 """Bits per byte by which a file may be worse than the merged folder."""
@@ -52,10 +55,10 @@ class GgufCheck:
 
     def __str__(self) -> str:
         if not self.tokens:
-            return "tensors and metadata are the merged model's (llama.cpp is not installed: pip install 'steep[llama-cpp]')"
+            return "tensors and metadata are the merged folder's; pip install llama-cpp-python to score the file too"
         return (
-            f"loss {self.loss:.4f} in llama.cpp, {self.merged_loss:.4f} in transformers "
-            f"({self.bits_per_byte_gap:+.4f} bits per byte), logits differ by {self.logit_error:.2%}, {self.tokens} tokens"
+            f"{self.tokens} tokens: loss {self.loss:.4f} in llama.cpp, {self.merged_loss:.4f} in transformers "
+            f"({self.bits_per_byte_gap:+.4f} bits per byte); logits differ by {self.logit_error:.2%}"
         )
 
 
@@ -77,9 +80,6 @@ def read_back(file: Path, model: GgufModel) -> list[str]:
     """What in `file` is not what `model` has: tensors beyond their rounding, and keys."""
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, GGUFWriter  # optional
     from gguf.quants import dequantize
-
-    from steep.export.gguf_families import add_settings
-    from steep.export.gguf_tokenizer import add_vocabulary
 
     reader = GGUFReader(file)
     found = {tensor.name: tensor for tensor in reader.tensors}
@@ -118,18 +118,17 @@ def _same(stored: Any, wanted: Any) -> bool:
 def _scored(file: Path, model_folder: Path, texts: Sequence[str]) -> GgufCheck:
     from llama_cpp import Llama  # optional
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    resolved = resolve(str(model_folder), field=FIELD)
+    tokenizer = read_tokenizer(resolved, FIELD)
+    context, threads = min(_MAX_TOKENS, resolved.config.max_position_embeddings), torch.get_num_threads()
     encoded = [tokenizer(text, return_offsets_mapping=True) for text in texts]
     ids = [list(each["input_ids"]) for each in encoded]
     bytes_scored = sum(
-        len(text[: each["offset_mapping"][:_MAX_TOKENS][-1][1]].encode())
+        len(text[: each["offset_mapping"][:context][-1][1]].encode())
         for text, each in zip(texts, encoded, strict=True)
         if each["input_ids"]
     )
-    threads = torch.get_num_threads()
-    judge = Llama(
-        str(file), n_ctx=_MAX_TOKENS, logits_all=True, n_threads=threads, n_threads_batch=threads, verbose=False
-    )
+    judge = Llama(str(file), n_ctx=context, logits_all=True, n_threads=threads, n_threads_batch=threads, verbose=False)
     try:
         differing = [
             text
@@ -137,11 +136,10 @@ def _scored(file: Path, model_folder: Path, texts: Sequence[str]) -> GgufCheck:
             if judge.tokenize(text.encode(), add_bos=True, special=True) != wanted
         ]
         their_loss, our_loss, error, size, tokens = 0.0, 0.0, 0.0, 0.0, 0
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
-        if torch.cuda.is_available():
-            model = model.to("cuda")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", device_map=device)
         with inference_mode(model, None):
-            for sequence in (each[:_MAX_TOKENS] for each in ids if len(each) > 1):
+            for sequence in (each[:context] for each in ids if len(each) > 1):
                 row = torch.tensor([sequence], device=input_device(model))
                 ours = model(input_ids=row, use_cache=False).logits[0, :-1].float().cpu()
                 judge.reset()

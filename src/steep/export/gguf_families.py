@@ -122,7 +122,7 @@ def add_settings(writer: GGUFWriter, config: Any, family: Family) -> None:
 
 
 def rotary_factors(config: Any) -> torch.Tensor | None:
-    """What each rotary frequency is divided by (Llama 3.1 and later), (head_dim / 2,) in fp32; None where nothing is."""
+    """What each rotary frequency is divided by (Llama 3.1 and later), fp32 [head_dim / 2]; None where nothing is."""
     rope, _ = rope_of(config)
     if rope["rope_type"] != "llama3":
         return None
@@ -156,7 +156,7 @@ def _pairs_adjacent(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _query_scale(config: Any, family: Family) -> float:
-    """What Gemma's queries need so that llama.cpp's own scale makes `query_pre_attn_scalar` ** -0.5 of them; often 1."""
+    """What Gemma's queries lack for llama.cpp's own scale to make `query_pre_attn_scalar` ** -0.5 of it; often 1."""
     built_in = head_dim(config)
     if config.num_hidden_layers == family.layers_of_27b:
         built_in = config.hidden_size // config.num_attention_heads
