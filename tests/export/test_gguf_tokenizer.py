@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -203,16 +204,35 @@ def test_a_run_of_spaces_that_merges_make_stays_an_ordinary_piece(tmp_path: Path
         assert judge.detokenize(ids) == b"a     b"
 
 
-def test_a_merge_that_is_missing_is_refused() -> None:
+def without_merges(unwanted: Callable[[list[str]], bool]) -> PreTrainedTokenizerFast:
     description = json.loads(sentencepiece_json("gemma").to_str())
     merges = description["model"]["merges"]
-    twice = next(pair for pair in merges if sum("".join(other) == "".join(pair) for other in merges) > 1)
-    merges.remove(twice)
-    tokenizer = PreTrainedTokenizerFast(
+    description["model"]["merges"] = [pair for pair in merges if not unwanted(pair)]
+    assert len(description["model"]["merges"]) < len(merges)
+    return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(description)), bos_token=BOS, eos_token=EOS, unk_token="<unk>"
     )
+
+
+def test_a_merge_that_is_missing_is_refused() -> None:
+    whole = json.loads(sentencepiece_json("gemma").to_str())["model"]["merges"]
+    tokenizer = without_merges(lambda pair: pair == whole[0])
     with pytest.raises(UserError, match=r"llama.cpp would merge .* which this tokenizer does not.*convert_hf_to_gguf"):
         vocabulary_of(tokenizer)
+
+
+def test_a_merge_that_no_text_comes_to_may_be_missing(tmp_path: Path) -> None:
+    """Of a piece's two merges one makes its own text; without the other llama.cpp still makes the same tokens."""
+    ways: dict[str, list[list[str]]] = {}
+    for pair in json.loads(sentencepiece_json("gemma").to_str())["model"]["merges"]:
+        ways.setdefault("".join(pair), []).append(pair)
+    pairs = next(pairs for pairs in ways.values() if len(pairs) == 2)
+    first, second = (without_merges(lambda pair, one=one: pair == one) for one in pairs)
+    piece = "".join(pairs[0])
+    harmless, harmful = (first, second) if len(first.tokenize(piece)) == 1 else (second, first)
+    assert differing(harmless, vocabulary_file(vocabulary_of(harmless), tmp_path / "v.gguf"), TEXTS) == []
+    with pytest.raises(UserError, match=f"into '{piece}', which this tokenizer does not"):
+        vocabulary_of(harmful)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------

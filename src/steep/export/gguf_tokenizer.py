@@ -3,8 +3,9 @@
 llama.cpp merges a byte-level BPE's pieces by the order of the merges, as the tokenizers library does. SentencePiece's
 it merges by a score for each piece, whichever two parts it is made of; there is no list of merges. A tokenizer.json has
 the list alone, so a piece's score is minus the rank of its first merge. That says the same when every way to cut a
-piece into two pieces is a merge, as it is in a list made from a SentencePiece model; where it isn't, the tokenizer is
-refused.
+piece into two pieces is a merge, as it is in a list made from a SentencePiece model. A merge that is missing does no
+harm to a piece that its own text is made into: two neighbours that wait for it would wait in that text too. Other
+missing ones are refused.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def read_vocabulary(tokenizer: Any, config: Any) -> Vocabulary:
         added = _added(description, {piece for pair in merges for piece in ("".join(pair),)})
         if adds_space and any(kind == USER_DEFINED for _, kind in added.values()):
             _check_text_after_added(description, prepends)
-        _check_every_split_is_a_merge(pieces, merges, added)
+        _check_missing_merges(backend, pieces, merges, added)
         tokens, types = _by_id(pieces, added, config.vocab_size, special.get("unk"))
         missing = set(_BYTES) - set(pieces)
         if missing:
@@ -219,15 +220,17 @@ def _check_text_after_added(description: dict[str, Any], prepends: bool) -> None
         raise _refused("the tokenizer has added ordinary tokens, and llama.cpp would put a space after each of them")
 
 
-def _check_every_split_is_a_merge(
-    pieces: dict[str, int], merges: list[tuple[str, ...]], added: dict[int, tuple[str, int]]
+def _check_missing_merges(
+    backend: Any, pieces: dict[str, int], merges: list[tuple[str, ...]], added: dict[int, tuple[str, int]]
 ) -> None:
     known, fixed = set(merges), {text for text, kind in added.values() if kind != NORMAL} | set(_BYTES)
     parts = pieces.keys() - fixed
     for piece in parts:
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
-            if left in parts and right in parts and (left, right) not in known:
+            if left not in parts or right not in parts or (left, right) in known:
+                continue
+            if len(backend.model.tokenize(piece)) > 1:
                 raise _refused(
                     f"llama.cpp would merge {left!r} and {right!r} into {piece!r}, which this tokenizer does not"
                 )
