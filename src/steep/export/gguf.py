@@ -83,7 +83,7 @@ def open_model(model_folder: Path) -> GgufModel:
         raise UserError(FIELD, f"{model_folder} is stored quantised", "Give a folder in 16 bit (--to merged).")
     family = family_of(config)
     vocabulary = read_vocabulary(read_tokenizer(resolved, FIELD), config)
-    tensors = BaseTensors(resolved, FIELD)
+    tensors = BaseTensors(resolved.name, field=FIELD)
     known = get_tensor_name_map(MODEL_ARCH[family.architecture], config.num_hidden_layers)
     names: dict[str, str] = {}
     for stored in tensors:
