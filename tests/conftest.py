@@ -46,6 +46,10 @@ def _has_browser() -> bool:
 _NEEDS = {
     "gpu": (torch.cuda.is_available, "this machine has no CUDA device"),
     "browser": (_has_browser, "they need Chromium (apt install chromium) and playwright (make venv)"),
+    "llama_cpp": (
+        lambda: importlib.util.find_spec("llama_cpp") is not None,
+        "they need llama.cpp, compiled for minutes (.venv/bin/pip install -c constraints.txt llama-cpp-python)",
+    ),
 }
 _left_out = pytest.StashKey[dict[str, int]]()
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from llama_cpp import Llama
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
 
 _F32 = 0  # ggml's number of the type
 
 
 @contextmanager
 def opened(file: Path, vocab_only: bool = False, context: int = 256) -> Iterator[Llama]:
+    from llama_cpp import Llama  # not everywhere: tests that come here are marked `llama_cpp`
+
     model = Llama(
         str(file),
         vocab_only=vocab_only,

@@ -92,6 +92,7 @@ def error_of(folder: Path, out: Path, file: int = 0) -> float:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.llama_cpp
 def test_llama_cpp_computes_what_transformers_computes(case: str, tmp_path: Path) -> None:
     folder = saved(case, tmp_path)
     f16, q8_0, modelfile = write_gguf(folder, tmp_path / "out", "ko")
@@ -114,6 +115,7 @@ def test_llama_cpp_computes_what_transformers_computes(case: str, tmp_path: Path
         ("gemma3", "norm_offset", 0.0),
     ],
 )
+@pytest.mark.llama_cpp
 def test_a_wrong_layout_is_seen(
     case: str, field: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +125,7 @@ def test_a_wrong_layout_is_seen(
     assert error_of(folder, tmp_path / "out") > 10 * F16
 
 
+@pytest.mark.llama_cpp
 def test_a_biass_own_layout_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved("llama, biases", tmp_path)
     laid_out = gguf_families.layout
@@ -130,6 +133,7 @@ def test_a_biass_own_layout_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert error_of(folder, tmp_path / "out") > 2 * F16
 
 
+@pytest.mark.llama_cpp
 def test_a_missing_rotary_scale_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved("llama, rope of 3.1", tmp_path)
     monkeypatch.setattr(gguf, "rotary_factors", lambda _: None)
@@ -137,6 +141,7 @@ def test_a_missing_rotary_scale_is_seen(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("case", ["gemma2, its own caps and scale", "gemma3, its own cap, scale and rope"])
+@pytest.mark.llama_cpp
 def test_a_query_scale_left_out_is_seen(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(case, tmp_path)
     monkeypatch.setattr(gguf_families, "_query_scale", lambda *_: 1.0)
@@ -159,6 +164,7 @@ def test_a_query_scale_left_out_is_seen(case: str, tmp_path: Path, monkeypatch: 
         ("llama", {"rms_norm_eps": 0.1}),
     ],
 )
+@pytest.mark.llama_cpp
 def test_a_wrong_setting_is_seen(case: str, overrides: dict[str, Any], tmp_path: Path) -> None:
     """The same weights under another config make another file, and llama.cpp tells them apart."""
     folder = saved(case, tmp_path)
@@ -169,6 +175,7 @@ def test_a_wrong_setting_is_seen(case: str, overrides: dict[str, Any], tmp_path:
     assert relative_error(logits(write_gguf(folder, tmp_path / "out")[0], some_ids()), expected) > 2 * F16
 
 
+@pytest.mark.llama_cpp
 def test_the_tokens_are_those_of_the_folder(tmp_path: Path) -> None:
     folder = saved("llama", tmp_path)
     texts = [*documents("ko", 5), *documents("en", 5)]
@@ -249,6 +256,7 @@ def test_tensors_of_llama_are_the_checkpoints(tmp_path: Path) -> None:
     assert 1e-3 < relative_error(eight["token_embd.weight"], stored["model.embed_tokens.weight"]) < 1e-2
 
 
+@pytest.mark.llama_cpp
 def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "model", bos=True, intermediate_size=72)
     assert error_of(folder, tmp_path / "out", file=1) < Q8_0
@@ -257,6 +265,7 @@ def test_rows_that_fill_no_block_stay_in_f16(tmp_path: Path) -> None:
     assert kinds["blk.0.ffn_up.weight"] == GGMLQuantizationType.Q8_0
 
 
+@pytest.mark.llama_cpp
 def test_more_shards_and_bf16_and_more_rows_than_tokens(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         save_tiny("llama", tmp_path / "fp32", vocab_size=416), dtype="bfloat16"
@@ -349,6 +358,7 @@ def test_a_tensor_without_a_name_is_refused(tmp_path: Path) -> None:
 # --- the check that a user gets -------------------------------------------------------------------------------
 
 
+@pytest.mark.llama_cpp
 def test_the_check_scores_in_llama_cpp(tmp_path: Path) -> None:
     folder = saved("llama", tmp_path)
     texts = [*documents("ko", 3), *documents("en", 3)]
@@ -366,6 +376,7 @@ def test_the_check_scores_in_llama_cpp(tmp_path: Path) -> None:
     assert "bits per byte" in str(check)
 
 
+@pytest.mark.llama_cpp
 def test_the_check_sees_other_weights_and_other_tokens(tmp_path: Path) -> None:
     folder = saved("llama", tmp_path)
     file = write_gguf(folder, tmp_path / "out")[0]

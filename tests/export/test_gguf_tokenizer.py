@@ -50,6 +50,7 @@ def differing(tokenizer: Any, file: Path, texts: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
+@pytest.mark.llama_cpp
 def test_byte_level_tokens_are_llama_cpps(name: str, tmp_path: Path) -> None:
     tokenizer = byte_level(name)
     vocabulary = vocabulary_of(tokenizer)
@@ -59,6 +60,7 @@ def test_byte_level_tokens_are_llama_cpps(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
+@pytest.mark.llama_cpp
 def test_another_pre_tokenizers_name_would_be_seen(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_level(name)
     other = BYTE_LEVEL[BYTE_LEVEL.index(name) - 1]
@@ -66,6 +68,7 @@ def test_another_pre_tokenizers_name_would_be_seen(name: str, tmp_path: Path, mo
     assert differing(tokenizer, vocabulary_file(vocabulary_of(tokenizer), tmp_path / "v.gguf"), TEXTS)
 
 
+@pytest.mark.llama_cpp
 def test_text_comes_back(tmp_path: Path) -> None:
     tokenizer = byte_level("qwen2")
     with opened(vocabulary_file(vocabulary_of(tokenizer), tmp_path / "v.gguf"), vocab_only=True) as judge:
@@ -73,6 +76,7 @@ def test_text_comes_back(tmp_path: Path) -> None:
             assert judge.detokenize(judge.tokenize(text.encode(), add_bos=False)).decode() == text
 
 
+@pytest.mark.llama_cpp
 def test_ordinary_tokens_added_later_are_found_in_the_text(tmp_path: Path) -> None:
     tokenizer = byte_level("llama-bpe")
     tokenizer.add_tokens(["대한민국", "헌법 제", AddedToken("국어", normalized=False)])
@@ -89,6 +93,7 @@ def test_ordinary_tokens_added_later_are_found_in_the_text(tmp_path: Path) -> No
         assert judge.detokenize(ids).decode() == "대한민국헌법 제1조"
 
 
+@pytest.mark.llama_cpp
 def test_tokens_that_extend_the_merges_are_merged(tmp_path: Path) -> None:
     tokenizer = byte_level("qwen2")
     description = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -140,6 +145,7 @@ def test_a_chat_template_goes_along() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma"])
+@pytest.mark.llama_cpp
 def test_sentencepiece_tokens_are_llama_cpps(kind: str, tmp_path: Path) -> None:
     tokenizer = sentencepiece_style(kind)
     vocabulary = vocabulary_of(tokenizer)
@@ -151,6 +157,7 @@ def test_sentencepiece_tokens_are_llama_cpps(kind: str, tmp_path: Path) -> None:
     assert differing(tokenizer, vocabulary_file(vocabulary, tmp_path / "v.gguf"), texts) == []
 
 
+@pytest.mark.llama_cpp
 def test_scores_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = sentencepiece_style("gemma")
     vocabulary = vocabulary_of(tokenizer)
@@ -158,6 +165,7 @@ def test_scores_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert differing(tokenizer, vocabulary_file(vocabulary, tmp_path / "v.gguf"), TEXTS)
 
 
+@pytest.mark.llama_cpp
 def test_ordinary_tokens_are_added_to_sentencepiece(tmp_path: Path) -> None:
     tokenizer = sentencepiece_style("gemma")
     tokenizer.add_tokens([AddedToken("대한민국", normalized=False), AddedToken("헌법 제", normalized=True)])
@@ -173,6 +181,7 @@ def test_a_space_after_an_added_token_is_refused() -> None:
             vocabulary_of(tokenizer)
 
 
+@pytest.mark.llama_cpp
 def test_a_run_of_spaces_that_merges_make_stays_an_ordinary_piece(tmp_path: Path) -> None:
     tokenizer = sentencepiece_style("gemma")
     description = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -221,6 +230,7 @@ def test_a_merge_that_is_missing_is_refused() -> None:
         vocabulary_of(tokenizer)
 
 
+@pytest.mark.llama_cpp
 def test_a_merge_that_no_text_comes_to_may_be_missing(tmp_path: Path) -> None:
     """Of a piece's two merges one makes its own text; without the other llama.cpp still makes the same tokens."""
     ways: dict[str, list[list[str]]] = {}
