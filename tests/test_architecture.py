@@ -20,8 +20,8 @@ from tests.syntax import SOURCE, called_name, sources
 # A module may import from the layers before its own, and from its own.
 LAYERS = (
     "errors", "storage", "kernels", "ops", "data", "model", "evaluation", "training", "export",
-    "generation", "config", "initialise", "memory", "settings", "run_folder", "plan", "resume", "terminal",
-    "run", "report", "doctor", "cli", "__main__",
+    "generation", "config", "initialise", "memory", "settings", "run_folder", "vocabulary", "plan", "resume",
+    "terminal", "opening", "run", "report", "doctor", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -43,6 +43,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
+class Learned(Section):
+    """New tokens that are learned from the text."""
+
+    auto: Integer = Field(gt=0, description="How many.")
+
+
 class ModelSection(Section):
     """The base model, and in what it is kept and computed."""
 
@@ -67,6 +73,22 @@ class ModelSection(Section):
         False, description="Train a head of its own from a checkpoint whose head is its embed_tokens."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
+    new_tokens: str | Learned | None = Field(
+        None,
+        description="Tokens that the tokenizer gets: a UTF-8 file with one a line, or auto: 2000, so many learned from "
+        "the text of role train.",
+    )
+
+    @field_validator("new_tokens", mode="before")
+    @classmethod
+    def _file_or_number(cls, value: Any) -> Any:
+        learned = isinstance(value, Mapping) and set(value) == {"auto"}
+        number = value["auto"] if learned else None
+        if isinstance(value, Learned | None) or (isinstance(value, str) and value):
+            return value
+        if isinstance(number, int) and not isinstance(number, bool) and number > 0:
+            return value
+        raise ValueError("give a file with one token a line, or auto: and a number above 0")
 
 
 class AdapterSection(Section):
@@ -231,6 +253,12 @@ class RunConfig(Section):
                 "it is set but no embedding is trained (adapter.modules_to_save is empty)",
                 f"Set adapter.modules_to_save: [{', '.join(EMBEDDINGS)}] or leave the rate out.",
             )
+        if self.model.new_tokens is not None and not self.adapter.modules_to_save:
+            raise UserError(
+                "model.new_tokens",
+                "new tokens need trained embeddings, and adapter.modules_to_save is empty",
+                f"Set adapter.modules_to_save: [{', '.join(EMBEDDINGS)}] or leave new_tokens out.",
+            )
         if self.model.trained_dtype == "bf16" and self.model.compute_dtype in ("fp16", "fp32"):
             raise UserError(
                 "model.trained_dtype",
@@ -314,6 +342,8 @@ def _make_absolute(config: RunConfig) -> None:
     model = Path(config.model.name).expanduser()
     if model.exists():
         config.model.name = str(model.absolute())
+    if isinstance(config.model.new_tokens, str):
+        config.model.new_tokens = str(Path(config.model.new_tokens).expanduser().absolute())
     config.data.sources = [
         source.model_copy(update={"path": str(Path(source.path).expanduser().absolute())}) if source.path else source
         for source in config.data.sources

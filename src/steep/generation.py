@@ -82,6 +82,7 @@ def generate_side_by_side(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
+    base_tokenizer: PreTrainedTokenizerBase | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -92,10 +93,12 @@ def generate_side_by_side(
 ) -> dict[str, str]:
     """Continue `prompt` with the base model, then with the trained one, under the keys "base" and "trained".
 
-    `stream` is called with such a key and a piece of text; the other arguments and the errors are `generate`'s.
+    `base_tokenizer` is the base model's own where `tokenizer` has new tokens; the base then reads and writes as it did
+    without them. `stream` is called with such a key and a piece of text; the other arguments and the errors are
+    `generate`'s.
     """
 
-    def run(which: str) -> str:
+    def run(which: str, tokenizer: PreTrainedTokenizerBase) -> str:
         pieces = None if stream is None else partial(stream, which)
         return generate(
             model,
@@ -110,9 +113,10 @@ def generate_side_by_side(
             stream=pieces,
         )
 
-    with base_model(model):
-        base = run("base")
-    return {"base": base, "trained": run("trained")}
+    own = tokenizer if base_tokenizer is None else base_tokenizer
+    with base_model(model, None if own is tokenizer else max(own.get_vocab().values()) + 1):
+        base = run("base", own)
+    return {"base": base, "trained": run("trained", tokenizer)}
 
 
 def sample(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +20,14 @@ from steep.memory import Shape, memory_by_item, shape_of
 from steep.model.adapters import check_embeddings, check_start
 from steep.model.embeddings import is_tied, untie
 from steep.model.load import attention, attention_refused, resolve_base, resolve_compute_dtype
+from steep.model.new_tokens import check_trained, rows_for
 from steep.model.resolve import ResolvedModel, looks_like_chat, read_tokenizer, resolve
 from steep.run_folder import RunFolder
 from steep.settings import embedding_rate, planned_epochs, planned_steps, training_arguments, uses_checkpointing
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
 from steep.training.schedules import Schedule, schedule_of
+from steep.vocabulary import Vocabulary, grown, warnings
 
 # An adapter holds about 2 bits a parameter (Allen-Zhu & Li 2024), and a token of text teaches about 1 bit.
 PARAMETERS_PER_TOKEN = 0.5
@@ -42,6 +46,8 @@ class Plan:
         schedule: the learning rates' factor by step; None where the schedule is transformers' own.
         base, compute: the automatic choices made: storage of frozen weights, dtype of products.
         rows, steps, tokens, targets: rows an epoch, optimizer steps, tokens and targets an epoch.
+        vocabulary: the grown tokenizer, where there are new tokens; `tokenizer` is then the same.
+        new_tokens: its figures.
         memory: bytes by item. disk: bytes by item.
         warnings: what a user should know before the run.
     """
@@ -59,6 +65,8 @@ class Plan:
     disk: dict[str, int]
     branch: Branch | None = None
     schedule: Schedule | None = None
+    vocabulary: Vocabulary | None = None
+    new_tokens: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -88,6 +96,7 @@ class Plan:
             },
             "data": {**self.corpus.statistics, "mixing": self.corpus.mixing, "fingerprint": self.corpus.fingerprint},
             "first_step": self.first_step,
+            "new_tokens": self.new_tokens,
             "steps": self.steps,
             "rows_per_step": rows_per_step,
             "epochs": planned_epochs(self.config, len(self.corpus.train)),
@@ -107,6 +116,7 @@ def plan_run(
     *,
     branch: Branch | None = None,
     commits: Mapping[int, str] | None = None,
+    grown_tokenizer: Path | None = None,
 ) -> Plan:
     """Work out a run: check every input, tokenise the text (once, into the cache), count, and estimate memory and disk.
 
@@ -114,6 +124,7 @@ def plan_run(
         progress: called with documents, bytes and budget while text is tokenised.
         branch: where the run leaves its parent, if it is a branch.
         commits: of streamed sources, by number, to take in place of what their revision names today.
+        grown_tokenizer: the folder of the tokenizer that a begun run has, if it has new tokens.
 
     Raises:
         UserError: anything that is wrong with the model, the adapter, the data or the settings.
@@ -132,13 +143,14 @@ def plan_run(
         )
     with torch.device("meta"), attention_refused(model.attn_implementation):
         empty = AutoModelForCausalLM.from_config(
-            resolved.config, trust_remote_code=model.trust_remote_code, **attention(model.attn_implementation)
+            copy.deepcopy(resolved.config),  # new tokens are counted into it
+            trust_remote_code=model.trust_remote_code,
+            **attention(model.attn_implementation),
         )
     if model.untie_embeddings:
         untie(empty)
     check_embeddings(empty, config.adapter.modules_to_save)
     _check_adapter(config, base, resolved)
-    shape = shape_of(empty, config.adapter)
     tokenizer = read_tokenizer(resolved)
     data, training = config.data, config.training
     arguments = training_arguments(config, branch=branch is not None)
@@ -150,6 +162,15 @@ def plan_run(
             "Leave it out (half a row), or lower it.",
         )
     pinned = {index: {"revision": commit} for index, commit in (commits or {}).items()}
+    vocabulary = None
+    if model.new_tokens is not None:
+        check_trained(empty, config.adapter.modules_to_save)
+        asked = model.new_tokens if isinstance(model.new_tokens, str) else model.new_tokens.auto
+        vocabulary = grown(asked, tokenizer, data, grown_tokenizer, progress)
+        tokenizer = vocabulary.tokenizer
+        rows = rows_for(tokenizer, empty.get_input_embeddings().weight.shape[0])
+        empty.resize_token_embeddings(rows, mean_resizing=False)
+    shape = shape_of(empty, config.adapter)
     corpus = pack(
         [source.model_copy(update=pinned.get(index)) for index, source in enumerate(data.sources)],
         tokenizer,
@@ -159,7 +180,7 @@ def plan_run(
         holdout=data.holdout,
         keep_duplicates=data.keep_duplicates,
         seed=training.further.get("data_seed", training.seed),
-        vocab_size=resolved.config.get_text_config().vocab_size,
+        vocab_size=shape.vocabulary,
         cache_dir=data.cache_dir,
         progress=progress,
     )
@@ -186,6 +207,9 @@ def plan_run(
         config, resolved, tokenizer, arguments, corpus, shape, base, compute, steps, memory, disk, branch, schedule
     )
     plan.warnings = [*_warnings(plan), *corpus.warnings]
+    if vocabulary is not None:
+        plan.vocabulary, plan.new_tokens = vocabulary, vocabulary.figures(corpus)
+        plan.warnings += warnings(plan.new_tokens)
     free = folder.free_bytes()
     if free < sum(disk.values()):
         plan.warnings.append(
@@ -259,7 +283,8 @@ def _warnings(plan: Plan) -> list[str]:
         if source["role"] == "train" and 1 / source["characters_per_token"] > MANY_TOKENS_PER_CHARACTER:
             found.append(
                 f"the tokenizer spends {1 / source['characters_per_token']:.2f} tokens a character on "
-                f"{source['domain']}: rows hold little text. A model with a vocabulary for it learns faster."
+                f"{source['domain']}: rows hold little text. Give it new tokens (model.new_tokens), or take a "
+                "model with a vocabulary for it."
             )
     if config.model.trained_dtype == "bf16" and config.training.optim not in ("adamw_8bit", "adamw_bnb_8bit"):
         found.append(

@@ -15,6 +15,7 @@ from steep.errors import UserError
 from steep.plan import Plan
 from steep.run_folder import RunFolder
 from steep.training.branch import Branch, read_branch
+from steep.vocabulary import refuse_another_file
 
 # Fields that change neither what is computed nor which rows are trained when.
 HARMLESS = {
@@ -71,6 +72,21 @@ def commits_of_parent(branch: Branch, config: RunConfig) -> dict[int, str]:
     parent = RunFolder(Path(branch.checkpoint).parent)
     before = parse_config(yaml.safe_load((parent / "run.yaml").read_text(encoding="utf-8")))
     return streamed_commits(parent) if before.data.sources == config.data.sources else {}
+
+
+def begun_tokenizer(config: RunConfig, folder: RunFolder | None, parent: Branch | None) -> Path | None:
+    """The tokenizer with new tokens that a resumed run, or a branch's parent, has already; None if there is none.
+
+    Raises:
+        UserError: the file of new tokens says something else than when that tokenizer grew.
+    """
+    places = [] if folder is None else [folder.tokenizer]
+    if parent is not None:
+        places.append(RunFolder(Path(parent.checkpoint).parent).tokenizer)
+    begun = next((place for place in places if place.is_dir()), None)
+    if begun is not None and isinstance(config.model.new_tokens, str):
+        refuse_another_file(begun, config.model.new_tokens)
+    return begun
 
 
 def refuse_other_inputs(folder: RunFolder, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -21,10 +22,13 @@ from steep.generation import generate_side_by_side, sample
 from steep.model.adapters import add_adapters, load_adapter_weights, open_adapter
 from steep.model.embeddings import untie
 from steep.model.load import load_resolved
-from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
+from steep.model.new_tokens import grow_embeddings
+from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_folder, resolve
+from steep.opening import write_readme
 from steep.plan import Plan, plan_run
 from steep.resume import (
     begin_branch,
+    begun_tokenizer,
     branch_of,
     commits_of_parent,
     refuse_other_inputs,
@@ -75,9 +79,10 @@ def train_run(
     else:
         parent = begin_branch(branch, config) if branch is not None else None
         folder.refuse_contents()
+    begun = begun_tokenizer(config, folder if resume else None, parent)
     commits = streamed_commits(folder) if resume else commits_of_parent(parent, config) if parent else None
     with terminal.tokenising() as progress:
-        plan = plan_run(config, progress, branch=parent, commits=commits)
+        plan = plan_run(config, progress, branch=parent, commits=commits, grown_tokenizer=begun)
     if not resume:
         if parent is not None:
             refuse_unlike_parent(plan)
@@ -105,6 +110,9 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
     trainer = _trainer(plan, model)
     if plan.branch is not None:  # before run.yaml, from which on the folder holds a run
         folder.write_json("parent.json", asdict(plan.branch))
+    if plan.vocabulary is not None and plan.vocabulary.folder != folder.tokenizer:
+        with published(folder.tokenizer) as staging:
+            shutil.copytree(plan.vocabulary.folder, staging, dirs_exist_ok=True)
     folder.write_text("run.yaml", config.to_yaml())
     folder.write_json("plan.json", plan.as_dict())
     folder.write_json("environment.json", environment())
@@ -133,6 +141,7 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
         )
     with published(folder.final) as staging:
         trainer.save_model(str(staging))
+        write_readme(staging, plan, model, folder.final)
     before, after = _first_and_last(folder)
     if before:
         terminal.show(board(before, after, plan.corpus.roles))
@@ -185,7 +194,13 @@ def evaluate_run(
     terminal = terminal or Terminal(quiet=True)
     config, folder = _finished(run_dir)
     with terminal.tokenising() as progress:
-        plan = plan_run(config, progress, branch=branch_of(folder), commits=streamed_commits(folder))
+        plan = plan_run(
+            config,
+            progress,
+            branch=branch_of(folder),
+            commits=streamed_commits(folder),
+            grown_tokenizer=None if config.model.new_tokens is None else folder.tokenizer,
+        )
     if not plan.corpus.heldout:
         raise UserError(
             "data.holdout",
@@ -196,15 +211,18 @@ def evaluate_run(
     score = partial(
         evaluate,
         model,
-        plan.corpus.heldout,
         max_length=config.data.max_length,
         stride=config.evaluation.stride,
-        max_tokens=config.evaluation.max_tokens,
         autocast_dtype=mixed_precision(config),
     )
-    with base_model(model):
-        base = score()
-    trained = score(step=plan.last_step)
+    max_tokens, vocabulary = config.evaluation.max_tokens, plan.vocabulary
+    if vocabulary is None:
+        with base_model(model):
+            base = score(plan.corpus.heldout, max_tokens=max_tokens)
+    else:
+        with base_model(model, vocabulary.ids_before):
+            base = score(vocabulary.base_documents(plan.corpus, max_tokens), max_tokens=None)
+    trained = score(plan.corpus.heldout, max_tokens=max_tokens, step=plan.last_step)
     terminal.show(board(base, trained, plan.corpus.roles))
     return base, trained
 
@@ -223,12 +241,15 @@ def generate_run(
     config, folder = _finished(run_dir)
     settings = config.model
     resolved = resolve(settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-    tokenizer = read_tokenizer(resolved)
+    original = tokenizer = read_tokenizer(resolved)
+    if settings.new_tokens is not None:
+        tokenizer = read_tokenizer_folder(folder.tokenizer)
     model = load_result(config, resolved, tokenizer, folder)
     return generate_side_by_side(
         model,
         tokenizer,
         prompt,
+        base_tokenizer=original,
         stream=stream,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -239,13 +260,16 @@ def generate_run(
 def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any:
     """The frozen model that a run trains over."""
     settings = config.model
+    original = tokenizer if settings.new_tokens is None else read_tokenizer(resolved)
     model = load_resolved(
         resolved,
-        tokenizer,
+        original,
         base=settings.base,
         compute_dtype=settings.compute_dtype,
         attn_implementation=settings.attn_implementation,
     )
+    if settings.new_tokens is not None:
+        grow_embeddings(model, original, tokenizer)
     if settings.untie_embeddings:
         untie(model)
     return model
@@ -300,19 +324,29 @@ def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:
     if trainer.corpus is not None and trainer.corpus.heldout and missing("evaluation.jsonl"):
         # The trained copies of the embeddings equal the frozen ones here, but in fp32 they round differently; `steep
         # eval` has only the base itself to compare with.
-        with base_model(trainer.model) if step == 0 else nullcontext():
+        if step > 0:
             trainer.evaluate()
+        elif plan.vocabulary is None:
+            with base_model(trainer.model):
+                trainer.evaluate()
+        else:
+            with base_model(trainer.model, plan.vocabulary.ids_before):
+                trainer.evaluate_documents(
+                    plan.vocabulary.base_documents(trainer.corpus, settings.max_tokens), max_tokens=None
+                )
         if not any(isinstance(callback, _Recorder) for callback in trainer.callback_handler.callbacks):
             _record_scores(folder, trainer.evaluations[-1], trainer.corpus.roles)
     if settings.prompts and missing("samples.jsonl"):
-        samples = sample(
-            trainer.model,
-            plan.tokenizer,
-            settings.prompts,
-            step,
-            max_new_tokens=settings.max_new_tokens,
-            autocast_dtype=trainer.autocast_dtype,
-        )
+        base = plan.vocabulary if step == 0 else None  # before training, the base as it was without new tokens
+        with nullcontext() if base is None else base_model(trainer.model, base.ids_before):
+            samples = sample(
+                trainer.model,
+                plan.tokenizer if base is None else base.original,
+                settings.prompts,
+                step,
+                max_new_tokens=settings.max_new_tokens,
+                autocast_dtype=trainer.autocast_dtype,
+            )
         folder.append("samples.jsonl", samples)
 
 

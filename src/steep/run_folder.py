@@ -38,6 +38,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.final = self.path / "final"
+        self.tokenizer = self.path / "tokenizer"
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

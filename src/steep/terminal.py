@@ -189,6 +189,8 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
             f"{source['held_out']['documents']:,}",
         )
     tables = [run, text]
+    if plan["new_tokens"]:
+        tables.append(_new_tokens_table(plan["new_tokens"]))
     for kind in ("memory", "disk"):
         table = Table(kind, "estimate")
         for name, count in plan[f"{kind}_bytes"].items():
@@ -196,3 +198,16 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
                 table.add_row(name, human_bytes(count))
         tables.append(table)
     return tables
+
+
+def _new_tokens_table(figures: Mapping[str, Any]) -> Table:
+    title = f"{figures['added']:,} new tokens"
+    table = Table("domain", "role", "tokens/character", "documents that tokenise differently", title=title)
+    for source in figures["sources"]:
+        table.add_row(
+            source["domain"],
+            source["role"],
+            f"{source['tokens_per_character_before']:.2f} → {source['tokens_per_character']:.2f}",
+            f"{source['share_that_differs']:.1%} of the old language" if source["old_language"] else "",
+        )
+    return table

@@ -60,6 +60,6 @@ def test_scores_of_other_documents_are_refused() -> None:
     with pytest.raises(UserError, match="not of the documents"):
         board(BEFORE, AFTER[1:], ROLES)
     with pytest.raises(UserError, match="not of the documents"):
-        board(BEFORE[1:2], [replace(AFTER[0], tokens=1)], ROLES)
+        board(BEFORE[1:2], [replace(AFTER[0], bytes=1)], ROLES)
     with pytest.raises(UserError, match="'test' is not a role"):
         board(BEFORE, AFTER, {**ROLES, "ko": "test"})

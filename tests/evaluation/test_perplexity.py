@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from steep.errors import UserError
-from steep.evaluation.perplexity import Scorer, _choose, evaluate
+from steep.evaluation.perplexity import Scorer, choose, evaluate
 from steep.evaluation.windows import pack, windows
 from tests.evaluation.oracle import (
     TokenDocument,
@@ -119,7 +119,7 @@ def test_max_tokens_takes_whole_documents_and_at_least_one() -> None:
         [score] = evaluate(model, {"d": documents}, max_length=32, max_tokens=max_tokens)
         return score.documents, score.tokens
 
-    picked = [next(i for i, d in enumerate(documents) if d is chosen) for chosen in _choose("d", documents, 5, 384)]
+    picked = choose("d", documents, 5)
     assert len(picked) == 1
     first = lengths[picked[0]] - 1
     assert taken(1) == taken(first) == (1, first)
@@ -131,16 +131,12 @@ def test_max_tokens_takes_from_everywhere_and_always_the_same() -> None:
     """A domain's sources stand one after the other: the first tokens of it would be of the first source alone."""
     documents = random_documents(*[11] * 100)
 
-    def picked(of: list[TokenDocument]) -> list[int]:
-        numbers = {id(document): number for number, document in enumerate(of)}
-        return [numbers[id(document)] for document in _choose("d", of, 400, 384)]
-
-    numbers = picked(documents)
+    numbers = choose("d", documents, 400)
     assert len(numbers) == 40
     assert numbers == sorted(numbers)  # scored in their own order
     assert 10 < sum(number < 50 for number in numbers) < 30
-    assert picked(random_documents(*[11] * 100)) == numbers
-    assert picked(list(reversed(documents))) == numbers  # the count decides, not the content
+    assert choose("d", random_documents(*[11] * 100), 400) == numbers
+    assert choose("d", list(reversed(documents)), 400) == numbers  # the count decides, not the content
 
 
 def test_domains_keep_their_order_and_progress_is_told() -> None:

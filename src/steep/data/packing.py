@@ -167,13 +167,9 @@ def pack(
             train on.
     """
     _check(max_length, strategy, replay_share, holdout, seed)
-    folder = Path(cache_dir).expanduser() if cache_dir else cache_folder() / "tokens"
     given = _as_sources(sources)
     _reject_shared_default_domains(given)
-    encoder = Encoder(tokenizer)
-    tokenized: list[TokenizedSource] = []
-    for index, source in enumerate(given):
-        tokenized.append(tokenize(source, encoder, folder, f"data.sources[{index}]", _after(tokenized, progress)))
+    tokenized = tokenize_sources(given, tokenizer, cache_dir, progress)
     if vocab_size is not None:
         _reject_ids_outside(tokenized, vocab_size)
 
@@ -187,6 +183,21 @@ def pack(
     del lengths
     rows = PackedDataset(tokenized, mixture, pieces, max_length, _pad_id(tokenizer, vocab_size))
     return Corpus(rows, heldout_by_domain(tokenized, sides), tokenized, sides, mixture, strategy, seed)
+
+
+def tokenize_sources(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[TokenizedSource]:
+    """Tokenise each source, or open what is in the cache; `pack` says what the arguments are."""
+    folder = Path(cache_dir).expanduser() if cache_dir else cache_folder() / "tokens"
+    encoder = Encoder(tokenizer)
+    tokenized: list[TokenizedSource] = []
+    for index, source in enumerate(sources):
+        tokenized.append(tokenize(source, encoder, folder, f"data.sources[{index}]", _after(tokenized, progress)))
+    return tokenized
 
 
 def _check(max_length: int, strategy: str, replay_share: float, holdout: float, seed: int) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,13 @@ class TokenizedSource:
         first, end = self._view(np.int32, self._places[batch, 1] + 4 * row, 2).tolist()
         length = end - first if stop is None else min(end - first, stop)
         return self._view(np.int32, self._places[batch, 0] + 4 * (first + start), max(length - start, 0))
+
+    def ids_among(self, wanted: Collection[int]) -> set[int]:
+        """Those of `wanted` that stand in some document."""
+        table = np.zeros(max(wanted, default=-1) + 1, bool)
+        for values, _ in self._chunks:
+            table[values[values < len(table)]] = True
+        return {number for number in wanted if table[number]}
 
 
 def tokenize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import nn
@@ -19,11 +19,15 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 @contextmanager
-def base_model(model: nn.Module) -> Iterator[None]:
+def base_model(model: nn.Module, vocabulary: int | None = None) -> Iterator[None]:
     """Switch adapters and trained copies of modules off: the model then computes what the untouched base computes.
 
     PEFT's `disable_adapter()` turns `requires_grad` on for every active adapter when it ends, a frozen one included,
     which changes what trains next; here each parameter gets back the flag that it had.
+
+    Args:
+        vocabulary: how many ids the untouched base has, where new tokens were added behind them: the others are then
+            not predicted, so that the losses are the untouched base's.
 
     Raises:
         UserError: the model has no adapters, so there is no second model to compare with.
@@ -36,8 +40,24 @@ def base_model(model: nn.Module) -> Iterator[None]:
         )
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with model.disable_adapter():
+        with model.disable_adapter(), _only_the_first(model, vocabulary):
             yield
     finally:
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _only_the_first(model: nn.Module, vocabulary: int | None) -> Iterator[None]:
+    """Let the frozen head end after `vocabulary` rows; a table that is tied to it ends there too."""
+    if vocabulary is None:
+        yield
+        return
+    head: Any = unwrap(model).get_output_embeddings()
+    weight = getattr(head, "original_module", head).weight
+    whole = weight.data
+    weight.data = whole[:vocabulary]
+    try:
+        yield
+    finally:
+        weight.data = whole

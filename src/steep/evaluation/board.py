@@ -27,6 +27,8 @@ def board(
 ) -> Table:
     """Base against trained, domain by domain, in `before`'s order within each section.
 
+    Where new tokens cut the text another way, perplexity cannot be compared and is not shown; bits a byte can.
+
     Args:
         before: the base model's scores.
         after: the trained model's scores of the same domains.
@@ -34,7 +36,7 @@ def board(
         title: what the two are.
 
     Raises:
-        UserError: the two lists have different domains or tokens, or a domain has no such role.
+        UserError: the two lists have different domains or documents, or a domain has no such role.
     """
     trained = {score.domain: score for score in after}
     _check(before, trained, roles)
@@ -54,8 +56,8 @@ def board(
                 Text(f"  {base.domain}" if len(members) == 1 else f"  {base.domain} ({roles[base.domain]})"),
                 f"{base.bits_per_byte:.3f} → {now.bits_per_byte:.3f}",
                 _difference(now.bits_per_byte - base.bits_per_byte),
-                f"{_perplexity(base)} → {_perplexity(now)}",
-                f"{base.tokens:,}",
+                f"{_perplexity(base)} → {_perplexity(now)}" if base.tokens == now.tokens else "of other tokens",
+                f"{base.tokens:,}" if base.tokens == now.tokens else f"{base.tokens:,} → {now.tokens:,}",
             )
     return table
 
@@ -77,14 +79,14 @@ def _difference(bits_per_byte: float) -> Text:
 
 def _check(before: Sequence[DomainScore], trained: Mapping[str, DomainScore], roles: Mapping[str, str]) -> None:
     known = [role for members in _SECTIONS.values() for role in members]
-    base_tokens = {score.domain: score.tokens for score in before}
-    if base_tokens != {domain: score.tokens for domain, score in trained.items()}:
+    base_texts = {score.domain: (score.documents, score.bytes) for score in before}
+    if base_texts != {domain: (score.documents, score.bytes) for domain, score in trained.items()}:
         raise UserError(
             "after",
             "the trained model's scores are not of the documents that the base model's are of",
             "Evaluate both on the same domains, with the same limits",
         )
-    for domain in base_tokens:
+    for domain in base_texts:
         if roles.get(domain) not in known:
             raise UserError(
                 f"roles[{domain!r}]", f"{roles.get(domain)!r} is not a role", f"Use one of {', '.join(known)}"

@@ -75,7 +75,12 @@ def evaluate(
     stride = max_length // 2 if stride is None else stride
     _check_limits(max_length, stride, batch_tokens, max_tokens)
     vocabulary = unwrap(model).config.get_text_config(decoder=True).vocab_size
-    chosen = {domain: _choose(domain, sequence, max_tokens, vocabulary) for domain, sequence in documents.items()}
+    chosen = {
+        domain: [sequence[index] for index in choose(domain, sequence, max_tokens)]
+        for domain, sequence in documents.items()
+    }
+    for domain, domain_documents in chosen.items():
+        _check_ids(domain, domain_documents, vocabulary)
     scores: list[DomainScore] = []
     with inference_mode(model, autocast_dtype):
         scorer: Scorer | None = None
@@ -138,15 +143,18 @@ class Scorer:
         return losses_from_hidden(self.head, hidden.flatten(0, 1), batch.scored, batch.targets)
 
 
-def _choose(domain: str, documents: Sequence[Document], max_tokens: int | None, vocabulary: int) -> list[Document]:
-    """The documents to score: whole, while they fit into `max_tokens`.
+def choose(domain: str, documents: Sequence[Document], max_tokens: int | None) -> list[int]:
+    """The documents to score, by index: whole, while they fit into `max_tokens`.
 
     They are picked in a shuffled order, since a domain's sources follow one another and a part of it from the front may
     be of the first source only. The order depends on the number of documents alone, so the base and the trained model
     are scored on the same ones at every step.
+
+    Raises:
+        UserError: nothing to score.
     """
-    chosen: dict[int, Document] = {}
-    total = 0
+    chosen: list[int] = []
+    total = num_bytes = 0
     random = np.random.Generator(np.random.PCG64(np.random.SeedSequence((_PICKING_SEED, len(documents)))))
     for index in random.permutation(len(documents)).tolist():
         document = documents[index]
@@ -155,21 +163,25 @@ def _choose(domain: str, documents: Sequence[Document], max_tokens: int | None, 
             continue
         if chosen and max_tokens is not None and total + scored > max_tokens:
             break
-        if not 0 <= document.tokens.min() <= document.tokens.max() < vocabulary:
-            raise UserError(
-                f"documents[{domain!r}]",
-                f"a token is outside the model's vocabulary of {vocabulary}",
-                "Prepare the documents with this model's tokenizer",
-            )
-        chosen[index] = document
+        chosen.append(index)
         total += scored
-    if not chosen or not any(document.num_bytes for document in chosen.values()):
+        num_bytes += document.num_bytes
+    if not num_bytes:
         raise UserError(
             f"documents[{domain!r}]",
             "no document has text to score",
             "Give the domain documents of at least two tokens, or leave it out",
         )
-    return [chosen[index] for index in sorted(chosen)]
+    return sorted(chosen)
+
+
+def _check_ids(domain: str, documents: Sequence[Document], vocabulary: int) -> None:
+    if any(not 0 <= document.tokens.min() <= document.tokens.max() < vocabulary for document in documents):
+        raise UserError(
+            f"documents[{domain!r}]",
+            f"a token is outside the model's vocabulary of {vocabulary}",
+            "Prepare the documents with this model's tokenizer",
+        )
 
 
 def _check_limits(max_length: int, stride: int, batch_tokens: int, max_tokens: int | None) -> None:

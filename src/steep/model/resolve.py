@@ -99,6 +99,17 @@ def read_tokenizer(model: ResolvedModel, field: str = "model.name") -> Any:
     return tokenizer
 
 
+def read_tokenizer_folder(folder: Path, field: str = "run folder") -> Any:
+    """A tokenizer that was saved in `folder`, with new tokens in it.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not folder.is_dir():
+        raise UserError(field, f"{folder} is not there, and holds the run's tokenizer", "Put it back, or train again.")
+    return _read(AutoTokenizer, str(folder), {}, field)
+
+
 def looks_like_chat(model: ResolvedModel, tokenizer: Any) -> bool:
     """Whether this is an instruct model: by a part of its name, or by a chat template in its tokenizer.
 

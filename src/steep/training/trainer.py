@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -306,14 +307,21 @@ class Trainer(Branching):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if not self.corpus.heldout:
             raise UserError("eval_dataset", "the corpus holds no text out", "Raise pack's holdout, or add a source.")
+        return self.evaluate_documents(self.corpus.heldout, self.args.eval_max_tokens, metric_key_prefix)
+
+    def evaluate_documents(
+        self, documents: Mapping[str, Sequence[Any]], max_tokens: int | None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Score documents by domain, at most `max_tokens` of each, and log it as the corpus's evaluation."""
+        assert self.corpus is not None
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()  # a schedule-free optimizer trains other weights than it means
         scores = evaluate(
             self.model,
-            self.corpus.heldout,
+            documents,
             max_length=self.corpus.train.max_length,
             stride=self.args.eval_stride,
-            max_tokens=self.args.eval_max_tokens,
+            max_tokens=max_tokens,
             step=self.state.global_step,
             autocast_dtype=self.autocast_dtype,
         )

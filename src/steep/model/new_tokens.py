@@ -1,0 +1,170 @@
+"""New tokens of a model: the words of a file as tokens, and rows for new tokens in both embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steep.errors import UserError
+from steep.model.bpe import Bpe, Growth, read_bpe
+from steep.model.embeddings import is_tied
+from steep.model.names import EMBEDDINGS
+
+_LONGEST = 64  # pieces of a word; the way to join them costs their cube
+
+
+def read_words(file: Path, field: str) -> dict[str, int]:
+    """The words of `file`, one a line, with their line numbers. A space or ▁ in front belongs to the word, which then
+    is the one behind a space; lines without a letter or sign are passed over.
+
+    Raises:
+        UserError: no such file, not UTF-8, no word, or one twice.
+    """
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        remedy = "Give a file with one token a line, or auto: NUMBER."
+        raise UserError(field, f"{file} cannot be read: {error.strerror}", remedy) from error
+    except UnicodeDecodeError as error:
+        raise UserError(field, f"{file} is not UTF-8 at byte {error.start}", "Save it as UTF-8.") from error
+    words: dict[str, int] = {}
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
+        word = " " + line[1:] if line.startswith("▁") else line
+        if not word.strip():
+            continue
+        if word in words:
+            raise UserError(
+                field, f"{file}, line {number}: {word!r} stands in line {words[word]} too", "Remove one of the two."
+            )
+        words[word] = number
+    if not words:
+        raise UserError(field, f"{file} holds no token", "Write one token a line.")
+    return words
+
+
+def tokens_for(bpe: Bpe, words: dict[str, int], field: str) -> Growth:
+    """Entries and merges that make each word one token, with as few further tokens as that takes.
+
+    A merge joins two, so a word of three pieces needs one token on the way, unless two of them make one already.
+
+    Args:
+        words: word → its line in the file.
+
+    Raises:
+        UserError: a word that is a token already, or that the tokenizer takes apart before its merges.
+    """
+    growth = Growth(bpe)
+    spelt: dict[str, str] = {}
+    for word, line in words.items():
+        spelling = bpe.spell(word)
+        if spelling is None:
+            problem = f"line {line}: {word!r} is taken apart by the tokenizer before its merges, at spaces or signs"
+            raise UserError(field, problem, "Give its parts, each in a line.")
+        if spelling in bpe.vocabulary:
+            raise UserError(field, f"line {line}: {word!r} is a token already", "Remove the line.")
+        spelt[word] = spelling
+    for spelling in sorted(spelt.values(), key=len):  # a short word may be a part of a longer one
+        pieces = growth.cut(_pieces(growth, spelling))
+        if len(pieces) <= _LONGEST:
+            _join(growth, tuple(pieces))
+    for word, spelling in spelt.items():
+        if growth.cut(_pieces(growth, spelling)) != [spelling]:
+            problem = f"line {words[word]}: {word!r} cannot be put together from the tokenizer's pieces"
+            raise UserError(field, problem, "Give a shorter one, or remove the line.")
+    return growth
+
+
+def _pieces(growth: Growth, spelling: str) -> list[str]:
+    """What the old merges leave of `spelling`; characters that the old tokenizer has no token for become tokens."""
+    bpe = growth.bpe
+    if bpe.style == "byte-level":
+        return bpe.cut(spelling)
+    pieces: list[str] = []
+    known = ""
+    for character in spelling:
+        if character in bpe.vocabulary:
+            known += character
+            continue
+        if character not in growth:
+            growth.add_character(character)
+        pieces += [*(bpe.cut(known) if known else []), character]
+        known = ""
+    return [*pieces, *(bpe.cut(known) if known else [])]
+
+
+def _join(growth: Growth, pieces: tuple[str, ...]) -> None:
+    """Join neighbours until one token is left, making as few new ones on the way as can be."""
+
+    @cache
+    def cheapest(start: int, end: int) -> tuple[int, int]:
+        """(new tokens that pieces start:end take, where to cut them last)."""
+        if end - start == 1:
+            return 0, start
+        new = int("".join(pieces[start:end]) not in growth)
+        cost, cut = min((cheapest(start, cut)[0] + cheapest(cut, end)[0], -cut) for cut in range(start + 1, end))
+        return new + cost, -cut
+
+    def build(start: int, end: int) -> str:
+        if end - start == 1:
+            return pieces[start]
+        cut = cheapest(start, end)[1]
+        left, right = build(start, cut), build(cut, end)
+        growth.join(left, right)
+        return left + right
+
+    cheapest(0, len(pieces))
+    build(0, len(pieces))
+
+
+def check_trained(model: Any, modules_to_save: Sequence[str], field: str = "adapter.modules_to_save") -> None:
+    """Check that the rows of new tokens would be trained, in both embeddings.
+
+    Raises:
+        UserError: an embedding is left frozen.
+    """
+    missing = [name for name in EMBEDDINGS if name not in modules_to_save]
+    if missing and not (is_tied(model) and len(missing) < len(EMBEDDINGS)):
+        raise UserError(
+            field,
+            f"the model gets new tokens (model.new_tokens), but {' and '.join(missing)} would stay frozen",
+            f"Set adapter.modules_to_save: [{', '.join(EMBEDDINGS)}].",
+        )
+
+
+def rows_for(tokenizer: Any, rows: int) -> int:
+    """Rows that embeddings of `rows` need for all ids of `tokenizer`: as many more as are missing. Many checkpoints
+    have rows to spare, and PEFT, too, enlarges them only where they are too few."""
+    return max(rows, len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+def grow_embeddings(model: Any, original: Any, tokenizer: Any) -> None:
+    """Give `model` a row for each token that `tokenizer` has and `original` has not, in both embeddings.
+
+    A new row is the mean of the rows of the pieces that `original` cuts the token into, in fp32, rounded once. What is
+    tied stays tied. For a model without adapters; its embeddings may lie beside 4-bit layers.
+
+    Args:
+        original: the tokenizer that the model came with.
+    """
+    bpe = read_bpe(original, "tokenizer")
+    old, new = original.get_vocab(), tokenizer.get_vocab()
+    pieces = {
+        number: [piece.id for piece in bpe.backend.model.tokenize(token)]
+        for token, number in new.items()
+        if token not in old
+    }
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = rows_for(tokenizer, table.weight.shape[0])
+    if rows > table.weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = [table.weight] if is_tied(model) else [table.weight, head.weight]
+    with torch.no_grad():
+        for weight in weights:
+            for number, ids in pieces.items():
+                weight[number] = weight[ids].float().mean(dim=0).to(weight.dtype)
+    model.requires_grad_(False)

@@ -1,0 +1,107 @@
+"""`final/README.md`: how plain PEFT opens the result, in lines that can be run as they stand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+
+from steep.model.load import resolve_compute_dtype
+from steep.plan import Plan
+
+_TORCH = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
+
+
+def write_readme(folder: Path, plan: Plan, model: PeftModel, final: Path) -> None:
+    """Write `README.md` into `folder`, in place of PEFT's empty model card.
+
+    Args:
+        final: where the folder will stand.
+    """
+    (folder / "README.md").write_text(readme(plan, model, final), encoding="utf-8")
+
+
+def readme(plan: Plan, model: PeftModel, final: Path) -> str:
+    """The text of `final/README.md`."""
+    adapter = model.peft_config["default"]
+    base, revision = adapter.base_model_name_or_path, plan.config.model.revision
+    dtype = _TORCH[plan.base if plan.base in _TORCH else resolve_compute_dtype(plan.compute, plan.base)]
+    quantization = "" if plan.base in _TORCH or plan.resolved.quantization else _QUANTIZATION[plan.base].format(dtype)
+    settings = f"dtype={dtype}{', quantization_config=quantization' if quantization else ''}"
+    grown = plan.shape.vocabulary > plan.resolved.config.get_text_config().vocab_size
+    resize = f"base.resize_token_embeddings({plan.shape.vocabulary}, mean_resizing=False)\n" if grown else ""
+    pinned = f', revision="{revision}"' if revision else ""
+    parts = [_HEAD.format(base=base), _TOKENIZER.format(final=final)]
+    if adapter.revision == revision:  # PEFT reads the base's revision there
+        parts.append(_AUTO.format(quantization=quantization, settings=settings, final=final))
+    parts.append(
+        _BY_HAND.format(
+            quantization=quantization, settings=settings, final=final, base=base, pinned=pinned, resize=resize
+        )
+    )
+    if plan.vocabulary is not None:
+        parts.append(_NEW_TOKENS.format(count=len(plan.vocabulary.tokens)))
+    return "\n".join(parts)
+
+
+_QUANTIZATION = {
+    "nf4": """quantization = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype={},
+)
+""",
+    "int8": "quantization = BitsAndBytesConfig(load_in_8bit=True)\n",
+}
+
+_HEAD = """---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+---
+
+# The result of a run
+
+A PEFT adapter and trained embeddings over `{base}`, made by steep. The lines below need
+`peft`, `transformers` and, for a quantised base, `bitsandbytes`.
+"""
+
+_TOKENIZER = """## The tokenizer
+
+```python
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{final}")
+```
+"""
+
+_AUTO = """## In one go
+
+```python
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import BitsAndBytesConfig
+
+{quantization}model = AutoPeftModelForCausalLM.from_pretrained("{final}", {settings})
+```
+"""
+
+_BY_HAND = """## Over a base that you load
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+{quantization}base = AutoModelForCausalLM.from_pretrained("{base}", {settings}{pinned})
+{resize}model = PeftModel.from_pretrained(base, "{final}")
+```
+"""
+
+_NEW_TOKENS = """## New tokens
+
+The tokenizer here has {count:,} tokens more than the base's, and the embeddings here have their rows. Opened in either
+way, the base has no rows of its own for them: with the adapter switched off they are noise, and texts for the base are
+to be read with the base's tokenizer.
+"""

@@ -1,0 +1,241 @@
+"""The tokenizer of a run with new tokens: grown once, kept, and measured against the one that it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steep.config import DataSection
+from steep.data.encoder import digest
+from steep.data.heldout import HeldoutDocument, heldout_by_domain
+from steep.data.mixing import Side, assign_sides
+from steep.data.packing import Corpus, tokenize_sources
+from steep.data.tokens import TokenizedSource
+from steep.errors import UserError
+from steep.evaluation.perplexity import choose
+from steep.model.bpe import Bpe, Growth, read_bpe
+from steep.model.learned_tokens import MIN_COUNT, learn
+from steep.model.new_tokens import read_words, tokens_for
+from steep.model.resolve import read_tokenizer_folder
+from steep.storage import cache_folder, published
+
+_FIELD = "model.new_tokens"
+_RECORD = "new_tokens.json"
+_VERSION = b"1"  # of how tokens are learned and put in
+# What learning reads at the most: its memory is bounded, and its first thousands of tokens no longer change.
+_CHARACTERS = 50_000_000
+# Tokens on the way to others are often used up by them: a tenth is no reason to worry.
+_MANY_UNSEEN = 0.1
+_BATCH = 256  # documents decoded at a time
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A grown tokenizer.
+
+    Attributes:
+        tokenizer: with the new tokens. original: the model's own.
+        folder: where the grown one is kept, with the list of the new tokens.
+        before: the sources as the original reads them.
+        asked: how many tokens were asked for; a file's words, or `auto`. tokens: the new ones, as text, by id.
+    """
+
+    tokenizer: Any
+    original: Any
+    folder: Path
+    before: list[TokenizedSource]
+    asked: int
+    tokens: dict[int, str]
+
+    @property
+    def ids_before(self) -> int:
+        """Ids up to the original's largest."""
+        return max(self.original.get_vocab().values()) + 1
+
+    def base_documents(self, corpus: Corpus, max_tokens: int | None) -> dict[str, list[HeldoutDocument]]:
+        """The held-out documents that `max_tokens` chooses of `corpus`, as the original tokenizer reads them: what the
+        untouched base is scored on."""
+        for before, after in zip(self.before, corpus.sources, strict=True):
+            assert np.array_equal(before.hashes, after.hashes), "the two tokenizers did not read the same documents"
+        documents = heldout_by_domain(self.before, corpus.sides)
+        return {
+            domain: [documents[domain][index] for index in choose(domain, heldout, max_tokens)]
+            for domain, heldout in corpus.heldout.items()
+        }
+
+    def figures(self, corpus: Corpus) -> dict[str, Any]:
+        """What the new tokens do to the text, JSON-able. `old_language` marks what the model could read before: replay
+        text, and held-out text of a domain that is not trained."""
+        trained = {item.source.domain_name for item in corpus.sources if item.source.role == "train"}
+        sources = []
+        for before, after in zip(self.before, corpus.sources, strict=True):
+            source, characters = before.source, int(before.num_chars.sum())
+            sources.append(
+                {
+                    "domain": source.domain_name,
+                    "role": source.role,
+                    "tokens_per_character_before": before.text_tokens / characters,
+                    "tokens_per_character": after.text_tokens / characters,
+                    "old_language": source.role == "replay"
+                    or (source.role == "heldout" and source.domain_name not in trained),
+                    "share_that_differs": _share_that_differs(before, after),
+                }
+            )
+        unseen = self.unseen(corpus)
+        return {
+            "asked": self.asked,
+            "added": len(self.tokens),
+            "unseen": len(unseen),
+            "unseen_examples": unseen[:3],
+            "sources": sources,
+        }
+
+    def unseen(self, corpus: Corpus) -> list[str]:
+        """New tokens that no train or replay source holds."""
+        seen: set[int] = set()
+        for item in corpus.sources:
+            if item.source.role != "heldout":
+                seen |= item.ids_among(self.tokens)
+        return [token for number, token in self.tokens.items() if number not in seen]
+
+
+def warnings(figures: Mapping[str, Any]) -> list[str]:
+    """What the user should know of `Vocabulary.figures`, in plain words."""
+    found = []
+    if figures["added"] < figures["asked"]:
+        found.append(
+            f"{figures['asked']:,} new tokens were asked for, and the text gives {figures['added']:,}: others would "
+            f"join pieces that stand side by side fewer than {MIN_COUNT} times."
+        )
+    if figures["unseen"] > _MANY_UNSEEN * figures["added"]:
+        found.append(
+            f"{figures['unseen']:,} of {figures['added']:,} new tokens do not occur in the text that is trained, such "
+            f"as {', '.join(map(repr, figures['unseen_examples']))}: their rows will learn nothing. In a file of "
+            "tokens, a word that stands behind a space is written with a space (or ▁) in front."
+        )
+    return found
+
+
+def _share_that_differs(before: TokenizedSource, after: TokenizedSource) -> float:
+    """Share of the documents whose ids are not the same."""
+    if before.digest == after.digest:
+        return 0.0
+    same = np.flatnonzero(before.lengths == after.lengths).tolist()
+    equal = sum(np.array_equal(before.tokens(index), after.tokens(index)) for index in same)
+    return 1 - equal / len(before)
+
+
+def grown(
+    new_tokens: str | int,
+    original: Any,
+    data: DataSection,
+    kept: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Vocabulary:
+    """The tokenizer `original` with new tokens.
+
+    Args:
+        new_tokens: a file of them, or how many to learn from the text of role train.
+        kept: the folder of a tokenizer that was grown before, for a run that has one; nothing is learned then.
+        progress: called with the documents and UTF-8 bytes that `original` has read so far.
+
+    Raises:
+        UserError: a tokenizer that cannot grow, a file that cannot be read, a word that is no new token, or text that
+            repeats nothing.
+    """
+    bpe = read_bpe(original, _FIELD)
+    words = {} if isinstance(new_tokens, int) else read_words(Path(new_tokens), _FIELD) if kept is None else {}
+    before = tokenize_sources(data.sources, original, data.cache_dir, progress)
+    if kept is None:
+        kept = _make(bpe, original, words, new_tokens, before, data)
+    record = json.loads((kept / _RECORD).read_text(encoding="utf-8"))
+    tokens = {item["id"]: item["text"] for item in record["tokens"]}
+    return Vocabulary(read_tokenizer_folder(kept), original, kept, before, record["asked"], tokens)
+
+
+def _make(
+    bpe: Bpe,
+    original: Any,
+    words: dict[str, int],
+    new_tokens: str | int,
+    before: list[TokenizedSource],
+    data: DataSection,
+) -> Path:
+    """The folder of the grown tokenizer in the cache, made unless it is there."""
+    sides = assign_sides(before, data.holdout, data.keep_duplicates)
+    key = [_VERSION, json.dumps(bpe.tree).encode(), json.dumps([*words]).encode()]
+    if isinstance(new_tokens, int):
+        # `sides` are a function of all sources, so all of them count.
+        key += [str(new_tokens).encode(), *(source.digest.encode() for source in before)]
+        key += [f"{source.source.role} {data.holdout} {data.keep_duplicates}".encode() for source in before]
+    folder = cache_folder() / "tokenizers" / digest(key).hex()
+    if folder.is_dir():
+        return folder
+    if isinstance(new_tokens, int):
+        growth = learn(bpe, _texts(bpe, before, sides), new_tokens)
+        if not growth.tokens:
+            raise UserError(
+                f"{_FIELD}.auto",
+                f"no two tokens stand side by side in a word of the train text {MIN_COUNT} times",
+                "Give more text, or leave it out.",
+            )
+    else:
+        growth = tokens_for(bpe, words, _FIELD)
+    asked = new_tokens if isinstance(new_tokens, int) else len(words)
+    with published(folder) as staging:
+        _write(growth, original, asked, _file_digest(new_tokens), staging)
+    return folder
+
+
+def _write(growth: Growth, original: Any, asked: int, file_digest: str | None, folder: Path) -> None:
+    bpe = growth.bpe
+    original.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(growth.tokenizer_json(), encoding="utf-8")
+    ids = read_tokenizer_folder(folder).get_vocab()  # a model's own class may build it anew from its entries
+    assert all(ids[token] == number for token, number in bpe.vocabulary.items())
+    tokens = [{"id": ids[token], "text": bpe.text(token), "token": token} for token in growth.tokens]
+    record = {"asked": asked, "file": file_digest, "tokens": tokens}
+    (folder / _RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _file_digest(new_tokens: str | int) -> str | None:
+    return None if isinstance(new_tokens, int) else hashlib.sha256(Path(new_tokens).read_bytes()).hexdigest()
+
+
+def refuse_another_file(kept: Path, file: str) -> None:
+    """Check that the file of new tokens is the one that the tokenizer in `kept` was grown by.
+
+    Raises:
+        UserError: it is another, or gone.
+    """
+    read_words(Path(file), _FIELD)
+    if json.loads((kept / _RECORD).read_text(encoding="utf-8"))["file"] != _file_digest(file):
+        raise UserError(
+            "--resume", f"{file} ({_FIELD}) is not what the run began with", "Put it back, or start a new run."
+        )
+
+
+def _texts(bpe: Bpe, sources: list[TokenizedSource], sides: list[np.ndarray]) -> Iterator[list[str]]:
+    """Batches of the train documents' texts, made from their tokens: a stream is not read a second time. Evenly spread
+    ones where there are more than `_CHARACTERS`."""
+    chosen = [
+        (source, int(document))
+        for source, side in zip(sources, sides, strict=True)
+        if source.source.role == "train"
+        for document in np.flatnonzero(side == Side.TRAIN)
+    ]
+    total = sum(int(source.num_chars[document]) for source, document in chosen)
+    documents = iter(chosen[:: 1 + total // _CHARACTERS])
+    while batch := list(islice(documents, _BATCH)):
+        ids = [
+            source.tokens(document, source.prefix_length, int(source.lengths[document]) - source.has_eos).tolist()
+            for source, document in batch
+        ]
+        yield bpe.backend.decode_batch(ids, skip_special_tokens=False)
