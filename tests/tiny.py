@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -115,6 +115,47 @@ def tiny_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
+@cache
+def _sentencepiece_json() -> str:
+    """The JSON of a BPE as SentencePiece's are: spaces are ▁, no pre-tokeniser, English letters, bytes for the rest."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    bytes_and_specials = [PAD, BOS, EOS, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=bytes_and_specials, initial_alphabet=["\n"], show_progress=False
+    )
+    trained.train_from_iterator([*documents("en", 60), *"0123456789"], trainer)
+    tree = json.loads(trained.to_str())
+    tree["added_tokens"] = [token for token in tree["added_tokens"] if token["id"] < 4]
+    tree["model"] |= {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
+    return json.dumps(tree)
+
+
+def sentencepiece_tokenizer(prepend: str = "first") -> PreTrainedTokenizerFast:
+    """A tokenizer of 384 entries like Llama 2's, Mistral's and Gemma's.
+
+    Args:
+        prepend: which text gets a space in front. ``first``: one that begins a document (Llama 2's today).
+            ``normalizer``: each stretch between special tokens (Llama 2's first tokenizer.json). ``never``: none
+            (Gemma's).
+    """
+    tokenizer = Tokenizer.from_str(_sentencepiece_json())
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prepend != "never":
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    if prepend == "first":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        replace = normalizers.Replace(" ", "▁")
+        both = normalizers.Sequence([normalizers.Prepend("▁"), replace])
+        tokenizer.normalizer = replace if prepend == "never" else both
+        tokenizer.pre_tokenizer = None
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=512, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token="<unk>"
+    )
+
+
 def tiny_config(family: str, **overrides: object) -> PreTrainedConfig:
     """The configuration of a two-layer model of that family; `overrides` are fields of its config class."""
     fields: dict[str, object] = {
@@ -151,9 +192,15 @@ def tiny_model(family: str, tied: bool | None = None, seed: int = 0, **overrides
 
 
 def save_tiny(
-    family: str, folder: Path, tied: bool | None = None, seed: int = 0, bos: bool = False, **overrides: object
+    family: str,
+    folder: Path,
+    tied: bool | None = None,
+    seed: int = 0,
+    bos: bool = False,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    **overrides: object,
 ) -> Path:
     """Write model and tokenizer so that `from_pretrained` opens the folder, and return the folder."""
     tiny_model(family, tied, seed, **overrides).save_pretrained(folder)
-    tiny_tokenizer(bos).save_pretrained(folder)
+    (tokenizer or tiny_tokenizer(bos)).save_pretrained(folder)
     return folder

@@ -149,6 +149,9 @@ class Growth:
     def _add(self, token: str) -> None:
         self.tokens.append(token)
         self._new.add(token)
+        self._merge_all_ways(token)
+
+    def _merge_all_ways(self, token: str) -> None:
         if self.bpe.style == "metaspace":
             for cut in range(1, len(token)):
                 if token[:cut] in self and token[cut:] in self:
@@ -157,6 +160,16 @@ class Growth:
     def _merge(self, left: str, right: str) -> None:
         if (left, right) not in self._old_merges:
             self.merges.setdefault((left, right), len(self.merges))
+
+    def finish(self) -> None:
+        """Rank the merges anew when no token comes any more: a later token may be a part of an earlier one."""
+        joined, self.merges = list(self.merges), {}
+        left_out = set(self.tokens)
+        for left, right in joined:
+            if left + right in left_out:
+                left_out.remove(left + right)
+                self._merge_all_ways(left + right)
+            self._merge(left, right)
 
     def cut(self, pieces: Sequence[str]) -> list[str]:
         """What the new merges make of the old tokenizer's `pieces`."""

@@ -84,6 +84,7 @@ def _growth(bpe: Bpe, merges: Iterable[tuple[str, str]], number: int) -> Growth:
             growth.add_character(spelt(left))
         else:
             growth.join(spelt(left), spelt(right))
+    growth.finish()
     return growth
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ from steep.errors import UserError
 from steep.model.bpe import Bpe, Growth, read_bpe
 from steep.model.embeddings import is_tied
 from steep.model.names import EMBEDDINGS
-
-_LONGEST = 64  # pieces of a word; the way to join them costs their cube
 
 
 def read_words(file: Path, field: str) -> dict[str, int]:
@@ -49,7 +48,7 @@ def read_words(file: Path, field: str) -> dict[str, int]:
 def tokens_for(bpe: Bpe, words: dict[str, int], field: str) -> Growth:
     """Entries and merges that make each word one token, with as few further tokens as that takes.
 
-    A merge joins two, so a word of three pieces needs one token on the way, unless two of them make one already.
+    A merge joins two, so a word of three pieces needs one token on the way, unless two of them are a word as well.
 
     Args:
         words: word → its line in the file.
@@ -69,8 +68,12 @@ def tokens_for(bpe: Bpe, words: dict[str, int], field: str) -> Growth:
         spelt[word] = spelling
     for spelling in sorted(spelt.values(), key=len):  # a short word may be a part of a longer one
         pieces = growth.cut(_pieces(growth, spelling))
-        if len(pieces) <= _LONGEST:
-            _join(growth, tuple(pieces))
+        while len(pieces) > 1:
+            pairs = Counter(pairwise(pieces))
+            # One that is a token already needs none on the way; one that stands here twice saves another.
+            growth.join(*max(pairs, key=lambda pair: (pair[0] + pair[1] in growth, pairs[pair])))
+            pieces = growth.cut(pieces)
+    growth.finish()
     for word, spelling in spelt.items():
         if growth.cut(_pieces(growth, spelling)) != [spelling]:
             problem = f"line {words[word]}: {word!r} cannot be put together from the tokenizer's pieces"
@@ -94,30 +97,6 @@ def _pieces(growth: Growth, spelling: str) -> list[str]:
         pieces += [*(bpe.cut(known) if known else []), character]
         known = ""
     return [*pieces, *(bpe.cut(known) if known else [])]
-
-
-def _join(growth: Growth, pieces: tuple[str, ...]) -> None:
-    """Join neighbours until one token is left, making as few new ones on the way as can be."""
-
-    @cache
-    def cheapest(start: int, end: int) -> tuple[int, int]:
-        """(new tokens that pieces start:end take, where to cut them last)."""
-        if end - start == 1:
-            return 0, start
-        new = int("".join(pieces[start:end]) not in growth)
-        cost, cut = min((cheapest(start, cut)[0] + cheapest(cut, end)[0], -cut) for cut in range(start + 1, end))
-        return new + cost, -cut
-
-    def build(start: int, end: int) -> str:
-        if end - start == 1:
-            return pieces[start]
-        cut = cheapest(start, end)[1]
-        left, right = build(start, cut), build(cut, end)
-        growth.join(left, right)
-        return left + right
-
-    cheapest(0, len(pieces))
-    build(0, len(pieces))
 
 
 def check_trained(model: Any, modules_to_save: Sequence[str], field: str = "adapter.modules_to_save") -> None:
