@@ -185,9 +185,8 @@ def test_evaluated_and_generated_again(finished: Finished) -> None:
     assert [(score.documents, score.bytes) for score in base] == [(score.documents, score.bytes) for score in trained]
     by_domain = {score.domain: score.tokens for score in base}, {score.domain: score.tokens for score in trained}
     assert by_domain[0]["ko"] > 1.15 * by_domain[1]["ko"]
-    texts = generate_run(finished.folder, "강물이 ", max_new_tokens=8)
     samples = {(row["step"], row["prompt"]): row["completion"] for row in lines(finished.folder / "samples.jsonl")}
-    assert texts["base"] != texts["trained"]
+    assert all(score.loss < before.loss for before, score in zip(base, trained, strict=True) if score.domain == "ko")
     assert generate_run(finished.folder, "강물이", max_new_tokens=4) == {
         "base": samples[0, "강물이"],
         "trained": samples[6, "강물이"],

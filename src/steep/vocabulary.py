@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,18 @@ from steep.data.tokens import TokenizedSource
 from steep.errors import UserError
 from steep.evaluation.perplexity import choose
 from steep.model.bpe import Bpe, Growth, read_bpe
-from steep.model.learned_tokens import MIN_COUNT, learn
-from steep.model.new_tokens import read_words, tokens_for
+from steep.model.learned_tokens import MIN_COUNT, in_batches, learn
+from steep.model.new_tokens import read_words, save_grown, tokens_for
 from steep.model.resolve import read_tokenizer_folder
 from steep.storage import cache_folder, published
 
 _FIELD = "model.new_tokens"
 _RECORD = "new_tokens.json"
 _VERSION = b"1"  # of how tokens are learned and put in
-# What learning reads at the most: its memory is bounded, and its first thousands of tokens no longer change.
-_CHARACTERS = 50_000_000
+# What learning reads at the most, so that its time and memory are bounded.
+_CHARACTERS = 20_000_000
 # Tokens on the way to others are often used up by them: a tenth is no reason to worry.
 _MANY_UNSEEN = 0.1
-_BATCH = 256  # documents decoded at a time
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def _make(
     if folder.is_dir():
         return folder
     if isinstance(new_tokens, int):
-        growth = learn(bpe, _texts(bpe, before, sides), new_tokens)
+        growth = learn(bpe, in_batches(_texts(bpe, before, sides)), new_tokens)
         if not growth.tokens:
             raise UserError(
                 f"{_FIELD}.auto",
@@ -195,12 +193,8 @@ def _make(
 
 
 def _write(growth: Growth, original: Any, asked: int, file_digest: str | None, folder: Path) -> None:
-    bpe = growth.bpe
-    original.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(growth.tokenizer_json(), encoding="utf-8")
-    ids = read_tokenizer_folder(folder).get_vocab()  # a model's own class may build it anew from its entries
-    assert all(ids[token] == number for token, number in bpe.vocabulary.items())
-    tokens = [{"id": ids[token], "text": bpe.text(token), "token": token} for token in growth.tokens]
+    ids = save_grown(growth, original, folder).get_vocab()
+    tokens = [{"id": ids[token], "text": growth.bpe.text(token), "token": token} for token in growth.tokens]
     record = {"asked": asked, "file": file_digest, "tokens": tokens}
     (folder / _RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
 
@@ -222,9 +216,9 @@ def refuse_another_file(kept: Path, file: str) -> None:
         )
 
 
-def _texts(bpe: Bpe, sources: list[TokenizedSource], sides: list[np.ndarray]) -> Iterator[list[str]]:
-    """Batches of the train documents' texts, made from their tokens: a stream is not read a second time. Evenly spread
-    ones where there are more than `_CHARACTERS`."""
+def _texts(bpe: Bpe, sources: list[TokenizedSource], sides: list[np.ndarray]) -> Iterator[str]:
+    """The train documents' texts, made from their tokens: no source is read a second time. Evenly spread ones where
+    there are more than `_CHARACTERS`."""
     chosen = [
         (source, int(document))
         for source, side in zip(sources, sides, strict=True)
@@ -232,10 +226,6 @@ def _texts(bpe: Bpe, sources: list[TokenizedSource], sides: list[np.ndarray]) ->
         for document in np.flatnonzero(side == Side.TRAIN)
     ]
     total = sum(int(source.num_chars[document]) for source, document in chosen)
-    documents = iter(chosen[:: 1 + total // _CHARACTERS])
-    while batch := list(islice(documents, _BATCH)):
-        ids = [
-            source.tokens(document, source.prefix_length, int(source.lengths[document]) - source.has_eos).tolist()
-            for source, document in batch
-        ]
-        yield bpe.backend.decode_batch(ids, skip_special_tokens=False)
+    for source, document in chosen[:: 1 + total // _CHARACTERS]:
+        text = source.tokens(document, source.prefix_length, int(source.lengths[document]) - source.has_eos)
+        yield bpe.backend.decode(text.tolist(), skip_special_tokens=False)

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrain
 
 from steep.errors import UserError
 from steep.model import learned_tokens
-from steep.model.bpe import Growth, read_bpe
+from steep.model.bpe import read_bpe
 from steep.model.learned_tokens import learn
-from steep.model.new_tokens import read_words, tokens_for
+from steep.model.new_tokens import read_words, save_grown, tokens_for
 from tests.tiny import documents, sentencepiece_tokenizer, tiny_tokenizer
 
 KOREAN, ENGLISH = documents("ko", 200), documents("en", 100)
@@ -38,12 +38,6 @@ STYLES: dict[str, Callable[[], Any]] = {
 }
 
 
-def saved(growth: Growth, original: Any, folder: Path) -> Any:
-    original.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(growth.tokenizer_json(), encoding="utf-8")
-    return AutoTokenizer.from_pretrained(folder)
-
-
 def ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -59,7 +53,7 @@ def original(request: pytest.FixtureRequest) -> Any:
 
 def test_learned_tokens_are_ordinary_and_text_round_trips(original: Any, tmp_path: Path) -> None:
     growth = learn(read_bpe(original, "x"), [KOREAN[:100], KOREAN[100:]], 120)
-    grown = saved(growth, original, tmp_path)
+    grown = save_grown(growth, original, tmp_path)
     assert len(growth.tokens) == 120
     assert len(grown) == len(original) + 120
     new = {number for token, number in grown.get_vocab().items() if token not in original.get_vocab()}
@@ -77,7 +71,7 @@ def test_learned_tokens_are_ordinary_and_text_round_trips(original: Any, tmp_pat
 
 def test_every_learned_token_can_be_reached(original: Any, tmp_path: Path) -> None:
     growth = learn(read_bpe(original, "x"), [KOREAN], 120)
-    model = saved(growth, original, tmp_path).backend_tokenizer.model
+    model = save_grown(growth, original, tmp_path).backend_tokenizer.model
     for token in growth.tokens:
         assert [piece.value for piece in model.tokenize(token)] == [token]
 
@@ -105,7 +99,7 @@ def test_the_next_merges_are_those_of_a_longer_training(tmp_path: Path) -> None:
 
     short, long = trained(320), trained(400)
     growth = learn(read_bpe(short, "x"), [[text.replace(".", "") for text in KOREAN]], 80)
-    grown = saved(growth, short, tmp_path)
+    grown = save_grown(growth, short, tmp_path)
     expected = set(long.get_vocab()) - set(short.get_vocab())
     # Pairs that are equally frequent may be taken in another order at the end.
     assert len(expected & set(growth.tokens)) >= 78
@@ -127,7 +121,7 @@ def test_a_sentencepiece_token_is_merged_from_any_two_tokens(tmp_path: Path) -> 
     first. A reader that knows only that, with later tokens less likely, has to find the same ids."""
     original = sentencepiece_tokenizer()
     growth = learn(read_bpe(original, "x"), [KOREAN], 120)
-    grown = saved(growth, original, tmp_path)
+    grown = save_grown(growth, original, tmp_path)
     rank = {token: number for number, token in enumerate(growth.tokens)}
     vocabulary = grown.get_vocab()
 
@@ -171,10 +165,11 @@ def test_a_class_that_builds_its_tokenizer_anew_keeps_the_new_tokens(kind: Any, 
     """transformers 5 reads only entries and merges of tokenizer.json for these."""
     plain = tiny_tokenizer() if kind is Qwen2Tokenizer else sentencepiece_tokenizer("never")
     tree = json.loads(plain.backend_tokenizer.to_str())["model"]
-    special = {"eos_token": "</s>", "pad_token": "<pad>"}
-    original = kind(vocab=tree["vocab"], merges=[tuple(pair) for pair in tree["merges"]], **special)
+    special: dict[str, Any] = {"eos_token": "</s>", "pad_token": "<pad>"}
+    merges: Any = [tuple(pair) for pair in tree["merges"]]
+    original = kind(vocab=tree["vocab"], merges=merges, **special)
     growth = learn(read_bpe(original, "x"), [KOREAN], 60)
-    grown = saved(growth, original, tmp_path)
+    grown = save_grown(growth, original, tmp_path)
     assert isinstance(grown, kind)
     for token, number in original.get_vocab().items():
         assert grown.get_vocab()[token] == number
@@ -202,7 +197,7 @@ def test_added_tokens_keep_their_ids_and_gaps_are_filled(style: str, tmp_path: P
     gaps = sorted(set(range(390)) - set(original.get_vocab().values()))
     assert len(gaps) == 4 and len(original) == 387
     growth = learn(read_bpe(original, "x"), [KOREAN], 20)
-    grown = saved(growth, original, tmp_path / "grown")
+    grown = save_grown(growth, original, tmp_path / "grown")
     assert grown.get_vocab() == {**original.get_vocab(), **{token: grown.get_vocab()[token] for token in growth.tokens}}
     assert sorted(grown.get_vocab()[token] for token in growth.tokens) == [*gaps, *range(391, 407)]
     assert len(grown) == 407
@@ -220,7 +215,7 @@ def test_the_words_of_a_file_are_one_token_each(original: Any, tmp_path: Path) -
     assert words == {" 구속영장": 1, "구속": 2, " 대법원": 3, "photosynthesis": 4, " photo": 5}
     bpe = read_bpe(original, "x")
     growth = tokens_for(bpe, words, "x")
-    grown = saved(growth, original, tmp_path)
+    grown = save_grown(growth, original, tmp_path)
     for word in words:
         # Behind other text, as it would stand in one.
         text = f"the{word}"

@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from steep.errors import UserError
 from steep.evaluation.adapters import base_model
 from steep.evaluation.perplexity import evaluate
 from steep.model.adapters import add_adapters, is_tied
-from steep.model.bpe import read_bpe
-from steep.model.learned_tokens import learn
 from steep.model.load import keep_4bit_layout
-from steep.model.new_tokens import check_trained, grow_embeddings, rows_for
+from steep.model.new_tokens import check_trained, grow_embeddings, grow_tokenizer, rows_for
 from tests.evaluation.oracle import TokenDocument, random_documents
 from tests.tiny import FAMILIES, documents, save_tiny, sentencepiece_tokenizer, tiny_model, tiny_tokenizer
 
@@ -25,11 +23,9 @@ NEW = 40
 
 
 def grown_from(original: Any, folder: Path) -> Any:
-    growth = learn(read_bpe(original, "x"), [documents("ko", 100)], NEW)
-    assert len(growth.tokens) == NEW
-    original.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(growth.tokenizer_json(), encoding="utf-8")
-    return AutoTokenizer.from_pretrained(folder)
+    grown = grow_tokenizer(original, folder, texts=documents("ko", 100), number=NEW)
+    assert len(grown) == len(original) + NEW
+    return grown
 
 
 @pytest.fixture(params=["byte-level", "metaspace"])
@@ -52,7 +48,8 @@ def expected_mean(old: torch.Tensor, original: Any, token: str) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_means_of_the_old_pieces(pair: tuple[Any, Any], tied: bool, dtype: torch.dtype) -> None:
     original, grown = pair
-    model = tiny_model("llama", tied).to(dtype)
+    model: Any = tiny_model("llama", tied)
+    model.to(dtype)
     before = [weight.detach().clone() for weight in weights(model)]
     grow_embeddings(model, original, grown)
     assert is_tied(model) is tied
@@ -135,3 +132,12 @@ def test_new_rows_have_to_train(tied: bool, trained: list[str], missing: str | N
     else:
         with pytest.raises(UserError, match=f"adapter.modules_to_save: .*{missing}"):
             check_trained(model, trained)
+
+
+def test_a_script_gives_words_or_texts(tmp_path: Path) -> None:
+    original = tiny_tokenizer()
+    grown = grow_tokenizer(original, tmp_path, words=["구속", " 구속"])
+    assert grown.decode(grown(" 구속", add_special_tokens=False)["input_ids"][-1:]) == " 구속"
+    for wrong in ({}, {"words": ["구속"], "texts": documents("ko", 9), "number": 5}):
+        with pytest.raises(UserError, match="tokens are given, or learned from texts"):
+            grow_tokenizer(original, tmp_path, **wrong)

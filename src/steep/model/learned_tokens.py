@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,6 +27,7 @@ MIN_COUNT = 10
 _LEAD, _TAIL, _PIECE = 0x10000, 0x20000, 0x30000
 _BYTE = 0xE000
 _BYTES = re.compile(f"[{chr(_BYTE)}-{chr(_BYTE + 255)}]+")
+_BATCH = 256  # documents cut at a time
 _AT_ONCE = 1000  # copies of a word in one string for the trainer
 
 
@@ -47,6 +49,13 @@ def learn(bpe: Bpe, texts: Iterable[Sequence[str]], number: int) -> Growth:
         if len(growth.tokens) == number or len(merges) < asked:
             return growth
         asked += number - len(growth.tokens)
+
+
+def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts as `learn` takes them."""
+    remaining = iter(texts)
+    while batch := list(islice(remaining, _BATCH)):
+        yield batch
 
 
 def _train(words: Counter[str], size: int) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import torch
 from steep.errors import UserError
 from steep.model.bpe import Bpe, Growth, read_bpe
 from steep.model.embeddings import is_tied
+from steep.model.learned_tokens import in_batches, learn
 from steep.model.names import EMBEDDINGS
+from steep.model.resolve import read_tokenizer_folder
 
 
 def read_words(file: Path, field: str) -> dict[str, int]:
@@ -97,6 +99,42 @@ def _pieces(growth: Growth, spelling: str) -> list[str]:
         pieces += [*(bpe.cut(known) if known else []), character]
         known = ""
     return [*pieces, *(bpe.cut(known) if known else [])]
+
+
+def save_grown(growth: Growth, original: Any, folder: Path) -> Any:
+    """Write the grown tokenizer into `folder`, with all that `original` has besides its entries, and read it back."""
+    original.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(growth.tokenizer_json(), encoding="utf-8")
+    grown = read_tokenizer_folder(folder)
+    ids = grown.get_vocab()  # a model's own class may build it anew from entries and merges
+    assert all(ids[token] == number for token, number in growth.bpe.vocabulary.items())
+    assert all(token in ids for token in growth.tokens)
+    return grown
+
+
+def grow_tokenizer(
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    words: Iterable[str] = (),
+    texts: Iterable[str] = (),
+    number: int | None = None,
+) -> Any:
+    """A copy of a BPE tokenizer with new, ordinary tokens, saved in `folder`. `grow_embeddings` makes their rows.
+
+    Args:
+        words: tokens to add; one with a space in front is the one behind a space.
+        texts, number: text to learn tokens from, and how many; not together with `words`.
+
+    Raises:
+        UserError: a tokenizer that cannot grow, or a word that is no new token.
+    """
+    bpe = read_bpe(tokenizer, "tokenizer")
+    given = {word: line for line, word in enumerate(words, start=1)}
+    if bool(given) == (number is not None):
+        raise UserError("words", "tokens are given, or learned from texts", "Give words, or texts and a number.")
+    growth = tokens_for(bpe, given, "words") if number is None else learn(bpe, in_batches(texts), number)
+    return save_grown(growth, tokenizer, Path(folder))
 
 
 def check_trained(model: Any, modules_to_save: Sequence[str], field: str = "adapter.modules_to_save") -> None:
