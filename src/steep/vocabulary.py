@@ -153,7 +153,7 @@ def grown(
     before = tokenize_sources(data.sources, original, data.cache_dir, progress)
     if kept is None:
         kept = _make(bpe, original, words, new_tokens, before, data)
-    record = json.loads((kept / _RECORD).read_text(encoding="utf-8"))
+    record = _record(kept)
     tokens = {item["id"]: item["text"] for item in record["tokens"]}
     return Vocabulary(read_tokenizer_folder(kept), original, kept, before, record["asked"], tokens)
 
@@ -199,6 +199,14 @@ def _write(growth: Growth, original: Any, asked: int, file_digest: str | None, f
     (folder / _RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
+def _record(folder: Path) -> dict[str, Any]:
+    file = folder / _RECORD
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError("run folder", f"{file} cannot be read: {error}", "Put it back, or train again.") from error
+
+
 def _file_digest(new_tokens: str | int) -> str | None:
     return None if isinstance(new_tokens, int) else hashlib.sha256(Path(new_tokens).read_bytes()).hexdigest()
 
@@ -210,7 +218,7 @@ def refuse_another_file(kept: Path, file: str) -> None:
         UserError: it is another, or gone.
     """
     read_words(Path(file), _FIELD)
-    if json.loads((kept / _RECORD).read_text(encoding="utf-8"))["file"] != _file_digest(file):
+    if _record(kept)["file"] != _file_digest(file):
         raise UserError(
             "--resume", f"{file} ({_FIELD}) is not what the run began with", "Put it back, or start a new run."
         )
