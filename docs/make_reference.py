@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from steep.config import RunConfig
+from steep.config import Learned, RunConfig
 from steep.data.sources import SUPPORTED_SUFFIXES, Source
 from steep.training.passed_through import HONOURED, REFUSED
 
@@ -117,6 +117,8 @@ def _kind(annotation: Any) -> str:
     if origin is list:
         inner = arguments[0]
         return "list of sources" if inner is Source else f"list of {_kind(inner)}"
+    if annotation is Learned:
+        return "`auto: NUMBER`"
     return _PLAIN[annotation]
 
 
