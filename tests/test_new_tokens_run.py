@@ -278,7 +278,7 @@ def test_a_file_of_tokens(words: Path, llama_folder: Path, corpus: Path, tmp_pat
     words.unlink()
     with pytest.raises(UserError, match=r"model.new_tokens: .*words.txt cannot be read"):
         train_run(config, resume=True)
-    words.write_text(text, encoding="utf-8")
+    words.write_text(f"\n{text}\n\n", encoding="utf-8")  # the same words
     train_run(config, resume=True)
     words.unlink()  # a finished run has its own tokenizer
     assert generate_run(tmp_path / "run", "the river", max_new_tokens=2).keys() == {"base", "trained"}

@@ -15,7 +15,7 @@ from steep.errors import UserError
 from steep.plan import Plan
 from steep.run_folder import RunFolder
 from steep.training.branch import Branch, read_branch
-from steep.vocabulary import refuse_another_file
+from steep.vocabulary import refuse_other_words
 
 # Fields that change neither what is computed nor which rows are trained when.
 HARMLESS = {
@@ -85,7 +85,7 @@ def begun_tokenizer(config: RunConfig, folder: RunFolder | None, parent: Branch 
         places.append(RunFolder(Path(parent.checkpoint).parent).tokenizer)
     begun = next((place for place in places if place.is_dir()), None)
     if begun is not None and isinstance(config.model.new_tokens, str):
-        refuse_another_file(begun, config.model.new_tokens)
+        refuse_other_words(begun, config.model.new_tokens, "--branch" if folder is None else "--resume")
     return begun
 
 

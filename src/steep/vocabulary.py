@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from steep.data.packing import Corpus, tokenize_sources
 from steep.data.tokens import TokenizedSource
 from steep.errors import UserError
 from steep.evaluation.perplexity import choose
-from steep.model.bpe import Bpe, Growth, read_bpe
+from steep.model.bpe import Bpe, read_bpe
 from steep.model.learned_tokens import MIN_COUNT, in_batches, learn
 from steep.model.new_tokens import read_words, save_grown, tokens_for
 from steep.model.resolve import read_tokenizer_folder
@@ -188,15 +187,11 @@ def _make(
         growth = tokens_for(bpe, words, _FIELD)
     asked = new_tokens if isinstance(new_tokens, int) else len(words)
     with published(folder) as staging:
-        _write(growth, original, asked, _file_digest(new_tokens), staging)
+        ids = save_grown(growth, original, staging).get_vocab()
+        tokens = [{"id": ids[token], "text": bpe.text(token), "token": token} for token in growth.tokens]
+        record = {"asked": asked, "words": [*words] or None, "tokens": tokens}
+        (staging / _RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
     return folder
-
-
-def _write(growth: Growth, original: Any, asked: int, file_digest: str | None, folder: Path) -> None:
-    ids = save_grown(growth, original, folder).get_vocab()
-    tokens = [{"id": ids[token], "text": growth.bpe.text(token), "token": token} for token in growth.tokens]
-    record = {"asked": asked, "file": file_digest, "tokens": tokens}
-    (folder / _RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -207,33 +202,26 @@ def _record(folder: Path) -> dict[str, Any]:
         raise UserError("run folder", f"{file} cannot be read: {error}", "Put it back, or train again.") from error
 
 
-def _file_digest(new_tokens: str | int) -> str | None:
-    return None if isinstance(new_tokens, int) else hashlib.sha256(Path(new_tokens).read_bytes()).hexdigest()
-
-
-def refuse_another_file(kept: Path, file: str) -> None:
-    """Check that the file of new tokens is the one that the tokenizer in `kept` was grown by.
+def refuse_other_words(kept: Path, file: str, field: str) -> None:
+    """Check that the file of new tokens says what the tokenizer in `kept` was grown by.
 
     Raises:
-        UserError: it is another, or gone.
+        UserError: it says something else, or is gone.
     """
-    read_words(Path(file), _FIELD)
-    if _record(kept)["file"] != _file_digest(file):
-        raise UserError(
-            "--resume", f"{file} ({_FIELD}) is not what the run began with", "Put it back, or start a new run."
-        )
+    if _record(kept)["words"] != [*read_words(Path(file), _FIELD)]:
+        raise UserError(field, f"{file} ({_FIELD}) is not what the run began with", "Put it back, or start a new run.")
 
 
 def _texts(bpe: Bpe, sources: list[TokenizedSource], sides: list[np.ndarray]) -> Iterator[str]:
     """The train documents' texts, made from their tokens: no source is read a second time. Evenly spread ones where
     there are more than `_CHARACTERS`."""
     chosen = [
-        (source, int(document))
+        (source, np.flatnonzero(side == Side.TRAIN))
         for source, side in zip(sources, sides, strict=True)
         if source.source.role == "train"
-        for document in np.flatnonzero(side == Side.TRAIN)
     ]
-    total = sum(int(source.num_chars[document]) for source, document in chosen)
-    for source, document in chosen[:: 1 + total // _CHARACTERS]:
-        text = source.tokens(document, source.prefix_length, int(source.lengths[document]) - source.has_eos)
-        yield bpe.backend.decode(text.tolist(), skip_special_tokens=False)
+    total = sum(int(source.num_chars[documents].sum()) for source, documents in chosen)
+    for source, documents in chosen:
+        for document in documents[:: 1 + total // _CHARACTERS]:
+            text = source.tokens(document, source.prefix_length, int(source.lengths[document]) - source.has_eos)
+            yield bpe.backend.decode(text.tolist(), skip_special_tokens=False)
