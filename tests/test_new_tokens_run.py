@@ -347,3 +347,22 @@ def test_a_relative_file_is_found_from_any_folder(
     config = run_file(llama_folder, corpus, tmp_path / "run", model={"new_tokens": words.name})
     assert config.model.new_tokens == str(words)
     assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_a_branch_keeps_the_tokens_of_its_parent(llama_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """On other text, from which others would be learned."""
+    short = {"max_steps": 2, "save_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    train_run(run_file(llama_folder, corpus, tmp_path / "run", training=short, evaluation={"prompts": []}))
+    more = write(tmp_path / "more", {"ko": [f"바람개비 {text}" for text in documents("ko", 60)]})
+    config = run_file(
+        llama_folder,
+        corpus,
+        tmp_path / "branch",
+        data={"sources": [{"path": str(more / "ko.jsonl")}], "holdout": 0.2},
+        training=short,
+        evaluation={"prompts": []},
+    )
+    train_run(config, branch=tmp_path / "run" / "checkpoint-1")
+    tokenizers = [read(tmp_path / name / "tokenizer" / "tokenizer.json") for name in ("run", "branch")]
+    assert tokenizers[0] == tokenizers[1]
+    assert evaluate_run(tmp_path / "branch")[1] and read(tmp_path / "branch" / "plan.json")["new_tokens"]["added"] == NEW
