@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -365,4 +366,28 @@ def test_a_branch_keeps_the_tokens_of_its_parent(llama_folder: Path, corpus: Pat
     train_run(config, branch=tmp_path / "run" / "checkpoint-1")
     tokenizers = [read(tmp_path / name / "tokenizer" / "tokenizer.json") for name in ("run", "branch")]
     assert tokenizers[0] == tokenizers[1]
-    assert evaluate_run(tmp_path / "branch")[1] and read(tmp_path / "branch" / "plan.json")["new_tokens"]["added"] == NEW
+    assert (
+        evaluate_run(tmp_path / "branch")[1] and read(tmp_path / "branch" / "plan.json")["new_tokens"]["added"] == NEW
+    )
+
+
+def test_a_budget_is_counted_in_the_models_own_tokens(llama_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """Both tokenizers read the same documents, or base and trained model would be scored on different ones."""
+    sources = [{"path": str(corpus / "ko.jsonl"), "max_tokens": 4000}]
+    given = run_file(llama_folder, corpus, tmp_path / "run", data={"sources": sources, "holdout": 0.3})
+    own = run_file(
+        llama_folder,
+        corpus,
+        tmp_path / "run",
+        data={"sources": sources, "holdout": 0.3},
+        model={"new_tokens": None},
+    )
+    grown, plain = plan_run(given), plan_run(own)
+    with_new, without = (plan.corpus.statistics["sources"][0] for plan in (grown, plain))
+    assert with_new["documents"] == without["documents"] < 100
+    assert with_new["tokens"] < 0.9 * without["tokens"] <= 0.9 * 4000
+    assert grown.vocabulary is not None
+    (documents,) = grown.vocabulary.base_documents(grown.corpus, max_tokens=None).values()
+    (expected,) = plain.corpus.heldout.values()
+    assert [document.num_bytes for document in documents] == [document.num_bytes for document in expected]
+    assert all(map(np.array_equal, (one.tokens for one in documents), (other.tokens for other in expected)))

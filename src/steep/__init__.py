@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from steep.initialise import init_run as init_run
     from steep.model.adapters import add_adapters as add_adapters
     from steep.model.load import load as load
-    from steep.model.text_model import extract_text_model as extract_text_model
     from steep.model.new_tokens import grow_embeddings as grow_embeddings
     from steep.model.new_tokens import grow_tokenizer as grow_tokenizer
+    from steep.model.text_model import extract_text_model as extract_text_model
     from steep.plan import plan_run as plan_run
     from steep.run import evaluate_run as evaluate_run
     from steep.run import generate_run as generate_run

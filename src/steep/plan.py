@@ -162,17 +162,18 @@ def plan_run(
             "Leave it out (half a row), or lower it.",
         )
     pinned = {index: {"revision": commit} for index, commit in (commits or {}).items()}
+    sources = [source.model_copy(update=pinned.get(index)) for index, source in enumerate(data.sources)]
     vocabulary = None
     if model.new_tokens is not None:
         check_trained(empty, config.adapter.modules_to_save)
         asked = model.new_tokens if isinstance(model.new_tokens, str) else model.new_tokens.auto
-        vocabulary = grown(asked, tokenizer, data, grown_tokenizer, progress)
-        tokenizer = vocabulary.tokenizer
+        vocabulary = grown(asked, tokenizer, sources, data, grown_tokenizer, progress)
+        tokenizer, sources = vocabulary.tokenizer, [read.source for read in vocabulary.before]
         rows = rows_for(tokenizer, empty.get_input_embeddings().weight.shape[0])
         empty.resize_token_embeddings(rows, mean_resizing=False)
     shape = shape_of(empty, config.adapter)
     corpus = pack(
-        [source.model_copy(update=pinned.get(index)) for index, source in enumerate(data.sources)],
+        sources,
         tokenizer,
         max_length=data.max_length,
         strategy=data.packing,
@@ -183,6 +184,7 @@ def plan_run(
         vocab_size=shape.vocabulary,
         cache_dir=data.cache_dir,
         progress=progress,
+        documents=vocabulary.documents if vocabulary else None,
     )
     if arguments.eval_strategy != "no" and not corpus.heldout:
         raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from steep.data.encoder import digest
 from steep.data.heldout import HeldoutDocument, heldout_by_domain
 from steep.data.mixing import Side, assign_sides
 from steep.data.packing import Corpus, tokenize_sources
+from steep.data.sources import Source
+from steep.data.token_file import Progress
 from steep.data.tokens import TokenizedSource
 from steep.errors import UserError
 from steep.evaluation.perplexity import choose
@@ -56,6 +58,12 @@ class Vocabulary:
         """Ids up to the original's largest."""
         return max(self.original.get_vocab().values()) + 1
 
+    @property
+    def documents(self) -> dict[int, int]:
+        """How many documents of a source the grown tokenizer is to read, by the source's number: as many as the
+        original took to fill its `max_tokens`, so that both read the same ones."""
+        return {index: len(source) for index, source in enumerate(self.before) if source.stopped}
+
     def base_documents(self, corpus: Corpus, max_tokens: int | None) -> dict[str, list[HeldoutDocument]]:
         """The held-out documents that `max_tokens` chooses of `corpus`, as the original tokenizer reads them: what the
         untouched base is scored on."""
@@ -71,10 +79,10 @@ class Vocabulary:
         """What the new tokens do to the text, JSON-able. `old_language` marks what the model could read before: replay
         text, and held-out text of a domain that is not trained."""
         trained = {item.source.domain_name for item in corpus.sources if item.source.role == "train"}
-        sources = []
+        by_source = []
         for before, after in zip(self.before, corpus.sources, strict=True):
             source, characters = before.source, int(before.num_chars.sum())
-            sources.append(
+            by_source.append(
                 {
                     "domain": source.domain_name,
                     "role": source.role,
@@ -91,7 +99,7 @@ class Vocabulary:
             "added": len(self.tokens),
             "unseen": len(unseen),
             "unseen_examples": unseen[:3],
-            "sources": sources,
+            "sources": by_source,
         }
 
     def unseen(self, corpus: Corpus) -> list[str]:
@@ -132,16 +140,17 @@ def _share_that_differs(before: TokenizedSource, after: TokenizedSource) -> floa
 def grown(
     new_tokens: str | int,
     original: Any,
+    sources: Sequence[Source],
     data: DataSection,
     kept: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Vocabulary:
     """The tokenizer `original` with new tokens.
 
     Args:
         new_tokens: a file of them, or how many to learn from the text of role train.
         kept: the folder of a tokenizer that was grown before, for a run that has one; nothing is learned then.
-        progress: called with the documents and UTF-8 bytes that `original` has read so far.
+        progress: called while `original` reads the text.
 
     Raises:
         UserError: a tokenizer that cannot grow, a file that cannot be read, a word that is no new token, or text that
@@ -149,7 +158,7 @@ def grown(
     """
     bpe = read_bpe(original, _FIELD)
     words = {} if isinstance(new_tokens, int) else read_words(Path(new_tokens), _FIELD) if kept is None else {}
-    before = tokenize_sources(data.sources, original, data.cache_dir, progress)
+    before = tokenize_sources(sources, original, data.cache_dir, progress)
     if kept is None:
         kept = _make(bpe, original, words, new_tokens, before, data)
     record = _record(kept)

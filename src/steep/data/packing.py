@@ -143,6 +143,7 @@ def pack(
     cache_dir: str | Path | None = None,
     vocab_size: int | None = None,
     progress: Progress | None = None,
+    documents: Mapping[int, int] | None = None,
 ) -> Corpus:
     """Read, tokenise, mix and pack text.
 
@@ -161,6 +162,7 @@ def pack(
         vocab_size: entries of the model's vocabulary, if known: no token may lie outside.
         progress: called with the documents and UTF-8 bytes tokenised so far, over all sources, and how far the one that
             is read has come with its `max_tokens` (`token_file.Budget`), or None.
+        documents: how many documents of a source are read at the most, by its number.
 
     Raises:
         UserError: a setting out of range, text that cannot be read, a token outside the vocabulary, or nothing left to
@@ -169,7 +171,7 @@ def pack(
     _check(max_length, strategy, replay_share, holdout, seed)
     given = _as_sources(sources)
     _reject_shared_default_domains(given)
-    tokenized = tokenize_sources(given, tokenizer, cache_dir, progress)
+    tokenized = tokenize_sources(given, tokenizer, cache_dir, progress, documents)
     if vocab_size is not None:
         _reject_ids_outside(tokenized, vocab_size)
 
@@ -190,13 +192,16 @@ def tokenize_sources(
     tokenizer: PreTrainedTokenizerBase,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
+    documents: Mapping[int, int] | None = None,
 ) -> list[TokenizedSource]:
     """Tokenise each source, or open what is in the cache; `pack` says what the arguments are."""
     folder = Path(cache_dir).expanduser() if cache_dir else cache_folder() / "tokens"
     encoder = Encoder(tokenizer)
     tokenized: list[TokenizedSource] = []
     for index, source in enumerate(sources):
-        tokenized.append(tokenize(source, encoder, folder, f"data.sources[{index}]", _after(tokenized, progress)))
+        most = (documents or {}).get(index)
+        field = f"data.sources[{index}]"
+        tokenized.append(tokenize(source, encoder, folder, field, _after(tokenized, progress), most))
     return tokenized
 
 

@@ -89,6 +89,7 @@ def write_tokens(
     path: Path,
     field: str,
     progress: Progress | None,
+    documents: int | None = None,
 ) -> None:
     """Tokenise `source` into `path`, all or nothing.
 
@@ -99,6 +100,7 @@ def write_tokens(
         path: the file to write; its folder is made if needed, and cleared of what killed tokenisations left.
         field: where the source stands in the run file, for messages.
         progress: called after each batch.
+        documents: read no more than so many.
 
     Raises:
         UserError: the source cannot be read, a text encodes to the id that ends documents, or a file has changed.
@@ -108,7 +110,7 @@ def write_tokens(
     temporary = path.with_name(f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
-            _write_stream(source, files, encoder, file, field, progress)
+            _write_stream(source, files, encoder, file, field, progress, documents)
             file.flush()
             os.fsync(file.fileno())
         _reject_changed(files, field)
@@ -169,11 +171,17 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _write_stream(
-    source: Source, files: Iterable[Path], encoder: Encoder, file: Any, field: str, progress: Progress | None
+    source: Source,
+    files: Iterable[Path],
+    encoder: Encoder,
+    file: Any,
+    field: str,
+    progress: Progress | None,
+    most_documents: int | None,
 ) -> None:
     described = {"prefix_length": len(encoder.prefix), "has_eos": encoder.eos is not None}
     schema = pa.schema(COLUMNS, metadata={METADATA_KEY: json.dumps(described).encode()})
-    taker = _Taker(source.max_tokens, len(encoder.prefix) + (encoder.eos is not None))
+    taker = _Taker(source.max_tokens, most_documents, len(encoder.prefix) + (encoder.eos is not None))
     documents = size = text_tokens = 0
     largest_id = -1
     digest = hashlib.blake2b(digest_size=16)
@@ -205,11 +213,13 @@ class _Taker:
 
     Args:
         limit: tokens, or None to take all.
+        documents: how many, or None to take all.
         around: how many tokens stand around each text.
     """
 
-    def __init__(self, limit: int | None, around: int) -> None:
+    def __init__(self, limit: int | None, documents: int | None, around: int) -> None:
         self._limit = limit
+        self._documents_left = documents
         self._around = around
         self.tokens = 0
         self.empty = 0
@@ -223,9 +233,11 @@ class _Taker:
                 self.empty += 1
                 continue
             tokens = self._around + len(document)
-            if self._limit is not None and self.tokens + tokens > self._limit:
+            if (self._limit is not None and self.tokens + tokens > self._limit) or self._documents_left == 0:
                 self.stopped = True
                 break
+            if self._documents_left is not None:
+                self._documents_left -= 1
             self.tokens += tokens
             taken.append(index)
         return [texts[index] for index in taken], [ids[index] for index in taken]

@@ -150,13 +150,21 @@ class TokenizedSource:
     def ids_among(self, wanted: Collection[int]) -> set[int]:
         """Those of `wanted` that stand in some document."""
         table = np.zeros(max(wanted, default=-1) + 1, bool)
-        for values, _ in self._chunks:
+        for batch, first in enumerate(self._first[:-1]):
+            ids, offsets = self._places[batch, :2].tolist()
+            start, *_, end = self._view(np.int32, offsets, int(self._first[batch + 1] - first) + 1).tolist()
+            values = self._view(np.int32, ids + 4 * start, end - start)
             table[values[values < len(table)]] = True
         return {number for number in wanted if table[number]}
 
 
 def tokenize(
-    source: Source, encoder: Encoder, cache_dir: Path, field: str, progress: Progress | None = None
+    source: Source,
+    encoder: Encoder,
+    cache_dir: Path,
+    field: str,
+    progress: Progress | None = None,
+    documents: int | None = None,
 ) -> TokenizedSource:
     """Tokenise a source, or open the result of an earlier time.
 
@@ -169,6 +177,7 @@ def tokenize(
         cache_dir: folder of the Arrow files, made if needed.
         field: where the source stands in the run file, e.g. "data.sources[0]".
         progress: called after each batch.
+        documents: read no more than so many.
 
     Raises:
         UserError: the source cannot be read, holds no document but empty ones, or changes while it is read; its stream
@@ -177,6 +186,8 @@ def tokenize(
     key = [str(FORMAT_VERSION).encode(), source.text_field.encode(), encoder.fingerprint]
     if source.max_tokens is not None:
         key += [b"max_tokens", str(source.max_tokens).encode()]
+    if documents is not None:
+        key += [b"documents", str(documents).encode()]
     stamps: dict[Path, Stamp] = {}
     left_out: list[Path] = []
     warnings: list[str | None] = []
@@ -197,7 +208,7 @@ def tokenize(
     path = stream.path if stream else cache_dir / f"{digest(key).hex()}.arrow"
     cached = path.exists()
     if not cached:
-        write_tokens(source, stamps, encoder, path, field, progress)
+        write_tokens(source, stamps, encoder, path, field, progress, documents)
     if stream:
         stream.remember()
     result = TokenizedSource(source, path, cached, len(stamps), len(left_out), filter(None, warnings))
