@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from steep.errors import UserError as UserError
     from steep.evaluation.perplexity import evaluate as evaluate
     from steep.generation import generate as generate
+    from steep.hand_over import export_run as export_run
     from steep.initialise import init_run as init_run
     from steep.model.adapters import add_adapters as add_adapters
     from steep.model.load import load as load
@@ -36,6 +37,7 @@ _PUBLIC = {
     "add_adapters": "model.adapters",
     "evaluate": "evaluation.perplexity",
     "evaluate_run": "run",
+    "export_run": "hand_over",
     "extract_text_model": "model.text_model",
     "generate": "generation",
     "generate_run": "run",

@@ -203,6 +203,37 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="The whole repor
         raise typer.Exit(1)
 
 
+@app.command()
+def export(
+    run: RunDir,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; new or empty.", show_default=False)],
+    to: Annotated[
+        str, typer.Option(help="merged: a whole model. adapter: PEFT's format. gguf: for llama.cpp.")
+    ] = "merged",
+    base: Annotated[
+        str, typer.Option(help="What a run over 4 or 8 bits is merged into. auto: the better of two. original.")
+    ] = "auto",
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload it to the Hugging Face hub, private at first.")
+    ] = None,
+) -> None:
+    """Hand the result on: a merged model, the adapter, or GGUF files, with a model card.
+
+    A merged model is opened again by plain transformers and its held-out loss compared with the adapter's. An adapter
+    trained over 4 bits has learned to correct them: merged into the 16-bit original it can lose a lot. So auto merges
+    it into the dequantised weights and into the original, measures both, and keeps the better.
+
+    steep export runs/ko -o ko-merged
+
+    steep export runs/ko --to gguf -o ko-gguf
+    """
+    terminal = _attached_terminal()
+    from steep.hand_over import export_run, next_step
+
+    export_run(run, output, to=to, base=base, push_to=push, terminal=terminal)
+    print(next_step(output, to))
+
+
 def main() -> None:
     """Entry point: user errors become one line and exit code 2, a stopped run exit code 1."""
     try:

@@ -142,7 +142,7 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
     with published(folder.final) as staging:
         trainer.save_model(str(staging))
         write_readme(staging, plan, model, folder.final)
-    before, after = _first_and_last(folder)
+    before, after = first_and_last(folder)
     if before:
         terminal.show(board(before, after, plan.corpus.roles))
         if plan.branch is not None:
@@ -192,7 +192,7 @@ def evaluate_run(
         UserError: the folder holds no finished run.
     """
     terminal = terminal or Terminal(quiet=True)
-    config, folder = _finished(run_dir)
+    config, folder = finished(run_dir)
     with terminal.tokenising() as progress:
         plan = plan_run(
             config,
@@ -238,7 +238,7 @@ def generate_run(
     Returns:
         ``{"base": ..., "trained": ...}``.
     """
-    config, folder = _finished(run_dir)
+    config, folder = finished(run_dir)
     settings = config.model
     resolved = resolve(settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     original = tokenizer = read_tokenizer(resolved)
@@ -364,7 +364,8 @@ def _record_scores(folder: RunFolder, scores: list[DomainScore], roles: Any) -> 
     folder.append("evaluation.jsonl", [{**score.as_dict(), "role": roles[score.domain]} for score in scores])
 
 
-def _first_and_last(folder: RunFolder) -> tuple[list[DomainScore], list[DomainScore]]:
+def first_and_last(folder: RunFolder) -> tuple[list[DomainScore], list[DomainScore]]:
+    """The held-out scores before and after training, as the run recorded them; empty if it held nothing out."""
     rows = folder.read_lines("evaluation.jsonl")
     return (_scores_at(folder, rows[0]["step"]), _scores_at(folder, rows[-1]["step"])) if rows else ([], [])
 
@@ -373,7 +374,12 @@ def _scores_at(folder: RunFolder, step: int) -> list[DomainScore]:
     return [DomainScore.from_dict(row) for row in folder.read_lines("evaluation.jsonl") if row["step"] == step]
 
 
-def _finished(run_dir: str | Path) -> tuple[RunConfig, RunFolder]:
+def finished(run_dir: str | Path) -> tuple[RunConfig, RunFolder]:
+    """The run file and the folder of a finished run.
+
+    Raises:
+        UserError: the folder holds none.
+    """
     folder = RunFolder(run_dir)
     if not (folder / "run.yaml").is_file():
         raise UserError("run folder", f"{folder.path} holds no run", "Give the output_dir of a run, such as runs/ko.")

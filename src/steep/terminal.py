@@ -131,6 +131,23 @@ class Terminal:
             yield progress
 
     @contextmanager
+    def merging(self) -> Iterator[Callable[[int, int], None]]:
+        """Gives a callback for the bytes written so far, and all that will be."""
+        last = time.monotonic()
+        with self._bar("merging", None) as update:
+
+            def progress(done: int, total: int) -> None:
+                nonlocal last
+                text = f"{human_bytes(done)} of {human_bytes(total)}"
+                if update is not None:
+                    update(text, None)
+                elif time.monotonic() - last > _PLAIN_SECONDS:
+                    last = time.monotonic()
+                    self.say(f"merging: {text}")
+
+            yield progress
+
+    @contextmanager
     def _bar(self, name: str, total: int | None, done: int = 0) -> Iterator[Callable[[str, int | None], None] | None]:
         if not self.err.is_terminal or self.err.quiet:
             yield None

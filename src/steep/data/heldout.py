@@ -62,9 +62,23 @@ class HeldoutDocuments(Sequence[HeldoutDocument]):
 
 def heldout_by_domain(sources: Sequence[TokenizedSource], sides: Sequence[np.ndarray]) -> dict[str, HeldoutDocuments]:
     """The documents to measure on; a domain without any has no entry."""
+    return _by_domain(sources, sides, Side.HELD_OUT)
+
+
+def first_trained_by_domain(
+    sources: Sequence[TokenizedSource], sides: Sequence[np.ndarray], count: int
+) -> dict[str, HeldoutDocuments]:
+    """The first `count` documents of each domain that are there to train on: what is left to compare models on where
+    nothing is held out. They say nothing about how good a model is."""
+    return {domain: documents[:count] for domain, documents in _by_domain(sources, sides, Side.TRAIN).items()}
+
+
+def _by_domain(
+    sources: Sequence[TokenizedSource], sides: Sequence[np.ndarray], wanted: Side
+) -> dict[str, HeldoutDocuments]:
     picked: dict[str, list[tuple[int, np.ndarray]]] = {}
     for index, (source, side) in enumerate(zip(sources, sides, strict=True)):
-        documents = np.flatnonzero(side == Side.HELD_OUT)
+        documents = np.flatnonzero(side == wanted)
         if len(documents):
             picked.setdefault(source.source.domain_name, []).append((index, documents))
     return {

@@ -62,6 +62,24 @@ def board(
     return table
 
 
+def gate_table(adapter: Sequence[DomainScore], merged: Mapping[str, Sequence[DomainScore]]) -> Table:
+    """Bits per byte of an adapter beside those of models that it was merged into, domain by domain.
+
+    Args:
+        merged: what was merged into → the scores of the same documents.
+    """
+    table = Table(title="bits/byte", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("domain")
+    table.add_column("adapter", justify="right", no_wrap=True)
+    for name in merged:
+        table.add_column(f"merged, {name}", justify="right", no_wrap=True)
+    for index, score in enumerate(adapter):
+        gaps = [(scores[index].bits_per_byte, score.bits_per_byte) for scores in merged.values()]
+        shown = [f"{now:.4f} ({now - before:+.4f})" for now, before in gaps]
+        table.add_row(Text(score.domain), f"{score.bits_per_byte:.4f}", *shown)
+    return table
+
+
 def _perplexity(score: DomainScore) -> str:
     return f"{score.perplexity:,.0f}" if score.perplexity >= 100 else f"{score.perplexity:.2f}"
 

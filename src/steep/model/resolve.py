@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.utils.hub import cached_file
 
 from steep.errors import UserError
 from steep.model.gguf import check_readable, converted_folder, correct_special_tokens
@@ -42,6 +43,17 @@ class ResolvedModel:
         """The checkpoint's own quantisation settings, if it is stored quantised."""
         stored = getattr(self.config, "quantization_config", None)
         return stored if stored is None or isinstance(stored, dict) else stored.to_dict()
+
+    def file(self, name: str) -> Path | None:
+        """Where a file of the checkpoint lies, downloaded if need be; None if it has no such file."""
+        found = cached_file(
+            self.name,
+            name,
+            revision=self.arguments.get("revision"),
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if found is None else Path(found)
 
 
 def resolve(

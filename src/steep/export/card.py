@@ -1,0 +1,285 @@
+"""The model card: what a result is, what it learned from, how good it is, and how to open it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from steep.evaluation.score import DomainScore
+from steep.export.base_weights import Kind
+from steep.export.gate import BITS_LIMIT, Gap, Measured
+from steep.model.resolve import ResolvedModel
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model in words that hold on any machine.
+
+    Attributes:
+        name: hub name, or the last part of a path.
+        on_hub: whether `name` is a name of the hub.
+        revision: on the hub, if the run gave one.
+        stored: how its checkpoint exists, where that is not 16 bits: ``GGUF``, ``4 or 8 bits (bitsandbytes)``.
+        licence: `license`, `license_name` and `license_link` of its own card, as far as it has them.
+    """
+
+    name: str
+    on_hub: bool
+    revision: str | None = None
+    stored: str | None = None
+    licence: Mapping[str, Any] = field(default_factory=dict)
+
+
+def describe_base(name: str, revision: str | None, resolved: ResolvedModel) -> Base:
+    """What a card may say of a run's `model.name`.
+
+    Args:
+        resolved: the model as it was found, before a GGUF file becomes a folder.
+    """
+    on_hub = not Path(name).exists()
+    stored = "4 or 8 bits (bitsandbytes)" if resolved.quantization else None
+    if name.endswith(".gguf"):
+        stored = "GGUF"
+    licence: dict[str, Any] = {}
+    if (card := resolved.file("README.md")) is not None:
+        stated = ModelCard.load(card, ignore_metadata_errors=True).data
+        for key in ("license", "license_name", "license_link"):
+            if isinstance(value := stated.get(key), str):
+                licence[key] = value
+    return Base(name if on_hub else Path(name).name, on_hub, revision, stored, licence)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """What the gate measured for a merged model.
+
+    Attributes:
+        kind: the base that was merged into.
+        exact: whether that is what the adapter was trained over.
+        gap: to the adapter.
+        adapter, merged: both models' figures.
+        other: the gap of the kind that was not kept, where both were measured.
+        text: what was scored, in words.
+    """
+
+    kind: Kind
+    exact: bool
+    gap: Gap
+    adapter: Measured
+    merged: Measured
+    other: Gap | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Story:
+    """What is known of a run, from its folder.
+
+    Attributes:
+        settings: `run.yaml`.
+        plan, ledger, environment: the JSON files of those names.
+        before, after: held-out scores of the base and of the result.
+        roles: of each domain.
+    """
+
+    settings: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    ledger: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    before: Sequence[DomainScore]
+    after: Sequence[DomainScore]
+    roles: Mapping[str, str]
+
+
+def write_card(
+    folder: Path, base: Base, story: Story, *, form: str, gated: Gated | None, name: str, vocabulary_grew: bool = False
+) -> None:
+    """Write `README.md` into `folder`.
+
+    Args:
+        form: ``merged``, ``adapter`` or ``gguf``.
+        name: what the result is called: USER/NAME on the hub, else its folder's name.
+        vocabulary_grew: whether the base has to be resized before the adapter opens.
+    """
+    hub_texts = [source["hub"] for source in story.settings["data"]["sources"] if source.get("hub")]
+    data = ModelCardData(
+        base_model=base.name if base.on_hub else None,
+        library_name={"merged": "transformers", "adapter": "peft"}.get(form),
+        pipeline_tag="text-generation",
+        tags=[
+            "continued-pretraining",
+            "steep",
+            *(["lora"] if form == "adapter" else ["gguf"] if form == "gguf" else []),
+        ],
+        datasets=sorted(set(hub_texts)) or None,
+        **base.licence,
+    )
+    parts = [
+        f"# {name.rsplit('/', 1)[-1]}",
+        _what_it_is(base, story, form),
+        _how_to_open(base, story, form, name, vocabulary_grew),
+        *([_gate(gated, base)] if gated else []),
+        _figures(story),
+        _recipe(story),
+        _data(story),
+        _ledger(story),
+        _versions(story),
+    ]
+    body = "\n\n".join(part for part in parts if part)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n").save(folder / "README.md")
+
+
+def _what_it_is(base: Base, story: Story, form: str) -> str:
+    adapter = story.settings["adapter"]
+    revision = f" (revision {base.revision})" if base.revision else ""
+    shown = f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else f"`{base.name}`"
+    embeddings = ", its embeddings trained with it" if adapter["modules_to_save"] else ""
+    what = {
+        "merged": "The adapter is merged: this folder is a whole model.",
+        "adapter": "This folder is the adapter; it needs the base model.",
+        "gguf": "The adapter is merged: each file is a whole model.",
+    }[form]
+    text = (
+        f"{shown}{revision}, its pretraining continued with `steep`: LoRA of rank {adapter['r']} on the linear layers"
+        f"{embeddings}. {what}"
+    )
+    if base.stored and form != "adapter":
+        text += f"\n\nThe base model was given as {base.stored}: its weights were dequantised to 16 bits."
+    return text
+
+
+def _how_to_open(base: Base, story: Story, form: str, name: str, vocabulary_grew: bool) -> str:
+    if form == "gguf":
+        return f"## Use\n\n```bash\nollama create {name.rsplit('/', 1)[-1]} -f Modelfile\n```"
+    if form == "merged":
+        return (
+            "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{name}", device_map="auto")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\n'
+            f"vLLM: `vllm serve {name}`."
+        )
+    resize = "base.resize_token_embeddings(len(tokenizer), mean_resizing=False)\n" if vocabulary_grew else ""
+    note = f"\n\n{ADAPTER_NOTE}" if story.settings["adapter"]["modules_to_save"] else ""
+    where = f'"{base.name}"' if base.stored != "GGUF" else f'"FOLDER", gguf_file="{base.name}"'
+    return (
+        "## Use\n\n```python\nfrom peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        f'base = AutoModelForCausalLM.from_pretrained({where}, device_map="auto")\n'
+        f'{resize}model = PeftModel.from_pretrained(base, "{name}")\n```{note}'
+    )
+
+
+ADAPTER_NOTE = (
+    "vLLM and llama.cpp refuse adapters with trained embeddings. For them merge: steep export RUN --to merged."
+)
+
+
+_KINDS = {"original": "the 16-bit original", "dequantised": "the dequantised base that it was trained over"}
+
+
+def _gate(gated: Gated, base: Base) -> str:
+    merged = {score.domain: score for score in gated.merged.scores}
+    rows = [
+        (
+            score.domain,
+            f"{score.bits_per_byte:.4f}",
+            f"{merged[score.domain].bits_per_byte:.4f}",
+            f"{gated.gap.bits_per_byte[score.domain]:+.4f}",
+        )
+        for score in gated.adapter.scores
+    ]
+    lines = [
+        "## Round trip",
+        f"The adapter is merged into {_KINDS[gated.kind]}. The folder was opened again by plain transformers and "
+        f"compared with the adapter over the base of the run, on {gated.text}:",
+        _table(("domain", "adapter, bits per byte", "merged", "gap"), rows),
+        f"Relative RMS of the difference of logits: {gated.gap.logits:.4f}.",
+    ]
+    if not gated.exact and gated.gap.rise > BITS_LIMIT:
+        lines.append(
+            f"**The merged model is worse than the trained one by up to {gated.gap.rise:.4f} bits per byte.** The "
+            "adapter has learned to correct the quantisation that it was trained over; the 16-bit original has none."
+        )
+    if gated.other is not None:
+        other = "original" if gated.kind == "dequantised" else "dequantised"
+        lines.append(f"Merged into {_KINDS[other]} the largest rise would be {gated.other.rise:+.4f} bits per byte.")
+    return "\n\n".join(lines)
+
+
+def _figures(story: Story) -> str:
+    if not story.before:
+        return ""
+    after = {score.domain: score for score in story.after}
+    rows = [
+        (
+            score.domain,
+            story.roles.get(score.domain, ""),
+            f"{score.bits_per_byte:.3f}",
+            f"{after[score.domain].bits_per_byte:.3f}",
+            f"{score.perplexity:.2f}",
+            f"{after[score.domain].perplexity:.2f}",
+            f"{score.tokens:,}",
+        )
+        for score in story.before
+    ]
+    head = ("domain", "role", "bits per byte before", "after", "perplexity before", "after", "tokens scored")
+    return f"## Held-out text before and after\n\n{_table(head, rows)}"
+
+
+def _recipe(story: Story) -> str:
+    plan, adapter, training = story.plan, story.settings["adapter"], story.settings["training"]
+    scaling = "rank-stabilised" if adapter["use_rslora"] else "alpha / r"
+    rows = [
+        ("frozen weights", f"{plan['base']}, computed in {plan['compute_dtype']}"),
+        ("adapter", f"r {adapter['r']}, alpha {adapter['lora_alpha']:g}, {scaling}"),
+        ("trained whole", ", ".join(adapter["modules_to_save"]) or "nothing"),
+        ("parameters trained", f"{plan['parameters']['trained']:,} in {plan['trained_dtype']}"),
+        ("learning rate", f"{plan['learning_rate']:g}, embeddings {plan['embedding_learning_rate']:g}"),
+        ("schedule", f"{training['lr_scheduler_type']}, {plan['steps']:,} steps of {plan['rows_per_step']} rows"),
+        ("rows", f"{plan['data']['max_length']} tokens, {plan['epochs']:.2f} epochs"),
+        ("optimizer", training["optim"]),
+    ]
+    return f"## Recipe\n\n{_table(('', ''), rows)}"
+
+
+def _data(story: Story) -> str:
+    """Hub data sets by their names, files without their folders."""
+    given = story.settings["data"]["sources"]
+    rows = [
+        (
+            setting.get("hub") or source["name"],
+            source["domain"],
+            source["role"],
+            f"{source['documents']:,}",
+            f"{source['tokens']:,}",
+        )
+        for source, setting in zip(story.plan["data"]["sources"], given, strict=True)
+    ]
+    return f"## Text\n\n{_table(('source', 'domain', 'role', 'documents', 'tokens'), rows)}"
+
+
+def _ledger(story: Story) -> str:
+    ledger = story.ledger
+    verdict = "All sums agree." if ledger["adds_up"] else f"They do not agree: {'; '.join(ledger['problems'])}."
+    return (
+        f"## Ledger\n\nOf {ledger['targets']:,} targets an epoch {ledger['targets_reached']:,} were trained at least "
+        f"once, {ledger['targets_trained']:,} in all ({ledger['epochs']:.2f} epochs), in {ledger['rows_trained']:,} "
+        f"rows; {ledger['rows_refused']:,} rows were in steps that were not applied. {verdict}"
+    )
+
+
+def _versions(story: Story) -> str:
+    environment = story.environment
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    card = ", ".join(environment["gpus"]) or "a CPU"
+    return f"## Versions\n\nTrained on {card} with Python {environment['python']}, {packages}."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -1,0 +1,266 @@
+"""A finished run handed on: merged, as an adapter, or as GGUF. `steep export` is `export_run`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from steep.config import RunConfig
+from steep.data.heldout import HeldoutDocuments, first_trained_by_domain
+from steep.errors import RunError, UserError, did_you_mean
+from steep.evaluation.board import gate_table
+from steep.export.adapter import write_adapter
+from steep.export.adapter_weights import AdapterWeights
+from steep.export.base_weights import Kind
+from steep.export.card import ADAPTER_NOTE, Gated, Story, describe_base, write_card
+from steep.export.gate import BITS_LIMIT, Gap, Measured, compare, free_memory, measure, measure_folder
+from steep.export.merged import Merger
+from steep.export.push import check_push, push
+from steep.model.load import DTYPES, as_folder, attention
+from steep.model.resolve import resolve
+from steep.plan import Plan, plan_run
+from steep.run import finished, first_and_last, open_final
+from steep.run_folder import RunFolder
+from steep.settings import mixed_precision
+from steep.storage import published
+from steep.terminal import Terminal
+
+FORMS, BASES = ("merged", "adapter", "gguf"), ("auto", "original")
+_TRAINED_DOCUMENTS = 16  # a domain, where nothing was held out
+
+
+def export_run(
+    run_dir: str | Path,
+    output: str | Path,
+    *,
+    to: str = "merged",
+    base: str = "auto",
+    push_to: str | None = None,
+    terminal: Terminal | None = None,
+    api: Any = None,
+) -> dict[str, Any]:
+    """Write the result of a finished run into a folder that others open, and prove that it is the trained model.
+
+    Args:
+        output: a folder that is not there yet, or empty. It appears when all of it is written and the gate is passed.
+        to: ``merged`` (a whole model in 16 bits), ``adapter`` (PEFT's format) or ``gguf`` (f16 and q8_0 files).
+        base: what to merge a run over 4 or 8 bits into. ``auto`` measures the dequantised weights that it trained over
+            and the 16-bit originals, and keeps the better; ``original`` takes the originals, whatever it costs.
+        push_to: USER/NAME on the Hugging Face hub, to upload the folder to.
+        api: a `huggingface_hub.HfApi`.
+
+    Returns:
+        ``{"path", "base", "gaps", "address"}``: the folder; what was merged into; the gap to the adapter by kind of
+        base, by domain in bits per byte; where it was uploaded.
+
+    Raises:
+        UserError: an input is wrong; nothing was written.
+        RunError: the merged model is not the trained one, or the hub refused the upload.
+    """
+    terminal = terminal or Terminal(quiet=True)
+    for field, value, known in (("--to", to, FORMS), ("--base", base, BASES)):
+        if value not in known:
+            remedy = f"{did_you_mean(value, known)} It is one of {', '.join(known)}.".lstrip()
+            raise UserError(field, f"{value!r} is unknown", remedy)
+    if push_to is not None:
+        check_push(push_to)
+    output = Path(output)
+    _check_output(output)
+    config, folder = finished(run_dir)
+    adapter = AdapterWeights(folder.final)
+    export = _Export(config, folder, adapter, output, push_to or output.name, terminal)
+    result = export.adapter() if to == "adapter" else export.merged(to, base)
+    terminal.say(f"result: {output}")
+    if push_to is not None:
+        terminal.say(f"uploading to {push_to} (private until you open it on its page)")
+        result["address"] = push(output, push_to, api)
+        terminal.say(f"uploaded: {result['address']}")
+    return {"path": output, "base": None, "gaps": {}, "address": None} | result
+
+
+def next_step(output: Path, to: str) -> str:
+    """What to do with an export, in a line."""
+    return {
+        "merged": f"next: vllm serve {output}, or AutoModelForCausalLM.from_pretrained({str(output)!r})",
+        "adapter": f"next: PeftModel.from_pretrained(base_model, {str(output)!r})",
+        "gguf": f"next: ollama create {output.name} -f {output / 'Modelfile'}",
+    }[to]
+
+
+class _Export:
+    """One export: what each form shares."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        adapter: AdapterWeights,
+        output: Path,
+        name: str,
+        terminal: Terminal,
+    ) -> None:
+        self._config, self._folder, self._adapter = config, folder, adapter
+        self._output, self._name, self._terminal = output, name, terminal
+        settings = config.model
+        self._resolved = resolve(
+            settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+        self._base = describe_base(settings.name, settings.revision, self._resolved)
+        before, after = first_and_last(folder)
+        rows = folder.read_lines("evaluation.jsonl")
+        self._story = Story(
+            settings=config.model_dump(),
+            **{name: _read(folder, name) for name in ("plan", "ledger", "environment")},
+            before=before,
+            after=after,
+            roles={row["domain"]: row["role"] for row in rows},
+        )
+
+    def adapter(self) -> dict[str, Any]:
+        size = sum(file.stat().st_size for file in self._folder.final.rglob("*"))
+        _check_disk(self._output, size)
+        with published(self._output) as staging:
+            write_adapter(self._folder.final, staging, self._base.name, self._base.revision)
+            grew = self._vocabulary_grew()
+            write_card(
+                staging, self._base, self._story, form="adapter", gated=None, name=self._name, vocabulary_grew=grew
+            )
+        if self._config.adapter.modules_to_save:
+            self._terminal.warn(ADAPTER_NOTE)
+        return {}
+
+    def merged(self, form: str, base: str) -> dict[str, Any]:
+        config, terminal = self._config, self._terminal
+        with terminal.tokenising() as progress:
+            plan = plan_run(config, progress)
+        merger = Merger(
+            as_folder(self._resolved, plan.tokenizer),
+            self._adapter,
+            base=plan.base,
+            compute_dtype=DTYPES[plan.compute],
+        )
+        kinds = _kinds(config, plan, base, merger.stored_quantised)
+        # A GGUF export adds a file of 16 bits a weight and one of 8.5.
+        _check_disk(self._output, int(merger.num_bytes * (len(kinds) + (1.6 if form == "gguf" else 0))))
+        documents, text = _documents(plan)
+        how = {
+            "max_length": config.data.max_length,
+            "stride": config.evaluation.stride,
+            "max_tokens": config.evaluation.max_tokens,
+        }
+        terminal.say("scoring the adapter over the base of the run")
+        model = open_final(config, self._folder, plan.resolved, plan.tokenizer)
+        trained = measure(model, documents, **how, autocast_dtype=mixed_precision(config))
+        del model
+        free_memory()
+        exact: Kind = "dequantised" if plan.base in ("nf4", "int8") else "original"
+        measured: dict[Kind, Measured] = {}
+        disable_progress_bar()
+        with published(self._output) as staging:
+            for kind in kinds:
+                terminal.say(f"merging into the {kind} base")
+                with terminal.merging() as show:
+                    merger.write(staging / kind, kind, tokenizer=self._folder.final, progress=show)
+                terminal.say("opening the merged model with plain transformers, and scoring it")
+                attending = attention(config.model.attn_implementation)
+                measured[kind] = measure_folder(staging / kind, DTYPES[plan.compute], attending, documents, **how)
+            gaps: dict[Kind, Gap] = {kind: compare(trained, found) for kind, found in measured.items()}
+            terminal.show(gate_table(trained.scores, {kind: found.scores for kind, found in measured.items()}))
+            if exact in gaps and (problem := gaps[exact].problem):
+                raise RunError(
+                    f"the merged model is not the trained one: {problem}. Nothing was written to {self._output}. "
+                    "Please report this, with the run file"
+                )
+            kept = min(measured, key=lambda kind: measured[kind].bits_per_byte)
+            gap, other = gaps[kept], next((gaps[kind] for kind in gaps if kind != kept), None)
+            gated = Gated(kept, kept == exact, gap, trained, measured[kept], other, text)
+            self._finish(staging, staging / kept, form)
+            write_card(staging, self._base, self._story, form=form, gated=gated, name=self._name)
+        self._say_what_was_kept(kept, gaps, exact)
+        return {"base": kept, "gaps": {kind: found.bits_per_byte for kind, found in gaps.items()}}
+
+    def _finish(self, staging: Path, merged: Path, form: str) -> None:
+        """Leave only the files of the form in `staging`."""
+        if form == "gguf":
+            from steep.export.gguf import write_gguf  # pyright: ignore[reportMissingImports]
+
+            self._terminal.say("writing GGUF files")
+            write_gguf(merged, staging)
+        else:
+            for file in merged.iterdir():
+                file.rename(staging / file.name)
+        for folder in [path for path in staging.iterdir() if path.is_dir()]:
+            shutil.rmtree(folder)
+
+    def _say_what_was_kept(self, kept: Kind, gaps: Mapping[Kind, Gap], exact: Kind) -> None:
+        if len(gaps) > 1:
+            self._terminal.say(f"merged into the {kept} base: the better of the two")
+        rise = gaps[kept].rise
+        if kept != exact and not rise <= BITS_LIMIT:
+            self._terminal.warn(
+                f"merged into the 16-bit original the model is worse by up to {rise:.4f} bits per byte: the adapter "
+                "has learned to correct the quantisation that it was trained over. --base auto measures the "
+                "dequantised base too, and keeps the better."
+            )
+
+    def _vocabulary_grew(self) -> bool:
+        tables = [name for name in self._adapter.whole if name.endswith("embed_tokens.weight")]
+        rows = self._resolved.config.get_text_config().vocab_size
+        return any(self._adapter.embedding_shape(name)[0] > rows for name in tables)
+
+
+def _kinds(config: RunConfig, plan: Plan, base: str, stored_quantised: bool) -> list[Kind]:
+    """The bases to merge into and measure.
+
+    Raises:
+        UserError: the original is asked for where there is none, or where it cannot be right.
+    """
+    if plan.base not in ("nf4", "int8"):
+        return ["original"]
+    if stored_quantised:
+        reason = f"{Path(config.model.name).name} is stored in {plan.base} only"
+    elif config.adapter.model_dump().get("init_lora_weights") == "loftq":
+        reason = "a LoftQ adapter holds the quantisation's correction, which the original does not need"
+    else:
+        return ["original"] if base == "original" else ["dequantised", "original"]
+    if base == "original":
+        raise UserError("--base", reason, "Leave it at auto: merge into the dequantised base.")
+    return ["dequantised"]
+
+
+def _documents(plan: Plan) -> tuple[dict[str, HeldoutDocuments], str]:
+    """What the gate scores, and what to call it."""
+    if plan.corpus.heldout:
+        return plan.corpus.heldout, "the run's held-out text"
+    corpus = plan.corpus
+    found = first_trained_by_domain(corpus.sources, corpus.sides, _TRAINED_DOCUMENTS)
+    return found, "text that it was trained on, since nothing was held out"
+
+
+def _check_output(output: Path) -> None:
+    place = RunFolder(output)
+    place.check_place("--output")
+    if output.exists() and any(output.iterdir()):
+        raise UserError("--output", f"{output} is not empty", "Give another folder, or remove it.")
+
+
+def _check_disk(output: Path, needed: int) -> None:
+    free = RunFolder(output).free_bytes()
+    if free < needed:
+        raise UserError(
+            "--output",
+            f"its disk has {free / 2**30:.1f} GiB free, and the export needs {needed / 2**30:.1f}",
+            "Make room, or give a folder on another disk.",
+        )
+
+
+def _read(folder: RunFolder, name: str) -> dict[str, Any]:
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        raise UserError("run folder", f"{folder.path} has no {file.name}", "Give the folder of a finished run.")
+    return json.loads(file.read_text(encoding="utf-8"))
