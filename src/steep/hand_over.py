@@ -171,7 +171,7 @@ class _Export:
                 measured[kind] = measure_folder(staging / kind, DTYPES[plan.compute], attending, documents, **how)
             gaps: dict[Kind, Gap] = {kind: compare(trained, found) for kind, found in measured.items()}
             terminal.show(gate_table(trained.scores, {kind: found.scores for kind, found in measured.items()}))
-            if exact in gaps and (problem := gaps[exact].problem):
+            if exact in gaps and (problem := gaps[exact].problem()):
                 raise RunError(
                     f"the merged model is not the trained one: {problem}. Nothing was written to {self._output}. "
                     "Please report this, with the run file"

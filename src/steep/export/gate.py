@@ -125,15 +125,14 @@ class Gap:
         values = list(self.bits_per_byte.values())
         return math.nan if any(map(math.isnan, values)) else max(values)
 
-    @property
-    def problem(self) -> str | None:
+    def problem(self, logits_limit: float = LOGITS_LIMIT) -> str | None:
         """Why this cannot be the model that was trained over the same base; None if it can."""
         # Written so that NaN is a problem.
         for domain, gap in self.bits_per_byte.items():
             if not abs(gap) <= BITS_LIMIT:
                 return f"{domain} is {gap:+.4f} bits per byte from the adapter's, and {BITS_LIMIT} is allowed"
-        if not self.logits <= LOGITS_LIMIT:
-            return f"its logits are {self.logits:.3f} from the adapter's (relative RMS), and {LOGITS_LIMIT} is allowed"
+        if not self.logits <= logits_limit:
+            return f"its logits are {self.logits:.3f} from the adapter's (relative RMS), and {logits_limit} is allowed"
         return None
 
 

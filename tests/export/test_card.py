@@ -1,0 +1,142 @@
+"""The model card: front matter that the hub reads, the figures, and nothing of one machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from steep.evaluation.score import DomainScore
+from steep.export.base_weights import Kind
+from steep.export.card import Base, Gated, Story, describe_base, write_card
+from steep.export.gate import Measured, compare
+from steep.model.resolve import resolve
+from tests.tiny import save_tiny
+
+
+def score(domain: str, bits: float, step: int = 9) -> DomainScore:
+    return DomainScore(step, domain, 1.0, 2.72, bits, 1000, 2000, 3)
+
+
+def story(**adapter: Any) -> Story:
+    names = {"name": "corpus.jsonl", "domain": "ko", "documents": 12, "tokens": 3456}
+    return Story(
+        settings={
+            "adapter": {"r": 8, "lora_alpha": 16.0, "use_rslora": True, "modules_to_save": ["lm_head"], **adapter},
+            "training": {"lr_scheduler_type": "cosine", "optim": "adamw_8bit"},
+            "data": {"sources": [{"path": "/home/ada/secret/corpus.jsonl", "hub": None}, {"hub": "wiki/pedia"}]},
+        },
+        plan={
+            "base": "nf4",
+            "compute_dtype": "bf16",
+            "trained_dtype": "fp32",
+            "parameters": {"trained": 12345},
+            "learning_rate": 5e-5,
+            "embedding_learning_rate": 5e-6,
+            "steps": 9,
+            "rows_per_step": 16,
+            "epochs": 1.0,
+            "data": {
+                "max_length": 64,
+                "sources": [
+                    {**names, "role": "train", "path": "/home/ada/secret/corpus.jsonl"},
+                    {**names, "name": "pedia", "role": "replay", "path": "wiki/pedia"},
+                ],
+            },
+        },
+        ledger={
+            "targets": 5000,
+            "targets_reached": 4999,
+            "targets_trained": 4999,
+            "epochs": 0.9998,
+            "rows_trained": 144,
+            "rows_refused": 16,
+            "adds_up": True,
+            "problems": [],
+        },
+        environment={"python": "3.12.1", "gpus": ["NVIDIA H100"], "packages": {"torch": "2.13.0", "peft": "0.21.2"}},
+        before=[score("ko", 2.5, 0)],
+        after=[score("ko", 1.75)],
+        roles={"ko": "train"},
+    )
+
+
+def gated(kind: Kind, merged: float) -> Gated:
+    ours, theirs = (Measured([score("ko", bits)], torch.ones(1, 3)) for bits in (1.75, merged))
+    other = compare(ours, Measured([score("ko", 1.9)], torch.ones(1, 3)))
+    return Gated(kind, kind == "dequantised", compare(ours, theirs), ours, theirs, other, "the run's held-out text")
+
+
+def card(folder: Path, base: Base, form: str, gate: Gated | None = None, **given: Any) -> ModelCard:
+    write_card(folder, base, story(), form=form, gated=gate, name="ada/ko", **given)
+    return ModelCard.load(folder / "README.md")
+
+
+HUB = Base("mistralai/Mistral-7B-v0.3", True, "main", None, {"license": "apache-2.0"})
+
+
+def test_the_front_matter(tmp_path: Path) -> None:
+    data = card(tmp_path, HUB, "merged", gated("dequantised", 1.7512)).data.to_dict()
+    assert data["base_model"] == "mistralai/Mistral-7B-v0.3"
+    assert data["license"] == "apache-2.0"
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
+    assert data["datasets"] == ["wiki/pedia"]
+
+
+def test_recipe_text_figures_ledger_gate_and_versions(tmp_path: Path) -> None:
+    text = card(tmp_path, HUB, "merged", gated("dequantised", 1.7512)).text
+    for said in (
+        "| ko | 1.7500 | 1.7512 | +0.0012 |",
+        "merged into the dequantised base that it was trained over",
+        "would be +0.1500 bits per byte",
+        "| ko | train | 2.500 | 1.750 |",
+        "r 8, alpha 16, rank-stabilised",
+        "nf4, computed in bf16",
+        "| corpus.jsonl | ko | train | 12 | 3,456 |",
+        "| wiki/pedia | ko | replay | 12 | 3,456 |",
+        "4,999 were trained at least once",
+        "16 rows were in steps that were not applied. All sums agree.",
+        "NVIDIA H100 with Python 3.12.1, torch 2.13.0, peft 0.21.2",
+        'from_pretrained("ada/ko"',
+        "vllm serve ada/ko",
+    ):
+        assert said in text
+    assert "secret" not in text and "/home" not in text
+    assert "worse" not in text
+
+
+def test_a_loss_by_the_merge_is_said_loudly(tmp_path: Path) -> None:
+    assert (
+        "**The merged model is worse than the trained one by up to 0.1400 bits per byte.**"
+        in card(tmp_path, HUB, "merged", gated("original", 1.89)).text
+    )
+    assert "worse" not in card(tmp_path, HUB, "merged", gated("original", 1.7549)).text
+
+
+@pytest.mark.parametrize("grew", [True, False])
+def test_an_adapter_says_how_it_opens_and_who_refuses_it(grew: bool, tmp_path: Path) -> None:
+    made = card(tmp_path, HUB, "adapter", vocabulary_grew=grew)
+    assert made.data.to_dict()["library_name"] == "peft"
+    assert 'PeftModel.from_pretrained(base, "ada/ko")' in made.text
+    assert ("base.resize_token_embeddings(len(tokenizer), mean_resizing=False)" in made.text) is grew
+    assert "vLLM and llama.cpp refuse adapters with trained embeddings" in made.text
+
+
+def test_a_gguf_card(tmp_path: Path) -> None:
+    made = card(tmp_path, Base("x.gguf", False, stored="GGUF"), "gguf", gated("original", 1.75))
+    assert "ollama create ko -f Modelfile" in made.text and "base_model" not in made.data.to_dict()
+    assert "given as GGUF: its weights were dequantised to 16 bits" in made.text
+
+
+def test_a_local_base_is_called_by_its_last_name(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "private" / "tiny-llama")
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: ours\n---\n# x\n")
+    base = describe_base(str(folder), None, resolve(str(folder)))
+    assert (base.name, base.on_hub, base.stored) == ("tiny-llama", False, None)
+    assert base.licence == {"license": "other", "license_name": "ours"}
+    made = card(tmp_path, base, "merged")
+    assert made.data.to_dict()["license_name"] == "ours" and "base_model" not in made.data.to_dict()
+    assert "private" not in made.content

@@ -1,0 +1,62 @@
+"""What would fail after the work is found before it, and the upload itself goes through the hub's own client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from steep.errors import RunError, UserError
+from steep.export.push import check_push, push
+
+
+@pytest.fixture
+def logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+
+
+@pytest.mark.parametrize("name", ["ada", "ada/", "/x", "a/b/c", "ada/a name", "ada/--x", ""])
+def test_a_name_that_the_hub_refuses(name: str, logged_in: None) -> None:
+    with pytest.raises(UserError, match=r"^--push: .*Give USER/NAME"):
+        check_push(name)
+
+
+def test_nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"no token.*hf auth login"):
+        check_push("ada/mistral-7b-ko")
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    check_push("ada/mistral-7b-ko")
+
+
+class FakeApi:
+    """Notes what a `huggingface_hub.HfApi` is asked."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.error = error
+
+    def create_repo(self, repo_id: str, **given: Any) -> str:
+        self.asked.append(("create_repo", {"repo_id": repo_id, **given}))
+        return f"https://huggingface.co/{repo_id}"
+
+    def upload_folder(self, **given: Any) -> None:
+        self.asked.append(("upload_folder", given))
+        if self.error:
+            raise self.error
+
+
+def test_a_folder_is_uploaded_as_a_private_model(tmp_path: Path) -> None:
+    api = FakeApi()
+    assert push(tmp_path, "ada/x", api) == "https://huggingface.co/ada/x"
+    (_, made), (_, sent) = api.asked
+    assert made == {"repo_id": "ada/x", "private": True, "exist_ok": True}
+    assert (sent["repo_id"], sent["folder_path"]) == ("ada/x", tmp_path)
+
+
+def test_a_refusal_says_where_the_result_is(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=rf"refused ada/x: off\. The result is in {tmp_path}"):
+        push(tmp_path, "ada/x", FakeApi(OfflineModeIsEnabled("off")))

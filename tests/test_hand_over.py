@@ -1,0 +1,266 @@
+"""From a finished run to a folder that others open."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from steep import cli, hand_over
+from steep.errors import RunError, UserError
+from steep.evaluation.perplexity import evaluate
+from steep.export.adapter_weights import AdapterWeights
+from steep.export.gate import Measured
+from steep.export.merged import Merger
+from steep.hand_over import export_run
+from steep.plan import plan_run
+from steep.run import finished, train_run
+from steep.terminal import Terminal
+from tests.test_run import run_file
+from tests.tiny import save_tiny
+
+Runs = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def runs(korean_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Finished runs by the form of their base, each made once."""
+    made: dict[str, Path] = {}
+    place = tmp_path_factory.mktemp("runs")
+
+    def run(base: str) -> Path:
+        if base not in made:
+            model = save_tiny("llama", place / f"model-{base}", tied=base == "nf4")
+            made[base] = place / base
+            train_run(run_file(model, korean_corpus, made[base], model={"base": base}, evaluation={"prompts": []}))
+        return made[base]
+
+    return run
+
+
+@pytest.fixture
+def spoken() -> tuple[Terminal, list[str]]:
+    """A terminal that keeps what is said and warned of."""
+    terminal, said = Terminal(quiet=True), []
+    terminal.say = lambda text: said.append(text)
+    terminal.warn = lambda text: said.append(f"warning: {text}")
+    return terminal, said
+
+
+def test_a_run_over_4_bits_is_merged_into_the_better_base(
+    runs: Runs, tmp_path: Path, spoken: tuple[Terminal, list[str]]
+) -> None:
+    terminal, said = spoken
+    out = tmp_path / "out"
+    result = export_run(runs("nf4"), out, terminal=terminal)
+    assert result["path"] == out and set(result["gaps"]) == {"dequantised", "original"}
+    assert all(abs(gap) < 0.005 for gap in result["gaps"]["dequantised"].values())
+    best = min(result["gaps"], key=lambda kind: sum(result["gaps"][kind].values()))
+    assert result["base"] == best and f"merged into the {best} base: the better of the two" in said
+    names = {file.name for file in out.iterdir()}
+    assert names == {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                     "tokenizer_config.json"}  # fmt: skip
+    config, folder = finished(runs("nf4"))
+    heldout = plan_run(config).corpus.heldout
+    opened = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert len(AutoTokenizer.from_pretrained(out)) == 384
+    recorded = {row["domain"]: row for row in folder.read_lines("evaluation.jsonl") if row["step"]}
+    for score in evaluate(opened, heldout, max_length=64):
+        assert score.bits_per_byte - recorded[score.domain]["bits_per_byte"] == pytest.approx(
+            result["gaps"][best][score.domain], abs=1e-4
+        )
+    assert f"| {next(iter(heldout))} |" in (out / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("base", ["int8", "fp32", "bf16"])
+def test_runs_over_other_bases(base: str, runs: Runs, tmp_path: Path) -> None:
+    result = export_run(runs(base), tmp_path / "out")
+    kinds = {"dequantised", "original"} if base == "int8" else {"original"}
+    assert set(result["gaps"]) == kinds
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert ("16-bit original" in text) is (base != "int8" or result["base"] == "original" or "would be" in text)
+
+
+def test_the_original_is_obeyed_and_its_rise_said(
+    runs: Runs, tmp_path: Path, spoken: tuple[Terminal, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal, said = spoken
+    monkeypatch.setattr(hand_over, "BITS_LIMIT", -1.0)  # a loss of a tiny random model sees next to nothing
+    monkeypatch.setattr("steep.export.card.BITS_LIMIT", -1.0)
+    result = export_run(runs("nf4"), tmp_path / "out", base="original", terminal=terminal)
+    assert (result["base"], set(result["gaps"])) == ("original", {"original"})
+    assert any(line.startswith("warning: merged into the 16-bit original the model is worse") for line in said)
+    assert "**The merged model is worse" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_auto_keeps_the_better_whichever_it_is(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Measured.bits_per_byte.fget
+    assert real is not None
+    kept = export_run(runs("nf4"), tmp_path / "one")["base"]
+    monkeypatch.setattr(Measured, "bits_per_byte", property(lambda self: -real(self)))
+    other = export_run(runs("nf4"), tmp_path / "two")["base"]
+    assert {kept, other} == {"dequantised", "original"}
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert not torch.equal(*(part["model.layers.0.mlp.up_proj.weight"] for part in (one, two)))
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp32"])
+def test_a_model_that_is_not_the_trained_one_is_not_published(
+    base: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AdapterWeights, "scale", lambda self, module: 5.0)
+    with pytest.raises(RunError, match="the merged model is not the trained one"):
+        export_run(runs(base), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_export_leaves_nothing(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Merger.write
+
+    def stop(self: Merger, folder: Path, *given: Any, **named: Any) -> None:
+        real(self, folder, *given, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Merger, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export_run(runs("nf4"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_held_out_text_trained_text_is_scored(korean_corpus: Path, llama_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_run(run_file(llama_folder, korean_corpus, run, data={"holdout": 0}, evaluation={"prompts": []}))
+    assert set(export_run(run, tmp_path / "out")["gaps"]["original"]) == set(plan_run(finished(run)[0]).corpus.roles)
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "text that it was trained on, since nothing was held out" in text and "before and after" not in text
+
+
+def test_an_adapter_opens_in_peft(runs: Runs, tmp_path: Path, spoken: tuple[Terminal, list[str]]) -> None:
+    terminal, said = spoken
+    export_run(runs("fp32"), tmp_path / "out", to="adapter", terminal=terminal)
+    base = AutoModelForCausalLM.from_pretrained(runs("fp32").parent / "model-fp32", dtype=torch.float32)
+    opened = PeftModel.from_pretrained(base, str(tmp_path / "out"))
+    config, folder = finished(runs("fp32"))
+    rows = {row["domain"]: row for row in folder.read_lines("evaluation.jsonl") if row["step"]}
+    for score in evaluate(opened, plan_run(config).corpus.heldout, max_length=64):
+        assert score.loss == pytest.approx(rows[score.domain]["loss"], rel=1e-6)
+    assert any("vLLM and llama.cpp refuse" in line for line in said)
+    for file in (tmp_path / "out").iterdir():
+        if file.suffix in (".json", ".md"):
+            assert str(tmp_path.parent.parent) not in file.read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "model-fp32"
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 384
+
+
+def test_gguf_files_are_made_of_the_merged_model(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+
+    def write_gguf(model_folder: Path, out: Path) -> list[Path]:
+        seen.append({file.name for file in model_folder.iterdir()})
+        (out / "x-f16.gguf").write_bytes(b"GGUF")
+        return [out / "x-f16.gguf"]
+
+    stand_in = ModuleType("steep.export.gguf")
+    stand_in.write_gguf = write_gguf  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "steep.export.gguf", stand_in)
+    export_run(runs("fp32"), tmp_path / "out", to="gguf")
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= seen[0]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"README.md", "x-f16.gguf"}
+    assert "ollama create out" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def copied(run: Path, place: Path, edit: Callable[[str], str]) -> Path:
+    """The run with another run file."""
+    shutil.copytree(run, place)
+    file = place / "run.yaml"
+    file.write_text(edit(file.read_text(encoding="utf-8")), encoding="utf-8")
+    return place
+
+
+def test_a_base_that_is_stored_in_4_bits_has_no_original(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = finished(runs("nf4"))
+    plan = plan_run(config)
+    assert hand_over._kinds(config, plan, "auto", True) == ["dequantised"]
+    with pytest.raises(UserError, match=r"^--base: model-nf4 is stored in nf4 only"):
+        hand_over._kinds(config, plan, "original", True)
+
+
+def test_a_loftq_adapter_has_no_original(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _ = finished(runs("nf4"))
+    plan = plan_run(config)
+    given = config.adapter.model_dump()
+    monkeypatch.setattr(type(config.adapter), "model_dump", lambda self: {**given, "init_lora_weights": "loftq"})
+    assert hand_over._kinds(config, plan, "auto", False) == ["dequantised"]
+    with pytest.raises(UserError, match=r"^--base: a LoftQ adapter holds the quantisation's correction"):
+        hand_over._kinds(config, plan, "original", False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"to": "ggfu"}, r"--to: 'ggfu' is unknown\. Did you mean 'gguf'\?"),
+        ({"base": "nf4"}, r"--base: 'nf4' is unknown\. It is one of auto, original"),
+        ({"push_to": "x"}, "--push: 'x' has no owner"),
+    ],
+)
+def test_a_wrong_word_is_found_first(given: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        export_run(tmp_path / "none", tmp_path / "out", **given)
+
+
+def test_a_folder_in_use_is_refused(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=f"--output: {tmp_path} is not empty"):
+        export_run(runs("fp32"), tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        export_run(runs("fp32"), tmp_path / "file")
+    with pytest.raises(UserError, match="holds no run"):
+        export_run(tmp_path / "none", tmp_path / "out")
+    monkeypatch.setattr("steep.run_folder.RunFolder.free_bytes", lambda self: 1000)
+    for form in ("merged", "adapter"):
+        with pytest.raises(UserError, match=r"--output: its disk has 0\.0 GiB free"):
+            export_run(runs("fp32"), tmp_path / "out", to=form)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_result_is_uploaded(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Api:
+        def create_repo(self, name: str, **given: Any) -> str:
+            return f"hub:{name}"
+
+        def upload_folder(self, folder_path: Path, **given: Any) -> None:
+            assert (folder_path / "README.md").read_text().count('"ada/ko"') == 2
+
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    result = export_run(runs("fp32"), tmp_path / "out", to="adapter", push_to="ada/ko", api=Api())
+    assert result["address"] == "hub:ada/ko"
+
+
+def test_the_command(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["steep", "export", str(runs("fp32")), "-o", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert not stop.value.code, err
+    assert "merged, original" in out and f"next: vllm serve {tmp_path / 'out'}" in out
+    assert f"result: {tmp_path / 'out'}" in err
+    monkeypatch.setattr(sys, "argv", ["steep", "export", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    out, _ = capfd.readouterr()
+    assert all(word in out for word in ("--to", "--base", "--push", "dequantised"))
