@@ -138,6 +138,32 @@ def test_an_interrupted_export_leaves_nothing(runs: Runs, tmp_path: Path, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [
+        ({}, {"init_lora_weights": "pissa"}),
+        ({}, {"init_lora_weights": "loftq"}),
+        ({}, {"use_dora": True}),
+        ({"untie_embeddings": True}, {}),
+    ],
+    ids=["pissa", "loftq", "dora", "untied"],
+)
+def test_each_option_of_the_recipe_is_merged(
+    model: dict[str, Any], adapter: dict[str, Any], korean_corpus: Path, tmp_path: Path
+) -> None:
+    base = save_tiny("llama", tmp_path / "model", tied=True)
+    given = {"model": {"base": "nf4", **model}, "adapter": adapter, "evaluation": {"prompts": []}}
+    train_run(run_file(base, korean_corpus, tmp_path / "run", **given))
+    result = export_run(tmp_path / "run", tmp_path / "out")
+    assert all(abs(gap) < 0.005 for gap in result["gaps"]["dequantised"].values())
+    assert ("original" in result["gaps"]) is ("loftq" not in adapter.values())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert config["tie_word_embeddings"] is ("lm_head.weight" not in written) is (not model)
+    if model:
+        assert not torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
+
+
 def test_without_held_out_text_trained_text_is_scored(korean_corpus: Path, llama_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_run(run_file(llama_folder, korean_corpus, run, data={"holdout": 0}, evaluation={"prompts": []}))
@@ -166,17 +192,17 @@ def test_an_adapter_opens_in_peft(runs: Runs, tmp_path: Path, spoken: tuple[Term
 def test_gguf_files_are_made_of_the_merged_model(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
 
-    def write_gguf(model_folder: Path, out: Path) -> list[Path]:
+    def write_gguf(model_folder: Path, out: Path, name: str) -> list[Path]:
         seen.append({file.name for file in model_folder.iterdir()})
-        (out / "x-f16.gguf").write_bytes(b"GGUF")
-        return [out / "x-f16.gguf"]
+        (out / f"{name}-f16.gguf").write_bytes(b"GGUF")
+        return [out / f"{name}-f16.gguf"]
 
     stand_in = ModuleType("steep.export.gguf")
     stand_in.write_gguf = write_gguf  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "steep.export.gguf", stand_in)
     export_run(runs("fp32"), tmp_path / "out", to="gguf")
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= seen[0]
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"README.md", "x-f16.gguf"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"README.md", "out-f16.gguf"}
     assert "ollama create out" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
@@ -188,9 +214,7 @@ def copied(run: Path, place: Path, edit: Callable[[str], str]) -> Path:
     return place
 
 
-def test_a_base_that_is_stored_in_4_bits_has_no_original(
-    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_that_is_stored_in_4_bits_has_no_original(runs: Runs) -> None:
     config, _ = finished(runs("nf4"))
     plan = plan_run(config)
     assert hand_over._kinds(config, plan, "auto", True) == ["dequantised"]
@@ -198,11 +222,10 @@ def test_a_base_that_is_stored_in_4_bits_has_no_original(
         hand_over._kinds(config, plan, "original", True)
 
 
-def test_a_loftq_adapter_has_no_original(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loftq_adapter_has_no_original(runs: Runs) -> None:
     config, _ = finished(runs("nf4"))
     plan = plan_run(config)
-    given = config.adapter.model_dump()
-    monkeypatch.setattr(type(config.adapter), "model_dump", lambda self: {**given, "init_lora_weights": "loftq"})
+    config = config.model_copy(update={"adapter": config.adapter.model_copy(update={"init_lora_weights": "loftq"})})
     assert hand_over._kinds(config, plan, "auto", False) == ["dequantised"]
     with pytest.raises(UserError, match=r"^--base: a LoftQ adapter holds the quantisation's correction"):
         hand_over._kinds(config, plan, "original", False)
@@ -216,7 +239,7 @@ def test_a_loftq_adapter_has_no_original(runs: Runs, monkeypatch: pytest.MonkeyP
         ({"push_to": "x"}, "--push: 'x' has no owner"),
     ],
 )
-def test_a_wrong_word_is_found_first(given: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_a_wrong_word_is_found_first(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         export_run(tmp_path / "none", tmp_path / "out", **given)
 

@@ -24,7 +24,7 @@ from steep.export.push import check_push, push
 from steep.model.load import DTYPES, as_folder, attention
 from steep.model.resolve import resolve
 from steep.plan import Plan, plan_run
-from steep.run import finished, first_and_last, open_final
+from steep.run import finished, first_and_last, load_result
 from steep.run_folder import RunFolder
 from steep.settings import mixed_precision
 from steep.storage import published
@@ -154,7 +154,7 @@ class _Export:
             "max_tokens": config.evaluation.max_tokens,
         }
         terminal.say("scoring the adapter over the base of the run")
-        model = open_final(config, self._folder, plan.resolved, plan.tokenizer)
+        model = load_result(config, plan.resolved, plan.tokenizer, self._folder)
         trained = measure(model, documents, **how, autocast_dtype=mixed_precision(config))
         del model
         free_memory()
@@ -171,7 +171,7 @@ class _Export:
                 measured[kind] = measure_folder(staging / kind, DTYPES[plan.compute], attending, documents, **how)
             gaps: dict[Kind, Gap] = {kind: compare(trained, found) for kind, found in measured.items()}
             terminal.show(gate_table(trained.scores, {kind: found.scores for kind, found in measured.items()}))
-            if exact in gaps and (problem := gaps[exact].problem()):
+            if exact in gaps and (problem := gaps[exact].problem(may_fall=plan.base == "int8")):
                 raise RunError(
                     f"the merged model is not the trained one: {problem}. Nothing was written to {self._output}. "
                     "Please report this, with the run file"
@@ -190,7 +190,7 @@ class _Export:
             from steep.export.gguf import write_gguf  # pyright: ignore[reportMissingImports]
 
             self._terminal.say("writing GGUF files")
-            write_gguf(merged, staging)
+            write_gguf(merged, staging, self._name.rsplit("/", 1)[-1])
         else:
             for file in merged.iterdir():
                 file.rename(staging / file.name)
@@ -224,7 +224,7 @@ def _kinds(config: RunConfig, plan: Plan, base: str, stored_quantised: bool) -> 
         return ["original"]
     if stored_quantised:
         reason = f"{Path(config.model.name).name} is stored in {plan.base} only"
-    elif config.adapter.model_dump().get("init_lora_weights") == "loftq":
+    elif config.adapter.init_lora_weights == "loftq":
         reason = "a LoftQ adapter holds the quantisation's correction, which the original does not need"
     else:
         return ["original"] if base == "original" else ["dequantised", "original"]

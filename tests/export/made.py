@@ -24,7 +24,7 @@ from tests.tiny import documents, save_tiny, tiny_tokenizer
 # In a model this sharp half of any layer's adapter moves the logits by 0.033 of their size or more. Rounding every
 # weight to bf16 moves them by 0.012 or less. Products in bf16, or in int8 with their activations, move them by 0.03 or
 # less: what a halved scale does is looked for where products run in fp32. (docs/decisions.md)
-SHARP = {"initializer_range": 0.15}
+SHARP: dict[str, Any] = {"initializer_range": 0.15}
 LIMIT, LIMIT_OF_COARSE_PRODUCTS = 0.02, 0.04
 
 
@@ -123,11 +123,11 @@ def grown(model: PeftModel) -> PeftModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(0.03 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.03 * torch.randn(parameter.shape, generator=generator))  # drawn on the CPU
             elif "modules_to_save" in name:
-                parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
             elif "lora_magnitude" in name:
-                parameter.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
+                parameter.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator).to(parameter.device))
     return model.eval()
 
 

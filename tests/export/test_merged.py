@@ -34,10 +34,11 @@ def expected(model: Any, name: str) -> torch.Tensor:
     model = model.requires_grad_(False)
     module = model.get_base_model().get_submodule(name.removesuffix(".weight").removesuffix(".bias"))
     if name.endswith(".bias"):
-        return module.bias
+        return module.bias.cpu()
     if hasattr(module, "lora_A"):
-        return dequantize_module_weight(module.get_base_layer()).float() + module.get_delta_weight("default").float()
-    return module.weight.float()  # through PEFT's wrapper the trained copy
+        base = dequantize_module_weight(module.get_base_layer()).float()
+        return (base + module.get_delta_weight("default").float()).cpu()
+    return module.weight.float().cpu()  # through PEFT's wrapper the trained copy
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8", "bf16", "fp32"])
@@ -65,7 +66,7 @@ def test_a_sum_is_rounded_once(tmp_path: Path) -> None:
     name, written = "model.layers.0.mlp.down_proj.weight", tensors(made.write())
     layer = made.model.get_base_model().get_submodule(name.removesuffix(".weight"))
     exact = expected(made.model, name)
-    twice = layer.get_base_layer().weight.bfloat16() + layer.get_delta_weight("default").bfloat16()
+    twice = (layer.get_base_layer().weight.bfloat16() + layer.get_delta_weight("default").bfloat16()).cpu()
     assert (written[name] != exact.bfloat16()).float().mean() < 1e-3  # fp32 sums in another order
     assert (twice != exact.bfloat16()).float().mean() > 0.1
 
@@ -142,7 +143,7 @@ def test_an_untied_copy_of_a_tied_head(trained_copies: list[str], tmp_path: Path
         made = saved(tmp_path, grown(get_peft_model(base, config, autocast_adapter_dtype=False)))
     folder = made.write()
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
-    opened = AutoModelForCausalLM.from_pretrained(folder)
+    opened: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert not torch.equal(opened.lm_head.weight, opened.get_input_embeddings().weight)
     assert compare(made.measured(), made.measured_folder(folder)).logits < made.limit
 
@@ -157,7 +158,7 @@ def test_a_vocabulary_that_grew(tied: bool, tmp_path: Path) -> None:
     made = saved(tmp_path, grown(add_adapters(base, r=8)))
     tokenizer.save_pretrained(made.final)
     folder = made.write()
-    opened = AutoModelForCausalLM.from_pretrained(folder)
+    opened: Any = AutoModelForCausalLM.from_pretrained(folder)
     assert opened.config.vocab_size == opened.get_input_embeddings().weight.shape[0] == 386
     assert opened.lm_head.weight.shape[0] == 386
     assert len(AutoTokenizer.from_pretrained(folder)) == 386

@@ -122,7 +122,7 @@ def write_card(
         f"# {name.rsplit('/', 1)[-1]}",
         _what_it_is(base, story, form),
         _how_to_open(base, story, form, name, vocabulary_grew),
-        *([_gate(gated, base)] if gated else []),
+        *([_gate(gated, story)] if gated else []),
         _figures(story),
         _recipe(story),
         _data(story),
@@ -182,7 +182,7 @@ ADAPTER_NOTE = (
 _KINDS = {"original": "the 16-bit original", "dequantised": "the dequantised base that it was trained over"}
 
 
-def _gate(gated: Gated, base: Base) -> str:
+def _gate(gated: Gated, story: Story) -> str:
     merged = {score.domain: score for score in gated.merged.scores}
     rows = [
         (
@@ -200,6 +200,8 @@ def _gate(gated: Gated, base: Base) -> str:
         _table(("domain", "adapter, bits per byte", "merged", "gap"), rows),
         f"Relative RMS of the difference of logits: {gated.gap.logits:.4f}.",
     ]
+    if story.plan["base"] == "int8":
+        lines.append("Over int8 the adapter's activations are rounded to 8 bits too; the merged model's are not.")
     if not gated.exact and gated.gap.rise > BITS_LIMIT:
         lines.append(
             f"**The merged model is worse than the trained one by up to {gated.gap.rise:.4f} bits per byte.** The "

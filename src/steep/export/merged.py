@@ -63,7 +63,7 @@ class Merger:
                 "Hand on the adapter: --to adapter.",
             )
         self._resolved, self._adapter, self._base, self._compute_dtype = resolved, adapter, base, compute_dtype
-        self._tensors = BaseTensors(resolved)
+        self._tensors = BaseTensors(resolved.name, revision=resolved.arguments.get("revision"))
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(resolved.config)
         self._architecture = type(empty).__name__
