@@ -164,10 +164,15 @@ def test_each_option_of_the_recipe_is_merged(
         assert not torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
 
 
-def test_without_held_out_text_trained_text_is_scored(korean_corpus: Path, llama_folder: Path, tmp_path: Path) -> None:
+def test_without_held_out_text_trained_text_is_scored(
+    korean_corpus: Path, llama_folder: Path, tmp_path: Path, spoken: tuple[Terminal, list[str]]
+) -> None:
+    terminal, said = spoken
     run = tmp_path / "run"
     train_run(run_file(llama_folder, korean_corpus, run, data={"holdout": 0}, evaluation={"prompts": []}))
-    assert set(export_run(run, tmp_path / "out")["gaps"]["original"]) == set(plan_run(finished(run)[0]).corpus.roles)
+    result = export_run(run, tmp_path / "out", terminal=terminal)
+    assert set(result["gaps"]["original"]) == set(plan_run(finished(run)[0]).corpus.roles)
+    assert "comparing on text that it was trained on, since nothing was held out" in said
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "text that it was trained on, since nothing was held out" in text and "before and after" not in text
 

@@ -148,6 +148,8 @@ class _Export:
         # A GGUF export adds a file of 16 bits a weight and one of 8.5.
         _check_disk(self._output, int(merger.num_bytes * (len(kinds) + (1.6 if form == "gguf" else 0))))
         documents, text = _documents(plan)
+        if not plan.corpus.heldout:
+            terminal.say(f"comparing on {text}")
         how = {
             "max_length": config.data.max_length,
             "stride": config.evaluation.stride,

@@ -78,7 +78,8 @@ def open_plainly(folder: Path, dtype: torch.dtype, attention: Mapping[str, str])
     Raises:
         RunError: a tensor is missing or left over.
     """
-    place: dict[str, Any] = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
+    # A model that was trained in 4 bits may not fit onto its GPU in 16: what does not is left to the CPU.
+    place: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
     opened: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, **place, **attention
     )
