@@ -42,7 +42,8 @@ def runs(korean_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         if base not in made:
             model = save_tiny("llama", place / f"model-{base}", tied=base == "nf4")
             made[base] = place / base
-            train_run(run_file(model, korean_corpus, made[base], model={"base": base}, evaluation={"prompts": []}))
+            given = {"base": base, "compute_dtype": "fp32" if base == "fp32" else "auto"}
+            train_run(run_file(model, korean_corpus, made[base], model=given, evaluation={"prompts": []}))
         return made[base]
 
     return run
@@ -185,7 +186,7 @@ def test_an_adapter_opens_in_peft(runs: Runs, tmp_path: Path, spoken: tuple[Term
     config, folder = finished(runs("fp32"))
     rows = {row["domain"]: row for row in folder.read_lines("evaluation.jsonl") if row["step"]}
     for score in evaluate(opened, plan_run(config).corpus.heldout, max_length=64):
-        assert score.loss == pytest.approx(rows[score.domain]["loss"], rel=1e-6)
+        assert score.loss == pytest.approx(rows[score.domain]["loss"], rel=1e-5)  # fp32
     assert any("vLLM and llama.cpp refuse" in line for line in said)
     for file in (tmp_path / "out").iterdir():
         if file.suffix in (".json", ".md"):
