@@ -23,8 +23,8 @@ from steep.export.merged import Merger
 from steep.export.push import check_push, push
 from steep.model.load import DTYPES, as_folder, attention
 from steep.model.resolve import resolve
-from steep.plan import Plan, plan_run
-from steep.run import finished, first_and_last, load_result
+from steep.plan import Plan
+from steep.run import finished, first_and_last, load_result, plan_again
 from steep.run_folder import RunFolder
 from steep.settings import mixed_precision
 from steep.storage import published
@@ -136,8 +136,7 @@ class _Export:
 
     def merged(self, form: str, base: str) -> dict[str, Any]:
         config, terminal = self._config, self._terminal
-        with terminal.tokenising() as progress:
-            plan = plan_run(config, progress)
+        plan = plan_again(config, self._folder, terminal)
         merger = Merger(
             as_folder(self._resolved, plan.tokenizer),
             self._adapter,
@@ -150,14 +149,19 @@ class _Export:
         documents, text = _documents(plan)
         if not plan.corpus.heldout:
             terminal.say(f"comparing on {text}")
-        how = {
+        opened: dict[str, Any] = {
+            "dtype": DTYPES[plan.compute],
+            "attention": attention(config.model.attn_implementation),
+        }
+        how: dict[str, Any] = {
             "max_length": config.data.max_length,
             "stride": config.evaluation.stride,
             "max_tokens": config.evaluation.max_tokens,
         }
         terminal.say("scoring the adapter over the base of the run")
         model = load_result(config, plan.resolved, plan.tokenizer, self._folder)
-        trained = measure(model, documents, **how, autocast_dtype=mixed_precision(config))
+        how["autocast_dtype"] = mixed_precision(config)
+        trained = measure(model, documents, **how)
         del model
         free_memory()
         exact: Kind = "dequantised" if plan.base in ("nf4", "int8") else "original"
@@ -169,8 +173,7 @@ class _Export:
                 with terminal.merging() as show:
                     merger.write(staging / kind, kind, tokenizer=self._folder.final, progress=show)
                 terminal.say("opening the merged model with plain transformers, and scoring it")
-                attending = attention(config.model.attn_implementation)
-                measured[kind] = measure_folder(staging / kind, DTYPES[plan.compute], attending, documents, **how)
+                measured[kind] = measure_folder(staging / kind, trained, documents, **opened, **how)
             gaps: dict[Kind, Gap] = {kind: compare(trained, found) for kind, found in measured.items()}
             terminal.show(gate_table(trained.scores, {kind: found.scores for kind, found in measured.items()}))
             if exact in gaps and (problem := gaps[exact].problem(may_fall=plan.base == "int8")):

@@ -193,14 +193,7 @@ def evaluate_run(
     """
     terminal = terminal or Terminal(quiet=True)
     config, folder = finished(run_dir)
-    with terminal.tokenising() as progress:
-        plan = plan_run(
-            config,
-            progress,
-            branch=branch_of(folder),
-            commits=streamed_commits(folder),
-            grown_tokenizer=None if config.model.new_tokens is None else folder.tokenizer,
-        )
+    plan = plan_again(config, folder, terminal)
     if not plan.corpus.heldout:
         raise UserError(
             "data.holdout",
@@ -255,6 +248,18 @@ def generate_run(
         temperature=temperature,
         autocast_dtype=mixed_precision(config),
     )
+
+
+def plan_again(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Plan:
+    """The plan of a finished run, over the text and the tokenizer that it had."""
+    with terminal.tokenising() as progress:
+        return plan_run(
+            config,
+            progress,
+            branch=branch_of(folder),
+            commits=streamed_commits(folder),
+            grown_tokenizer=None if config.model.new_tokens is None else folder.tokenizer,
+        )
 
 
 def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any:

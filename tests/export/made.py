@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from steep.export.adapter_weights import AdapterWeights
 from steep.export.base_weights import Kind
-from steep.export.gate import Measured, measure, measure_folder
+from steep.export.gate import Gap, compare, measure, measure_folder
 from steep.export.merged import Merger
 from steep.model.adapters import add_adapters
 from steep.model.load import DTYPES, load_resolved
@@ -45,9 +45,6 @@ def texts() -> dict[str, list[Text]]:
         ]
         for language in ("en", "ko")
     }
-
-
-HOW: dict[str, Any] = {"max_length": 64, "stride": None, "max_tokens": None}
 
 
 @dataclass
@@ -88,12 +85,16 @@ class Trained:
         self.merger().write(folder, kind or self.exact, tokenizer=self.final, **given)
         return folder
 
-    def measured(self) -> Measured:
+    @property
+    def how(self) -> dict[str, Any]:
         autocast = None if self.compute == "fp32" else DTYPES[self.compute]
-        return measure(self.model, texts(), **HOW, autocast_dtype=autocast)
+        return {"max_length": 64, "stride": None, "max_tokens": None, "autocast_dtype": autocast}
 
-    def measured_folder(self, folder: Path) -> Measured:
-        return measure_folder(folder, DTYPES[self.compute], {}, texts(), **HOW)
+    def gap(self, folder: Path) -> Gap:
+        """Between the adapter and the model in `folder`."""
+        ours = measure(self.model, texts(), **self.how)
+        theirs = measure_folder(folder, ours, texts(), dtype=DTYPES[self.compute], attention={}, **self.how)
+        return compare(ours, theirs)
 
 
 def trained(

@@ -65,8 +65,8 @@ def story(**adapter: Any) -> Story:
 
 
 def gated(kind: Kind, merged: float) -> Gated:
-    ours, theirs = (Measured([score("ko", bits)], torch.ones(1, 3)) for bits in (1.75, merged))
-    other = compare(ours, Measured([score("ko", 1.9)], torch.ones(1, 3)))
+    ours, theirs = (Measured([score("ko", bits)], torch.ones(1, 3), torch.float32) for bits in (1.75, merged))
+    other = compare(ours, Measured([score("ko", 1.9)], torch.ones(1, 3), torch.float32))
     return Gated(kind, kind == "dequantised", compare(ours, theirs), ours, theirs, other, "the run's held-out text")
 
 

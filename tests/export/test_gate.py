@@ -15,20 +15,16 @@ from steep.errors import RunError
 from steep.evaluation.score import DomainScore
 from steep.export.adapter_weights import AdapterWeights
 from steep.export.gate import BITS_LIMIT, Gap, Measured, compare, open_plainly
-from tests.export.made import Trained, trained
+from tests.export.made import trained
 
 FAMILIES = [("llama", False), ("gemma3", True), ("qwen2", False)]
-
-
-def gap(made: Trained, folder: Path) -> Gap:
-    return compare(made.measured(), made.measured_folder(folder))
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8", "fp32"])
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
 def test_what_is_right_passes(family: str, tied: bool, base: str, tmp_path: Path) -> None:
     made = trained(tmp_path, family, tied=tied, base=base)
-    assert gap(made, made.write()).problem(logits_limit=made.limit) is None
+    assert made.gap(made.write()).problem(logits_limit=made.limit) is None
 
 
 def halve_one(name: str) -> Callable[[AdapterWeights, str], float]:
@@ -44,13 +40,13 @@ def test_one_layers_scale_halved_fails(
     """In the last layer, where a fault has the fewest layers to grow in."""
     made = trained(tmp_path, family, tied=tied)
     monkeypatch.setattr(AdapterWeights, "scale", halve_one(f"model.layers.1.{layer}"))
-    assert gap(made, made.write()).problem(logits_limit=made.limit) is not None
+    assert made.gap(made.write()).problem(logits_limit=made.limit) is not None
 
 
 def test_adapters_left_out_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trained(tmp_path)
     monkeypatch.setattr(AdapterWeights, "scale", lambda self, module: 0.0)
-    assert gap(made, made.write()).problem() is not None  # by the limits that a run has, too
+    assert made.gap(made.write()).problem() is not None  # by the limits that a run has, too
 
 
 def test_the_head_untied_fails(tmp_path: Path) -> None:
@@ -61,7 +57,7 @@ def test_the_head_untied_fails(tmp_path: Path) -> None:
     base = load_file(tmp_path / "base" / "model.safetensors")["model.embed_tokens.weight"]
     save_file({**load_file(weights), "lm_head.weight": base.bfloat16()}, weights, metadata={"format": "pt"})
     config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": False}))
-    assert gap(made, folder).problem() is not None
+    assert made.gap(folder).problem() is not None
 
 
 def test_a_head_that_is_not_there_fails(tmp_path: Path) -> None:
@@ -82,7 +78,7 @@ def test_a_tensor_left_over_fails(tmp_path: Path) -> None:
 
 def measured(bits: float, logits: float = 1.0) -> Measured:
     score = DomainScore(3, "ko", 1.0, math.e, bits, 10, 20, 1)
-    return Measured([score], torch.full((2, 3), logits))
+    return Measured([score], torch.full((2, 3), logits), torch.float32)
 
 
 @pytest.mark.parametrize("bits", [1.0 - 2 * BITS_LIMIT, 1.0 + 2 * BITS_LIMIT, math.nan])
