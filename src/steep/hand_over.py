@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from steep.export.adapter_weights import AdapterWeights
 from steep.export.base_weights import Kind
 from steep.export.card import ADAPTER_NOTE, Gated, Story, describe_base, write_card
 from steep.export.gate import BITS_LIMIT, Gap, Measured, compare, free_memory, measure, measure_folder
+from steep.export.gguf import check_convertible, write_gguf
+from steep.export.gguf_check import check_gguf
 from steep.export.merged import Merger
 from steep.export.push import check_push, push
 from steep.model.load import DTYPES, as_folder, attention
@@ -32,6 +35,7 @@ from steep.terminal import Terminal
 
 FORMS, BASES = ("merged", "adapter", "gguf"), ("auto", "original")
 _TRAINED_DOCUMENTS = 16  # a domain, where nothing was held out
+_CHECKED_DOCUMENTS = 8  # a domain, by which a GGUF file is held against the merged folder
 
 
 def export_run(
@@ -137,8 +141,12 @@ class _Export:
     def merged(self, form: str, base: str) -> dict[str, Any]:
         config, terminal = self._config, self._terminal
         plan = plan_again(config, self._folder, terminal)
+        original = plan.tokenizer if plan.vocabulary is None else plan.vocabulary.original
+        resolved = as_folder(self._resolved, original)
+        if form == "gguf":
+            check_convertible(resolved.config, plan.tokenizer)
         merger = Merger(
-            as_folder(self._resolved, plan.tokenizer),
+            resolved,
             self._adapter,
             base=plan.base,
             compute_dtype=DTYPES[plan.compute],
@@ -184,23 +192,44 @@ class _Export:
             kept = min(measured, key=lambda kind: measured[kind].bits_per_byte)
             gap, other = gaps[kept], next((gaps[kind] for kind in gaps if kind != kept), None)
             gated = Gated(kept, kept == exact, gap, trained, measured[kept], other, text)
-            self._finish(staging, staging / kept, form)
-            write_card(staging, self._base, self._story, form=form, gated=gated, name=self._name)
+            checks = {}
+            if form == "gguf":
+                checks = self._write_gguf(staging, staging / kept, _as_text(documents, plan.tokenizer))
+            else:
+                for file in (staging / kept).iterdir():
+                    file.rename(staging / file.name)
+            for left in kinds:
+                shutil.rmtree(staging / left)
+            write_card(staging, self._base, self._story, form=form, gated=gated, name=self._name, checks=checks)
         self._say_what_was_kept(kept, gaps, exact)
         return {"base": kept, "gaps": {kind: found.bits_per_byte for kind, found in gaps.items()}}
 
-    def _finish(self, staging: Path, merged: Path, form: str) -> None:
-        """Leave only the files of the form in `staging`."""
-        if form == "gguf":
-            from steep.export.gguf import write_gguf  # pyright: ignore[reportMissingImports]
+    def _write_gguf(self, staging: Path, merged: Path, texts: Sequence[str]) -> dict[str, str]:
+        """Write and check the GGUF files of a merged folder.
 
-            self._terminal.say("writing GGUF files")
-            write_gguf(merged, staging, self._name.rsplit("/", 1)[-1])
-        else:
-            for file in merged.iterdir():
-                file.rename(staging / file.name)
-        for folder in [path for path in staging.iterdir() if path.is_dir()]:
-            shutil.rmtree(folder)
+        Returns:
+            What the check says of each file, by its name.
+
+        Raises:
+            RunError: a file is not the merged model.
+        """
+        self._terminal.say("writing GGUF files")
+        said = {}
+        for file in write_gguf(merged, staging, self._name.rsplit("/", 1)[-1]):
+            if file.suffix != ".gguf":
+                continue
+            self._terminal.say(f"checking {file.name}")
+            check = check_gguf(file, merged, texts)
+            if check.problems:
+                raise RunError(
+                    f"{file.name} is not the merged model: {'; '.join(check.problems[:3])}. Nothing was written to "
+                    f"{self._output}. Please report this, with the run file"
+                )
+            for remark in check.remarks:
+                self._terminal.warn(f"{file.name}: {remark}")
+            said[file.name] = f"{check.judge}: {check}"
+            self._terminal.say(f"{file.name}: {said[file.name]}")
+        return said
 
     def _say_what_was_kept(self, kept: Kind, gaps: Mapping[Kind, Gap], exact: Kind) -> None:
         if len(gaps) > 1:
@@ -245,6 +274,15 @@ def _documents(plan: Plan) -> tuple[dict[str, HeldoutDocuments], str]:
     corpus = plan.corpus
     found = first_trained_by_domain(corpus.sources, corpus.sides, _TRAINED_DOCUMENTS)
     return found, "text that it was trained on, since nothing was held out"
+
+
+def _as_text(documents: Mapping[str, HeldoutDocuments], tokenizer: Any) -> list[str]:
+    """The first documents of each domain, as the tokenizer writes them out."""
+    return [
+        tokenizer.decode(document.tokens, skip_special_tokens=True)
+        for domain in documents.values()
+        for document in islice(domain, _CHECKED_DOCUMENTS)
+    ]
 
 
 def _check_output(output: Path) -> None:

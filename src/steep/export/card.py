@@ -96,7 +96,15 @@ class Story:
 
 
 def write_card(
-    folder: Path, base: Base, story: Story, *, form: str, gated: Gated | None, name: str, vocabulary_grew: bool = False
+    folder: Path,
+    base: Base,
+    story: Story,
+    *,
+    form: str,
+    gated: Gated | None,
+    name: str,
+    vocabulary_grew: bool = False,
+    checks: Mapping[str, str] | None = None,
 ) -> None:
     """Write `README.md` into `folder`.
 
@@ -104,6 +112,7 @@ def write_card(
         form: ``merged``, ``adapter`` or ``gguf``.
         name: what the result is called: USER/NAME on the hub, else its folder's name.
         vocabulary_grew: whether the base has to be resized before the adapter opens.
+        checks: what was found of each GGUF file, by its name.
     """
     hub_texts = [source["hub"] for source in story.settings["data"]["sources"] if source.get("hub")]
     data = ModelCardData(
@@ -123,6 +132,7 @@ def write_card(
         _what_it_is(base, story, form),
         _how_to_open(base, story, form, name, vocabulary_grew),
         *([_gate(gated, story)] if gated else []),
+        *([_gguf(checks)] if checks else []),
         _figures(story),
         _recipe(story),
         _data(story),
@@ -211,6 +221,10 @@ def _gate(gated: Gated, story: Story) -> str:
         other = "original" if gated.kind == "dequantised" else "dequantised"
         lines.append(f"Merged into {_KINDS[other]} the largest rise would be {gated.other.rise:+.4f} bits per byte.")
     return "\n\n".join(lines)
+
+
+def _gguf(checks: Mapping[str, str]) -> str:
+    return f"## The GGUF files against the merged model\n\n{_table(('file', 'found'), list(checks.items()))}"
 
 
 def _figures(story: Story) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class GgufCheck:
     Attributes:
         judge: "llama.cpp", or "the file read back".
         problems: what is wrong, in words; none if the file is the merged model.
+        remarks: texts that llama.cpp cuts into other tokens; a rare text may be one.
         tokens: scored tokens; 0 where nothing was scored, as are the next three.
         merged_loss, loss: nats a token, of the folder in transformers and of the file in llama.cpp.
         bits_per_byte_gap: file less folder.
@@ -48,6 +49,7 @@ class GgufCheck:
 
     judge: str
     problems: list[str]
+    remarks: list[str] = field(default_factory=list)
     tokens: int = 0
     merged_loss: float = 0.0
     loss: float = 0.0
@@ -158,12 +160,14 @@ def _scored(file: Path, model_folder: Path, texts: Sequence[str]) -> GgufCheck:
     finally:
         judge.close()
     gap = (their_loss - our_loss) / math.log(2) / max(bytes_scored, 1)
-    problems = [f"llama.cpp makes other tokens of {text[:60]!r}" for text in differing]
+    remarks = [f"llama.cpp makes other tokens of {text[:60]!r}" for text in differing]
+    problems = []
     if not gap <= _BITS_LIMITS[judge.metadata["general.file_type"]]:  # a loss that is no number too
         problems.append(f"the loss in llama.cpp is {gap:.4f} bits per byte higher")
     return GgufCheck(
         "llama.cpp",
         problems,
+        remarks,
         tokens,
         our_loss / max(tokens, 1),
         their_loss / max(tokens, 1),
