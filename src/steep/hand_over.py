@@ -9,8 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
-
 from steep.config import RunConfig
 from steep.data.heldout import HeldoutDocuments, first_trained_by_domain
 from steep.errors import RunError, UserError, did_you_mean
@@ -165,16 +163,15 @@ class _Export:
             "max_length": config.data.max_length,
             "stride": config.evaluation.stride,
             "max_tokens": config.evaluation.max_tokens,
+            "autocast_dtype": mixed_precision(config),
         }
         terminal.say("scoring the adapter over the base of the run")
         model = load_result(config, plan.resolved, plan.tokenizer, self._folder)
-        how["autocast_dtype"] = mixed_precision(config)
         trained = measure(model, documents, **how)
         del model
         free_memory()
         exact: Kind = "dequantised" if plan.base in ("nf4", "int8") else "original"
         measured: dict[Kind, Measured] = {}
-        disable_progress_bar()
         with published(self._output) as staging:
             for kind in kinds:
                 terminal.say(f"merging into the {kind} base")

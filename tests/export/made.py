@@ -94,6 +94,7 @@ class Trained:
         """Between the adapter and the model in `folder`."""
         ours = measure(self.model, texts(), **self.how)
         theirs = measure_folder(folder, ours, texts(), dtype=DTYPES[self.compute], attention={}, **self.how)
+        assert theirs.stream == ours.stream
         return compare(ours, theirs)
 
 
