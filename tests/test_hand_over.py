@@ -7,13 +7,12 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steep import cli, hand_over
@@ -195,21 +194,55 @@ def test_an_adapter_opens_in_peft(runs: Runs, tmp_path: Path, spoken: tuple[Term
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 384
 
 
-def test_gguf_files_are_made_of_the_merged_model(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[set[str]] = []
+@pytest.mark.parametrize("judged", [pytest.param(True, marks=pytest.mark.llama_cpp), False])
+def test_gguf_files_are_the_merged_model(
+    judged: bool, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoken: tuple[Terminal, list[str]]
+) -> None:
+    if not judged:
+        monkeypatch.setattr("steep.export.gguf_check.find_spec", lambda _: None)
+    terminal, said = spoken
+    export_run(runs("nf4"), tmp_path / "out", to="gguf", terminal=terminal)
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"README.md", "Modelfile", "out-f16.gguf", "out-q8_0.gguf"}
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "ollama create out" in card
+    found = "in llama.cpp, " if judged else "tensors and metadata are the merged folder's"
+    for file in ("out-f16.gguf", "out-q8_0.gguf"):
+        assert any(line.startswith(file) and found in line for line in said)
+        assert any(line.startswith(f"| {file} |") and found in line for line in card.splitlines())
 
-    def write_gguf(model_folder: Path, out: Path, name: str) -> list[Path]:
-        seen.append({file.name for file in model_folder.iterdir()})
-        (out / f"{name}-f16.gguf").write_bytes(b"GGUF")
-        return [out / f"{name}-f16.gguf"]
 
-    stand_in = ModuleType("steep.export.gguf")
-    stand_in.write_gguf = write_gguf  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, "steep.export.gguf", stand_in)
-    export_run(runs("fp32"), tmp_path / "out", to="gguf")
-    assert {"model.safetensors", "config.json", "tokenizer.json"} <= seen[0]
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"README.md", "out-f16.gguf"}
-    assert "ollama create out" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("judged", [pytest.param(True, marks=pytest.mark.llama_cpp), False])
+def test_a_gguf_file_that_is_not_the_merged_model_is_not_published(
+    judged: bool, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not judged:
+        monkeypatch.setattr("steep.export.gguf_check.find_spec", lambda _: None)
+    real = hand_over.write_gguf
+
+    def write_another(model_folder: Path, out: Path, name: str) -> list[Path]:
+        weights = load_file(model_folder / "model.safetensors")
+        other = {key: -tensor if "down_proj" in key else tensor for key, tensor in weights.items()}
+        save_file(other, model_folder / "model.safetensors", {"format": "pt"})
+        files = real(model_folder, out, name)
+        save_file(weights, model_folder / "model.safetensors", {"format": "pt"})
+        return files
+
+    monkeypatch.setattr(hand_over, "write_gguf", write_another)
+    with pytest.raises(RunError, match=r"out-f16\.gguf is not the merged model"):
+        export_run(runs("nf4"), tmp_path / "out", to="gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_gguf_cannot_hold_is_refused_before_the_work(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hand_over, "load_result", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        hand_over, "check_convertible", lambda *_: (_ for _ in ()).throw(UserError("--to gguf", "no", "Give another."))
+    )
+    with pytest.raises(UserError, match="--to gguf"):
+        export_run(runs("nf4"), tmp_path / "out", to="gguf")
 
 
 def copied(run: Path, place: Path, edit: Callable[[str], str]) -> Path:

@@ -106,6 +106,7 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
     base = load_base(config, plan.resolved, plan.tokenizer)
     settings = {**config.adapter.model_dump(), "trained_dtype": config.model.trained_dtype}
     model = add_adapters(base, **settings, resumed=bool(found))
+    model.peft_config["default"].revision = config.model.revision  # where PEFT looks for the base's
     _check_trainable(model, plan)
     trainer = _trainer(plan, model)
     if plan.branch is not None:  # before run.yaml, from which on the folder holds a run
