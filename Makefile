@@ -46,7 +46,7 @@ $(VENV)/.python:
 
 $(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "installing steep into $(VENV) (the first time about a minute, and longer where torch has to be downloaded)"
-	$(PIP_INSTALL) --editable '.[gguf]'
+	$(PIP_INSTALL) --editable '.[gguf,report]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime

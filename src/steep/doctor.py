@@ -22,14 +22,14 @@ from steep.storage import cache_folder
 
 # What each extra of steep is for. Its packages stand in the metadata of the installed steep.
 EXTRAS = {
-    "gguf": "base models in .gguf files",
+    "gguf": "base models in .gguf files, export --to gguf",
+    "llama-cpp": "scoring a GGUF export with llama.cpp (compiles for minutes)",
     "report": "steep report",
     "tensorboard": "report_to: tensorboard",
 }
 # Packages that steep can use and no extra brings: what for, how to get them.
 BESIDE = {
     "wandb": ("report_to: wandb", "pip install wandb"),
-    "llama-cpp-python": ("scoring a GGUF file with llama.cpp", "pip install llama-cpp-python (compiles for minutes)"),
     "flash-attn": ("attn_implementation: flash_attention_2", "pip install flash-attn --no-build-isolation"),
     "triton": ("torch.compile", "comes with the CUDA builds of torch"),
 }
