@@ -121,7 +121,7 @@ def test_every_extra_has_a_purpose() -> None:
     optional = look(installed=having(gguf=None, wandb=None))["optional"]
     assert optional["gguf"] == {
         "version": None,
-        "for": "base models in .gguf files",
+        "for": "base models in .gguf files, export --to gguf",
         "install": "pip install 'steep[gguf]'",
     }
     assert optional["wandb"]["install"] == "pip install wandb"
