@@ -135,7 +135,7 @@ def test_final_opens_by_the_lines_in_its_readme(finished: Finished) -> None:
     tokens = torch.tensor([tokenizer(text)["input_ids"]])
     assert int(tokens.max()) >= 384
     with torch.no_grad():
-        expected = finished.model.eval()(tokens).logits
+        expected = finished.model.eval()(tokens.to(finished.model.device)).logits.cpu()
     assert expected.shape[-1] == finished.rows
     for lines_of_code in (in_one_go, by_hand):
         names = {}
@@ -143,7 +143,7 @@ def test_final_opens_by_the_lines_in_its_readme(finished: Finished) -> None:
         opened = names["model"].eval()
         keep_4bit_layout(opened)  # on some CPUs bitsandbytes would compute in bf16, whatever it was told
         with torch.no_grad():
-            got = opened(tokens).logits
+            got = opened(tokens.to(opened.device)).logits.cpu()
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
         base: Any = opened.get_base_model()
         assert (base.get_output_embeddings().weight is base.get_input_embeddings().weight) is finished.tied

@@ -23,7 +23,10 @@ def published(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)  # on a full disk its room is needed
         raise
-    for path in [*(path for path in staging.rglob("*") if path.is_file()), staging]:
+    files = [path for path in staging.rglob("*") if path.is_file()]
+    for path in files:
+        path.chmod(staging.stat().st_mode & 0o666)  # as the umask has it: safetensors writes for the owner alone
+    for path in [*files, staging]:
         _sync(path)
     if folder.exists():
         retired = folder.with_name(f"{_RETIRED}{folder.name}")
