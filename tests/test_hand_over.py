@@ -6,11 +6,13 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -99,7 +101,7 @@ def test_the_original_is_obeyed_and_its_rise_said(
     monkeypatch.setattr(hand_over, "BITS_LIMIT", -1.0)  # a loss of a tiny random model sees next to nothing
     monkeypatch.setattr("steep.export.card.BITS_LIMIT", -1.0)
     result = export_run(runs("nf4"), tmp_path / "out", base="original", terminal=terminal)
-    assert (result["base"], set(result["gaps"])) == ("original", {"original"})
+    assert (result["base"], set(result["gaps"])) == ("original", {"original", "dequantised"})
     assert any(line.startswith("warning: merged into the 16-bit original the model is worse") for line in said)
     assert "**The merged model is worse" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
@@ -235,14 +237,82 @@ def test_a_gguf_file_that_is_not_the_merged_model_is_not_published(
 
 
 def test_what_gguf_cannot_hold_is_refused_before_the_work(
+    korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny("gemma2", tmp_path / "model")
+    untied = {"base": "fp32", "untie_embeddings": True}
+    train_run(run_file(model, korean_corpus, tmp_path / "run", model=untied, evaluation={"prompts": []}))
+    monkeypatch.setattr(hand_over, "load_result", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match="output embeddings are separate"):
+        export_run(tmp_path / "run", tmp_path / "out", to="gguf")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_run_with_new_tokens_is_handed_on_in_every_form(korean_corpus: Path, tmp_path: Path, tied: bool) -> None:
+    model = save_tiny("llama", tmp_path / "model", tied=tied)
+    settings = {"base": "nf4", "compute_dtype": "fp32", "new_tokens": {"auto": 20}}
+    train_run(run_file(model, korean_corpus, tmp_path / "run", model=settings, evaluation={"prompts": []}))
+    for form in ("merged", "gguf", "adapter"):
+        export_run(tmp_path / "run", tmp_path / form, to=form)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == len(tokenizer) == 404
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) is tied
+    assert (tmp_path / "gguf" / "gguf-f16.gguf").is_file()
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "adapter")) == 404
+
+
+@pytest.mark.parametrize("what", ["base", "adapter"])
+def test_another_model_than_the_trained_one_is_found(runs: Runs, tmp_path: Path, what: str) -> None:
+    run = shutil.copytree(runs("nf4"), tmp_path / "run")
+    if what == "base":
+        other = save_tiny("llama", tmp_path / "other", tied=True, seed=5)
+        file = run / "run.yaml"
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings["model"]["name"] = str(other)
+        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    else:
+        file = run / "final" / "adapter_model.safetensors"
+        emptied = {name: 0 * tensor if "lora_B" in name else tensor for name, tensor in load_file(file).items()}
+        save_file(emptied, file, {"format": "pt"})
+    # PEFT says on its own that the adapter names another base.
+    renamed = pytest.warns(UserWarning, match="was renamed") if what == "base" else nullcontext()
+    with renamed, pytest.raises(RunError, match="not the model that the run ended with"):
+        export_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_text_is_found_before_the_work(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = shutil.copytree(runs("fp32"), tmp_path / "run")
+    file = run / "run.yaml"
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    (tmp_path / "other.txt").write_text("another text altogether " * 200, encoding="utf-8")
+    settings["data"] = {**settings["data"], "holdout": 0, "sources": [{"path": str(tmp_path / "other.txt")}]}
+    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    monkeypatch.setattr(hand_over, "load_result", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match="is not what the run had"):
+        export_run(run, tmp_path / "out")
+
+
+def test_the_original_is_no_way_round_the_gate(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AdapterWeights, "scale", lambda self, module: 5.0)
+    with pytest.raises(RunError, match="the merged model is not the trained one"):
+        export_run(runs("nf4"), tmp_path / "out", base="original")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_adapters_card_opens_it_over_the_quantised_base(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hand_over, "load_result", lambda *_: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(
-        hand_over, "check_convertible", lambda *_: (_ for _ in ()).throw(UserError("--to gguf", "no", "Give another."))
-    )
-    with pytest.raises(UserError, match="--to gguf"):
-        export_run(runs("nf4"), tmp_path / "out", to="gguf")
+    export_run(runs("nf4"), tmp_path / "out", to="adapter")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    code = card.split("```python\n")[1].split("```")[0].replace(', device_map="auto"', "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model-nf4").symlink_to(runs("nf4").parent / "model-nf4")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["base"].config.quantization_config.bnb_4bit_quant_type == "nf4"
+    assert isinstance(names["model"], PeftModel) and len(names["tokenizer"]) == 384
 
 
 def copied(run: Path, place: Path, edit: Callable[[str], str]) -> Path:

@@ -33,6 +33,7 @@ from steep.terminal import Terminal
 
 FORMS, BASES = ("merged", "adapter", "gguf"), ("auto", "original")
 _TRAINED_DOCUMENTS = 16  # a domain, where nothing was held out
+_SAME_MODEL = 0.005  # bits per byte between what the run recorded at its end and what its result scores now
 _CHECKED_DOCUMENTS = 8  # a domain, by which a GGUF file is held against the merged folder
 
 
@@ -140,15 +141,15 @@ class _Export:
         config, terminal = self._config, self._terminal
         plan = plan_again(config, self._folder, terminal)
         original = plan.tokenizer if plan.vocabulary is None else plan.vocabulary.original
-        resolved = as_folder(self._resolved, original)
-        if form == "gguf":
-            check_convertible(resolved.config, plan.tokenizer)
         merger = Merger(
-            resolved,
+            as_folder(self._resolved, original),
             self._adapter,
             base=plan.base,
             compute_dtype=DTYPES[plan.compute],
         )
+        if form == "gguf":
+            check_convertible(merger.config, plan.tokenizer)
+        self._refuse_other_text(plan)
         kinds = _kinds(config, plan, base, merger.stored_quantised)
         # A GGUF export adds a file of 16 bits a weight and one of 8.5.
         _check_disk(self._output, int(merger.num_bytes * (len(kinds) + (1.6 if form == "gguf" else 0))))
@@ -170,6 +171,7 @@ class _Export:
         trained = measure(model, documents, **how)
         del model
         free_memory()
+        self._refuse_other_model(trained)
         exact: Kind = "dequantised" if plan.base in ("nf4", "int8") else "original"
         measured: dict[Kind, Measured] = {}
         with published(self._output) as staging:
@@ -186,7 +188,7 @@ class _Export:
                     f"the merged model is not the trained one: {problem}. Nothing was written to {self._output}. "
                     "Please report this, with the run file"
                 )
-            kept = min(measured, key=lambda kind: measured[kind].bits_per_byte)
+            kept = min(measured, key=lambda kind: measured[kind].bits_per_byte) if base == "auto" else "original"
             gap, other = gaps[kept], next((gaps[kind] for kind in gaps if kind != kept), None)
             gated = Gated(kept, kept == exact, gap, trained, measured[kept], other, text)
             checks = {}
@@ -200,6 +202,24 @@ class _Export:
             write_card(staging, self._base, self._story, form=form, gated=gated, name=self._name, checks=checks)
         self._say_what_was_kept(kept, gaps, exact)
         return {"base": kept, "gaps": {kind: found.bits_per_byte for kind, found in gaps.items()}}
+
+    def _refuse_other_text(self, plan: Plan) -> None:
+        if plan.corpus.fingerprint != self._story.plan["data"]["fingerprint"]:
+            raise UserError(
+                "run folder",
+                "the text, or how the tokenizer reads it, is not what the run had, so it cannot score the result",
+                "Put the files back as they were, or hand on the adapter: --to adapter.",
+            )
+
+    def _refuse_other_model(self, trained: Measured) -> None:
+        """Hold what was scored now against what the run recorded at its end."""
+        recorded = {score.domain: score.bits_per_byte for score in self._story.after}
+        for score in trained.scores:
+            if score.domain in recorded and not abs(score.bits_per_byte - recorded[score.domain]) <= _SAME_MODEL:
+                raise RunError(
+                    f"this is not the model that the run ended with: {score.domain} is {score.bits_per_byte:.4f} bits "
+                    f"per byte now and was {recorded[score.domain]:.4f}. Put base model and final/ back as they were"
+                )
 
     def _write_gguf(self, staging: Path, merged: Path, texts: Sequence[str]) -> dict[str, str]:
         """Write and check the GGUF files of a merged folder.
@@ -258,7 +278,7 @@ def _kinds(config: RunConfig, plan: Plan, base: str, stored_quantised: bool) -> 
     elif config.adapter.init_lora_weights == "loftq":
         reason = "a LoftQ adapter holds the quantisation's correction, which the original does not need"
     else:
-        return ["original"] if base == "original" else ["dequantised", "original"]
+        return ["dequantised", "original"]  # the first also where the second is asked for: it proves the merge
     if base == "original":
         raise UserError("--base", reason, "Leave it at auto: merge into the dequantised base.")
     return ["dequantised"]

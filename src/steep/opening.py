@@ -6,10 +6,8 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from steep.model.load import resolve_compute_dtype
+from steep.model.loading_code import loading_code
 from steep.plan import Plan
-
-_TORCH = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
 
 
 def write_readme(folder: Path, plan: Plan, model: PeftModel, final: Path) -> None:
@@ -25,9 +23,7 @@ def readme(plan: Plan, model: PeftModel, final: Path) -> str:
     """The text of `final/README.md`."""
     adapter = model.peft_config["default"]
     base, revision = adapter.base_model_name_or_path, plan.config.model.revision
-    dtype = _TORCH[plan.base if plan.base in _TORCH else resolve_compute_dtype(plan.compute, plan.base)]
-    quantization = "" if plan.base in _TORCH or plan.resolved.quantization else _QUANTIZATION[plan.base].format(dtype)
-    settings = f"dtype={dtype}{', quantization_config=quantization' if quantization else ''}"
+    quantization, settings = loading_code(plan.base, plan.compute, plan.resolved.quantization is not None)
     grown = plan.shape.vocabulary > plan.resolved.config.get_text_config().vocab_size
     resize = f"base.resize_token_embeddings({plan.shape.vocabulary}, mean_resizing=False)\n" if grown else ""
     pinned = f', revision="{revision}"' if revision else ""
@@ -43,17 +39,6 @@ def readme(plan: Plan, model: PeftModel, final: Path) -> str:
         parts.append(_NEW_TOKENS.format(count=len(plan.vocabulary.tokens)))
     return "\n".join(parts)
 
-
-_QUANTIZATION = {
-    "nf4": """quantization = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype={},
-)
-""",
-    "int8": "quantization = BitsAndBytesConfig(load_in_8bit=True)\n",
-}
 
 _HEAD = """---
 base_model: {base}

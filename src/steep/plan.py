@@ -223,7 +223,7 @@ def plan_run(
 
 def _check_adapter(config: RunConfig, base: str, resolved: ResolvedModel) -> None:
     adapter, field = config.adapter, "adapter.init_lora_weights"
-    check_start(adapter.init_lora_weights, adapter.use_dora)
+    check_start(adapter.init_lora_weights, adapter.use_dora, adapter.lora_dropout)
     if adapter.init_lora_weights == "loftq" and base not in ("nf4", "int8"):
         raise UserError(field, f"loftq begins at the quantisation's error, and a base in {base} has none", "Give true.")
     if adapter.init_lora_weights == "loftq" and resolved.quantization is not None:

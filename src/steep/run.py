@@ -105,7 +105,7 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
     terminal.say(f"loading {config.model.name}")
     base = load_base(config, plan.resolved, plan.tokenizer)
     settings = {**config.adapter.model_dump(), "trained_dtype": config.model.trained_dtype}
-    model = add_adapters(base, **settings, resumed=bool(found))
+    model = add_adapters(base, **settings, resumed=bool(found) or plan.branch is not None)
     model.peft_config["default"].revision = config.model.revision  # where PEFT looks for the base's
     _check_trainable(model, plan)
     trainer = _trainer(plan, model)

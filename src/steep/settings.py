@@ -97,6 +97,12 @@ def training_arguments(config: RunConfig, *, branch: bool = False) -> TrainingAr
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
     }
+    if training.lr_scheduler_type == "constant" and training.warmup_steps:
+        raise UserError(
+            "training.warmup_steps",
+            "the schedule constant has no warm-up",
+            "Leave it out, or set lr_scheduler_type: constant_with_warmup.",
+        )
     try:
         arguments = TrainingArguments(**{**given, **settings, **training.further})
     except (ValueError, ImportError) as error:

@@ -18,7 +18,7 @@ from steep.data.packing import Corpus, tokenize_sources
 from steep.data.sources import Source
 from steep.data.token_file import Progress
 from steep.data.tokens import TokenizedSource
-from steep.errors import UserError
+from steep.errors import RunError, UserError
 from steep.evaluation.perplexity import choose
 from steep.model.bpe import Bpe, read_bpe
 from steep.model.learned_tokens import MIN_COUNT, in_batches, learn
@@ -68,7 +68,8 @@ class Vocabulary:
         """The held-out documents that `max_tokens` chooses of `corpus`, as the original tokenizer reads them: what the
         untouched base is scored on."""
         for before, after in zip(self.before, corpus.sources, strict=True):
-            assert np.array_equal(before.hashes, after.hashes), "the two tokenizers did not read the same documents"
+            if not np.array_equal(before.hashes, after.hashes):
+                raise RunError(f"{before.source.location} changed between two readings: let it stand and start again")
         documents = heldout_by_domain(self.before, corpus.sides)
         return {
             domain: [documents[domain][index] for index in choose(domain, heldout, max_tokens)]

@@ -25,9 +25,22 @@ def story(**adapter: Any) -> Story:
     names = {"name": "corpus.jsonl", "domain": "ko", "documents": 12, "tokens": 3456}
     return Story(
         settings={
-            "adapter": {"r": 8, "lora_alpha": 16.0, "use_rslora": True, "modules_to_save": ["lm_head"], **adapter},
-            "training": {"lr_scheduler_type": "cosine", "optim": "adamw_8bit"},
-            "data": {"sources": [{"path": "/home/ada/secret/corpus.jsonl", "hub": None}, {"hub": "wiki/pedia"}]},
+            "model": {"new_tokens": None, "untie_embeddings": False},
+            "adapter": {
+                "r": 8,
+                "lora_alpha": 16.0,
+                "use_rslora": True,
+                "modules_to_save": ["lm_head"],
+                "init_lora_weights": True,
+                "use_dora": False,
+                "lora_dropout": 0.0,
+                **adapter,
+            },
+            "training": {"lr_scheduler_type": "cosine", "optim": "adamw_8bit", "loraplus_lr_ratio": 1.0, "seed": 42},
+            "data": {
+                "replay_share": 0.05,
+                "sources": [{"path": "/home/ada/secret/corpus.jsonl", "hub": None}, {"hub": "wiki/pedia"}],
+            },
         },
         plan={
             "base": "nf4",

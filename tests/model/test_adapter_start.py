@@ -230,3 +230,20 @@ def test_dora_begins_at_the_stock_weights(base: Path, start: str) -> None:
     model, _ = load(str(base), base="nf4")
     with pytest.raises(UserError, match=r"adapter\.use_dora"):
         add_adapters(model, r=4, init_lora_weights=start, use_dora=True)
+
+
+def test_dropout_would_part_the_two_adapters(base: Path) -> None:
+    model, _ = load(str(base), base="fp32")
+    with pytest.raises(UserError, match=r"adapter\.lora_dropout"):
+        add_adapters(model, r=4, init_lora_weights="pissa", lora_dropout=0.1)
+
+
+def test_a_layer_without_directions_still_trains(base: Path) -> None:
+    model, _ = load(str(base), base="fp32", compute_dtype="fp32")
+    model.get_submodule("model.layers.0.mlp.down_proj").weight.data.zero_()
+    before = logits(model)
+    peft_model = add_adapters(model, r=8, init_lora_weights="pissa")
+    assert difference(logits(peft_model), before) < 1e-5
+    layer = peft_model.get_base_model().get_submodule("model.layers.0.mlp.down_proj")
+    train(peft_model)
+    assert layer.lora_B[ADAPTER].weight.abs().max() > 0  # pyright: ignore[reportIndexIssue, reportCallIssue]

@@ -247,3 +247,13 @@ def test_every_group_has_its_own_peak(corpus: Corpus, tmp_path: Path) -> None:
     factors = [0.5, 0.75, 1, 1, 1, 0.6]
     assert [row["learning_rate"] for row in rows] == pytest.approx([1e-2 * factor for factor in factors])
     assert [row["embedding_learning_rate"] for row in rows] == pytest.approx([2e-3 * factor for factor in factors])
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "warmup_stable_decay"])
+@pytest.mark.parametrize("minimum", [0.1, 0.3])
+def test_a_branch_begins_where_a_finished_run_ended(shape: str, minimum: float, tmp_path: Path) -> None:
+    ended = made(tmp_path, shape, 12, min_lr_rate=minimum)(12)
+    assert ended == minimum  # to the bit
+    assert values(made(tmp_path, shape, 4, start=ended, min_lr_rate=minimum)) == pytest.approx([minimum] * 7)
+    within_rounding = made(tmp_path, shape, 4, start=1 - (1 - minimum), min_lr_rate=minimum)
+    assert values(within_rounding) == pytest.approx([minimum] * 7)

@@ -27,7 +27,8 @@ def base_model(model: nn.Module, vocabulary: int | None = None) -> Iterator[None
 
     Args:
         vocabulary: how many ids the untouched base has, where new tokens were added behind them: the others are then
-            not predicted, so that the losses are the untouched base's.
+            not predicted, so that the losses are the untouched base's; rows that a base has to spare are not either,
+            which it predicts with next to no probability.
 
     Raises:
         UserError: the model has no adapters, so there is no second model to compare with.

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from steep.evaluation.score import DomainScore
 from steep.export.base_weights import Kind
 from steep.export.gate import BITS_LIMIT, Gap, Measured
+from steep.model.loading_code import loading_code
 from steep.model.resolve import ResolvedModel
 
 
@@ -172,14 +173,19 @@ def _how_to_open(base: Base, story: Story, form: str, name: str, vocabulary_grew
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\n'
             f"vLLM: `vllm serve {name}`."
         )
+    quantization, settings = loading_code(
+        story.plan["base"], story.plan["compute_dtype"], base.stored not in (None, "GGUF")
+    )
+    if base.revision:
+        settings += f', revision="{base.revision}"'
     resize = "base.resize_token_embeddings(len(tokenizer), mean_resizing=False)\n" if vocabulary_grew else ""
     note = f"\n\n{ADAPTER_NOTE}" if story.settings["adapter"]["modules_to_save"] else ""
     where = f'"{base.name}"' if base.stored != "GGUF" else f'"FOLDER", gguf_file="{base.name}"'
     return (
-        "## Use\n\n```python\nfrom peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "## Use\n\n```python\nimport torch\nfrom peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-        f'base = AutoModelForCausalLM.from_pretrained({where}, device_map="auto")\n'
+        f'{quantization}base = AutoModelForCausalLM.from_pretrained({where}, {settings}, device_map="auto")\n'
         f'{resize}model = PeftModel.from_pretrained(base, "{name}")\n```{note}'
     )
 
@@ -253,6 +259,7 @@ def _recipe(story: Story) -> str:
     rows = [
         ("frozen weights", f"{plan['base']}, computed in {plan['compute_dtype']}"),
         ("adapter", f"r {adapter['r']}, alpha {adapter['lora_alpha']:g}, {scaling}"),
+        *_options(story.settings),
         ("trained whole", ", ".join(adapter["modules_to_save"]) or "nothing"),
         ("parameters trained", f"{plan['parameters']['trained']:,} in {plan['trained_dtype']}"),
         ("learning rate", f"{plan['learning_rate']:g}, embeddings {plan['embedding_learning_rate']:g}"),
@@ -261,6 +268,22 @@ def _recipe(story: Story) -> str:
         ("optimizer", training["optim"]),
     ]
     return f"## Recipe\n\n{_table(('', ''), rows)}"
+
+
+def _options(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the run set beyond the plain recipe."""
+    model, adapter, training = settings["model"], settings["adapter"], settings["training"]
+    given = [
+        ("adapters begin at", adapter["init_lora_weights"] if adapter["init_lora_weights"] is not True else None),
+        ("DoRA", "yes" if adapter["use_dora"] else None),
+        ("dropout", f"{adapter['lora_dropout']:g}" if adapter["lora_dropout"] else None),
+        ("LoRA+ ratio", f"{training['loraplus_lr_ratio']:g}" if training["loraplus_lr_ratio"] != 1 else None),
+        ("new tokens", "yes, the tokenizer here has them" if model["new_tokens"] is not None else None),
+        ("head", "untied from embed_tokens" if model["untie_embeddings"] else None),
+        ("replay", f"{settings['data']['replay_share']:.0%} of the tokens"),
+        ("seed", str(training["seed"])),
+    ]
+    return [(name, value) for name, value in given if value is not None]
 
 
 def _data(story: Story) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ from steep.model.resolve import read_tokenizer, resolve
 _BITS_LIMITS = {"1": 0.005, "7": 0.02}
 """Bits per byte by which a file may be worse than the merged folder, by its `general.file_type` (f16, q8_0). In q8_0
 llama.cpp rounds the activations too: a model of 135M lost 0.0019."""
+_LOGITS_LIMITS = {"1": 0.05, "7": 0.15}
+"""Relative RMS. Real models had 0.0009 and 0.034 where transformers computes in fp32, and bf16 adds some."""
+_DIFFERING_LIMIT = 0.25
+"""Share of the texts: those that begin with a space, or are not composed, are cut otherwise by llama.cpp."""
 _MAX_TOKENS = 512  # of a text: its logits are kept, 4 bytes for each entry of the vocabulary
 _ROUNDING = {"F32": 1e-6, "F16": 2**-11, "Q8_0": 0.5 / 127 + 2**-11}  # of the largest value in a block of 32
 
@@ -74,9 +78,11 @@ def check_gguf(file: Path, model_folder: Path, texts: Sequence[str]) -> GgufChec
     Raises:
         UserError: the folder cannot be opened, or is none that has a GGUF file.
     """
+    problems = read_back(file, open_model(model_folder))
     if find_spec("llama_cpp") is None:
-        return GgufCheck("the file read back", read_back(file, open_model(model_folder)))
-    return _scored(file, model_folder, texts)
+        return GgufCheck("the file read back", problems)
+    scored = _scored(file, model_folder, texts)
+    return replace(scored, problems=problems + scored.problems)
 
 
 def read_back(file: Path, model: GgufModel) -> list[str]:
@@ -160,9 +166,14 @@ def _scored(file: Path, model_folder: Path, texts: Sequence[str]) -> GgufCheck:
     finally:
         judge.close()
     gap = (their_loss - our_loss) / math.log(2) / max(bytes_scored, 1)
+    kind, logit_error = judge.metadata["general.file_type"], math.sqrt(error / size) if size else math.nan
     remarks = [f"llama.cpp makes other tokens of {text[:60]!r}" for text in differing]
     problems = []
-    if not gap <= _BITS_LIMITS[judge.metadata["general.file_type"]]:  # a loss that is no number too
+    if len(differing) > _DIFFERING_LIMIT * len(texts):
+        problems.append(f"llama.cpp makes other tokens of {len(differing)} of {len(texts)} texts")
+    if not logit_error <= _LOGITS_LIMITS[kind]:  # nothing scored is no proof either
+        problems.append(f"logits in llama.cpp differ by {logit_error:.1%}")
+    if not gap <= _BITS_LIMITS[kind]:  # a loss that is no number too
         problems.append(f"the loss in llama.cpp is {gap:.4f} bits per byte higher")
     return GgufCheck(
         "llama.cpp",
@@ -172,5 +183,5 @@ def _scored(file: Path, model_folder: Path, texts: Sequence[str]) -> GgufCheck:
         our_loss / max(tokens, 1),
         their_loss / max(tokens, 1),
         gap,
-        math.sqrt(error / size) if size else 0.0,
+        logit_error,
     )

@@ -6,6 +6,7 @@ one layer of the base and of the adapter.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -192,6 +193,13 @@ class Merger:
                 f"input and output have {rows[self._table]} and {rows[self._head]} tokens",
                 "Train both embeddings when the vocabulary grows.",
             )
+
+    @property
+    def config(self) -> Any:
+        """The config that the merged model will have, as far as the merge changes it."""
+        config = copy.deepcopy(self._resolved.config)
+        config.vocab_size, config.tie_word_embeddings = self._shapes[self._table][0], self.tied
+        return config
 
     def _write_config(self, folder: Path) -> None:
         """The checkpoint's own file, in the form that other readers know, with what the merge changes."""

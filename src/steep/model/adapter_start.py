@@ -137,7 +137,10 @@ def _layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
 
 
 def _put(layer: Any, adapter: str, matrix: torch.Tensor) -> None:
+    """Let s·BA be the best approximation of `matrix`. Where it has no more directions, A stays random and B zero, as
+    in plain LoRA: with both at zero neither would ever get a gradient."""
     b, a = best_factors(matrix, layer.r[adapter])
-    root = layer.scaling[adapter] ** 0.5
+    root, there = layer.scaling[adapter] ** 0.5, a.norm(dim=1) > 0
     layer.lora_B[adapter].weight.data.copy_(b / root)
-    layer.lora_A[adapter].weight.data.copy_(a / root)
+    own = layer.lora_A[adapter].weight.data
+    own.copy_(torch.where(there[:, None], (a / root).to(own.dtype), own))

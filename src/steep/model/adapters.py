@@ -129,7 +129,7 @@ def add_adapters(
         raise UserError("adapter.r", f"{r} is not a rank", "Give a number above 0, such as 256.")
     if trained_dtype not in ("fp32", "bf16"):
         raise UserError("model.trained_dtype", f"{trained_dtype!r} cannot be trained", "Give fp32 or bf16.")
-    check_start(init_lora_weights, use_dora)
+    check_start(init_lora_weights, use_dora, lora_dropout)
     shapes = targeted(linear_shapes(model), target_modules)
     check_embeddings(model, modules_to_save)
     lowered = lowered_ranks(shapes, r)
@@ -183,11 +183,11 @@ def _wrapped(model: Any, config: LoraConfig, trained_dtype: str) -> PeftModel:
     return peft_model
 
 
-def check_start(init_lora_weights: bool | str, use_dora: bool) -> None:
+def check_start(init_lora_weights: bool | str, use_dora: bool, lora_dropout: float) -> None:
     """Check that LoRA's beginning is one that steep has.
 
     Raises:
-        UserError: another of PEFT's, or one that excludes DoRA.
+        UserError: another of PEFT's, or one that excludes DoRA or dropout.
     """
     field = "adapter.init_lora_weights"
     if init_lora_weights not in (True, "pissa", "loftq"):
@@ -200,6 +200,12 @@ def check_start(init_lora_weights: bool | str, use_dora: bool) -> None:
             "adapter.use_dora",
             f"DoRA's lengths are those of the stock weights, and {init_lora_weights} begins elsewhere",
             "Give one of the two.",
+        )
+    if lora_dropout and init_lora_weights == "pissa":
+        raise UserError(
+            "adapter.lora_dropout",
+            "PiSSA takes back what it put in, and dropout would drop other parts of the two",
+            "Set lora_dropout: 0, or leave init_lora_weights out.",
         )
 
 

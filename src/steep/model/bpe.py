@@ -1,8 +1,8 @@
 """The BPE model inside a tokenizer, and how it grows: new entries with merges that come after all the old ones.
 
 Old merges have the lower ranks, so a text is first cut as before; then new merges join what lies side by side. A text
-that holds no new token keeps its ids, no text loses or gains a character, and every new token is an ordinary one:
-nothing is matched before the tokenizer's own normaliser and pre-tokeniser have run, as added tokens are.
+that holds no piece of a new token keeps its ids, no text loses or gains a character, and every new token is an ordinary
+one: nothing is matched before the tokenizer's own normaliser and pre-tokeniser have run, as added tokens are.
 """
 
 from __future__ import annotations

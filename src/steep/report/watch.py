@@ -54,7 +54,7 @@ class LivePage:
         started, problem = time.monotonic(), None
         try:
             self._runs = read_runs(self._paths)
-        except UserError as error:
+        except (UserError, OSError, UnicodeDecodeError) as error:  # a file may be replaced while it is read
             problem = str(error)
             self._runs = self._runs or [Run(path, label) for path, label in zip(self._paths, self._labels, strict=True)]
         data = page_data(self._runs) | {"problem": problem}
@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         # A page of another site whose name was made to point here would send its own name (DNS rebinding).
-        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in _NAMES:
+        if _host_name(self.headers.get("Host", "")) not in _NAMES:
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", "This page is served to this machine only.\n")
             return
         address = urlsplit(self.path)
@@ -138,11 +138,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")
-        self.end_headers()
         try:
+            self.end_headers()
             self.wfile.write(body)
         except (BrokenPipeError, ConnectionResetError):  # the browser went away
             self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
         """A line for each request would bury everything else."""
+
+
+def _host_name(host: str) -> str | None:
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None

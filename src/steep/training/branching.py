@@ -45,7 +45,7 @@ class Branching(ExactCheckpoints):
     @property
     def goes_on_with_rows(self) -> bool:
         """Whether this is a branch over its parent's text."""
-        return self.branch is not None and self.branch.fingerprint == self.fingerprint
+        return self.branch is not None and self.fingerprint is not None and self.branch.fingerprint == self.fingerprint
 
     @property
     def data_start(self) -> int:

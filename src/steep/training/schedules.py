@@ -90,7 +90,7 @@ class Schedule:
 
 
 def _fallen(high: float, low: float, shape: str, progress: float) -> float:
-    return high - (high - low) * FALLS[shape](progress)
+    return low if progress >= 1 else high - (high - low) * FALLS[shape](progress)  # exactly: a branch begins there
 
 
 def check_schedule(args: TrainingArguments, *, branch: bool = False, section: str = "") -> None:
@@ -191,7 +191,7 @@ def schedule_of(
         raise UserError(
             "--branch", "the rate of the checkpoint is 0", f"Warm up again: set {section}warmup_steps, such as 0.05."
         )
-    if decay and stable < args.min_lr_rate:
+    if decay and stable < args.min_lr_rate * (1 - 1e-9):  # transformers' own schedules end within rounding
         raise UserError(
             f"{section}min_lr_rate",
             f"the decay would raise the rate: it begins at {stable:g} of the peak and ends at {args.min_lr_rate:g}",
