@@ -75,8 +75,8 @@ def watch(paths: Sequence[Path], port: int = 0, said: Callable[[str], None] = pr
     """
     plot_library()  # before the address is told, so that a missing package is
     server = make_server(paths, port)
-    said(f"http://{ADDRESS}:{server.server_port}/")
     try:
+        said(f"http://{ADDRESS}:{server.server_port}/")  # from here on Ctrl-C is the way to end it
         server.serve_forever()
     except KeyboardInterrupt:
         pass
