@@ -146,7 +146,7 @@ def test_final_opens_by_the_lines_in_its_readme(finished: Finished) -> None:
             got = opened(tokens.to(opened.device)).logits.cpu()
         # The lines compute as the run does: on a GPU in bf16.
         close = {"rtol": 1e-6, "atol": 1e-6} if opened.device.type == "cpu" else {"rtol": 0.05, "atol": 0.3}
-        torch.testing.assert_close(got.float(), expected.float(), **close)
+        torch.testing.assert_close(got.float(), expected.float(), rtol=close["rtol"], atol=close["atol"])
         base: Any = opened.get_base_model()
         assert (base.get_output_embeddings().weight is base.get_input_embeddings().weight) is finished.tied
 

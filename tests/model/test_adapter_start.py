@@ -244,6 +244,6 @@ def test_a_layer_without_directions_still_trains(base: Path) -> None:
     before = logits(model)
     peft_model = add_adapters(model, r=8, init_lora_weights="pissa")
     assert difference(logits(peft_model), before) < 1e-5
-    layer = peft_model.get_base_model().get_submodule("model.layers.0.mlp.down_proj")
+    layer: Any = peft_model.get_base_model().get_submodule("model.layers.0.mlp.down_proj")
     train(peft_model)
     assert layer.lora_B[ADAPTER].weight.abs().max() > 0  # pyright: ignore[reportIndexIssue, reportCallIssue]
