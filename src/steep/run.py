@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -147,7 +148,7 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
     if before:
         terminal.show(board(before, after, plan.corpus.roles))
         if plan.branch is not None:
-            at_parent = _scores_at(folder, plan.first_step)
+            at_parent = _scores_at(folder.read_lines("evaluation.jsonl"), plan.first_step)
             terminal.show(board(at_parent, after, plan.corpus.roles, title=f"{plan.branch.name} → branch"))
     terminal.say(_proof_line(proof))
     terminal.say(f"result: {folder.final}")
@@ -209,14 +210,10 @@ def evaluate_run(
         stride=config.evaluation.stride,
         autocast_dtype=mixed_precision(config),
     )
-    max_tokens, vocabulary = config.evaluation.max_tokens, plan.vocabulary
-    if vocabulary is None:
-        with base_model(model):
-            base = score(plan.corpus.heldout, max_tokens=max_tokens)
-    else:
-        with base_model(model, vocabulary.ids_before):
-            base = score(vocabulary.base_documents(plan.corpus, max_tokens), max_tokens=None)
-    trained = score(plan.corpus.heldout, max_tokens=max_tokens, step=plan.last_step)
+    documents, max_tokens = _documents_of_the_base(plan)
+    with _untouched_base(model, plan):
+        base = score(documents, max_tokens=max_tokens)
+    trained = score(plan.corpus.heldout, max_tokens=config.evaluation.max_tokens, step=plan.last_step)
     terminal.show(board(base, trained, plan.corpus.roles))
     return base, trained
 
@@ -259,7 +256,7 @@ def plan_again(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Plan
             progress,
             branch=branch_of(folder),
             commits=streamed_commits(folder),
-            grown_tokenizer=None if config.model.new_tokens is None else folder.tokenizer,
+            grown_tokenizer=folder.tokenizer,
         )
 
 
@@ -332,14 +329,9 @@ def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:
         # eval` has only the base itself to compare with.
         if step > 0:
             trainer.evaluate()
-        elif plan.vocabulary is None:
-            with base_model(trainer.model):
-                trainer.evaluate()
         else:
-            with base_model(trainer.model, plan.vocabulary.ids_before):
-                trainer.evaluate_documents(
-                    plan.vocabulary.base_documents(trainer.corpus, settings.max_tokens), max_tokens=None
-                )
+            with _untouched_base(trainer.model, plan):
+                trainer.evaluate_documents(*_documents_of_the_base(plan))
         if not any(isinstance(callback, _Recorder) for callback in trainer.callback_handler.callbacks):
             _record_scores(folder, trainer.evaluations[-1], trainer.corpus.roles)
     if settings.prompts and missing("samples.jsonl"):
@@ -354,6 +346,20 @@ def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:
                 autocast_dtype=trainer.autocast_dtype,
             )
         folder.append("samples.jsonl", samples)
+
+
+def _untouched_base(model: Any, plan: Plan) -> AbstractContextManager[None]:
+    """Lets `model` compute what the base does, without the rows of new tokens."""
+    return base_model(model, None if plan.vocabulary is None else plan.vocabulary.ids_before)
+
+
+def _documents_of_the_base(plan: Plan) -> tuple[Mapping[str, Sequence[Any]], int | None]:
+    """What the untouched base is scored on, and how many tokens of each domain: with new tokens the same documents, as
+    its own tokenizer reads them."""
+    max_tokens = plan.config.evaluation.max_tokens
+    if plan.vocabulary is None:
+        return plan.corpus.heldout, max_tokens
+    return plan.vocabulary.base_documents(plan.corpus, max_tokens), None
 
 
 def _measure_parent(trainer: Trainer, folder: RunFolder, plan: Plan, terminal: Terminal) -> None:
@@ -373,11 +379,11 @@ def _record_scores(folder: RunFolder, scores: list[DomainScore], roles: Any) -> 
 def first_and_last(folder: RunFolder) -> tuple[list[DomainScore], list[DomainScore]]:
     """The held-out scores before and after training, as the run recorded them; empty if it held nothing out."""
     rows = folder.read_lines("evaluation.jsonl")
-    return (_scores_at(folder, rows[0]["step"]), _scores_at(folder, rows[-1]["step"])) if rows else ([], [])
+    return (_scores_at(rows, rows[0]["step"]), _scores_at(rows, rows[-1]["step"])) if rows else ([], [])
 
 
-def _scores_at(folder: RunFolder, step: int) -> list[DomainScore]:
-    return [DomainScore.from_dict(row) for row in folder.read_lines("evaluation.jsonl") if row["step"] == step]
+def _scores_at(rows: Sequence[Mapping[str, Any]], step: int) -> list[DomainScore]:
+    return [DomainScore.from_dict(row) for row in rows if row["step"] == step]
 
 
 def finished(run_dir: str | Path) -> tuple[RunConfig, RunFolder]:
