@@ -151,6 +151,7 @@ class _Export:
             check_convertible(merger.config, plan.tokenizer)
         self._refuse_other_text(plan)
         kinds = _kinds(config, plan, base, merger.stored_quantised)
+        exact = kinds[0]
         # A GGUF export adds a file of 16 bits a weight and one of 8.5.
         _check_disk(self._output, int(merger.num_bytes * (len(kinds) + (1.6 if form == "gguf" else 0))))
         documents, text = _documents(plan)
@@ -172,7 +173,6 @@ class _Export:
         del model
         free_memory()
         self._refuse_other_model(trained)
-        exact: Kind = "dequantised" if plan.base in ("nf4", "int8") else "original"
         measured: dict[Kind, Measured] = {}
         with published(self._output) as staging:
             for kind in kinds:
@@ -183,7 +183,7 @@ class _Export:
                 measured[kind] = measure_folder(staging / kind, trained, documents, **opened, **how)
             gaps: dict[Kind, Gap] = {kind: compare(trained, found) for kind, found in measured.items()}
             terminal.show(gate_table(trained.scores, {kind: found.scores for kind, found in measured.items()}))
-            if exact in gaps and (problem := gaps[exact].problem(may_fall=plan.base == "int8")):
+            if problem := gaps[exact].problem(may_fall=plan.base == "int8"):
                 raise RunError(
                     f"the merged model is not the trained one: {problem}. Nothing was written to {self._output}. "
                     "Please report this, with the run file"
@@ -266,7 +266,7 @@ class _Export:
 
 
 def _kinds(config: RunConfig, plan: Plan, base: str, stored_quantised: bool) -> list[Kind]:
-    """The bases to merge into and measure.
+    """The bases to merge into and measure: first the one that was trained over, which proves the merge.
 
     Raises:
         UserError: the original is asked for where there is none, or where it cannot be right.
@@ -278,7 +278,7 @@ def _kinds(config: RunConfig, plan: Plan, base: str, stored_quantised: bool) -> 
     elif config.adapter.init_lora_weights == "loftq":
         reason = "a LoftQ adapter holds the quantisation's correction, which the original does not need"
     else:
-        return ["dequantised", "original"]  # the first also where the second is asked for: it proves the merge
+        return ["dequantised", "original"]
     if base == "original":
         raise UserError("--base", reason, "Leave it at auto: merge into the dequantised base.")
     return ["dequantised"]
