@@ -74,13 +74,12 @@ class Terminal:
     @contextmanager
     def tokenising(self) -> Iterator[Tokenised]:
         """Gives a callback for documents and bytes done so far, and the budget of the source that is read."""
-        started, last = time.monotonic(), time.monotonic()
-        begun = before = started  # when the budget under way began, when the last call came
+        begun = before = started = time.monotonic()  # the budget under way, the last call, all of it
         tokens = 0
-        with self._bar("tokenising", None) as update:
+        with self._counting("tokenising") as show:
 
             def progress(documents: int, num_bytes: int, budget: Budget | None) -> None:
-                nonlocal last, begun, before, tokens
+                nonlocal begun, before, tokens
                 now = time.monotonic()
                 rate = num_bytes / 1e6 / max(now - started, 1e-9)
                 text = f"{documents:,} documents, {num_bytes / 1e6:.1f} MB, {rate:.1f} MB/s"
@@ -90,11 +89,7 @@ class Terminal:
                 if budget is not None:
                     left = (budget.limit - tokens) * (now - begun) / tokens
                     text += f", {tokens:,} of {budget.limit:,} tokens, about {left:.0f} s left"
-                if update is not None:
-                    update(text, None)
-                elif time.monotonic() - last > _PLAIN_SECONDS:
-                    last = time.monotonic()
-                    self.say(f"tokenising: {text}")
+                show(text)
 
             yield progress
 
@@ -133,19 +128,24 @@ class Terminal:
     @contextmanager
     def merging(self) -> Iterator[Callable[[int, int], None]]:
         """Gives a callback for the bytes written so far, and all that will be."""
-        last = time.monotonic()
-        with self._bar("merging", None) as update:
+        with self._counting("merging") as show:
+            yield lambda done, total: show(f"{human_bytes(done)} of {human_bytes(total)}")
 
-            def progress(done: int, total: int) -> None:
+    @contextmanager
+    def _counting(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Gives a callback for a text that says how far something has come."""
+        last = time.monotonic()
+        with self._bar(name, None) as update:
+
+            def show(text: str) -> None:
                 nonlocal last
-                text = f"{human_bytes(done)} of {human_bytes(total)}"
                 if update is not None:
                     update(text, None)
                 elif time.monotonic() - last > _PLAIN_SECONDS:
                     last = time.monotonic()
-                    self.say(f"merging: {text}")
+                    self.say(f"{name}: {text}")
 
-            yield progress
+            yield show
 
     @contextmanager
     def _bar(self, name: str, total: int | None, done: int = 0) -> Iterator[Callable[[str, int | None], None] | None]:
