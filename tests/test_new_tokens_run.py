@@ -23,6 +23,8 @@ from steep.plan import plan_run
 from steep.run import evaluate_run, generate_run, train_run
 from steep.terminal import plan_tables
 from steep.training.trainer import Trainer
+from tests import test_run
+from tests.test_run import lines
 from tests.tiny import documents, save_tiny, sentencepiece_tokenizer, tiny_tokenizer
 
 NEW = 40
@@ -48,9 +50,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_file(model: Path, corpus: Path, folder: Path, /, **sections: dict[str, Any]) -> RunConfig:
-    given: dict[str, dict[str, Any]] = {
-        "model": {"name": str(model), "base": "fp32", "new_tokens": {"auto": NEW}},
-        "adapter": {"r": 8},
+    own: dict[str, dict[str, Any]] = {
+        "model": {"new_tokens": {"auto": NEW}},
         "data": {
             "sources": [
                 {"path": str(corpus / "ko.jsonl")},
@@ -58,24 +59,12 @@ def run_file(model: Path, corpus: Path, folder: Path, /, **sections: dict[str, A
                 {"path": str(corpus / "old.jsonl"), "role": "heldout"},
                 {"path": str(corpus / "ko-test.jsonl"), "role": "heldout", "domain": "ko"},
             ],
-            "max_length": 64,
             "holdout": 0.0,
             "replay_share": 0.2,
         },
-        "training": {
-            "output_dir": str(folder),
-            "max_steps": 6,
-            "gradient_accumulation_steps": 1,
-            "learning_rate": 1e-2,
-            "save_steps": 3,
-        },
-        "evaluation": {"prompts": ["the river", "강물이"], "max_new_tokens": 4},
     }
-    return parse_config({name: {**section, **sections.get(name, {})} for name, section in given.items()})
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    given = {name: {**own.get(name, {}), **sections.get(name, {})} for name in own | sections}
+    return test_run.run_file(model, corpus, folder, **given)
 
 
 def read(file: Path) -> Any:
