@@ -103,6 +103,7 @@ def test_the_original_is_obeyed_and_its_rise_said(
     result = export_run(runs("nf4"), tmp_path / "out", base="original", terminal=terminal)
     assert (result["base"], set(result["gaps"])) == ("original", {"original", "dequantised"})
     assert any(line.startswith("warning: merged into the 16-bit original the model is worse") for line in said)
+    assert not any("the better of the two" in line for line in said)  # it was asked for, not chosen
     assert "**The merged model is worse" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 

@@ -200,7 +200,9 @@ class _Export:
             for left in kinds:
                 shutil.rmtree(staging / left)
             write_card(staging, self._base, self._story, form=form, gated=gated, name=self._name, checks=checks)
-        self._say_what_was_kept(kept, gaps, exact)
+        if base == "auto" and len(gaps) > 1:
+            terminal.say(f"merged into the {kept} base: the better of the two")
+        self._warn_of_a_rise(kept, gaps[kept], exact)
         return {"base": kept, "gaps": {kind: found.bits_per_byte for kind, found in gaps.items()}}
 
     def _refuse_other_text(self, plan: Plan) -> None:
@@ -248,14 +250,11 @@ class _Export:
             self._terminal.say(f"{file.name}: {said[file.name]}")
         return said
 
-    def _say_what_was_kept(self, kept: Kind, gaps: Mapping[Kind, Gap], exact: Kind) -> None:
-        if len(gaps) > 1:
-            self._terminal.say(f"merged into the {kept} base: the better of the two")
-        rise = gaps[kept].rise
-        if kept != exact and not rise <= BITS_LIMIT:
+    def _warn_of_a_rise(self, kept: Kind, gap: Gap, exact: Kind) -> None:
+        if kept != exact and not gap.rise <= BITS_LIMIT:
             self._terminal.warn(
-                f"merged into the 16-bit original the model is worse by up to {rise:.4f} bits per byte: the adapter "
-                "has learned to correct the quantisation that it was trained over. --base auto measures the "
+                f"merged into the 16-bit original the model is worse by up to {gap.rise:.4f} bits per byte: the "
+                "adapter has learned to correct the quantisation that it was trained over. --base auto measures the "
                 "dequantised base too, and keeps the better."
             )
 
