@@ -254,7 +254,9 @@ def test_places_that_cannot_be(
     branch: Path, parent: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path
 ) -> None:
     config = branch_file(llama_folder, korean_corpus, parent)
-    with pytest.raises(UserError, match=r"^training\.output_dir: .* holds another run"):
+    with pytest.raises(
+        UserError, match=r"^training\.output_dir: .* holds another run\. A branch has a folder of its own"
+    ):
         train_run(config, branch=parent / "checkpoint-3")
     with pytest.raises(UserError, match=r"^--branch: it begins a run, and --resume goes on with one"):
         train_run(config, branch=parent / "checkpoint-3", resume=True)

@@ -170,6 +170,34 @@ def test_a_missing_file(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
+def test_a_run_folder_in_place_of_its_file(file: Path) -> None:
+    with pytest.raises(UserError, match=rf"is no file\. The file of that run is {file}"):
+        load_config(file.parent)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.name", ""], r"model\.name: '' is not valid\. Give a text"),
+        (
+            ["--model.new_tokens", "auto"],
+            r"model\.new_tokens: 'auto' is not valid\. Say how many: .*new_tokens\.auto 2000",
+        ),
+    ],
+)
+def test_values_that_say_too_little(words: list[str], message: str, file: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(file, words)
+    assert load_config(file, ["--model.new_tokens.auto", "2000"]).model.model_dump()["new_tokens"] == {"auto": 2000}
+
+
+def test_init_looks_for_a_model_that_can_only_be_a_path(file: Path, tmp_path: Path) -> None:
+    for name in (str(tmp_path / "none"), "models/none.gguf", "./none"):
+        with pytest.raises(UserError, match=f"--model: there is no {name}"):
+            init_run(name, [str(file)], tmp_path / "new.yaml")
+    assert not (tmp_path / "new.yaml").exists()
+
+
 def test_a_bare_no_is_a_strategy(file: Path) -> None:
     assert load_config(file, ["--training.save_strategy", "no"]).training.further == {"save_strategy": "no"}
 

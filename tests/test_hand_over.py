@@ -190,6 +190,7 @@ def test_an_adapter_opens_in_peft(runs: Runs, tmp_path: Path, spoken: tuple[Term
     for score in evaluate(opened, plan_run(config).corpus.heldout, max_length=64):
         assert score.loss == pytest.approx(rows[score.domain]["loss"], rel=1e-5)  # fp32
     assert any("vLLM and llama.cpp refuse" in line for line in said)
+    assert any(line.startswith("warning: The base model, model-fp32, was a local one") for line in said)
     for file in (tmp_path / "out").iterdir():
         if file.suffix in (".json", ".md"):
             assert str(tmp_path.parent.parent) not in file.read_text(encoding="utf-8")

@@ -23,6 +23,7 @@ from steep.plan import plan_run
 from steep.run import evaluate_run, generate_run, train_run
 from steep.terminal import plan_tables
 from steep.training.trainer import Trainer
+from steep.vocabulary import warnings
 from tests import test_run
 from tests.test_run import lines
 from tests.tiny import documents, save_tiny, sentencepiece_tokenizer, tiny_tokenizer
@@ -253,7 +254,7 @@ def test_a_file_of_tokens(words: Path, llama_folder: Path, corpus: Path, tmp_pat
         corpus,
         tmp_path / "run",
         model={"new_tokens": str(words)},
-        training={"max_steps": 1},
+        training={"max_steps": 1, "warmup_steps": 0},
         evaluation={"prompts": []},
     )
     train_run(config)
@@ -283,6 +284,12 @@ def test_words_that_the_text_lacks_are_told(llama_folder: Path, corpus: Path, tm
     config = run_file(llama_folder, corpus, tmp_path / "run", model={"new_tokens": str(words)})
     (warning,) = [warning for warning in plan_run(config).warnings if "do not occur" in warning]
     assert "their rows will learn nothing" in warning and "with a space (or ▁) in front" in warning
+
+
+def test_learned_tokens_that_others_used_up_are_told_otherwise() -> None:
+    figures = {"learned": True, "asked": 4, "added": 4, "unseen": 2, "unseen_examples": [" ab", "cd"]}
+    (warning,) = warnings(figures)
+    assert "' ab', 'cd'" in warning and "Longer tokens were made out of them" in warning and "file" not in warning
 
 
 def test_fewer_learned_than_asked_is_told(llama_folder: Path, corpus: Path, tmp_path: Path) -> None:

@@ -193,6 +193,29 @@ def test_resume_without_a_run(llama_folder: Path, korean_corpus: Path, tmp_path:
         train_run(run_file(llama_folder, korean_corpus, tmp_path / "none"), resume=True)
 
 
+def test_a_place_that_takes_no_file(llama_folder: Path, korean_corpus: Path) -> None:
+    """Also as root, whom permissions do not stop."""
+    with pytest.raises(UserError, match=r"^training\.output_dir: /proc cannot be written into: .*you may write"):
+        plan_run(run_file(llama_folder, korean_corpus, Path("/proc/runs/ko")))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "constant_with_warmup", "warmup_stable_decay", "polynomial"])
+def test_a_single_step_of_warmup_is_refused(kind: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    def plan(**training: Any) -> int:
+        kinds = {"lr_scheduler_type": kind, "max_steps": 1, **training}
+        return plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", training=kinds)).steps
+
+    if kind == "warmup_stable_decay":  # which has no room for it
+        with pytest.raises(UserError, match=r"decay_steps: the phases are longer than the 1 steps"):
+            plan()
+        return
+    with pytest.raises(UserError, match=r"^training\.warmup_steps: the run has one step"):
+        plan()
+    assert plan(warmup_steps=0) == plan(lr_scheduler_type="constant") == 1
+    if kind != "polynomial":
+        assert plan(warmup_lr_rate=0.1) == 1
+
+
 def test_nothing_held_out(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = train_run(run_file(llama_folder, korean_corpus, folder, data={"holdout": 0}))

@@ -52,7 +52,9 @@ class Learned(Section):
 class ModelSection(Section):
     """The base model, and in what it is kept and computed."""
 
-    name: str = Field(description="Hub name or local folder of a base (not instruct) model, or a .gguf file.")
+    name: str = Field(
+        min_length=1, description="Hub name or local folder of a base (not instruct) model, or a .gguf file."
+    )
     revision: str | None = Field(None, description="Commit, tag or branch on the hub.")
     base: Base = Field(
         "auto",
@@ -82,6 +84,8 @@ class ModelSection(Section):
     @field_validator("new_tokens", mode="before")
     @classmethod
     def _file_or_number(cls, value: Any) -> Any:
+        if value == "auto":
+            raise ValueError("say how many: new_tokens: {auto: 2000}, or --model.new_tokens.auto 2000")
         learned = isinstance(value, Mapping) and set(value) == {"auto"}
         number = value["auto"] if learned else None
         if isinstance(value, Learned | None) or (isinstance(value, str) and value):
@@ -301,9 +305,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(
-            "run file", f"{path} does not exist", "Write one with: steep init --model NAME --data FOLDER -o FILE"
-        )
+        remedy = "Write one with: steep init --model NAME --data FOLDER -o FILE"
+        if (path / "run.yaml").is_file():
+            remedy = f"The file of that run is {path / 'run.yaml'}"
+        raise UserError("run file", f"{path} {'is no file' if path.exists() else 'does not exist'}", remedy)
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except OSError as error:
@@ -371,7 +376,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
             if not isinstance(node, dict):
                 raise UserError(word, f"{parent} is given a value of its own too", "Give one of the two.")
         try:
-            node[last] = yaml.safe_load(value)
+            node[last] = yaml.safe_load(value) if value else ""
         except yaml.YAMLError as error:
             raise UserError(word, f"{value!r} is not valid YAML", "Quote it, or close its brackets.") from error
     return tree
@@ -427,6 +432,7 @@ _REMEDIES = {
     "literal_error": "Give one of {expected}.",
     "finite_number": "Give a finite number.",
     "too_short": "Give at least {min_length}.",
+    "string_too_short": "Give a text.",
     "list_type": "Write a list: [{given}].",
     "int_type": "Give a whole number.",
     "int_parsing": "Give a whole number.",

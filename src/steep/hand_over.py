@@ -16,7 +16,7 @@ from steep.evaluation.board import gate_table
 from steep.export.adapter import write_adapter
 from steep.export.adapter_weights import AdapterWeights
 from steep.export.base_weights import Kind
-from steep.export.card import ADAPTER_NOTE, Gated, Story, describe_base, write_card
+from steep.export.card import ADAPTER_NOTE, Gated, Story, describe_base, local_base_note, write_card
 from steep.export.gate import BITS_LIMIT, Gap, Measured, compare, free_memory, measure, measure_folder
 from steep.export.gguf import check_convertible, write_gguf
 from steep.export.gguf_check import check_gguf
@@ -135,6 +135,8 @@ class _Export:
             )
         if self._config.adapter.modules_to_save:
             self._terminal.warn(ADAPTER_NOTE)
+        if not self._base.on_hub:
+            self._terminal.warn(local_base_note(self._base))
         return {}
 
     def merged(self, form: str, base: str) -> dict[str, Any]:

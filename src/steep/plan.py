@@ -26,7 +26,7 @@ from steep.run_folder import RunFolder
 from steep.settings import embedding_rate, planned_epochs, planned_steps, training_arguments, uses_checkpointing
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
-from steep.training.schedules import Schedule, schedule_of
+from steep.training.schedules import Schedule, kind_of_schedule, schedule_of
 from steep.vocabulary import Vocabulary, grown, warnings
 
 # An adapter holds about 2 bits a parameter (Allen-Zhu & Li 2024), and a token of text teaches about 1 bit.
@@ -194,6 +194,8 @@ def plan_run(
         )
     steps = planned_steps(config, len(corpus.train))
     schedule = schedule_of(arguments, steps, start=branch.rate_factor if branch else None, section="training.")
+    if branch is None:  # which begins at a rate that it has
+        _refuse_warmup_alone(arguments, steps)
     tokens = training.per_device_train_batch_size * data.max_length
     memory = memory_by_item(
         shape, base=base, compute=compute, trained=model.trained_dtype, optim=training.optim, tokens=tokens,
@@ -219,6 +221,21 @@ def plan_run(
             f"{sum(disk.values()) / 2**30:.2f}: lower training.save_total_limit, or give another output_dir."
         )
     return plan
+
+
+def _refuse_warmup_alone(arguments: TrainingArguments, steps: int) -> None:
+    """Check that a step has a rate above 0: a warm-up from 0 begins with one that trains nothing.
+
+    Raises:
+        UserError: the run's only step is that one.
+    """
+    constant = kind_of_schedule(arguments) == "constant"
+    if steps == 1 and arguments.get_warmup_steps(steps) and not (constant or arguments.warmup_lr_rate):
+        raise UserError(
+            "training.warmup_steps",
+            "the run has one step, and a warm-up begins at a rate of 0: nothing would train",
+            "Set warmup_steps: 0, or train more steps.",
+        )
 
 
 def _check_adapter(config: RunConfig, base: str, resolved: ResolvedModel) -> None:

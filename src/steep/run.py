@@ -79,7 +79,7 @@ def train_run(
             parent.verify()
     else:
         parent = begin_branch(branch, config) if branch is not None else None
-        folder.refuse_contents()
+        folder.refuse_contents(branch=parent is not None)
     begun = begun_tokenizer(config, folder if resume else None, parent)
     commits = streamed_commits(folder) if resume else commits_of_parent(parent, config) if parent else None
     with terminal.tokenising() as progress:
@@ -96,7 +96,7 @@ def train_run(
         if resume:
             refuse_other_inputs(folder, plan)
         else:
-            folder.refuse_contents()
+            folder.refuse_contents(branch=parent is not None)
         return _train(plan, folder, terminal, resume)
 
 
@@ -121,7 +121,12 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
     done = int(found[-1].name.removeprefix("checkpoint-")) if found else plan.first_step
     if resume:
         folder.rewind(done)
-        terminal.say(f"going on from {found[-1]}" if found else f"there is no checkpoint yet: starting at step {done}")
+        if done == plan.last_step:
+            terminal.say(f"all {plan.steps} steps are done already: only the result is written again")
+        else:
+            terminal.say(
+                f"going on from {found[-1]}" if found else f"there is no checkpoint yet: starting at step {done}"
+            )
     if not found:
         terminal.say("scoring held-out text with the base model")
         _measure(trainer, folder, plan)
@@ -396,7 +401,11 @@ def finished(run_dir: str | Path) -> tuple[RunConfig, RunFolder]:
     if not (folder / "run.yaml").is_file():
         raise UserError("run folder", f"{folder.path} holds no run", "Give the output_dir of a run, such as runs/ko.")
     if not folder.final.is_dir():
-        raise UserError("run folder", f"{folder.path} is not finished", "Finish it with: steep train FILE --resume")
+        raise UserError(
+            "run folder",
+            f"{folder.path} is not finished",
+            f"Finish it with: steep train {folder / 'run.yaml'} --resume",
+        )
     return parse_config(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))), folder
 
 

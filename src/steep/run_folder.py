@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -61,8 +62,11 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
-    def refuse_contents(self, field: str = "training.output_dir") -> None:
+    def refuse_contents(self, field: str = "training.output_dir", *, branch: bool = False) -> None:
         """Check that nothing is lost when a new run takes the folder.
+
+        Args:
+            branch: the run is a branch of another.
 
         Raises:
             UserError: there is something in it already, or it cannot be a folder of ours.
@@ -70,23 +74,26 @@ class RunFolder:
         self.check_place(field)
         if self.path.exists() and any(self.path.iterdir()):
             what = "holds another run" if (self / "run.yaml").exists() else "is not empty"
-            raise UserError(
-                field,
-                f"{self.path} {what}",
-                "Give another folder, or go on with that run: --resume.",
-            )
+            remedy = f"A branch has a folder of its own: --training.output_dir {self.path}-branch."
+            if not branch:
+                remedy = "Give another folder, or go on with that run: --resume."
+            raise UserError(field, f"{self.path} {what}", remedy)
 
     def check_place(self, field: str = "training.output_dir") -> None:
         """Check that the folder can be made, or written into.
 
         Raises:
-            UserError: a file stands there, or a folder above cannot be written into.
+            UserError: a file stands there, or the folder cannot be written into.
         """
         place = self._standing_place()
         if not place.is_dir():
             raise UserError(field, f"{place} is a file", "Give a folder.")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise UserError(field, f"{place} cannot be written into", "Give a folder you may write.")
+        try:  # permissions alone say nothing of a read-only file system, nor to root
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            problem = f"{place} cannot be written into: {error.strerror}"
+            raise UserError(field, problem, "Give a folder you may write.") from error
 
     def free_bytes(self) -> int:
         """Room on the disk that the folder is, or will be, on."""

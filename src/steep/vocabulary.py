@@ -43,6 +43,7 @@ class Vocabulary:
         tokenizer: with the new tokens. original: the model's own.
         folder: where the grown one is kept, with the list of the new tokens.
         before: the sources as the original reads them.
+        learned: whether the tokens are learned from the text; else they come from a file.
         asked: how many tokens were asked for; a file's words, or `auto`. tokens: the new ones, as text, by id.
     """
 
@@ -50,6 +51,7 @@ class Vocabulary:
     original: Any
     folder: Path
     before: list[TokenizedSource]
+    learned: bool
     asked: int
     tokens: dict[int, str]
 
@@ -96,6 +98,7 @@ class Vocabulary:
             )
         unseen = self.unseen(corpus)
         return {
+            "learned": self.learned,
             "asked": self.asked,
             "added": len(self.tokens),
             "unseen": len(unseen),
@@ -121,10 +124,14 @@ def warnings(figures: Mapping[str, Any]) -> list[str]:
             f"join pieces that stand side by side fewer than {MIN_COUNT} times."
         )
     if figures["unseen"] > _MANY_UNSEEN * figures["added"]:
+        advice = (
+            "Longer tokens were made out of them; ask for fewer, or give more text."
+            if figures["learned"]
+            else "In a file of tokens, a word that stands behind a space is written with a space (or ▁) in front."
+        )
         found.append(
             f"{figures['unseen']:,} of {figures['added']:,} new tokens do not occur in the text that is trained, such "
-            f"as {', '.join(map(repr, figures['unseen_examples']))}: their rows will learn nothing. In a file of "
-            "tokens, a word that stands behind a space is written with a space (or ▁) in front."
+            f"as {', '.join(map(repr, figures['unseen_examples']))}: their rows will learn nothing. {advice}"
         )
     return found
 
@@ -164,7 +171,8 @@ def grown(
         kept = _make(bpe, original, words, new_tokens, before, data)
     record = _record(kept)
     tokens = {item["id"]: item["text"] for item in record["tokens"]}
-    return Vocabulary(read_tokenizer_folder(kept), original, kept, before, record["asked"], tokens)
+    learned = isinstance(new_tokens, int)
+    return Vocabulary(read_tokenizer_folder(kept), original, kept, before, learned, record["asked"], tokens)
 
 
 def _make(

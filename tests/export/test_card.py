@@ -83,8 +83,10 @@ def gated(kind: Kind, merged: float) -> Gated:
     return Gated(kind, kind == "dequantised", compare(ours, theirs), ours, theirs, other, "the run's held-out text")
 
 
-def card(folder: Path, base: Base, form: str, gate: Gated | None = None, **given: Any) -> ModelCard:
-    write_card(folder, base, story(), form=form, gated=gate, name="ada/ko", **given)
+def card(
+    folder: Path, base: Base, form: str, gate: Gated | None = None, told: Story | None = None, **given: Any
+) -> ModelCard:
+    write_card(folder, base, told or story(), form=form, gated=gate, name="ada/ko", **given)
     return ModelCard.load(folder / "README.md")
 
 
@@ -110,6 +112,7 @@ def test_recipe_text_figures_ledger_gate_and_versions(tmp_path: Path) -> None:
         "nf4, computed in bf16",
         "| corpus.jsonl | ko | train | 12 | 3,456 |",
         "| wiki/pedia | ko | replay | 12 | 3,456 |",
+        "| replay | 5% of the tokens |",
         "4,999 were trained at least once",
         "16 rows were in steps that were not applied. All sums agree.",
         "NVIDIA H100 with Python 3.12.1, torch 2.13.0, peft 0.21.2",
@@ -129,6 +132,18 @@ def test_a_loss_by_the_merge_is_said_loudly(tmp_path: Path) -> None:
     assert "worse" not in card(tmp_path, HUB, "merged", gated("original", 1.7549)).text
 
 
+def test_no_replay_is_stated_where_there_is_none(tmp_path: Path) -> None:
+    told = story()
+    told.plan["data"]["sources"][1]["role"] = "train"
+    assert "| replay |" not in card(tmp_path, HUB, "merged", told=told).text
+
+
+@pytest.mark.parametrize(("start", "stated"), [("pissa", True), ("loftq", False), (True, False)])
+def test_a_pissa_adapter_is_saved_with_twice_the_rank(start: bool | str, stated: bool, tmp_path: Path) -> None:
+    text = card(tmp_path, HUB, "adapter", told=story(init_lora_weights=start)).text
+    assert "r 8, alpha 16" in text and ("| rank as saved | 16: r trained, and r that take" in text) is stated
+
+
 @pytest.mark.parametrize("grew", [True, False])
 def test_an_adapter_says_how_it_opens_and_who_refuses_it(grew: bool, tmp_path: Path) -> None:
     made = card(tmp_path, HUB, "adapter", vocabulary_grew=grew)
@@ -136,6 +151,7 @@ def test_an_adapter_says_how_it_opens_and_who_refuses_it(grew: bool, tmp_path: P
     assert 'PeftModel.from_pretrained(base, "ada/ko")' in made.text
     assert ("base.resize_token_embeddings(len(tokenizer), mean_resizing=False)" in made.text) is grew
     assert "vLLM and llama.cpp refuse adapters with trained embeddings" in made.text
+    assert "local one" not in made.text
 
 
 def test_a_gguf_card(tmp_path: Path) -> None:
@@ -153,3 +169,4 @@ def test_a_local_base_is_called_by_its_last_name(tmp_path: Path) -> None:
     made = card(tmp_path, base, "merged")
     assert made.data.to_dict()["license_name"] == "ours" and "base_model" not in made.data.to_dict()
     assert "private" not in made.content
+    assert "The base model, tiny-llama, was a local one" in card(tmp_path, base, "adapter").text

@@ -62,6 +62,13 @@ def test_a_hub_name_offline(name: str) -> None:
         resolve(name)
 
 
+def test_a_misspelt_folder_that_could_be_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "tiny-llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"Did you mean 'models/tiny-llama'\?"):
+        resolve("models/tiny-lama")
+
+
 def test_a_missing_gguf_file() -> None:
     with pytest.raises(UserError, match=r"there is no file models/x\.gguf"):
         resolve("models/x.gguf")

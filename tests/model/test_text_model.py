@@ -85,10 +85,10 @@ def test_the_line_of_the_refusal_writes_a_folder_that_trains(
     assert torch.equal(logits, whole_logits)
     assert logits.float().std() > 0.01
 
-    training = {"output_dir": str(tmp_path / "run"), "max_steps": 1, "gradient_accumulation_steps": 1}
+    training = {"output_dir": str(tmp_path / "run"), "max_steps": 2, "gradient_accumulation_steps": 1}
     data = {"sources": [{"path": str(korean_corpus)}], "max_length": 64}
     tree = {"model": {"name": str(folder)}, "adapter": {"r": 8}, "data": data, "training": training}
-    assert plan_run(parse_config(tree)).steps == 1
+    assert plan_run(parse_config(tree)).steps == 2
 
 
 def test_a_text_model_that_says_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

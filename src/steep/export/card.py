@@ -179,20 +179,30 @@ def _how_to_open(base: Base, story: Story, form: str, name: str, vocabulary_grew
     if base.revision:
         settings += f', revision="{base.revision}"'
     resize = "base.resize_token_embeddings(len(tokenizer), mean_resizing=False)\n" if vocabulary_grew else ""
-    note = f"\n\n{ADAPTER_NOTE}" if story.settings["adapter"]["modules_to_save"] else ""
+    notes = [ADAPTER_NOTE] if story.settings["adapter"]["modules_to_save"] else []
+    if not base.on_hub:
+        notes.append(local_base_note(base))
     where = f'"{base.name}"' if base.stored != "GGUF" else f'"FOLDER", gguf_file="{base.name}"'
     return (
         "## Use\n\n```python\nimport torch\nfrom peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
         f'{quantization}base = AutoModelForCausalLM.from_pretrained({where}, {settings}, device_map="auto")\n'
-        f'{resize}model = PeftModel.from_pretrained(base, "{name}")\n```{note}'
+        f'{resize}model = PeftModel.from_pretrained(base, "{name}")\n```' + "".join(f"\n\n{note}" for note in notes)
     )
 
 
 ADAPTER_NOTE = (
     "vLLM and llama.cpp refuse adapters with trained embeddings. For them merge: steep export RUN --to merged."
 )
+
+
+def local_base_note(base: Base) -> str:
+    """What others need to know of an adapter whose base is not on the hub."""
+    return (
+        f"The base model, {base.name}, was a local one: the adapter names it without its place. Whoever opens the "
+        "adapter loads their own copy of it, as `base`; `AutoPeftModelForCausalLM` cannot find it."
+    )
 
 
 _KINDS = {"original": "the 16-bit original", "dequantised": "the dequantised base that it was trained over"}
@@ -253,13 +263,16 @@ def _figures(story: Story) -> str:
     return f"## Held-out text before and after\n\n{_table(head, rows)}"
 
 
+_PISSA = "r trained, and r that take their beginning out of the base again, so that it stays the stock one"
+
+
 def _recipe(story: Story) -> str:
     plan, adapter, training = story.plan, story.settings["adapter"], story.settings["training"]
     scaling = "rank-stabilised" if adapter["use_rslora"] else "alpha / r"
     rows = [
         ("frozen weights", f"{plan['base']}, computed in {plan['compute_dtype']}"),
         ("adapter", f"r {adapter['r']}, alpha {adapter['lora_alpha']:g}, {scaling}"),
-        *_options(story.settings),
+        *_options(story),
         ("trained whole", ", ".join(adapter["modules_to_save"]) or "nothing"),
         ("parameters trained", f"{plan['parameters']['trained']:,} in {plan['trained_dtype']}"),
         ("learning rate", f"{plan['learning_rate']:g}, embeddings {plan['embedding_learning_rate']:g}"),
@@ -270,17 +283,20 @@ def _recipe(story: Story) -> str:
     return f"## Recipe\n\n{_table(('', ''), rows)}"
 
 
-def _options(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _options(story: Story) -> list[tuple[str, str]]:
     """What the run set beyond the plain recipe."""
+    settings = story.settings
     model, adapter, training = settings["model"], settings["adapter"], settings["training"]
+    replays = any(source["role"] == "replay" for source in story.plan["data"]["sources"])
     given = [
         ("adapters begin at", adapter["init_lora_weights"] if adapter["init_lora_weights"] is not True else None),
+        ("rank as saved", f"{2 * adapter['r']}: {_PISSA}" if adapter["init_lora_weights"] == "pissa" else None),
         ("DoRA", "yes" if adapter["use_dora"] else None),
         ("dropout", f"{adapter['lora_dropout']:g}" if adapter["lora_dropout"] else None),
         ("LoRA+ ratio", f"{training['loraplus_lr_ratio']:g}" if training["loraplus_lr_ratio"] != 1 else None),
         ("new tokens", "yes, the tokenizer here has them" if model["new_tokens"] is not None else None),
         ("head", "untied from embed_tokens" if model["untie_embeddings"] else None),
-        ("replay", f"{settings['data']['replay_share']:.0%} of the tokens"),
+        ("replay", f"{settings['data']['replay_share']:.0%} of the tokens" if replays else None),
         ("seed", str(training["seed"])),
     ]
     return [(name, value) for name, value in given if value is not None]

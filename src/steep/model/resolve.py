@@ -17,8 +17,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.hub import cached_file
 
-from steep.errors import UserError
+from steep.errors import UserError, did_you_mean
 from steep.model.gguf import check_readable, converted_folder, correct_special_tokens
+from steep.model.names import is_missing_path
 
 _CHAT = {"instruct", "it", "chat", "sft", "dpo", "rlhf"}
 _BASE = {"base", "pt", "pretrained"}
@@ -68,19 +69,20 @@ def resolve(
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         arguments["revision"] = revision
+    if is_missing_path(name):
+        kind = "file" if name.endswith(".gguf") else "folder"
+        raise UserError(
+            field, f"there is no {kind} {name}", "Give an existing model folder or .gguf file, or a name on the hub."
+        )
     if Path(name).expanduser().exists():
         name = str(Path(name).expanduser())
     if name.endswith(".gguf"):
         file = Path(name)
-        if not file.is_file():
-            raise UserError(field, f"there is no file {name}", "Give the path of a .gguf file or of a model folder.")
         if (folder := converted_folder(file)).is_dir():
             name = str(folder)
         else:
             check_readable(file, field)
             name, arguments["gguf_file"] = str(file.parent), file.name
-    elif not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")):
-        raise UserError(field, f"there is no folder {name}", "Give an existing model folder or a name on the hub.")
     elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         what = (
             "holds an adapter, not a model" if (Path(name) / "adapter_config.json").is_file() else "has no config.json"
@@ -157,11 +159,18 @@ def _read(loader: Any, name: str, arguments: dict[str, Any], field: str) -> Any:
             ) from error
         offline = is_offline_mode()
         where = "is not in the local cache, and the hub is off (HF_HUB_OFFLINE)" if offline else "could not be had"
+        here = Path.cwd() / Path(name).parent
+        near = [str(Path(name).parent / place.name) for place in here.iterdir()] if here.is_dir() else []
+        remedies = [
+            did_you_mean(name, near),
+            "Unset HF_HUB_OFFLINE to download it." if offline else "Check spelling and network (hf download NAME); a "
+            "gated model needs hf auth login.",
+            "A local folder works too.",
+        ]  # fmt: skip
         raise UserError(
             field,
             f"{name} {where}: {reason}" if not offline else f"{name} {where}",
-            "Download it where there is a network (hf download NAME), unset HF_HUB_OFFLINE, log in for a gated model "
-            "(hf auth login), or give a local folder.",
+            " ".join(remedy for remedy in remedies if remedy),
         ) from error
 
 
