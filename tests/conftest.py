@@ -28,14 +28,19 @@ import torch
 
 from tests.report.browser import chromium
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The tests are of the CPU, so that they say the same everywhere; `-m gpu` asks for the card."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when it first asks for a card
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _has_browser() -> bool:
@@ -44,7 +49,7 @@ def _has_browser() -> bool:
 
 # What a marked test needs, and what is said where that is missing.
 _NEEDS = {
-    "gpu": (torch.cuda.is_available, "this machine has no CUDA device"),
+    "gpu": (torch.cuda.is_available, "they need a CUDA device, and are asked for with -m gpu"),
     "browser": (_has_browser, "they need Chromium (apt install chromium) and playwright (make venv)"),
     "llama_cpp": (
         lambda: importlib.util.find_spec("llama_cpp") is not None,

@@ -22,7 +22,8 @@ from steep.export.gguf import check_convertible, write_gguf
 from steep.export.gguf_check import check_gguf
 from steep.export.merged import Merger
 from steep.export.push import check_push, push
-from steep.model.load import DTYPES, as_folder, attention
+from steep.model.attention import attention
+from steep.model.load import DTYPES, as_folder
 from steep.model.resolve import resolve
 from steep.plan import Plan
 from steep.run import finished, first_and_last, load_result, plan_again
@@ -161,7 +162,7 @@ class _Export:
             terminal.say(f"comparing on {text}")
         opened: dict[str, Any] = {
             "dtype": DTYPES[plan.compute],
-            "attention": attention(config.model.attn_implementation),
+            "attention": attention(config.model.attn_implementation, self._resolved.config),
         }
         how: dict[str, Any] = {
             "max_length": config.data.max_length,

@@ -18,8 +18,9 @@ from steep.data.token_file import Progress
 from steep.errors import UserError
 from steep.memory import Shape, memory_by_item, shape_of
 from steep.model.adapters import check_embeddings, check_start
+from steep.model.attention import attention, attention_refused
 from steep.model.embeddings import is_tied, untie
-from steep.model.load import attention, attention_refused, resolve_base, resolve_compute_dtype
+from steep.model.load import resolve_base, resolve_compute_dtype
 from steep.model.new_tokens import check_trained, rows_for
 from steep.model.resolve import ResolvedModel, looks_like_chat, read_tokenizer, resolve
 from steep.run_folder import RunFolder
@@ -145,7 +146,7 @@ def plan_run(
         empty = AutoModelForCausalLM.from_config(
             copy.deepcopy(resolved.config),  # new tokens are counted into it
             trust_remote_code=model.trust_remote_code,
-            **attention(model.attn_implementation),
+            **attention(model.attn_implementation, resolved.config),
         )
     if model.untie_embeddings:
         untie(empty)

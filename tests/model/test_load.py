@@ -5,10 +5,11 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from steep.errors import UserError
 from steep.model.adapters import add_adapters
+from steep.model.attention import attention
 from steep.model.load import load
 from steep.storage import cache_folder
 from tests.tiny import FAMILIES, save_tiny, tiny_model
@@ -100,6 +101,16 @@ def test_an_attention_that_is_not_there_is_refused(family: str, attention: str, 
     save_tiny(family, tmp_path)
     with pytest.raises(UserError, match=rf"^model\.attn_implementation: {attention} cannot be used"):
         load(str(tmp_path), base="fp32", attn_implementation=attention)
+
+
+def test_soft_caps_are_never_left_out(tmp_path: Path) -> None:
+    """transformers 5.17 would take sdpa, which knows none."""
+    save_tiny("gemma2", tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert attention("auto", config) == {"attn_implementation": "eager"}
+    assert attention("flex_attention", config) == {"attn_implementation": "flex_attention"}
+    config.attn_logit_softcapping = None
+    assert (attention("auto", config), attention("sdpa", config)) == ({}, {"attn_implementation": "sdpa"})
 
 
 @pytest.mark.parametrize("attention", ["auto", "eager"])

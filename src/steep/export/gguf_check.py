@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from steep.evaluation.mode import inference_mode, input_device
 from steep.export.gguf import GgufModel, open_model
 from steep.export.gguf_families import FIELD, add_settings
 from steep.export.gguf_tokenizer import add_vocabulary
+from steep.model.attention import attention
 from steep.model.resolve import read_tokenizer, resolve
 
 _BITS_LIMITS = {"1": 0.005, "7": 0.02}
@@ -147,7 +148,8 @@ def _scored(file: Path, model_folder: Path, texts: Sequence[str]) -> GgufCheck:
         their_loss, our_loss, error, size, tokens = 0.0, 0.0, 0.0, 0.0, 0
         # On a CPU in fp32, as everywhere: bf16 is several times slower there.
         device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", "float32")
-        model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, device_map=device)
+        with_caps = attention("auto", AutoConfig.from_pretrained(model_folder))
+        model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, device_map=device, **with_caps)
         with inference_mode(model, None):
             for sequence in (each[:context] for each in ids if len(each) > 1):
                 row = torch.tensor([sequence], device=input_device(model))

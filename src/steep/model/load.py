@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from steep.errors import UserError
+from steep.model.attention import attention, attention_refused
 from steep.model.gguf import convert
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 
@@ -93,7 +92,11 @@ def load_resolved(
     resolved = as_folder(resolved, tokenizer)
     base = resolve_base(base, resolved)
     compute = DTYPES[resolve_compute_dtype(compute_dtype, base)]
-    arguments = {**resolved.arguments, **attention(attn_implementation), "dtype": DTYPES.get(base, compute)}
+    arguments = {
+        **resolved.arguments,
+        **attention(attn_implementation, resolved.config),
+        "dtype": DTYPES.get(base, compute),
+    }
     if base in ("nf4", "int8") and resolved.quantization is None:
         arguments["quantization_config"] = _quantization(base, compute)
     if torch.cuda.is_available():
@@ -126,26 +129,6 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
-
-
-def attention(attn_implementation: str) -> dict[str, str]:
-    """The argument for transformers; `auto` leaves the choice to it."""
-    return {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
-
-
-@contextmanager
-def attention_refused(attn_implementation: str) -> Iterator[None]:
-    """Turn transformers' refusal of an attention backend into a `UserError` that names the field."""
-    try:
-        yield
-    except (ImportError, ValueError) as error:
-        if attn_implementation == "auto" or "attention" not in str(error).lower():
-            raise
-        raise UserError(
-            "model.attn_implementation",
-            f"{attn_implementation} cannot be used: {str(error).splitlines()[0]}",
-            "Leave it at auto, or install what it needs.",
-        ) from error
 
 
 def _quantization(base: str, compute: torch.dtype) -> BitsAndBytesConfig:
