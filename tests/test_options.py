@@ -148,6 +148,7 @@ def test_what_cannot_be_is_refused_by_the_plan(base: Path, llama_folder: Path, k
     check("init_lora_weights: loftq begins at", adapter={"init_lora_weights": "loftq"})
     check("init_lora_weights: steep does not have 'olora'", adapter={"init_lora_weights": "olora"}, model=nf4)
     check("use_dora: DoRA's lengths", adapter={"init_lora_weights": "pissa", "use_dora": True}, model=nf4)
+    check("use_dora: DoRA reads the weights themselves", adapter={"use_dora": True}, model={"base": "int8"})
     untied = {"untie_embeddings": True}
     check("untie_embeddings: the model's head is a matrix of its own", llama_folder, model=untied)
     with pytest.raises(UserError, match="untie_embeddings: a head of its own that is not trained"):

@@ -128,7 +128,7 @@ class _Export:
     def adapter(self) -> dict[str, Any]:
         size = sum(file.stat().st_size for file in self._folder.final.rglob("*"))
         _check_disk(self._output, size)
-        with published(self._output) as staging:
+        with published(self._output, existing="refuse") as staging:
             write_adapter(self._folder.final, staging, self._base.name, self._base.revision)
             grew = self._vocabulary_grew()
             write_card(
@@ -177,7 +177,7 @@ class _Export:
         free_memory()
         self._refuse_other_model(trained)
         measured: dict[Kind, Measured] = {}
-        with published(self._output) as staging:
+        with published(self._output, existing="refuse") as staging:
             for kind in kinds:
                 terminal.say(f"merging into the {kind} base")
                 with terminal.merging() as show:

@@ -241,7 +241,7 @@ def _refuse_warmup_alone(arguments: TrainingArguments, steps: int) -> None:
 
 def _check_adapter(config: RunConfig, base: str, resolved: ResolvedModel) -> None:
     adapter, field = config.adapter, "adapter.init_lora_weights"
-    check_start(adapter.init_lora_weights, adapter.use_dora, adapter.lora_dropout)
+    check_start(adapter.init_lora_weights, adapter.use_dora, adapter.lora_dropout, over_int8=base == "int8")
     if adapter.init_lora_weights == "loftq" and base not in ("nf4", "int8"):
         raise UserError(field, f"loftq begins at the quantisation's error, and a base in {base} has none", "Give true.")
     if adapter.init_lora_weights == "loftq" and resolved.quantization is not None:

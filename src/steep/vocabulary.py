@@ -204,7 +204,7 @@ def _make(
     else:
         growth = tokens_for(bpe, words, _FIELD)
     asked = new_tokens if isinstance(new_tokens, int) else len(words)
-    with published(folder) as staging:
+    with published(folder, existing="keep") as staging:
         ids = save_grown(growth, original, staging).get_vocab()
         tokens = [{"id": ids[token], "text": bpe.text(token), "token": token} for token in growth.tokens]
         record = {"asked": asked, "words": [*words] or None, "tokens": tokens}

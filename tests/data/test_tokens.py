@@ -359,7 +359,7 @@ def test_a_killed_tokenisation_leaves_nothing_taken_for_whole(make_tokenizer: Ma
         assert process.stdout is not None
         assert process.stdout.readline() == "half\n"
         left = list(cache.iterdir())
-        assert [file.suffix for file in left] == [".tmp"]
+        assert len(left) == 1 and left[0].name.startswith(".writing-")
         # While it runs, its file is left alone.
         assert not run(write_jsonl(["other"], "other.jsonl"), make_tokenizer(), cache).cached
         assert left[0].exists()
@@ -373,7 +373,7 @@ def test_a_killed_tokenisation_leaves_nothing_taken_for_whole(make_tokenizer: Ma
 
 
 def test_temporary_files_of_other_hosts_are_left_alone(tmp_path: Path, write_jsonl: Write, tokenizer):
-    other = tmp_path / "another-host-999999-abc.tmp"
+    other = tmp_path / ".writing-another-host-999999-abc"
     other.write_bytes(b"")
     run(write_jsonl(["a"]), tokenizer, tmp_path)
     assert other.exists()

@@ -232,6 +232,12 @@ def test_dora_begins_at_the_stock_weights(base: Path, start: str) -> None:
         add_adapters(model, r=4, init_lora_weights=start, use_dora=True)
 
 
+def test_dora_over_8_bits_is_refused(base: Path) -> None:
+    model, _ = load(str(base), base="int8")
+    with pytest.raises(UserError, match=r"adapter\.use_dora: .* 8 bits"):
+        add_adapters(model, r=4, use_dora=True)
+
+
 def test_dropout_would_part_the_two_adapters(base: Path) -> None:
     model, _ = load(str(base), base="fp32")
     with pytest.raises(UserError, match=r"adapter\.lora_dropout"):

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from steep.errors import UserError
 from steep.evaluation.adapters import base_model
@@ -60,6 +61,22 @@ def test_rows_are_means_of_the_old_pieces(pair: tuple[Any, Any], tied: bool, dty
         assert torch.equal(new[:384], old)
         for number in range(384, 384 + NEW):
             assert torch.equal(new[number], expected_mean(old, original, grown.convert_ids_to_tokens(number)))
+
+
+def test_a_token_of_unknown_characters_begins_at_the_mean(tmp_path: Path) -> None:
+    """Neither byte tokens nor one for the unknown: the old tokenizer has no piece for it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<pad>", "</s>"], show_progress=False)
+    backend.train_from_iterator(documents("en", 40), trainer)
+    original = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+    grown = grow_tokenizer(original, tmp_path, words=["강물"])
+    model: Any = tiny_model("llama", vocab_size=300)
+    before = model.get_input_embeddings().weight.detach().clone()
+    grow_embeddings(model, original, grown)
+    weight = model.get_input_embeddings().weight
+    assert weight.isfinite().all()
+    torch.testing.assert_close(weight[grown.get_vocab()["강물"]], before[: len(original)].mean(dim=0))
 
 
 @pytest.mark.parametrize("padded", [384 + NEW - 10, 384 + NEW, 512])

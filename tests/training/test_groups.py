@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from steep.errors import UserError
+from steep.model.adapters import add_adapters
 from steep.training.groups import kind_of, parameter_groups
+from tests.tiny import tiny_model
 from tests.training.helpers import adapted, arguments
 
 
@@ -37,6 +39,17 @@ def test_norms_and_biases_do_not_decay(tmp_path: Path) -> None:
         ("adapters_b", 0.1),
         ("other", 0.0),
     ]
+
+
+def test_doras_lengths_do_not_decay(tmp_path: Path) -> None:
+    """They start at the lengths of the base's rows, not at 0."""
+    model = add_adapters(tiny_model("llama"), r=4, use_dora=True)
+    decayed = [name for name, _ in model.named_parameters()]
+    groups = {group["name"]: group for group in parameter_groups(model, arguments(tmp_path, weight_decay=0.1), decayed)}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "adapters_a": 0.1, "adapters_b": 0.1, "embeddings": 0.1, "other": 0.0
+    }  # fmt: skip
+    assert len(groups["other"]["params"]) == 14  # one for each linear layer
 
 
 def test_groups_of_an_optimizers_own_are_divided_further(tmp_path: Path) -> None:

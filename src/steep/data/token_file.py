@@ -7,12 +7,9 @@ at any moment leaves nothing that a later run takes for its result.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import socket
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +24,7 @@ from steep.data.encoder import Encoder
 from steep.data.readers import read_documents
 from steep.data.sources import Source
 from steep.errors import UserError
+from steep.storage import remove_stale, temporary_name
 
 Progress = Callable[[int, int, "Budget | None"], None]
 """Called with the documents and UTF-8 bytes done so far, and how far a source with `max_tokens` has come."""
@@ -106,8 +104,8 @@ def write_tokens(
         UserError: the source cannot be read, a text encodes to the id that ends documents, or a file has changed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path.parent)
-    temporary = path.with_name(f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
+    remove_stale(path.parent)
+    temporary = temporary_name(path)
     try:
         with temporary.open("xb") as file:
             _write_stream(source, files, encoder, file, field, progress, documents)
@@ -129,25 +127,6 @@ def _reject_changed(files: Mapping[Path, Stamp], field: str) -> None:
         if changed:
             problem = f"{file} changed while it was read"
             raise UserError(f"{field}.path", problem, "Start again when nothing writes to it any more")
-
-
-def _remove_stale(folder: Path) -> None:
-    """Delete what tokenisations of this host left when they were killed; those under way are left alone."""
-    prefix = f"{socket.gethostname()}-"
-    for file in folder.glob(f"{glob.escape(prefix)}*.tmp"):
-        process = file.name.removeprefix(prefix).split("-")[0]
-        if process.isdigit() and not _is_running(int(process)):
-            file.unlink(missing_ok=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it runs, under another user
-        return True
-    return True
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

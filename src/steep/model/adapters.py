@@ -129,7 +129,7 @@ def add_adapters(
         raise UserError("adapter.r", f"{r} is not a rank", "Give a number above 0, such as 256.")
     if trained_dtype not in ("fp32", "bf16"):
         raise UserError("model.trained_dtype", f"{trained_dtype!r} cannot be trained", "Give fp32 or bf16.")
-    check_start(init_lora_weights, use_dora, lora_dropout)
+    check_start(init_lora_weights, use_dora, lora_dropout, over_int8=getattr(model, "is_loaded_in_8bit", False))
     shapes = targeted(linear_shapes(model), target_modules)
     check_embeddings(model, modules_to_save)
     lowered = lowered_ranks(shapes, r)
@@ -183,11 +183,14 @@ def _wrapped(model: Any, config: LoraConfig, trained_dtype: str) -> PeftModel:
     return peft_model
 
 
-def check_start(init_lora_weights: bool | str, use_dora: bool, lora_dropout: float) -> None:
-    """Check that LoRA's beginning is one that steep has.
+def check_start(init_lora_weights: bool | str, use_dora: bool, lora_dropout: float, *, over_int8: bool) -> None:
+    """Check that LoRA's beginning is one that steep has, and that the options go together.
+
+    Args:
+        over_int8: whether the base's weights are in 8 bits.
 
     Raises:
-        UserError: another of PEFT's, or one that excludes DoRA or dropout.
+        UserError: another of PEFT's, or one that excludes DoRA or dropout; DoRA over 8 bits.
     """
     field = "adapter.init_lora_weights"
     if init_lora_weights not in (True, "pissa", "loftq"):
@@ -195,6 +198,12 @@ def check_start(init_lora_weights: bool | str, use_dora: bool, lora_dropout: flo
         if "pissa" in str(init_lora_weights).lower():
             remedy = "Give pissa, which here works over a 4-bit base too and is as exact as an SVD."
         raise UserError(field, f"steep does not have {init_lora_weights!r}", remedy)
+    if use_dora and over_int8:
+        raise UserError(
+            "adapter.use_dora",
+            "DoRA reads the weights themselves, and bitsandbytes moves those in 8 bits to where PEFT misses them",
+            "Give model.base: nf4 or bf16, or leave use_dora out.",
+        )
     if use_dora and init_lora_weights is not True:
         raise UserError(
             "adapter.use_dora",

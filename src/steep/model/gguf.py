@@ -69,7 +69,7 @@ def convert(file: Path, tokenizer: Any) -> Path:
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
         )
-        with published(folder) as staging:
+        with published(folder, existing="keep") as staging:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
     return folder

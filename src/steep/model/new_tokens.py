@@ -161,8 +161,9 @@ def rows_for(tokenizer: Any, rows: int) -> int:
 def grow_embeddings(model: Any, original: Any, tokenizer: Any) -> None:
     """Give `model` a row for each token that `tokenizer` has and `original` has not, in both embeddings.
 
-    A new row is the mean of the rows of the pieces that `original` cuts the token into, in fp32, rounded once. What is
-    tied stays tied. For a model without adapters; its embeddings may lie beside 4-bit layers.
+    A new row is the mean of the rows of the pieces that `original` cuts the token into, in fp32, rounded once; where it
+    has no piece for any of it (no byte tokens, no token for the unknown), the mean of all rows. What is tied stays
+    tied. For a model without adapters; its embeddings may lie beside 4-bit layers.
 
     Args:
         original: the tokenizer that the model came with.
@@ -182,6 +183,7 @@ def grow_embeddings(model: Any, original: Any, tokenizer: Any) -> None:
     weights = [table.weight] if is_tied(model) else [table.weight, head.weight]
     with torch.no_grad():
         for weight in weights:
+            mean = weight[: max(old.values()) + 1].float().mean(dim=0)
             for number, ids in pieces.items():
-                weight[number] = weight[ids].float().mean(dim=0).to(weight.dtype)
+                weight[number] = (weight[ids].float().mean(dim=0) if ids else mean).to(weight.dtype)
     model.requires_grad_(False)

@@ -49,7 +49,7 @@ def extract_text_model(name: str, folder: str | Path, *, revision: str | None = 
     if model is None or not _agree(whole, model, tokenizer):
         problem = f"the text model of {name} ({text_config.model_type}), taken out, is not what it is inside"
         raise UserError("name", problem, "Give a checkpoint without images.")
-    with published(folder) as staging:
+    with published(folder, existing="refuse") as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
     return folder
