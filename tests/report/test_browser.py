@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,58 +12,19 @@ import pytest
 from steep.report import watch
 from steep.report.page import PARTS, write_report
 from steep.report.watch import make_server
-from tests.report.browser import chromium
+from tests.report.browser import NARROW, WIDE, Open
 from tests.report.runs import write_run
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Page
 
 pytestmark = pytest.mark.browser
-WIDE, NARROW = 1440, 390
-Open = Callable[..., "Page"]
 
 # The lines of a chart as they are drawn.
 LINES = """figure => [...figure.querySelectorAll(".mark-line path")].map(path => ({
     colour: path.getAttribute("stroke"), width: path.getAttribute("stroke-width"),
     dashes: path.getAttribute("stroke-dasharray"),
     points: (path.getAttribute("d").match(/[ML]/g) ?? []).length}))"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def open_page(browser: Browser) -> Iterator[Open]:
-    """Opens an address, and at the end of the test finds the console clean and no request to anywhere else."""
-    said: list[str] = []
-    pages: list[Any] = []
-
-    def go(address: str, width: int = WIDE, scheme: Any = "light") -> Page:
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        origin = address if address.startswith("file:") else "/".join(address.split("/")[:3])
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on(
-            "request",
-            lambda request: None if request.url.startswith((origin, "data:,")) else said.append(request.url),
-        )
-        page.set_default_timeout(15_000)
-        page.goto(address)
-        page.wait_for_selector("html[data-drawn]")
-        pages.append(page)
-        return page
-
-    yield go
-    for page in pages:
-        page.close()
-    assert said == []
 
 
 @pytest.fixture(scope="module")
