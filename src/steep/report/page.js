@@ -225,7 +225,8 @@
     entry.figure = element("figure", { "data-chart": chart.id }, entry.head, entry.plot);
     describe(entry);
     document.querySelector(`[data-charts="${chart.group}"]`).append(entry.figure);
-    const width = () => Math.max(200, Math.floor(entry.plot.clientWidth));
+    // clientWidth is rounded: what is wider than its place by a part of a pixel would be shrunk and blurred.
+    const width = () => Math.max(200, Math.floor(entry.plot.getBoundingClientRect().width));
     // ast: expressions are interpreted and not compiled, so that the page's policy can forbid eval.
     const how = { mode: "vega", renderer: "svg", ast: true, actions: false, tooltip: false, hover: false, defaultStyle: false };
     entry.view = (await vegaEmbed(canvas, specification(chart, width()), how)).view;
