@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from pathlib import Path
@@ -13,6 +14,7 @@ from steep.report import watch
 from steep.report.page import PARTS, write_report
 from steep.report.watch import make_server
 from tests.report.browser import NARROW, WIDE, Open
+from tests.report.drawing import assert_drawn, read_drawings
 from tests.report.runs import write_run
 
 if TYPE_CHECKING:
@@ -204,6 +206,9 @@ def test_while_a_run_goes_on(open_page: Open, tmp_path: Path, monkeypatch: pytes
         write_run(tmp_path / "ko", steps=100)
         page.get_by_text("The run has finished.").wait_for()
         assert lines(page, "loss")[0]["points"] == 100
+        losses = [json.loads(line) for line in (tmp_path / "ko" / "metrics.jsonl").read_text("utf-8").splitlines()]
+        drawing = read_drawings(page)["Training loss"]
+        assert_drawn(drawing, drawing.named("as logged"), [(row["step"], row["loss"]) for row in losses])
         assert page.evaluate("scrollY") == pytest.approx(place, abs=200)
         assert page.locator("#memory-1").get_attribute("open") is None
         assert page.evaluate("window.loadedOnce") is True
