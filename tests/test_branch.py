@@ -261,7 +261,7 @@ def test_places_that_cannot_be(
     with pytest.raises(UserError, match=r"^--branch: it begins a run, and --resume goes on with one"):
         train_run(config, branch=parent / "checkpoint-3", resume=True)
     config = branch_file(llama_folder, korean_corpus, tmp_path / "run")
-    with pytest.raises(UserError, match="is no whole checkpoint: it lacks trainer_state"):
+    with pytest.raises(UserError, match="is no whole checkpoint: it lacks optimizer"):
         train_run(config, branch=parent / "final")
     alone = shutil.copytree(parent / "checkpoint-3", tmp_path / "alone" / "checkpoint-3")
     with pytest.raises(UserError, match=r"^--branch: .*alone is not the folder of a run"):

@@ -198,6 +198,16 @@ def test_an_adapter_opens_in_peft(runs: Runs, tmp_path: Path, spoken: tuple[Term
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 384
 
 
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_a_result_without_its_tokenizer_is_not_handed_on(form: str, runs: Runs, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs("fp32"), run)
+    (run / "final" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"^run folder: .*final cannot be read"):
+        export_run(run, tmp_path / "out", to=form)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("judged", [pytest.param(True, marks=pytest.mark.llama_cpp), False])
 def test_gguf_files_are_the_merged_model(
     judged: bool, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoken: tuple[Terminal, list[str]]

@@ -25,6 +25,7 @@ from steep.model.load import keep_4bit_layout
 from steep.plan import plan_run
 from steep.run import evaluate_run, generate_run, train_run
 from steep.run_folder import RunFolder
+from steep.terminal import Terminal
 from steep.training.trainer import Trainer
 from tests.tiny import save_tiny
 
@@ -214,6 +215,60 @@ def test_a_single_step_of_warmup_is_refused(kind: str, llama_folder: Path, korea
     assert plan(warmup_steps=0) == plan(lr_scheduler_type="constant") == 1
     if kind != "polynomial":
         assert plan(warmup_lr_rate=0.1) == 1
+
+
+@pytest.mark.parametrize("place", ["checkpoint-3/ko", "final/ko", "checkpoint-9"])
+def test_a_place_that_a_run_may_delete(place: str, finished: Path, llama_folder: Path, korean_corpus: Path) -> None:
+    with pytest.raises(UserError, match=r"^training\.output_dir: .* lies in .*, which belongs to that run"):
+        plan_run(run_file(llama_folder, korean_corpus, finished / place))
+
+
+def test_a_folder_with_something_else_in_it(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"is not empty\. Give another folder, or empty it\.$"):
+        train_run(run_file(llama_folder, korean_corpus, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, r"^training\.lr_scheduler_kwargs: .*cosine_with_min_lr refuses"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"foo": 3}},
+            r"^training\.lr_scheduler_kwargs: .*polynomial refuses them: .*'foo'",
+        ),
+        ({"warmup_steps": 7}, r"^training\.warmup_steps: a warm-up of 7 steps is longer than the 6"),
+        ({"warmup_steps": 7, "lr_scheduler_type": "polynomial"}, r"^training\.warmup_steps: a warm-up of 7 steps"),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "cooldown_steps": 6, "stable_lr_rate": 0.5},
+            r"^training\.cooldown_steps: the phases are longer than the 6 steps",
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused_by_the_plan(
+    training: dict[str, Any], message: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", training=training))
+
+
+def test_other_text_is_said_before_it_is_scored(
+    finished: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    corpus, run = tmp_path / "corpus", tmp_path / "ko"
+    shutil.copytree(korean_corpus, corpus)
+    shutil.copytree(finished, run)
+    text = (run / "run.yaml").read_text(encoding="utf-8").replace(str(korean_corpus), str(corpus))
+    (run / "run.yaml").write_text(text, encoding="utf-8")
+    terminal = Terminal(quiet=True)
+    warned: list[str] = []
+    terminal.warn = lambda text: warned.append(text)
+    evaluate_run(run, terminal=terminal)
+    assert warned == []
+    with (corpus / "corpus.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"text": "one more document"}\n')
+    evaluate_run(run, terminal=terminal)
+    assert len(warned) == 1 and warned[0].startswith("the text is not what the run had")
 
 
 def test_nothing_held_out(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ class TrainingSection(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
-    output_dir: str = Field(description="Folder of the run; never written over another run.")
+    output_dir: str = Field(min_length=1, description="Folder of the run; never written over another run.")
     num_train_epochs: Number = Field(1.0, gt=0, description="Passes over the training rows.")
     max_steps: Integer = Field(-1, ge=-1, description="Stop after so many steps; -1: when the epochs end.")
     per_device_train_batch_size: Integer = Field(2, gt=0, description="Rows in one forward.")
@@ -316,7 +316,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except UnicodeDecodeError as error:
         raise UserError("run file", f"{path} is not UTF-8 at byte {error.start}", "Save it as UTF-8.") from error
     except yaml.YAMLError as error:
-        raise UserError("run file", f"{path} is not valid YAML: {error}", "Mend the line it names.") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError("run file", f"{path} is not valid YAML{place}: {problem}", "Mend that line.") from error
     if not isinstance(tree, dict):
         raise UserError("run file", f"{path} holds no sections", "Write one with: steep init")
     return parse_config(merge(tree, parse_overrides(overrides)))
@@ -410,7 +412,8 @@ def _explain(error: ValidationError) -> UserError:
     # Union members stand in the location too ("list[str]"): names of types, not of fields.
     location = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    more = f" ({len(errors) - 1} more problems after this one.)" if len(errors) > 1 else ""
+    left = len(errors) - 1
+    more = f" ({left} more {'problem' if left == 1 else 'problems'} after this one.)" if left else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(first["loc"][:-1])
         hint = did_you_mean(str(first["loc"][-1]), known) or f"Known here: {', '.join(known)}."

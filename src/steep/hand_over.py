@@ -24,7 +24,7 @@ from steep.export.merged import Merger
 from steep.export.push import check_push, push
 from steep.model.attention import attention
 from steep.model.load import DTYPES, as_folder
-from steep.model.resolve import resolve
+from steep.model.resolve import read_tokenizer_folder, resolve
 from steep.plan import Plan
 from steep.run import finished, first_and_last, load_result, plan_again
 from steep.run_folder import RunFolder
@@ -77,6 +77,7 @@ def export_run(
     _check_output(output)
     config, folder = finished(run_dir)
     adapter = AdapterWeights(folder.final)
+    read_tokenizer_folder(folder.final)  # goes with every form
     export = _Export(config, folder, adapter, output, push_to or output.name, terminal)
     result = export.adapter() if to == "adapter" else export.merged(to, base)
     terminal.say(f"result: {output}")

@@ -51,6 +51,8 @@ def init_run(
     if is_missing_path(model):
         raise UserError("--model", f"there is no {model}", "Give an existing folder or .gguf file, or a hub name.")
     for place in (*data, *replay):
+        if place == "hub:":
+            raise UserError("--data or --replay", "hub: names no data set", "Give hub:NAME.")
         if not place.startswith("hub:") and not glob.glob(str(Path(place).expanduser()), recursive=True):
             raise UserError(
                 "--data or --replay", f"there is no {place!r}", "Check the spelling; a hub data set is hub:NAME."

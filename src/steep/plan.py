@@ -196,7 +196,7 @@ def plan_run(
     steps = planned_steps(config, len(corpus.train))
     schedule = schedule_of(arguments, steps, start=branch.rate_factor if branch else None, section="training.")
     if branch is None:  # which begins at a rate that it has
-        _refuse_warmup_alone(arguments, steps)
+        _check_warmup(arguments, steps)
     tokens = training.per_device_train_batch_size * data.max_length
     memory = memory_by_item(
         shape, base=base, compute=compute, trained=model.trained_dtype, optim=training.optim, tokens=tokens,
@@ -224,14 +224,22 @@ def plan_run(
     return plan
 
 
-def _refuse_warmup_alone(arguments: TrainingArguments, steps: int) -> None:
-    """Check that a step has a rate above 0: a warm-up from 0 begins with one that trains nothing.
+def _check_warmup(arguments: TrainingArguments, steps: int) -> None:
+    """Check that the run outlasts its warm-up, which begins with a step that trains nothing.
 
     Raises:
-        UserError: the run's only step is that one.
+        UserError: it does not.
     """
-    constant = kind_of_schedule(arguments) == "constant"
-    if steps == 1 and arguments.get_warmup_steps(steps) and not (constant or arguments.warmup_lr_rate):
+    if kind_of_schedule(arguments) == "constant":
+        return
+    warmup = arguments.get_warmup_steps(steps)
+    if warmup > steps:
+        raise UserError(
+            "training.warmup_steps",
+            f"a warm-up of {warmup} steps is longer than the {steps} that the run has",
+            "Shorten it (below 1 it is a share of all steps), or train more steps.",
+        )
+    if steps == warmup == 1 and not arguments.warmup_lr_rate:
         raise UserError(
             "training.warmup_steps",
             "the run has one step, and a warm-up begins at a rate of 0: nothing would train",

@@ -84,8 +84,9 @@ def begun_tokenizer(config: RunConfig, folder: RunFolder | None, parent: Branch 
     if parent is not None:
         places.append(RunFolder(Path(parent.checkpoint).parent).tokenizer)
     begun = next((place for place in places if place.is_dir()), None)
-    if begun is not None and isinstance(config.model.new_tokens, str):
-        refuse_other_words(begun, config.model.new_tokens, "--branch" if folder is None else "--resume")
+    words = config.model.new_tokens
+    if begun is not None and isinstance(words, str) and Path(words).exists():  # else the tokenizer has them
+        refuse_other_words(begun, words, "--branch" if folder is None else "--resume")
     return begun
 
 

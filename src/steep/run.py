@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -206,6 +207,12 @@ def evaluate_run(
             "data.holdout",
             "the run held no text out, so there is nothing to score",
             "Raise it, or add a source with role: heldout.",
+        )
+    recorded = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["data"]["fingerprint"]
+    if plan.corpus.fingerprint != recorded:
+        terminal.warn(
+            "the text is not what the run had: other documents may be held out now, and the run may have trained on "
+            "some of them. Its own scores are in evaluation.jsonl."
         )
     model = load_result(config, plan.resolved, plan.tokenizer, folder)
     score = partial(

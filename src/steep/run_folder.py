@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -74,17 +75,26 @@ class RunFolder:
         self.check_place(field)
         if self.path.exists() and any(self.path.iterdir()):
             what = "holds another run" if (self / "run.yaml").exists() else "is not empty"
-            remedy = f"A branch has a folder of its own: --training.output_dir {self.path}-branch."
-            if not branch:
+            if branch:
+                remedy = f"A branch has a folder of its own: --training.output_dir {self.path}-branch."
+            elif (self / "run.yaml").exists():
                 remedy = "Give another folder, or go on with that run: --resume."
+            else:
+                remedy = "Give another folder, or empty it."
             raise UserError(field, f"{self.path} {what}", remedy)
 
     def check_place(self, field: str = "training.output_dir") -> None:
         """Check that the folder can be made, or written into.
 
         Raises:
-            UserError: a file stands there, or the folder cannot be written into.
+            UserError: a file stands there, the folder cannot be written into, or it lies in a part of a run, which may
+                delete that.
         """
+        place = self.path.absolute().resolve()
+        for part in (place, *place.parents):
+            own = part.name in ("final", "tokenizer") or re.fullmatch(r"checkpoint-\d+", part.name)
+            if own and (part.parent / "run.yaml").is_file():
+                raise UserError(field, f"{self.path} lies in {part}, which belongs to that run", "Give another folder.")
         place = self._standing_place()
         if not place.is_dir():
             raise UserError(field, f"{place} is a file", "Give a folder.")

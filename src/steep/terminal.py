@@ -56,6 +56,9 @@ class Terminal:
         # Said on every machine without a package that is not needed, or at every call by PEFT to transformers.
         for name in ("bitsandbytes", "bitsandbytes.backends.cpu.ops"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # What may change between a run and its resumption was compared before.
+        for name in ("transformers.trainer", "transformers.trainer_utils"):
+            logging.getLogger(name).addFilter(lambda record: "do not match the ones in the" not in record.getMessage())
         warnings.filterwarnings("ignore", category=FutureWarning)
         os.environ["TQDM_DISABLE"] = "1"  # transformers' bars; those of downloads ask the terminal themselves
 

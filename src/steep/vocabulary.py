@@ -224,7 +224,7 @@ def refuse_other_words(kept: Path, file: str, field: str) -> None:
     """Check that the file of new tokens says what the tokenizer in `kept` was grown by.
 
     Raises:
-        UserError: it says something else, or is gone.
+        UserError: it says something else.
     """
     if _record(kept)["words"] != [*read_words(Path(file), _FIELD)]:
         raise UserError(field, f"{file} ({_FIELD}) is not what the run began with", "Put it back, or start a new run.")

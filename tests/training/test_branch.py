@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -310,6 +312,19 @@ def test_what_is_no_checkpoint_is_refused(parent: Trainer, tmp_path: Path) -> No
     (tmp_path / "final").symlink_to(checkpoint(parent, 4))
     with pytest.raises(UserError, match="it is not called checkpoint-N"):
         read_branch(tmp_path / "final")
+
+
+@pytest.mark.parametrize("name", ["adapter_model", "optimizer", "schedule", "random", "observations"])
+def test_a_file_that_was_cut_off_is_found_before_the_base_is_loaded(name: str, parent: Trainer, tmp_path: Path) -> None:
+    place = tmp_path / "checkpoint-4"
+    shutil.copytree(checkpoint(parent, 4), place)
+    file = place / f"{name}.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(UserError, match=rf"^--branch: .*is damaged: {name}\.safetensors cannot be read .*another"):
+        read_branch(place)
+    file.unlink()
+    with pytest.raises(UserError, match=rf"is no whole checkpoint: it lacks {name}\.safetensors"):
+        read_branch(place)
 
 
 def test_a_schedule_of_several_factors_cannot_be_branched(corpus: Corpus, tmp_path: Path) -> None:

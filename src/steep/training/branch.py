@@ -7,10 +7,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from steep.errors import UserError
 from steep.training.state_files import load_state
 
-_NEEDED = ("adapter_model.safetensors", "trainer_state.json", "optimizer.json", "random.json", "observations.json")
+_STATES = ("optimizer", "schedule", "random", "observations")
+_TENSORS = ("adapter_model.safetensors", *(f"{name}.safetensors" for name in _STATES))
+_NEEDED = (*_TENSORS, *(f"{name}.json" for name in _STATES), "trainer_state.json")
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,14 @@ def read_branch(checkpoint: str | Path) -> Branch:
         raise UserError(
             "--branch", f"{place} is no whole checkpoint: {problem}", "Give a checkpoint that `steep train` wrote."
         )
-    seen = load_state(place, "observations")
+    for name in _TENSORS:  # a file that was cut off is found by its header, before the base is loaded
+        try:
+            with safe_open(place / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            problem = f"{place} is damaged: {name} cannot be read ({error})"
+            raise UserError("--branch", problem, "Give another checkpoint.") from error
+    seen = load_state(place, "observations", "--branch")
     factor = seen.get("rate_factor")
     if factor is None:
         raise UserError(

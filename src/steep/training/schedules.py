@@ -15,7 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import get_scheduler
 
 from steep.errors import UserError
 
@@ -162,9 +165,10 @@ def schedule_of(
     check_schedule(args, branch=branch, section=section)
     kind = kind_of_schedule(args)
     own = branch or bool(_given(args)) or (kind == WSD and not args.lr_scheduler_kwargs)
-    if not own:
-        return None
     warmup = 0 if kind == "constant" else _in_steps(args.warmup_steps, num_steps)
+    if not own:
+        _check_transformers_own(args, kind, warmup, num_steps, section)
+        return None
     if start is None:
         start, top = args.warmup_lr_rate or 0.0, 1.0
     else:
@@ -173,7 +177,14 @@ def schedule_of(
     cooldown, stable = 0, top
     if args.stable_lr_rate is not None and args.stable_lr_rate < top:
         cooldown, stable = _in_steps(args.cooldown_steps or 0, num_steps), args.stable_lr_rate
-    left = max(0, num_steps - warmup - cooldown)
+    left = num_steps - warmup - cooldown
+    if cooldown and left < 0:
+        raise UserError(
+            f"{section}cooldown_steps",
+            f"the phases are longer than the {num_steps} steps there are: warm-up {warmup}, cool-down {cooldown}",
+            "Shorten one of them, or train more steps.",
+        )
+    left = max(0, left)
     if kind != WSD:
         decay, shape = (left, kind) if kind in ("linear", "cosine") else (0, DECAY_TYPE)
     else:
@@ -198,6 +209,30 @@ def schedule_of(
             "Lower it, or warm up again with warmup_steps.",
         )
     return Schedule(num_steps, start, top, warmup, cooldown, stable, decay, shape, args.min_lr_rate)
+
+
+def _check_transformers_own(args: TrainingArguments, kind: str, warmup: int, num_steps: int, section: str) -> None:
+    """Build one of transformers' schedules over an optimizer of no account: only that shows what it wants.
+
+    Raises:
+        UserError: its `lr_scheduler_kwargs` are wrong or missing.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    given: Any = args.lr_scheduler_kwargs
+    try:
+        get_scheduler(
+            kind,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=num_steps,
+            scheduler_specific_kwargs=dict(given or {}),
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{section}lr_scheduler_kwargs",
+            f"transformers' {kind} refuses them: {str(error).splitlines()[0]}",
+            f"See transformers.get_scheduler, or take one of {', '.join(TAKES)}.",
+        ) from error
 
 
 def kind_of_schedule(args: TrainingArguments) -> str:

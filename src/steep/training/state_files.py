@@ -37,21 +37,20 @@ def save_state(state: Any, folder: Path, name: str) -> None:
     (folder / f"{name}.json").write_text(json.dumps(tree), encoding="utf-8")
 
 
-def load_state(folder: Path, name: str) -> Any:
+def load_state(folder: Path, name: str, field: str = "--resume") -> Any:
     """Read what `save_state` wrote; tensors come back on the CPU, bit for bit.
 
     Raises:
         UserError: a file is missing or damaged.
     """
+    remedy = "Delete that checkpoint: the run then goes on from the one before."
+    if field != "--resume":
+        remedy = "Give another checkpoint."
     try:
         tensors = load_file(folder / f"{name}.safetensors", device="cpu")
         tree = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            "--resume",
-            f"{folder} is damaged: {name} cannot be read ({error})",
-            "Delete that checkpoint: the run then goes on from the one before.",
-        ) from error
+        raise UserError(field, f"{folder} is damaged: {name} cannot be read ({error})", remedy) from error
     return _decode(tree, tensors)
 
 
