@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from steep import cli, hand_over
 from steep.errors import RunError, UserError
 from steep.evaluation.perplexity import evaluate
+from steep.evaluation.score import DomainScore
 from steep.export.adapter_weights import AdapterWeights
 from steep.export.gate import Measured
 from steep.export.merged import Merger
@@ -118,12 +119,28 @@ def test_auto_keeps_the_better_whichever_it_is(runs: Runs, tmp_path: Path, monke
     assert not torch.equal(*(part["model.layers.0.mlp.up_proj.weight"] for part in (one, two)))
 
 
-@pytest.mark.parametrize("base", ["nf4", "fp32"])
+def halve_one_layer(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """In the folder of one kind, and in the last layer alone, which a tiny model's loss does not see."""
+    real_write, real_scale = Merger.write, AdapterWeights.scale
+
+    def write(self: Merger, folder: Path, written: Any, **given: Any) -> None:
+        with monkeypatch.context() as planted:
+            if written == kind:
+                half = "layers.1.self_attn.v_proj"
+                planted.setattr(
+                    AdapterWeights, "scale", lambda self, name: real_scale(self, name) * (0.5 if half in name else 1)
+                )
+            real_write(self, folder, written, **given)
+
+    monkeypatch.setattr(Merger, "write", write)
+
+
+@pytest.mark.parametrize(("base", "kind"), [("nf4", "dequantised"), ("nf4", "original"), ("fp32", "original")])
 def test_a_model_that_is_not_the_trained_one_is_not_published(
-    base: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, kind: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AdapterWeights, "scale", lambda self, module: 5.0)
-    with pytest.raises(RunError, match="the merged model is not the trained one"):
+    halve_one_layer(monkeypatch, kind)
+    with pytest.raises(RunError, match=r"the merged model is not the trained one: model\.layers\.1\.self_attn\.v_proj"):
         export_run(runs(base), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -297,10 +314,31 @@ def test_other_text_is_found_before_the_work(runs: Runs, tmp_path: Path, monkeyp
 
 
 def test_the_original_is_no_way_round_the_gate(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AdapterWeights, "scale", lambda self, module: 5.0)
+    halve_one_layer(monkeypatch, "dequantised")
     with pytest.raises(RunError, match="the merged model is not the trained one"):
         export_run(runs("nf4"), tmp_path / "out", base="original")
     assert not list(tmp_path.iterdir())
+
+
+def scored(bits: float) -> Measured:
+    return Measured([DomainScore(1, "ko", 1.0, 2.7, bits, 10, 20, 1)], torch.ones(1, 3), torch.float32)
+
+
+@pytest.mark.parametrize("base", ["auto", "original"])
+@pytest.mark.parametrize(("dequantised", "fails"), [(0.004, False), (0.006, True), (-0.006, True)])
+def test_the_limit_is_for_the_base_that_was_trained_over(
+    dequantised: float, fails: bool, base: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other base may be as much worse as it is."""
+    found = {"dequantised": dequantised, "original": 0.05}
+    monkeypatch.setattr(hand_over, "measure", lambda *_, **__: scored(1.0))
+    monkeypatch.setattr(hand_over, "measure_folder", lambda folder, *_, **__: scored(1.0 + found[folder.name]))
+    error = pytest.raises(RunError, match=r"ko is .* bits per byte from the adapter's, and 0\.005 is allowed")
+    with error if fails else nullcontext():
+        result = export_run(runs("nf4"), tmp_path / "out", base=base)
+        assert result["base"] == ("dequantised" if base == "auto" else "original")
+        assert result["gaps"]["original"]["ko"] == pytest.approx(0.05)
+    assert (tmp_path / "out").exists() is not fails
 
 
 def test_the_adapters_card_opens_it_over_the_quantised_base(

@@ -22,6 +22,7 @@ from steep.export.gguf import check_convertible, write_gguf
 from steep.export.gguf_check import check_gguf
 from steep.export.merged import Merger
 from steep.export.push import check_push, push
+from steep.export.weight_check import wrong_weight
 from steep.model.attention import attention
 from steep.model.load import DTYPES, as_folder
 from steep.model.resolve import resolve
@@ -173,24 +174,22 @@ class _Export:
         terminal.say("scoring the adapter over the base of the run")
         model = load_result(config, plan.resolved, plan.tokenizer, self._folder)
         trained = measure(model, documents, **how)
-        del model
-        free_memory()
         self._refuse_other_model(trained)
         measured: dict[Kind, Measured] = {}
         with published(self._output, existing="refuse") as staging:
             for kind in kinds:
-                terminal.say(f"merging into the {kind} base")
+                terminal.say(f"merging into the {kind} base, and reading every weight back")
                 with terminal.merging() as show:
                     merger.write(staging / kind, kind, tokenizer=self._folder.final, progress=show)
-                terminal.say("opening the merged model with plain transformers, and scoring it")
+                self._refuse(wrong_weight(staging / kind, model, merger.tensors, kind))
+            del model
+            free_memory()
+            for kind in kinds:
+                terminal.say(f"opening the merged model ({kind}) with plain transformers, and scoring it")
                 measured[kind] = measure_folder(staging / kind, trained, documents, **opened, **how)
             gaps: dict[Kind, Gap] = {kind: compare(trained, found) for kind, found in measured.items()}
             terminal.show(gate_table(trained.scores, {kind: found.scores for kind, found in measured.items()}))
-            if problem := gaps[exact].problem(may_fall=plan.base == "int8"):
-                raise RunError(
-                    f"the merged model is not the trained one: {problem}. Nothing was written to {self._output}. "
-                    "Please report this, with the run file"
-                )
+            self._refuse(gaps[exact].problem(may_fall=plan.base == "int8"))
             kept = min(measured, key=lambda kind: measured[kind].bits_per_byte) if base == "auto" else "original"
             gap, other = gaps[kept], next((gaps[kind] for kind in gaps if kind != kept), None)
             gated = Gated(kept, kept == exact, gap, trained, measured[kept], other, text)
@@ -207,6 +206,13 @@ class _Export:
             terminal.say(f"merged into the {kept} base: the better of the two")
         self._warn_of_a_rise(kept, gaps[kept], exact)
         return {"base": kept, "gaps": {kind: found.bits_per_byte for kind, found in gaps.items()}}
+
+    def _refuse(self, problem: str | None) -> None:
+        if problem is not None:
+            raise RunError(
+                f"the merged model is not the trained one: {problem}. Nothing was written to {self._output}. "
+                "Please report this, with the run file"
+            )
 
     def _refuse_other_text(self, plan: Plan) -> None:
         if plan.corpus.fingerprint != self._story.plan["data"]["fingerprint"]:

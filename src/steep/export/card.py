@@ -221,8 +221,9 @@ def _gate(gated: Gated, story: Story) -> str:
     ]
     lines = [
         "## Round trip",
-        f"The adapter is merged into {_KINDS[gated.kind]}. The folder was opened again by plain transformers and "
-        f"compared with the adapter over the base of the run, on {gated.text}:",
+        f"The adapter is merged into {_KINDS[gated.kind]}. Each weight was read back and is that of the adapter over "
+        "this base, rounded once. The model was opened again by plain transformers and compared with the adapter over "
+        f"the base of the run, on {gated.text}:",
         _table(("domain", "adapter, bits per byte", "merged", "gap"), rows),
         f"Relative RMS of the difference of logits: {gated.gap.logits:.4f}.",
     ]
