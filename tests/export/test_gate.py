@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from steep.errors import RunError
 from steep.evaluation.score import DomainScore
@@ -153,6 +154,15 @@ def test_a_tensor_left_over_fails(tmp_path: Path) -> None:
     edit(folder, **{"model.layers.9.x": torch.ones(1)})
     with pytest.raises(RunError, match=r"unexpected.*layers\.9"):
         open_plainly(folder, torch.float32, {})
+
+
+def test_what_does_not_fit_onto_the_gpu_is_left_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    loading = {"missing_keys": [], "unexpected_keys": []}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda _, **named: (given.update(named), loading))
+    open_plainly(Path("folder"), "auto", {})
+    assert (given["device_map"], given["dtype"]) == ("auto", "auto")
 
 
 def measured(bits: float, logits: float = 1.0) -> Measured:

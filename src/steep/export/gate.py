@@ -83,8 +83,11 @@ def measure(
     return Measured(scores, torch.cat(logits), embeddings.weight.dtype)
 
 
-def open_plainly(folder: Path, dtype: torch.dtype, attention: Mapping[str, str]) -> Any:
+def open_plainly(folder: Path, dtype: torch.dtype | str, attention: Mapping[str, str]) -> Any:
     """The model in `folder` as anybody opens it: transformers alone.
+
+    Args:
+        dtype: ``auto`` is the folder's own.
 
     Raises:
         RunError: a tensor is missing or left over.
