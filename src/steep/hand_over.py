@@ -16,10 +16,11 @@ from steep.evaluation.board import gate_table
 from steep.export.adapter import write_adapter
 from steep.export.adapter_weights import AdapterWeights
 from steep.export.base_weights import Kind
-from steep.export.card import ADAPTER_NOTE, Gated, Story, describe_base, local_base_note, write_card
+from steep.export.card import CONVERTER_NOTE, Gated, Story, adapter_notes, describe_base, original_name, write_card
 from steep.export.gate import BITS_LIMIT, Gap, Measured, compare, free_memory, measure, measure_folder
 from steep.export.gguf import check_convertible, write_gguf
 from steep.export.gguf_check import check_gguf
+from steep.export.gguf_tokenizer import is_misread_by_converter
 from steep.export.merged import Merger
 from steep.export.push import check_push, push
 from steep.export.weight_check import wrong_weight
@@ -128,17 +129,15 @@ class _Export:
 
     def adapter(self) -> dict[str, Any]:
         size = sum(file.stat().st_size for file in self._folder.final.rglob("*"))
-        _check_disk(self._output, size)
+        _check_disk(self._output, size if self._adapter.whole else 2 * size)  # written in fp32, and in one rank
         with published(self._output, existing="refuse") as staging:
             write_adapter(self._folder.final, staging, self._base.name, self._base.revision)
             grew = self._vocabulary_grew()
             write_card(
                 staging, self._base, self._story, form="adapter", gated=None, name=self._name, vocabulary_grew=grew
             )
-        if self._config.adapter.modules_to_save:
-            self._terminal.warn(ADAPTER_NOTE)
-        if not self._base.on_hub:
-            self._terminal.warn(local_base_note(self._base))
+        for note in adapter_notes(self._base, self._story):
+            self._terminal.warn(note)
         return {}
 
     def merged(self, form: str, base: str) -> dict[str, Any]:
@@ -201,7 +200,19 @@ class _Export:
                     file.rename(staging / file.name)
             for left in kinds:
                 shutil.rmtree(staging / left)
-            write_card(staging, self._base, self._story, form=form, gated=gated, name=self._name, checks=checks)
+            misread = form == "merged" and is_misread_by_converter(staging)
+            write_card(
+                staging,
+                self._base,
+                self._story,
+                form=form,
+                gated=gated,
+                name=self._name,
+                checks=checks,
+                misread_by_converter=misread,
+            )
+        if misread:
+            terminal.warn(CONVERTER_NOTE)
         if base == "auto" and len(gaps) > 1:
             terminal.say(f"merged into the {kept} base: the better of the two")
         self._warn_of_a_rise(kept, gaps[kept], exact)
@@ -262,9 +273,9 @@ class _Export:
     def _warn_of_a_rise(self, kept: Kind, gap: Gap, exact: Kind) -> None:
         if kept != exact and not gap.rise <= BITS_LIMIT:
             self._terminal.warn(
-                f"merged into the 16-bit original the model is worse by up to {gap.rise:.4f} bits per byte: the "
-                "adapter has learned to correct the quantisation that it was trained over. --base auto measures the "
-                "dequantised base too, and keeps the better."
+                f"merged into {original_name(self._base)} the model is worse by up to {gap.rise:.4f} bits per byte: "
+                "the adapter has learned to correct the quantisation that it was trained over. --base auto measures "
+                "the dequantised base too, and keeps the better."
             )
 
     def _vocabulary_grew(self) -> bool:
