@@ -20,15 +20,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from steep import cli, hand_over
 from steep.errors import RunError, UserError
 from steep.evaluation.perplexity import evaluate
+from steep.evaluation.score import DomainScore
 from steep.export.adapter_weights import AdapterWeights
 from steep.export.gate import Measured
+from steep.export.gguf import write_gguf
 from steep.export.merged import Merger
 from steep.hand_over import export_run
 from steep.plan import plan_run
 from steep.run import finished, train_run
 from steep.terminal import Terminal
 from tests.test_run import run_file
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, sentencepiece_tokenizer
 
 Runs = Callable[[str], Path]
 
@@ -118,12 +120,28 @@ def test_auto_keeps_the_better_whichever_it_is(runs: Runs, tmp_path: Path, monke
     assert not torch.equal(*(part["model.layers.0.mlp.up_proj.weight"] for part in (one, two)))
 
 
-@pytest.mark.parametrize("base", ["nf4", "fp32"])
+def halve_one_layer(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """In the folder of one kind, and in the last layer alone, which a tiny model's loss does not see."""
+    real_write, real_scale = Merger.write, AdapterWeights.scale
+
+    def write(self: Merger, folder: Path, written: Any, **given: Any) -> None:
+        with monkeypatch.context() as planted:
+            if written == kind:
+                half = "layers.1.self_attn.v_proj"
+                planted.setattr(
+                    AdapterWeights, "scale", lambda self, name: real_scale(self, name) * (0.5 if half in name else 1)
+                )
+            real_write(self, folder, written, **given)
+
+    monkeypatch.setattr(Merger, "write", write)
+
+
+@pytest.mark.parametrize(("base", "kind"), [("nf4", "dequantised"), ("nf4", "original"), ("fp32", "original")])
 def test_a_model_that_is_not_the_trained_one_is_not_published(
-    base: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, kind: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AdapterWeights, "scale", lambda self, module: 5.0)
-    with pytest.raises(RunError, match="the merged model is not the trained one"):
+    halve_one_layer(monkeypatch, kind)
+    with pytest.raises(RunError, match=r"the merged model is not the trained one: model\.layers\.1\.self_attn\.v_proj"):
         export_run(runs(base), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -274,6 +292,23 @@ def test_a_run_with_new_tokens_is_handed_on_in_every_form(korean_corpus: Path, t
     assert len(AutoTokenizer.from_pretrained(tmp_path / "adapter")) == 404
 
 
+@pytest.mark.parametrize("grown", [False, True])
+def test_who_may_make_gguf_of_a_merged_folder_is_said(
+    grown: bool, korean_corpus: Path, tmp_path: Path, spoken: tuple[Terminal, list[str]]
+) -> None:
+    """New tokens leave the base's tokenizer.model behind, and llama.cpp's converter has no other scores."""
+    terminal, said = spoken
+    base = save_tiny("llama", tmp_path / "base", tokenizer=sentencepiece_tokenizer())
+    (base / "tokenizer.model").write_bytes(b"scores")
+    model = {"base": "fp32", **({"new_tokens": {"auto": 5}} if grown else {})}
+    train_run(run_file(base, korean_corpus, tmp_path / "run", model=model, evaluation={"prompts": []}))
+    export_run(tmp_path / "run", tmp_path / "out", terminal=terminal)
+    assert (tmp_path / "out" / "tokenizer.model").is_file() is not grown
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    note = "For GGUF files use steep export RUN --to gguf"
+    assert (note in card) is any(line.startswith(f"warning: {note}") for line in said) is grown
+
+
 @pytest.mark.parametrize("what", ["base", "adapter"])
 def test_another_model_than_the_trained_one_is_found(runs: Runs, tmp_path: Path, what: str) -> None:
     run = shutil.copytree(runs("nf4"), tmp_path / "run")
@@ -307,10 +342,31 @@ def test_other_text_is_found_before_the_work(runs: Runs, tmp_path: Path, monkeyp
 
 
 def test_the_original_is_no_way_round_the_gate(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AdapterWeights, "scale", lambda self, module: 5.0)
+    halve_one_layer(monkeypatch, "dequantised")
     with pytest.raises(RunError, match="the merged model is not the trained one"):
         export_run(runs("nf4"), tmp_path / "out", base="original")
     assert not list(tmp_path.iterdir())
+
+
+def scored(bits: float) -> Measured:
+    return Measured([DomainScore(1, "ko", 1.0, 2.7, bits, 10, 20, 1)], torch.ones(1, 3), torch.float32)
+
+
+@pytest.mark.parametrize("base", ["auto", "original"])
+@pytest.mark.parametrize(("dequantised", "fails"), [(0.004, False), (0.006, True), (-0.006, True)])
+def test_the_limit_is_for_the_base_that_was_trained_over(
+    dequantised: float, fails: bool, base: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other base may be as much worse as it is."""
+    found = {"dequantised": dequantised, "original": 0.05}
+    monkeypatch.setattr(hand_over, "measure", lambda *_, **__: scored(1.0))
+    monkeypatch.setattr(hand_over, "measure_folder", lambda folder, *_, **__: scored(1.0 + found[folder.name]))
+    error = pytest.raises(RunError, match=r"ko is .* bits per byte from the adapter's, and 0\.005 is allowed")
+    with error if fails else nullcontext():
+        result = export_run(runs("nf4"), tmp_path / "out", base=base)
+        assert result["base"] == ("dequantised" if base == "auto" else "original")
+        assert result["gaps"]["original"]["ko"] == pytest.approx(0.05)
+    assert (tmp_path / "out").exists() is not fails
 
 
 def test_the_adapters_card_opens_it_over_the_quantised_base(
@@ -325,6 +381,81 @@ def test_the_adapters_card_opens_it_over_the_quantised_base(
     exec(code, names)
     assert names["base"].config.quantization_config.bnb_4bit_quant_type == "nf4"
     assert isinstance(names["model"], PeftModel) and len(names["tokenizer"]) == 384
+
+
+@pytest.fixture(scope="module")
+def run_over_gguf(korean_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A .gguf file, and a finished run over it in 4 bits."""
+    place = tmp_path_factory.mktemp("gguf")
+    file = write_gguf(save_tiny("llama", place / "model", bos=True), place, "tiny")[0]
+    train_run(run_file(file, korean_corpus, place / "run", model={"base": "nf4"}, evaluation={"prompts": []}))
+    return file, place / "run"
+
+
+def python_lines(readme: Path) -> list[str]:
+    """The blocks of Python, to be run on this machine."""
+    blocks = readme.read_text(encoding="utf-8").split("```python\n")[1:]
+    return [block.split("```")[0].replace(', device_map="auto"', "") for block in blocks]
+
+
+def test_the_adapters_card_opens_it_over_a_gguf_file(
+    run_over_gguf: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, run = run_over_gguf
+    export_run(run, tmp_path / "out", to="adapter")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / file.name).symlink_to(file)
+    names: dict[str, Any] = {}
+    (code,) = python_lines(tmp_path / "out" / "README.md")
+    exec(code, names)
+    assert isinstance(names["model"], PeftModel) and names["tokenizer"]("a")["input_ids"]
+    assert_scores_are_those_of_the_run(names["model"], run)
+
+
+def test_the_lines_in_final_open_it_over_a_gguf_file(run_over_gguf: tuple[Path, Path]) -> None:
+    _, run = run_over_gguf
+    names: dict[str, Any] = {}
+    tokenizer, by_hand = python_lines(run / "final" / "README.md")  # PEFT's one-go would resize the base
+    exec(tokenizer + by_hand, names)
+    assert_scores_are_those_of_the_run(names["model"], run)
+
+
+def test_a_model_that_was_made_of_a_gguf_file_has_no_original(run_over_gguf: tuple[Path, Path], tmp_path: Path) -> None:
+    export_run(run_over_gguf[1], tmp_path / "out", base="original")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "merged into the 16-bit copy of the GGUF file" in card and "original" not in card
+
+
+def assert_scores_are_those_of_the_run(model: Any, run: Path) -> None:
+    config, folder = finished(run)
+    rows = {row["domain"]: row for row in folder.read_lines("evaluation.jsonl") if row["step"]}
+    for score in evaluate(model, plan_run(config).corpus.heldout, max_length=64):
+        assert score.loss == pytest.approx(rows[score.domain]["loss"], rel=1e-4)  # fp32
+
+
+def test_an_adapter_without_trained_embeddings_is_handed_on_folded(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, spoken: tuple[Terminal, list[str]]
+) -> None:
+    terminal, said = spoken
+    given = {"model": {"base": "fp32"}, "adapter": {"modules_to_save": [], "r": 40}, "evaluation": {"prompts": []}}
+    train_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **given))
+    export_run(tmp_path / "run", tmp_path / "out", to="adapter", terminal=terminal)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["rank_pattern"]) == (40, 40, False, {})
+    base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    assert_scores_are_those_of_the_run(PeftModel.from_pretrained(base, str(tmp_path / "out")), tmp_path / "run")
+    assert "is folded into its `lora_B`" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert not any("refuse" in line for line in said)
+
+
+def test_who_refuses_a_dora_adapter_is_said(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, spoken: tuple[Terminal, list[str]]
+) -> None:
+    terminal, said = spoken
+    given = {"adapter": {"modules_to_save": [], "use_dora": True}, "evaluation": {"prompts": []}}
+    train_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **given))
+    export_run(tmp_path / "run", tmp_path / "out", to="adapter", terminal=terminal)
+    assert any(line.startswith("warning: vLLM and llama.cpp refuse adapters with DoRA.") for line in said)
 
 
 def copied(run: Path, place: Path, edit: Callable[[str], str]) -> Path:

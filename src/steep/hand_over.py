@@ -16,12 +16,14 @@ from steep.evaluation.board import gate_table
 from steep.export.adapter import write_adapter
 from steep.export.adapter_weights import AdapterWeights
 from steep.export.base_weights import Kind
-from steep.export.card import ADAPTER_NOTE, Gated, Story, describe_base, local_base_note, write_card
+from steep.export.card import CONVERTER_NOTE, Gated, Story, adapter_notes, describe_base, original_name, write_card
 from steep.export.gate import BITS_LIMIT, Gap, Measured, compare, free_memory, measure, measure_folder
 from steep.export.gguf import check_convertible, write_gguf
 from steep.export.gguf_check import check_gguf
+from steep.export.gguf_tokenizer import is_misread_by_converter
 from steep.export.merged import Merger
 from steep.export.push import check_push, push
+from steep.export.weight_check import wrong_weight
 from steep.model.attention import attention
 from steep.model.load import DTYPES, as_folder
 from steep.model.resolve import read_tokenizer_folder, resolve
@@ -128,17 +130,15 @@ class _Export:
 
     def adapter(self) -> dict[str, Any]:
         size = sum(file.stat().st_size for file in self._folder.final.rglob("*"))
-        _check_disk(self._output, size)
+        _check_disk(self._output, size if self._adapter.whole else 2 * size)  # written in fp32, and in one rank
         with published(self._output, existing="refuse") as staging:
             write_adapter(self._folder.final, staging, self._base.name, self._base.revision)
             grew = self._vocabulary_grew()
             write_card(
                 staging, self._base, self._story, form="adapter", gated=None, name=self._name, vocabulary_grew=grew
             )
-        if self._config.adapter.modules_to_save:
-            self._terminal.warn(ADAPTER_NOTE)
-        if not self._base.on_hub:
-            self._terminal.warn(local_base_note(self._base))
+        for note in adapter_notes(self._base, self._story):
+            self._terminal.warn(note)
         return {}
 
     def merged(self, form: str, base: str) -> dict[str, Any]:
@@ -174,24 +174,22 @@ class _Export:
         terminal.say("scoring the adapter over the base of the run")
         model = load_result(config, plan.resolved, plan.tokenizer, self._folder)
         trained = measure(model, documents, **how)
-        del model
-        free_memory()
         self._refuse_other_model(trained)
         measured: dict[Kind, Measured] = {}
         with published(self._output, existing="refuse") as staging:
             for kind in kinds:
-                terminal.say(f"merging into the {kind} base")
+                terminal.say(f"merging into the {kind} base, and reading every weight back")
                 with terminal.merging() as show:
                     merger.write(staging / kind, kind, tokenizer=self._folder.final, progress=show)
-                terminal.say("opening the merged model with plain transformers, and scoring it")
+                self._refuse(wrong_weight(staging / kind, model, merger.tensors, kind))
+            del model
+            free_memory()
+            for kind in kinds:
+                terminal.say(f"opening the merged model ({kind}) with plain transformers, and scoring it")
                 measured[kind] = measure_folder(staging / kind, trained, documents, **opened, **how)
             gaps: dict[Kind, Gap] = {kind: compare(trained, found) for kind, found in measured.items()}
             terminal.show(gate_table(trained.scores, {kind: found.scores for kind, found in measured.items()}))
-            if problem := gaps[exact].problem(may_fall=plan.base == "int8"):
-                raise RunError(
-                    f"the merged model is not the trained one: {problem}. Nothing was written to {self._output}. "
-                    "Please report this, with the run file"
-                )
+            self._refuse(gaps[exact].problem(may_fall=plan.base == "int8"))
             kept = min(measured, key=lambda kind: measured[kind].bits_per_byte) if base == "auto" else "original"
             gap, other = gaps[kept], next((gaps[kind] for kind in gaps if kind != kept), None)
             gated = Gated(kept, kept == exact, gap, trained, measured[kept], other, text)
@@ -203,11 +201,30 @@ class _Export:
                     file.rename(staging / file.name)
             for left in kinds:
                 shutil.rmtree(staging / left)
-            write_card(staging, self._base, self._story, form=form, gated=gated, name=self._name, checks=checks)
+            misread = form == "merged" and is_misread_by_converter(staging)
+            write_card(
+                staging,
+                self._base,
+                self._story,
+                form=form,
+                gated=gated,
+                name=self._name,
+                checks=checks,
+                misread_by_converter=misread,
+            )
+        if misread:
+            terminal.warn(CONVERTER_NOTE)
         if base == "auto" and len(gaps) > 1:
             terminal.say(f"merged into the {kept} base: the better of the two")
         self._warn_of_a_rise(kept, gaps[kept], exact)
         return {"base": kept, "gaps": {kind: found.bits_per_byte for kind, found in gaps.items()}}
+
+    def _refuse(self, problem: str | None) -> None:
+        if problem is not None:
+            raise RunError(
+                f"the merged model is not the trained one: {problem}. Nothing was written to {self._output}. "
+                "Please report this, with the run file"
+            )
 
     def _refuse_other_text(self, plan: Plan) -> None:
         if plan.corpus.fingerprint != self._story.plan["data"]["fingerprint"]:
@@ -257,9 +274,9 @@ class _Export:
     def _warn_of_a_rise(self, kept: Kind, gap: Gap, exact: Kind) -> None:
         if kept != exact and not gap.rise <= BITS_LIMIT:
             self._terminal.warn(
-                f"merged into the 16-bit original the model is worse by up to {gap.rise:.4f} bits per byte: the "
-                "adapter has learned to correct the quantisation that it was trained over. --base auto measures the "
-                "dequantised base too, and keeps the better."
+                f"merged into {original_name(self._base)} the model is worse by up to {gap.rise:.4f} bits per byte: "
+                "the adapter has learned to correct the quantisation that it was trained over. --base auto measures "
+                "the dequantised base too, and keeps the better."
             )
 
     def _vocabulary_grew(self) -> bool:

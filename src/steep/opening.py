@@ -28,7 +28,9 @@ def readme(plan: Plan, model: PeftModel, final: Path) -> str:
     resize = f"base.resize_token_embeddings({plan.shape.vocabulary}, mean_resizing=False)\n" if grown else ""
     pinned = f', revision="{revision}"' if revision else ""
     parts = [_HEAD.format(base=base), _TOKENIZER.format(final=final)]
-    if adapter.revision == revision:  # PEFT reads the base's revision there
+    # PEFT reads the base's revision there. And it gives the base a row for each token that the tokenizer counts, of
+    # which transformers' reader of GGUF files adds one that no embedding has.
+    if adapter.revision == revision and len(plan.tokenizer) <= plan.shape.vocabulary:
         parts.append(_AUTO.format(quantization=quantization, settings=settings, final=final))
     parts.append(
         _BY_HAND.format(

@@ -157,7 +157,34 @@ def test_an_adapter_says_how_it_opens_and_who_refuses_it(grew: bool, tmp_path: P
 def test_a_gguf_card(tmp_path: Path) -> None:
     made = card(tmp_path, Base("x.gguf", False, stored="GGUF"), "gguf", gated("original", 1.75))
     assert "ollama create ko -f Modelfile" in made.text and "base_model" not in made.data.to_dict()
-    assert "given as GGUF: its weights were dequantised to 16 bits" in made.text
+    assert "given as GGUF: its weights were converted to 16 bits" in made.text
+    assert "merged into the 16-bit copy of the GGUF file" in made.text and "original" not in made.text
+
+
+def test_a_loss_over_a_gguf_base_names_no_original(tmp_path: Path) -> None:
+    base = Base("x.gguf", False, stored="GGUF")
+    for form, bits in (("merged", 1.89), ("gguf", 1.75)):
+        made = card(tmp_path, base, form, gated("original", bits))
+        assert "original" not in made.text
+    assert "would be" in card(tmp_path, base, "merged", gated("dequantised", 1.75)).text
+
+
+@pytest.mark.parametrize(
+    ("modules", "dora", "refused"),
+    [
+        (["lm_head"], False, "with trained embeddings. For"),
+        (["lm_head"], True, "with trained embeddings and DoRA. For"),
+        ([], True, "with DoRA. For"),
+        ([], False, None),
+    ],
+)
+def test_an_adapter_says_who_refuses_it_and_what_is_folded(
+    modules: list[str], dora: bool, refused: str | None, tmp_path: Path
+) -> None:
+    text = card(tmp_path, HUB, "adapter", told=story(modules_to_save=modules, use_dora=dora)).text
+    assert ("vLLM and llama.cpp refuse" in text) is (refused is not None)
+    assert (refused or "") in text
+    assert ("scale of each layer is folded into its `lora_B`" in text) is (not modules)
 
 
 def test_a_local_base_is_called_by_its_last_name(tmp_path: Path) -> None:

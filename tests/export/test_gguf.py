@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from steep.errors import UserError
-from steep.export import gguf, gguf_families
+from steep.export import gguf, gguf_check, gguf_families
 from steep.export.gguf import check_convertible, open_model, write_gguf
-from steep.export.gguf_check import check_gguf, read_back
+from steep.export.gguf_check import check_gguf, other_tokens, read_back
 from steep.export.gguf_families import FAMILIES
 from steep.model.resolve import resolve
 from tests.export.llama_cpp_judge import logits, relative_error, token_ids
+from tests.export.tokenizers_of_kinds import byte_level, sentencepiece_style
 from tests.tiny import SLIDING_WINDOW, documents, save_tiny, tiny_config, tiny_tokenizer
 
 F16, Q8_0 = 5e-3, 5e-2
@@ -145,6 +148,39 @@ def test_a_query_scale_left_out_is_seen(case: str, tmp_path: Path, monkeypatch: 
     folder = saved(case, tmp_path)
     monkeypatch.setattr(gguf_families, "_query_scale", lambda *_: 1.0)
     assert error_of(folder, tmp_path / "out") > 2 * F16
+
+
+def as_deep_as_27b(family: str, folder: Path) -> Path:
+    """llama.cpp knows the 27B models by their layers, and scales their attention by hidden size over heads: 32 here."""
+    shape: dict[str, Any] = {
+        "head_dim": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 32,
+    }
+    layers = {"gemma2": 46, "gemma3": 62}[family]
+    return save_tiny(family, folder / "model", bos=True, num_hidden_layers=layers, layer_types=None, **shape)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+@pytest.mark.llama_cpp
+def test_the_attention_of_27b_has_a_scale_of_its_own(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = as_deep_as_27b(family, tmp_path)
+    assert error_of(folder, tmp_path / "out") < F16
+    kind = resolve(str(folder)).config.model_type
+    monkeypatch.setitem(FAMILIES, kind, replace(FAMILIES[kind], layers_of_27b=None))
+    assert error_of(folder, tmp_path / "other") > 10 * F16
+
+
+@pytest.mark.parametrize(("family", "name"), [("gemma2", "self_attn.q_proj"), ("gemma3", "self_attn.q_norm")])
+def test_the_scale_of_27b_is_in_the_weights(family: str, name: str, tmp_path: Path) -> None:
+    model = open_model(as_deep_as_27b(family, tmp_path))
+    assert model.config.query_pre_attn_scalar == 16
+    ours = next(gguf_name for gguf_name, stored in model.names.items() if stored == f"model.layers.3.{name}.weight")
+    stored = model.tensors[model.names[ours]] + (1 if family == "gemma3" else 0)
+    torch.testing.assert_close(model.expected(ours), stored * (32 / 16) ** 0.5)
 
 
 @pytest.mark.parametrize(
@@ -445,7 +481,66 @@ def test_the_check_sees_other_weights_and_other_tokens(tmp_path: Path) -> None:
     assert loss_found == f"the loss in llama.cpp is {worse.bits_per_byte_gap:.4f} bits per byte higher"
     tiny_tokenizer(bos=False).save_pretrained(folder)
     other = check_gguf(file, folder, [text[0], ""])
-    assert other.remarks == [f"llama.cpp makes other tokens of {each[:60]!r}" for each in (text[0], "")]
+    assert other.remarks == []
+    for each in (text[0], ""):
+        assert f"llama.cpp makes other tokens of {each[:60]!r}" in other.problems
+
+
+DECOMPOSED = unicodedata.normalize("NFD", "강물이 흐른다")
+
+
+@pytest.mark.parametrize(
+    ("text", "adds_space", "composes", "known"),
+    [
+        (" the river", True, False, True),
+        ("▁the river", True, False, True),
+        (" the river", False, True, False),
+        (DECOMPOSED, False, True, True),
+        (DECOMPOSED, True, False, False),
+        ("강물이 흐른다", True, True, False),
+        ("", True, True, False),
+    ],
+)
+def test_only_known_kinds_of_text_may_have_other_tokens(
+    text: str, adds_space: bool, composes: bool, known: bool
+) -> None:
+    problems, remarks = other_tokens([text], adds_space=adds_space, composes=composes)
+    said = [f"llama.cpp makes other tokens of {text!r}"]
+    assert (problems, remarks) == (([], said) if known else (said, []))
+
+
+def _composing() -> PreTrainedTokenizerFast:
+    tokenizer: Any = byte_level("qwen2")
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "known"),
+    [
+        (sentencepiece_style("mistral"), "   leading and trailing   "),
+        (_composing(), DECOMPOSED),
+    ],
+    ids=["begins with a space", "not composed"],
+)
+@pytest.mark.llama_cpp
+def test_text_that_llama_cpp_is_known_to_read_otherwise_is_remarked(
+    tokenizer: PreTrainedTokenizerFast, known: str, tmp_path: Path
+) -> None:
+    folder = save_tiny("llama", tmp_path / "model", tokenizer=tokenizer, vocab_size=len(tokenizer))
+    file = write_gguf(folder, tmp_path / "out")[0]
+    check = check_gguf(file, folder, [*documents("ko", 2), known])
+    assert (check.problems, check.remarks) == ([], [f"llama.cpp makes other tokens of {known!r}"])
+
+
+@pytest.mark.llama_cpp
+def test_the_check_opens_the_folder_as_the_gate_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was trained in 4 bits may not fit onto the GPU in 16, and the gate has a place for it."""
+    folder, opened = saved("llama", tmp_path), []
+    real = gguf_check.open_plainly
+    monkeypatch.setattr(gguf_check, "open_plainly", lambda *given: opened.append(given[0]) or real(*given))
+    assert check_gguf(write_gguf(folder, tmp_path / "out")[0], folder, documents("ko", 1)).problems == []
+    assert opened == [folder]
 
 
 def test_without_llama_cpp_the_file_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import AddedToken
 
 from steep.errors import UserError
 from steep.export import gguf_tokenizer
-from steep.export.gguf_tokenizer import Vocabulary, add_vocabulary, read_vocabulary
+from steep.export.gguf_tokenizer import Vocabulary, add_vocabulary, is_misread_by_converter, read_vocabulary
 from steep.export.pre_tokenizers import pre_tokenizer_name
 from tests.export.gguf_texts import TEXTS
 from tests.export.llama_cpp_judge import opened, token_ids
@@ -226,7 +226,10 @@ def without_merges(unwanted: Callable[[list[str]], bool]) -> PreTrainedTokenizer
 def test_a_merge_that_is_missing_is_refused() -> None:
     whole = json.loads(sentencepiece_json("gemma").to_str())["model"]["merges"]
     tokenizer = without_merges(lambda pair: pair == whole[0])
-    with pytest.raises(UserError, match=r"llama.cpp would merge .* which this tokenizer does not.*convert_hf_to_gguf"):
+    with pytest.raises(
+        UserError,
+        match=r"llama.cpp would merge .* which this tokenizer does not.*not where .* no tokenizer\.model",
+    ):
         vocabulary_of(tokenizer)
 
 
@@ -243,6 +246,18 @@ def test_a_merge_that_no_text_comes_to_may_be_missing(tmp_path: Path) -> None:
     assert differing(harmless, vocabulary_file(vocabulary_of(harmless), tmp_path / "v.gguf"), TEXTS) == []
     with pytest.raises(UserError, match=f"into '{piece}', which this tokenizer does not"):
         vocabulary_of(harmful)
+
+
+def test_llama_cpps_converter_needs_tokenizer_model(tmp_path: Path) -> None:
+    for name, tokenizer, misread in (
+        ("pieces", sentencepiece_style("llama"), True),
+        ("bytes", tiny_tokenizer(), False),
+    ):
+        folder = tmp_path / name
+        tokenizer.save_pretrained(folder)
+        assert is_misread_by_converter(folder) is misread
+        (folder / "tokenizer.model").write_bytes(b"scores")
+        assert not is_misread_by_converter(folder)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------

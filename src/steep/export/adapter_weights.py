@@ -17,7 +17,7 @@ from steep.errors import UserError
 from steep.model.names import EMBEDDINGS
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 # Fields of LoraConfig that are read here, or that say how training began or what is trained, which the tensors say too.
 _UNDERSTOOD = {
@@ -53,7 +53,7 @@ class AdapterWeights:
         self._parts: dict[str, set[str]] = {}
         self.whole: set[str] = set()
         for key in self._keys():
-            name = key.removeprefix(_PREFIX)
+            name = key.removeprefix(PREFIX)
             if found := _LORA.fullmatch(name):
                 self._parts.setdefault(found["module"], set()).add(found["part"])
             elif name.endswith(tuple(f"{embedding}.weight" for embedding in EMBEDDINGS)):
@@ -102,7 +102,7 @@ class AdapterWeights:
         Raises:
             UserError: shapes do not fit.
         """
-        a, b = (self._get(f"{module}.lora_{part}.weight").to(weight.device).float() for part in "AB")
+        a, b = (half.to(weight.device) for half in self.halves(module))
         rank = self.rank(module)
         if a.shape != (rank, weight.shape[1]) or b.shape != (weight.shape[0], rank):
             raise UserError(
@@ -112,9 +112,18 @@ class AdapterWeights:
             )
         merged = torch.addmm(weight.float(), b, a, alpha=self.scale(module))
         if self.config.use_dora:
-            magnitude = self._get(f"{module}.lora_magnitude_vector").to(weight.device).float()
+            magnitude = self.magnitude(module).to(weight.device)
             merged *= (magnitude / torch.linalg.norm(merged, dim=1))[:, None]
         return merged
+
+    def halves(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, inputs] and B [outputs, rank] of a layer, fp32."""
+        a, b = (self._get(f"{module}.lora_{part}.weight").float() for part in "AB")
+        return a, b
+
+    def magnitude(self, module: str) -> torch.Tensor:
+        """DoRA's m of a layer, fp32 [outputs]."""
+        return self._get(f"{module}.lora_magnitude_vector").float()
 
     def embedding(self, name: str) -> torch.Tensor:
         """A trained embedding, [tokens, width], in the dtype that it was trained in."""
@@ -123,18 +132,18 @@ class AdapterWeights:
     def embedding_shape(self, name: str) -> tuple[int, int]:
         """Tokens and width of a trained embedding, without reading it."""
         with self._opened() as tensors:
-            rows, width = tensors.get_slice(_PREFIX + name).get_shape()
+            rows, width = tensors.get_slice(PREFIX + name).get_shape()
         return rows, width
 
     def _get(self, name: str) -> torch.Tensor:
         with self._opened() as tensors:
-            return tensors.get_tensor(_PREFIX + name)
+            return tensors.get_tensor(PREFIX + name)
 
     def _keys(self) -> Iterable[str]:
         with self._opened() as tensors:
             keys = list(tensors.keys())
         for key in keys:
-            if not key.startswith(_PREFIX):
+            if not key.startswith(PREFIX):
                 raise UserError(self._field, f"{self._file} has an unknown tensor {key}", "It cannot be merged.")
         return keys
 

@@ -106,6 +106,7 @@ def write_card(
     name: str,
     vocabulary_grew: bool = False,
     checks: Mapping[str, str] | None = None,
+    misread_by_converter: bool = False,
 ) -> None:
     """Write `README.md` into `folder`.
 
@@ -114,6 +115,7 @@ def write_card(
         name: what the result is called: USER/NAME on the hub, else its folder's name.
         vocabulary_grew: whether the base has to be resized before the adapter opens.
         checks: what was found of each GGUF file, by its name.
+        misread_by_converter: whether llama.cpp's converter is wrong for the merged folder.
     """
     hub_texts = [source["hub"] for source in story.settings["data"]["sources"] if source.get("hub")]
     data = ModelCardData(
@@ -132,7 +134,8 @@ def write_card(
         f"# {name.rsplit('/', 1)[-1]}",
         _what_it_is(base, story, form),
         _how_to_open(base, story, form, name, vocabulary_grew),
-        *([_gate(gated, story)] if gated else []),
+        *([CONVERTER_NOTE] if misread_by_converter else []),
+        *([_gate(gated, base, story)] if gated else []),
         *([_gguf(checks)] if checks else []),
         _figures(story),
         _recipe(story),
@@ -159,7 +162,8 @@ def _what_it_is(base: Base, story: Story, form: str) -> str:
         f"{embeddings}. {what}"
     )
     if base.stored and form != "adapter":
-        text += f"\n\nThe base model was given as {base.stored}: its weights were dequantised to 16 bits."
+        how = "converted" if base.stored == "GGUF" else "dequantised"
+        text += f"\n\nThe base model was given as {base.stored}: its weights were {how} to 16 bits."
     return text
 
 
@@ -173,42 +177,74 @@ def _how_to_open(base: Base, story: Story, form: str, name: str, vocabulary_grew
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\n'
             f"vLLM: `vllm serve {name}`."
         )
-    quantization, settings = loading_code(
-        story.plan["base"], story.plan["compute_dtype"], base.stored not in (None, "GGUF")
-    )
-    if base.revision:
-        settings += f', revision="{base.revision}"'
     resize = "base.resize_token_embeddings(len(tokenizer), mean_resizing=False)\n" if vocabulary_grew else ""
-    notes = [ADAPTER_NOTE] if story.settings["adapter"]["modules_to_save"] else []
-    if not base.on_hub:
-        notes.append(local_base_note(base))
-    where = f'"{base.name}"' if base.stored != "GGUF" else f'"FOLDER", gguf_file="{base.name}"'
+    notes = [*([] if story.settings["adapter"]["modules_to_save"] else [_FOLDED]), *adapter_notes(base, story)]
     return (
-        "## Use\n\n```python\nimport torch\nfrom peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig\n\n"
+        f"## Use\n\n```python\n{_load_base(base, story)}"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-        f'{quantization}base = AutoModelForCausalLM.from_pretrained({where}, {settings}, device_map="auto")\n'
         f'{resize}model = PeftModel.from_pretrained(base, "{name}")\n```' + "".join(f"\n\n{note}" for note in notes)
     )
 
 
-ADAPTER_NOTE = (
-    "vLLM and llama.cpp refuse adapters with trained embeddings. For them merge: steep export RUN --to merged."
-)
-
-
-def local_base_note(base: Base) -> str:
-    """What others need to know of an adapter whose base is not on the hub."""
+def _load_base(base: Base, story: Story) -> str:
+    plan = story.plan
+    if base.stored == "GGUF":  # transformers quantises no GGUF file that it opens
+        return (
+            "import steep\nfrom peft import PeftModel\nfrom transformers import AutoTokenizer\n\n"
+            f'base, _ = steep.load("{base.name}", base="{plan["base"]}", compute_dtype="{plan["compute_dtype"]}")\n'
+        )
+    quantization, settings = loading_code(plan["base"], plan["compute_dtype"], base.stored is not None)
+    revision = f', revision="{base.revision}"' if base.revision else ""
     return (
-        f"The base model, {base.name}, was a local one: the adapter names it without its place. Whoever opens the "
-        "adapter loads their own copy of it, as `base`; `AutoPeftModelForCausalLM` cannot find it."
+        "import torch\nfrom peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig\n\n"
+        f'{quantization}base = AutoModelForCausalLM.from_pretrained("{base.name}", {settings}{revision}, '
+        'device_map="auto")\n'
     )
 
 
-_KINDS = {"original": "the 16-bit original", "dequantised": "the dequantised base that it was trained over"}
+CONVERTER_NOTE = (
+    "For GGUF files use steep export RUN --to gguf, where steep can write them, and not llama.cpp's "
+    "convert_hf_to_gguf.py: this folder has a SentencePiece tokenizer without tokenizer.model. That converter then "
+    "gives every piece one score, and most text is cut otherwise."
+)
+_FOLDED = (
+    "The scale of each layer is folded into its `lora_B`, and lower ranks are filled up with zeros, so that alpha is r "
+    "here and readers that know no other scale read it right."
+)
 
 
-def _gate(gated: Gated, story: Story) -> str:
+def adapter_notes(base: Base, story: Story) -> list[str]:
+    """What whoever gets an adapter needs to know: who refuses it, and where its base is."""
+    adapter = story.settings["adapter"]
+    refused = [
+        *(["trained embeddings"] if adapter["modules_to_save"] else []),
+        *(["DoRA"] if adapter["use_dora"] else []),
+    ]
+    notes = []
+    if refused:
+        notes.append(
+            f"vLLM and llama.cpp refuse adapters with {' and '.join(refused)}. For them merge: steep export RUN "
+            "--to merged."
+        )
+    if not base.on_hub:
+        notes.append(
+            f"The base model, {base.name}, was a local one: the adapter names it without its place. Whoever opens the "
+            "adapter loads their own copy of it, as `base`; `AutoPeftModelForCausalLM` cannot find it."
+        )
+    return notes
+
+
+def original_name(base: Base) -> str:
+    """What the run's 4 or 8 bits, if any, were made of."""
+    return "the 16-bit copy of the GGUF file" if base.stored == "GGUF" else "the 16-bit original"
+
+
+def _kind_name(kind: Kind, base: Base) -> str:
+    return original_name(base) if kind == "original" else "the dequantised base that it was trained over"
+
+
+def _gate(gated: Gated, base: Base, story: Story) -> str:
     merged = {score.domain: score for score in gated.merged.scores}
     rows = [
         (
@@ -221,8 +257,9 @@ def _gate(gated: Gated, story: Story) -> str:
     ]
     lines = [
         "## Round trip",
-        f"The adapter is merged into {_KINDS[gated.kind]}. The folder was opened again by plain transformers and "
-        f"compared with the adapter over the base of the run, on {gated.text}:",
+        f"The adapter is merged into {_kind_name(gated.kind, base)}. Each weight was read back and is that of the "
+        "adapter over this base, rounded once. The model was opened again by plain transformers and compared with the "
+        f"adapter over the base of the run, on {gated.text}:",
         _table(("domain", "adapter, bits per byte", "merged", "gap"), rows),
         f"Relative RMS of the difference of logits: {gated.gap.logits:.4f}.",
     ]
@@ -231,11 +268,14 @@ def _gate(gated: Gated, story: Story) -> str:
     if not gated.exact and gated.gap.rise > BITS_LIMIT:
         lines.append(
             f"**The merged model is worse than the trained one by up to {gated.gap.rise:.4f} bits per byte.** The "
-            "adapter has learned to correct the quantisation that it was trained over; the 16-bit original has none."
+            "adapter has learned to correct the quantisation that it was trained over, and "
+            f"{original_name(base)} has none of it."
         )
     if gated.other is not None:
-        other = "original" if gated.kind == "dequantised" else "dequantised"
-        lines.append(f"Merged into {_KINDS[other]} the largest rise would be {gated.other.rise:+.4f} bits per byte.")
+        other: Kind = "original" if gated.kind == "dequantised" else "dequantised"
+        lines.append(
+            f"Merged into {_kind_name(other, base)} the largest rise would be {gated.other.rise:+.4f} bits per byte."
+        )
     return "\n\n".join(lines)
 
 

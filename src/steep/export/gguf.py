@@ -205,6 +205,6 @@ def _in_range(name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise UserError(
             FIELD,
             f"{name} has a value of {largest:g}, and f16 ends at {_LARGEST_F16:g}",
-            "Export with --to merged and run llama.cpp's convert_hf_to_gguf.py --outtype bf16 on that folder.",
+            f"{REMEDY} With --outtype bf16 it keeps such values.",
         )
     return tensor

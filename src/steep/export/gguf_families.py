@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 FIELD = "--to"
-REMEDY = "Export with --to merged and run llama.cpp's convert_hf_to_gguf.py on that folder; see what it says."
+REMEDY = (
+    "Export with --to merged, which transformers and vLLM read. llama.cpp's convert_hf_to_gguf.py may take that folder "
+    "too, but not where it has a SentencePiece tokenizer and no tokenizer.model: it then gives every piece one score."
+)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steep.errors import UserError
@@ -110,6 +111,18 @@ def read_vocabulary(tokenizer: Any, config: Any) -> Vocabulary:
         raise _refused(f"the tokenizer changes its text first, which llama.cpp does not: {description['normalizer']}")
     tokens, types = _by_id(pieces, _added(description, set()), config.vocab_size, None)
     return Vocabulary("gpt2", name, tokens, types, merges=[" ".join(pair) for pair in merges], **shared)
+
+
+def is_misread_by_converter(folder: Path) -> bool:
+    """Whether llama.cpp's converter would give every piece of the tokenizer in `folder` one score.
+
+    It reads SentencePiece's scores from `tokenizer.model` and nowhere else. That file is missing where a base came
+    without it, and where the vocabulary grew.
+    """
+    file = folder / "tokenizer.json"
+    if (folder / "tokenizer.model").is_file() or not file.is_file():
+        return False
+    return bool(json.loads(file.read_text(encoding="utf-8"))["model"].get("byte_fallback"))
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:

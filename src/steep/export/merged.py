@@ -39,6 +39,7 @@ class Merger:
     """A base model and an adapter, checked against each other, to be written as one model.
 
     Attributes:
+        tensors: the base's, as its checkpoint stores them.
         dtype: of every tensor written: the checkpoint's own (its input embedding's) if that has 16 bits, else bf16.
         tied: whether the head of the merged model is its input embedding.
         stored_quantised: whether the base exists in 4 or 8 bits only, so that it has no original to merge into.
@@ -64,7 +65,7 @@ class Merger:
                 "Hand on the adapter: --to adapter.",
             )
         self._resolved, self._adapter, self._base, self._compute_dtype = resolved, adapter, base, compute_dtype
-        self._tensors = BaseTensors(resolved.name, revision=resolved.arguments.get("revision"))
+        self.tensors = BaseTensors(resolved.name, revision=resolved.arguments.get("revision"))
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(resolved.config)
         self._architecture = type(empty).__name__
@@ -76,7 +77,7 @@ class Merger:
         self._check_names(tied_base)
         self._take_vocabulary()
         self.stored_quantised = self._stored("original").stored_quantised
-        dtype = self._tensors[self._table].dtype
+        dtype = self.tensors[self._table].dtype
         self.dtype = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
         if self.tied:
             del self._shapes[self._head]
@@ -121,7 +122,7 @@ class Merger:
 
     def _stored(self, kind: Kind) -> BaseWeights:
         return BaseWeights(
-            self._tensors,
+            self.tensors,
             kind=kind,
             base=self._base,
             linear=self._linear,
