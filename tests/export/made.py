@@ -18,6 +18,7 @@ from steep.export.gate import Gap, compare, measure, measure_folder
 from steep.export.merged import Merger
 from steep.export.weight_check import wrong_weight
 from steep.model.adapters import add_adapters
+from steep.model.attention import attention
 from steep.model.load import DTYPES, load_resolved
 from steep.model.resolve import read_tokenizer, resolve
 from tests.tiny import documents, save_tiny, tiny_tokenizer
@@ -86,7 +87,8 @@ class Trained:
     def gap(self, folder: Path) -> Gap:
         """Between the adapter and the model in `folder`."""
         ours = measure(self.model, texts(), **self.how)
-        theirs = measure_folder(folder, ours, texts(), dtype=DTYPES[self.compute], attention={}, **self.how)
+        backend = attention("auto", self.model.config)
+        theirs = measure_folder(folder, ours, texts(), dtype=DTYPES[self.compute], attention=backend, **self.how)
         assert theirs.stream == ours.stream
         return compare(ours, theirs)
 
