@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from steep.config import AdapterSection, DataSection, EvaluationSection, ModelSection, TrainingSection
 from steep.data.sources import Source
 from steep.errors import UserError
-from steep.model.names import is_missing_path
+from steep.model.names import can_only_be_path
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSection,
@@ -48,7 +48,7 @@ def init_run(
         raise UserError("--data", "no text is named", "Give a file, a folder, a glob or hub:NAME.")
     if not model.strip():
         raise UserError("--model", "no model is named", "Give a hub name, a folder or a .gguf file.")
-    if is_missing_path(model):
+    if can_only_be_path(model) and not Path(model).expanduser().exists():
         raise UserError("--model", f"there is no {model}", "Give an existing folder or .gguf file, or a hub name.")
     for place in (*data, *replay):
         if place == "hub:":

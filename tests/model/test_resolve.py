@@ -45,6 +45,15 @@ def test_a_missing_folder_is_not_asked_for_on_the_hub(name: str) -> None:
         resolve(name)
 
 
+def test_a_file_is_no_folder_and_a_folder_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").touch()
+    (tmp_path / "model.gguf").mkdir()
+    with pytest.raises(UserError, match=r"there is no folder .*model\.bin"):
+        resolve(str(tmp_path / "model.bin"))
+    with pytest.raises(UserError, match=r"there is no file .*model\.gguf"):
+        resolve(str(tmp_path / "model.gguf"))
+
+
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config\.json"):
         resolve(str(tmp_path))

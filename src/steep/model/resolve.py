@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 
 from steep.errors import UserError, did_you_mean
 from steep.model.gguf import check_readable, converted_folder, correct_special_tokens
-from steep.model.names import is_missing_path
+from steep.model.names import can_only_be_path
 
 _CHAT = {"instruct", "it", "chat", "sft", "dpo", "rlhf"}
 _BASE = {"base", "pt", "pretrained"}
@@ -69,20 +69,19 @@ def resolve(
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         arguments["revision"] = revision
-    if is_missing_path(name):
-        kind = "file" if name.endswith(".gguf") else "folder"
-        raise UserError(
-            field, f"there is no {kind} {name}", "Give an existing model folder or .gguf file, or a name on the hub."
-        )
     if Path(name).expanduser().exists():
         name = str(Path(name).expanduser())
     if name.endswith(".gguf"):
         file = Path(name)
+        if not file.is_file():
+            raise UserError(field, f"there is no file {name}", "Give the path of a .gguf file or of a model folder.")
         if (folder := converted_folder(file)).is_dir():
             name = str(folder)
         else:
             check_readable(file, field)
             name, arguments["gguf_file"] = str(file.parent), file.name
+    elif not Path(name).is_dir() and can_only_be_path(name):
+        raise UserError(field, f"there is no folder {name}", "Give an existing model folder or a name on the hub.")
     elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         what = (
             "holds an adapter, not a model" if (Path(name) / "adapter_config.json").is_file() else "has no config.json"
