@@ -28,6 +28,7 @@ from steep.model.attention import attention
 from steep.model.load import DTYPES, as_folder
 from steep.model.resolve import read_tokenizer_folder, resolve
 from steep.plan import Plan
+from steep.resume import has_other_text
 from steep.run import finished, first_and_last, load_result, plan_again
 from steep.run_folder import RunFolder
 from steep.settings import mixed_precision
@@ -132,7 +133,7 @@ class _Export:
         size = sum(file.stat().st_size for file in self._folder.final.rglob("*"))
         _check_disk(self._output, size if self._adapter.whole else 2 * size)  # written in fp32, and in one rank
         with published(self._output, existing="refuse") as staging:
-            write_adapter(self._folder.final, staging, self._base.name, self._base.revision)
+            write_adapter(self._adapter, staging, self._base.name, self._base.revision)
             grew = self._vocabulary_grew()
             write_card(
                 staging, self._base, self._story, form="adapter", gated=None, name=self._name, vocabulary_grew=grew
@@ -227,7 +228,7 @@ class _Export:
             )
 
     def _refuse_other_text(self, plan: Plan) -> None:
-        if plan.corpus.fingerprint != self._story.plan["data"]["fingerprint"]:
+        if has_other_text(self._folder, plan):
             raise UserError(
                 "run folder",
                 "the text, or how the tokenizer reads it, is not what the run had, so it cannot score the result",

@@ -90,6 +90,14 @@ def begun_tokenizer(config: RunConfig, folder: RunFolder | None, parent: Branch 
     return begun
 
 
+def has_other_text(folder: RunFolder, plan: Plan) -> bool:
+    """Whether the text, or how the tokenizer reads it, is not what a run recorded; False where it recorded nothing."""
+    if not (folder / "plan.json").is_file():
+        return False
+    before = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    return before["data"]["fingerprint"] != plan.corpus.fingerprint
+
+
 def refuse_other_inputs(folder: RunFolder, plan: Plan) -> None:
     """Compare what files and machine made of the run file with what they made of it at the beginning.
 
@@ -98,9 +106,9 @@ def refuse_other_inputs(folder: RunFolder, plan: Plan) -> None:
     """
     if not (folder / "plan.json").is_file():  # killed before it had written anything else
         return
-    before, now = json.loads((folder / "plan.json").read_text(encoding="utf-8")), plan.as_dict()
-    _refuse_other_precision("--resume", before, now)
-    if before["data"]["fingerprint"] != now["data"]["fingerprint"]:
+    before = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    _refuse_other_precision("--resume", before, plan.as_dict())
+    if has_other_text(folder, plan):
         raise UserError(
             "--resume",
             "the text, or how the tokenizer reads it, is not what the run began with",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +32,7 @@ from steep.resume import (
     begun_tokenizer,
     branch_of,
     commits_of_parent,
+    has_other_text,
     refuse_other_inputs,
     refuse_other_settings,
     refuse_unlike_parent,
@@ -208,8 +208,7 @@ def evaluate_run(
             "the run held no text out, so there is nothing to score",
             "Raise it, or add a source with role: heldout.",
         )
-    recorded = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["data"]["fingerprint"]
-    if plan.corpus.fingerprint != recorded:
+    if has_other_text(folder, plan):
         terminal.warn(
             "the text is not what the run had: other documents may be held out now, and the run may have trained on "
             "some of them. Its own scores are in evaluation.jsonl."

@@ -165,7 +165,7 @@ def grown(
             repeats nothing.
     """
     bpe = read_bpe(original, _FIELD)
-    words = {} if isinstance(new_tokens, int) else read_words(Path(new_tokens), _FIELD) if kept is None else {}
+    words = read_words(Path(new_tokens), _FIELD) if isinstance(new_tokens, str) and kept is None else {}
     before = tokenize_sources(sources, original, data.cache_dir, progress)
     if kept is None:
         kept = _make(bpe, original, words, new_tokens, before, data)

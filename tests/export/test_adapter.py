@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from steep.export.adapter import write_adapter
+from steep.export.adapter_weights import AdapterWeights
 from steep.model.adapters import add_adapters, save_adapter
 from tests.export.made import grown
 from tests.tiny import tiny_model
@@ -28,7 +29,7 @@ def handed_on(place: Path, **settings: Any) -> tuple[Path, Path]:
     """`final/` of an adapter without trained embeddings, and what is handed on of it."""
     given: dict[str, Any] = {"r": 40, "lora_alpha": 24, "modules_to_save": [], **settings}
     save_adapter(grown(add_adapters(tiny_model("llama"), **given)), place / "final")
-    write_adapter(place / "final", place / "out", "ada/base", None)
+    write_adapter(AdapterWeights(place / "final"), place / "out", "ada/base", None)
     return place / "final", place / "out"
 
 

@@ -113,9 +113,8 @@ def write_tokens(
             os.fsync(file.fileno())
         _reject_changed(files, field)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # gone if it was renamed
 
 
 def _reject_changed(files: Mapping[Path, Stamp], field: str) -> None:

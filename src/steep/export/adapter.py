@@ -16,7 +16,7 @@ from steep.export.adapter_weights import CONFIG, PREFIX, WEIGHTS, AdapterWeights
 _LEFT_OUT = ("training_args.json", "README.md")
 
 
-def write_adapter(final: Path, folder: Path, base: str, revision: str | None) -> None:
+def write_adapter(adapter: AdapterWeights, folder: Path, base: str, revision: str | None) -> None:
     """Copy an adapter and its tokenizer.
 
     Without trained embeddings vLLM and llama.cpp take the adapter, and each has a reading of its own: llama.cpp's
@@ -26,12 +26,8 @@ def write_adapter(final: Path, folder: Path, base: str, revision: str | None) ->
     Args:
         base: how the base is called where others find it; it replaces what may be a path of this machine.
         revision: of the base on the hub.
-
-    Raises:
-        UserError: `final` holds no adapter, or one that has settings which are not understood.
     """
-    adapter = AdapterWeights(final)
-    shutil.copytree(final, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+    shutil.copytree(adapter.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_LEFT_OUT))
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base, "revision": revision}
     if not adapter.whole:

@@ -32,6 +32,7 @@ class AdapterWeights:
     """An adapter in PEFT's format, its tensors read one at a time.
 
     Attributes:
+        folder: where it is.
         config: PEFT's own.
         modules: names of the linear layers that it changes, as the base model has them.
         whole: names of the weights that it holds whole: trained embeddings.
@@ -45,7 +46,7 @@ class AdapterWeights:
     """
 
     def __init__(self, folder: Path, field: str = "run folder") -> None:
-        self._file, self._field = folder / WEIGHTS, field
+        self.folder, self._file, self._field = folder, folder / WEIGHTS, field
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
                 raise UserError(field, f"{folder} holds no adapter ({name})", "Give the folder of a finished run.")

@@ -156,12 +156,11 @@ def _writer(file: Path, model: GgufModel, name: str, file_type: int) -> Iterator
     add_vocabulary(writer, model.vocabulary)
     try:
         yield writer
-    except BaseException:
         writer.close()
-        unfinished.unlink(missing_ok=True)
-        raise
-    writer.close()
-    unfinished.replace(file)
+        unfinished.replace(file)
+    finally:
+        writer.close()
+        unfinished.unlink(missing_ok=True)  # gone if it was renamed
 
 
 def _check_installed() -> None:
