@@ -1,6 +1,6 @@
 """Write docs/run-file.md from the schema of the run file: `python docs/make_reference.py`.
 
-Names, types, ranges, defaults and descriptions come from `steep.config` and `steep.data.sources`, the lists of further
+Names, types, ranges, defaults and descriptions come from `steep.schema` and `steep.data.sources`, the lists of further
 settings from `steep.training.passed_through`. tests/test_reference.py holds the page to what this script writes.
 """
 
@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from steep.config import Learned, RunConfig
 from steep.data.sources import SUPPORTED_SUFFIXES, Source
+from steep.schema import Learned, RunConfig
 from steep.training.passed_through import HONOURED, REFUSED
 
 PAGE = Path(__file__).with_name("run-file.md")
@@ -23,7 +23,7 @@ _BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
 _PLAIN = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", type(None): "null"}
 
 _HEAD = """\
-<!-- Made by docs/make_reference.py from the schema. Change src/steep/config.py, then run the script again. -->
+<!-- Made by docs/make_reference.py from the schema. Change src/steep/schema.py, then run the script again. -->
 
 # The run file
 

@@ -20,7 +20,7 @@ from tests.syntax import SOURCE, called_name, sources
 # A module may import from the layers before its own, and from its own.
 LAYERS = (
     "errors", "storage", "kernels", "ops", "data", "model", "evaluation", "training", "export",
-    "generation", "config", "initialise", "memory", "settings", "run_folder", "vocabulary", "plan", "resume",
+    "generation", "schema", "config", "initialise", "memory", "settings", "run_folder", "vocabulary", "plan", "resume",
     "terminal", "opening", "run", "hand_over", "report", "doctor", "cli", "__main__",
 )  # fmt: skip
 
@@ -189,7 +189,7 @@ from __future__ import annotations
 import torch
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
-    from steep.config import RunConfig
+    from steep.schema import RunConfig
 LIMIT: int = 3
 FIRST, SECOND = 1, 2
 app = typer.Typer()

@@ -12,12 +12,13 @@ import pytest
 import yaml
 
 from steep import cli, run
-from steep.config import RunConfig, parse_config
+from steep.config import parse_config
 from steep.errors import RunError, UserError
 from steep.plan import plan_run
 from steep.resume import branch_of
 from steep.run import evaluate_run, train_run
 from steep.run_folder import RunFolder
+from steep.schema import RunConfig
 from steep.terminal import plan_tables
 from steep.training.branch import digest_of
 from steep.training.trainer import Trainer

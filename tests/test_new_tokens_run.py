@@ -15,12 +15,13 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from steep import run
-from steep.config import RunConfig, parse_config
+from steep.config import parse_config
 from steep.errors import UserError
 from steep.evaluation.perplexity import evaluate
 from steep.model.load import keep_4bit_layout
 from steep.plan import plan_run
 from steep.run import evaluate_run, generate_run, train_run
+from steep.schema import RunConfig
 from steep.terminal import plan_tables
 from steep.training.trainer import Trainer
 from steep.vocabulary import warnings

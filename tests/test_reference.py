@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from steep.config import RunConfig
 from steep.data.sources import Source
+from steep.schema import RunConfig
 from steep.training.passed_through import HONOURED, REFUSED
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "make_reference.py"

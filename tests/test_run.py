@@ -18,13 +18,14 @@ from transformers import (
 )
 
 from steep import run
-from steep.config import RunConfig, parse_config
+from steep.config import parse_config
 from steep.errors import RunError, UserError
 from steep.model.adapters import add_adapters
 from steep.model.load import keep_4bit_layout
 from steep.plan import plan_run
 from steep.run import evaluate_run, generate_run, train_run
 from steep.run_folder import RunFolder
+from steep.schema import RunConfig
 from steep.terminal import Terminal
 from steep.training.trainer import Trainer
 from tests.tiny import save_tiny

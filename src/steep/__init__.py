@@ -6,7 +6,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from steep.config import RunConfig as RunConfig
     from steep.data.packing import pack as pack
     from steep.data.sources import Source as Source
     from steep.errors import RunError as RunError
@@ -24,11 +23,12 @@ if TYPE_CHECKING:
     from steep.run import evaluate_run as evaluate_run
     from steep.run import generate_run as generate_run
     from steep.run import train_run as train_run
+    from steep.schema import RunConfig as RunConfig
     from steep.training.arguments import TrainingArguments as TrainingArguments
     from steep.training.trainer import Trainer as Trainer
 
 _PUBLIC = {
-    "RunConfig": "config",
+    "RunConfig": "schema",
     "RunError": "errors",
     "Source": "data.sources",
     "Trainer": "training.trainer",

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from steep.config import RunConfig
 from steep.data.heldout import HeldoutDocuments, first_trained_by_domain
 from steep.errors import RunError, UserError, did_you_mean
 from steep.evaluation.board import gate_table
@@ -31,6 +30,7 @@ from steep.plan import Plan
 from steep.resume import has_other_text
 from steep.run import finished, first_and_last, load_result, plan_again
 from steep.run_folder import RunFolder
+from steep.schema import RunConfig
 from steep.settings import mixed_precision
 from steep.storage import published
 from steep.terminal import Terminal

@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from steep.config import AdapterSection, DataSection, EvaluationSection, ModelSection, TrainingSection
 from steep.data.sources import Source
 from steep.errors import UserError
 from steep.model.names import can_only_be_path
+from steep.schema import AdapterSection, DataSection, EvaluationSection, ModelSection, TrainingSection
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSection,

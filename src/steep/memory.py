@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from steep.config import AdapterSection
 from steep.model.adapters import linear_shapes, targeted
 from steep.model.embeddings import is_tied
 from steep.model.names import EMBEDDINGS
+from steep.schema import AdapterSection
 
 GIB = 2**30
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from steep.config import RunConfig
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
 from steep.errors import UserError
@@ -24,6 +23,7 @@ from steep.model.load import resolve_base, resolve_compute_dtype
 from steep.model.new_tokens import check_trained, rows_for
 from steep.model.resolve import ResolvedModel, looks_like_chat, read_tokenizer, resolve
 from steep.run_folder import RunFolder
+from steep.schema import RunConfig
 from steep.settings import embedding_rate, planned_epochs, planned_steps, training_arguments, uses_checkpointing
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch

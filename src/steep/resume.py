@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer
 
-from steep.config import RunConfig, parse_config
+from steep.config import parse_config
 from steep.errors import UserError
 from steep.plan import Plan
 from steep.run_folder import RunFolder
+from steep.schema import RunConfig
 from steep.training.branch import Branch, read_branch
 from steep.vocabulary import refuse_other_words
 

@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 import yaml
 
-from steep.config import RunConfig, parse_config
+from steep.config import parse_config
 from steep.errors import RunError, UserError
 from steep.evaluation.adapters import base_model
 from steep.evaluation.board import board
@@ -39,6 +39,7 @@ from steep.resume import (
     streamed_commits,
 )
 from steep.run_folder import RunFolder, environment
+from steep.schema import RunConfig
 from steep.settings import mixed_precision
 from steep.storage import published
 from steep.terminal import Terminal, plan_tables

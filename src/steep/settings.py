@@ -10,9 +10,9 @@ from transformers import SchedulerType
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
-from steep.config import RunConfig
 from steep.errors import UserError, did_you_mean
 from steep.model.load import DTYPES, resolve_compute_dtype
+from steep.schema import RunConfig
 from steep.training.arguments import TrainingArguments
 from steep.training.schedules import check_schedule
 

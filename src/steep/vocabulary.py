@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from steep.config import DataSection
 from steep.data.encoder import digest
 from steep.data.heldout import HeldoutDocument, heldout_by_domain
 from steep.data.mixing import Side, assign_sides
@@ -24,6 +23,7 @@ from steep.model.bpe import Bpe, read_bpe
 from steep.model.learned_tokens import MIN_COUNT, in_batches, learn
 from steep.model.new_tokens import read_words, save_grown, tokens_for
 from steep.model.resolve import read_tokenizer_folder
+from steep.schema import DataSection
 from steep.storage import cache_folder, published
 
 _FIELD = "model.new_tokens"

@@ -4,8 +4,8 @@ from dataclasses import fields
 
 import pytest
 
-from steep.config import TrainingSection
 from steep.errors import UserError
+from steep.schema import TrainingSection
 from steep.training.arguments import TrainingArguments
 from steep.training.passed_through import HONOURED, REFUSED, check_further
 

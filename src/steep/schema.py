@@ -1,0 +1,280 @@
+"""The run file as a typed schema: its sections and fields, with their defaults, bounds and descriptions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AllowInfNan,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    field_validator,
+    model_validator,
+)
+
+from steep.data.sources import MIN_LENGTH, Source
+from steep.errors import UserError
+from steep.model.names import EMBEDDINGS, LINEAR_LAYERS
+
+Base = Literal["auto", "nf4", "int8", "bf16", "fp16", "fp32"]
+
+
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")
+    return value
+
+
+Integer = Annotated[int, Strict()]
+# YAML reads 3e-5 as text, which pydantic turns into a number; it would turn true into 1 as well.
+Number = Annotated[float, BeforeValidator(_no_flag), AllowInfNan(False)]
+
+
+class Section(BaseModel):
+    """A section of the run file: no unknown keys, no coercion between unlike types."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Learned(Section):
+    """New tokens that are learned from the text."""
+
+    auto: Integer = Field(gt=0, description="How many.")
+
+
+class ModelSection(Section):
+    """The base model, and in what it is kept and computed."""
+
+    name: str = Field(
+        min_length=1, description="Hub name or local folder of a base (not instruct) model, or a .gguf file."
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch on the hub.")
+    base: Base = Field(
+        "auto",
+        description="What the frozen weights are kept in: nf4 (4 bit, double quantised), int8, bf16, fp16, fp32; "
+        "auto: nf4.",
+    )
+    trained_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="What adapters and embeddings are trained in; bf16 halves their memory (rounded stochastically).",
+    )
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="What products run in; auto: bf16 on cards that have it, fp16 on others, fp32 on a CPU."
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        "auto", description="transformers' attention backend; auto: what the library chooses for the model."
+    )
+    untie_embeddings: bool = Field(
+        False, description="Train a head of its own from a checkpoint whose head is its embed_tokens."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
+    new_tokens: str | Learned | None = Field(
+        None,
+        description="Tokens that the tokenizer gets: a UTF-8 file with one a line, or auto: 2000, so many learned from "
+        "the text of role train.",
+    )
+
+    @field_validator("new_tokens", mode="before")
+    @classmethod
+    def _file_or_number(cls, value: Any) -> Any:
+        if value == "auto":
+            raise ValueError("say how many: new_tokens: {auto: 2000}, or --model.new_tokens.auto 2000")
+        learned = isinstance(value, Mapping) and set(value) == {"auto"}
+        number = value["auto"] if learned else None
+        if isinstance(value, Learned | None) or (isinstance(value, str) and value):
+            return value
+        if isinstance(number, int) and not isinstance(number, bool) and number > 0:
+            return value
+        raise ValueError("give a file with one token a line, or auto: and a number above 0")
+
+
+class AdapterSection(Section):
+    """LoRA on the linear layers and fully trained embeddings, in PEFT's own names."""
+
+    r: Integer = Field(256, gt=0, description="LoRA rank; lowered for a layer whose smaller side is below it.")
+    lora_alpha: Number = Field(32, gt=0, description="LoRA's scale is lora_alpha / sqrt(r), or / r without use_rslora.")
+    use_rslora: bool = Field(True, description="Rank-stabilised scaling (Kalajdzievski 2023).")
+    lora_dropout: Number = Field(0.0, ge=0, lt=1, description="Dropout before LoRA's A.")
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
+        default_factory=lambda: list(LINEAR_LAYERS), description="Linear layers that get an adapter."
+    )
+    modules_to_save: list[Literal["embed_tokens", "lm_head"]] = Field(
+        default_factory=lambda: list(EMBEDDINGS),
+        description="Modules trained whole: the two embeddings, or [] for none.",
+    )
+    init_lora_weights: bool | str = Field(
+        True,
+        description="Where adapters begin. true: at no effect; loftq: at the quantisation's error; pissa: at the "
+        "weights' principal directions.",
+    )
+    use_dora: bool = Field(False, description="DoRA: train each output row's length apart from its direction (slower).")
+
+
+class DataSection(Section):
+    """What is read, and how it becomes rows."""
+
+    sources: list[Source] = Field(
+        min_length=1, description="Files, folders, globs or hub data sets, each with its role."
+    )
+    max_length: Integer = Field(
+        2048, ge=MIN_LENGTH, description="Tokens in a row, the longest context that is trained."
+    )
+    packing: Literal["sequential", "best_fit"] = Field(
+        "sequential", description="How documents fill rows; best_fit splits none that fits into a row."
+    )
+    replay_share: Number = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="Share of the training tokens that `replay` sources get; 0.25 is advised for a new language.",
+    )
+    holdout: Number = Field(
+        0.01, ge=0, lt=1, description="Share of the documents held out for evaluation, by hash of the text."
+    )
+    keep_duplicates: bool = Field(False, description="Train exact duplicates of a document too.")
+    cache_dir: str | None = Field(None, description="Where tokenised text is kept; default: ~/.cache/steep.")
+
+
+class TrainingSection(BaseModel):
+    """transformers' TrainingArguments by their own names (more of them than are listed here), and steep's."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    output_dir: str = Field(min_length=1, description="Folder of the run; never written over another run.")
+    num_train_epochs: Number = Field(1.0, gt=0, description="Passes over the training rows.")
+    max_steps: Integer = Field(-1, ge=-1, description="Stop after so many steps; -1: when the epochs end.")
+    per_device_train_batch_size: Integer = Field(2, gt=0, description="Rows in one forward.")
+    gradient_accumulation_steps: Integer = Field(8, gt=0, description="Forwards in one step.")
+    learning_rate: Number = Field(5e-5, gt=0, description="Peak rate of the adapters.")
+    embedding_learning_rate: Number | None = Field(
+        None,
+        gt=0,
+        description="Peak rate of embed_tokens and lm_head; default: learning_rate / 10.",
+    )
+    loraplus_lr_ratio: Number = Field(
+        1.0, gt=0, description="LoRA+: LoRA's B trains at this multiple of learning_rate; 16 is its authors' advice."
+    )
+    lr_scheduler_type: str = Field(
+        "cosine", description="cosine, linear, warmup_stable_decay, constant_with_warmup, constant, ..."
+    )
+    warmup_steps: Number | None = Field(
+        None, ge=0, description="Steps of linear warm-up; below 1: their share of all steps; default: 0.05, in a "
+        "branch 0.",
+    )  # fmt: skip
+    warmup_lr_rate: Number | None = Field(
+        None, ge=0, le=1, description="Share of the peak rates at which the warm-up starts; default: 0."
+    )
+    min_lr_rate: Number | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the peak rates at which the decay ends; default: 0.1 for cosine and linear, 0 for "
+        "warmup_stable_decay.",
+    )
+    decay_steps: Number | None = Field(
+        None,
+        gt=0,
+        description="warmup_stable_decay: last steps, in which the rate falls; below 1: their share of all steps; "
+        "default: 0.2, in a branch all.",
+    )
+    decay_type: Literal["1-sqrt", "linear", "cosine"] | None = Field(
+        None, description="warmup_stable_decay: how the rate falls; default: 1-sqrt."
+    )
+    cooldown_steps: Number | None = Field(
+        None,
+        gt=0,
+        description="constant_with_warmup and warmup_stable_decay: steps after the warm-up in which the rate falls "
+        "to stable_lr_rate; below 1: their share of all steps; default: none.",
+    )
+    stable_lr_rate: Number | None = Field(
+        None, gt=0, lt=1, description="Share of the peak rates at which a cool-down ends and the rate stays."
+    )
+    weight_decay: Number = Field(0.0, ge=0, description="AdamW's weight decay; never on norms and biases.")
+    max_grad_norm: Number = Field(1.0, ge=0, description="Clip the global gradient norm here; 0: never.")
+    optim: str = Field("adamw_8bit", description="adamw_8bit, adamw_torch or any other of transformers.")
+    gradient_checkpointing: bool | None = Field(
+        None, description="Recompute activations in the backward pass: much less memory; default: on a GPU."
+    )
+    seed: Integer = Field(42, ge=0, description="Of adapters, data order and dropout.")
+    logging_steps: Number = Field(1, gt=0, description="Steps between two log lines.")
+    save_steps: Number = Field(500, gt=0, description="Steps between two checkpoints; the end is always saved.")
+    save_total_limit: Integer | None = Field(2, ge=1, description="Checkpoints that are kept.")
+    eval_steps: Number | None = Field(
+        None, gt=0, description="Steps between two evaluations; default: start and end only."
+    )
+    report_to: str | list[str] = Field("none", description="Trackers: tensorboard, wandb, mlflow, ... or none.")
+    max_nonfinite_steps: Integer = Field(3, ge=1, description="Stop after so many NaN or infinite steps in a row.")
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_steps(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("a run without a step trains nothing: give a number above 0, or -1 for whole epochs")
+        return value
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """The TrainingArguments given beyond the fields listed here."""
+        return dict(self.model_extra or {})
+
+
+class EvaluationSection(Section):
+    """Held-out loss by domain, and sample texts."""
+
+    stride: Integer | None = Field(
+        None, gt=0, description="New tokens a window of a long document scores; default: half a row."
+    )
+    max_tokens: Integer | None = Field(100_000, gt=0, description="Held-out tokens scored a domain at the most.")
+    prompts: list[str] = Field(
+        default_factory=list, description="Texts completed before and after training (samples.jsonl)."
+    )
+    max_new_tokens: Integer = Field(64, gt=0, description="Length of each sample.")
+
+
+class RunConfig(Section):
+    """A whole run file."""
+
+    model: ModelSection
+    adapter: AdapterSection = Field(default_factory=lambda: AdapterSection.model_validate({}))
+    data: DataSection
+    training: TrainingSection
+    evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection.model_validate({}))
+
+    @model_validator(mode="after")
+    def _rates_need_embeddings(self) -> RunConfig:
+        if self.training.embedding_learning_rate is not None and not set(self.adapter.modules_to_save) & set(
+            EMBEDDINGS
+        ):
+            raise UserError(
+                "training.embedding_learning_rate",
+                "it is set but no embedding is trained (adapter.modules_to_save is empty)",
+                f"Set adapter.modules_to_save: [{', '.join(EMBEDDINGS)}] or leave the rate out.",
+            )
+        if self.model.new_tokens is not None and not self.adapter.modules_to_save:
+            raise UserError(
+                "model.new_tokens",
+                "new tokens need trained embeddings, and adapter.modules_to_save is empty",
+                f"Set adapter.modules_to_save: [{', '.join(EMBEDDINGS)}] or leave new_tokens out.",
+            )
+        if self.model.trained_dtype == "bf16" and self.model.compute_dtype in ("fp16", "fp32"):
+            raise UserError(
+                "model.trained_dtype",
+                f"bf16 cannot be trained with compute_dtype {self.model.compute_dtype}",
+                "Set model.compute_dtype: bf16, or model.trained_dtype: fp32.",
+            )
+        if self.model.untie_embeddings and "lm_head" not in self.adapter.modules_to_save:
+            raise UserError(
+                "model.untie_embeddings",
+                "a head of its own that is not trained would stay what embed_tokens was",
+                "Put lm_head into adapter.modules_to_save, or leave it out.",
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved run file: every field with its value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
