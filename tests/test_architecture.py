@@ -21,7 +21,7 @@ from tests.syntax import SOURCE, called_name, sources
 LAYERS = (
     "errors", "storage", "kernels", "ops", "data", "model", "evaluation", "training", "export",
     "generation", "schema", "config", "initialise", "memory", "settings", "run_folder", "vocabulary", "plan", "resume",
-    "terminal", "opening", "run", "hand_over", "report", "doctor", "cli", "__main__",
+    "terminal", "opening", "result", "run", "hand_over", "report", "doctor", "cli", "__main__",
 )  # fmt: skip
 
 

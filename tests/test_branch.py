@@ -15,8 +15,9 @@ from steep import cli, run
 from steep.config import parse_config
 from steep.errors import RunError, UserError
 from steep.plan import plan_run
+from steep.result import evaluate_run
 from steep.resume import branch_of
-from steep.run import evaluate_run, train_run
+from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.terminal import plan_tables

@@ -21,7 +21,8 @@ from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttri
 from examples import continue_adapter, open_result, trackers, trl_sft, two_lines
 from steep.config import parse_config
 from steep.errors import UserError
-from steep.run import generate_run, train_run
+from steep.result import generate_run
+from steep.run import train_run
 from steep.training.adamw8bit import AdamW8bit
 from tests.tiny import documents, save_tiny, tiny_model
 

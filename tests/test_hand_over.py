@@ -27,7 +27,8 @@ from steep.export.gguf import write_gguf
 from steep.export.merged import Merger
 from steep.hand_over import export_run
 from steep.plan import plan_run
-from steep.run import finished, train_run
+from steep.result import finished
+from steep.run import train_run
 from steep.terminal import Terminal
 from tests.test_run import run_file
 from tests.tiny import save_tiny, sentencepiece_tokenizer

@@ -19,7 +19,8 @@ from steep.errors import UserError
 from steep.evaluation.perplexity import evaluate
 from steep.model.load import keep_4bit_layout
 from steep.plan import plan_run
-from steep.run import evaluate_run, generate_run, train_run
+from steep.result import evaluate_run, generate_run
+from steep.run import train_run
 from steep.schema import RunConfig
 from tests.test_run import lines, run_file
 from tests.tiny import save_tiny

@@ -23,7 +23,8 @@ from steep.errors import RunError, UserError
 from steep.model.adapters import add_adapters
 from steep.model.load import keep_4bit_layout
 from steep.plan import plan_run
-from steep.run import evaluate_run, generate_run, train_run
+from steep.result import evaluate_run, generate_run
+from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.terminal import Terminal

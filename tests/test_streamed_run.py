@@ -15,7 +15,8 @@ from steep.config import parse_config
 from steep.data.token_file import Budget
 from steep.errors import UserError
 from steep.plan import plan_run
-from steep.run import evaluate_run, train_run
+from steep.result import evaluate_run
+from steep.run import train_run
 from steep.schema import RunConfig
 from tests.hub import NAME, Hub
 from tests.tiny import documents

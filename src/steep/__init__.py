@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from steep.model.new_tokens import grow_tokenizer as grow_tokenizer
     from steep.model.text_model import extract_text_model as extract_text_model
     from steep.plan import plan_run as plan_run
-    from steep.run import evaluate_run as evaluate_run
-    from steep.run import generate_run as generate_run
+    from steep.result import evaluate_run as evaluate_run
+    from steep.result import generate_run as generate_run
     from steep.run import train_run as train_run
     from steep.schema import RunConfig as RunConfig
     from steep.training.arguments import TrainingArguments as TrainingArguments
@@ -36,11 +36,11 @@ _PUBLIC = {
     "UserError": "errors",
     "add_adapters": "model.adapters",
     "evaluate": "evaluation.perplexity",
-    "evaluate_run": "run",
+    "evaluate_run": "result",
     "export_run": "hand_over",
     "extract_text_model": "model.text_model",
     "generate": "generation",
-    "generate_run": "run",
+    "generate_run": "result",
     "grow_embeddings": "model.new_tokens",
     "grow_tokenizer": "model.new_tokens",
     "init_run": "initialise",

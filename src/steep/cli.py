@@ -134,7 +134,7 @@ def train(
 def evaluate(run: RunDir) -> None:
     """Score held-out text with the base model and the trained one: perplexity and bits per byte, by domain."""
     terminal = _attached_terminal()
-    from steep.run import evaluate_run
+    from steep.result import evaluate_run
 
     evaluate_run(run, terminal=terminal)
 
@@ -148,7 +148,7 @@ def generate(
 ) -> None:
     """Complete a text with the base model and the trained one, as it comes."""
     _attached_terminal()
-    from steep.run import generate_run
+    from steep.result import generate_run
 
     shown: list[str] = []
 

@@ -27,8 +27,8 @@ from steep.model.attention import attention
 from steep.model.load import DTYPES, as_folder
 from steep.model.resolve import read_tokenizer_folder, resolve
 from steep.plan import Plan
+from steep.result import finished, first_and_last, load_result, plan_again
 from steep.resume import has_other_text
-from steep.run import finished, first_and_last, load_result, plan_again
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.settings import mixed_precision

@@ -1,38 +1,29 @@
-"""A run from its file to its folder: train, evaluate, generate. Each command of the CLI is one of these functions."""
+"""`steep train`: a run from its file to its folder."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transformers
-import yaml
 
-from steep.config import parse_config
 from steep.errors import RunError, UserError
 from steep.evaluation.adapters import base_model
 from steep.evaluation.board import board
-from steep.evaluation.perplexity import evaluate
 from steep.evaluation.score import DomainScore
-from steep.generation import generate_side_by_side, sample
-from steep.model.adapters import add_adapters, load_adapter_weights, open_adapter
-from steep.model.embeddings import untie
-from steep.model.load import load_resolved
-from steep.model.new_tokens import grow_embeddings
-from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_folder, resolve
+from steep.generation import sample
+from steep.model.adapters import add_adapters, load_adapter_weights
 from steep.opening import write_readme
 from steep.plan import Plan, plan_run
+from steep.result import documents_of_the_base, first_and_last, load_base, scores_at, untouched_base
 from steep.resume import (
     begin_branch,
     begun_tokenizer,
     branch_of,
     commits_of_parent,
-    has_other_text,
     refuse_other_inputs,
     refuse_other_settings,
     refuse_unlike_parent,
@@ -40,7 +31,6 @@ from steep.resume import (
 )
 from steep.run_folder import RunFolder, environment
 from steep.schema import RunConfig
-from steep.settings import mixed_precision
 from steep.storage import published
 from steep.terminal import Terminal, plan_tables
 from steep.training.checkpoint import checkpoints
@@ -155,7 +145,7 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
     if before:
         terminal.show(board(before, after, plan.corpus.roles))
         if plan.branch is not None:
-            at_parent = _scores_at(folder.read_lines("evaluation.jsonl"), plan.first_step)
+            at_parent = scores_at(folder.read_lines("evaluation.jsonl"), plan.first_step)
             terminal.show(board(at_parent, after, plan.corpus.roles, title=f"{plan.branch.name} → branch"))
     terminal.say(_proof_line(proof))
     terminal.say(f"result: {folder.final}")
@@ -187,113 +177,6 @@ def _check_trainable(model: Any, plan: Plan) -> None:
         raise RunError(
             f"{trainable:,} values of the model require a gradient, and {plan.shape.trained:,} are meant to train"
         )
-
-
-def evaluate_run(
-    run_dir: str | Path, *, terminal: Terminal | None = None
-) -> tuple[list[DomainScore], list[DomainScore]]:
-    """Score the held-out text of a finished run with its base model and with the trained one.
-
-    Returns:
-        Scores by domain: base, trained.
-
-    Raises:
-        UserError: the folder holds no finished run.
-    """
-    terminal = terminal or Terminal(quiet=True)
-    config, folder = finished(run_dir)
-    plan = plan_again(config, folder, terminal)
-    if not plan.corpus.heldout:
-        raise UserError(
-            "data.holdout",
-            "the run held no text out, so there is nothing to score",
-            "Raise it, or add a source with role: heldout.",
-        )
-    if has_other_text(folder, plan):
-        terminal.warn(
-            "the text is not what the run had: other documents may be held out now, and the run may have trained on "
-            "some of them. Its own scores are in evaluation.jsonl."
-        )
-    model = load_result(config, plan.resolved, plan.tokenizer, folder)
-    score = partial(
-        evaluate,
-        model,
-        max_length=config.data.max_length,
-        stride=config.evaluation.stride,
-        autocast_dtype=mixed_precision(config),
-    )
-    documents, max_tokens = _documents_of_the_base(plan)
-    with _untouched_base(model, plan):
-        base = score(documents, max_tokens=max_tokens)
-    trained = score(plan.corpus.heldout, max_tokens=config.evaluation.max_tokens, step=plan.last_step)
-    terminal.show(board(base, trained, plan.corpus.roles))
-    return base, trained
-
-
-def generate_run(
-    run_dir: str | Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, stream: Any = None
-) -> dict[str, str]:
-    """Complete `prompt` with the base model of a finished run and with the trained one.
-
-    Args:
-        stream: called with (``base`` or ``trained``, piece of text) as text comes.
-
-    Returns:
-        ``{"base": ..., "trained": ...}``.
-    """
-    config, folder = finished(run_dir)
-    settings = config.model
-    resolved = resolve(settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
-    original = tokenizer = read_tokenizer(resolved)
-    if settings.new_tokens is not None:
-        tokenizer = read_tokenizer_folder(folder.tokenizer)
-    model = load_result(config, resolved, tokenizer, folder)
-    return generate_side_by_side(
-        model,
-        tokenizer,
-        prompt,
-        base_tokenizer=original,
-        stream=stream,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        autocast_dtype=mixed_precision(config),
-    )
-
-
-def plan_again(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Plan:
-    """The plan of a finished run, over the text and the tokenizer that it had."""
-    with terminal.tokenising() as progress:
-        return plan_run(
-            config,
-            progress,
-            branch=branch_of(folder),
-            commits=streamed_commits(folder),
-            grown_tokenizer=folder.tokenizer,
-        )
-
-
-def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any:
-    """The frozen model that a run trains over."""
-    settings = config.model
-    original = tokenizer if settings.new_tokens is None else read_tokenizer(resolved)
-    model = load_resolved(
-        resolved,
-        original,
-        base=settings.base,
-        compute_dtype=settings.compute_dtype,
-        attn_implementation=settings.attn_implementation,
-    )
-    if settings.new_tokens is not None:
-        grow_embeddings(model, original, tokenizer)
-    if settings.untie_embeddings:
-        untie(model)
-    return model
-
-
-def load_result(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, folder: RunFolder) -> Any:
-    """The model that a finished run trained: `final/` over the base."""
-    base = load_base(config, resolved, tokenizer)
-    return open_adapter(base, folder.final, trained_dtype=config.model.trained_dtype)
 
 
 def _trainer(plan: Plan, model: Any) -> Trainer:
@@ -342,8 +225,8 @@ def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:
         if step > 0:
             trainer.evaluate()
         else:
-            with _untouched_base(trainer.model, plan):
-                trainer.evaluate_documents(*_documents_of_the_base(plan))
+            with untouched_base(trainer.model, plan):
+                trainer.evaluate_documents(*documents_of_the_base(plan))
         if not any(isinstance(callback, _Recorder) for callback in trainer.callback_handler.callbacks):
             _record_scores(folder, trainer.evaluations[-1], trainer.corpus.roles)
     if settings.prompts and missing("samples.jsonl"):
@@ -360,20 +243,6 @@ def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:
         folder.append("samples.jsonl", samples)
 
 
-def _untouched_base(model: Any, plan: Plan) -> AbstractContextManager[None]:
-    """Lets `model` compute what the base does, without the rows of new tokens."""
-    return base_model(model, None if plan.vocabulary is None else plan.vocabulary.ids_before)
-
-
-def _documents_of_the_base(plan: Plan) -> tuple[Mapping[str, Sequence[Any]], int | None]:
-    """What the untouched base is scored on, and how many tokens of each domain: with new tokens the same documents, as
-    its own tokenizer reads them."""
-    max_tokens = plan.config.evaluation.max_tokens
-    if plan.vocabulary is None:
-        return plan.corpus.heldout, max_tokens
-    return plan.vocabulary.base_documents(plan.corpus, max_tokens), None
-
-
 def _measure_parent(trainer: Trainer, folder: RunFolder, plan: Plan, terminal: Terminal) -> None:
     """Score and complete once more as the checkpoint that a branch begins at does."""
     assert plan.branch is not None
@@ -386,34 +255,6 @@ def _measure_parent(trainer: Trainer, folder: RunFolder, plan: Plan, terminal: T
 
 def _record_scores(folder: RunFolder, scores: list[DomainScore], roles: Any) -> None:
     folder.append("evaluation.jsonl", [{**score.as_dict(), "role": roles[score.domain]} for score in scores])
-
-
-def first_and_last(folder: RunFolder) -> tuple[list[DomainScore], list[DomainScore]]:
-    """The held-out scores before and after training, as the run recorded them; empty if it held nothing out."""
-    rows = folder.read_lines("evaluation.jsonl")
-    return (_scores_at(rows, rows[0]["step"]), _scores_at(rows, rows[-1]["step"])) if rows else ([], [])
-
-
-def _scores_at(rows: Sequence[Mapping[str, Any]], step: int) -> list[DomainScore]:
-    return [DomainScore.from_dict(row) for row in rows if row["step"] == step]
-
-
-def finished(run_dir: str | Path) -> tuple[RunConfig, RunFolder]:
-    """The run file and the folder of a finished run.
-
-    Raises:
-        UserError: the folder holds none.
-    """
-    folder = RunFolder(run_dir)
-    if not (folder / "run.yaml").is_file():
-        raise UserError("run folder", f"{folder.path} holds no run", "Give the output_dir of a run, such as runs/ko.")
-    if not folder.final.is_dir():
-        raise UserError(
-            "run folder",
-            f"{folder.path} is not finished",
-            f"Finish it with: steep train {folder / 'run.yaml'} --resume",
-        )
-    return parse_config(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))), folder
 
 
 def _proof_line(proof: dict[str, Any]) -> str:

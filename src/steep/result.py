@@ -1,0 +1,179 @@
+"""A run's models and scores, and what is done with a finished one: `steep eval` and `steep generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from steep.config import parse_config
+from steep.errors import UserError
+from steep.evaluation.adapters import base_model
+from steep.evaluation.board import board
+from steep.evaluation.perplexity import evaluate
+from steep.evaluation.score import DomainScore
+from steep.generation import generate_side_by_side
+from steep.model.adapters import open_adapter
+from steep.model.embeddings import untie
+from steep.model.load import load_resolved
+from steep.model.new_tokens import grow_embeddings
+from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_folder, resolve
+from steep.plan import Plan, plan_run
+from steep.resume import branch_of, has_other_text, streamed_commits
+from steep.run_folder import RunFolder
+from steep.schema import RunConfig
+from steep.settings import mixed_precision
+from steep.terminal import Terminal
+
+
+def finished(run_dir: str | Path) -> tuple[RunConfig, RunFolder]:
+    """The run file and the folder of a finished run.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    folder = RunFolder(run_dir)
+    if not (folder / "run.yaml").is_file():
+        raise UserError("run folder", f"{folder.path} holds no run", "Give the output_dir of a run, such as runs/ko.")
+    if not folder.final.is_dir():
+        raise UserError(
+            "run folder",
+            f"{folder.path} is not finished",
+            f"Finish it with: steep train {folder / 'run.yaml'} --resume",
+        )
+    return parse_config(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))), folder
+
+
+def plan_again(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Plan:
+    """The plan of a finished run, over the text and the tokenizer that it had."""
+    with terminal.tokenising() as progress:
+        return plan_run(
+            config,
+            progress,
+            branch=branch_of(folder),
+            commits=streamed_commits(folder),
+            grown_tokenizer=folder.tokenizer,
+        )
+
+
+def evaluate_run(
+    run_dir: str | Path, *, terminal: Terminal | None = None
+) -> tuple[list[DomainScore], list[DomainScore]]:
+    """Score the held-out text of a finished run with its base model and with the trained one.
+
+    Returns:
+        Scores by domain: base, trained.
+
+    Raises:
+        UserError: the folder holds no finished run.
+    """
+    terminal = terminal or Terminal(quiet=True)
+    config, folder = finished(run_dir)
+    plan = plan_again(config, folder, terminal)
+    if not plan.corpus.heldout:
+        raise UserError(
+            "data.holdout",
+            "the run held no text out, so there is nothing to score",
+            "Raise it, or add a source with role: heldout.",
+        )
+    if has_other_text(folder, plan):
+        terminal.warn(
+            "the text is not what the run had: other documents may be held out now, and the run may have trained on "
+            "some of them. Its own scores are in evaluation.jsonl."
+        )
+    model = load_result(config, plan.resolved, plan.tokenizer, folder)
+    score = partial(
+        evaluate,
+        model,
+        max_length=config.data.max_length,
+        stride=config.evaluation.stride,
+        autocast_dtype=mixed_precision(config),
+    )
+    documents, max_tokens = documents_of_the_base(plan)
+    with untouched_base(model, plan):
+        base = score(documents, max_tokens=max_tokens)
+    trained = score(plan.corpus.heldout, max_tokens=config.evaluation.max_tokens, step=plan.last_step)
+    terminal.show(board(base, trained, plan.corpus.roles))
+    return base, trained
+
+
+def generate_run(
+    run_dir: str | Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, stream: Any = None
+) -> dict[str, str]:
+    """Complete `prompt` with the base model of a finished run and with the trained one.
+
+    Args:
+        stream: called with (``base`` or ``trained``, piece of text) as text comes.
+
+    Returns:
+        ``{"base": ..., "trained": ...}``.
+    """
+    config, folder = finished(run_dir)
+    settings = config.model
+    resolved = resolve(settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    original = tokenizer = read_tokenizer(resolved)
+    if settings.new_tokens is not None:
+        tokenizer = read_tokenizer_folder(folder.tokenizer)
+    model = load_result(config, resolved, tokenizer, folder)
+    return generate_side_by_side(
+        model,
+        tokenizer,
+        prompt,
+        base_tokenizer=original,
+        stream=stream,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        autocast_dtype=mixed_precision(config),
+    )
+
+
+def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any:
+    """The frozen model that a run trains over."""
+    settings = config.model
+    original = tokenizer if settings.new_tokens is None else read_tokenizer(resolved)
+    model = load_resolved(
+        resolved,
+        original,
+        base=settings.base,
+        compute_dtype=settings.compute_dtype,
+        attn_implementation=settings.attn_implementation,
+    )
+    if settings.new_tokens is not None:
+        grow_embeddings(model, original, tokenizer)
+    if settings.untie_embeddings:
+        untie(model)
+    return model
+
+
+def load_result(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, folder: RunFolder) -> Any:
+    """The model that a finished run trained: `final/` over the base."""
+    base = load_base(config, resolved, tokenizer)
+    return open_adapter(base, folder.final, trained_dtype=config.model.trained_dtype)
+
+
+def untouched_base(model: Any, plan: Plan) -> AbstractContextManager[None]:
+    """Lets `model` compute what the base does, without the rows of new tokens."""
+    return base_model(model, None if plan.vocabulary is None else plan.vocabulary.ids_before)
+
+
+def documents_of_the_base(plan: Plan) -> tuple[Mapping[str, Sequence[Any]], int | None]:
+    """What the untouched base is scored on, and how many tokens of each domain: with new tokens the same documents, as
+    its own tokenizer reads them."""
+    max_tokens = plan.config.evaluation.max_tokens
+    if plan.vocabulary is None:
+        return plan.corpus.heldout, max_tokens
+    return plan.vocabulary.base_documents(plan.corpus, max_tokens), None
+
+
+def first_and_last(folder: RunFolder) -> tuple[list[DomainScore], list[DomainScore]]:
+    """The held-out scores before and after training, as the run recorded them; empty if it held nothing out."""
+    rows = folder.read_lines("evaluation.jsonl")
+    return (scores_at(rows, rows[0]["step"]), scores_at(rows, rows[-1]["step"])) if rows else ([], [])
+
+
+def scores_at(rows: Sequence[Mapping[str, Any]], step: int) -> list[DomainScore]:
+    return [DomainScore.from_dict(row) for row in rows if row["step"] == step]
