@@ -18,7 +18,7 @@ from steep.export.base_weights import Kind
 from steep.export.card import CONVERTER_NOTE, Gated, Story, adapter_notes, describe_base, original_name, write_card
 from steep.export.gate import BITS_LIMIT, Gap, Measured, compare, free_memory, measure, measure_folder
 from steep.export.gguf import check_convertible, write_gguf
-from steep.export.gguf_check import check_gguf
+from steep.export.gguf_check import GgufJudge
 from steep.export.gguf_tokenizer import is_misread_by_converter
 from steep.export.merged import Merger
 from steep.export.push import check_push, push
@@ -255,12 +255,13 @@ class _Export:
             RunError: a file is not the merged model.
         """
         self._terminal.say("writing GGUF files")
-        said = {}
-        for file in write_gguf(merged, staging, self._name.rsplit("/", 1)[-1]):
+        files = write_gguf(merged, staging, self._name.rsplit("/", 1)[-1])
+        said, judge = {}, GgufJudge(merged, texts)
+        for file in files:
             if file.suffix != ".gguf":
                 continue
             self._terminal.say(f"checking {file.name}")
-            check = check_gguf(file, merged, texts)
+            check = judge.check(file)
             if check.problems:
                 raise RunError(
                     f"{file.name} is not the merged model: {'; '.join(check.problems[:3])}. Nothing was written to "
@@ -270,6 +271,8 @@ class _Export:
                 self._terminal.warn(f"{file.name}: {remark}")
             said[file.name] = f"{check.judge}: {check}"
             self._terminal.say(f"{file.name}: {said[file.name]}")
+        del judge
+        free_memory()
         return said
 
     def _warn_of_a_rise(self, kept: Kind, gap: Gap, exact: Kind) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from steep.errors import UserError
 from steep.export import gguf, gguf_check, gguf_families
 from steep.export.gguf import check_convertible, open_model, write_gguf
-from steep.export.gguf_check import check_gguf, other_tokens, read_back
+from steep.export.gguf_check import GgufJudge, other_tokens, read_back
 from steep.export.gguf_families import FAMILIES
 from steep.model.resolve import resolve
 from tests.export.llama_cpp_judge import logits, relative_error, token_ids
@@ -449,7 +449,7 @@ def test_a_tensor_without_a_name_is_refused(tmp_path: Path) -> None:
 def test_the_check_scores_in_llama_cpp(tmp_path: Path) -> None:
     folder = saved("llama", tmp_path)
     texts = [*documents("ko", 3), *documents("en", 3)]
-    check = check_gguf(write_gguf(folder, tmp_path / "out")[0], folder, texts)
+    check = GgufJudge(folder, texts).check(write_gguf(folder, tmp_path / "out")[0])
     assert (check.judge, check.problems) == ("llama.cpp", [])
     ids = [tiny_tokenizer(bos=True)(text)["input_ids"] for text in texts]
     assert check.tokens == sum(len(each) - 1 for each in ids)
@@ -474,14 +474,14 @@ def test_the_check_sees_other_weights_and_other_tokens(tmp_path: Path) -> None:
         model.lm_head.weight[ids] += 0.2 * model.lm_head.weight[ids].sign()
         model.lm_head.weight[ids] += 0.1 * model.model(torch.tensor([ids])).last_hidden_state[0].mean(0)
     model.save_pretrained(folder)
-    worse = check_gguf(file, folder, text)
+    worse = GgufJudge(folder, text).check(file)
     assert worse.logit_error > F16 and worse.bits_per_byte_gap > 0.005
     read_back, logits_found, loss_found = worse.problems
     assert re.match(r"output\.weight differs by [\d.e-]+ at \(\d+, \d+\)", read_back)
     assert logits_found == f"logits in llama.cpp differ by {worse.logit_error:.1%}"
     assert loss_found == f"the loss in llama.cpp is {worse.bits_per_byte_gap:.4f} bits per byte higher"
     tiny_tokenizer(bos=False).save_pretrained(folder)
-    other = check_gguf(file, folder, [text[0], ""])
+    other = GgufJudge(folder, [text[0], ""]).check(file)
     assert other.remarks == []
     for each in (text[0], ""):
         assert f"llama.cpp makes other tokens of {each[:60]!r}" in other.problems
@@ -530,7 +530,7 @@ def test_text_that_llama_cpp_is_known_to_read_otherwise_is_remarked(
 ) -> None:
     folder = save_tiny("llama", tmp_path / "model", tokenizer=tokenizer, vocab_size=len(tokenizer))
     file = write_gguf(folder, tmp_path / "out")[0]
-    check = check_gguf(file, folder, [*documents("ko", 2), known])
+    check = GgufJudge(folder, [*documents("ko", 2), known]).check(file)
     assert (check.problems, check.remarks) == ([], [f"llama.cpp makes other tokens of {known!r}"])
 
 
@@ -540,8 +540,9 @@ def test_the_check_opens_the_folder_as_the_gate_does(tmp_path: Path, monkeypatch
     folder, opened = saved("llama", tmp_path), []
     real = gguf_check.open_plainly
     monkeypatch.setattr(gguf_check, "open_plainly", lambda *given: opened.append(given[0]) or real(*given))
-    assert check_gguf(write_gguf(folder, tmp_path / "out")[0], folder, documents("ko", 1)).problems == []
-    assert opened == [folder]
+    files, judge = write_gguf(folder, tmp_path / "out")[:2], GgufJudge(folder, documents("ko", 1))
+    assert [judge.check(file).problems for file in files] == [[], []]
+    assert opened == [folder]  # once for both files
 
 
 @pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-5, 0.0])
@@ -566,7 +567,7 @@ def test_without_llama_cpp_the_file_is_read_back(tmp_path: Path, monkeypatch: py
     folder = saved("gemma3", tmp_path)
     file = write_gguf(folder, tmp_path / "out")[1]
     monkeypatch.setattr("steep.export.gguf_check.find_spec", lambda _: None)
-    check = check_gguf(file, folder, documents("ko", 2))
+    check = GgufJudge(folder, documents("ko", 2)).check(file)
     assert (check.judge, check.problems, check.tokens) == ("the file read back", [], 0)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] *= 0.5
@@ -574,7 +575,7 @@ def test_without_llama_cpp_the_file_is_read_back(tmp_path: Path, monkeypatch: py
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace(f'"sliding_window": {SLIDING_WINDOW}', '"sliding_window": 17'))
-    problems = check_gguf(file, folder, []).problems
+    problems = GgufJudge(folder, []).check(file).problems
     assert [problem.split()[0] for problem in sorted(problems)] == [
         "blk.1.ffn_up.weight",
         "gemma3.attention.sliding_window",

@@ -11,6 +11,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 
 from steep.evaluation.mode import inference_mode, input_device
-from steep.export.gate import free_memory, open_plainly
+from steep.export.gate import open_plainly
 from steep.export.gguf import GgufModel, open_model
 from steep.export.gguf_families import FIELD, add_settings
-from steep.export.gguf_tokenizer import Vocabulary, add_vocabulary
+from steep.export.gguf_tokenizer import add_vocabulary
 from steep.model.attention import attention
 from steep.model.resolve import read_tokenizer, resolve
 
@@ -70,8 +71,8 @@ class GgufCheck:
         )
 
 
-def check_gguf(file: Path, model_folder: Path, texts: Sequence[str]) -> GgufCheck:
-    """Compare `file` with the merged folder that it was written from.
+class GgufJudge:
+    """Compares GGUF files with the merged folder that they were written from, which is opened once for all of them.
 
     Args:
         texts: held-out text; of each the first 512 tokens are scored, and all of it is tokenised.
@@ -79,12 +80,86 @@ def check_gguf(file: Path, model_folder: Path, texts: Sequence[str]) -> GgufChec
     Raises:
         UserError: the folder cannot be opened, or is none that has a GGUF file.
     """
-    model = open_model(model_folder)
-    problems = read_back(file, model)
-    if find_spec("llama_cpp") is None:
-        return GgufCheck("the file read back", problems)
-    scored = _scored(file, model_folder, texts, model.vocabulary)
-    return replace(scored, problems=problems + scored.problems)
+
+    def __init__(self, model_folder: Path, texts: Sequence[str]) -> None:
+        self._folder, self._texts = model_folder, texts
+        self._model = open_model(model_folder)
+
+    def check(self, file: Path) -> GgufCheck:
+        """Hold `file` against the folder."""
+        problems = read_back(file, self._model)
+        if find_spec("llama_cpp") is None:
+            return GgufCheck("the file read back", problems)
+        scored = self._scored(file)
+        return replace(scored, problems=problems + scored.problems)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return read_tokenizer(resolve(str(self._folder), field=FIELD), FIELD)
+
+    @cached_property
+    def _merged(self) -> Any:
+        """The folder's model in transformers. On a CPU in fp32, as everywhere: bf16 is several times slower there."""
+        dtype = "auto" if torch.cuda.is_available() else torch.float32
+        return open_plainly(self._folder, dtype, attention("auto", self._model.config))
+
+    def _scored(self, file: Path) -> GgufCheck:
+        from llama_cpp import Llama  # optional
+
+        texts, tokenizer, vocabulary = self._texts, self._tokenizer, self._model.vocabulary
+        context, threads = min(_MAX_TOKENS, self._model.config.max_position_embeddings), torch.get_num_threads()
+        encoded = [tokenizer(text, return_offsets_mapping=True) for text in texts]
+        ids = [list(each["input_ids"]) for each in encoded]
+        bytes_scored = sum(
+            len(text[: each["offset_mapping"][:context][-1][1]].encode())
+            for text, each in zip(texts, encoded, strict=True)
+            if each["input_ids"]
+        )
+        llama = Llama(
+            str(file), n_ctx=context, logits_all=True, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        try:
+            differing = [
+                text
+                for text, wanted in zip(texts, ids, strict=True)
+                if llama.tokenize(text.encode(), add_bos=True, special=True) != wanted
+            ]
+            their_loss, our_loss, error, size, tokens = 0.0, 0.0, 0.0, 0.0, 0
+            model = self._merged
+            with inference_mode(model, None):
+                for sequence in (each[:context] for each in ids if len(each) > 1):
+                    row = torch.tensor([sequence], device=input_device(model))
+                    ours = model(input_ids=row, use_cache=False).logits[0, :-1].float().cpu()
+                    llama.reset()
+                    llama.eval(sequence)
+                    theirs = torch.from_numpy(llama.scores[: len(sequence) - 1].copy())
+                    labels = torch.tensor(sequence[1:])
+                    our_loss += torch.nn.functional.cross_entropy(ours, labels, reduction="sum").item()
+                    their_loss += torch.nn.functional.cross_entropy(theirs, labels, reduction="sum").item()
+                    error += (theirs - ours).square().sum().item()
+                    size += ours.square().sum().item()
+                    tokens += len(labels)
+        finally:
+            llama.close()
+        gap = (their_loss - our_loss) / math.log(2) / max(bytes_scored, 1)
+        kind, logit_error = llama.metadata["general.file_type"], math.sqrt(error / size) if size else math.nan
+        # Such a tokenizer composes by NFC, if it changes its text at all.
+        composes = vocabulary.model == "gpt2" and tokenizer.backend_tokenizer.normalizer is not None
+        problems, remarks = other_tokens(differing, adds_space=vocabulary.adds_space, composes=composes)
+        if not logit_error <= _LOGITS_LIMITS[kind]:  # nothing scored is no proof either
+            problems.append(f"logits in llama.cpp differ by {logit_error:.1%}")
+        if not gap <= _BITS_LIMITS[kind]:  # a loss that is no number too
+            problems.append(f"the loss in llama.cpp is {gap:.4f} bits per byte higher")
+        return GgufCheck(
+            "llama.cpp",
+            problems,
+            remarks,
+            tokens,
+            our_loss / max(tokens, 1),
+            their_loss / max(tokens, 1),
+            gap,
+            logit_error,
+        )
 
 
 def read_back(file: Path, model: GgufModel) -> list[str]:
@@ -127,67 +202,6 @@ def _same(stored: Any, wanted: Any) -> bool:
     if isinstance(wanted, (list, tuple)):
         return stored is not None and list(stored) == list(wanted)
     return stored == wanted
-
-
-def _scored(file: Path, model_folder: Path, texts: Sequence[str], vocabulary: Vocabulary) -> GgufCheck:
-    from llama_cpp import Llama  # optional
-
-    resolved = resolve(str(model_folder), field=FIELD)
-    tokenizer = read_tokenizer(resolved, FIELD)
-    context, threads = min(_MAX_TOKENS, resolved.config.max_position_embeddings), torch.get_num_threads()
-    encoded = [tokenizer(text, return_offsets_mapping=True) for text in texts]
-    ids = [list(each["input_ids"]) for each in encoded]
-    bytes_scored = sum(
-        len(text[: each["offset_mapping"][:context][-1][1]].encode())
-        for text, each in zip(texts, encoded, strict=True)
-        if each["input_ids"]
-    )
-    judge = Llama(str(file), n_ctx=context, logits_all=True, n_threads=threads, n_threads_batch=threads, verbose=False)
-    try:
-        differing = [
-            text
-            for text, wanted in zip(texts, ids, strict=True)
-            if judge.tokenize(text.encode(), add_bos=True, special=True) != wanted
-        ]
-        their_loss, our_loss, error, size, tokens = 0.0, 0.0, 0.0, 0.0, 0
-        # On a CPU in fp32, as everywhere: bf16 is several times slower there.
-        dtype = "auto" if torch.cuda.is_available() else torch.float32
-        model = open_plainly(model_folder, dtype, attention("auto", resolved.config))
-        with inference_mode(model, None):
-            for sequence in (each[:context] for each in ids if len(each) > 1):
-                row = torch.tensor([sequence], device=input_device(model))
-                ours = model(input_ids=row, use_cache=False).logits[0, :-1].float().cpu()
-                judge.reset()
-                judge.eval(sequence)
-                theirs = torch.from_numpy(judge.scores[: len(sequence) - 1].copy())
-                labels = torch.tensor(sequence[1:])
-                our_loss += torch.nn.functional.cross_entropy(ours, labels, reduction="sum").item()
-                their_loss += torch.nn.functional.cross_entropy(theirs, labels, reduction="sum").item()
-                error += (theirs - ours).square().sum().item()
-                size += ours.square().sum().item()
-                tokens += len(labels)
-        del model
-        free_memory()
-    finally:
-        judge.close()
-    gap = (their_loss - our_loss) / math.log(2) / max(bytes_scored, 1)
-    kind, logit_error = judge.metadata["general.file_type"], math.sqrt(error / size) if size else math.nan
-    composes = vocabulary.model == "gpt2" and tokenizer.backend_tokenizer.normalizer is not None  # by NFC, if at all
-    problems, remarks = other_tokens(differing, adds_space=vocabulary.adds_space, composes=composes)
-    if not logit_error <= _LOGITS_LIMITS[kind]:  # nothing scored is no proof either
-        problems.append(f"logits in llama.cpp differ by {logit_error:.1%}")
-    if not gap <= _BITS_LIMITS[kind]:  # a loss that is no number too
-        problems.append(f"the loss in llama.cpp is {gap:.4f} bits per byte higher")
-    return GgufCheck(
-        "llama.cpp",
-        problems,
-        remarks,
-        tokens,
-        our_loss / max(tokens, 1),
-        their_loss / max(tokens, 1),
-        gap,
-        logit_error,
-    )
 
 
 def other_tokens(texts: Sequence[str], *, adds_space: bool, composes: bool) -> tuple[list[str], list[str]]:
