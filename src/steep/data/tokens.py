@@ -208,6 +208,7 @@ def tokenize(
     path = stream.path if stream else cache_dir / f"{digest(key).hex()}.arrow"
     cached = path.exists()
     if not cached:
+        logger.info(f"tokenising {source.location}")
         write_tokens(source, stamps, encoder, path, field, progress, documents)
     if stream:
         stream.remember()

@@ -350,6 +350,8 @@ class Trainer(Branching):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         pauses = self.control.should_evaluate or self.control.should_save
+        if self.control.should_evaluate:
+            logger.info("scoring held-out text at step %d", self.state.global_step)
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if pauses:
             self._meter.restart()  # evaluating and saving are not part of a step's time

@@ -1,0 +1,165 @@
+"""The real command in a process of its own: start it, read its log as it comes, kill it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+POLL_SECONDS = 0.0005
+_HANGS_SECONDS = 240.0  # no command here takes a tenth of it
+
+
+class Command:
+    """A `steep` that was started.
+
+    Args:
+        pid: leads a session of its own, so that all of it can be killed.
+        poll: gives the exit code, or None while it runs; -9 after SIGKILL.
+        out, err: the files that its streams go to.
+    """
+
+    def __init__(self, pid: int, poll: Callable[[], int | None], out: Path, err: Path) -> None:
+        self.pid, self.out, self.err = pid, out, err
+        self._poll = poll
+        self._code: int | None = None
+        self._read = 0
+        self._lines: list[str] = []
+        self.started = time.monotonic()
+
+    @property
+    def code(self) -> int | None:
+        if self._code is None:
+            self._code = self._poll()
+        return self._code
+
+    @property
+    def running(self) -> bool:
+        return self.code is None
+
+    def lines(self) -> list[str]:
+        """The whole lines of its log so far: what it said on stderr."""
+        with self.err.open("rb") as file:
+            file.seek(self._read)
+            new = file.read()
+        if (end := new.rfind(b"\n") + 1) > 0:
+            self._lines += new[:end].decode().splitlines()
+            self._read += end
+        return self._lines
+
+    def text(self) -> str:
+        return self.err.read_text(encoding="utf-8") + self.out.read_text(encoding="utf-8")
+
+    def signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL to all of it; back when it is dead."""
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def wait(self, seconds: float = _HANGS_SECONDS) -> int:
+        """The exit code.
+
+        Raises:
+            TimeoutError: it still runs after so many seconds; it is killed.
+        """
+        self.until(lambda: False, seconds)
+        if self.code is None:
+            self.signal(signal.SIGKILL)
+            raise TimeoutError(f"it still runs after {seconds:.0f} s; it said:\n{self.text()}")
+        return self.code
+
+    def until(self, holds: Callable[[], Any], seconds: float = _HANGS_SECONDS) -> bool:
+        """Wait until something holds: True; False where the command ends before, or the time."""
+        end = time.monotonic() + seconds
+        number = 0
+        while time.monotonic() < end:
+            if holds():
+                return True
+            number += 1
+            if number % 8 == 0 and not self.running:
+                return bool(holds())
+            time.sleep(POLL_SECONDS)
+        return False
+
+
+Start = Callable[[Sequence[str], Path, Mapping[str, str]], Command]
+"""Starts the command with words, in a folder that its streams go to as well, with further environment variables."""
+
+
+def environment(further: Mapping[str, str]) -> dict[str, str]:
+    """That of a run on one core, without a network."""
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
+    own = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    return {**os.environ, **offline, **own, **further}
+
+
+def _streams(folder: Path) -> tuple[Path, Path]:
+    number = len(list(folder.glob("*.err")))
+    files = folder / f"{number:03}.out", folder / f"{number:03}.err"
+    for file in files:
+        file.touch()
+    return files
+
+
+def start_real(words: Sequence[str], folder: Path, further: Mapping[str, str]) -> Command:
+    """`python -m steep ...`."""
+    return start_wrapped([], words, folder, further)
+
+
+def start_wrapped(before: Sequence[str], words: Sequence[str], folder: Path, further: Mapping[str, str]) -> Command:
+    """`python -m steep ...` behind another command, such as ``strace -f -o FILE``."""
+    out, err = _streams(folder)
+    with out.open("ab") as stdout, err.open("ab") as stderr:
+        process = subprocess.Popen(
+            [*before, sys.executable, "-m", "steep", *words],
+            cwd=folder,
+            env=environment(further),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    return Command(process.pid, process.poll, out, err)
+
+
+class ForkServer:
+    """Starts the command as `fork_server` does. One at a time may use it."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.fork_server"],
+            env=environment({}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        assert self._server.stdin is not None and self._server.stdout is not None
+        print(json.dumps(request), file=self._server.stdin, flush=True)
+        answer = self._server.stdout.readline()
+        if not answer:
+            raise RuntimeError("the fork server has ended")
+        return json.loads(answer)
+
+    def __call__(self, words: Sequence[str], folder: Path, further: Mapping[str, str]) -> Command:
+        out, err = _streams(folder)
+        request = {"start": list(words), "cwd": str(folder), "out": str(out), "err": str(err)}
+        pid = self._ask(**request, env=environment(further))["pid"]
+        return Command(pid, lambda: self._ask(poll=pid)["code"], out, err)
+
+    def close(self) -> None:
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.close()
+        self._server.wait()
+        self._server.stdout.close()

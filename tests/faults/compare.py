@@ -1,0 +1,156 @@
+"""Whether a run that was stopped ended as one that never was: the same bits, but for what is listed here."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+# Times, rates and memory are of the process, not of the run. By the name of the file, then the field at any depth.
+OF_THE_PROCESS = {
+    "metrics.jsonl": {"tokens_per_second", "peak_memory_bytes"},
+    "trainer_state.json": {"tokens_per_second", "peak_memory_bytes"},  # its log holds the same rows
+    "plan.json": {"cached"},
+    "training_args.json": {"save_total_limit"},  # the run that others' checkpoints are held against keeps all its own
+}
+NOT_OF_THE_RUN = {"incidents.jsonl"}  # says what happened to a process
+
+
+def differences(whole: Path, stopped: Path) -> list[str]:
+    """What is not the same in two run folders, a line each. Paths of the one stand for those of the other."""
+    left, right = _files(whole), _files(stopped)
+    found = [f"{name}: only in the run never stopped" for name in sorted(left - right)]
+    found += [f"{name}: only in the run that was stopped" for name in sorted(right - left)]
+    for name in sorted(left & right):
+        found += file_differences(whole, stopped, name)
+    return found
+
+
+def _files(folder: Path) -> set[str]:
+    """Names of all files and folders: a temporary that stayed is a difference too."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")} - NOT_OF_THE_RUN
+
+
+def file_differences(whole: Path, stopped: Path, name: str) -> list[str]:
+    """The same for one file of both."""
+    left, right = whole / name, stopped / name
+    if left.is_dir():
+        return [] if right.is_dir() else [f"{name}: no folder"]
+    if left.suffix == ".safetensors":
+        return [] if left.read_bytes() == right.read_bytes() else [f"{name}: {_tensor_that_differs(left, right)}"]
+    trees = [_tree(path, folder) for path, folder in ((left, whole), (right, stopped))]
+    return [f"{name}: {line}" for line in tree_differences(*trees)]
+
+
+def _tensor_that_differs(left: Path, right: Path) -> str:
+    with safe_open(left, "pt") as one, safe_open(right, "pt") as two:
+        if one.keys() != two.keys():
+            return "other tensors"
+        for key in one.keys():  # noqa: SIM118 - not a dict
+            a, b = one.get_tensor(key), two.get_tensor(key)
+            if a.dtype != b.dtype or a.shape != b.shape or a.numpy().tobytes() != b.numpy().tobytes():
+                return f"tensor {key} differs"
+    return "the bytes differ, no tensor does"
+
+
+def _tree(file: Path, folder: Path) -> Any:
+    text = file.read_text(encoding="utf-8").replace(str(folder), "RUN")
+    text = text.replace(str(folder.parent), "PLACE")
+    left_out = OF_THE_PROCESS.get(file.name, set())
+    if file.name == "manifest.json":
+        return _manifest(json.loads(text))
+    if file.suffix == ".json":
+        tree = without(json.loads(text), left_out)
+        if file.name == "adapter_config.json":
+            tree["target_modules"].sort()  # PEFT writes a set
+        return tree
+    if file.suffix == ".jsonl":
+        return [without(json.loads(line), left_out) for line in text.splitlines()]
+    return text
+
+
+def _manifest(tree: Any) -> Any:
+    """Digests of text files hold paths and times; those of tensors have to be equal."""
+    if isinstance(tree, dict):
+        return {
+            key: sorted(value)
+            if isinstance(value, dict) and re.search(r"\.(json|jsonl|md|jinja)$", key)
+            else _manifest(value)
+            for key, value in tree.items()
+        }
+    return [_manifest(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def without(tree: Any, names: set[str]) -> Any:
+    """A tree less the fields of these names."""
+    if isinstance(tree, dict):
+        return {key: without(value, names) for key, value in tree.items() if key not in names}
+    return [without(value, names) for value in tree] if isinstance(tree, list) else tree
+
+
+def tree_differences(left: Any, right: Any, where: str = "") -> list[str]:
+    """Places at which two trees of plain values differ."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        found = [f"{where}.{key}: only in one" for key in sorted(map(str, left.keys() ^ right.keys()))]
+        return found + [
+            line
+            for key in left.keys() & right.keys()
+            for line in tree_differences(left[key], right[key], f"{where}.{key}")
+        ]
+    if isinstance(left, list) and isinstance(right, list):
+        if len(left) != len(right):
+            return [f"{where}: {len(left)} and {len(right)} of them"]
+        return [
+            line
+            for i, pair in enumerate(zip(left, right, strict=True))
+            for line in tree_differences(*pair, f"{where}[{i}]")
+        ]
+    return [] if left == right else [f"{where}: {str(left)[:60]!r} and {str(right)[:60]!r}"]
+
+
+def lines_lost_or_doubled(whole: Path, stopped: Path) -> int:
+    """Lines of the three logs that are missing, there twice, or with other values."""
+    count = 0
+    for name in ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl"):
+        expected, got = (_keyed(folder / name) for folder in (whole, stopped))
+        count += sum(abs(len(expected.get(key, [])) - len(got.get(key, []))) for key in expected.keys() | got.keys())
+        count += sum(
+            expected[key] != got[key] for key in expected.keys() & got.keys() if len(expected[key]) == len(got[key])
+        )
+    return count
+
+
+def _keyed(file: Path) -> dict[tuple[Any, ...], list[Any]]:
+    rows: dict[tuple[Any, ...], list[Any]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        row = without(json.loads(line), OF_THE_PROCESS.get(file.name, set()))
+        rows.setdefault((row["step"], row.get("domain"), row.get("prompt")), []).append(row)
+    return rows
+
+
+def caches(folder: Path) -> dict[str, bytes]:
+    """The token caches below a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*.arrow")}
+
+
+def wrong_caches(whole: Path, stopped: Path) -> list[str]:
+    """Names of the token caches that are not a fresh tokenisation's."""
+    fresh = caches(whole)
+    return [name for name, content in caches(stopped).items() if fresh.get(name) != content]
+
+
+def damaged_checkpoints(whole: Path, stopped: Path) -> list[str]:
+    """What differs in the checkpoints that stand in a run folder from those of a run that kept all of its own."""
+    found: list[str] = []
+    for path in sorted(stopped.glob("checkpoint-*")):
+        expected = {name for name in _files(whole) if name.startswith(f"{path.name}/")}
+        got = {name for name in _files(stopped) if name.startswith(f"{path.name}/")}
+        found += [f"{name}: missing" for name in sorted(expected - got)] + [
+            f"{name}: too many" for name in sorted(got - expected)
+        ]
+        for name in sorted(expected & got):
+            found += file_differences(whole, stopped, name)
+    return found
