@@ -23,6 +23,12 @@ app = typer.Typer(
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run file.", show_default=False)]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Let RUN's run.yaml say that Python code which comes with its model is run."
+    ),
+]
 
 
 def _attached_terminal() -> Any:
@@ -131,12 +137,12 @@ def train(
 
 
 @app.command("eval")
-def evaluate(run: RunDir) -> None:
+def evaluate(run: RunDir, trust_remote_code: TrustRemoteCode = False) -> None:
     """Score held-out text with the base model and the trained one: perplexity and bits per byte, by domain."""
     terminal = _attached_terminal()
     from steep.result import evaluate_run
 
-    evaluate_run(run, terminal=terminal)
+    evaluate_run(run, trust_remote_code=trust_remote_code, terminal=terminal)
 
 
 @app.command()
@@ -145,6 +151,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to complete.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(help="Length of each completion, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Complete a text with the base model and the trained one, as it comes."""
     _attached_terminal()
@@ -158,7 +165,14 @@ def generate(
             shown.append(which)
         print(piece, end="", flush=True)
 
-    generate_run(run, prompt, max_new_tokens=max_new_tokens, temperature=temperature, stream=stream)
+    generate_run(
+        run,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        trust_remote_code=trust_remote_code,
+        stream=stream,
+    )
     print()
 
 
@@ -216,6 +230,7 @@ def export(
     push: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Upload it to the Hugging Face hub, private at first.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Hand the result on: a merged model, the adapter, or GGUF files, with a model card.
 
@@ -230,7 +245,7 @@ def export(
     terminal = _attached_terminal()
     from steep.hand_over import export_run, next_step
 
-    export_run(run, output, to=to, base=base, push_to=push, terminal=terminal)
+    export_run(run, output, to=to, base=base, push_to=push, trust_remote_code=trust_remote_code, terminal=terminal)
     print(next_step(output, to))
 
 

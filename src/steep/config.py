@@ -56,6 +56,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(merge(tree, parse_overrides(overrides)))
 
 
+def recorded_config(run_yaml: Path, field: str = "run folder") -> RunConfig:
+    """The run file that a run folder keeps.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        tree = yaml.safe_load(run_yaml.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(field, f"{run_yaml} is damaged: {error}", "Put it back as the run wrote it.") from error
+    if not isinstance(tree, dict):
+        raise UserError(field, f"{run_yaml} is damaged: it holds no sections", "Put it back as the run wrote it.")
+    return parse_config(tree)
+
+
 def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     """Validate a tree of plain values.
 

@@ -48,6 +48,7 @@ def export_run(
     to: str = "merged",
     base: str = "auto",
     push_to: str | None = None,
+    trust_remote_code: bool = False,
     terminal: Terminal | None = None,
     api: Any = None,
 ) -> dict[str, Any]:
@@ -59,6 +60,7 @@ def export_run(
         base: what to merge a run over 4 or 8 bits into. ``auto`` measures the dequantised weights that it trained over
             and the 16-bit originals, and keeps the better; ``original`` takes the originals, whatever it costs.
         push_to: USER/NAME on the Hugging Face hub, to upload the folder to.
+        trust_remote_code: see `steep.result.finished`.
         api: a `huggingface_hub.HfApi`.
 
     Returns:
@@ -78,7 +80,7 @@ def export_run(
         check_push(push_to)
     output = Path(output)
     _check_output(output)
-    config, folder = finished(run_dir)
+    config, folder = finished(run_dir, trust_remote_code=trust_remote_code)
     adapter = AdapterWeights(folder.final)
     read_tokenizer_folder(folder.final)  # goes with every form
     export = _Export(config, folder, adapter, output, push_to or output.name, terminal)

@@ -8,9 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from steep.config import parse_config
+from steep.config import recorded_config
 from steep.errors import UserError
 from steep.evaluation.adapters import base_model
 from steep.evaluation.board import board
@@ -30,11 +28,15 @@ from steep.settings import mixed_precision
 from steep.terminal import Terminal
 
 
-def finished(run_dir: str | Path) -> tuple[RunConfig, RunFolder]:
+def finished(run_dir: str | Path, *, trust_remote_code: bool = False) -> tuple[RunConfig, RunFolder]:
     """The run file and the folder of a finished run.
 
+    Args:
+        trust_remote_code: let the folder's run.yaml say that code which comes with the checkpoint is run. The folder
+            may be somebody else's; for `steep train` the user's own run file says it.
+
     Raises:
-        UserError: the folder holds none.
+        UserError: the folder holds none, or it wants code to be run.
     """
     folder = RunFolder(run_dir)
     if not (folder / "run.yaml").is_file():
@@ -45,7 +47,15 @@ def finished(run_dir: str | Path) -> tuple[RunConfig, RunFolder]:
             f"{folder.path} is not finished",
             f"Finish it with: steep train {folder / 'run.yaml'} --resume",
         )
-    return parse_config(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))), folder
+    folder.refuse_links()
+    config = recorded_config(folder / "run.yaml")
+    if config.model.trust_remote_code and not trust_remote_code:
+        raise UserError(
+            "run folder",
+            f"its run.yaml asks to run Python code that comes with {config.model.name}",
+            "If you trust both, add --trust-remote-code.",
+        )
+    return config, folder
 
 
 def plan_again(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Plan:
@@ -61,9 +71,12 @@ def plan_again(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Plan
 
 
 def evaluate_run(
-    run_dir: str | Path, *, terminal: Terminal | None = None
+    run_dir: str | Path, *, trust_remote_code: bool = False, terminal: Terminal | None = None
 ) -> tuple[list[DomainScore], list[DomainScore]]:
     """Score the held-out text of a finished run with its base model and with the trained one.
+
+    Args:
+        trust_remote_code: see `finished`.
 
     Returns:
         Scores by domain: base, trained.
@@ -72,7 +85,7 @@ def evaluate_run(
         UserError: the folder holds no finished run.
     """
     terminal = terminal or Terminal(quiet=True)
-    config, folder = finished(run_dir)
+    config, folder = finished(run_dir, trust_remote_code=trust_remote_code)
     plan = plan_again(config, folder, terminal)
     if not plan.corpus.heldout:
         raise UserError(
@@ -102,17 +115,24 @@ def evaluate_run(
 
 
 def generate_run(
-    run_dir: str | Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.0, stream: Any = None
+    run_dir: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    trust_remote_code: bool = False,
+    stream: Any = None,
 ) -> dict[str, str]:
     """Complete `prompt` with the base model of a finished run and with the trained one.
 
     Args:
+        trust_remote_code: see `finished`.
         stream: called with (``base`` or ``trained``, piece of text) as text comes.
 
     Returns:
         ``{"base": ..., "trained": ...}``.
     """
-    config, folder = finished(run_dir)
+    config, folder = finished(run_dir, trust_remote_code=trust_remote_code)
     settings = config.model
     resolved = resolve(settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     original = tokenizer = read_tokenizer(resolved)

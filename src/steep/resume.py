@@ -7,11 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-from transformers import AutoTokenizer
-
-from steep.config import parse_config
+from steep.config import recorded_config
 from steep.errors import UserError
+from steep.model.resolve import read_tokenizer_folder
 from steep.plan import Plan
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
@@ -53,7 +51,8 @@ def refuse_other_settings(folder: RunFolder, config: RunConfig) -> None:
             f"{folder.path} holds no run to go on with",
             "Start the run without --resume, or give its output_dir.",
         )
-    before = parse_config(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")))
+    folder.refuse_links("--resume")
+    before = recorded_config(folder / "run.yaml", "--resume")
     if changed := _changed(before, config):
         raise UserError(
             "--resume", f"the run file differs from the run's: {'; '.join(changed)}", "Put it back, or start a new run."
@@ -71,7 +70,7 @@ def streamed_commits(folder: RunFolder) -> dict[int, str]:
 def commits_of_parent(branch: Branch, config: RunConfig) -> dict[int, str]:
     """The same for a branch: its parent's, as long as its sources are the parent's."""
     parent = RunFolder(Path(branch.checkpoint).parent)
-    before = parse_config(yaml.safe_load((parent / "run.yaml").read_text(encoding="utf-8")))
+    before = recorded_config(parent / "run.yaml", "--branch")
     return streamed_commits(parent) if before.data.sources == config.data.sources else {}
 
 
@@ -129,7 +128,8 @@ def begin_branch(checkpoint: str | Path, config: RunConfig) -> Branch:
         raise UserError(
             "--branch", f"{parent.path} is not the folder of a run", "Give the checkpoint where its run wrote it."
         )
-    before = parse_config(yaml.safe_load((parent / "run.yaml").read_text(encoding="utf-8")))
+    parent.refuse_links("--branch")
+    before = recorded_config(parent / "run.yaml", "--branch")
     changed = _changed(before, config, lambda key: key in OWN_OF_A_BRANCH or key.startswith("data."))
     if changed:
         raise UserError(
@@ -151,13 +151,13 @@ def refuse_unlike_parent(plan: Plan) -> None:
     parent = RunFolder(Path(branch.checkpoint).parent)
     before, now = json.loads((parent / "plan.json").read_text(encoding="utf-8")), plan.as_dict()
     _refuse_other_precision("--branch", before, now)
-    if AutoTokenizer.from_pretrained(branch.checkpoint).get_vocab() != plan.tokenizer.get_vocab():
+    if read_tokenizer_folder(Path(branch.checkpoint), "--branch").get_vocab() != plan.tokenizer.get_vocab():
         raise UserError(
             "--branch", f"the tokenizer is not the one of {branch.checkpoint}", "Put the model's folder back."
         )
     if branch.fingerprint != plan.corpus.fingerprint:
         return
-    old = parse_config(yaml.safe_load((parent / "run.yaml").read_text(encoding="utf-8")))
+    old = recorded_config(parent / "run.yaml", "--branch")
     if changed := _changed(old, plan.config, lambda key: key not in _BATCH):
         raise UserError(
             "--branch",

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,17 @@ class RunFolder:
             ) from error
         finally:
             os.close(descriptor)
+
+    def refuse_links(self, field: str = "run folder") -> None:
+        """Check that what stands in the folder is the run's own: it may come from somebody else, and through a link
+        another file would be shown in a report, copied into an export, or written to.
+
+        Raises:
+            UserError: there is a link, in the folder, in `final` or in `tokenizer`.
+        """
+        for path in chain(self.path.glob("*"), self.final.rglob("*"), self.tokenizer.rglob("*")):
+            if path.is_symlink():
+                raise UserError(field, f"{path} is a link, and a run's files are its own", "Remove it.")
 
     def refuse_contents(self, field: str = "training.output_dir", *, branch: bool = False) -> None:
         """Check that nothing is lost when a new run takes the folder.
@@ -132,7 +144,9 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Replace a file by one rename."""
         temporary = self / f".{name}.writing"
-        temporary.write_text(text, encoding="utf-8")
+        temporary.unlink(missing_ok=True)  # a killed process left it, or it is a link to somewhere else
+        with temporary.open("x", encoding="utf-8") as stream:
+            stream.write(text)
         os.replace(temporary, self / name)
 
     def write_json(self, name: str, tree: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ def load_hub(source: Source, field: str) -> Dataset | IterableDataset:
         UserError: it cannot be reached or does not exist, needs a script of its own, has files that cannot be read, or
             has no such subset, split or text field.
     """
+    import yaml
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -42,7 +43,7 @@ def load_hub(source: Source, field: str) -> Dataset | IterableDataset:
         )
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(f"{field}.hub", f"{name} cannot be loaded ({_reason(error)})", _CONNECTION_REMEDY) from error
-    except (ValueError, RuntimeError, DatasetsError) as error:
+    except (ValueError, RuntimeError, DatasetsError, yaml.YAMLError) as error:  # YAML: the head of its README.md
         remedy = "Use a revision or a copy of it that consists of data files, or give the files as a local path"
         if type(error) is ValueError:  # an unknown subset or split; a file that cannot be parsed raises a subclass
             remedy = "Correct subset or split"

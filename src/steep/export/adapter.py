@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from steep.export.adapter_weights import CONFIG, PREFIX, WEIGHTS, AdapterWeights
+from steep.export.adapter_weights import PREFIX, WEIGHTS, AdapterWeights
+from steep.model.adapter_config import CONFIG
 
 # What only its own run needs.
 _LEFT_OUT = ("training_args.json", "README.md")

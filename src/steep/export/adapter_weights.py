@@ -5,27 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from steep.errors import UserError
+from steep.model.adapter_config import CONFIG, read_adapter_config
 from steep.model.names import EMBEDDINGS
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
-# Fields of LoraConfig that are read here, or that say how training began or what is trained, which the tensors say too.
-_UNDERSTOOD = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "use_dora", "target_modules",
-    "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "init_lora_weights", "loftq_config",
-    "eva_config", "ensure_weight_tying", "runtime_config",
-}  # fmt: skip
 
 
 class AdapterWeights:
@@ -50,7 +42,7 @@ class AdapterWeights:
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
                 raise UserError(field, f"{folder} holds no adapter ({name})", "Give the folder of a finished run.")
-        self.config = _read_config(folder, field)
+        self.config = read_adapter_config(folder, field)
         self._parts: dict[str, set[str]] = {}
         self.whole: set[str] = set()
         for key in self._keys():
@@ -153,18 +145,3 @@ class AdapterWeights:
             return safe_open(self._file, framework="pt")
         except SafetensorError as error:
             raise UserError(self._field, f"{self._file} is damaged: {error}", "Put it back, or train again.") from error
-
-
-def _read_config(folder: Path, field: str) -> LoraConfig:
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(field, f"{folder / CONFIG} cannot be read: {error}", "Put it back, or train again.") from error
-    if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
-        raise UserError(field, f"{folder} holds an adapter of type {config.peft_type}", "Only LoRA can be merged.")
-    for spec in fields(LoraConfig):
-        default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
-        value = getattr(config, spec.name)
-        if spec.name not in _UNDERSTOOD and value != default:
-            raise UserError(field, f"{folder / CONFIG} has {spec.name}: {value!r}", "Such an adapter cannot be merged.")
-    return config

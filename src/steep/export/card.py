@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from steep.errors import UserError
 from steep.evaluation.score import DomainScore
 from steep.export.base_weights import Kind
 from steep.export.gate import BITS_LIMIT, Gap, Measured
@@ -40,6 +42,9 @@ def describe_base(name: str, revision: str | None, resolved: ResolvedModel) -> B
 
     Args:
         resolved: the model as it was found, before a GGUF file becomes a folder.
+
+    Raises:
+        UserError: its own card is damaged.
     """
     on_hub = not Path(name).exists()
     stored = "4 or 8 bits (bitsandbytes)" if resolved.quantization else None
@@ -47,7 +52,11 @@ def describe_base(name: str, revision: str | None, resolved: ResolvedModel) -> B
         stored = "GGUF"
     licence: dict[str, Any] = {}
     if (card := resolved.file("README.md")) is not None:
-        stated = ModelCard.load(card, ignore_metadata_errors=True).data
+        try:
+            stated = ModelCard.load(card, ignore_metadata_errors=True).data
+        except (yaml.YAMLError, ValueError, OSError) as error:
+            problem = f"{card} cannot be read: {str(error).splitlines()[0]}"
+            raise UserError("model.name", problem, "Mend it: the export takes the licence from it.") from error
         for key in ("license", "license_name", "license_link"):
             if isinstance(value := stated.get(key), str):
                 licence[key] = value

@@ -95,7 +95,13 @@ def open_plainly(folder: Path, dtype: torch.dtype | str, attention: Mapping[str,
     # A model that was trained in 4 bits may not fit onto its GPU in 16: what does not is left to the CPU.
     place: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
     opened: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, **place, **attention
+        folder,
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        **place,
+        **attention,
     )
     model, loading = opened
     if odd := {what: sorted(loading[what]) for what in ("missing_keys", "unexpected_keys") if loading[what]}:

@@ -17,14 +17,14 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from steep.errors import RunError, UserError
 from steep.export.adapter_weights import AdapterWeights
 from steep.export.base_weights import BaseWeights, Kind
 from steep.model.adapters import is_tied, linear_shapes
 from steep.model.base_tensors import BaseTensors
-from steep.model.resolve import ResolvedModel, read_tokenizer
+from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_folder
 
 SHARD_BYTES = 5 * 10**9
 _TOKENIZER_FILES = (
@@ -67,7 +67,7 @@ class Merger:
         self._resolved, self._adapter, self._base, self._compute_dtype = resolved, adapter, base, compute_dtype
         self.tensors = BaseTensors(resolved.name, revision=resolved.arguments.get("revision"))
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(resolved.config)
+            empty = AutoModelForCausalLM.from_config(resolved.config, trust_remote_code=False)
         self._architecture = type(empty).__name__
         self._linear = {f"{name}.weight" for name in linear_shapes(empty)}
         self._table, self._head = _embedding_names(empty)
@@ -207,7 +207,7 @@ class Merger:
         file = self._resolved.file("config.json")
         assert file is not None  # it was resolved by this file
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        for name in ("quantization_config", "_name_or_path", "dtype", "torch_dtype"):
+        for name in ("quantization_config", "_name_or_path", "dtype", "torch_dtype", "auto_map"):  # no code goes along
             config.pop(name, None)
         config["architectures"] = [self._architecture]
         config["torch_dtype"] = str(self.dtype).removeprefix("torch.")  # the older name, which every reader knows
@@ -220,7 +220,7 @@ class Merger:
 
     def _write_tokenizer(self, folder: Path, tokenizer: Path) -> None:
         """The base's own files where the run left its vocabulary alone: converters read more of them than are saved."""
-        trained = AutoTokenizer.from_pretrained(tokenizer)
+        trained = read_tokenizer_folder(tokenizer)
         if trained.get_vocab() != read_tokenizer(self._resolved).get_vocab():
             trained.save_pretrained(folder)
             return

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from steep.errors import UserError, did_you_mean
+from steep.model.adapter_config import read_adapter_config
 from steep.model.adapter_start import (
     ADAPTER,
     START,
@@ -164,10 +165,10 @@ def open_adapter(model: Any, folder: Path, *, trained_dtype: str = "fp32", field
     """Put the adapter that is saved in `folder` on `model`, as its own config says, in `trained_dtype`.
 
     Raises:
-        UserError: the folder's tensors are not what its config says, or do not fit the model.
+        UserError: its config is not one that steep knows, or the folder's tensors are not what it says, or do not fit
+            the model.
     """
-    config = LoraConfig.from_pretrained(str(folder))
-    assert isinstance(config, LoraConfig)
+    config = read_adapter_config(folder, field)
     config.inference_mode = False
     peft_model = _wrapped(model, config, trained_dtype)
     load_adapter_weights(peft_model, folder, field)
@@ -229,8 +230,7 @@ def save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Any] | No
         start = get_peft_model_state_dict(model, state_dict, adapter_name=START, save_embedding_layers=False)
         file = folder / "adapter_model.safetensors"
         save_file(join(load_file(file), {name: t.cpu() for name, t in start.items()}), file, metadata={"format": "pt"})
-        config = LoraConfig.from_pretrained(str(folder))
-        assert isinstance(config, LoraConfig)
+        config = read_adapter_config(folder, "run folder")
         joined_config(config).save_pretrained(str(folder))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,8 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
 from steep.errors import UserError
-
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+from steep.model.safety import INDEX, SINGLE, shards_of
 
 
 class BaseTensors(Mapping[str, torch.Tensor]):
@@ -29,8 +27,8 @@ class BaseTensors(Mapping[str, torch.Tensor]):
 
     def __init__(self, name: str, *, revision: str | None = None, field: str = "model.name") -> None:
         self._name, self._revision, self._field = name, revision, field
-        index = self._find(_INDEX)
-        shards = [_SINGLE] if index is None else sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        index = self._find(INDEX)
+        shards = [SINGLE] if index is None else shards_of(index, field)
         self._files: dict[str, Path] = {}
         for shard in shards:
             file = self._find(shard)

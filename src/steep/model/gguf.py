@@ -66,6 +66,7 @@ def convert(file: Path, tokenizer: Any) -> Path:
         model = AutoModelForCausalLM.from_pretrained(
             str(file.parent),
             gguf_file=file.name,
+            trust_remote_code=False,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
         )

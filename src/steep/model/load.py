@@ -12,6 +12,7 @@ from steep.errors import UserError
 from steep.model.attention import attention, attention_refused
 from steep.model.gguf import convert
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
+from steep.model.safety import check_weights_in_safetensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -90,12 +91,14 @@ def load_resolved(
 ) -> Any:
     """`load` for a model and a tokenizer that were found already."""
     resolved = as_folder(resolved, tokenizer)
+    check_weights_in_safetensors(resolved)
     base = resolve_base(base, resolved)
     compute = DTYPES[resolve_compute_dtype(compute_dtype, base)]
     arguments = {
         **resolved.arguments,
         **attention(attn_implementation, resolved.config),
         "dtype": DTYPES.get(base, compute),
+        "use_safetensors": True,
     }
     if base in ("nf4", "int8") and resolved.quantization is None:
         arguments["quantization_config"] = _quantization(base, compute)

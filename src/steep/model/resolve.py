@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file
 from steep.errors import UserError, did_you_mean
 from steep.model.gguf import check_readable, converted_folder, correct_special_tokens
 from steep.model.names import can_only_be_path
+from steep.model.safety import check_safe, refuse_link_outside
 
 _CHAT = {"instruct", "it", "chat", "sft", "dpo", "rlhf"}
 _BASE = {"base", "pt", "pretrained"}
@@ -46,7 +47,11 @@ class ResolvedModel:
         return stored if stored is None or isinstance(stored, dict) else stored.to_dict()
 
     def file(self, name: str) -> Path | None:
-        """Where a file of the checkpoint lies, downloaded if need be; None if it has no such file."""
+        """Where a file of the checkpoint lies, downloaded if need be; None if it has no such file.
+
+        Raises:
+            UserError: in a folder, it is a link to somewhere else.
+        """
         found = cached_file(
             self.name,
             name,
@@ -54,7 +59,11 @@ class ResolvedModel:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        return None if found is None else Path(found)
+        if found is None:
+            return None
+        if Path(self.name).is_dir():
+            refuse_link_outside(Path(found), Path(self.name), "model.name")
+        return Path(found)
 
 
 def resolve(
@@ -64,7 +73,7 @@ def resolve(
 
     Raises:
         UserError: no such folder or hub model, offline, no config, not a causal language model, an unknown
-            quantisation.
+            quantisation, or what `steep.model.safety` refuses.
     """
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -97,6 +106,7 @@ def resolve(
             f"its weights are stored quantised by {method}, which cannot be trained over",
             "Give the 16-bit checkpoint, or one quantised by bitsandbytes.",
         )
+    check_safe(resolved, field)
     return resolved
 
 
@@ -120,7 +130,8 @@ def read_tokenizer_folder(folder: Path, field: str = "run folder") -> Any:
     """
     if not folder.is_dir():
         raise UserError(field, f"{folder} is not there, and holds the run's tokenizer", "Put it back, or train again.")
-    return _read(AutoTokenizer, str(folder), {}, field)
+    # Without a word on it transformers asks on the terminal whether code that lies there should run.
+    return _read(AutoTokenizer, str(folder), {"trust_remote_code": False}, field)
 
 
 def looks_like_chat(model: ResolvedModel, tokenizer: Any) -> bool:

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from steep.errors import UserError
-from steep.model.resolve import read_config, text_config_of
+from steep.model.resolve import ResolvedModel, read_config, text_config_of
+from steep.model.safety import check_safe
 from steep.storage import published
 
 _PROBE = "The text model alone has to say what the whole model says."
@@ -37,13 +38,14 @@ def extract_text_model(name: str, folder: str | Path, *, revision: str | None = 
     folder = Path(folder).expanduser()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError("folder", f"{folder} is not empty", "Give another folder.")
-    arguments: dict[str, Any] = {} if revision is None else {"revision": revision}
+    arguments: dict[str, Any] = {"trust_remote_code": False} | ({} if revision is None else {"revision": revision})
     config = read_config(name, arguments, "name")
     text_config = text_config_of(config)
     if text_config is None:
         remedy = "Give a multimodal checkpoint, such as Gemma 3 4B."
         raise UserError("name", f"{name} ({config.model_type}) has no text model that can stand alone", remedy)
-    whole: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", **arguments)
+    check_safe(ResolvedModel(name, arguments, config), "name")
+    whole: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", use_safetensors=True, **arguments)
     tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
     model = _text_model(whole, text_config)
     if model is None or not _agree(whole, model, tokenizer):

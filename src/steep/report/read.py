@@ -128,6 +128,7 @@ def read_run(path: Path, label: str | None = None) -> Run:
         UserError: a file is damaged.
     """
     folder = RunFolder(path)
+    folder.refuse_links()
     text = (folder / "run.yaml").read_text(encoding="utf-8") if (folder / "run.yaml").exists() else ""
     return Run(
         path=path,

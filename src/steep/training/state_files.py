@@ -41,7 +41,7 @@ def load_state(folder: Path, name: str, field: str = "--resume") -> Any:
     """Read what `save_state` wrote; tensors come back on the CPU, bit for bit.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: a file is missing or damaged, or holds something that `save_state` does not write.
     """
     remedy = "Delete that checkpoint: the run then goes on from the one before."
     if field != "--resume":
@@ -49,9 +49,10 @@ def load_state(folder: Path, name: str, field: str = "--resume") -> Any:
     try:
         tensors = load_file(folder / f"{name}.safetensors", device="cpu")
         tree = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise UserError(field, f"{folder} is damaged: {name} cannot be read ({error})", remedy) from error
-    return _decode(tree, tensors)
+        return _decode(tree, tensors)
+    # ValueError: broken JSON or UTF-8, too. RecursionError: thousands of brackets, or of lists within lists.
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(field, f"{folder} is damaged: {name} cannot be read ({error!r})", remedy) from error
 
 
 def _encode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -92,7 +93,10 @@ def _decode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if not isinstance(node, dict):
         return node
     if "dtype" in node:
-        return getattr(torch, node["dtype"])
+        dtype = getattr(torch, node["dtype"])
+        if not isinstance(dtype, torch.dtype):  # a checkpoint's text names dtypes, and nothing else of torch
+            raise ValueError(f"{node['dtype']!r} is no dtype")
+        return dtype
     if "tensor" in node:
         return tensors[node["tensor"]]
     if "dict" in node:
