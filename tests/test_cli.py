@@ -20,7 +20,6 @@ from transformers import BertConfig
 
 from steep import cli
 from steep.run_folder import RunFolder
-from steep.training.trainer import Trainer
 from tests.report.runs import write_run as write_report_run
 from tests.tiny import documents
 
@@ -259,18 +258,6 @@ def test_a_place_that_cannot_be_written(steep: Steep, run_file: Path) -> None:
         assert_one_error_line(said, "training.output_dir: ", "is a file", "Give a folder")
     said = steep("plan", run_file, "--data.cache_dir", run_file)
     assert_one_error_line(said, str(run_file), "Check path, permissions")
-
-
-def test_ctrl_c_says_how_to_go_on(steep: Steep, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(self: object, *given: object, **settings: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "training_step", stop)
-    said = steep("train", run_file)
-    assert said.code == 130
-    assert said.err.rstrip().endswith(
-        f"stopped; go on from the newest checkpoint with: steep train {run_file} --resume"
-    )
 
 
 def test_damaged_files_are_named(steep: Steep, run_file: Path) -> None:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from steep.data.packing import pack as pack
     from steep.data.sources import Source as Source
     from steep.errors import RunError as RunError
+    from steep.errors import Stopped as Stopped
     from steep.errors import UserError as UserError
     from steep.evaluation.perplexity import evaluate as evaluate
     from steep.generation import generate as generate
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from steep.result import generate_run as generate_run
     from steep.run import train_run as train_run
     from steep.schema import RunConfig as RunConfig
+    from steep.stopping import heed_signals as heed_signals
     from steep.training.arguments import TrainingArguments as TrainingArguments
     from steep.training.trainer import Trainer as Trainer
 
@@ -31,6 +33,7 @@ _PUBLIC = {
     "RunConfig": "schema",
     "RunError": "errors",
     "Source": "data.sources",
+    "Stopped": "errors",
     "Trainer": "training.trainer",
     "TrainingArguments": "training.arguments",
     "UserError": "errors",
@@ -43,6 +46,7 @@ _PUBLIC = {
     "generate_run": "result",
     "grow_embeddings": "model.new_tokens",
     "grow_tokenizer": "model.new_tokens",
+    "heed_signals": "stopping",
     "init_run": "initialise",
     "load": "model.load",
     "pack": "data.packing",

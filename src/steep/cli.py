@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from steep.errors import RunError, UserError
+from steep.errors import RunError, Stopped, UserError
+from steep.stopping import Interrupted, heed_signals
 
 app = typer.Typer(
     name="steep",
@@ -118,6 +119,11 @@ def train(
     --training.lr_scheduler_type warmup_stable_decay.
 
     Override any field of the file: --training.learning_rate 3e-5 --data.max_length 4096.
+
+    Ctrl-C and SIGTERM finish the step and save a checkpoint; a second one stops at once.
+
+    Exit codes: 0 done, 1 the run had to stop, 2 wrong input or a fault of disk or permissions, 3 stopped on request,
+    with a checkpoint (go on with --resume), 130 and 143 stopped at once by Ctrl-C and SIGTERM.
     """
     terminal = _attached_terminal()
     from steep.config import load_config
@@ -130,10 +136,15 @@ def train(
     # With overrides the file alone is another run; the folder holds this one's.
     again = Path(config.training.output_dir) / "run.yaml" if context.args else file
     try:
-        train_run(config, resume=resume, branch=branch, terminal=terminal)
-    except KeyboardInterrupt:
-        terminal.say(f"stopped; go on from the newest checkpoint with: steep train {again} --resume")
-        raise typer.Exit(130) from None
+        train_run(config, resume=resume, branch=branch, terminal=terminal, stop=context.obj)
+    except Stopped as end:
+        terminal.say(f"{end}; go on with: steep train {again} --resume")
+        raise typer.Exit(end.exit_code) from None
+    except Interrupted as end:
+        if not (Path(config.training.output_dir) / "run.yaml").is_file():  # the text that was tokenised is kept
+            raise
+        terminal.say(f"stopped at once; go on from the newest checkpoint with: steep train {again} --resume")
+        raise typer.Exit(end.exit_code) from None
 
 
 @app.command("eval")
@@ -250,9 +261,13 @@ def export(
 
 
 def main() -> None:
-    """Entry point: user errors become one line and exit code 2, a stopped run exit code 1."""
+    """Entry point: whatever ends a command early is one line and an exit code, see docs/getting-started.md."""
     try:
-        app()
+        with heed_signals() as stop:
+            app(obj=stop)
+    except Interrupted as end:
+        print("stopped at once; nothing is damaged: start the same command again", file=sys.stderr)
+        sys.exit(end.exit_code)
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -1,9 +1,11 @@
-"""The one exception for mistakes that a user can mend; everything else is a bug of ours and keeps its traceback."""
+"""How a command ends early: a user's mistake, a run that had to stop, one that was asked to. All else is a bug of ours
+and keeps its traceback."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -28,6 +30,22 @@ class RunError(Exception):
     """A run that had to stop although its input was valid (a tensor that did not train, a loss that is not finite)."""
 
     exit_code = 1
+
+
+class Stopped(Exception):
+    """A run that ended before its last step because it was asked to, with a checkpoint to go on from.
+
+    Args:
+        step: the last one that was finished.
+        checkpoint: where it was saved.
+    """
+
+    exit_code = 3
+
+    def __init__(self, step: int, checkpoint: Path) -> None:
+        self.step = step
+        self.checkpoint = checkpoint
+        super().__init__(f"stopped after step {step}, which is saved as {checkpoint}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

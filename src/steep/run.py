@@ -31,6 +31,7 @@ from steep.resume import (
 )
 from steep.run_folder import RunFolder, environment
 from steep.schema import RunConfig
+from steep.stopping import Stop
 from steep.storage import published
 from steep.terminal import Terminal, plan_tables
 from steep.training.checkpoint import checkpoints
@@ -43,6 +44,7 @@ def train_run(
     resume: bool = False,
     branch: str | Path | None = None,
     terminal: Terminal | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Train what the run file says, into its run folder.
 
@@ -52,6 +54,7 @@ def train_run(
             states and random generators go on, its rows too where the text is the same. `max_steps` and the schedule
             are the branch's own.
         terminal: where to show plan, progress and the board; default: nowhere.
+        stop: lets signals end the run after a step (`steep.heed_signals`); default: they do what they do to the script.
 
     Returns:
         ``{"steps", "loss", "before", "after"}``: steps done, mean training loss, scores by domain.
@@ -59,6 +62,7 @@ def train_run(
     Raises:
         UserError: an input is wrong, or the folder holds another run; nothing is lost.
         RunError: a tensor did not train, the loss stayed not finite, or the ledger does not add up.
+        Stopped: it was asked to end; the last step is saved, and `final/` is not written.
     """
     terminal = terminal or Terminal(quiet=True)
     folder = RunFolder(config.training.output_dir)
@@ -89,10 +93,10 @@ def train_run(
             refuse_other_inputs(folder, plan)
         else:
             folder.refuse_contents(branch=parent is not None)
-        return _train(plan, folder, terminal, resume)
+        return _train(plan, folder, terminal, resume, stop)
 
 
-def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> dict[str, Any]:
+def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool, stop: Stop | None) -> dict[str, Any]:
     config, found = plan.config, checkpoints(folder.path)
     transformers.set_seed(config.training.seed)  # adapters are drawn at random
     terminal.say(f"loading {config.model.name}")
@@ -101,7 +105,7 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool) -> d
     model = add_adapters(base, **settings, resumed=bool(found) or plan.branch is not None)
     model.peft_config["default"].revision = config.model.revision  # where PEFT looks for the base's
     _check_trainable(model, plan)
-    trainer = _trainer(plan, model)
+    trainer = _trainer(plan, model, stop)
     if plan.branch is not None:  # before run.yaml, from which on the folder holds a run
         folder.write_json("parent.json", asdict(plan.branch))
     if plan.vocabulary is not None and plan.vocabulary.folder != folder.tokenizer:
@@ -179,13 +183,14 @@ def _check_trainable(model: Any, plan: Plan) -> None:
         )
 
 
-def _trainer(plan: Plan, model: Any) -> Trainer:
+def _trainer(plan: Plan, model: Any, stop: Stop | None) -> Trainer:
     trainer = Trainer(
         model=model,
         args=plan.arguments,
         train_dataset=plan.corpus,
         processing_class=plan.tokenizer,
         branch=plan.branch,
+        stop=stop,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer

@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 from steep.errors import UserError
 from steep.report.page import as_json, page_data, plot_library, render_page
 from steep.report.read import Run, labels, read_runs, stamps
+from steep.stopping import Interrupted
 
 ADDRESS = "127.0.0.1"
 _NAMES = (ADDRESS, "localhost")  # what the browser may call this machine; any other name is somebody else's page
@@ -78,7 +79,7 @@ def watch(paths: Sequence[Path], port: int = 0, said: Callable[[str], None] = pr
     try:
         said(f"http://{ADDRESS}:{server.server_port}/")  # from here on Ctrl-C is the way to end it
         server.serve_forever()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         pass
     finally:
         server.server_close()

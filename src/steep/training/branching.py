@@ -15,12 +15,13 @@ import torch
 from steep.data.packing import Corpus
 from steep.training.branch import Branch
 from steep.training.checkpoint import checkpoints
-from steep.training.exact_checkpoints import ExactCheckpoints, load_optimizer
+from steep.training.ending import Ending
+from steep.training.exact_checkpoints import load_optimizer
 from steep.training.state_files import load_state
 
 
-class Branching(ExactCheckpoints):
-    """`ExactCheckpoints` that may begin at a `Branch`.
+class Branching(Ending):
+    """`Ending` that may begin at a `Branch`.
 
     Attributes:
         branch: where the run leaves its parent; None in a run of its own.

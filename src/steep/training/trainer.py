@@ -18,6 +18,7 @@ from steep.data.sampler import EpochSampler
 from steep.errors import RunError, UserError
 from steep.evaluation.adapters import unwrap
 from steep.evaluation.perplexity import DomainScore, evaluate
+from steep.stopping import Stop
 from steep.training.adamw8bit import AdamW8bit
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
@@ -40,6 +41,7 @@ class Trainer(Branching):
             by one for the ledger, and drawn in an order that is a function of seed and epoch alone).
         branch: begin at another run's checkpoint (`steep.training.branch.read_branch`), with a schedule from its rate
             on; `max_steps` are then the branch's own.
+        stop: looked at after each step (`steep.heed_signals`): whether to save and end there.
 
     Attributes:
         proof: what was seen of every trained tensor, from `train()` on.
@@ -50,6 +52,7 @@ class Trainer(Branching):
     Raises:
         UserError: settings that contradict each other; before the first step.
         RunError: a tensor that is meant to train does not, or too many steps in a row were not finite.
+        Stopped: `stop` asked for it.
     """
 
     args: TrainingArguments
@@ -62,6 +65,7 @@ class Trainer(Branching):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         branch: Branch | None = None,
+        stop: Stop | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, TrainingArguments):
@@ -75,6 +79,7 @@ class Trainer(Branching):
             data_collator = data_collator or collate
             args.remove_unused_columns = False  # a row's number travels with it, for the ledger
         super().__init__(model, args, data_collator, rows, eval_dataset, **kwargs)
+        self.let_end(stop)
         self.add_callback(_StepObserver(self))
         for callback in self.callback_handler.callbacks:
             # It learns its folder when training begins: a score logged before would send all to the current folder.
@@ -289,6 +294,7 @@ class Trainer(Branching):
 
         Raises:
             RunError: a tensor that is meant to train did not, or a frozen one changed.
+            Stopped: `stop` asked for it.
         """
         begin = self._where_to_begin(resume_from_checkpoint)
         output = super().train(begin, *args, **kwargs)

@@ -1,0 +1,76 @@
+"""The part of the Trainer that ends a run early: the step is finished, a checkpoint saved, and the reason raised."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from steep.errors import RunError, Stopped
+from steep.stopping import Stop
+from steep.training.exact_checkpoints import ExactCheckpoints
+
+
+class Ending(ExactCheckpoints):
+    """`ExactCheckpoints` that may end early.
+
+    Attributes:
+        stop: looked at after each step.
+        ending: why the run ends after the step that is under way.
+    """
+
+    stop: Stop | None
+    ending: RunError | Stopped | None
+    _saved_at: int | None
+    _epoch_ended: bool
+
+    def let_end(self, stop: Stop | None) -> None:
+        """Look at `stop` after each step, from now on."""
+        self.stop = stop
+        self.add_callback(_Observer(self))
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether somebody wants an end; asked once a step, when its log, evaluation and checkpoint are done."""
+        return self.stop is not None and self.stop.asked
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.ending = self._saved_at = None
+        self._epoch_ended = False
+        with nullcontext() if self.stop is None else self.stop.finishing_steps():
+            output = super().train(*args, **kwargs)
+        if self.ending is not None:
+            raise self.ending
+        return output
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        step = self.state.global_step
+        if self.ending is None and step < self.state.max_steps and self.is_asked_to_stop():
+            self.ending = Stopped(step, Path(self.args.output_dir) / f"checkpoint-{step}")
+        if self.ending is None:
+            return
+        self.control.should_training_stop = True
+        # With the last step of an epoch transformers comes here again, for what is done at its end; that goes first.
+        if self._saved_at != step and (self._epoch_ended or self.state.epoch % 1):
+            self._save_checkpoint(self.model_wrapped, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+
+class _Observer(transformers.TrainerCallback):
+    """Sees what transformers tells callbacks only."""
+
+    def __init__(self, trainer: Ending) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._epoch_ended = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._saved_at = state.global_step
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._epoch_ended = True
+        if self._trainer.ending is not None and state.epoch % 1:  # the epoch is left, and does not end here
+            control.should_log = control.should_evaluate = control.should_save = False

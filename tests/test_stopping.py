@@ -1,0 +1,308 @@
+"""Ctrl-C and SIGTERM: a run ends after its step and goes on to the same bits; a second signal ends it at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from steep import heed_signals, run
+from steep.errors import Stopped
+from steep.stopping import Interrupted
+from steep.training.trainer import Trainer
+from tests.test_cli import Said, Steep, run_file, steep  # noqa: F401
+from tests.test_run import lines
+
+OF_THE_CLOCK = ("tokens_per_second", "peak_memory_bytes")
+
+
+def traces(folder: Path) -> dict[str, Any]:
+    """What a run left, but for the clock: its lines, its ledger and proof, and digests of what it ended with."""
+    (*_, last) = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    weights = [folder / "final" / "adapter_model.safetensors"]
+    states = [
+        last / f"{name}.{kind}" for name in ("optimizer", "random", "schedule") for kind in ("safetensors", "json")
+    ]
+    found: dict[str, Any] = {
+        f"{file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in weights + states
+    }
+    found["metrics"] = [
+        {key: value for key, value in row.items() if key not in OF_THE_CLOCK} for row in lines(folder / "metrics.jsonl")
+    ]
+    found |= {name: lines(folder / f"{name}.jsonl") for name in ("evaluation", "samples")}
+    return found | {name: json.loads((folder / f"{name}.json").read_text()) for name in ("ledger", "proof")}
+
+
+def dropout_run(file: Path, folder: Path, **training: Any) -> Path:
+    """A copy of a run file for another folder: dropout, accumulation, evaluations, samples."""
+    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    tree["adapter"]["lora_dropout"] = 0.1
+    tree["training"] |= {"max_steps": 7, "gradient_accumulation_steps": 3, "eval_steps": 2, "save_steps": 3, **training}
+    tree["training"]["output_dir"] = str(folder / "run")
+    tree["evaluation"] = {"prompts": ["the river"], "max_new_tokens": 4}
+    folder.mkdir()
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return folder / "run.yaml"
+
+
+def at_call(number: int, act: Callable[[], None], inner: Callable[..., Any]) -> Callable[..., Any]:
+    """`inner`, with `act` right before its call of that number."""
+    calls = 0
+
+    def wrapped(*given: Any, **settings: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            act()
+        return inner(*given, **settings)
+
+    return wrapped
+
+
+def send(*numbers: int) -> Callable[[], None]:
+    def act() -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    return act
+
+
+def last_line(said: Said) -> str:
+    assert "Traceback" not in said.err + said.out, said.err
+    return said.err.rstrip().splitlines()[-1]
+
+
+def test_handlers_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with heed_signals() as stop:
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == [stop.on_signal] * 2
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_between_steps_and_elsewhere(number: int, code: int, capfd: pytest.CaptureFixture[str]) -> None:
+    with heed_signals() as stop, stop.finishing_steps():
+        send(number)()
+        assert stop.asked and "once more stops at once" in capfd.readouterr().err
+        with pytest.raises(Interrupted) as raised:
+            send(number)()
+        assert raised.value.exit_code == code
+    with heed_signals() as stop:
+        with pytest.raises(Interrupted) as raised:
+            send(number)()
+        assert raised.value.exit_code == code and not stop.asked
+
+
+def test_other_threads_have_no_signals() -> None:
+    found: list[BaseException] = []
+
+    def heed() -> None:
+        try:
+            with heed_signals():
+                pass
+        except ValueError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=heed)
+    thread.start()
+    thread.join()
+    assert len(found) == 1 and "main thread" in str(found[0])
+
+
+def test_a_dropped_interruption_does_not_hold_up_the_next() -> None:
+    """A library that swallows the exception loses one signal; the next one ends the process."""
+    code = (
+        "import os, signal, steep\n"
+        "with steep.heed_signals():\n"
+        "    for number in (2, 15):\n"
+        "        try: os.kill(os.getpid(), number)\n"
+        "        except BaseException: print('dropped', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "dropped\n", "")
+
+
+def test_a_forked_worker_leaves_ctrl_c_to_its_parent() -> None:
+    with heed_signals():
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+
+
+def test_a_library_call_leaves_signals_alone(steep: Steep, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    from steep.config import load_config
+
+    seen: list[Any] = []
+    act = lambda: seen.append(signal.getsignal(signal.SIGINT))  # noqa: E731
+    monkeypatch.setattr(Trainer, "training_step", at_call(1, act, Trainer.training_step))
+    before = signal.getsignal(signal.SIGINT)
+    run.train_run(load_config(run_file))
+    assert seen == [before]
+
+
+def test_stopped_several_times_is_never_stopped(
+    steep: Steep,  # noqa: F811
+    run_file: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Within a step's first and second part, and within an evaluation: each time the step is finished first."""
+    whole, stopped = dropout_run(run_file, tmp_path / "whole"), dropout_run(run_file, tmp_path / "stopped")
+    assert steep("train", whole).code == 0
+    folder = stopped.parent / "run"
+    step, evaluate = Trainer.training_step, Trainer.evaluate
+    monkeypatch.setattr(Trainer, "training_step", at_call(2, send(signal.SIGINT), step))
+    said = steep("train", stopped)
+    assert said.code == 3
+    assert last_line(said) == (
+        f"stopped after step 1, which is saved as {folder / 'checkpoint-1'}; go on with: steep train {stopped} --resume"
+    )
+    assert (folder / "checkpoint-1").is_dir() and not (folder / "final").exists()
+    monkeypatch.setattr(Trainer, "training_step", step)
+    monkeypatch.setattr(Trainer, "evaluate", at_call(1, send(signal.SIGTERM), evaluate))
+    said = steep("train", stopped, "--resume")
+    assert said.code == 3 and "stopped after step 2," in last_line(said)
+    assert [row["step"] for row in lines(folder / "evaluation.jsonl")] == [0, 2]
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    monkeypatch.setattr(Trainer, "training_step", at_call(9, send(signal.SIGTERM), step))
+    said = steep("train", stopped, "--resume")
+    assert said.code == 3 and "stopped after step 5," in last_line(said)
+    monkeypatch.setattr(Trainer, "training_step", step)
+    assert steep("train", stopped, "--resume").code == 0
+    assert traces(folder) == traces(whole.parent / "run")
+
+
+def test_a_signal_in_the_last_step_changes_nothing(
+    steep: Steep,  # noqa: F811
+    run_file: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Trainer, "training_step", at_call(4, send(signal.SIGTERM), Trainer.training_step))
+    said = steep("train", run_file)
+    assert said.code == 0, said
+    assert (run_file.parent / "run" / "final").is_dir()
+
+
+@pytest.mark.parametrize("at_its_end", [False, True])
+def test_an_epoch_that_is_left_does_not_end(
+    at_its_end: bool,
+    steep: Steep,  # noqa: F811
+    run_file: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is done at an epoch's end is done once, there."""
+    once = {"max_steps": -1, "num_train_epochs": 2, "eval_steps": None, "eval_strategy": "epoch",
+            "save_strategy": "epoch", "logging_strategy": "epoch", "per_device_train_batch_size": 10}  # fmt: skip
+    whole, stopped = dropout_run(run_file, tmp_path / "a", **once), dropout_run(run_file, tmp_path / "b", **once)
+    said = steep("train", whole)
+    assert said.code == 0, said
+    folder = stopped.parent / "run"
+    rows = json.loads((whole.parent / "run" / "plan.json").read_text(encoding="utf-8"))["data"]["rows"]
+    steps = [row["step"] for row in lines(whole.parent / "run" / "evaluation.jsonl")]
+    batches = -(-rows // 10)
+    assert batches > 3 and steps == [0, -(-batches // 3), 2 * -(-batches // 3)]
+    with monkeypatch.context() as patch:
+        at = batches if at_its_end else 2
+        patch.setattr(Trainer, "training_step", at_call(at, send(signal.SIGTERM), Trainer.training_step))
+        assert steep("train", stopped).code == 3
+    assert [row["step"] for row in lines(folder / "evaluation.jsonl")] == steps[: 1 + at_its_end]
+    assert steep("train", stopped, "--resume").code == 0
+    assert traces(folder) == traces(whole.parent / "run")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_the_run_at_once(
+    number: int,
+    code: int,
+    steep: Steep,  # noqa: F811
+    run_file: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Trainer, "training_step", at_call(3, send(number, number), Trainer.training_step))
+    said = steep("train", run_file)
+    assert said.code == code
+    assert last_line(said) == (
+        f"stopped at once; go on from the newest checkpoint with: steep train {run_file} --resume"
+    )
+    folder = run_file.parent / "run"
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"] and not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("phase", "number", "code"),
+    [
+        ("plan_run", signal.SIGINT, 130),
+        ("load_base", signal.SIGTERM, 143),
+        ("sample", signal.SIGINT, 130),
+        ("write_readme", signal.SIGTERM, 143),
+    ],
+)
+def test_outside_of_training_one_signal_ends_it(
+    phase: str,
+    number: int,
+    code: int,
+    steep: Steep,  # noqa: F811
+    run_file: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["train", run_file, "--evaluation.prompts", "[the river]", "--evaluation.max_new_tokens", "4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, phase, at_call(1, send(number), getattr(run, phase)))
+        said = steep(*words)
+    assert said.code == code
+    folder = run_file.parent / "run"
+    begun = (folder / "run.yaml").is_file()
+    assert begun == (phase in ("sample", "write_readme"))
+    expected = "go on from the newest checkpoint with: steep train" if begun else "start the same command again"
+    assert expected in last_line(said) and not list(folder.glob(".*")) and not (folder / "final").exists()
+    again = steep(*words, *["--resume"] * begun)
+    assert again.code == 0, again
+    assert [row["step"] for row in lines(folder / "evaluation.jsonl")] == [0, 4]
+
+
+def test_a_trainer_in_a_script(steep: Steep, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    from steep.config import load_config
+
+    monkeypatch.setattr(Trainer, "training_step", at_call(3, send(signal.SIGTERM), Trainer.training_step))
+    with heed_signals() as stop, pytest.raises(Stopped, match="stopped after step 3") as raised:
+        run.train_run(load_config(run_file), stop=stop)
+    assert raised.value.step == 3 and raised.value.checkpoint.is_dir()
+
+
+def test_a_process_that_is_told_to_end(steep: Steep, run_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The real command and a real SIGTERM, at a moment of the training that nobody chose."""
+    settings = {"max_steps": 60, "save_steps": 25, "eval_steps": 20, "gradient_accumulation_steps": 1}
+    whole, stopped = (dropout_run(run_file, tmp_path / name, **settings) for name in ("whole", "stopped"))
+    assert steep("train", whole).code == 0
+    folder = stopped.parent / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "steep", "train", str(stopped)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.SystemRandom().random())
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3 and "Traceback" not in err, err
+    assert f"go on with: steep train {stopped} --resume" in err
+    assert steep("train", stopped, "--resume").code == 0
+    assert traces(folder) == traces(whole.parent / "run")
