@@ -111,12 +111,25 @@ def train(
             show_default=False,
         ),
     ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD",
+            help="With --resume: a field that may differ from the run's, from the checkpoint on, such as "
+            "training.learning_rate. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run a run file: plan, measure, train, measure again, and write the run folder.
 
     A branch keeps model and adapters, and has a schedule, a length (max_steps) and a folder of its own:
     steep train ko.yaml --branch checkpoint-300 --training.output_dir runs/ko-300 --training.max_steps 60
     --training.lr_scheduler_type warmup_stable_decay.
+
+    A resumed run takes the run file as it was. It may log, save and evaluate otherwise, and be longer where its rates
+    so far are the same with that. Rates and the like change where --allow names them; model, adapters, text, batch and
+    seed never do: steep train ko.yaml --resume --training.learning_rate 3e-5 --allow training.learning_rate.
 
     Override any field of the file: --training.learning_rate 3e-5 --data.max_length 4096.
 
@@ -136,7 +149,7 @@ def train(
     # With overrides the file alone is another run; the folder holds this one's.
     again = Path(config.training.output_dir) / "run.yaml" if context.args else file
     try:
-        train_run(config, resume=resume, branch=branch, terminal=terminal, stop=context.obj)
+        train_run(config, resume=resume, branch=branch, allow=allow or [], terminal=terminal, stop=context.obj)
     except Stopped as end:
         terminal.say(f"{end}; go on with: steep train {again} --resume")
         raise typer.Exit(end.exit_code) from None

@@ -3,47 +3,52 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from steep.changes import (
+    BATCH,
+    LENGTHS,
+    OWN_OF_A_BRANCH,
+    SAME_RATES,
+    Change,
+    changeable,
+    changes_between,
+    check_allowed,
+    judge_length,
+    way_out,
+    why_it_stays,
+)
 from steep.config import recorded_config
 from steep.errors import UserError
 from steep.model.resolve import read_tokenizer_folder
 from steep.plan import Plan
-from steep.run_folder import RunFolder
+from steep.run_folder import RunFolder, environment
 from steep.schema import RunConfig
+from steep.settings import planned_steps
 from steep.training.branch import Branch, read_branch
+from steep.training.proof import frozen_checksums
+from steep.training.state_files import load_state
 from steep.vocabulary import refuse_other_words
 
-# Fields that change neither what is computed nor which rows are trained when.
-HARMLESS = {
-    "data.cache_dir",
-    *(f"training.{name}" for name in (
-        "output_dir", "save_steps", "save_total_limit", "save_strategy", "logging_steps", "logging_first_step",
-        "logging_strategy", "eval_steps", "eval_strategy", "eval_delay", "report_to", "run_name", "project",
-        "log_level", "max_nonfinite_steps", "dataloader_num_workers", "dataloader_pin_memory",
-        "dataloader_persistent_workers", "dataloader_prefetch_factor", "torch_empty_cache_steps",
-    )),
-}  # fmt: skip
-
-# What a branch may change beside these: the rates and their schedule, how long it is, and the text.
-_BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
-OWN_OF_A_BRANCH = {
-    *(f"training.{name}" for name in (
-        "learning_rate", "embedding_learning_rate", "loraplus_lr_ratio", "lr_scheduler_type", "lr_scheduler_kwargs",
-        "warmup_steps", "warmup_lr_rate", "min_lr_rate", "decay_steps", "decay_type", "cooldown_steps",
-        "stable_lr_rate", "max_steps", "num_train_epochs",
-    )),
-    *_BATCH,
-}  # fmt: skip
+_NAMED = 5  # files that a message lists
 
 
-def refuse_other_settings(folder: RunFolder, config: RunConfig) -> None:
+def accept_changes(folder: RunFolder, config: RunConfig, done: int, allow: Collection[str] = ()) -> list[Change]:
     """Compare the run file with the run's own, before anything is loaded.
 
+    Args:
+        done: the step of the checkpoint that the run goes on from; 0 without one.
+        allow: fields that may differ although they are not harmless.
+
+    Returns:
+        What differs and counts, and is accepted.
+
     Raises:
-        UserError: there is no run, or a field differs that changes what is computed.
+        UserError: there is no run; a field differs that changes what is computed; the run would end before `done`;
+            `allow` names what a run cannot change.
     """
     if not (folder / "run.yaml").is_file():
         raise UserError(
@@ -52,18 +57,85 @@ def refuse_other_settings(folder: RunFolder, config: RunConfig) -> None:
             "Start the run without --resume, or give its output_dir.",
         )
     folder.refuse_links("--resume")
+    check_allowed(allow, config)
     before = recorded_config(folder / "run.yaml", "--resume")
-    if changed := _changed(before, config):
-        raise UserError(
-            "--resume", f"the run file differs from the run's: {'; '.join(changed)}", "Put it back, or start a new run."
-        )
+    found = changes_between(before, config)
+    if any(change.field in LENGTHS for change in found):
+        found = _with_length(folder, found, before, config, done)
+    refused = [change for change in found if not (change.harmless or change.field in allow)]
+    if not refused:
+        return found
+    stay = [change.field for change in refused if not changeable(change.field)]
+    if stay:
+        reasons = "; ".join(f"{field} cannot change within a run: {why_it_stays(field)}" for field in stay)
+        remedy = f"{way_out(stay)} ({reasons})"
+    else:
+        flags = " ".join(f"--allow {change.field}" for change in refused)
+        remedy = f"Put it back, or change it from step {done + 1} on: {flags}"
+    raise UserError("--resume", f"the run file differs from the run's: {'; '.join(map(str, refused))}", remedy)
+
+
+def _with_length(
+    folder: RunFolder, found: list[Change], before: RunConfig, config: RunConfig, done: int
+) -> list[Change]:
+    """`found`, with what another length means for the steps that are done.
+
+    Raises:
+        UserError: the run would end before `done`.
+    """
+    plan = _plan_of(folder)
+    first, note = (plan or {}).get("first_step", 0), None
+    if plan is not None and done > first:
+        rows, steps = plan["data"]["rows"], planned_steps(config, plan["data"]["rows"])
+        if first + steps < done:
+            fields = [change for change in found if change.field in LENGTHS]
+            raise UserError(
+                "--resume",
+                f"{done} steps are done already, and the run would end at step {first + steps} with "
+                f"{'; '.join(map(str, fields))}",
+                "Give at least as many steps as are done.",
+            )
+        branch = branch_of(folder)
+        start = branch.rate_factor if branch else None
+        note = judge_length(before, config, rows=rows, done=done - first, start=start)
+    return [
+        replace(change, harmless=note is None, note=note or SAME_RATES) if change.field in LENGTHS else change
+        for change in found
+    ]
+
+
+def record_changes(folder: RunFolder, changes: Sequence[Change], done: int) -> None:
+    """Write what changed into `changes.jsonl`, before the run file is written anew.
+
+    A change that came after `done` had its steps lost, and counts from `done` on.
+    """
+    rows = [{**row, "step": min(row["step"], done)} for row in folder.read_lines("changes.jsonl")]
+    new = [{"step": done, "field": change.field, "old": change.old, "new": change.new} for change in changes]
+    if rows or new:
+        rows += [row for row in new if row not in rows]  # killed right after it was written
+        folder.write_text("changes.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def changed_ground(folder: RunFolder) -> list[str]:
+    """Versions and cards that are not those the run was on before: the same sums may come out in other bits."""
+    if not (folder / "environment.json").is_file():
+        return []
+    before, now = json.loads((folder / "environment.json").read_text(encoding="utf-8")), environment()
+    pairs = [(name, before["packages"].get(name), version) for name, version in now["packages"].items()]
+    pairs += [("the GPU", before["gpus"][:1], now["gpus"][:1])]
+    return [f"{name}: {old} → {new}" for name, old, new in pairs if old != new]
+
+
+def _plan_of(folder: RunFolder) -> dict[str, Any] | None:
+    """What a run planned; None where it was killed before it had written that."""
+    file = folder / "plan.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def streamed_commits(folder: RunFolder) -> dict[int, str]:
     """The commits of a run's streamed sources, by number: a data set may have moved on since the run began."""
-    if not (folder / "plan.json").is_file():  # killed before it had written anything else
-        return {}
-    sources = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["data"]["sources"]
+    plan = _plan_of(folder)
+    sources = plan["data"]["sources"] if plan else []
     return {index: source["revision"] for index, source in enumerate(sources) if source.get("streamed")}
 
 
@@ -92,10 +164,8 @@ def begun_tokenizer(config: RunConfig, folder: RunFolder | None, parent: Branch 
 
 def has_other_text(folder: RunFolder, plan: Plan) -> bool:
     """Whether the text, or how the tokenizer reads it, is not what a run recorded; False where it recorded nothing."""
-    if not (folder / "plan.json").is_file():
-        return False
-    before = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    return before["data"]["fingerprint"] != plan.corpus.fingerprint
+    before = _plan_of(folder)
+    return before is not None and before["data"]["fingerprint"] != plan.corpus.fingerprint
 
 
 def refuse_other_inputs(folder: RunFolder, plan: Plan) -> None:
@@ -104,16 +174,49 @@ def refuse_other_inputs(folder: RunFolder, plan: Plan) -> None:
     Raises:
         UserError: the text, the storage of the base or the dtype of the products is another.
     """
-    if not (folder / "plan.json").is_file():  # killed before it had written anything else
+    before = _plan_of(folder)
+    if before is None:
         return
-    before = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     _refuse_other_precision("--resume", before, plan.as_dict())
     if has_other_text(folder, plan):
+        other = _other_sources(before["data"]["sources"], plan.corpus.statistics["sources"])
         raise UserError(
             "--resume",
-            "the text, or how the tokenizer reads it, is not what the run began with",
-            "Put the files back as they were, or start a new run.",
+            f"the text is not what the run began with: {'; '.join(other)}",
+            "Put it back as it was, or start a new run; a branch may have other text: --branch checkpoint-N.",
         )
+
+
+def _other_sources(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """Which sources of two plans have other text, and by which of their files."""
+    found = []
+    for index, (old, new) in enumerate(zip(before, now, strict=True)):
+        if old.get("digest") == new["digest"]:
+            continue
+        files, others = old.get("file_digests"), new["file_digests"]
+        if not files or not others:  # a hub data set, or more files than a plan names
+            what = "its documents are others"
+        else:
+            names = [
+                f"{name} {'is gone' if name not in others else 'is new' if name not in files else 'has changed'}"
+                for name in sorted(files | others)
+                if files.get(name) != others.get(name)
+            ]
+            more = f" and {len(names) - _NAMED} more files" if len(names) > _NAMED else ""
+            what = ", ".join(names[:_NAMED]) + more or "the tokenizer reads the same files otherwise"
+        found.append(f"data.sources[{index}] ({new['path'] or new['name']}): {what}")
+    return found or ["the same documents stand in other rows"]
+
+
+def refuse_other_base(model: Any, checkpoint: Path) -> None:
+    """Compare the frozen weights with those that a checkpoint was trained over: they may lie elsewhere now.
+
+    Raises:
+        UserError: they differ.
+    """
+    saved = load_state(checkpoint, "observations")["proof"]["frozen"]
+    if saved != frozen_checksums(model):
+        raise UserError("--resume", "model.name is another base than the run began with", "Give the same weights.")
 
 
 def begin_branch(checkpoint: str | Path, config: RunConfig) -> Branch:
@@ -130,11 +233,13 @@ def begin_branch(checkpoint: str | Path, config: RunConfig) -> Branch:
         )
     parent.refuse_links("--branch")
     before = recorded_config(parent / "run.yaml", "--branch")
-    changed = _changed(before, config, lambda key: key in OWN_OF_A_BRANCH or key.startswith("data."))
+    changed = changes_between(
+        before, config, lambda key: key in OWN_OF_A_BRANCH or key.startswith(("data.", "evaluation."))
+    )
     if changed:
         raise UserError(
             "--branch",
-            f"the run file differs from that of {parent.path}: {'; '.join(changed)}",
+            f"the run file differs from that of {parent.path}: {'; '.join(map(str, changed))}",
             "Put it back: a branch may change the rates, their schedule, its length and the text.",
         )
     return branch
@@ -158,10 +263,11 @@ def refuse_unlike_parent(plan: Plan) -> None:
     if branch.fingerprint != plan.corpus.fingerprint:
         return
     old = recorded_config(parent / "run.yaml", "--branch")
-    if changed := _changed(old, plan.config, lambda key: key not in _BATCH):
+    if changed := changes_between(old, plan.config, lambda key: key not in BATCH):
         raise UserError(
             "--branch",
-            f"the place in the rows is counted in steps, and those of the parent had others: {'; '.join(changed)}",
+            "the place in the rows is counted in steps, and those of the parent had others: "
+            + "; ".join(map(str, changed)),
             "Put it back; it may change with the text.",
         )
 
@@ -177,24 +283,3 @@ def _refuse_other_precision(field: str, before: dict[str, Any], now: dict[str, A
     for key, what in (("base", "model.base"), ("compute_dtype", "model.compute_dtype")):
         if before[key] != now[key]:
             raise UserError(field, f"{what} was {before[key]} and is {now[key]} here", f"Set {what}: {before[key]}.")
-
-
-def _changed(before: RunConfig, config: RunConfig, free: Callable[[str], bool] = lambda key: False) -> list[str]:
-    """The fields that differ, as text, but those that are harmless or `free` to."""
-    old, new = _flat(before), _flat(config)
-    return [
-        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
-        for key in old | new
-        if old.get(key) != new.get(key) and not free(key)
-    ]
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    """What a resumed run has to share with its beginning, by field."""
-    sections = {name: getattr(config, name).model_dump() for name in ("model", "adapter", "data", "training")}
-    return {
-        f"{section}.{key}": value
-        for section, values in sections.items()
-        for key, value in values.items()
-        if f"{section}.{key}" not in HARMLESS
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import transformers
 
+from steep.changes import PLACES, Change
 from steep.errors import RunError, UserError
 from steep.evaluation.adapters import base_model
 from steep.evaluation.board import board
@@ -20,12 +22,15 @@ from steep.opening import write_readme
 from steep.plan import Plan, plan_run
 from steep.result import documents_of_the_base, first_and_last, load_base, scores_at, untouched_base
 from steep.resume import (
+    accept_changes,
     begin_branch,
     begun_tokenizer,
     branch_of,
+    changed_ground,
     commits_of_parent,
+    record_changes,
+    refuse_other_base,
     refuse_other_inputs,
-    refuse_other_settings,
     refuse_unlike_parent,
     streamed_commits,
 )
@@ -43,6 +48,7 @@ def train_run(
     *,
     resume: bool = False,
     branch: str | Path | None = None,
+    allow: Collection[str] = (),
     terminal: Terminal | None = None,
     stop: Stop | None = None,
 ) -> dict[str, Any]:
@@ -53,6 +59,8 @@ def train_run(
         branch: begin at this checkpoint of another run, such as ``runs/ko/checkpoint-300``: its weights, optimizer
             states and random generators go on, its rows too where the text is the same. `max_steps` and the schedule
             are the branch's own.
+        allow: fields of the run file that a resumed run may change from its checkpoint on, such as
+            ``training.learning_rate``.
         terminal: where to show plan, progress and the board; default: nowhere.
         stop: lets signals end the run after a step (`steep.heed_signals`); default: they do what they do to the script.
 
@@ -69,11 +77,15 @@ def train_run(
     if resume:
         if branch is not None:
             raise UserError("--branch", "it begins a run, and --resume goes on with one", "Give one of the two.")
-        refuse_other_settings(folder, config)
+        found = checkpoints(folder.path)
+        changes = accept_changes(folder, config, _step_of(found[-1]) if found else 0, allow)
         parent = branch_of(folder)
-        if parent is not None and not checkpoints(folder.path):
+        if parent is not None and not found:
             parent.verify()
     else:
+        if allow:
+            raise UserError("--allow", "it is of a run that goes on", "Give --resume too, or leave it out.")
+        changes = []
         parent = begin_branch(branch, config) if branch is not None else None
         folder.refuse_contents(branch=parent is not None)
     begun = begun_tokenizer(config, folder if resume else None, parent)
@@ -93,10 +105,12 @@ def train_run(
             refuse_other_inputs(folder, plan)
         else:
             folder.refuse_contents(branch=parent is not None)
-        return _train(plan, folder, terminal, resume, stop)
+        return _train(plan, folder, terminal, resume, changes, stop)
 
 
-def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool, stop: Stop | None) -> dict[str, Any]:
+def _train(
+    plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool, changes: Sequence[Change], stop: Stop | None
+) -> dict[str, Any]:
     config, found = plan.config, checkpoints(folder.path)
     transformers.set_seed(config.training.seed)  # adapters are drawn at random
     terminal.say(f"loading {config.model.name}")
@@ -105,18 +119,25 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool, stop
     model = add_adapters(base, **settings, resumed=bool(found) or plan.branch is not None)
     model.peft_config["default"].revision = config.model.revision  # where PEFT looks for the base's
     _check_trainable(model, plan)
+    if found and any(change.field in PLACES for change in changes):
+        refuse_other_base(model, found[-1])
     trainer = _trainer(plan, model, stop)
     if plan.branch is not None:  # before run.yaml, from which on the folder holds a run
         folder.write_json("parent.json", asdict(plan.branch))
     if plan.vocabulary is not None and plan.vocabulary.folder != folder.tokenizer:
         with published(folder.tokenizer) as staging:
             shutil.copytree(plan.vocabulary.folder, staging, dirs_exist_ok=True)
+    done = _step_of(found[-1]) if found else plan.first_step
+    record_changes(folder, changes, done)
     folder.write_text("run.yaml", config.to_yaml())
     folder.write_json("plan.json", plan.as_dict())
+    if resume and (ground := changed_ground(folder)):
+        terminal.warn(f"the run goes on, but not surely to the same bits: {'; '.join(ground)}")
     folder.write_json("environment.json", environment())
-    done = int(found[-1].name.removeprefix("checkpoint-")) if found else plan.first_step
     if resume:
-        folder.rewind(done)
+        folder.rewind(done if found else -1)  # nothing is trained yet: the base is measured anew, as things are now
+        for change in changes:
+            terminal.say(f"from step {done + 1} on {change}")
         if done == plan.last_step:
             terminal.say(f"all {plan.steps} steps are done already: only the result is written again")
         else:
@@ -159,6 +180,10 @@ def _train(plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool, stop
         "before": before,
         "after": after,
     }
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _account(trainer: Trainer, folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -43,6 +43,8 @@ def describe_sources(
                 "characters_per_token": characters / item.text_tokens,
                 "bytes_per_token": size / item.text_tokens,
                 "longest": int(item.lengths.max()),
+                "digest": item.digest,
+                "file_digests": item.contents,
                 "cached": item.cached,
                 "duplicates": _count(item, side == Side.DUPLICATE),
                 "held_out": _count(item, _is_held_out(side)),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from steep.data.token_file import FORMAT_VERSION, METADATA_KEY, Progress, Stamp,
 from steep.errors import UserError
 
 logger = logging.getLogger("steep")
+
+MOST_NAMED = 1000  # files of a source whose digests are kept: a plan is to be read
 
 
 class TokenizedSource:
@@ -42,6 +44,8 @@ class TokenizedSource:
         text_tokens: tokens of the texts alone, as counted when they were written.
         largest_id: the largest token id.
         digest: of all token ids in their order.
+        contents: digest of each file's bytes, by its place below the source's path; empty for a hub data set, and where
+            there are more than `MOST_NAMED` files.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class TokenizedSource:
         files: int = 0,
         files_not_read: int = 0,
         warnings: Iterable[str] = (),
+        contents: Mapping[str, str] | None = None,
     ) -> None:
         self.source = source
         self.path = path
@@ -59,6 +64,7 @@ class TokenizedSource:
         self.files = files
         self.files_not_read = files_not_read
         self.warnings = list(warnings)
+        self.contents = dict(contents or {})
         # The whole file as one buffer, and where in it the columns of each record batch begin: arrow's own objects, or
         # an array for each column, would take 2 KB a batch.
         self._file = _map(path)
@@ -138,7 +144,9 @@ class TokenizedSource:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker process maps the file itself; pickling the arrays would send the whole corpus.
-        return TokenizedSource, (self.source, self.path, self.cached, self.files, self.files_not_read, self.warnings)
+        return TokenizedSource, (
+            self.source, self.path, self.cached, self.files, self.files_not_read, self.warnings, self.contents,
+        )  # fmt: skip
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [start, stop) of a document: int32, a read-only view of the mapped file, nothing is copied."""
@@ -189,6 +197,7 @@ def tokenize(
     if documents is not None:
         key += [b"documents", str(documents).encode()]
     stamps: dict[Path, Stamp] = {}
+    contents: dict[str, str] = {}
     left_out: list[Path] = []
     warnings: list[str | None] = []
     stream = None
@@ -205,6 +214,8 @@ def tokenize(
         for file in files.read:
             content, stamps[file] = _digest_file(file, field)
             key += [str(file_format(file)).encode(), content]
+            if len(files.read) <= MOST_NAMED:
+                contents[_below(file, source)] = content.hex()
     path = stream.path if stream else cache_dir / f"{digest(key).hex()}.arrow"
     cached = path.exists()
     if not cached:
@@ -212,7 +223,7 @@ def tokenize(
         write_tokens(source, stamps, encoder, path, field, progress, documents)
     if stream:
         stream.remember()
-    result = TokenizedSource(source, path, cached, len(stamps), len(left_out), filter(None, warnings))
+    result = TokenizedSource(source, path, cached, len(stamps), len(left_out), filter(None, warnings), contents)
     if not len(result):
         raise _nothing_read(result, field)
     if source.max_tokens is not None:
@@ -248,6 +259,14 @@ def _digest_file(file: Path, field: str) -> tuple[bytes, Stamp]:
     except OSError as error:
         remedy = "Check its permissions, and if it is a link, where it leads"
         raise UserError(f"{field}.path", f"{file} cannot be read ({error})", remedy) from error
+
+
+def _below(file: Path, source: Source) -> str:
+    """A file's place below the path of its source, so that a corpus that moved is still the same."""
+    root = Path(source.location).expanduser()
+    if file == root:
+        return file.name
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 
 
 def _map(path: Path) -> Any:

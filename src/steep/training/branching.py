@@ -91,11 +91,7 @@ class Branching(Ending):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         assert checkpoint is not None
-        groups = self.optimizer.param_groups
-        rates = [{key: group[key] for key in ("lr", "initial_lr")} for group in groups]
-        load_optimizer(self.optimizer, load_state(Path(checkpoint), "optimizer"))  # brings the parent's rates too
-        for group, own in zip(self.optimizer.param_groups, rates, strict=True):
-            group.update(own)
+        load_optimizer(self.optimizer, load_state(Path(checkpoint), "optimizer"), own=("lr", "initial_lr"))
 
     def rate_factor(self) -> float | None:
         """What multiplies the peak rate of every group in the step to come; None where it is not one number."""

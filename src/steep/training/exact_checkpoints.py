@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import ExportableState
 
 from steep.model.adapters import load_adapter_weights, save_adapter
 from steep.storage import published
 from steep.training.checkpoint import retain, rng_state, set_rng_state
 from steep.training.state_files import load_state, save_state
+
+# What the arguments say of a parameter group; all else in it may be a state of the optimizer's.
+_SETTINGS = frozenset({"lr", "initial_lr", "weight_decay", "betas", "eps"})
 
 
 class ExactCheckpoints(transformers.Trainer):
@@ -78,9 +83,17 @@ class ExactCheckpoints(transformers.Trainer):
         load_adapter_weights(model, Path(resume_from_checkpoint), "resume_from_checkpoint")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            load_optimizer(self.optimizer, load_state(Path(checkpoint), "optimizer"))
-            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint), "schedule"))
+        """States come from the checkpoint; rates, decay, betas and the schedule are those that this run asks for."""
+        if checkpoint is None:
+            return
+        by_args = self._created_lr_scheduler and isinstance(self.lr_scheduler, LambdaLR)
+        settings = _SETTINGS if by_args else _SETTINGS - {"lr", "initial_lr"}  # a schedule of the caller's moves them
+        load_optimizer(self.optimizer, load_state(Path(checkpoint), "optimizer"), own=settings)
+        saved = load_state(Path(checkpoint), "schedule")
+        if by_args:
+            go_on_at(self.lr_scheduler, saved)
+        else:
+            self.lr_scheduler.load_state_dict(saved)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -91,10 +104,17 @@ class ExactCheckpoints(transformers.Trainer):
             self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
 
 
-def load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
+def load_optimizer(optimizer: Any, saved: dict[str, Any], own: Collection[str] = ()) -> None:
     """`load_state_dict`, but with the states as they were saved: it rounds them to the dtype of their parameter, and
-    Adafactor keeps fp32 ones of bf16 weights."""
+    Adafactor keeps fp32 ones of bf16 weights.
+
+    Args:
+        own: settings of the groups that stay what they are, where `load_state_dict` would bring the saved ones.
+    """
+    kept = [{key: group[key] for key in own if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, kept, strict=True):
+        group.update(settings)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
@@ -102,3 +122,13 @@ def load_optimizer(optimizer: Any, saved: dict[str, Any]) -> None:
             state = optimizer.state[parameter]
             if isinstance(value, torch.Tensor) and state[key].dtype != value.dtype:
                 state[key] = value.to(state[key].device)
+
+
+def go_on_at(schedule: LambdaLR, saved: dict[str, Any]) -> None:
+    """Put a schedule where a saved one was: at that step, but with its own peak rates, shape and length."""
+    step = saved["last_epoch"]
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    place = {"last_epoch": step, "_step_count": saved["_step_count"], "_last_lr": rates}
+    schedule.load_state_dict({**place, "lr_lambdas": []})
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -167,7 +167,7 @@ def schedule_of(
     own = branch or bool(_given(args)) or (kind == WSD and not args.lr_scheduler_kwargs)
     warmup = 0 if kind == "constant" else _in_steps(args.warmup_steps, num_steps)
     if not own:
-        _check_transformers_own(args, kind, warmup, num_steps, section)
+        _transformers_own(args, kind, warmup, num_steps, section)
         return None
     if start is None:
         start, top = args.warmup_lr_rate or 0.0, 1.0
@@ -211,16 +211,30 @@ def schedule_of(
     return Schedule(num_steps, start, top, warmup, cooldown, stable, decay, shape, args.min_lr_rate)
 
 
-def _check_transformers_own(args: TrainingArguments, kind: str, warmup: int, num_steps: int, section: str) -> None:
-    """Build one of transformers' schedules over an optimizer of no account: only that shows what it wants.
+def factor_of(
+    args: TrainingArguments, num_steps: int, *, start: float | None = None, section: str = ""
+) -> Callable[[int], float] | None:
+    """What multiplies the peak rates at each step, whether the schedule is steep's or transformers' own; None where it
+    follows from more than the step. Arguments and errors are those of `schedule_of`."""
+    schedule = schedule_of(args, num_steps, start=start, section=section)
+    if schedule is not None:
+        return schedule
+    kind = kind_of_schedule(args)
+    warmup = 0 if kind == "constant" else _in_steps(args.warmup_steps, num_steps)
+    factors = getattr(_transformers_own(args, kind, warmup, num_steps, section), "lr_lambdas", None)
+    return factors[0] if factors else None
+
+
+def _transformers_own(args: TrainingArguments, kind: str, warmup: int, num_steps: int, section: str) -> Any:
+    """One of transformers' schedules over an optimizer of no account: only that shows what it wants.
 
     Raises:
         UserError: its `lr_scheduler_kwargs` are wrong or missing.
     """
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     given: Any = args.lr_scheduler_kwargs
     try:
-        get_scheduler(
+        return get_scheduler(
             kind,
             optimizer,
             num_warmup_steps=warmup,
