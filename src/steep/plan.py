@@ -27,6 +27,7 @@ from steep.schema import RunConfig
 from steep.settings import embedding_rate, planned_epochs, planned_steps, training_arguments, uses_checkpointing
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
+from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import Schedule, kind_of_schedule, schedule_of
 from steep.vocabulary import Vocabulary, grown, warnings
 
@@ -131,6 +132,8 @@ def plan_run(
         UserError: anything that is wrong with the model, the adapter, the data or the settings.
     """
     model = config.model
+    if config.training.deterministic:
+        prepare_cublas("training.deterministic")
     folder = RunFolder(config.training.output_dir)
     folder.check_place()
     resolved = resolve(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)

@@ -200,6 +200,11 @@ class TrainingSection(BaseModel):
     gradient_checkpointing: bool | None = Field(
         None, description="Recompute activations in the backward pass: much less memory; default: on a GPU."
     )
+    deterministic: bool = Field(
+        False,
+        description="On a GPU, take only kernels that give the same bits each time, so that a resumed run ends in those "
+        "of one never stopped; slower. A CPU does so anyway.",
+    )
     seed: Integer = Field(42, ge=0, description="Of adapters, data order and dropout.")
     logging_steps: Number = Field(1, gt=0, description="Steps between two log lines.")
     save_steps: Number = Field(500, gt=0, description="Steps between two checkpoints; the end is always saved.")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import transformers
 
 from steep.errors import UserError
+from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import FALLS
 
 
@@ -27,6 +28,8 @@ class TrainingArguments(transformers.TrainingArguments):
             all; default: 0.2), and how: "1-sqrt" (default), "linear" or "cosine".
         cooldown_steps, stable_lr_rate: in so many steps after the warm-up (below 1: their share) constant_with_warmup
             and warmup_stable_decay fall from the peak rates to this share of them, and stay there.
+        deterministic: on a GPU, train with kernels only that give the same bits each time, so that a resumed run ends
+            in those of one never stopped; slower. Sets the variable CUBLAS_WORKSPACE_CONFIG, which stays.
         eval_stride: new tokens that each window of a long held-out document scores; default: half a row.
         eval_max_tokens: held-out tokens scored a domain at the most.
         max_nonfinite_steps: the run stops after so many steps in a row whose loss or gradient was not finite.
@@ -46,10 +49,13 @@ class TrainingArguments(transformers.TrainingArguments):
     decay_steps: float | None = field(default=None)
     decay_type: str | None = field(default=None)
     max_nonfinite_steps: int = field(default=3)
+    deterministic: bool = field(default=False)
     eval_stride: int | None = field(default=None)
     eval_max_tokens: int | None = field(default=None)
 
     def __post_init__(self) -> None:
+        if self.deterministic:
+            prepare_cublas("deterministic")  # transformers starts CUDA in the next line
         super().__post_init__()
         for name in ("learning_rate", "embedding_learning_rate"):
             rate = getattr(self, name)

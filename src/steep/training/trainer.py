@@ -23,6 +23,7 @@ from steep.training.adamw8bit import AdamW8bit
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
 from steep.training.branching import Branching
+from steep.training.deterministic import deterministic
 from steep.training.gradients import GradientReport, measure_and_clip
 from steep.training.groups import parameter_groups
 from steep.training.metrics import Meter
@@ -297,7 +298,8 @@ class Trainer(Branching):
             Stopped: `stop` asked for it.
         """
         begin = self._where_to_begin(resume_from_checkpoint)
-        output = super().train(begin, *args, **kwargs)
+        with deterministic(self.args.deterministic):
+            output = super().train(begin, *args, **kwargs)
         assert self.proof is not None
         self.proof.judge()
         changed = self.proof.changed_frozen()
