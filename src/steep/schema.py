@@ -202,8 +202,8 @@ class TrainingSection(BaseModel):
     )
     deterministic: bool = Field(
         False,
-        description="On a GPU, take only kernels that give the same bits each time, so that a resumed run ends in those "
-        "of one never stopped; slower. A CPU does so anyway.",
+        description="On a GPU, take only kernels that give the same bits each time, so that a resumed run ends in "
+        "those of one never stopped; slower. A CPU does so anyway.",
     )
     seed: Integer = Field(42, ge=0, description="Of adapters, data order and dropout.")
     logging_steps: Number = Field(1, gt=0, description="Steps between two log lines.")
