@@ -102,7 +102,7 @@ def _type(info: FieldInfo) -> str:
     bounds = {}
     for constraint in info.metadata:
         bounds |= {key: getattr(constraint, key) for key in _BOUNDS if getattr(constraint, key, None) is not None}
-    limits = " ".join(f"{word} {bounds[key]:g}" for key, word in _BOUNDS.items() if key in bounds)
+    limits = " ".join(f"{word} {bounds[key]:.15g}" for key, word in _BOUNDS.items() if key in bounds)
     return _kind(info.annotation) + (f", {limits}" if limits else "")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ from tests.report.browser import chromium
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from tests.command_line import Said, Steep
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -119,3 +122,23 @@ def korean_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import write_corpus
 
     return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def steep(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Steep:
+    """Runs a command in this process, its streams captured as those of a pipe."""
+    from steep import cli
+    from tests.command_line import Said
+
+    def run(*words: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["steep", *map(str, words)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return Said(code, str(out), str(err))
+
+    return run

@@ -9,46 +9,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
-from transformers import BertConfig
 
-from steep import cli
-from steep.run_folder import RunFolder
+from tests.command_line import Steep, assert_one_error_line
 from tests.report.runs import write_run as write_report_run
 from tests.tiny import documents
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Steep = Callable[..., Said]
-
-
-@pytest.fixture
-def steep(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Steep:
-    """Runs a command in this process, its streams captured as those of a pipe."""
-
-    def run(*words: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["steep", *map(str, words)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capfd.readouterr()
-        return Said(code, str(out), str(err))
-
-    return run
 
 
 def write_run(folder: Path, model: Path, corpus: Path) -> Path:
@@ -72,15 +41,6 @@ def write_run(folder: Path, model: Path, corpus: Path) -> Path:
 @pytest.fixture
 def run_file(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> Path:
     return write_run(tmp_path, llama_folder, korean_corpus)
-
-
-def assert_one_error_line(said: Said, *parts: str) -> None:
-    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
-    assert said.code == 2, said
-    assert len(errors) == 1 and said.err.rstrip().splitlines()[-1] == errors[0], said.err
-    assert "Traceback" not in said.err + said.out
-    for part in parts:
-        assert part in errors[0], errors[0]
 
 
 def test_help_is_quick() -> None:
@@ -152,84 +112,6 @@ def test_a_pipe_gets_plain_text(run_file: Path) -> None:
     assert b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["plan", "train"])
-def test_a_missing_run_file(command: str, steep: Steep, tmp_path: Path) -> None:
-    assert_one_error_line(steep(command, tmp_path / "none.yaml"), "none.yaml does not exist", "steep init")
-
-
-def test_an_unknown_key(steep: Steep, run_file: Path) -> None:
-    run_file.write_text(run_file.read_text(encoding="utf-8").replace("max_length", "max_lenght"), encoding="utf-8")
-    assert_one_error_line(steep("train", run_file), "data.max_lenght", "Did you mean 'max_length'?")
-    assert not (run_file.parent / "run").exists()
-
-
-def test_an_unknown_override(steep: Steep, run_file: Path) -> None:
-    assert_one_error_line(steep("train", run_file, "--adapter.rank", 4), "adapter.rank")
-    assert_one_error_line(steep("train", run_file, "--resum"), "--resum")
-
-
-@pytest.mark.parametrize(
-    ("content", "parts"),
-    [
-        (None, ["data.sources[0].path: ", "corpus.jsonl does not exist", "Check the spelling"]),
-        (b"", ["data.sources[0].path: ", "holds no text", "Give a source with text"]),
-        ('{"text": "caf\u00e9"}\n'.encode("latin-1"), ["data.sources[0].path: ", "corpus.jsonl", "byte 13"]),
-        (b'{"text": "one two"}\n{"text": \n', ["data.sources[0].path: ", "corpus.jsonl", "line 2"]),
-        (b'{"text": "one two"}\n{"body": "three"}\n', ["data.sources[0].text_field: ", "'text'", "'body'"]),
-    ],
-    ids=["missing", "empty", "encoding", "json", "field"],
-)
-@pytest.mark.parametrize("command", ["plan", "train"])
-def test_text_that_cannot_be_read(
-    command: str, content: bytes | None, parts: list[str], steep: Steep, llama_folder: Path, tmp_path: Path
-) -> None:
-    corpus = tmp_path / "corpus.jsonl"
-    if content is not None:
-        corpus.write_bytes(content)
-    said = steep(command, write_run(tmp_path, llama_folder, corpus))
-    assert_one_error_line(said, *parts)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "parts"),
-    [
-        (["--adapter.r", "big"], ["adapter.r: 'big' is not valid", "Give a whole number"]),
-        (["--adapter.r", "0"], ["adapter.r: 0 is not valid", "Give a number above 0"]),
-        (["--adapter.target_modules", "[q_prj]"], ["adapter.target_modules: ", "no linear layer 'q_prj'", "'q_proj'"]),
-        (
-            ["--training.embedding_learning_rate", "1e-5", "--adapter.modules_to_save", "[]"],
-            ["training.embedding_learning_rate: ", "no embedding is trained", "modules_to_save"],
-        ),
-        (["--model.name", "no-such/model"], ["model.name: no-such/model is not in the local cache", "HF_HUB_OFFLINE"]),
-    ],
-    ids=["type", "r", "target", "rate", "offline"],
-)
-@pytest.mark.parametrize("command", ["plan", "train"])
-def test_a_setting_that_cannot_be(
-    command: str, words: list[str], parts: list[str], steep: Steep, run_file: Path
-) -> None:
-    assert_one_error_line(steep(command, run_file, *words), *parts)
-    assert not (run_file.parent / "run").exists()
-
-
-def test_an_encoder_is_no_base(steep: Steep, run_file: Path, tmp_path: Path) -> None:
-    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path / "bert")
-    said = steep("train", run_file, "--model.name", tmp_path / "bert")
-    assert_one_error_line(said, "model.name: ", "not a causal language model (BertForMaskedLM)", "needs a decoder")
-
-
-def test_a_model_that_is_not_there(steep: Steep, korean_corpus: Path, tmp_path: Path) -> None:
-    said = steep("train", write_run(tmp_path, tmp_path / "none", korean_corpus))
-    assert_one_error_line(said, "model.name", "there is no folder")
-
-
-@pytest.mark.parametrize("words", [["eval"], ["generate", "x"]])
-def test_a_folder_without_a_run(words: list[str], steep: Steep, tmp_path: Path) -> None:
-    command, *rest = words
-    assert_one_error_line(steep(command, tmp_path / "none", *rest), "holds no run")
-
-
 def test_a_run_that_stops_has_code_1(steep: Steep, llama_folder: Path, tmp_path: Path) -> None:
     """At a rate beyond all bounds the loss is not finite."""
     corpus = tmp_path / "corpus.jsonl"
@@ -252,14 +134,6 @@ def test_init_looks_for_the_text(steep: Steep, tmp_path: Path) -> None:
     assert not (tmp_path / "x.yaml").exists()
 
 
-def test_a_place_that_cannot_be_written(steep: Steep, run_file: Path) -> None:
-    for command in ("plan", "train"):
-        said = steep(command, run_file, "--training.output_dir", run_file)
-        assert_one_error_line(said, "training.output_dir: ", "is a file", "Give a folder")
-    said = steep("plan", run_file, "--data.cache_dir", run_file)
-    assert_one_error_line(said, str(run_file), "Check path, permissions")
-
-
 def test_damaged_files_are_named(steep: Steep, run_file: Path) -> None:
     assert steep("train", run_file).code == 0
     run = run_file.parent / "run"
@@ -269,11 +143,6 @@ def test_damaged_files_are_named(steep: Steep, run_file: Path) -> None:
     shutil.rmtree(run / "final")
     said = steep("train", run_file, "--resume")
     assert_one_error_line(said, "checkpoint-4 is damaged: optimizer cannot be read", "Delete that checkpoint")
-
-
-def test_a_disk_that_is_too_small_is_told(steep: Steep, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RunFolder, "free_bytes", lambda self: 2**20)
-    assert "has 0.00 GiB free, and the run may need" in steep("plan", run_file).err
 
 
 def test_a_report(steep: Steep, tmp_path: Path) -> None:

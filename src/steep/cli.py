@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from steep.errors import RunError, Stopped, UserError
+from steep.errors import RunError, Stopped, UserError, one_line
 from steep.stopping import Interrupted, heed_signals
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+BUG = 70  # sysexits' EX_SOFTWARE
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run file.", show_default=False)]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)]
@@ -54,6 +56,7 @@ def _steep(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error too; goes anywhere.")] = False,
 ) -> None:
     pass
 
@@ -274,21 +277,30 @@ def export(
 
 
 def main() -> None:
-    """Entry point: whatever ends a command early is one line and an exit code, see docs/getting-started.md."""
+    """Entry point: whatever ends a command early is one line on stderr and an exit code (docs/getting-started.md); with
+    --debug the traceback of an error stands before it."""
+    words = sys.argv[1:]
+    debug = "--debug" in words
     try:
         with heed_signals() as stop:
-            app(obj=stop)
+            app(args=[word for word in words if word != "--debug"], obj=stop)
     except Interrupted as end:
         print("stopped at once; nothing is damaged: start the same command again", file=sys.stderr)
         sys.exit(end.exit_code)
-    except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:  # a disk that is full, a folder that may not be read
-        if error.errno is None or isinstance(error, BrokenPipeError):
-            raise
-        print(
-            f"error: {error.filename or 'disk'}: {error.strerror}. Check path, permissions and free space.",
-            file=sys.stderr,
-        )
-        sys.exit(UserError.exit_code)
+    except Exception as error:
+        if debug:
+            traceback.print_exception(error)
+        line, code = _explained(error)
+        print(f"error: {one_line(line)}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """What is said of an error, and the exit code."""
+    if isinstance(error, UserError | RunError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno is not None:  # a disk that is full, a folder that may not be read
+        where = error.filename or "disk"
+        return f"{where}: {error.strerror}. Check path, permissions and free space.", UserError.exit_code
+    found = f"{type(error).__name__}: {error}"
+    return f"steep itself failed, which is a bug: {found}. Please report it with what --debug shows.", BUG

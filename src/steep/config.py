@@ -8,24 +8,51 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from yaml.constructor import ConstructorError
 
 from steep.data.sources import Source
-from steep.errors import UserError, did_you_mean
+from steep.errors import UserError, did_you_mean, shown
 from steep.schema import RunConfig, TrainingSection
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """YAML itself takes the last of two equal keys without a word."""
+class _Loader(yaml.SafeLoader):
+    """Plain values and nothing else; everything that is wrong is a `yaml.MarkedYAMLError`, with its line."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A key may stand once; YAML itself takes the last of two without a word."""
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConstructorError(None, None, "a key is a list or a section", key.start_mark)
             if key.value in seen:
-                raise yaml.YAMLError(
-                    f"{key.value!r} stands twice in a section, again in line {key.start_mark.line + 1}"
-                )
+                problem = f"{key.value!r} stands twice in a section"
+                raise ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Numbers and dates that are none (2020-13-45, !!int abc, 5,000 digits) raise whatever Python raises there."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError) as error:
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            raise ConstructorError(None, None, f"{shown(node.value)} is no {kind}", node.start_mark) from error
+
+
+def read_yaml(text: str) -> Any:
+    """The plain values of a YAML text.
+
+    Raises:
+        YAMLError: with `problem` and `problem_mark`.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.reader.ReaderError as error:
+        mark = yaml.Mark("", error.position, text.count("\n", 0, error.position), 0, None, 0)
+        problem = f"the character U+{error.character:04X} is not allowed"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark) from error
+    except RecursionError as error:
+        raise yaml.MarkedYAMLError(problem="its brackets are nested too deeply") from error
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -42,14 +69,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             remedy = f"The file of that run is {path / 'run.yaml'}"
         raise UserError("run file", f"{path} {'is no file' if path.exists() else 'does not exist'}", remedy)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError("run file", f"{path} cannot be read: {error.strerror}", "Give a file you may read.") from error
     except UnicodeDecodeError as error:
         raise UserError("run file", f"{path} is not UTF-8 at byte {error.start}", "Save it as UTF-8.") from error
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
-        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f" in line {mark.line + 1}" if mark else ""
         raise UserError("run file", f"{path} is not valid YAML{place}: {problem}", "Mend that line.") from error
     if not isinstance(tree, dict):
         raise UserError("run file", f"{path} holds no sections", "Write one with: steep init")
@@ -63,8 +90,8 @@ def recorded_config(run_yaml: Path, field: str = "run folder") -> RunConfig:
         UserError: it is damaged.
     """
     try:
-        tree = yaml.safe_load(run_yaml.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        tree = read_yaml(run_yaml.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(field, f"{run_yaml} is damaged: {error}", "Put it back as the run wrote it.") from error
     if not isinstance(tree, dict):
         raise UserError(field, f"{run_yaml} is damaged: it holds no sections", "Put it back as the run wrote it.")
@@ -114,6 +141,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         if not word.startswith("--") or "." not in word:
             raise UserError(word, "it is no option of this command", "Override a field with --section.field value.")
         key, equals, value = word.removeprefix("--").partition("=")
+        if "" in key.split("."):
+            raise UserError(word, "a part of the field's name is missing", "Write --section.field VALUE.")
         if not equals:
             if not words:
                 raise UserError(word, "its value is missing", f"Write {word} VALUE.")
@@ -125,9 +154,9 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
             if not isinstance(node, dict):
                 raise UserError(word, f"{parent} is given a value of its own too", "Give one of the two.")
         try:
-            node[last] = yaml.safe_load(value) if value else ""
+            node[last] = read_yaml(value) if value else ""
         except yaml.YAMLError as error:
-            raise UserError(word, f"{value!r} is not valid YAML", "Quote it, or close its brackets.") from error
+            raise UserError(word, f"{shown(value)} is not valid YAML", "Quote it, or close its brackets.") from error
     return tree
 
 
@@ -139,14 +168,15 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any], section: str = ""
         if isinstance(value, Mapping) and isinstance(old, Mapping):
             merged[key] = merge(old, value, f"{section}{key}.")
         elif isinstance(value, Mapping) and isinstance(old, list):
-            for index in value:
+            for index in map(str, value):
                 if not (index.isdecimal() and int(index) <= len(old)):
                     raise UserError(
                         f"{section}{key}.{index}",
                         f"there are {len(old)} of them",
                         f"Give a number from 0; {len(old)} adds one.",
                     )
-            by_index = merge({str(i): item for i, item in enumerate(old)}, value)
+            items = {str(i): item for i, item in enumerate(old)}
+            by_index = merge(items, {str(index): change for index, change in value.items()})
             merged[key] = list(by_index.values())
         else:
             merged[key] = value
@@ -170,8 +200,8 @@ def _explain(error: ValidationError) -> UserError:
     given, message = first.get("input"), first["msg"].removeprefix("Value error, ")
     remedy = _remedy(first)
     if remedy is None:  # the message is all there is to say
-        return UserError(field, f"{given!r} is not valid", f"{message[0].upper()}{message[1:]}.{more}")
-    return UserError(field, f"{given!r} is not valid", f"{remedy}{more}")
+        return UserError(field, f"{shown(given)} is not valid", f"{message[0].upper()}{message[1:]}.{more}")
+    return UserError(field, f"{shown(given)} is not valid", f"{remedy}{more}")
 
 
 _REMEDIES = {
@@ -184,12 +214,14 @@ _REMEDIES = {
     "too_short": "Give at least {min_length}.",
     "string_too_short": "Give a text.",
     "list_type": "Write a list: [{given}].",
+    "model_type": "Write a section: its fields in lines of their own, indented.",
     "int_type": "Give a whole number.",
     "int_parsing": "Give a whole number.",
     "int_from_float": "Give a whole number.",
     "float_type": "Give a number.",
     "float_parsing": "Give a number.",
     "string_type": "Give a text.",
+    "string_unicode": "Give a text in Unicode.",
     "bool_type": "Write true or false.",
     "bool_parsing": "Write true or false.",
 }
@@ -197,7 +229,8 @@ _REMEDIES = {
 
 def _remedy(error: Any) -> str | None:
     remedy = _REMEDIES.get(error["type"])
-    return remedy and remedy.format(**error.get("ctx", {}), given=error.get("input"))
+    given = error.get("input")
+    return remedy and remedy.format(**error.get("ctx", {}), given=given if isinstance(given, str) else shown(given))
 
 
 def _fields_at(location: Sequence[int | str]) -> list[str]:

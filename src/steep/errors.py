@@ -1,9 +1,9 @@
-"""How a command ends early: a user's mistake, a run that had to stop, one that was asked to. All else is a bug of ours
-and keeps its traceback."""
+"""How a command ends early: by a user's mistake, a run that had to stop, one asked to. All else is a bug of ours."""
 
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -52,3 +52,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A remedy for a misspelt name: ``Did you mean 'max_length'?``, or nothing where no known one is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"Did you mean {close[0]!r}?" if close else ""
+
+
+def one_line(text: str) -> str:
+    """`text` with its control characters escaped: a file's name may hold line ends and a terminal's commands."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def shown(value: object) -> str:
+    """`value` as a message shows it: cut where it is long, since aliases make a small YAML file an endless list."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 200
+    short.maxlevel = 3
+    return short.repr(value)

@@ -55,9 +55,9 @@ def generate(
     Raises:
         UserError: a setting is out of range, or an empty prompt without a beginning token.
     """
-    _check_settings(max_new_tokens, temperature, top_p, repetition_penalty)
+    check_settings(max_new_tokens, temperature, top_p, repetition_penalty)
     base = unwrap(model)
-    prompt_ids = _prompt_ids(tokenizer, prompt)
+    prompt_ids = prompt_ids_of(tokenizer, prompt, rows=cast(Any, base).get_input_embeddings().weight.shape[0])
     device = input_device(model)
     input_ids = torch.tensor([prompt_ids], dtype=torch.int64, device=device)
     config = _generation_config(base, tokenizer, max_new_tokens, temperature, top_p, repetition_penalty)
@@ -194,11 +194,14 @@ class TextPieces(BaseStreamer):
         return cast(str, text)
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def prompt_ids_of(tokenizer: PreTrainedTokenizerBase, prompt: str, *, rows: int, field: str = "prompt") -> list[int]:
     """The prompt as the tokenizer opens a text, but not closed by an end token, which would leave nothing to continue.
 
+    Args:
+        rows: entries of the model's vocabulary.
+
     Raises:
-        UserError: nothing to start from.
+        UserError: nothing to start from, or a token that the model does not have.
     """
     ids: list[int] = list(tokenizer(prompt)["input_ids"]) if prompt else []  # pyright: ignore[reportArgumentType]
     text_ids: list[int] = list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else []  # pyright: ignore[reportArgumentType]
@@ -207,7 +210,12 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     if not ids and tokenizer.bos_token_id is not None:
         ids = [cast(int, tokenizer.bos_token_id)]
     if not ids:
-        raise UserError("prompt", "it is empty, and the tokenizer has no beginning token to start from", "Write a word")
+        raise UserError(field, "it is empty, and the tokenizer has no beginning token to start from", "Write a word")
+    if max(ids) >= rows:
+        problem = f"it has the token id {max(ids)}, and the model's ids end at {rows - 1}"
+        raise UserError(
+            field, problem, "The tokenizer has more tokens than the model: use the two that belong together"
+        )
     return ids
 
 
@@ -244,7 +252,14 @@ def _generation_config(
     )
 
 
-def _check_settings(max_new_tokens: int, temperature: float, top_p: float, repetition_penalty: float) -> None:
+def check_settings(
+    max_new_tokens: int, temperature: float, top_p: float = 1.0, repetition_penalty: float = 1.0
+) -> None:
+    """Check what `generate` is given.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
     if max_new_tokens < 1:
         raise UserError("max_new_tokens", f"{max_new_tokens} is not positive", "Use at least 1")
     if not 0 <= temperature < float("inf"):

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
 from steep.errors import UserError
+from steep.generation import prompt_ids_of
 from steep.memory import Shape, memory_by_item, shape_of
-from steep.model.adapters import check_embeddings, check_start
-from steep.model.attention import attention, attention_refused
+from steep.model.adapters import check_embeddings, check_rank, check_start
 from steep.model.embeddings import is_tied, untie
+from steep.model.empty import empty_model
 from steep.model.load import resolve_base, resolve_compute_dtype
 from steep.model.new_tokens import check_trained, rows_for
+from steep.model.positions import check_length
 from steep.model.resolve import ResolvedModel, looks_like_chat, read_tokenizer, resolve
+from steep.model.stored_weights import check_stored
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.settings import embedding_rate, planned_epochs, planned_steps, training_arguments, uses_checkpointing
@@ -119,6 +118,7 @@ def plan_run(
     branch: Branch | None = None,
     commits: Mapping[int, str] | None = None,
     grown_tokenizer: Path | None = None,
+    to_train: bool = True,
 ) -> Plan:
     """Work out a run: check every input, tokenise the text (once, into the cache), count, and estimate memory and disk.
 
@@ -127,6 +127,7 @@ def plan_run(
         branch: where the run leaves its parent, if it is a branch.
         commits: of streamed sources, by number, to take in place of what their revision names today.
         grown_tokenizer: the folder of the tokenizer that a begun run has, if it has new tokens.
+        to_train: whether steps are still to come, so that the disk has to hold their checkpoints.
 
     Raises:
         UserError: anything that is wrong with the model, the adapter, the data or the settings.
@@ -136,6 +137,7 @@ def plan_run(
         prepare_cublas("training.deterministic")
     folder = RunFolder(config.training.output_dir)
     folder.check_place()
+    folder.refuse_data(config.data.sources)
     resolved = resolve(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
     base = resolve_base(model.base, resolved)
     compute = resolve_compute_dtype(model.compute_dtype, base)
@@ -145,16 +147,14 @@ def plan_run(
             f"bf16 cannot be trained where products run in {compute}",
             "Set model.trained_dtype: fp32, or model.compute_dtype: bf16.",
         )
-    with torch.device("meta"), attention_refused(model.attn_implementation):
-        empty = AutoModelForCausalLM.from_config(
-            copy.deepcopy(resolved.config),  # new tokens are counted into it
-            trust_remote_code=model.trust_remote_code,
-            **attention(model.attn_implementation, resolved.config),
-        )
+    empty = empty_model(resolved, model.attn_implementation)
+    stored = check_stored(resolved, empty, download=False)
     if model.untie_embeddings:
         untie(empty)
     check_embeddings(empty, config.adapter.modules_to_save)
     _check_adapter(config, base, resolved)
+    check_rank(empty, config.adapter.target_modules, config.adapter.r)
+    check_length(config.data.max_length, resolved.config)
     tokenizer = read_tokenizer(resolved)
     data, training = config.data, config.training
     arguments = training_arguments(config, branch=branch is not None)
@@ -176,6 +176,8 @@ def plan_run(
         rows = rows_for(tokenizer, empty.get_input_embeddings().weight.shape[0])
         empty.resize_token_embeddings(rows, mean_resizing=False)
     shape = shape_of(empty, config.adapter)
+    for index, prompt in enumerate(config.evaluation.prompts):
+        prompt_ids_of(tokenizer, prompt, rows=shape.vocabulary, field=f"evaluation.prompts[{index}]")
     corpus = pack(
         sources,
         tokenizer,
@@ -214,15 +216,16 @@ def plan_run(
     plan = Plan(
         config, resolved, tokenizer, arguments, corpus, shape, base, compute, steps, memory, disk, branch, schedule
     )
-    plan.warnings = [*_warnings(plan), *corpus.warnings]
+    plan.warnings = [*stored, *_warnings(plan), *corpus.warnings]
     if vocabulary is not None:
         plan.vocabulary, plan.new_tokens = vocabulary, vocabulary.figures(corpus)
         plan.warnings += warnings(plan.new_tokens)
-    free = folder.free_bytes()
-    if free < sum(disk.values()):
-        plan.warnings.append(
-            f"the disk of {folder.path} has {free / 2**30:.2f} GiB free, and the run may need "
-            f"{sum(disk.values()) / 2**30:.2f}: lower training.save_total_limit, or give another output_dir."
+    if to_train and folder.free_bytes() + folder.kept_bytes() < sum(disk.values()):
+        raise UserError(
+            "training.output_dir",
+            f"the disk of {folder.path} has {folder.free_bytes() / 2**30:.3g} GiB free, and the run needs about "
+            f"{sum(disk.values()) / 2**30:.3g} GiB for its checkpoints and its result",
+            "Give another folder, or lower training.save_total_limit or adapter.r.",
         )
     return plan
 
@@ -285,11 +288,6 @@ def _option_warnings(config: RunConfig) -> list[str]:
 def _warnings(plan: Plan) -> list[str]:
     config, corpus = plan.config, plan.corpus
     found = []
-    positions = getattr(plan.resolved.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and config.data.max_length > positions:
-        found.append(
-            f"data.max_length {config.data.max_length} is beyond the {positions} positions the model was made for."
-        )
     if looks_like_chat(plan.resolved, plan.tokenizer):
         found.append(
             f"{config.model.name} looks like an instruct model: continued pretraining on plain text damages its "

@@ -14,12 +14,14 @@ from steep.evaluation.adapters import base_model
 from steep.evaluation.board import board
 from steep.evaluation.perplexity import evaluate
 from steep.evaluation.score import DomainScore
-from steep.generation import generate_side_by_side
+from steep.generation import check_settings, generate_side_by_side, prompt_ids_of
 from steep.model.adapters import open_adapter
 from steep.model.embeddings import untie
-from steep.model.load import load_resolved
+from steep.model.empty import empty_model
+from steep.model.load import as_folder, load_resolved
 from steep.model.new_tokens import grow_embeddings
 from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_folder, resolve
+from steep.model.stored_weights import check_finite, check_stored
 from steep.plan import Plan, plan_run
 from steep.resume import branch_of, has_other_text, streamed_commits
 from steep.run_folder import RunFolder
@@ -67,6 +69,7 @@ def plan_again(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Plan
             branch=branch_of(folder),
             commits=streamed_commits(folder),
             grown_tokenizer=folder.tokenizer,
+            to_train=False,
         )
 
 
@@ -132,12 +135,14 @@ def generate_run(
     Returns:
         ``{"base": ..., "trained": ...}``.
     """
+    check_settings(max_new_tokens, temperature)
     config, folder = finished(run_dir, trust_remote_code=trust_remote_code)
     settings = config.model
     resolved = resolve(settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     original = tokenizer = read_tokenizer(resolved)
     if settings.new_tokens is not None:
         tokenizer = read_tokenizer_folder(folder.tokenizer)
+    prompt_ids_of(original, prompt, rows=resolved.config.get_text_config().vocab_size)
     model = load_result(config, resolved, tokenizer, folder)
     return generate_side_by_side(
         model,
@@ -149,6 +154,18 @@ def generate_run(
         temperature=temperature,
         autocast_dtype=mixed_precision(config),
     )
+
+
+def check_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> None:
+    """Read the files of the frozen model once, before anything is written or loaded.
+
+    Raises:
+        UserError: one is missing or damaged, they are not what the config says, or hold NaN.
+    """
+    original = tokenizer if config.model.new_tokens is None else read_tokenizer(resolved)
+    stored = as_folder(resolved, original)
+    check_stored(stored, empty_model(stored, config.model.attn_implementation))
+    check_finite(stored)
 
 
 def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any:

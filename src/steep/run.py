@@ -20,7 +20,7 @@ from steep.generation import sample
 from steep.model.adapters import add_adapters, load_adapter_weights
 from steep.opening import write_readme
 from steep.plan import Plan, plan_run
-from steep.result import documents_of_the_base, first_and_last, load_base, scores_at, untouched_base
+from steep.result import check_base, documents_of_the_base, first_and_last, load_base, scores_at, untouched_base
 from steep.resume import (
     accept_changes,
     begin_branch,
@@ -99,6 +99,8 @@ def train_run(
             terminal.show(table)
         for warning in plan.warnings:
             terminal.warn(warning)
+    terminal.say(f"checking the files of {config.model.name}")
+    check_base(config, plan.resolved, plan.tokenizer)
     folder.make()
     with folder.locked():
         if resume:

@@ -9,13 +9,14 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from steep.data.sources import Source
 from steep.errors import UserError
 
 _PACKAGES = (
@@ -117,6 +118,24 @@ class RunFolder:
             problem = f"{place} cannot be written into: {error.strerror}"
             raise UserError(field, problem, "Give a folder you may write.") from error
 
+    def refuse_data(self, sources: Sequence[Source], field: str = "training.output_dir") -> None:
+        """Check that the run's own files are not read as its text: .jsonl and .md are.
+
+        Raises:
+            UserError: the folder is, or lies in, one that a source reads.
+        """
+        place = self.path.absolute().resolve()
+        for source in sources:
+            folder = Path(source.path).absolute().resolve() if source.path else None
+            if folder is not None and folder.is_dir() and (folder == place or folder in place.parents):
+                problem = f"{self.path} lies in {source.path}, where text is read: the run's files would become text"
+                raise UserError(field, problem, "Give a folder outside of it.")
+
+    def kept_bytes(self) -> int:
+        """What the run's checkpoints and its result take now; they make room for later ones."""
+        parts = [*self.path.glob("checkpoint-*"), self.final]
+        return sum(file.stat().st_size for part in parts for file in part.rglob("*") if file.is_file())
+
     def free_bytes(self) -> int:
         """Room on the disk that the folder is, or will be, on."""
         return shutil.disk_usage(self._standing_place()).free
@@ -159,16 +178,41 @@ class RunFolder:
             for row in rows:
                 stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run; empty if it does not exist.
+
+        Raises:
+            UserError: it holds something else.
+        """
+        file = self / name
+        if not file.exists():
+            return {}
+        try:
+            tree = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError("run folder", f"{file} is damaged: {error}", "Mend or delete the file.") from error
+        if not isinstance(tree, dict):
+            raise UserError("run folder", f"{file} is damaged: it holds no object", "Mend or delete the file.")
+        return tree
+
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a JSON-lines file; none if it does not exist. A last line cut off by a crash is left out."""
+        """The rows of a JSON-lines file, each of a step; none if it does not exist. A last line cut off by a crash is
+        left out.
+
+        Raises:
+            UserError: it holds something else.
+        """
         file = self / name
         if not file.exists():
             return []
-        lines = file.read_text(encoding="utf-8").split("\n")
         try:
-            return [json.loads(line) for line in lines[:-1] if line]
-        except json.JSONDecodeError as error:
+            lines = file.read_text(encoding="utf-8").split("\n")
+            rows = [json.loads(line) for line in lines[:-1] if line]
+        except ValueError as error:
             raise UserError("run folder", f"{file} is damaged: {error}", "Mend or delete the broken line.") from error
+        if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+            raise UserError("run folder", f"{file} is damaged: a line has no step", "Mend or delete the broken line.")
+        return rows
 
     def rewind(self, step: int) -> None:
         """Drop the lines that were written after `step`: the steps behind them are about to be trained again."""

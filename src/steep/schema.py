@@ -6,33 +6,18 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AllowInfNan,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
-from steep.data.sources import MIN_LENGTH, Source
+from steep.data.sources import MIN_LENGTH, Number, Place, Source
 from steep.errors import UserError
-from steep.model.names import EMBEDDINGS, LINEAR_LAYERS
+from steep.model.names import DEFAULT_RANK, EMBEDDINGS, LINEAR_LAYERS
 
 Base = Literal["auto", "nf4", "int8", "bf16", "fp16", "fp32"]
 
 
-def _no_flag(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("true and false are no numbers")
-    return value
-
-
 Integer = Annotated[int, Strict()]
-# YAML reads 3e-5 as text, which pydantic turns into a number; it would turn true into 1 as well.
-Number = Annotated[float, BeforeValidator(_no_flag), AllowInfNan(False)]
+MOST_NEW_TOKENS = 1_000_000  # room for as many as asked is taken at once, 70 bytes each
+_LARGEST_SEED = 2**32 - 1  # numpy's
 
 
 class Section(BaseModel):
@@ -44,13 +29,13 @@ class Section(BaseModel):
 class Learned(Section):
     """New tokens that are learned from the text."""
 
-    auto: Integer = Field(gt=0, description="How many.")
+    auto: Integer = Field(gt=0, le=MOST_NEW_TOKENS, description="How many.")
 
 
 class ModelSection(Section):
     """The base model, and in what it is kept and computed."""
 
-    name: str = Field(
+    name: Place = Field(
         min_length=1, description="Hub name or local folder of a base (not instruct) model, or a .gguf file."
     )
     revision: str | None = Field(None, description="Commit, tag or branch on the hub.")
@@ -73,7 +58,7 @@ class ModelSection(Section):
         False, description="Train a head of its own from a checkpoint whose head is its embed_tokens."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
-    new_tokens: str | Learned | None = Field(
+    new_tokens: Place | Learned | None = Field(
         None,
         description="Tokens that the tokenizer gets: a UTF-8 file with one a line, or auto: 2000, so many learned from "
         "the text of role train.",
@@ -88,15 +73,19 @@ class ModelSection(Section):
         number = value["auto"] if learned else None
         if isinstance(value, Learned | None) or (isinstance(value, str) and value):
             return value
-        if isinstance(number, int) and not isinstance(number, bool) and number > 0:
+        if isinstance(number, int) and not isinstance(number, bool) and 0 < number <= MOST_NEW_TOKENS:
             return value
-        raise ValueError("give a file with one token a line, or auto: and a number above 0")
+        raise ValueError(f"give a file with one token a line, or auto: and a number from 1 to {MOST_NEW_TOKENS:,}")
 
 
 class AdapterSection(Section):
     """LoRA on the linear layers and fully trained embeddings, in PEFT's own names."""
 
-    r: Integer = Field(256, gt=0, description="LoRA rank; lowered for a layer whose smaller side is below it.")
+    r: Integer = Field(
+        DEFAULT_RANK,
+        gt=0,
+        description="LoRA rank; lowered for a layer whose smaller side is below it. Only the default may be above all.",
+    )
     lora_alpha: Number = Field(32, gt=0, description="LoRA's scale is lora_alpha / sqrt(r), or / r without use_rslora.")
     use_rslora: bool = Field(True, description="Rank-stabilised scaling (Kalajdzievski 2023).")
     lora_dropout: Number = Field(0.0, ge=0, lt=1, description="Dropout before LoRA's A.")
@@ -137,7 +126,7 @@ class DataSection(Section):
         0.01, ge=0, lt=1, description="Share of the documents held out for evaluation, by hash of the text."
     )
     keep_duplicates: bool = Field(False, description="Train exact duplicates of a document too.")
-    cache_dir: str | None = Field(None, description="Where tokenised text is kept; default: ~/.cache/steep.")
+    cache_dir: Place | None = Field(None, description="Where tokenised text is kept; default: ~/.cache/steep.")
 
 
 class TrainingSection(BaseModel):
@@ -145,7 +134,7 @@ class TrainingSection(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
-    output_dir: str = Field(min_length=1, description="Folder of the run; never written over another run.")
+    output_dir: Place = Field(min_length=1, description="Folder of the run; never written over another run.")
     num_train_epochs: Number = Field(1.0, gt=0, description="Passes over the training rows.")
     max_steps: Integer = Field(-1, ge=-1, description="Stop after so many steps; -1: when the epochs end.")
     per_device_train_batch_size: Integer = Field(2, gt=0, description="Rows in one forward.")
@@ -205,7 +194,7 @@ class TrainingSection(BaseModel):
         description="On a GPU, take only kernels that give the same bits each time, so that a resumed run ends in "
         "those of one never stopped; slower. A CPU does so anyway.",
     )
-    seed: Integer = Field(42, ge=0, description="Of adapters, data order and dropout.")
+    seed: Integer = Field(42, ge=0, le=_LARGEST_SEED, description="Of adapters, data order and dropout.")
     logging_steps: Number = Field(1, gt=0, description="Steps between two log lines.")
     save_steps: Number = Field(500, gt=0, description="Steps between two checkpoints; the end is always saved.")
     save_total_limit: Integer | None = Field(2, ge=1, description="Checkpoints that are kept.")

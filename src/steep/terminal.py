@@ -18,6 +18,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from steep.errors import one_line
+
 if TYPE_CHECKING:  # this file is imported before the libraries
     from steep.data.token_file import Budget
     from steep.data.token_file import Progress as Tokenised
@@ -64,11 +66,11 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """A note on what happens now."""
-        self.err.print(escape(text), highlight=False)
+        self.err.print(escape(one_line(text)), highlight=False)
 
     def warn(self, text: str) -> None:
         """A warning in plain words."""
-        self.err.print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
+        self.err.print(f"[yellow]warning:[/] {escape(one_line(text))}", highlight=False)
 
     def show(self, table: Table) -> None:
         """A result."""

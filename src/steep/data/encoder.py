@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tokenizers
 
+from steep.data.long_texts import PART, parts
 from steep.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,11 +50,22 @@ class Encoder:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text, without prefix and EOS: one int32 array a text."""
+        if all(len(text) <= PART for text in texts):
+            return self._encode_together(texts)
+        return [
+            np.concatenate([ids for part in parts(text, self._ids_of) for ids in self._encode_together([part])])
+            for text in texts
+        ]
+
+    def _encode_together(self, texts: list[str]) -> list[np.ndarray]:
         if self._fast is not None:
             encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
             return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         rows = self._slow(texts, add_special_tokens=False)
         return [np.array(ids, dtype=np.int32) for ids in rows]
+
+    def _ids_of(self, text: str) -> list[int]:
+        return self._encode_together([text])[0].tolist()
 
     @cached_property
     def fingerprint(self) -> bytes:

@@ -18,6 +18,7 @@ from steep.data.tokens import TokenizedSource
 from steep.errors import UserError
 
 _TOLERANCE = 0.1  # a share reached within a tenth of what was asked needs no warning
+_MOST_PASSES = 1_000  # of a source in an epoch; beyond 4 repeated text teaches little (Muennighoff et al. 2023)
 _PART = 1 << 16  # rows compared at a time
 
 
@@ -201,7 +202,10 @@ def _train_quotas(sources: Sequence[TokenizedSource], train: list[int], tokens: 
     finite = [index for index in train if not sources[index].source.repeat]
     # The source that ends the epoch: the first to run out, or, where all repeat, the largest.
     last = min(finite, key=per_weight.__getitem__) if finite else max(train, key=tokens.__getitem__)
-    quotas = {index: round(weight * per_weight[last]) for index, weight in zip(train, weights, strict=True)}
+    quotas = {
+        index: _quota(sources[index], tokens[index], weight * per_weight[last], f"data.sources[{index}].weight")
+        for index, weight in zip(train, weights, strict=True)
+    }
     return quotas | {last: tokens[last]}
 
 
@@ -212,8 +216,21 @@ def _replay_quotas(
     weights = _weights(sources, replay) or [float(tokens[index]) for index in replay]
     total = sum(weights)
     return {
-        index: round(budget * weight / total) if total else 0 for index, weight in zip(replay, weights, strict=True)
+        index: _quota(sources[index], tokens[index], budget * (weight / total), "data.replay_share") if total else 0
+        for index, weight in zip(replay, weights, strict=True)
     }
+
+
+def _quota(source: TokenizedSource, has: int, asked: float, field: str) -> int:
+    """Tokens that an epoch takes of a source.
+
+    Raises:
+        UserError: it would be repeated so often that one of the numbers is a mistake.
+    """
+    if source.source.repeat and asked > _MOST_PASSES * has > 0:
+        problem = f"{source.source.location} would stand {asked / has:,.0f} times in an epoch"
+        raise UserError(field, problem, f"Lower it, or give more text: {_MOST_PASSES:,} times is the most")
+    return round(asked)
 
 
 def _choose(source: TokenizedSource, pool: np.ndarray, quota: int, random: np.random.Generator) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from steep.data.encoder import Encoder
+from steep.data.files import find_files
 from steep.data.heldout import HeldoutDocuments, heldout_by_domain
 from steep.data.ledger import build_ledger, describe_sources
 from steep.data.mixing import Mixture, assign_sides, mix
@@ -170,6 +172,7 @@ def pack(
     """
     _check(max_length, strategy, replay_share, holdout, seed)
     given = _as_sources(sources)
+    _reject_shared_files(given)
     _reject_shared_default_domains(given)
     tokenized = tokenize_sources(given, tokenizer, cache_dir, progress, documents)
     if vocab_size is not None:
@@ -232,6 +235,23 @@ def _as_sources(given: SourceLike | Sequence[SourceLike]) -> list[Source]:
             field = ".".join([f"data.sources[{index}]", *map(str, first["loc"])])
             raise UserError(field, first["msg"], "Correct the source") from error
     return sources
+
+
+def _reject_shared_files(sources: list[Source]) -> None:
+    """A file has one role: read as two, its documents would be left out of one of them as duplicates."""
+    first: dict[Any, tuple[int, Source]] = {}
+    for index, source in enumerate(sources):
+        if source.hub:
+            places: list[Any] = [(source.hub, source.subset, source.split, source.revision)]
+        else:
+            places = [os.path.realpath(file) for file in find_files(source, f"data.sources[{index}]").read]
+        for place in places:
+            before, other = first.setdefault(place, (index, source))
+            if other.role != source.role:
+                what = source.location if source.hub else place
+                problem = f"{what} is read here as {source.role}, and by data.sources[{before}] as {other.role}"
+                field = f"data.sources[{index}].{'hub' if source.hub else 'path'}"
+                raise UserError(field, problem, "Give each role text of its own")
 
 
 def _reject_shared_default_domains(sources: list[Source]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,10 @@ from steep.errors import UserError
 _ARROW_NAME = {"gz": "gzip", "zst": "zstd"}
 _BUFFER = 1 << 20  # bytes; pyarrow decompresses a megabyte at a time
 _ROWS = 512  # parquet rows decoded at a time
+MOST_BYTES = 128 * 2**20  # of one document; they are held in memory several times while they are tokenised
+# Text that is worth learning packs to a third or a tenth. Zeros pack to a thousandth: a small file would fill the disk.
+_MOST_UNPACKED = 200
+_ALWAYS_UNPACKED = 64 * 2**20
 
 
 def read_documents(source: Source, field: str, files: Iterable[Path] | None = None) -> Iterator[str]:
@@ -72,9 +77,13 @@ def read_file(path: Path, kind: str, packed: str | None, text_field: str, field:
         elif kind == "csv":
             yield from _read_csv(stream, path, text_field, field)
         else:
-            raw = stream.read()
+            raw = stream.read(MOST_BYTES + 1)
+            if len(raw) > MOST_BYTES:
+                raise _too_long(str(path), field)
             text = _without_bom(raw)
-            yield _decode(text, path, len(raw) - len(text), field)
+            decoded = _decode(text, path, len(raw) - len(text), field)
+            _reject_nul(decoded, str(path), field)
+            yield decoded
 
 
 @contextmanager
@@ -83,11 +92,41 @@ def _open_bytes(path: Path, packed: str | None, field: str) -> Iterator[io.Buffe
     # not, and reads several members or frames one after the other.
     try:
         raw: Any = pa.input_stream(str(path), compression=_ARROW_NAME[packed] if packed else None)
+        if packed:
+            raw = _Unpacking(raw, path, field)
         with io.BufferedReader(raw, _BUFFER) as stream:
             yield stream
     except OSError as error:
         what = f"{path} is truncated or not a .{packed} file" if packed else f"{path} cannot be read"
         raise UserError(f"{field}.path", f"{what} ({error})", "Copy or download the file again") from error
+
+
+class _Unpacking(io.RawIOBase):
+    """The bytes of a packed file, up to a multiple of its size."""
+
+    def __init__(self, raw: Any, path: Path, field: str) -> None:
+        self._raw, self._path, self._field = raw, path, field
+        self._left = max(_ALWAYS_UNPACKED, _MOST_UNPACKED * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._raw.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            problem = f"{self._path} unpacks to more than {_MOST_UNPACKED} times its size: it is no text"
+            raise UserError(f"{self._field}.path", problem, "Remove the file, or give it unpacked")
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _too_long(place: str, field: str) -> UserError:
+    problem = f"{place}: a document of more than {MOST_BYTES // 2**20} MiB"
+    return UserError(f"{field}.path", problem, "Write a document a line (.jsonl), or split the file")
 
 
 def _without_bom(data: bytes) -> bytes:
@@ -101,16 +140,35 @@ def _decode(data: bytes, path: Path, offset: int, field: str, line: int | None =
         if offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             remedy = "Convert the file: iconv -f UTF-16 -t UTF-8 OLD > NEW"
             raise UserError(f"{field}.path", f"{path} is UTF-16 and not UTF-8", remedy) from error
+        if b"\0" in data:
+            raise _binary(f"{path}" + (f", line {line}" if line else ""), field) from error
         place = f"{path}, byte {offset + error.start}" + (f" (line {line})" if line else "")
         problem = f"{place}: byte 0x{data[error.start]:02x} is not UTF-8"
         remedy = "Convert the file, e.g. iconv -f CP949 -t UTF-8 OLD > NEW, with the encoding that it really has"
         raise UserError(f"{field}.path", problem, remedy) from error
 
 
+def _binary(place: str, field: str) -> UserError:
+    remedy = "Remove the file, or convert it to UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)"
+    return UserError(f"{field}.path", f"{place}: a NUL byte: it is a binary file, or UTF-16", remedy)
+
+
+def _reject_nul(text: str, place: str, field: str) -> None:
+    """A NUL stands in text files by mistake only: UTF-16 and tar archives can be valid UTF-8. JSON has to say \\u0000,
+    and parquet knows its text from its numbers: there it is a character like any other."""
+    if "\0" in text:
+        raise _binary(place, field)
+
+
 def _lines(stream: io.BufferedReader, path: Path, field: str) -> Iterator[str]:
     """Decoded lines with their line ends; a line ends at a line feed only."""
     offset = 0
-    for number, raw in enumerate(stream, start=1):
+    for number in itertools.count(1):
+        raw = stream.readline(MOST_BYTES + 1)
+        if not raw:
+            return
+        if len(raw) > MOST_BYTES:
+            raise _too_long(f"{path}, line {number}", field)
         line = _without_bom(raw) if number == 1 else raw
         yield _decode(line, path, offset + len(raw) - len(line), field, number)
         offset += len(raw)
@@ -173,7 +231,11 @@ def _read_csv(stream: io.BufferedReader, path: Path, text_field: str, field: str
             if len(row) != len(header):
                 problem = f"{place}: {len(row)} fields where the header has {len(header)}"
                 raise UserError(f"{field}.path", problem, "Put text that holds a comma or a line end in double quotes")
-            yield row[column]
+            text = row[column]
+            if len(text) > MOST_BYTES:
+                raise _too_long(place, field)
+            _reject_nul(text, place, field)
+            yield text
     except csv.Error as error:
         problem = f"{path}, line {rows.line_num}: broken CSV ({error})"
         remedy = "Fields are separated by commas, quoted with double quotes, and a quote inside is doubled"

@@ -7,15 +7,40 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import AfterValidator, AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 MIN_LENGTH = 8  # tokens of a row, at the least; the run file's schema and `pack` both refuse less
 TEXT_FORMATS = ("txt", "md", "jsonl", "csv")
 SUPPORTED_SUFFIXES = (*(f".{name}{packed}" for name in TEXT_FORMATS for packed in ("", ".gz", ".zst")), ".parquet")
 _SUFFIX = re.compile(rf"\.(?:(?P<text>{'|'.join(TEXT_FORMATS)})(?:\.(?P<packed>gz|zst))?|(?P<parquet>parquet))$", re.I)
 _SPLIT_NAME = re.compile(r"\.(?:train|training|valid|validation|dev|test|eval|heldout|replay)$", re.I)
+_LONGEST_NAME = 255  # bytes, on every common file system
+
+
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")
+    return value
+
+
+def _place(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a place on disk cannot hold the character NUL")
+    if any(len(part.encode()) > _LONGEST_NAME for part in value.split("/")):
+        raise ValueError(f"a name in it is longer than the {_LONGEST_NAME} bytes that a file's may have")
+    if value.startswith("~"):
+        try:
+            Path(value).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"there is no home folder {value.split('/')[0]}") from error
+    return value
+
+
+# YAML reads 3e-5 as text, which pydantic turns into a number; it would turn true into 1 as well.
+Number = Annotated[float, BeforeValidator(_no_flag), AllowInfNan(False)]
+Place = Annotated[str, AfterValidator(_place)]
 
 
 class Source(BaseModel):
@@ -23,7 +48,7 @@ class Source(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str | None = Field(
+    path: Place | None = Field(
         default=None,
         description="File, folder (with its subfolders) or glob of .txt, .md, .jsonl, .csv (each also .gz or .zst) "
         "or .parquet. Give either path or hub.",
@@ -51,10 +76,9 @@ class Source(BaseModel):
     domain: str | None = Field(
         default=None, description="Name under which results are reported; by default made from the path or hub name."
     )
-    weight: float | None = Field(
+    weight: Number | None = Field(
         default=None,
         gt=0,
-        allow_inf_nan=False,
         description="Share of the tokens relative to the other sources of the same role. Without weights every "
         "document counts once an epoch.",
     )

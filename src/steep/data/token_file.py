@@ -31,7 +31,7 @@ Progress = Callable[[int, int, "Budget | None"], None]
 Stamp = tuple[int, int]
 """Size and time of change (ns) of a file."""
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 METADATA_KEY = b"steep"
 COLUMNS = [
     ("input_ids", pa.list_(pa.int32())),

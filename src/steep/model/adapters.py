@@ -27,7 +27,7 @@ from steep.model.adapter_start import (
 )
 from steep.model.embeddings import is_tied
 from steep.model.load import DTYPES
-from steep.model.names import EMBEDDINGS, LINEAR_LAYERS
+from steep.model.names import DEFAULT_RANK, EMBEDDINGS, LINEAR_LAYERS
 
 logger = logging.getLogger("steep")
 
@@ -69,6 +69,18 @@ def lowered_ranks(shapes: Mapping[str, tuple[int, int]], r: int) -> dict[str, in
     return {name: min(shape) for name, shape in shapes.items() if min(shape) < r}
 
 
+def check_rank(model: nn.Module, target_modules: Sequence[str] | str, r: int, field: str = "adapter.r") -> None:
+    """Check that some layer can use the whole of `r`; the default is lowered for any model. Works on the meta device.
+
+    Raises:
+        UserError: it is above the smaller side of every layer.
+    """
+    largest = max((min(shape) for shape in targeted(linear_shapes(model), target_modules).values()), default=0)
+    if r > largest and r != DEFAULT_RANK:
+        problem = f"{r} is above the smaller side of every layer: none has a rank beyond {largest}"
+        raise UserError(field, problem, f"Give {largest} or less.")
+
+
 def rank_pattern(shapes: Mapping[str, tuple[int, int]], r: int) -> dict[str, int]:
     """PEFT's `rank_pattern` for `lowered_ranks`: ``k_proj: 192`` where all layers of a name agree, else full names."""
     ranks: dict[str, set[int]] = {}
@@ -98,7 +110,7 @@ def check_embeddings(model: nn.Module, modules_to_save: Sequence[str], field: st
 def add_adapters(
     model: Any,
     *,
-    r: int = 256,
+    r: int = DEFAULT_RANK,
     lora_alpha: float = 32,
     use_rslora: bool = True,
     lora_dropout: float = 0.0,

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils.hub import cached_file
 
 from steep.errors import UserError
-from steep.model.safety import INDEX, SINGLE, shards_of
+from steep.model.weight_files import weight_files
 
 
 class BaseTensors(Mapping[str, torch.Tensor]):
@@ -26,18 +25,9 @@ class BaseTensors(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, name: str, *, revision: str | None = None, field: str = "model.name") -> None:
-        self._name, self._revision, self._field = name, revision, field
-        index = self._find(INDEX)
-        shards = [SINGLE] if index is None else shards_of(index, field)
+        self._field = field
         self._files: dict[str, Path] = {}
-        for shard in shards:
-            file = self._find(shard)
-            if file is None:
-                raise UserError(
-                    field,
-                    f"{self._name} has no {shard}",
-                    "Give a checkpoint in safetensors, with all its shards (save_pretrained writes one).",
-                )
+        for file in weight_files(name, revision=revision, field=field):
             with self._opened(file) as tensors:
                 self._files |= dict.fromkeys(tensors.keys(), file)
 
@@ -59,15 +49,5 @@ class BaseTensors(Mapping[str, torch.Tensor]):
     def _opened(self, file: Path):
         try:
             return safe_open(file, framework="pt")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(self._field, f"{file} is damaged: {error}", "Download it again.") from error
-
-    def _find(self, file: str) -> Path | None:
-        found = cached_file(
-            self._name,
-            file,
-            revision=self._revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        return None if found is None else Path(found)

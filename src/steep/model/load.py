@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from steep.errors import UserError
 from steep.model.attention import attention, attention_refused
+from steep.model.empty import empty_model
 from steep.model.gguf import convert
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.model.safety import check_weights_in_safetensors
+from steep.model.stored_weights import check_stored
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -104,6 +106,7 @@ def load_resolved(
         arguments["quantization_config"] = _quantization(base, compute)
     if torch.cuda.is_available():
         arguments["device_map"] = {"": torch.cuda.current_device()}
+    check_stored(resolved, empty_model(resolved, attn_implementation))
     with attention_refused(attn_implementation):
         model = AutoModelForCausalLM.from_pretrained(resolved.name, **arguments)
     if resolved.quantization is not None:

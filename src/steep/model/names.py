@@ -4,6 +4,7 @@ from __future__ import annotations
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDINGS = ("embed_tokens", "lm_head")
+DEFAULT_RANK = 256
 
 
 def can_only_be_path(name: str) -> bool:

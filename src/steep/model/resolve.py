@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import is_offline_mode
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -22,6 +22,8 @@ from steep.model.gguf import check_readable, converted_folder, correct_special_t
 from steep.model.names import can_only_be_path
 from steep.model.safety import check_safe, refuse_link_outside
 
+# What the libraries raise where a file is missing or damaged, or holds values that they did not expect.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 _CHAT = {"instruct", "it", "chat", "sft", "dpo", "rlhf"}
 _BASE = {"base", "pt", "pretrained"}
 
@@ -91,11 +93,13 @@ def resolve(
             name, arguments["gguf_file"] = str(file.parent), file.name
     elif not Path(name).is_dir() and can_only_be_path(name):
         raise UserError(field, f"there is no folder {name}", "Give an existing model folder or a name on the hub.")
-    elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        what = (
-            "holds an adapter, not a model" if (Path(name) / "adapter_config.json").is_file() else "has no config.json"
-        )
-        raise UserError(field, f"the folder {name} {what}", "Give a folder that save_pretrained wrote, or a hub name.")
+    elif Path(name).is_dir():
+        remedy = "Give a folder that save_pretrained wrote, or a hub name."
+        # Beside a config.json transformers would take the adapter, and the model that it names.
+        if (Path(name) / "adapter_config.json").is_file():
+            raise UserError(field, f"the folder {name} holds an adapter, not a model", remedy)
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(field, f"the folder {name} has no config.json", remedy)
     config = read_config(name, arguments, field)
     _check_causal(config, name, field)
     resolved = ResolvedModel(name, arguments, config)
@@ -116,10 +120,19 @@ def read_tokenizer(model: ResolvedModel, field: str = "model.name") -> Any:
     Raises:
         UserError: it has none.
     """
+    folder = Path(model.name)
+    if folder.is_dir() and "gguf_file" not in model.arguments and not _holds_tokenizer(folder):
+        remedy = "Put the files of the base model's tokenizer beside it (tokenizer.json, tokenizer_config.json)."
+        raise UserError(field, f"the folder {folder} has no tokenizer", remedy)
     tokenizer = _read(AutoTokenizer, model.name, model.arguments, field)
     if "gguf_file" in model.arguments:
         correct_special_tokens(tokenizer, Path(model.name) / model.arguments["gguf_file"], field)
     return tokenizer
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    kinds = ("token", "vocab", "spiece", "sentencepiece", "merges", "tekken")
+    return any(file.name.startswith(kinds) or file.suffix in (".model", ".tiktoken") for file in folder.iterdir())
 
 
 def read_tokenizer_folder(folder: Path, field: str = "run folder") -> Any:
@@ -158,8 +171,8 @@ def read_config(name: str, arguments: dict[str, Any], field: str) -> PretrainedC
 def _read(loader: Any, name: str, arguments: dict[str, Any], field: str) -> Any:
     try:
         return loader.from_pretrained(name, **arguments)
-    except (OSError, ValueError, HFValidationError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (*_UNREADABLE, HFValidationError, StrictDataclassError) as error:
+        reason = " ".join(" ".join(str(error).splitlines()[:2]).split()).rstrip(". ") or type(error).__name__
         if "trust_remote_code" in str(error):
             remedy = "If you trust that code, set model.trust_remote_code: true."
             raise UserError(field, f"{name} needs code that comes with the checkpoint", remedy) from error

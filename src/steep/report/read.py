@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from steep.config import read_yaml
 from steep.errors import UserError
 from steep.run_folder import RunFolder
 
@@ -129,19 +129,19 @@ def read_run(path: Path, label: str | None = None) -> Run:
     """
     folder = RunFolder(path)
     folder.refuse_links()
-    text = (folder / "run.yaml").read_text(encoding="utf-8") if (folder / "run.yaml").exists() else ""
+    text = _text(folder / "run.yaml")
     return Run(
         path=path,
         label=label or path.absolute().name,
         config=_yaml(folder / "run.yaml", text),
         config_text=text,
-        plan=_json(folder / "plan.json"),
-        environment=_json(folder / "environment.json"),
+        plan=folder.read_json("plan.json"),
+        environment=folder.read_json("environment.json"),
         metrics=folder.read_lines("metrics.jsonl"),
         evaluation=folder.read_lines("evaluation.jsonl"),
         samples=folder.read_lines("samples.jsonl"),
-        ledger=_json(folder / "ledger.json"),
-        proof=_json(folder / "proof.json"),
+        ledger=folder.read_json("ledger.json"),
+        proof=folder.read_json("proof.json"),
         finished=folder.final.is_dir(),
         written=max((stamp[0] / 1e9 for stamp in stamps(path) if stamp), default=None),
     )
@@ -157,18 +157,18 @@ def stamps(path: Path) -> list[tuple[int, int] | None]:
     return found
 
 
-def _json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
+def _text(file: Path) -> str:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError("run folder", f"{file} is damaged: {error}", "Mend or delete the file.") from error
+        return file.read_text(encoding="utf-8") if file.exists() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(
+            "run folder", f"{file} is damaged: it is not UTF-8", "Give a folder that a run wrote."
+        ) from error
 
 
 def _yaml(file: Path, text: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(text) if text else {}
+        tree = read_yaml(text) if text else {}
     except yaml.YAMLError as error:
         raise UserError("run folder", f"{file} is damaged: {error}", "Mend the line it names.") from error
     if not isinstance(tree, dict):

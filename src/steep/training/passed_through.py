@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from steep.errors import UserError, did_you_mean
+from steep.errors import UserError, did_you_mean, shown
 from steep.training.arguments import TrainingArguments
 
 # Honoured as they are: transformers' own code does what they say, and nothing of steep stands in its way.
@@ -20,6 +20,20 @@ HONOURED = {
     "project", "run_name", "save_strategy", "tf32", "torch_empty_cache_steps", "trackio_bucket_id", "trackio_space_id",
     "trackio_static_space_id",
 }  # fmt: skip
+
+# What they do not check themselves, or only when the model is loaded.
+_Share = Annotated[float, Field(ge=0, lt=1)]
+_Count = Annotated[int, Field(ge=0)]
+BOUNDED = {
+    "adam_beta1": _Share,
+    "adam_beta2": _Share,
+    "adam_epsilon": Annotated[float, Field(ge=0, allow_inf_nan=False)],
+    "data_seed": Annotated[int | None, Field(ge=0, lt=2**32)],
+    "dataloader_num_workers": _Count,
+    "dataloader_prefetch_factor": Annotated[int | None, Field(gt=0)],
+    "eval_delay": Annotated[float, Field(ge=0, allow_inf_nan=False)],
+    "torch_empty_cache_steps": Annotated[int | None, Field(gt=0)],
+}
 
 _PRECISION = "precision is one choice: set model.base, model.trained_dtype and model.compute_dtype"
 _SEVERAL = "a run uses one GPU"
@@ -97,8 +111,8 @@ def check_further(given: Mapping[str, Any], listed: Sequence[str]) -> dict[str, 
         if (name, value) == ("save_strategy", "best"):
             raise UserError(field, "steep cannot honour best: no single metric decides", "Give steps, epoch or no.")
         try:
-            checked[name] = TypeAdapter(hints[name]).validate_python(value)
+            checked[name] = TypeAdapter(BOUNDED.get(name, hints[name])).validate_python(value)
         except ValidationError as error:
             message = error.errors()[0]["msg"]
-            raise UserError(field, f"{value!r} is not valid: {message}", "Give a value of that kind.") from error
+            raise UserError(field, f"{shown(value)} is not valid: {message}", "Give a value of that kind.") from error
     return checked

@@ -1,0 +1,134 @@
+"""The weights of a base before they are loaded: every tensor is there, in the shape that the config says, and finite.
+
+transformers fills what a checkpoint lacks with random numbers and goes on; a NaN would be found at the first step, or,
+quantised to 4 bits, never.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
+
+from steep.errors import UserError
+from steep.model.resolve import ResolvedModel
+from steep.model.weight_files import weight_files
+
+_REMEDY = "Download it again, or give another checkpoint."
+
+
+def check_stored(resolved: ResolvedModel, empty: Any, field: str = "model.name", *, download: bool = True) -> list[str]:
+    """Compare what is stored with `empty`, the model that the config makes. Only the files' headers are read.
+
+    transformers' own loading is asked, with tensors on the meta device, since it knows which stored name becomes which
+    parameter. Weights that are stored quantised are not compared: their shapes are not the model's.
+
+    Args:
+        download: whether a hub model may be downloaded for it. If not, one that is not in the cache is not checked.
+
+    Returns:
+        What the user should know, in plain words.
+
+    Raises:
+        UserError: a file is missing or damaged, a tensor is missing or has another shape.
+    """
+    if "gguf_file" in resolved.arguments:  # converted first
+        return []
+    files = weight_files(resolved.name, revision=resolved.arguments.get("revision"), field=field, download=download)
+    stored = {
+        name: torch.empty(shape, dtype=torch.float32, device="meta")
+        for file in files
+        for name, shape in _shapes(file, field).items()
+    }
+    if not stored or resolved.quantization is not None:
+        return []
+    with _without_reports():
+        _, found = type(empty).from_pretrained(
+            None,
+            config=resolved.config,
+            state_dict=stored,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,  # told below
+            output_loading_info=True,
+        )
+    if missing := sorted(found["missing_keys"]):
+        problem = f"{resolved.name} does not hold {missing[0]}{_and_more(missing)}, which its config.json asks for"
+        raise UserError(field, problem, "Give the config.json and the weights that belong together.")
+    if mismatched := sorted(found["mismatched_keys"]):
+        name, shape, meant = mismatched[0]
+        problem = f"{resolved.name} holds {name} as {_size(shape)}{_and_more(mismatched)}"
+        problem += f", and its config.json makes it {_size(meant)}"
+        raise UserError(field, problem, "Give the config.json and the weights that belong together.")
+    if unused := sorted(found["unexpected_keys"]):
+        return [
+            f"{resolved.name} holds {unused[0]}{_and_more(unused)}, for which its config.json has no place: unused."
+        ]
+    return []
+
+
+def check_finite(resolved: ResolvedModel, field: str = "model.name") -> None:
+    """Read every tensor once.
+
+    Raises:
+        UserError: one holds NaN or infinite values, or a file is damaged.
+    """
+    for file in weight_files(resolved.name, revision=resolved.arguments.get("revision"), field=field):
+        with _opened(file, field) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                tensor = tensors.get_tensor(name)
+                if not _is_finite(tensor):
+                    count = int((~torch.isfinite(tensor)).sum())
+                    problem = f"{count:,} of the {tensor.numel():,} values of {name} in {file} are NaN or infinite"
+                    raise UserError(field, problem, _REMEDY)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    # A sum costs a pass and no memory, and is not finite if any value is not; it may overflow by itself.
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+
+
+def _shapes(file: Path, field: str) -> dict[str, tuple[int, ...]]:
+    with _opened(file, field) as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def _opened(file: Path, field: str) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(field, f"{file} is damaged: {error}", _REMEDY) from error
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """transformers would show a bar, and print a table of what is missing, which the error says."""
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _size(shape: Any) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def _and_more(names: list[Any]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

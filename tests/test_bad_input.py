@@ -1,0 +1,86 @@
+"""What users and hostile testers hand in. Each row: one line that names field, value and remedy, exit code 2, no
+traceback, before the model is loaded; and everything on the disk is as it was."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from steep.config import load_config
+from steep.run import train_run
+from tests.bad_input.damage import Scene, make_scene
+from tests.bad_input.model import MODEL
+from tests.bad_input.places import PLACES
+from tests.bad_input.run_file import RUN_FILE
+from tests.bad_input.runs import RUNS, RunRow
+from tests.bad_input.settings import SETTINGS
+from tests.bad_input.table import Row
+from tests.bad_input.text import TEXT
+from tests.command_line import Steep, assert_one_error_line
+
+ROWS = [*RUN_FILE, *SETTINGS, *TEXT, *MODEL, *PLACES]
+
+
+@pytest.fixture
+def scene(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    """A run in order, whose model must not be loaded."""
+    folder = tmp_path / "scene"
+    folder.mkdir()
+    monkeypatch.setenv("STEEP_CACHE", str(tmp_path / "cache"))
+
+    def load(*given: object, **settings: object) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    return make_scene(folder, llama_folder)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_wrong_input_is_one_line(row: Row, scene: Scene, steep: Steep) -> None:
+    def here(word: str) -> str:
+        return word.replace("FOLDER", str(scene.folder))
+
+    row.spoil(scene)
+    scene.finish()
+    before = scene.contents()
+    words = [here(word) for word in row.words]
+    said = steep(row.command, *(words if words[:1] == [here("FOLDER/none.yaml")] else [scene.file, *words]))
+    assert_one_error_line(said, f"error: {here(row.field)}: ", *row.says)
+    assert scene.contents() == before
+    cache = scene.folder.parent / "cache"
+    assert [file for file in cache.rglob("*") if file.is_file() and file.suffix != ".arrow"] == []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Scene:
+    """A run that went well. Not to be written to."""
+    scene = make_scene(tmp_path_factory.mktemp("finished"), llama_folder)
+    scene.finish()
+    train_run(load_config(scene.file))
+    return scene
+
+
+@pytest.mark.parametrize("row", RUNS, ids=lambda row: row.name)
+def test_a_finished_run_asked_for_what_it_cannot_give(
+    row: RunRow, finished: Scene, steep: Steep, tmp_path: Path
+) -> None:
+    run, file = shutil.copytree(finished.run, tmp_path / "run"), tmp_path / "file.yaml"
+    tree = {**finished.tree, "training": {**finished.tree["training"], "output_dir": str(run)}}
+    for place in (file, run / "run.yaml"):
+        place.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    row.spoil(run)
+    scene = Scene(tmp_path, finished.model, finished.text)
+    before = scene.contents()
+    places = {"RUN": str(run), "FILE": str(file), "FOLDER": str(tmp_path)}
+    words = [re.sub("RUN|FILE|FOLDER", lambda found: places[found[0]], word) for word in row.words.split(" ")]
+    assert_one_error_line(steep(*words), f"error: {row.field}: ", *row.says)
+    assert scene.contents() == before
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len({row.name for row in ROWS}) == len(ROWS) >= 60
