@@ -153,7 +153,10 @@ def test_overrides_that_fit_nowhere(words: list[str], file: Path) -> None:
     [
         (b"\xff\xfe", "is not UTF-8 at byte 0"),
         (b"a: [1", "is not valid YAML"),
-        (b"model: {name: a}\nmodel: {name: b}\n", "is not valid YAML in line 2: 'model' stands twice in a section"),
+        (
+            b"model: {name: a}\nmodel: {name: b}\n",
+            "is not valid YAML in line 2, column 1: 'model' stands twice in a section",
+        ),
         (b"", "holds no sections"),
         (b"- 1", "holds no sections"),
         (b"model:\n", "model: "),

@@ -22,7 +22,8 @@ from steep import heed_signals, run
 from steep.errors import Stopped
 from steep.stopping import Interrupted
 from steep.training.trainer import Trainer
-from tests.test_cli import Said, Steep, run_file, steep  # noqa: F401
+from tests.command_line import Said, Steep
+from tests.test_cli import run_file  # noqa: F401
 from tests.test_run import lines
 
 OF_THE_CLOCK = ("tokens_per_second", "peak_memory_bytes")
@@ -156,7 +157,7 @@ def test_a_library_call_leaves_signals_alone(steep: Steep, run_file: Path, monke
 
 
 def test_stopped_several_times_is_never_stopped(
-    steep: Steep,  # noqa: F811
+    steep: Steep,
     run_file: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -188,7 +189,7 @@ def test_stopped_several_times_is_never_stopped(
 
 
 def test_a_signal_in_the_last_step_changes_nothing(
-    steep: Steep,  # noqa: F811
+    steep: Steep,
     run_file: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -201,7 +202,7 @@ def test_a_signal_in_the_last_step_changes_nothing(
 @pytest.mark.parametrize("at_its_end", [False, True])
 def test_an_epoch_that_is_left_does_not_end(
     at_its_end: bool,
-    steep: Steep,  # noqa: F811
+    steep: Steep,
     run_file: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -230,7 +231,7 @@ def test_an_epoch_that_is_left_does_not_end(
 def test_a_second_signal_ends_the_run_at_once(
     number: int,
     code: int,
-    steep: Steep,  # noqa: F811
+    steep: Steep,
     run_file: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -257,7 +258,7 @@ def test_outside_of_training_one_signal_ends_it(
     phase: str,
     number: int,
     code: int,
-    steep: Steep,  # noqa: F811
+    steep: Steep,
     run_file: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

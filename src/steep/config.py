@@ -48,7 +48,8 @@ def read_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.reader.ReaderError as error:
-        mark = yaml.Mark("", error.position, text.count("\n", 0, error.position), 0, None, 0)
+        before = text[: error.position]
+        mark = yaml.Mark("", len(before), before.count("\n"), len(before) - before.rfind("\n") - 1, None, 0)
         problem = f"the character U+{error.character:04X} is not allowed"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark) from error
     except RecursionError as error:
@@ -76,7 +77,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError("run file", f"{path} is not UTF-8 at byte {error.start}", "Save it as UTF-8.") from error
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        place = f" in line {mark.line + 1}" if mark else ""
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError("run file", f"{path} is not valid YAML{place}: {problem}", "Mend that line.") from error
     if not isinstance(tree, dict):
         raise UserError("run file", f"{path} holds no sections", "Write one with: steep init")

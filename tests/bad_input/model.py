@@ -43,7 +43,7 @@ MODEL = [
         "quantised by gptq",
         "16-bit checkpoint",
     ),
-    row("an adapter", "model.name", adapter, "holds an adapter, not a model"),
+    row("an adapter", "model.name", adapter, "holds an adapter (adapter_config.json)", "base model alone"),
     row("no tokenizer", "model.name", no_tokenizer, "has no tokenizer", "tokenizer.json"),
     row("a broken tokenizer", "model.name", model_file("tokenizer.json", b"{"), "cannot be read"),
     row("a tokenizer too large", "model.name", larger_tokenizer, "token id 433", "ids end at 383", "belong together"),

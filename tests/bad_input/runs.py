@@ -101,7 +101,7 @@ RUNS = [
         "a damaged adapter_config",
         "eval RUN",
         "run folder",
-        "final/adapter_config.json is damaged",
+        "final/adapter_config.json cannot be read",
         "Put it back",
         spoil=garbage("final/adapter_config.json"),
     ),

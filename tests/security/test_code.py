@@ -110,7 +110,9 @@ def test_code_that_comes_with_the_checkpoint_needs_to_be_trusted(base: Path, pay
     with pytest.raises(UserError, match=r"needs code that comes with the checkpoint\. If you trust that code, set"):
         resolve(str(base))
     assert not payload.ran
-    with pytest.raises(AttributeError):  # the planted class is no config, but it was imported
+    with pytest.raises(
+        UserError, match="register_for_auto_class"
+    ):  # the planted class is no config, but it was imported
         resolve(str(base), trust_remote_code=True)
     assert payload.works()
 
@@ -350,7 +352,7 @@ def test_a_run_folder_does_not_decide_that_code_is_run(
     with pytest.raises(UserError, match=r"asks to run Python code .*add --trust-remote-code"):
         command(run)
     assert not payload.ran
-    with pytest.raises(AttributeError):
+    with pytest.raises(UserError, match="register_for_auto_class"):
         command(run, trust_remote_code=True)
     assert payload.ran  # asked for by the user, it runs: the folder was really on the way
 

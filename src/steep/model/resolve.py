@@ -95,11 +95,10 @@ def resolve(
         raise UserError(field, f"there is no folder {name}", "Give an existing model folder or a name on the hub.")
     elif Path(name).is_dir():
         remedy = "Give a folder that save_pretrained wrote, or a hub name."
-        # Beside a config.json transformers would take the adapter, and the model that it names.
-        if (Path(name) / "adapter_config.json").is_file():
-            raise UserError(field, f"the folder {name} holds an adapter, not a model", remedy)
         if not (Path(name) / "config.json").is_file():
-            raise UserError(field, f"the folder {name} has no config.json", remedy)
+            is_adapter = (Path(name) / "adapter_config.json").is_file()
+            what = "holds an adapter, not a model" if is_adapter else "has no config.json"
+            raise UserError(field, f"the folder {name} {what}", remedy)
     config = read_config(name, arguments, field)
     _check_causal(config, name, field)
     resolved = ResolvedModel(name, arguments, config)

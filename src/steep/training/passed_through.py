@@ -24,7 +24,7 @@ HONOURED = {
 # What they do not check themselves, or only when the model is loaded.
 _Share = Annotated[float, Field(ge=0, lt=1)]
 _Count = Annotated[int, Field(ge=0)]
-BOUNDED = {
+BOUNDED: dict[str, Any] = {
     "adam_beta1": _Share,
     "adam_beta2": _Share,
     "adam_epsilon": Annotated[float, Field(ge=0, allow_inf_nan=False)],
