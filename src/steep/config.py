@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 from yaml.constructor import ConstructorError
 
+from steep.credentials import refuse_credentials
 from steep.data.sources import Source
 from steep.errors import UserError, did_you_mean, shown
 from steep.schema import RunConfig, TrainingSection
@@ -103,8 +104,9 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     """Validate a tree of plain values.
 
     Raises:
-        UserError: for the first thing that is wrong, with the number of further ones.
+        UserError: for the first thing that is wrong, with the number of further ones; a token or a password in it.
     """
+    refuse_credentials(tree)
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:

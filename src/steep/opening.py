@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import yaml
 from peft import PeftModel
 
+from steep.export.markdown import code, python
 from steep.model.loading_code import loading_code
 from steep.plan import Plan
 
@@ -22,19 +25,20 @@ def write_readme(folder: Path, plan: Plan, model: PeftModel, final: Path) -> Non
 def readme(plan: Plan, model: PeftModel, final: Path) -> str:
     """The text of `final/README.md`."""
     adapter = model.peft_config["default"]
-    base, revision = adapter.base_model_name_or_path, plan.config.model.revision
+    base, revision, place = str(adapter.base_model_name_or_path), plan.config.model.revision, python(str(final))
     quantization, settings = loading_code(plan.base, plan.compute, plan.resolved.quantization is not None)
     grown = plan.shape.vocabulary > plan.resolved.config.get_text_config().vocab_size
     resize = f"base.resize_token_embeddings({plan.shape.vocabulary}, mean_resizing=False)\n" if grown else ""
-    pinned = f', revision="{revision}"' if revision else ""
-    parts = [_HEAD.format(base=base), _TOKENIZER.format(final=final)]
+    pinned = f", revision={python(revision)}" if revision else ""
+    head = yaml.safe_dump({"base_model": base}, allow_unicode=True, width=math.inf)
+    parts = [_HEAD.format(head=head, base=code(base)), _TOKENIZER.format(final=place)]
     # PEFT reads the base's revision there. And it gives the base a row for each token that the tokenizer counts, of
     # which transformers' reader of GGUF files adds one that no embedding has.
     if adapter.revision == revision and len(plan.tokenizer) <= plan.shape.vocabulary:
-        parts.append(_AUTO.format(quantization=quantization, settings=settings, final=final))
+        parts.append(_AUTO.format(quantization=quantization, settings=settings, final=place))
     parts.append(
         _BY_HAND.format(
-            quantization=quantization, settings=settings, final=final, base=base, pinned=pinned, resize=resize
+            quantization=quantization, settings=settings, final=place, base=python(base), pinned=pinned, resize=resize
         )
     )
     if plan.vocabulary is not None:
@@ -43,14 +47,13 @@ def readme(plan: Plan, model: PeftModel, final: Path) -> str:
 
 
 _HEAD = """---
-base_model: {base}
-library_name: peft
+{head}library_name: peft
 pipeline_tag: text-generation
 ---
 
 # The result of a run
 
-A PEFT adapter and trained embeddings over `{base}`, made by steep. The lines below need
+A PEFT adapter and trained embeddings over {base}, made by steep. The lines below need
 `peft`, `transformers` and, for a quantised base, `bitsandbytes`.
 """
 
@@ -59,7 +62,7 @@ _TOKENIZER = """## The tokenizer
 ```python
 from transformers import AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{final}")
+tokenizer = AutoTokenizer.from_pretrained({final})
 ```
 """
 
@@ -70,7 +73,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import BitsAndBytesConfig
 
-{quantization}model = AutoPeftModelForCausalLM.from_pretrained("{final}", {settings})
+{quantization}model = AutoPeftModelForCausalLM.from_pretrained({final}, {settings})
 ```
 """
 
@@ -81,8 +84,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-{quantization}base = AutoModelForCausalLM.from_pretrained("{base}", {settings}{pinned})
-{resize}model = PeftModel.from_pretrained(base, "{final}")
+{quantization}base = AutoModelForCausalLM.from_pretrained({base}, {settings}{pinned})
+{resize}model = PeftModel.from_pretrained(base, {final})
 ```
 """
 

@@ -15,6 +15,8 @@ from steep.model.adapter_config import CONFIG
 
 # What only its own run needs.
 _LEFT_OUT = ("training_args.json", "README.md")
+# What PEFT and tokenizers write; what somebody else put there, such as a pickle, is not handed on in the user's name.
+_KEPT = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
 def write_adapter(adapter: AdapterWeights, folder: Path, base: str, revision: str | None) -> None:
@@ -28,12 +30,18 @@ def write_adapter(adapter: AdapterWeights, folder: Path, base: str, revision: st
         base: how the base is called where others find it; it replaces what may be a path of this machine.
         revision: of the base on the hub.
     """
-    shutil.copytree(adapter.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+    shutil.copytree(adapter.folder, folder, dirs_exist_ok=True, ignore=_ignored)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base, "revision": revision}
     if not adapter.whole:
         config |= _write_folded(adapter, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _ignored(folder: str, names: list[str]) -> list[str]:
+    return [
+        name for name in names if name in _LEFT_OUT or not (Path(name).suffix in _KEPT or Path(folder, name).is_dir())
+    ]
 
 
 def _write_folded(adapter: AdapterWeights, file: Path) -> dict[str, Any]:

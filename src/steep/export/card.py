@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from steep.errors import UserError
 from steep.evaluation.score import DomainScore
 from steep.export.base_weights import Kind
 from steep.export.gate import BITS_LIMIT, Gap, Measured
+from steep.export.markdown import code, inline, python, shell
 from steep.model.loading_code import loading_code
 from steep.model.resolve import ResolvedModel
 
@@ -140,7 +141,7 @@ def write_card(
         **base.licence,
     )
     parts = [
-        f"# {name.rsplit('/', 1)[-1]}",
+        f"# {inline(name.rsplit('/', 1)[-1])}",
         _what_it_is(base, story, form),
         _how_to_open(base, story, form, name, vocabulary_grew),
         *([CONVERTER_NOTE] if misread_by_converter else []),
@@ -158,8 +159,8 @@ def write_card(
 
 def _what_it_is(base: Base, story: Story, form: str) -> str:
     adapter = story.settings["adapter"]
-    revision = f" (revision {base.revision})" if base.revision else ""
-    shown = f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else f"`{base.name}`"
+    revision = f" (revision {inline(base.revision)})" if base.revision else ""
+    shown = f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else code(base.name)
     embeddings = ", its embeddings trained with it" if adapter["modules_to_save"] else ""
     what = {
         "merged": "The adapter is merged: this folder is a whole model.",
@@ -178,20 +179,24 @@ def _what_it_is(base: Base, story: Story, form: str) -> str:
 
 def _how_to_open(base: Base, story: Story, form: str, name: str, vocabulary_grew: bool) -> str:
     if form == "gguf":
-        return f"## Use\n\n```bash\nollama create {name.rsplit('/', 1)[-1]} -f Modelfile\n```"
+        return f"## Use\n\n```bash\nollama create {shell(name.rsplit('/', 1)[-1])} -f Modelfile\n```"
     if form == "merged":
         return (
             "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{name}", device_map="auto")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\n'
-            f"vLLM: `vllm serve {name}`."
+            f'model = AutoModelForCausalLM.from_pretrained({python(name)}, device_map="auto")\n'
+            f"tokenizer = AutoTokenizer.from_pretrained({python(name)})\n```\n\n"
+            f"vLLM: {code(f'vllm serve {shell(name)}')}."
         )
     resize = "base.resize_token_embeddings(len(tokenizer), mean_resizing=False)\n" if vocabulary_grew else ""
-    notes = [*([] if story.settings["adapter"]["modules_to_save"] else [_FOLDED]), *adapter_notes(base, story)]
+    notes = [
+        *([] if story.settings["adapter"]["modules_to_save"] else [_FOLDED]),
+        *adapter_notes(replace(base, name=inline(base.name)), story),
+    ]
     return (
         f"## Use\n\n```python\n{_load_base(base, story)}"
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-        f'{resize}model = PeftModel.from_pretrained(base, "{name}")\n```' + "".join(f"\n\n{note}" for note in notes)
+        f"tokenizer = AutoTokenizer.from_pretrained({python(name)})\n"
+        f"{resize}model = PeftModel.from_pretrained(base, {python(name)})\n```"
+        + "".join(f"\n\n{note}" for note in notes)
     )
 
 
@@ -200,14 +205,15 @@ def _load_base(base: Base, story: Story) -> str:
     if base.stored == "GGUF":  # transformers quantises no GGUF file that it opens
         return (
             "import steep\nfrom peft import PeftModel\nfrom transformers import AutoTokenizer\n\n"
-            f'base, _ = steep.load("{base.name}", base="{plan["base"]}", compute_dtype="{plan["compute_dtype"]}")\n'
+            f"base, _ = steep.load({python(base.name)}, base={python(plan['base'])}, "
+            f"compute_dtype={python(plan['compute_dtype'])})\n"
         )
     quantization, settings = loading_code(plan["base"], plan["compute_dtype"], base.stored is not None)
-    revision = f', revision="{base.revision}"' if base.revision else ""
+    revision = f", revision={python(base.revision)}" if base.revision else ""
     return (
         "import torch\nfrom peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig\n\n"
-        f'{quantization}base = AutoModelForCausalLM.from_pretrained("{base.name}", {settings}{revision}, '
+        f"{quantization}base = AutoModelForCausalLM.from_pretrained({python(base.name)}, {settings}{revision}, "
         'device_map="auto")\n'
     )
 
@@ -369,7 +375,7 @@ def _data(story: Story) -> str:
 
 def _ledger(story: Story) -> str:
     ledger = story.ledger
-    verdict = "All sums agree." if ledger["adds_up"] else f"They do not agree: {'; '.join(ledger['problems'])}."
+    verdict = "All sums agree." if ledger["adds_up"] else f"They do not agree: {inline('; '.join(ledger['problems']))}."
     return (
         f"## Ledger\n\nOf {ledger['targets']:,} targets an epoch {ledger['targets_reached']:,} were trained at least "
         f"once, {ledger['targets_trained']:,} in all ({ledger['epochs']:.2f} epochs), in {ledger['rows_trained']:,} "
@@ -381,9 +387,10 @@ def _versions(story: Story) -> str:
     environment = story.environment
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     card = ", ".join(environment["gpus"]) or "a CPU"
-    return f"## Versions\n\nTrained on {card} with Python {environment['python']}, {packages}."
+    line = f"Trained on {card} with Python {environment['python']}, {packages}."
+    return f"## Versions\n\n{inline(line)}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(inline, line))} |" for line in lines)

@@ -76,7 +76,7 @@ def shards_of(index: Path, field: str) -> list[str]:
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
+        outside = [name for name in names if Path(name).name != name or name == ".."]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(field, f"{index} is damaged: {error!r}", "Download it again.") from error
     if outside:

@@ -57,9 +57,10 @@ REFUSED = {
         _EVALUATION,
     ),
     **dict.fromkeys(
-        ("hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
+        ("hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy",
          "push_to_hub"), _HUB,
     ),
+    "hub_token": "whoever gets the file would have the token; set HF_TOKEN, or log in with hf auth login",
     **dict.fromkeys(("label_smoothing_factor", "label_names", "neftune_noise_alpha"), _LOSS),
     **dict.fromkeys(
         ("dataloader_drop_last", "length_column_name", "remove_unused_columns", "train_sampling_strategy",

@@ -1,0 +1,58 @@
+"""Tokens and passwords: a run file with one is refused, since it is copied into the run folder and shown in the report;
+in what is printed they are left out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from steep.errors import UserError
+
+# What the hub, GitHub, AWS and Weights & Biases issue; and a password in an address.
+_FORMS = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}|\bgh[oprsu]_[A-Za-z0-9]{30,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bwandb_v1_[A-Za-z0-9_]{20,}"
+    r"|(?<=://)[^/\s@]+(?=@)"
+)
+_VARIABLES = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
+_SHORTEST = 16  # of a variable's value that is taken for a secret: shorter ones are parts of plain words
+_HIDDEN = "***"
+
+
+def hide(text: str) -> str:
+    """`text` without what looks like a token or a password, and without the values of variables that hold one."""
+    for value in _of_the_environment():
+        text = text.replace(value, _HIDDEN)
+    return _FORMS.sub(_HIDDEN, text)
+
+
+def refuse_credentials(tree: Any) -> None:
+    """Check every text in a tree of plain values, its keys too.
+
+    Raises:
+        UserError: one holds a token or a password; the message names the field and not the value.
+    """
+    waiting: list[tuple[str, Any]] = [("", tree)]
+    seen: set[int] = set()  # aliases of YAML let a list stand in many places, and in itself
+    while waiting:
+        field, node = waiting.pop()
+        if isinstance(node, str) and hide(node) != node:
+            raise UserError(
+                field,
+                "it holds a token or a password, which would be read by whoever gets the run folder or its report",
+                "Take it out: for the hub set HF_TOKEN or use hf auth login; trackers have variables of their own.",
+            )
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, Mapping):
+            waiting += [(field or "run file", key) for key in node]
+            waiting += [(f"{field}.{key}".lstrip("."), value) for key, value in node.items()]
+        elif isinstance(node, list):
+            waiting += [(f"{field}[{number}]", value) for number, value in enumerate(node)]
+
+
+def _of_the_environment() -> list[str]:
+    found = {value for name, value in os.environ.items() if _VARIABLES.search(name) and len(value) >= _SHORTEST}
+    return sorted((value for value in found if not value.startswith("/")), key=len, reverse=True)
