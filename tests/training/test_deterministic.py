@@ -72,19 +72,20 @@ def test_an_operation_without_a_deterministic_form_is_named() -> None:
         raise RuntimeError("another error of torch's")
 
 
-def test_cublas_has_to_know_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cublas_has_to_know_before_its_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # the environment is put back at the end
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     prepare_cublas("deterministic")
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ  # there is no card
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 512)
     with pytest.raises(UserError, match=r"^training\.deterministic: it needs CUBLAS_WORKSPACE_CONFIG before"):
         prepare_cublas("training.deterministic")
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)  # bitsandbytes' import alone starts CUDA
     prepare_cublas("training.deterministic")
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 512)
     prepare_cublas("training.deterministic")  # the next run of the process
 
 

@@ -26,18 +26,21 @@ def prepare_cublas(field: str) -> None:
     """Give cuBLAS workspaces of its own before it starts, which is when it reads of them. They stay: taken back, the
     next training of this process could not be sure of them.
 
+    cuBLAS starts with the first product. Nobody tells of that, but there is none without memory on the card; CUDA itself
+    is started by the import of bitsandbytes.
+
     Args:
         field: named in the error.
 
     Raises:
-        UserError: CUDA runs already, without them.
+        UserError: the process has computed on a card already, without them.
     """
     if not torch.cuda.is_available() or os.environ.get(_CUBLAS) in _WORKSPACES:
         return
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized() and torch.cuda.max_memory_allocated():
         raise UserError(
             field,
-            f"it needs {_CUBLAS} before CUDA starts, and this process has started it",
+            f"it needs {_CUBLAS} before anything is computed on the card, and this process has done so",
             f"Begin Python with {_CUBLAS}={_WORKSPACES[0]}, or make the TrainingArguments before anything else.",
         )
     os.environ[_CUBLAS] = _WORKSPACES[0]
