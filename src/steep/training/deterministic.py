@@ -26,8 +26,8 @@ def prepare_cublas(field: str) -> None:
     """Give cuBLAS workspaces of its own before it starts, which is when it reads of them. They stay: taken back, the
     next training of this process could not be sure of them.
 
-    cuBLAS starts with the first product. Nobody tells of that, but there is none without memory on the card; CUDA itself
-    is started by the import of bitsandbytes.
+    cuBLAS starts with the first product. Nobody tells of that, but there is none without memory on the card. CUDA
+    itself is started by the import of bitsandbytes.
 
     Args:
         field: named in the error.
