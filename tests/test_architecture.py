@@ -19,9 +19,10 @@ from tests.syntax import SOURCE, called_name, sources
 
 # A module may import from the layers before its own, and from its own.
 LAYERS = (
-    "errors", "credentials", "stopping", "storage", "kernels", "ops", "data", "model", "evaluation", "training",
-    "export", "generation", "schema", "config", "initialise", "memory", "settings", "run_folder", "vocabulary", "plan",
-    "changes", "resume", "terminal", "opening", "result", "run", "hand_over", "report", "doctor", "cli", "__main__",
+    "errors", "credentials", "stopping", "storage", "manifest", "tensor_files", "kernels", "ops", "data", "model",
+    "evaluation", "training", "export", "generation", "schema", "config", "initialise", "memory", "settings",
+    "run_folder", "vocabulary", "plan", "changes", "resume", "terminal", "opening", "result", "run", "hand_over",
+    "report", "doctor", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import yaml
 from steep import cli, run
 from steep.config import parse_config
 from steep.errors import RunError, UserError
+from steep.manifest import read_manifest, write_manifest
 from steep.plan import plan_run
 from steep.result import evaluate_run
 from steep.resume import branch_of
@@ -21,10 +22,10 @@ from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.terminal import plan_tables
-from steep.training.branch import digest_of
 from steep.training.trainer import Trainer
 from tests.test_run import lines, run_file
 from tests.tiny import save_tiny, write_corpus
+from tests.training.helpers import contents
 
 DECAY = {"lr_scheduler_type": "warmup_stable_decay", "max_steps": 4, "save_steps": 2}
 
@@ -82,7 +83,7 @@ def test_it_says_where_it_came_from(branch: Path, parent: Path, korean_corpus: P
     assert read(branch / "parent.json") == {
         "checkpoint": str(parent / "checkpoint-3"),
         "step": 3,
-        "digest": digest_of(parent / "checkpoint-3"),
+        "digest": read_manifest(parent / "checkpoint-3").digest,
         "rate_factor": 1.0,
         "data_start": 0,
         "fingerprint": read(parent / "plan.json")["data"]["fingerprint"],
@@ -120,12 +121,12 @@ def test_both_are_on_the_board(
         return table
 
     monkeypatch.setattr(run, "board", noted)
-    before = digest_of(parent)
+    before = contents(parent)
     result = train_run(branch_file(llama_folder, korean_corpus, tmp_path / "run"), branch=parent / "checkpoint-6")
     assert titles == ["base → trained", "ko/checkpoint-6 → branch"]
     assert result["steps"] == 4
     assert (result["before"][0].step, result["after"][0].step) == (0, 10)
-    assert digest_of(parent) == before, "the parent is left as it was"
+    assert contents(parent) == before, "the parent is left as it was"
 
 
 @pytest.mark.parametrize("adapter", [{"init_lora_weights": "pissa"}, {"use_dora": True}])
@@ -240,6 +241,7 @@ def test_another_tokenizer_is_refused(parent: Path, llama_folder: Path, korean_c
     one, two = names[300], names[301]
     tree["model"]["vocab"][one], tree["model"]["vocab"][two] = 301, 300
     (copy / "checkpoint-3" / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
+    write_manifest(copy / "checkpoint-3")
     with pytest.raises(UserError, match=r"^--branch: the tokenizer is not the one of"):
         train_run(branch_file(llama_folder, korean_corpus, tmp_path / "run"), branch=copy / "checkpoint-3")
 
@@ -263,7 +265,7 @@ def test_places_that_cannot_be(
     with pytest.raises(UserError, match=r"^--branch: it begins a run, and --resume goes on with one"):
         train_run(config, branch=parent / "checkpoint-3", resume=True)
     config = branch_file(llama_folder, korean_corpus, tmp_path / "run")
-    with pytest.raises(UserError, match="is no whole checkpoint: it lacks optimizer"):
+    with pytest.raises(UserError, match="is no whole checkpoint: it is not called checkpoint-N"):
         train_run(config, branch=parent / "final")
     alone = shutil.copytree(parent / "checkpoint-3", tmp_path / "alone" / "checkpoint-3")
     with pytest.raises(UserError, match=r"^--branch: .*alone is not the folder of a run"):

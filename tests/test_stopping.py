@@ -26,7 +26,7 @@ from tests.command_line import Said, Steep
 from tests.test_cli import run_file  # noqa: F401
 from tests.test_run import lines
 
-OF_THE_CLOCK = ("tokens_per_second", "peak_memory_bytes")
+OF_THE_CLOCK = ("tokens_per_second", "peak_memory_bytes", "save_seconds")
 
 
 def traces(folder: Path) -> dict[str, Any]:

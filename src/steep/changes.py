@@ -22,9 +22,9 @@ from steep.training.schedules import factor_of
 HARMLESS = {
     "data.cache_dir", "evaluation.prompts", "evaluation.max_new_tokens",
     *(f"training.{name}" for name in (
-        "output_dir", "save_steps", "save_total_limit", "save_strategy", "logging_steps", "logging_first_step",
-        "logging_strategy", "eval_steps", "eval_strategy", "eval_delay", "report_to", "run_name", "project",
-        "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "log_level", "max_nonfinite_steps",
+        "output_dir", "save_steps", "save_total_limit", "save_strategy", "metric_for_best_model", "logging_steps",
+        "logging_first_step", "logging_strategy", "eval_steps", "eval_strategy", "eval_delay", "report_to", "run_name",
+        "project", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "log_level", "max_nonfinite_steps",
         "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
         "dataloader_multiprocessing_context", "torch_empty_cache_steps",
     )),

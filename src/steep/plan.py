@@ -27,6 +27,7 @@ from steep.settings import embedding_rate, planned_epochs, planned_steps, traini
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
 from steep.training.deterministic import prepare_cublas
+from steep.training.retention import check_best_metric
 from steep.training.schedules import Schedule, kind_of_schedule, schedule_of
 from steep.vocabulary import Vocabulary, grown, warnings
 
@@ -198,6 +199,7 @@ def plan_run(
             "there is no held-out text to evaluate",
             "Raise data.holdout, add a source with role: heldout, or leave it out.",
         )
+    _choose_best_metric(arguments, corpus)
     steps = planned_steps(config, len(corpus.train))
     schedule = schedule_of(arguments, steps, start=branch.rate_factor if branch else None, section="training.")
     if branch is None:  # which begins at a rate that it has
@@ -212,6 +214,7 @@ def plan_run(
     interval = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
     written = math.ceil(steps / max(interval, 1))
     kept = min(written, training.save_total_limit or written) + 1  # one more while the next is written
+    kept += arguments.metric_for_best_model is not None
     disk = {"checkpoints": kept * (result + memory["optimizer states"]), "final": result}
     plan = Plan(
         config, resolved, tokenizer, arguments, corpus, shape, base, compute, steps, memory, disk, branch, schedule
@@ -228,6 +231,19 @@ def plan_run(
             "Give another folder, or lower training.save_total_limit or adapter.r.",
         )
     return plan
+
+
+def _choose_best_metric(arguments: TrainingArguments, corpus: Corpus) -> None:
+    """Set what the best checkpoint is the best by, if scores are taken during training.
+
+    Raises:
+        UserError: the one asked for is none that an evaluation gives.
+    """
+    trained = [domain for domain in corpus.heldout if corpus.roles[domain] == "train"]
+    if arguments.metric_for_best_model is None and arguments.eval_strategy != "no" and trained:
+        arguments.metric_for_best_model = f"eval_{trained[0]}_bits_per_byte"
+    arguments.greater_is_better = False
+    check_best_metric(arguments, corpus.heldout, section="training.")
 
 
 def _check_warmup(arguments: TrainingArguments, steps: int) -> None:

@@ -23,7 +23,6 @@ from steep.changes import (
 )
 from steep.config import recorded_config
 from steep.errors import UserError
-from steep.model.resolve import read_tokenizer_folder
 from steep.plan import Plan
 from steep.run_folder import RunFolder, environment
 from steep.schema import RunConfig
@@ -34,6 +33,21 @@ from steep.training.state_files import load_state
 from steep.vocabulary import refuse_other_words
 
 _NAMED = 5  # files that a message lists
+
+
+def refuse_no_run(folder: RunFolder) -> None:
+    """Check that there is a run to go on with.
+
+    Raises:
+        UserError: there is none, or it holds a link.
+    """
+    if not (folder / "run.yaml").is_file():
+        raise UserError(
+            "--resume",
+            f"{folder.path} holds no run to go on with",
+            "Start the run without --resume, or give its output_dir.",
+        )
+    folder.refuse_links("--resume")
 
 
 def accept_changes(folder: RunFolder, config: RunConfig, done: int, allow: Collection[str] = ()) -> list[Change]:
@@ -47,16 +61,9 @@ def accept_changes(folder: RunFolder, config: RunConfig, done: int, allow: Colle
         What differs and counts, and is accepted.
 
     Raises:
-        UserError: there is no run; a field differs that changes what is computed; the run would end before `done`;
-            `allow` names what a run cannot change.
+        UserError: a field differs that changes what is computed; the run would end before `done`; `allow` names what a
+            run cannot change.
     """
-    if not (folder / "run.yaml").is_file():
-        raise UserError(
-            "--resume",
-            f"{folder.path} holds no run to go on with",
-            "Start the run without --resume, or give its output_dir.",
-        )
-    folder.refuse_links("--resume")
     check_allowed(allow, config)
     before = recorded_config(folder / "run.yaml", "--resume")
     found = changes_between(before, config)
@@ -256,7 +263,7 @@ def refuse_unlike_parent(plan: Plan) -> None:
     parent = RunFolder(Path(branch.checkpoint).parent)
     before, now = json.loads((parent / "plan.json").read_text(encoding="utf-8")), plan.as_dict()
     _refuse_other_precision("--branch", before, now)
-    if read_tokenizer_folder(Path(branch.checkpoint), "--branch").get_vocab() != plan.tokenizer.get_vocab():
+    if branch.tokenizer().get_vocab() != plan.tokenizer.get_vocab():
         raise UserError(
             "--branch", f"the tokenizer is not the one of {branch.checkpoint}", "Put the model's folder back."
         )

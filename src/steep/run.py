@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +29,7 @@ from steep.resume import (
     changed_ground,
     commits_of_parent,
     record_changes,
+    refuse_no_run,
     refuse_other_base,
     refuse_other_inputs,
     refuse_unlike_parent,
@@ -39,7 +40,9 @@ from steep.schema import RunConfig
 from steep.stopping import Stop
 from steep.storage import published
 from steep.terminal import Terminal, plan_tables
-from steep.training.checkpoint import checkpoints
+from steep.training.branch import Branch
+from steep.training.checkpoint import Checkpoint, choose
+from steep.training.checkpoint_writer import CheckpointCallback
 from steep.training.trainer import Trainer
 
 
@@ -77,59 +80,80 @@ def train_run(
     if resume:
         if branch is not None:
             raise UserError("--branch", "it begins a run, and --resume goes on with one", "Give one of the two.")
-        found = checkpoints(folder.path)
-        changes = accept_changes(folder, config, _step_of(found[-1]) if found else 0, allow)
-        parent = branch_of(folder)
-        if parent is not None and not found:
-            parent.verify()
-    else:
-        if allow:
-            raise UserError("--allow", "it is of a run that goes on", "Give --resume too, or leave it out.")
-        changes = []
-        parent = begin_branch(branch, config) if branch is not None else None
-        folder.refuse_contents(branch=parent is not None)
-    begun = begun_tokenizer(config, folder if resume else None, parent)
-    commits = streamed_commits(folder) if resume else commits_of_parent(parent, config) if parent else None
-    with terminal.tokenising() as progress:
-        plan = plan_run(config, progress, branch=parent, commits=commits, grown_tokenizer=begun)
-    if not resume:
-        if parent is not None:
-            refuse_unlike_parent(plan)
-        for table in plan_tables(plan.as_dict()):
-            terminal.show(table)
-        for warning in plan.warnings:
-            terminal.warn(warning)
+        refuse_no_run(folder)
+        with folder.locked():
+            return _resume(config, folder, allow, terminal, stop)
+    if allow:
+        raise UserError("--allow", "it is of a run that goes on", "Give --resume too, or leave it out.")
+    parent = begin_branch(branch, config) if branch is not None else None
+    folder.refuse_contents(branch=parent is not None)
+    commits = commits_of_parent(parent, config) if parent is not None else {}
+    plan = _plan(config, terminal, parent, begun_tokenizer(config, None, parent), commits)
+    if parent is not None:
+        refuse_unlike_parent(plan)
+    for table in plan_tables(plan.as_dict()):
+        terminal.show(table)
+    for warning in plan.warnings:
+        terminal.warn(warning)
     terminal.say(f"checking the files of {config.model.name}")
     check_base(config, plan.resolved, plan.tokenizer)
     folder.make()
     with folder.locked():
-        if resume:
-            refuse_other_inputs(folder, plan)
-        else:
-            folder.refuse_contents(branch=parent is not None)
-        return _train(plan, folder, terminal, resume, changes, stop)
+        folder.refuse_contents(branch=parent is not None)
+        folder.clear(resumed=False)
+        return _train(plan, folder, terminal, stop)
+
+
+def _resume(
+    config: RunConfig, folder: RunFolder, allow: Collection[str], terminal: Terminal, stop: Stop | None
+) -> dict[str, Any]:
+    folder.clear(resumed=True)
+    found = choose(folder.path)
+    changes = accept_changes(folder, config, found.step if found else 0, allow)
+    parent = branch_of(folder)
+    if parent is not None and found is None:
+        parent.verify()
+    plan = _plan(config, terminal, parent, begun_tokenizer(config, folder, parent), streamed_commits(folder))
+    terminal.say(f"checking the files of {config.model.name}")
+    check_base(config, plan.resolved, plan.tokenizer)
+    refuse_other_inputs(folder, plan)
+    return _train(plan, folder, terminal, stop, resume=True, found=found, changes=changes)
+
+
+def _plan(
+    config: RunConfig, terminal: Terminal, parent: Branch | None, begun: Path | None, commits: Mapping[int, str]
+) -> Plan:
+    with terminal.tokenising() as progress:
+        return plan_run(config, progress, branch=parent, commits=commits, grown_tokenizer=begun)
 
 
 def _train(
-    plan: Plan, folder: RunFolder, terminal: Terminal, resume: bool, changes: Sequence[Change], stop: Stop | None
+    plan: Plan,
+    folder: RunFolder,
+    terminal: Terminal,
+    stop: Stop | None,
+    *,
+    resume: bool = False,
+    found: Checkpoint | None = None,
+    changes: Sequence[Change] = (),
 ) -> dict[str, Any]:
-    config, found = plan.config, checkpoints(folder.path)
+    config = plan.config
     transformers.set_seed(config.training.seed)  # adapters are drawn at random
     terminal.say(f"loading {config.model.name}")
     base = load_base(config, plan.resolved, plan.tokenizer)
     settings = {**config.adapter.model_dump(), "trained_dtype": config.model.trained_dtype}
-    model = add_adapters(base, **settings, resumed=bool(found) or plan.branch is not None)
+    model = add_adapters(base, **settings, resumed=found is not None or plan.branch is not None)
     model.peft_config["default"].revision = config.model.revision  # where PEFT looks for the base's
     _check_trainable(model, plan)
     if found and any(change.field in PLACES for change in changes):
-        refuse_other_base(model, found[-1])
+        refuse_other_base(model, found.path)
     trainer = _trainer(plan, model, stop)
     if plan.branch is not None:  # before run.yaml, from which on the folder holds a run
         folder.write_json("parent.json", asdict(plan.branch))
     if plan.vocabulary is not None and plan.vocabulary.folder != folder.tokenizer:
         with published(folder.tokenizer) as staging:
             shutil.copytree(plan.vocabulary.folder, staging, dirs_exist_ok=True)
-    done = _step_of(found[-1]) if found else plan.first_step
+    done = found.step if found else plan.first_step
     record_changes(folder, changes, done)
     folder.write_text("run.yaml", config.to_yaml())
     folder.write_json("plan.json", plan.as_dict())
@@ -144,7 +168,7 @@ def _train(
             terminal.say(f"all {plan.steps} steps are done already: only the result is written again")
         else:
             terminal.say(
-                f"going on from {found[-1]}" if found else f"there is no checkpoint yet: starting at step {done}"
+                f"going on from {found.path}" if found else f"there is no checkpoint yet: starting at step {done}"
             )
     if not found:
         terminal.say("scoring held-out text with the base model")
@@ -154,7 +178,7 @@ def _train(
     with terminal.training(plan.last_step, done) as show:
         trainer.add_callback(_Recorder(trainer, folder, plan, show))
         try:
-            output = trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+            output = trainer.train(resume_from_checkpoint=found.path if found else None)
         except RunError:
             _account(trainer, folder)  # its proof may say why
             raise
@@ -165,6 +189,7 @@ def _train(
         raise RunError(
             f"the token ledger does not add up: {'; '.join(ledger['problems'])}. See {folder / 'ledger.json'}"
         )
+    folder.sync_lines()
     with published(folder.final) as staging:
         trainer.save_model(str(staging))
         write_readme(staging, plan, model, folder.final)
@@ -182,10 +207,6 @@ def _train(
         "before": before,
         "after": after,
     }
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _account(trainer: Trainer, folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -223,7 +244,7 @@ def _trainer(plan: Plan, model: Any, stop: Stop | None) -> Trainer:
     return trainer
 
 
-class _Recorder(transformers.TrainerCallback):
+class _Recorder(CheckpointCallback):
     """Writes what the trainer logs into the run folder, and shows it."""
 
     def __init__(self, trainer: Trainer, folder: RunFolder, plan: Plan, show: Any) -> None:
@@ -242,6 +263,9 @@ class _Recorder(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._folder.write_json("ledger.json", self._trainer.ledger())
+
+    def before_publishing(self) -> None:
+        self._folder.sync_lines()  # a checkpoint does not outlive the lines that lead to it
 
 
 def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:

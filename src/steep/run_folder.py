@@ -18,6 +18,7 @@ from typing import Any
 
 from steep.data.sources import Source
 from steep.errors import UserError
+from steep.storage import is_temporary, make_folder, remove, remove_leftovers, sync, write_file
 
 _PACKAGES = (
     "steep",
@@ -56,12 +57,13 @@ class RunFolder:
         """
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    field, f"another process trains in {self.path}", "Wait for it, or give another folder."
+                ) from error
             yield
-        except BlockingIOError as error:
-            raise UserError(
-                field, f"another process trains in {self.path}", "Wait for it, or give another folder."
-            ) from error
         finally:
             os.close(descriptor)
 
@@ -76,8 +78,22 @@ class RunFolder:
             if path.is_symlink():
                 raise UserError(field, f"{path} is a link, and a run's files are its own", "Remove it.")
 
+    def clear(self, *, resumed: bool) -> None:
+        """Delete what a killed process left half written. For the holder of the lock, before it writes anything.
+
+        Args:
+            resumed: the run goes on. Else what a run that never began has left goes too, see `refuse_contents`.
+        """
+        remove_leftovers(self.path)
+        if not resumed:
+            for path in self._begun():
+                remove(path)
+
     def refuse_contents(self, field: str = "training.output_dir", *, branch: bool = False) -> None:
         """Check that nothing is lost when a new run takes the folder.
+
+        A process that was killed before it wrote `run.yaml` may have left temporary names, the tokenizer with its new
+        tokens, and where its branch came from. These are no run, and do not stand in the way.
 
         Args:
             branch: the run is a branch of another.
@@ -86,7 +102,9 @@ class RunFolder:
             UserError: there is something in it already, or it cannot be a folder of ours.
         """
         self.check_place(field)
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and any(
+            not is_temporary(path) and path not in self._begun() for path in self.path.iterdir()
+        ):
             what = "holds another run" if (self / "run.yaml").exists() else "is not empty"
             if branch:
                 remedy = f"A branch has a folder of its own: --training.output_dir {self.path}-branch."
@@ -95,6 +113,13 @@ class RunFolder:
             else:
                 remedy = "Give another folder, or empty it."
             raise UserError(field, f"{self.path} {what}", remedy)
+
+    def _begun(self) -> list[Path]:
+        """What a process has left that was killed before it wrote `run.yaml`; temporary names apart."""
+        if (self / "run.yaml").exists():
+            return []
+        tokenizer = [self.tokenizer] if (self.tokenizer / "new_tokens.json").is_file() else []
+        return [*tokenizer, *([self / "parent.json"] if (self / "parent.json").is_file() else [])]
 
     def check_place(self, field: str = "training.output_dir") -> None:
         """Check that the folder can be made, or written into.
@@ -154,7 +179,7 @@ class RunFolder:
             UserError: it cannot be made.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         except OSError as error:
             raise UserError(
                 field, f"{self.path} cannot be made: {error.strerror}", "Give a folder you may write."
@@ -162,18 +187,14 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a file by one rename."""
-        temporary = self / f".{name}.writing"
-        temporary.unlink(missing_ok=True)  # a killed process left it, or it is a link to somewhere else
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(temporary, self / name)
+        write_file(self / name, text)
 
     def write_json(self, name: str, tree: Mapping[str, Any]) -> None:
         """Replace a JSON file by one rename; NaN is refused, since JSON has none."""
         self.write_text(name, json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines to a JSON-lines file."""
+        """Add lines to a JSON-lines file; `sync_lines` brings them to the disk."""
         with (self / name).open("a", encoding="utf-8") as stream:
             for row in rows:
                 stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
@@ -194,6 +215,12 @@ class RunFolder:
         if not isinstance(tree, dict):
             raise UserError("run folder", f"{file} is damaged: it holds no object", "Mend or delete the file.")
         return tree
+
+    def sync_lines(self) -> None:
+        """Wait until all lines so far are on the disk."""
+        for file in self.path.glob("*.jsonl"):
+            sync(file)
+        sync(self.path)
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """The rows of a JSON-lines file, each of a step; none if it does not exist. A last line cut off by a crash is
@@ -217,9 +244,8 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Drop the lines that were written after `step`: the steps behind them are about to be trained again."""
         for name in ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl"):
-            rows = self.read_lines(name)
-            kept = [row for row in rows if row["step"] <= step]
-            if rows:
+            kept = [row for row in self.read_lines(name) if row["step"] <= step]
+            if (self / name).exists():  # also without a row: what was cut off would be glued to the next one
                 self.write_text(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 

@@ -197,7 +197,14 @@ class TrainingSection(BaseModel):
     seed: Integer = Field(42, ge=0, le=_LARGEST_SEED, description="Of adapters, data order and dropout.")
     logging_steps: Number = Field(1, gt=0, description="Steps between two log lines.")
     save_steps: Number = Field(500, gt=0, description="Steps between two checkpoints; the end is always saved.")
-    save_total_limit: Integer | None = Field(2, ge=1, description="Checkpoints that are kept.")
+    save_total_limit: Integer | None = Field(
+        2, ge=1, description="Checkpoints that are kept: so many of the newest, and the best beside them; null: all."
+    )
+    metric_for_best_model: str | None = Field(
+        None,
+        description="Where eval_steps and save_steps meet, the checkpoint with the lowest one stays: "
+        "eval_DOMAIN_bits_per_byte or eval_DOMAIN_loss; default: bits per byte of the first domain that is trained.",
+    )
     eval_steps: Number | None = Field(
         None, gt=0, description="Steps between two evaluations; default: start and end only."
     )

@@ -1,20 +1,28 @@
-"""Files and folders on disk that are either whole or not there, and the place of the cache."""
+"""Files and folders on disk that are either whole or not there, and the place of the cache.
+
+The order is always: write, flush the files, flush their folders, rename, flush the folder of the new name. So neither a
+kill nor a power cut at any moment leaves half of something under its name.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import os
 import shutil
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+Existing = Literal["replace", "keep", "refuse"]
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+
 
 @contextmanager
-def published(folder: Path, existing: Literal["replace", "keep", "refuse"] = "replace") -> Iterator[Path]:
+def published(folder: Path, existing: Existing = "replace") -> Iterator[Path]:
     """Give a temporary folder to write into; it becomes `folder` by one rename when the block ends without an error.
 
     Args:
@@ -24,30 +32,88 @@ def published(folder: Path, existing: Literal["replace", "keep", "refuse"] = "re
     Raises:
         OSError: the disk is full; with ``refuse``, there is a folder with something in it.
     """
-    remove_stale(folder.parent)
-    staging = temporary_name(folder)
-    staging.mkdir(parents=True)
+    staging = stage(folder)
     try:
         yield staging
-        files = [path for path in staging.rglob("*") if path.is_file()]
-        for path in files:
-            path.chmod(staging.stat().st_mode & 0o666)  # as the umask has it: safetensors writes for the owner alone
-        for path in [*files, staging]:
-            _sync(path)
-        if existing == "replace" and folder.exists():
-            retired = temporary_name(folder)
-            folder.rename(retired)
-            staging.rename(folder)
-            shutil.rmtree(retired)
-        else:
-            try:
-                staging.rename(folder)
-            except OSError:
-                if existing == "refuse" or not folder.exists():
-                    raise
+        publish(staging, folder, existing)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)  # gone if it was published; on a full disk its room is needed
-    _sync(folder.parent)
+        discard(staging)
+
+
+def stage(folder: Path) -> Path:
+    """A new hidden folder beside `folder`, for `publish` or `discard`; what killed processes left there is deleted."""
+    make_folder(folder.parent)
+    remove_stale(folder.parent)
+    staging = temporary_name(folder)
+    staging.mkdir()
+    return staging
+
+
+def publish(staging: Path, folder: Path, existing: Existing = "replace") -> None:
+    """Give the staged folder its name, once all of it is on the disk."""
+    mode = staging.stat().st_mode & 0o666  # as the umask has it: safetensors writes for the owner alone
+    for place, _, files in os.walk(staging, topdown=False):
+        for name in files:
+            Path(place, name).chmod(mode)
+            sync(Path(place, name))
+        sync(Path(place))
+    if existing == "replace" and os.path.lexists(folder):
+        _exchange(staging, folder)
+    else:
+        try:
+            staging.rename(folder)
+        except OSError:
+            if existing == "refuse" or not folder.exists():
+                raise
+    sync(folder.parent)
+
+
+def discard(staging: Path) -> None:
+    """Delete what still stands under the name of a staged folder: on a full disk its room is needed."""
+    if staging.is_dir() and not staging.is_symlink():
+        shutil.rmtree(staging, ignore_errors=True)
+    else:  # published; what it was exchanged with may have been no folder
+        staging.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder or a file. Its name goes first, so that a kill leaves no half of it behind under that name."""
+    hidden = temporary_name(path)
+    path.rename(hidden)
+    sync(path.parent)
+    _delete(hidden)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replace a text file by one rename."""
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that they outlive a power cut."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def temporary_name(path: Path) -> Path:
@@ -55,17 +121,41 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{_prefix()}{os.getpid()}-{uuid.uuid4().hex[:16]}")
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether the name is a `temporary_name`, of any process on any host."""
+    return path.name.startswith(".writing-")
+
+
 def remove_stale(folder: Path) -> None:
     """Delete what processes of this host left under a `temporary_name` when they were killed; those that still run are
     left alone."""
     for path in folder.glob(f"{glob.escape(_prefix())}*"):
-        process = path.name.removeprefix(_prefix()).split("-")[0]
-        if process.isdigit() and not _is_running(int(process)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        process = _owner(path)
+        if process is not None and not _is_running(process):
+            _delete(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """The same for a folder that this process has locked and has written nothing into yet.
+
+    What bears this process's own number is then left over too (a container that starts again gives the same numbers
+    out), and so is what another host left; nothing else tells whether that one still runs.
+    """
+    for path in folder.iterdir():
+        if is_temporary(path):
+            process = _owner(path)
+            if process is None or process == os.getpid() or not _is_running(process):
+                _delete(path)
 
 
 def _prefix() -> str:
     return f".writing-{socket.gethostname()}-"
+
+
+def _owner(path: Path) -> int | None:
+    """The number of the process that took a temporary name; None if it was not one of this host."""
+    process = path.name.removeprefix(_prefix()).split("-")[0]
+    return int(process) if process.isdecimal() else None
 
 
 def _is_running(process: int) -> bool:
@@ -78,12 +168,25 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _delete(path: Path) -> None:
+    with suppress(FileNotFoundError):  # another process may clear the same
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _exchange(staging: Path, folder: Path) -> None:
+    """Swap two names in one step, so that `folder` is never missing (renameat2 of Linux).
+
+    Where the file system cannot do that (NFS, some FUSE), by two renames. A kill between them leaves no `folder`: for a
+    checkpoint, the one before it then counts.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    names = [os.fsencode(path.absolute()) for path in (staging, folder)]
+    if renameat2 is not None and renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return
+    between = temporary_name(folder)
+    folder.rename(between)
+    staging.rename(folder)
+    between.rename(staging)
 
 
 def cache_folder() -> Path:

@@ -10,9 +10,11 @@ from typing import Any
 from safetensors import safe_open
 
 # Times, rates and memory are of the process, not of the run. By the name of the file, then the field at any depth.
+_OF_THE_CLOCK = {"tokens_per_second", "peak_memory_bytes", "save_seconds"}
 OF_THE_PROCESS = {
-    "metrics.jsonl": {"tokens_per_second", "peak_memory_bytes"},
-    "trainer_state.json": {"tokens_per_second", "peak_memory_bytes"},  # its log holds the same rows
+    "metrics.jsonl": _OF_THE_CLOCK,
+    "trainer_state.json": _OF_THE_CLOCK,  # its log holds the same rows
+    "manifest.json": {"trainer_state.json", "training_args.json"},  # digests of these
     "plan.json": {"cached"},
     "training_args.json": {"save_total_limit"},  # the run that others' checkpoints are held against keeps all its own
 }

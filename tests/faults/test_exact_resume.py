@@ -17,12 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steep.training.state_files import load_state, save_state
+from steep.manifest import write_manifest
+from steep.training.state_files import load_state
 from tests.faults.command import ForkServer, start_real
 from tests.faults.compare import differences, lines_lost_or_doubled, wrong_caches
 from tests.faults.instants import Aim, Lengths, measure, strike
 from tests.faults.runs import Run, finished
 from tests.faults.scene import KINDS, Scene
+from tests.training.helpers import save_state
 
 _OTHER: dict[str, Callable[[], Any]] = {
     "python": lambda: random.Random(1).getstate(),
@@ -101,6 +103,7 @@ def test_a_random_state_that_differs_is_found(
     assert strike(stopped, stopped.go(), Aim("train", 18, 0.0), lengths)
     checkpoint = stopped.folder / f"checkpoint-{stopped.checkpoints()[-1]}"
     save_state(load_state(checkpoint, "random") | {generator: _OTHER[generator]()}, checkpoint, "random")
+    write_manifest(checkpoint)  # else it would be passed over
     stopped.finish()
     found = differences(whole.folder, stopped.folder)
     assert any("random" in line for line in found)

@@ -285,7 +285,7 @@ def test_what_is_planted_into_a_checkpoint_is_not_read(
     ],
 )
 def test_a_state_names_nothing_but_tensors_and_dtypes(tree: str, tmp_path: Path) -> None:
-    from steep.training.state_files import save_state
+    from tests.training.helpers import save_state
 
     save_state({"dtype": torch.float32}, tmp_path, "x")
     assert load_state(tmp_path, "x") == {"dtype": torch.float32}

@@ -12,6 +12,7 @@ import transformers
 from steep.data.packing import Corpus
 from steep.model.adapters import add_adapters
 from steep.training.arguments import TrainingArguments
+from steep.training.snapshot import HostMemory, Snapshot
 from steep.training.trainer import Trainer
 from tests.tiny import tiny_model
 
@@ -57,6 +58,19 @@ def trained_weights(model: Model) -> dict[str, torch.Tensor]:
 
 def losses(trainer: Trainer) -> dict[int, float]:
     return {int(row["step"]): row["loss"] for row in trainer.state.log_history if "loss" in row}
+
+
+def save_state(state: Any, folder: Path, name: str) -> None:
+    """The two files of a state, as a checkpoint has them."""
+    snapshot = Snapshot()
+    snapshot.add_state(name, state)
+    snapshot.take(HostMemory())
+    snapshot.write(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by name."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class AtStep(transformers.TrainerCallback):

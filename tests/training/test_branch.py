@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from transformers import PreTrainedTokenizerFast
 
 from steep.data.packing import Corpus, pack
 from steep.errors import RunError, UserError
-from steep.training.branch import Branch, digest_of, read_branch
+from steep.manifest import write_manifest
+from steep.training.branch import Branch, read_branch
 from steep.training.schedules import schedule_of
 from steep.training.trainer import Trainer
 from tests.tiny import write_corpus
-from tests.training.helpers import AtStep, Model, adapted, arguments, losses, trained_weights, trainer_for
+from tests.training.helpers import AtStep, Model, adapted, arguments, contents, losses, trained_weights, trainer_for
 from tests.training.test_resume import assert_same, differences, make
 
 PARENT: dict[str, Any] = {
@@ -76,7 +76,7 @@ def rows_of(trainer: Trainer) -> list[list[int]]:
 
 def test_on_its_parents_schedule_it_is_its_parent(parent: Trainer, corpus: Corpus, tmp_path: Path) -> None:
     """Weights, optimizer, random generators and place in the rows: the next steps are the parent's, to the bit."""
-    before = digest_of(checkpoint(parent, 4))
+    before = contents(checkpoint(parent, 4))
     branch = trainer(
         corpus, tmp_path, read_branch(checkpoint(parent, 4)), lr_scheduler_type="constant", warmup_steps=0, max_steps=4
     )
@@ -91,7 +91,7 @@ def test_on_its_parents_schedule_it_is_its_parent(parent: Trainer, corpus: Corpu
     expected = losses(parent)
     assert losses(branch) == {step: expected[step] for step in steps}
     assert branch.state.log_history[3]["tokens"] < parent.state.log_history[7]["tokens"]  # its own count
-    assert digest_of(checkpoint(parent, 4)) == before
+    assert contents(checkpoint(parent, 4)) == before
 
 
 def test_an_nf4_base_in_bf16_too(llama_folder: Path, corpus: Corpus, tmp_path: Path) -> None:
@@ -269,25 +269,21 @@ def test_it_is_recorded_what_it_came_from(parent: Trainer, corpus: Corpus) -> No
     assert (start.checkpoint, start.step, start.rate_factor, start.data_start) == (str(place), 4, 1.0, 0)
     assert start.fingerprint == corpus.fingerprint
     assert start.name == f"{place.parent.name}/checkpoint-4"
-    printed = subprocess.run("LC_ALL=C; sha256sum *", shell=True, cwd=place, capture_output=True, check=True).stdout
-    assert start.digest == hashlib.sha256(printed).hexdigest()
+    assert start.digest == hashlib.sha256((place / "manifest.json").read_bytes()).hexdigest()
 
 
-def test_one_changed_byte_changes_the_digest(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint-3"
-    (folder / "inner").mkdir(parents=True)
-    (folder / "a").write_bytes(bytes(100))
-    (folder / "inner" / "b").write_bytes(b"x")
-    before = digest_of(folder)
-    start = Branch(str(folder), 3, before, 1.0, 0, None)
+def test_one_changed_byte_is_noticed(parent: Trainer, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint(parent, 4), tmp_path / "checkpoint-4"))
+    start = read_branch(folder)
+    (folder / "left-by-a-tracker.txt").write_text("x")  # is no part of it
     start.verify()
-    (folder / "a").write_bytes(bytes(99) + b"\x01")
-    with pytest.raises(UserError, match=r"^--resume: .*checkpoint-3, which this branch began from, has changed"):
+    note = (folder / "README.md").read_bytes()
+    (folder / "README.md").write_bytes(note[:-1] + b"?")
+    with pytest.raises(UserError, match=r"^--resume: .*checkpoint-4, which this branch began from, has changed"):
         start.verify()
-    (folder / "a").write_bytes(bytes(100))
-    assert digest_of(folder) == before
-    (folder / "inner" / "b").rename(folder / "inner" / "c")
-    assert digest_of(folder) != before
+    write_manifest(folder)  # another checkpoint, and a whole one
+    with pytest.raises(UserError, match=r"^--resume: .*checkpoint-4, which this branch began from, has changed\. "):
+        start.verify()
     folder.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="is gone"):
         start.verify()
@@ -307,11 +303,14 @@ def test_what_is_no_checkpoint_is_refused(parent: Trainer, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"^--branch: there is no folder .*checkpoint-9"):
         read_branch(tmp_path / "checkpoint-9")
     (tmp_path / "checkpoint-9").mkdir()
-    with pytest.raises(UserError, match="is no whole checkpoint: it lacks adapter_model"):
+    with pytest.raises(UserError, match="is no whole checkpoint: it has no manifest"):
         read_branch(tmp_path / "checkpoint-9")
     (tmp_path / "final").symlink_to(checkpoint(parent, 4))
     with pytest.raises(UserError, match="it is not called checkpoint-N"):
         read_branch(tmp_path / "final")
+    (tmp_path / "checkpoint-4").symlink_to(checkpoint(parent, 4))
+    with pytest.raises(UserError, match="it is a symbolic link"):
+        read_branch(tmp_path / "checkpoint-4")
 
 
 @pytest.mark.parametrize("name", ["adapter_model", "optimizer", "schedule", "random", "observations"])
@@ -320,10 +319,10 @@ def test_a_file_that_was_cut_off_is_found_before_the_base_is_loaded(name: str, p
     shutil.copytree(checkpoint(parent, 4), place)
     file = place / f"{name}.safetensors"
     os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(UserError, match=rf"^--branch: .*is damaged: {name}\.safetensors cannot be read .*another"):
+    with pytest.raises(UserError, match=rf"^--branch: .*whole checkpoint: {name}\.safetensors has .* bytes.*another"):
         read_branch(place)
     file.unlink()
-    with pytest.raises(UserError, match=rf"is no whole checkpoint: it lacks {name}\.safetensors"):
+    with pytest.raises(UserError, match=rf"is no whole checkpoint: {name}\.safetensors is missing"):
         read_branch(place)
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from steep.errors import RunError
 from steep.training.proof import MAX_SAMPLED, MIN_UPDATES, Proof, checksum
-from steep.training.state_files import load_state, save_state
+from steep.training.state_files import load_state
+from tests.training.helpers import save_state
 
 
 class Two(nn.Module):

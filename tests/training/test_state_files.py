@@ -9,7 +9,8 @@ import torch
 
 from steep.training import state_files
 from steep.training.checkpoint import rng_state, set_rng_state
-from steep.training.state_files import load_state, save_state
+from steep.training.state_files import load_state
+from tests.training.helpers import save_state
 
 
 def test_nested_round_trip(tmp_path: Path) -> None:

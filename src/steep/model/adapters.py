@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,6 +30,7 @@ from steep.model.embeddings import is_tied
 from steep.model.load import DTYPES
 from steep.model.names import DEFAULT_RANK, EMBEDDINGS, LINEAR_LAYERS
 
+WEIGHTS = "adapter_model.safetensors"
 logger = logging.getLogger("steep")
 
 
@@ -240,10 +242,33 @@ def save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Any] | No
     model.save_pretrained(str(folder), selected_adapters=[ADAPTER], state_dict=state_dict, save_embedding_layers=False)
     if has_frozen_start(model):
         start = get_peft_model_state_dict(model, state_dict, adapter_name=START, save_embedding_layers=False)
-        file = folder / "adapter_model.safetensors"
+        file = folder / WEIGHTS
         save_file(join(load_file(file), {name: t.cpu() for name, t in start.items()}), file, metadata={"format": "pt"})
         config = read_adapter_config(folder, "run folder")
         joined_config(config).save_pretrained(str(folder))
+
+
+def all_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, by reference: a `state_dict` that packs no 4-bit weight."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return parameters | dict(model.named_buffers(remove_duplicate=False))
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What `save_adapter` writes into `WEIGHTS`, by reference, until `joined` puts a frozen start to it."""
+    tensors = all_tensors(model)
+    own = get_peft_model_state_dict(model, tensors, adapter_name=ADAPTER, save_embedding_layers=False)
+    if has_frozen_start(model):
+        start = get_peft_model_state_dict(model, tensors, adapter_name=START, save_embedding_layers=False)
+        own |= {f"{START}:{name}": tensor for name, tensor in start.items()}
+    return own
+
+
+def joined(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`adapter_tensors` under the names, and with the ranks, that they have in the file."""
+    mark = f"{START}:"
+    start = {name.removeprefix(mark): tensor for name, tensor in tensors.items() if name.startswith(mark)}
+    return join({name: tensor for name, tensor in tensors.items() if not name.startswith(mark)}, start)
 
 
 def load_adapter_weights(model: PeftModel, folder: Path, field: str) -> None:
@@ -254,7 +279,7 @@ def load_adapter_weights(model: PeftModel, folder: Path, field: str) -> None:
     Raises:
         UserError: the folder's tensors are not those of the model's adapter.
     """
-    file = folder / "adapter_model.safetensors"
+    file = folder / WEIGHTS
     if not file.is_file():
         raise UserError(
             field, f"{folder} holds no adapter (adapter_model.safetensors)", "Give a folder that a run wrote."

@@ -55,7 +55,9 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.deterministic:
-            prepare_cublas("deterministic")  # transformers starts CUDA in the next line
+            prepare_cublas("deterministic")  # transformers starts CUDA in the call below
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("bits_per_byte"):
+            self.greater_is_better = False  # transformers knows it of names that end in loss
         super().__post_init__()
         for name in ("learning_rate", "embedding_learning_rate"):
             rate = getattr(self, name)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
+from typing import Any
 
 from steep.errors import UserError
+from steep.manifest import Damaged, read_manifest
+from steep.model.resolve import read_tokenizer_folder
+from steep.training.checkpoint import Checkpoint, given, inspect
 from steep.training.state_files import load_state
-
-_STATES = ("optimizer", "schedule", "random", "observations")
-_TENSORS = ("adapter_model.safetensors", *(f"{name}.safetensors" for name in _STATES))
-_NEEDED = (*_TENSORS, *(f"{name}.json" for name in _STATES), "trainer_state.json")
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Branch:
     Attributes:
         checkpoint: absolute path of the parent's checkpoint.
         step: the parent's step there; the branch counts on from it.
-        digest: SHA-256 of the checkpoint, see `digest_of`.
+        digest: SHA-256 of the checkpoint's manifest, and through it of every file of the checkpoint.
         rate_factor: what the parent's schedule multiplied its peak rates by, for the step that came next.
         data_start: the step at which the epochs of the parent's text began: 0, or where it was a branch itself.
         fingerprint: of the parent's rows (`Corpus.fingerprint`); None without a `Corpus`.
@@ -42,19 +41,30 @@ class Branch:
         """Such as ``ko/checkpoint-300``."""
         return "/".join(Path(self.checkpoint).parts[-2:])
 
-    def verify(self) -> None:
+    def verify(self, field: str = "--resume") -> Checkpoint:
         """Check that the checkpoint is still there, and the same.
 
         Raises:
             UserError: it is not.
         """
-        place = Path(self.checkpoint)
-        if not place.is_dir() or digest_of(place) != self.digest:
-            raise UserError(
-                "--resume",
-                f"{place}, which this branch began from, {'has changed' if place.is_dir() else 'is gone'}",
-                "Put it back, or start a new branch.",
-            )
+        place, remedy = Path(self.checkpoint), "Put it back, or start a new branch."
+        try:
+            checkpoint = inspect(place)
+        except Damaged as damage:
+            what = f"has changed: {damage}" if place.is_dir() else "is gone"
+            raise UserError(field, f"{place}, which this branch began from, {what}", remedy) from damage
+        if checkpoint.digest != self.digest:
+            raise UserError(field, f"{place}, which this branch began from, has changed", remedy)
+        return checkpoint
+
+    def tokenizer(self) -> Any:
+        """The parent's tokenizer, from files that belong to the checkpoint: transformers reads whatever lies there."""
+        with tempfile.TemporaryDirectory() as place:
+            for name in read_manifest(Path(self.checkpoint)).files:
+                if not name.endswith(".safetensors"):
+                    (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(Path(self.checkpoint) / name, Path(place) / name)
+            return read_tokenizer_folder(Path(place), "--branch")
 
 
 def read_branch(checkpoint: str | Path) -> Branch:
@@ -66,19 +76,10 @@ def read_branch(checkpoint: str | Path) -> Branch:
     place = Path(checkpoint).expanduser().absolute()
     if not place.is_dir():
         raise UserError("--branch", f"there is no folder {place}", "Give a checkpoint, such as runs/ko/checkpoint-300.")
-    missing = [name for name in _NEEDED if not (place / name).is_file()]
-    if missing or not re.fullmatch(r"checkpoint-\d+", place.name):
-        problem = f"it lacks {missing[0]}" if missing else "it is not called checkpoint-N"
-        raise UserError(
-            "--branch", f"{place} is no whole checkpoint: {problem}", "Give a checkpoint that `steep train` wrote."
-        )
-    for name in _TENSORS:  # a file that was cut off is found by its header, before the base is loaded
-        try:
-            with safe_open(place / name, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            problem = f"{place} is damaged: {name} cannot be read ({error})"
-            raise UserError("--branch", problem, "Give another checkpoint.") from error
+    if not re.fullmatch(r"checkpoint-\d+", place.name):
+        problem = f"{place} is no whole checkpoint: it is not called checkpoint-N"
+        raise UserError("--branch", problem, "Give a checkpoint that `steep train` wrote.")
+    parent = given(place, "--branch")
     seen = load_state(place, "observations", "--branch")
     factor = seen.get("rate_factor")
     if factor is None:
@@ -89,20 +90,9 @@ def read_branch(checkpoint: str | Path) -> Branch:
         )
     return Branch(
         checkpoint=str(place),
-        step=int(place.name.removeprefix("checkpoint-")),
-        digest=digest_of(place),
+        step=parent.step,
+        digest=parent.digest,
         rate_factor=factor,
         data_start=seen["data_start"],
         fingerprint=seen["fingerprint"],
     )
-
-
-def digest_of(folder: Path) -> str:
-    """SHA-256 of the lines that ``sha256sum`` prints for the files of `folder`, ordered by the bytes of their names."""
-    total = hashlib.sha256()
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: path.relative_to(folder).as_posix().encode()):
-        with path.open("rb") as stream:
-            own = hashlib.file_digest(stream, "sha256").hexdigest()
-        total.update(f"{own}  {path.relative_to(folder).as_posix()}\n".encode())
-    return total.hexdigest()

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from steep.data.packing import Corpus
+from steep.errors import UserError
 from steep.training.branch import Branch
-from steep.training.checkpoint import checkpoints
+from steep.training.checkpoint import choose, given
 from steep.training.ending import Ending
 from steep.training.exact_checkpoints import load_optimizer
 from steep.training.state_files import load_state
@@ -54,19 +55,27 @@ class Branching(Ending):
             return 0
         return self.branch.data_start if self.goes_on_with_rows else self.branch.step
 
-    def _where_to_begin(self, checkpoint: str | Path | bool | None) -> str | bool | None:
-        """The checkpoint that `train` begins at: the one asked for, or else the parent's. Reads what was observed."""
+    def _where_to_begin(self, checkpoint: str | Path | bool | None) -> str | None:
+        """The checkpoint that `train` begins at, verified: the one asked for (True: the newest valid one of the run),
+        or else the parent's. Reads what was observed.
+
+        Raises:
+            UserError: it is damaged, or not there.
+        """
+        field, begin = "resume_from_checkpoint", None
         if checkpoint is True:
-            found = checkpoints(Path(self.args.output_dir))
-            checkpoint = str(found[-1]) if found else None if self.branch else True
-        elif isinstance(checkpoint, Path):
-            checkpoint = str(checkpoint)
-        self._begins_branch = self.branch is not None and not checkpoint
+            run_dir = Path(self.args.output_dir)
+            begin = choose(run_dir, field)
+            if begin is None and self.branch is None:
+                raise UserError(field, f"{run_dir} has no checkpoint", "Leave it out, or give the run's output_dir.")
+        elif checkpoint:
+            begin = given(checkpoint, field)
+        self._begins_branch = self.branch is not None and begin is None
         if self._begins_branch:
             assert self.branch is not None
-            checkpoint = self.branch.checkpoint
-        self.resumed_state = load_state(Path(checkpoint), "observations") if isinstance(checkpoint, str) else None
-        return checkpoint
+            begin = self.branch.verify("branch")
+        self.resumed_state = None if begin is None else load_state(begin.path, "observations")
+        return None if begin is None else str(begin.path)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         epochs, per_epoch, *rest, max_steps = super().set_initial_training_values(*args, **kwargs)
@@ -81,6 +90,7 @@ class Branching(Ending):
         self.state.compute_steps(self.args, max_steps - self.first_step)
         if self._begins_branch:
             self.state.log_history = []
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         if self.branch is None:
             return begun
         epochs, steps = divmod(self.state.global_step - self.data_start, num_update_steps_per_epoch)

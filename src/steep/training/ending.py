@@ -6,10 +6,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from steep.errors import RunError, Stopped
 from steep.stopping import Stop
+from steep.training.checkpoint_writer import CheckpointCallback
 from steep.training.exact_checkpoints import ExactCheckpoints
 
 
@@ -58,7 +57,7 @@ class Ending(ExactCheckpoints):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
 
-class _Observer(transformers.TrainerCallback):
+class _Observer(CheckpointCallback):
     """Sees what transformers tells callbacks only."""
 
     def __init__(self, trainer: Ending) -> None:

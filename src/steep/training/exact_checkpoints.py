@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import math
+import tempfile
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -9,24 +14,42 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import ExportableState
 
-from steep.model.adapters import load_adapter_weights, save_adapter
-from steep.storage import published
-from steep.training.checkpoint import retain, rng_state, set_rng_state
-from steep.training.state_files import load_state, save_state
+from steep.errors import UserError
+from steep.manifest import read_manifest, write_manifest
+from steep.model.adapters import (
+    WEIGHTS,
+    adapter_tensors,
+    all_tensors,
+    joined,
+    load_adapter_weights,
+    save_adapter,
+)
+from steep.storage import discard, publish, stage
+from steep.training.checkpoint import given, rng_state, set_rng_state
+from steep.training.checkpoint_writer import CheckpointCallback, CheckpointWriter
+from steep.training.retention import Retention
+from steep.training.snapshot import HostMemory, Snapshot
+from steep.training.state_files import load_state
+
+logger = logging.getLogger("steep")
 
 # What the arguments say of a parameter group; all else in it may be a state of the optimizer's.
 _SETTINGS = frozenset({"lr", "initial_lr", "weight_decay", "betas", "eps"})
 
 
 class ExactCheckpoints(transformers.Trainer):
-    """`transformers.Trainer` whose checkpoints are safetensors and JSON.
+    """`transformers.Trainer` whose checkpoints are safetensors and JSON, written in a thread while training goes on.
 
     A checkpoint holds the adapter (PEFT's own files), the tokenizer, ``training_args.json``, ``trainer_state.json``,
-    and as pairs of ``.safetensors`` and ``.json``: ``optimizer``, ``schedule``, ``random``, ``scaler`` (fp16),
-    ``observations``.
+    as pairs of ``.safetensors`` and ``.json``: ``optimizer``, ``schedule``, ``random``, ``scaler`` (fp16),
+    ``observations``; and ``manifest.json``, by which it is verified before anything of it is read.
+
+    Attributes:
+        seconds_saving: how long training has waited for checkpoints so far.
     """
 
     # transformers declares these as unions over every backend it knows.
@@ -36,32 +59,135 @@ class ExactCheckpoints(transformers.Trainer):
     lr_scheduler: Any
     resumed_state: dict[str, Any] | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seconds_saving = 0.0
+        self._writer = CheckpointWriter()
+        self._host_memory = HostMemory()
+        self._retention = Retention(Path(self.args.output_dir))
+        self._unchanging_files: dict[str, bytes] | None = None
+
     def observations(self) -> dict[str, Any]:
         """What the subclass wants kept beside transformers' own state."""
         raise NotImplementedError
 
+    # ---- saving
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not self.args.should_save:
             return
+        waited_before = self.seconds_saving
+        self.finish_saving()  # the one before
+        begun = time.perf_counter()
         self.store_flos()
         run_dir, step = Path(self.args.output_dir), self.state.global_step
-        if self.state.best_global_step and (best := run_dir / f"checkpoint-{self.state.best_global_step}").exists():
-            self.state.best_model_checkpoint = str(best)
-        with published(run_dir / f"checkpoint-{step}") as folder:
-            self.save_model(str(folder), _internal_call=True)
-            if not self.args.save_only_model:
-                save_state(self.optimizer.state_dict(), folder, "optimizer")
-                save_state(self.lr_scheduler.state_dict(), folder, "schedule")
-                save_state(rng_state(), folder, "random")
-                save_state(self.observations(), folder, "observations")
-                if self.accelerator.scaler is not None:
-                    save_state(self.accelerator.scaler.state_dict(), folder, "scaler")
-            stateful: dict[str, Any] = self.state.stateful_callbacks  # pyright: ignore[reportAssignmentType]
-            for callback in [*self.callback_handler.callbacks, self.control]:
-                if isinstance(callback, ExportableState):
-                    stateful[type(callback).__name__] = callback.state()
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        retain(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        folder = run_dir / f"checkpoint-{step}"
+        logger.info("saving %s", folder.name)
+        self._point_at_best()
+        best, limit = self.state.best_global_step, self.args.save_total_limit
+        callbacks: list[Any] = self.callback_handler.callbacks
+        noted = [callback for callback in callbacks if isinstance(callback, CheckpointCallback)]
+        staging = stage(folder)
+        try:
+            snapshot, state = self._snapshot(staging), self._frozen_state()
+        except BaseException:
+            discard(staging)
+            raise
+        self.seconds_saving += time.perf_counter() - begun
+        waited = self.seconds_saving - waited_before
+
+        def write() -> None:
+            try:
+                snapshot.write(staging)
+                state.save_to_json(str(staging / "trainer_state.json"))
+                write_manifest(staging)
+                size = sum(path.stat().st_size for path in staging.rglob("*"))
+                for callback in noted:
+                    callback.before_publishing()
+                publish(staging, folder)
+            except OSError as error:
+                error.filename = error.filename or str(folder)
+                raise
+            finally:
+                discard(staging)
+            seconds = time.perf_counter() - begun
+            logger.info(
+                "%s is saved: %.1f MiB in %.2f s, training waited %.2f s", folder.name, size / 2**20, seconds, waited
+            )
+            self._retention.saved(folder)
+            self._retention.apply(limit, step, best)
+
+        self._writer.start(folder.name, write)
+        if any(_awaits_the_folder(callback) for callback in callbacks):
+            self.finish_saving()
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written is published, and raise what kept it from being so.
+
+        Raises:
+            OSError: the disk is full, the folder may not be written, ...
+            RunError: another failure.
+        """
+        begun = time.perf_counter()
+        try:
+            self._writer.wait()
+        finally:
+            self.seconds_saving += time.perf_counter() - begun
+
+    def _snapshot(self, staging: Path) -> Snapshot:
+        """The files of a checkpoint as the run is now; a model without adapters is written to `staging` at once."""
+        snapshot = Snapshot()
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel):
+            for name, content in self._files_that_stay().items():
+                snapshot.add_text(name, content)
+            snapshot.add_text("training_args.json", self.args.to_json_string())
+            snapshot.add_tensors(WEIGHTS, adapter_tensors(model), joined, {"format": "pt"})
+        else:
+            self._save(str(staging))
+        if not self.args.save_only_model:
+            for name, state in self._states().items():
+                snapshot.add_state(name, state)
+        snapshot.take(self._host_memory)
+        return snapshot
+
+    def _states(self) -> dict[str, Any]:
+        """What a resumed run takes up again, beside weights and transformers' own state."""
+        states = {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.lr_scheduler.state_dict(),
+            "random": rng_state(),
+            "observations": self.observations(),
+        }
+        if self.accelerator.scaler is not None:
+            states["scaler"] = self.accelerator.scaler.state_dict()
+        return states
+
+    def _frozen_state(self) -> Any:
+        """transformers' state as it is now. Rows of the log are only ever added."""
+        state = copy.copy(self.state)
+        state.log_history = list(state.log_history)
+        stateful: Any = copy.copy(state.stateful_callbacks)
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                stateful[type(callback).__name__] = callback.state()
+        state.stateful_callbacks = stateful
+        return state
+
+    def _files_that_stay(self) -> dict[str, bytes]:
+        """The files beside the adapter's weights, by name; a large tokenizer takes half a second to write."""
+        if self._unchanging_files is None:
+            model = self.accelerator.unwrap_model(self.model)
+            nothing = {name: torch.empty(0, 0) for name in all_tensors(model)}
+            with tempfile.TemporaryDirectory() as place:
+                self._save(place, nothing)
+                (Path(place) / WEIGHTS).unlink()
+                self._unchanging_files = {
+                    path.relative_to(place).as_posix(): path.read_bytes()
+                    for path in Path(place).rglob("*")
+                    if path.is_file()
+                }
+        return self._unchanging_files
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -75,12 +201,71 @@ class ExactCheckpoints(transformers.Trainer):
             self.processing_class.save_pretrained(str(folder))  # pyright: ignore[reportAttributeAccessIssue]
         (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
+    # ---- around training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            self._writer.settle()
+            raise
+        finally:
+            self._host_memory.release()
+            self._unchanging_files = None
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._writer.check()  # the end of each step comes by here
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.finish_saving()
+        # With a limit of 1 transformers would now delete all checkpoints but the best, the newest among them.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    # ---- the best so far
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether this evaluation is the best so far; only one whose step is saved can be, since it has to be kept."""
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        not_saved = self.args.save_strategy != "best" and not self.control.should_save
+        if not_saved or not math.isfinite(metrics.get(name, 0.0)):
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _point_at_best(self) -> None:
+        """Set transformers' path of the best checkpoint from its step: the run folder may have been moved."""
+        step = self.state.best_global_step
+        place = Path(self.args.output_dir) / f"checkpoint-{step}"
+        there = step is not None and (step == self.state.global_step or place.is_dir())
+        self.state.best_model_checkpoint = str(place) if there else None
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        given(self.state.best_model_checkpoint, "load_best_model_at_end")
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    # ---- loading
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        begun = super()._init_training_state(*args, **kwargs)
+        self._point_at_best()
+        return begun
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.accelerator.unwrap_model(self.model if model is None else model)
-        if not isinstance(model, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        if isinstance(model, PeftModel):
+            load_adapter_weights(model, folder, "resume_from_checkpoint")
             return
-        load_adapter_weights(model, Path(resume_from_checkpoint), "resume_from_checkpoint")
+        weights: dict[str, torch.Tensor] = {}
+        for name in read_manifest(folder).files:  # transformers would look for other names and pickles too
+            if name.startswith("model") and name.endswith(".safetensors"):
+                weights |= load_file(folder / name)
+        self._issue_warnings_after_load(model.load_state_dict(weights, strict=False))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """States come from the checkpoint; rates, decay, betas and the schedule are those that this run asks for."""
@@ -100,8 +285,17 @@ class ExactCheckpoints(transformers.Trainer):
             set_rng_state(load_state(Path(checkpoint), "random"))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
+        if checkpoint is None or self.accelerator.scaler is None:
+            return
+        if "scaler.json" not in read_manifest(Path(checkpoint)).files:
+            raise UserError("fp16", f"{checkpoint} has no loss scaler: it was not trained in fp16", "Leave fp16 out.")
+        self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
+
+
+def _awaits_the_folder(callback: Any) -> bool:
+    """Whether somebody else's callback does something at a save; it will expect the folder to be there."""
+    own = isinstance(callback, CheckpointCallback)
+    return not own and type(callback).on_save is not transformers.TrainerCallback.on_save
 
 
 def load_optimizer(optimizer: Any, saved: dict[str, Any], own: Collection[str] = ()) -> None:

@@ -53,9 +53,10 @@ REFUSED = {
     **dict.fromkeys(
         ("batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches", "eval_on_start",
          "eval_use_gather_object", "include_for_metrics", "per_device_eval_batch_size", "prediction_loss_only",
-         "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_stride", "eval_max_tokens"),
-        _EVALUATION,
+         "eval_stride", "eval_max_tokens"), _EVALUATION,
     ),
+    "load_best_model_at_end": "the result is the last step; the best checkpoint stays too (metric_for_best_model)",
+    "greater_is_better": "of every score that a held-out domain has, less is better",
     **dict.fromkeys(
         ("hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy",
          "push_to_hub"), _HUB,
@@ -110,7 +111,11 @@ def check_further(given: Mapping[str, Any], listed: Sequence[str]) -> dict[str, 
         if value is False and name.endswith("_strategy"):  # YAML reads a bare no as false
             value = "no"
         if (name, value) == ("save_strategy", "best"):
-            raise UserError(field, "steep cannot honour best: no single metric decides", "Give steps, epoch or no.")
+            raise UserError(
+                field,
+                "steep cannot honour best: a run saves by steps, and keeps the best of them",
+                "Give steps, epoch or no.",
+            )
         try:
             checked[name] = TypeAdapter(BOUNDED.get(name, hints[name])).validate_python(value)
         except ValidationError as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from steep.errors import UserError
 
@@ -25,20 +25,18 @@ _SUBCLASSES = {
 }
 
 
-def save_state(state: Any, folder: Path, name: str) -> None:
-    """Write `state` to ``folder/name.json`` and ``folder/name.safetensors``.
+def encode(state: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The tree of `state` as JSON has it, and its tensors by the keys that stand in their place: not copied.
 
     Raises:
         TypeError: a leaf of a type that cannot be stored without pickle.
     """
     tensors: dict[str, torch.Tensor] = {}
-    tree = _encode(state, tensors)
-    save_file(tensors, folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(json.dumps(tree), encoding="utf-8")
+    return _encode(state, tensors), tensors
 
 
 def load_state(folder: Path, name: str, field: str = "--resume") -> Any:
-    """Read what `save_state` wrote; tensors come back on the CPU, bit for bit.
+    """Read the state called `name`; tensors come back on the CPU, bit for bit.
 
     Raises:
         UserError: a file is missing or damaged, or holds something that `save_state` does not write.
@@ -61,8 +59,7 @@ def _encode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
         if type(node) not in (torch.Tensor, torch.nn.Parameter):
             return _encode_subclass(node, tensors)
         key = str(len(tensors))
-        # A copy of its own: safetensors refuses tensors that share memory (bitsandbytes' code books do).
-        tensors[key] = node.detach().cpu().clone().contiguous()
+        tensors[key] = node.detach()
         return {"tensor": key}
     if isinstance(node, dict):
         return {"dict": [[_encode(key, tensors), _encode(value, tensors)] for key, value in node.items()]}

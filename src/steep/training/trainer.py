@@ -28,6 +28,7 @@ from steep.training.gradients import GradientReport, measure_and_clip
 from steep.training.groups import parameter_groups
 from steep.training.metrics import Meter
 from steep.training.proof import Proof
+from steep.training.retention import check_best_metric
 from steep.training.schedules import schedule_of
 
 logger = logging.getLogger("steep")
@@ -100,6 +101,7 @@ class Trainer(Branching):
         self._losses_of_step: list[torch.Tensor] = []
         self._refused = self._scaler_skips = False
         self._meter = Meter()
+        self._seconds_logged = 0.0
 
     # ---- optimizer and schedule
 
@@ -297,6 +299,8 @@ class Trainer(Branching):
             RunError: a tensor that is meant to train did not, or a frozen one changed.
             Stopped: `stop` asked for it.
         """
+        if self.corpus is not None:
+            check_best_metric(self.args, self.corpus.heldout)
         begin = self._where_to_begin(resume_from_checkpoint)
         with deterministic(self.args.deterministic):
             output = super().train(begin, *args, **kwargs)
@@ -350,6 +354,8 @@ class Trainer(Branching):
         """Log a training window with what was measured here; a value that is not finite is left out, never replaced."""
         if "loss" in logs:
             logs = {**logs, **self._meter.close(), "steps_not_finite": self.steps_not_finite}
+            logs["save_seconds"] = self.seconds_saving - self._seconds_logged
+            self._seconds_logged = self.seconds_saving
             if self.accelerator.scaler is not None:
                 logs["steps_scaler_skipped"] = self.steps_scaler_skipped
         if "train_loss" in logs:

@@ -1,0 +1,107 @@
+"""What a checkpoint will hold, copied out of reach of the training that goes on, and written from there."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steep.tensor_files import write_tensors
+from steep.training.state_files import encode
+
+Finish = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+_ALIGNMENT = 64  # bytes
+
+
+class HostMemory:
+    """Page-locked memory that tensors of a GPU are copied into: allocated once, at its exact size, and used again.
+
+    torch's own page-locked tensors would be rounded up to the next power of two, each.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._unlock: weakref.finalize | None = None
+
+    def copies(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Contiguous copies on the CPU. Those of GPU tensors last until the next call."""
+        on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
+        if not on_gpu:
+            return [_clone(tensor) for tensor in tensors]
+        sizes = [-(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT for tensor in on_gpu]
+        self._reserve(sum(sizes))
+        places = iter(self._memory[: sum(sizes)].split(sizes))
+        copied = [self._copy(tensor, next(places)) if tensor.is_cuda else tensor for tensor in tensors]
+        torch.cuda.synchronize()  # before the rest: optimizers may page their states between the GPU and the host
+        return [copy if tensor.is_cuda else _clone(tensor) for tensor, copy in zip(tensors, copied, strict=True)]
+
+    def release(self) -> None:
+        """Give the memory back."""
+        if self._unlock is not None:
+            self._unlock()
+        self._memory, self._unlock = torch.empty(0, dtype=torch.uint8), None
+
+    def _reserve(self, size: int) -> None:
+        if self._memory.numel() >= size:
+            return
+        self.release()
+        self._memory = torch.empty(size, dtype=torch.uint8)
+        runtime: Any = torch.cuda.cudart()
+        address = self._memory.data_ptr()
+        torch.cuda.check_error(runtime.cudaHostRegister(address, size, 0))
+        self._unlock = weakref.finalize(self, runtime.cudaHostUnregister, address)
+
+    @staticmethod
+    def _copy(tensor: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        size = tensor.numel() * tensor.element_size()
+        return place[:size].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
+
+
+class Snapshot:
+    """Files of a checkpoint that is about to be written: collected, copied by `take`, then written in any thread."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, bytes] = {}
+        self._trees: dict[str, Any] = {}
+        self._tensors: dict[str, dict[str, torch.Tensor]] = {}
+        self._finish: dict[str, tuple[Finish, dict[str, str]]] = {}
+
+    def add_text(self, name: str, text: str | bytes) -> None:
+        """A small file."""
+        self._texts[name] = text.encode() if isinstance(text, str) else text
+
+    def add_tensors(
+        self, name: str, tensors: dict[str, torch.Tensor], finish: Finish, metadata: dict[str, str]
+    ) -> None:
+        """A safetensors file, of what `finish` makes of the copied tensors."""
+        self._tensors[name], self._finish[name] = tensors, (finish, metadata)
+
+    def add_state(self, name: str, state: Any) -> None:
+        """The two files of a state, see `state_files`."""
+        self._trees[f"{name}.json"], self._tensors[f"{name}.safetensors"] = encode(state)
+
+    def take(self, memory: HostMemory) -> None:
+        """Copy every tensor. Training may go on after it."""
+        places = [(file, name) for file, tensors in self._tensors.items() for name in tensors]
+        copies = memory.copies([self._tensors[file][name] for file, name in places])
+        for (file, name), copy in zip(places, copies, strict=True):
+            self._tensors[file][name] = copy
+
+    def write(self, folder: Path) -> None:
+        """Write the files into `folder`."""
+        for name, content in self._texts.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        for name, tree in self._trees.items():
+            (folder / name).write_text(json.dumps(tree), encoding="utf-8")
+        for name, tensors in self._tensors.items():
+            finish, metadata = self._finish.get(name, (dict, None))
+            write_tensors(finish(tensors), folder / name, metadata)
+
+
+def _clone(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
