@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from steep.resume import branch_of
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
+from steep.stopping import Interrupted
 from steep.terminal import plan_tables
 from steep.training.trainer import Trainer
 from tests.test_run import lines, run_file
@@ -357,7 +359,7 @@ def test_a_stopped_branch_says_how_to_go_on(
     """With its own run file: the one it was started with is the parent's."""
 
     def stop(self: object, *given: object, **named: object) -> None:
-        raise KeyboardInterrupt
+        raise Interrupted(signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "training_step", stop)
     words = ["steep", "train", parent / "run.yaml", "--branch", "checkpoint-3", "--training.output_dir", tmp_path / "b"]

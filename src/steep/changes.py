@@ -24,8 +24,8 @@ HARMLESS = {
     *(f"training.{name}" for name in (
         "output_dir", "save_steps", "save_total_limit", "save_strategy", "metric_for_best_model", "logging_steps",
         "logging_first_step", "logging_strategy", "eval_steps", "eval_strategy", "eval_delay", "report_to", "run_name",
-        "project", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "log_level", "max_nonfinite_steps",
-        "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+        "project", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "log_level",
+        "max_nonfinite_steps", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
         "dataloader_multiprocessing_context", "torch_empty_cache_steps",
     )),
 }  # fmt: skip
