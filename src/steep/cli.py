@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from steep.errors import RunError, Stopped, UserError, one_line
+from steep.credentials import hide
+from steep.errors import RunError, Stopped, UserError, one_line, without_controls
 from steep.stopping import Interrupted, heed_signals
 
 app = typer.Typer(
@@ -76,7 +77,7 @@ def init(
     from steep.initialise import init_run
 
     path = init_run(model, data, output, replay=replay or [])
-    print(f"wrote {path}\nnext: steep plan {path}")
+    print(f"wrote {one_line(str(path))}\nnext: steep plan {one_line(str(path))}")
 
 
 @app.command(context_settings=_OVERRIDES)
@@ -190,7 +191,8 @@ def generate(
         if which not in shown:
             print(f"{'' if not shown else chr(10)}--- {which}\n{prompt}", end="")
             shown.append(which)
-        print(piece, end="", flush=True)
+        # What a model writes is text of others; a pipe gets it as it is.
+        print(without_controls(piece) if sys.stdout.isatty() else piece, end="", flush=True)
 
     generate_run(
         run,
@@ -226,7 +228,7 @@ def report(
     else:
         from steep.report.page import write_report
 
-        print(f"wrote {write_report(runs, output)}")
+        print(one_line(f"wrote {write_report(runs, output)}"))
 
 
 @app.command()
@@ -273,7 +275,7 @@ def export(
     from steep.hand_over import export_run, next_step
 
     export_run(run, output, to=to, base=base, push_to=push, trust_remote_code=trust_remote_code, terminal=terminal)
-    print(next_step(output, to))
+    print(one_line(next_step(output, to)))
 
 
 def main() -> None:
@@ -289,9 +291,10 @@ def main() -> None:
         sys.exit(end.exit_code)
     except Exception as error:
         if debug:
-            traceback.print_exception(error)
+            found = hide("".join(traceback.format_exception(error)))
+            print("\n".join(map(one_line, found.split("\n"))), file=sys.stderr, end="")
         line, code = _explained(error)
-        print(f"error: {one_line(line)}", file=sys.stderr)
+        print(f"error: {one_line(hide(line))}", file=sys.stderr)
         sys.exit(code)
 
 

@@ -6,6 +6,7 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
+from unicodedata import category
 
 
 class UserError(Exception):
@@ -57,6 +58,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def one_line(text: str) -> str:
     """`text` with its control characters escaped: a file's name may hold line ends and a terminal's commands."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def without_controls(text: str) -> str:
+    """`text` of several lines with its control characters escaped, but for line ends and tabs."""
+    return "".join(c if c in "\n\t" or category(c) not in ("Cc", "Cs") else one_line(c) for c in text)
 
 
 def shown(value: object) -> str:

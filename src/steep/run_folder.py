@@ -69,13 +69,14 @@ class RunFolder:
 
     def refuse_links(self, field: str = "run folder") -> None:
         """Check that what stands in the folder is the run's own: it may come from somebody else, and through a link
-        another file would be shown in a report, copied into an export, or written to.
+        another file would be shown in a report, copied into an export, or written to. Each checkpoint is looked at when
+        it is to be read.
 
         Raises:
             UserError: there is a link, in the folder, in `final` or in `tokenizer`.
         """
         for path in chain(self.path.glob("*"), self.final.rglob("*"), self.tokenizer.rglob("*")):
-            if path.is_symlink():
+            if path.is_symlink() and not path.name.startswith("checkpoint-"):
                 raise UserError(field, f"{path} is a link, and a run's files are its own", "Remove it.")
 
     def clear(self, *, resumed: bool) -> None:

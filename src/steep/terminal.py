@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from steep.errors import one_line
 
@@ -185,6 +186,11 @@ def _last_part(name: str) -> str:
     return name if len(name) <= 50 else f"…{name[-49:]}"
 
 
+def _cell(text: str) -> Text:
+    """A name as it is: no markup of rich, and nothing that a terminal would act on."""
+    return Text(one_line(text))
+
+
 def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     """`plan.json` for the eye: the run, its text, memory and disk by item."""
     run = Table(title="plan", show_header=False)
@@ -199,11 +205,11 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
         "steps": f"{plan['steps']:,} of {plan['rows_per_step']} rows ({plan['epochs']:.2f} epochs)"
         + (f", after the {plan['first_step']:,} of the parent" if plan["first_step"] else ""),
     }.items():
-        run.add_row(name, value)
+        run.add_row(name, _cell(value))
     text = Table("domain", "role", "documents", "tokens", "tokens/character", "held out", title="text")
     for source in data["sources"]:
         text.add_row(
-            source["domain"],
+            _cell(source["domain"]),
             source["role"],
             f"{source['documents']:,}",
             f"{source['tokens']:,}" + (" (max_tokens)" if source["stopped"] else ""),
@@ -227,7 +233,7 @@ def _new_tokens_table(figures: Mapping[str, Any]) -> Table:
     table = Table("domain", "role", "tokens/character", "documents that tokenise differently", title=title)
     for source in figures["sources"]:
         table.add_row(
-            source["domain"],
+            _cell(source["domain"]),
             source["role"],
             f"{source['tokens_per_character_before']:.2f} → {source['tokens_per_character']:.2f}",
             f"{source['share_that_differs']:.1%} of the old language" if source["old_language"] else "",

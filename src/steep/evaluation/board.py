@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from steep.errors import UserError
+from steep.errors import UserError, one_line
 from steep.evaluation.score import DomainScore
 
 _SECTIONS = {"learned": ("train",), "kept or forgotten": ("replay", "heldout")}
@@ -41,7 +41,7 @@ def board(
     trained = {score.domain: score for score in after}
     _check(before, trained, roles)
     # Few lines and no margins: it should fit 80 columns.
-    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(title=Text(one_line(title)), box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("domain")
     for heading in ("bits/byte", "difference", "perplexity", "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -53,7 +53,7 @@ def board(
         for base in scores:
             now = trained[base.domain]
             table.add_row(
-                Text(f"  {base.domain}" if len(members) == 1 else f"  {base.domain} ({roles[base.domain]})"),
+                Text(one_line(f"  {base.domain}" if len(members) == 1 else f"  {base.domain} ({roles[base.domain]})")),
                 f"{base.bits_per_byte:.3f} → {now.bits_per_byte:.3f}",
                 _difference(now.bits_per_byte - base.bits_per_byte),
                 f"{_perplexity(base)} → {_perplexity(now)}" if base.tokens == now.tokens else "of other tokens",
@@ -76,7 +76,7 @@ def gate_table(adapter: Sequence[DomainScore], merged: Mapping[str, Sequence[Dom
     for index, score in enumerate(adapter):
         gaps = [(scores[index].bits_per_byte, score.bits_per_byte) for scores in merged.values()]
         shown = [f"{now:.4f} ({now - before:+.4f})" for now, before in gaps]
-        table.add_row(Text(score.domain), f"{score.bits_per_byte:.4f}", *shown)
+        table.add_row(Text(one_line(score.domain)), f"{score.bits_per_byte:.4f}", *shown)
     return table
 
 
