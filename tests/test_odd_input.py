@@ -189,7 +189,7 @@ def test_a_bug_is_called_one(scene: Scene, steep: Steep, monkeypatch: pytest.Mon
     monkeypatch.setattr("steep.plan.plan_run", broken)
     scene.finish()
     said = steep("plan", scene.file)
-    assert_one_error_line(said, "which is a bug: ZeroDivisionError: a mistake\\nof ours", "--debug", code=70)
+    assert_one_error_line(said, "so it is a bug: ZeroDivisionError: a mistake\\nof ours", "--debug", code=70)
     assert "Traceback" in steep("plan", scene.file, "--debug").err
 
 
@@ -200,7 +200,7 @@ def test_a_bug_is_called_one(scene: Scene, steep: Steep, monkeypatch: pytest.Mon
         (replaced("fp32", "!!python/object/apply:os.mkdir ['FOLDER/planted']"), [], "os.mkdir"),
         (text_file(os.urandom(5000), "text.txt"), [], "data.sources[0].path: "),
         (sources({"path": "FOLDER/none.txt"}), [], "none.txt does not exist"),
-        (setting("data.max_length", 513), ["--adapter.r", "4"], "data.max_length: 513"),
+        (setting("data.max_length", 513), ["--adapter.r", "4"], "data.max_length: 513 tokens"),
     ],
     ids=["encoding", "tag", "binary", "missing", "length"],
 )

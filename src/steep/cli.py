@@ -306,4 +306,4 @@ def _explained(error: Exception) -> tuple[str, int]:
         where = error.filename or "disk"
         return f"{where}: {error.strerror}. Check path, permissions and free space.", UserError.exit_code
     found = f"{type(error).__name__}: {error}"
-    return f"steep itself failed, which is a bug: {found}. Please report it with what --debug shows.", BUG
+    return f"steep did not expect this, so it is a bug: {found}. Please report it with what --debug shows.", BUG

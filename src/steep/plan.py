@@ -23,7 +23,14 @@ from steep.model.resolve import ResolvedModel, looks_like_chat, read_tokenizer, 
 from steep.model.stored_weights import check_stored
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
-from steep.settings import embedding_rate, planned_epochs, planned_steps, training_arguments, uses_checkpointing
+from steep.settings import (
+    check_optimizer,
+    embedding_rate,
+    planned_epochs,
+    planned_steps,
+    training_arguments,
+    uses_checkpointing,
+)
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
 from steep.training.deterministic import prepare_cublas
@@ -159,6 +166,7 @@ def plan_run(
     tokenizer = read_tokenizer(resolved)
     data, training = config.data, config.training
     arguments = training_arguments(config, branch=branch is not None)
+    check_optimizer(arguments, empty)
     stride = config.evaluation.stride
     if stride is not None and stride >= data.max_length:
         raise UserError(
@@ -178,7 +186,9 @@ def plan_run(
         empty.resize_token_embeddings(rows, mean_resizing=False)
     shape = shape_of(empty, config.adapter)
     for index, prompt in enumerate(config.evaluation.prompts):
-        prompt_ids_of(tokenizer, prompt, rows=shape.vocabulary, field=f"evaluation.prompts[{index}]")
+        ids = prompt_ids_of(tokenizer, prompt, rows=shape.vocabulary, field=f"evaluation.prompts[{index}]")
+        check_length(len(ids), resolved.config, f"evaluation.prompts[{index}]")
+        check_length(config.evaluation.max_new_tokens, resolved.config, "evaluation.max_new_tokens")
     corpus = pack(
         sources,
         tokenizer,

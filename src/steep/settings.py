@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from transformers import SchedulerType
@@ -15,6 +16,7 @@ from steep.model.load import DTYPES, resolve_compute_dtype
 from steep.schema import RunConfig
 from steep.training.arguments import TrainingArguments
 from steep.training.schedules import check_schedule
+from steep.training.trainer import Trainer
 
 MIN_LR_RATE = {"cosine": 0.1, "linear": 0.1}  # Ibrahim et al. 2024 end at a tenth of the peak rate
 WARMUP_STEPS = 0.05
@@ -110,7 +112,40 @@ def training_arguments(config: RunConfig, *, branch: bool = False) -> TrainingAr
         remedy = "See transformers.TrainingArguments for what the field takes."
         raise UserError("training", f"transformers refuses it: {reason}", remedy) from error
     check_schedule(arguments, branch=branch, section="training.")
+    _check_rates(config)
+    if arguments.dataloader_multiprocessing_context and not arguments.dataloader_num_workers:
+        raise UserError(
+            "training.dataloader_multiprocessing_context",
+            "it is how worker processes start, and there are none",
+            "Set dataloader_num_workers too, or leave it out.",
+        )
     return arguments
+
+
+def check_optimizer(arguments: TrainingArguments, model: Any, field: str = "training.optim") -> None:
+    """Check that what the optimizer needs is installed. `model` may be on the meta device.
+
+    Raises:
+        UserError: it is not, or the optimizer needs further settings.
+    """
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    except (ImportError, ValueError, RuntimeError) as error:
+        name, reason = OptimizerNames(arguments.optim).value, str(error).splitlines()[0]
+        raise UserError(field, f"{name} cannot be used: {reason}", "Do what it says, or give adamw_8bit.") from error
+
+
+def _check_rates(config: RunConfig) -> None:
+    """A weight is a float32, and so is what is added to it."""
+    training = config.training
+    for name, rate in (
+        ("learning_rate", training.learning_rate),
+        ("embedding_learning_rate", embedding_rate(config)),
+        ("loraplus_lr_ratio", training.loraplus_lr_ratio * training.learning_rate),
+    ):
+        if rate > torch.finfo(torch.float32).max:
+            given = getattr(training, name)
+            raise UserError(f"training.{name}", f"{given} makes a rate beyond float32's range", "Give e.g. 5e-5.")
 
 
 def _check_choice(name: str, value: str, known: Iterable[str]) -> None:

@@ -39,6 +39,10 @@ class Scene:
     def run(self) -> Path:
         return self.folder / "run"
 
+    def named(self, value: Any) -> Any:
+        """`value`, with FOLDER in a text replaced by this one."""
+        return value.replace("FOLDER", str(self.folder)) if isinstance(value, str) else value
+
     def finish(self) -> None:
         if not self.file.exists():
             self.file.write_text(yaml.safe_dump(self.tree, allow_unicode=True), encoding="utf-8")
@@ -51,7 +55,7 @@ class Scene:
         }
 
 
-Spoil = Callable[[Scene], None]
+Spoil = Callable[[Scene], object]
 
 
 def make_scene(folder: Path, llama: Path) -> Scene:
@@ -75,10 +79,11 @@ def make_scene(folder: Path, llama: Path) -> Scene:
 # --- the run file ---------------------------------------------------------------------------------------------
 
 
-def setting(path: str, value: Any) -> Spoil:
-    """`path` in the run file, such as ``data.sources.0.weight``, gets `value`."""
+def setting(path: str, given: Any) -> Spoil:
+    """`path` in the run file, such as ``data.sources.0.weight``, gets `given`; FOLDER in it is the scene's."""
 
     def spoil(scene: Scene) -> None:
+        value = scene.named(given)
         node: Any = scene.tree
         *parents, last = path.split(".")
         for part in parents:
@@ -250,7 +255,7 @@ def fill(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], object]
 
 def model(path: str) -> Spoil:
     """The model's name; FOLDER is the scene's."""
-    return lambda scene: setting("model.name", path.replace("FOLDER", str(scene.folder)))(scene)
+    return setting("model.name", path)
 
 
 def encoder(scene: Scene) -> None:
@@ -268,7 +273,12 @@ def adapter(scene: Scene) -> None:
 
 def into(path: str) -> Spoil:
     """The output folder; FOLDER is the scene's."""
-    return lambda scene: setting("training.output_dir", path.replace("FOLDER", str(scene.folder)))(scene)
+    return setting("training.output_dir", path)
+
+
+def written(name: str, content: str) -> Spoil:
+    """A file of that name is there."""
+    return lambda scene: (scene.folder / name).write_text(content, encoding="utf-8")
 
 
 def standing(*files: str) -> Spoil:

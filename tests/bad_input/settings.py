@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.bad_input.damage import setting
+from tests.bad_input.damage import both, setting, written
 from tests.bad_input.table import field, in_order, row
 
 SETTINGS = [
@@ -17,7 +17,7 @@ SETTINGS = [
     field("adapter.target_modules", "q_proj", "'q_proj' is not valid", "Write a list: [q_proj]"),
     field("adapter.init_lora_weights", "olora", "does not have 'olora'", "Give true, pissa or loftq"),
     field("data.max_length", 4, "4 is not valid", "Give 8 or more"),
-    field("data.max_length", 513, "513 is beyond the 512 positions", "Give 512 or less", "rope"),
+    field("data.max_length", 513, "513 tokens are beyond the 512 positions", "Give 512 or less", "rope"),
     field("data.holdout", 1, "1 is not valid", "below 1"),
     field("data.replay_share", 1, "1 is not valid", "below 1"),
     field("data.cache_dir", "a\x00b", "cannot hold the character NUL"),
@@ -47,6 +47,31 @@ SETTINGS = [
     field("training.save_steps", 0, "0 is not valid", "above 0"),
     field("training.save_total_limit", 0, "0 is not valid", "Give 1 or more"),
     field("training.report_to", "wandbb", "'wandbb' is unknown", "Did you mean 'wandb'?"),
+    field("training.optim", "galore_adamw", "galore_adamw cannot be used", "galore_torch", "adamw_8bit"),
+    field("training.learning_rate", 1e300, "1e+300 makes a rate beyond float32's range"),
+    field("training.loraplus_lr_ratio", 1e300, "1e+300 makes a rate beyond"),
+    field("training.log_level", "loud", "'loud' is not valid", "'debug'"),
+    field("training.dataloader_multiprocessing_context", "fork", "there are none", "dataloader_num_workers"),
+    row(
+        "a prompt beyond all positions",
+        "evaluation.prompts[0]",
+        setting("evaluation.prompts", ["river " * 600]),
+        "beyond the 512 positions",
+    ),
+    row(
+        "endless samples",
+        "evaluation.max_new_tokens",
+        setting("evaluation", {"prompts": ["a"], "max_new_tokens": 10**9}),
+        "1000000000 tokens are beyond the 512 positions",
+        "Give 512 or less",
+    ),
+    row(
+        "a new token of a page",
+        "model.new_tokens",
+        both(written("words.txt", "x" * 100_000), setting("model.new_tokens", "FOLDER/words.txt")),
+        "words.txt, line 1: a token of 100,000 characters",
+        "200 characters are the most",
+    ),
     field("training.fp16", True, "steep cannot honour it", "model.compute_dtype"),
     field("evaluation.stride", 64, "64 leaves a window no context", "lower it"),
     row("an empty prompt", "evaluation.prompts[0]", setting("evaluation.prompts", [""]), "it is empty", "Write a word"),

@@ -17,13 +17,15 @@ from steep.model.learned_tokens import in_batches, learn
 from steep.model.names import EMBEDDINGS
 from steep.model.resolve import read_tokenizer_folder
 
+_LONGEST = 200  # characters; how it is put together takes time that grows with their square
+
 
 def read_words(file: Path, field: str) -> dict[str, int]:
     """The words of `file`, one a line, with their line numbers. A space or ▁ in front belongs to the word, which then
     is the one behind a space; lines without a letter or sign are passed over.
 
     Raises:
-        UserError: no such file, not UTF-8, no word, or one twice.
+        UserError: no such file, not UTF-8, no word, one twice, or one that is no token at all.
     """
     try:
         text = file.read_bytes().decode("utf-8-sig")
@@ -37,6 +39,9 @@ def read_words(file: Path, field: str) -> dict[str, int]:
         word = " " + line[1:] if line.startswith("▁") else line
         if not word.strip():
             continue
+        if len(word) > _LONGEST:
+            problem = f"{file}, line {number}: a token of {len(word):,} characters"
+            raise UserError(field, problem, f"Write one token a line; {_LONGEST} characters are the most.")
         if word in words:
             raise UserError(
                 field, f"{file}, line {number}: {word!r} stands in line {words[word]} too", "Remove one of the two."

@@ -27,7 +27,7 @@ def positions(config: PretrainedConfig) -> int | None:
 
 
 def check_length(max_length: int, config: PretrainedConfig, field: str = "data.max_length") -> None:
-    """Check that a row fits into the positions that the model was made for.
+    """Check that a text of so many tokens fits into the positions that the model was made for.
 
     Raises:
         UserError: it does not.
@@ -36,8 +36,8 @@ def check_length(max_length: int, config: PretrainedConfig, field: str = "data.m
     if limit is not None and max_length > limit:
         raise UserError(
             field,
-            f"{max_length} is beyond the {limit} positions that the model was made for",
-            f"Give {limit} or less; for longer rows stretch the model's rope first: rope_parameters and "
+            f"{max_length} tokens are beyond the {limit} positions that the model was made for",
+            f"Give {limit} or less; for longer texts stretch the model's rope first: rope_parameters and "
             "max_position_embeddings in a copy of its config.json.",
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -31,6 +31,8 @@ BOUNDED: dict[str, Any] = {
     "data_seed": Annotated[int | None, Field(ge=0, lt=2**32)],
     "dataloader_num_workers": _Count,
     "dataloader_prefetch_factor": Annotated[int | None, Field(gt=0)],
+    "dataloader_multiprocessing_context": Literal["fork", "spawn", "forkserver"] | None,
+    "log_level": Literal["passive", "detail", "debug", "info", "warning", "error", "critical"],
     "eval_delay": Annotated[float, Field(ge=0, allow_inf_nan=False)],
     "torch_empty_cache_steps": Annotated[int | None, Field(gt=0)],
 }
