@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -346,7 +345,7 @@ def _check_disk(output: Path, needed: int) -> None:
 
 
 def _read(folder: RunFolder, name: str) -> dict[str, Any]:
-    file = folder / f"{name}.json"
-    if not file.is_file():
-        raise UserError("run folder", f"{folder.path} has no {file.name}", "Give the folder of a finished run.")
-    return json.loads(file.read_text(encoding="utf-8"))
+    tree = folder.read_json(f"{name}.json")
+    if not tree:
+        raise UserError("run folder", f"{folder.path} has no {name}.json", "Give the folder of a finished run.")
+    return tree

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,9 @@ def record_changes(folder: RunFolder, changes: Sequence[Change], done: int) -> N
 
 def changed_ground(folder: RunFolder) -> list[str]:
     """Versions and cards that are not those the run was on before: the same sums may come out in other bits."""
-    if not (folder / "environment.json").is_file():
+    before, now = folder.read_json("environment.json", "packages", "gpus"), environment()
+    if not before:
         return []
-    before, now = json.loads((folder / "environment.json").read_text(encoding="utf-8")), environment()
     pairs = [(name, before["packages"].get(name), version) for name, version in now["packages"].items()]
     pairs += [("the GPU", before["gpus"][:1], now["gpus"][:1])]
     return [f"{name}: {old} → {new}" for name, old, new in pairs if old != new]
@@ -135,8 +135,7 @@ def changed_ground(folder: RunFolder) -> list[str]:
 
 def _plan_of(folder: RunFolder) -> dict[str, Any] | None:
     """What a run planned; None where it was killed before it had written that."""
-    file = folder / "plan.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return folder.read_json("plan.json", "data", "base", "compute_dtype") or None
 
 
 def streamed_commits(folder: RunFolder) -> dict[int, str]:
@@ -261,8 +260,10 @@ def refuse_unlike_parent(plan: Plan) -> None:
     branch = plan.branch
     assert branch is not None
     parent = RunFolder(Path(branch.checkpoint).parent)
-    before, now = json.loads((parent / "plan.json").read_text(encoding="utf-8")), plan.as_dict()
-    _refuse_other_precision("--branch", before, now)
+    before = _plan_of(parent)
+    if before is None:
+        raise UserError("--branch", f"{parent.path} has no plan.json", "Give a checkpoint where its run wrote it.")
+    _refuse_other_precision("--branch", before, plan.as_dict())
     if branch.tokenizer().get_vocab() != plan.tokenizer.get_vocab():
         raise UserError(
             "--branch", f"the tokenizer is not the one of {branch.checkpoint}", "Put the model's folder back."
@@ -281,9 +282,9 @@ def refuse_unlike_parent(plan: Plan) -> None:
 
 def branch_of(folder: RunFolder) -> Branch | None:
     """Where the run of a folder left its parent, if it is a branch."""
-    if not (folder / "parent.json").is_file():
-        return None
-    return Branch(**json.loads((folder / "parent.json").read_text(encoding="utf-8")))
+    names = [field.name for field in fields(Branch)]
+    tree = folder.read_json("parent.json", *names)
+    return Branch(**{name: tree[name] for name in names}) if tree else None
 
 
 def _refuse_other_precision(field: str, before: dict[str, Any], now: dict[str, Any]) -> None:

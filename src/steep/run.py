@@ -138,6 +138,10 @@ def _train(
     changes: Sequence[Change] = (),
 ) -> dict[str, Any]:
     config = plan.config
+    if resume:
+        folder.refuse_damage()
+        if ground := changed_ground(folder):
+            terminal.warn(f"the run goes on, but not surely to the same bits: {'; '.join(ground)}")
     transformers.set_seed(config.training.seed)  # adapters are drawn at random
     terminal.say(f"loading {config.model.name}")
     base = load_base(config, plan.resolved, plan.tokenizer)
@@ -157,8 +161,6 @@ def _train(
     record_changes(folder, changes, done)
     folder.write_text("run.yaml", config.to_yaml())
     folder.write_json("plan.json", plan.as_dict())
-    if resume and (ground := changed_ground(folder)):
-        terminal.warn(f"the run goes on, but not surely to the same bits: {'; '.join(ground)}")
     folder.write_json("environment.json", environment())
     if resume:
         folder.rewind(done if found else -1)  # nothing is trained yet: the base is measured anew, as things are now

@@ -31,6 +31,7 @@ _PACKAGES = (
     "tokenizers",
     "safetensors",
 )
+_GROWING = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl")
 
 
 class RunFolder:
@@ -200,8 +201,11 @@ class RunFolder:
             for row in rows:
                 stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
-    def read_json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str, *needed: str) -> dict[str, Any]:
         """A JSON file of the run; empty if it does not exist.
+
+        Args:
+            needed: keys that it has to have.
 
         Raises:
             UserError: it holds something else.
@@ -215,6 +219,8 @@ class RunFolder:
             raise UserError("run folder", f"{file} is damaged: {error}", "Mend or delete the file.") from error
         if not isinstance(tree, dict):
             raise UserError("run folder", f"{file} is damaged: it holds no object", "Mend or delete the file.")
+        if missing := [key for key in needed if key not in tree]:
+            raise UserError("run folder", f"{file} is damaged: it has no {missing[0]}", "Mend or delete the file.")
         return tree
 
     def sync_lines(self) -> None:
@@ -242,9 +248,18 @@ class RunFolder:
             raise UserError("run folder", f"{file} is damaged: a line has no step", "Mend or delete the broken line.")
         return rows
 
+    def refuse_damage(self) -> None:
+        """Read what a resumed run adds lines to, before it loads or writes anything.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        for name in _GROWING:
+            self.read_lines(name)
+
     def rewind(self, step: int) -> None:
         """Drop the lines that were written after `step`: the steps behind them are about to be trained again."""
-        for name in ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl"):
+        for name in _GROWING:
             kept = [row for row in self.read_lines(name) if row["step"] <= step]
             if (self / name).exists():  # also without a row: what was cut off would be glued to the next one
                 self.write_text(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))

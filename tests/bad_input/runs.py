@@ -83,6 +83,10 @@ RUNS = [
     run_row(
         "metrics for report", "report RUN", "run folder", "metrics.jsonl is damaged", spoil=garbage("metrics.jsonl")
     ),
+    run_row("plan.json for resume", "train FILE --resume", "run folder", "is damaged", spoil=garbage("plan.json")),
+    run_row("plan.json for eval", "eval RUN", "run folder", "it has no data", spoil=written("plan.json", '{"a": 1}')),
+    run_row("metrics for resume", "train FILE --resume", "run folder", "is damaged", spoil=garbage("metrics.jsonl")),
+    run_row("environment.json", "train FILE --resume", "run folder", "is damaged", spoil=garbage("environment.json")),
     run_row(
         "metrics without a step",
         "report RUN",
