@@ -379,6 +379,39 @@ def test_temporary_files_of_other_hosts_are_left_alone(tmp_path: Path, write_jso
     assert other.exists()
 
 
+@pytest.mark.parametrize(
+    ("of", "to"),
+    [
+        (b'"prefix_length"', b'"prefix_lengtX"'),
+        (b'"largest_id"', b'"largest_iX"'),
+        (b'{"empty"', b'\xff"empty"'),
+        (b"input_ids", b"\xff" * 9),
+    ],
+)
+def test_a_cache_that_lies_is_damaged(
+    of: bytes, to: bytes, tmp_path: Path, write_jsonl: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    refuse_changed(of, to, Source(path=str(write_jsonl(["a", "b", "c"]))), tokenizer, tmp_path)
+
+
+def test_a_cache_whose_documents_overlap_is_damaged(
+    tmp_path: Path, write_jsonl: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    source = Source(path=str(write_jsonl(["a", "bb", "ccc"])))
+    lengths = tokenize(source, Encoder(tokenizer), tmp_path / "cache", "data.sources[0]").lengths
+    offsets = np.cumsum([0, *lengths], dtype=np.int32)
+    refuse_changed(offsets.tobytes(), offsets[[0, 2, 1, 3]].tobytes(), source, tokenizer, tmp_path)
+
+
+def refuse_changed(of: bytes, to: bytes, source: Source, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    path = tokenize(source, Encoder(tokenizer), folder / "cache", "data.sources[0]").path
+    content = path.read_bytes()
+    assert content.count(of) == 1
+    path.write_bytes(content.replace(of, to))
+    with pytest.raises(UserError, match=r"cache .*\.arrow is damaged"):
+        TokenizedSource(source, path, cached=True)
+
+
 def test_a_damaged_cache_is_named(tmp_path: Path, write_jsonl: Write, tokenizer: PreTrainedTokenizerFast):
     path = write_jsonl(["the cat " * 100] * 50)
     result = run(path, tokenizer, tmp_path / "c")

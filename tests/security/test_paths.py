@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from steep.result import evaluate_run, generate_run
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from tests.report.runs import write_run
-from tests.test_run import run_file
+from tests.test_run import lines, run_file
 
 
 @pytest.fixture
@@ -166,3 +167,42 @@ def test_an_exported_adapter_holds_nothing_that_was_planted(run: Path, tmp_path:
     kept = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= kept
     assert {Path(name).suffix for name in kept} <= {".json", ".safetensors", ".md", ".jinja"}
+
+
+@pytest.mark.parametrize(
+    "damage", ["climbs", "absolute", "link to a file", "link to a folder", "the checkpoint is a link"]
+)
+def test_a_checkpoint_that_leads_out_of_its_folder_is_passed_over(
+    damage: str,
+    run: Path,
+    llama_folder: Path,
+    korean_corpus: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The one before is taken, and what lies outside is neither read nor changed."""
+    shutil.rmtree(run / "final")
+    newest = run / "checkpoint-2"
+    shutil.copytree(newest, tmp_path / "outside")
+    if damage in ("climbs", "absolute"):
+        manifest = json.loads((newest / "manifest.json").read_text(encoding="utf-8"))
+        name = "../../../outside/optimizer.json" if damage == "climbs" else str(tmp_path / "outside" / "optimizer.json")
+        manifest["files"][name] = manifest["files"]["optimizer.json"]
+        (newest / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    elif damage == "link to a file":
+        (newest / "optimizer.json").unlink()
+        (newest / "optimizer.json").symlink_to(tmp_path / "outside" / "optimizer.json")
+    elif damage == "link to a folder":
+        (newest / "more").symlink_to(tmp_path / "outside")
+    else:
+        shutil.rmtree(newest)
+        newest.symlink_to(tmp_path / "outside")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "outside").iterdir()}
+    monkeypatch.setattr(logging.getLogger("steep"), "propagate", True)
+    with caplog.at_level(logging.INFO, "steep"):
+        train_run(run_file(llama_folder, korean_corpus, run, training={"max_steps": 2, "save_steps": 1}), resume=True)
+    assert "checkpoint-2 is passed over" in caplog.text and "saving checkpoint-2" in caplog.text
+    assert [row["step"] for row in lines(run / "metrics.jsonl")] == [1, 2]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "outside").iterdir()} == before
+    assert (run / "final").is_dir()

@@ -65,15 +65,21 @@ class TokenizedSource:
         self.files_not_read = files_not_read
         self.warnings = list(warnings)
         self.contents = dict(contents or {})
+        try:
+            self._read()
+        except (ValueError, LookupError, TypeError, pa.ArrowException) as error:  # bytes have changed on the disk
+            raise _damaged(path, str(error)) from error
+
+    def _read(self) -> None:
         # The whole file as one buffer, and where in it the columns of each record batch begin: arrow's own objects, or
         # an array for each column, would take 2 KB a batch.
-        self._file = _map(path)
+        self._file = _map(self.path)
         places: list[tuple[int, ...]] = []
         lengths, first = [np.zeros(0, np.int64)], [0]
         last: Any = None
-        with _open_stream(self._file, path) as reader:
+        with _open_stream(self._file, self.path) as reader:
             described = json.loads(reader.schema.metadata[METADATA_KEY])
-            for batch, metadata in _batches(reader, path):
+            for batch, metadata in _batches(reader, self.path):
                 last = metadata
                 if not batch.num_rows:
                     continue
@@ -83,13 +89,15 @@ class TokenizedSource:
                 lengths.append(np.diff(self._view(np.int32, places[-1][1], batch.num_rows + 1)).astype(np.int64))
                 first.append(first[-1] + batch.num_rows)
         if last is None:
-            raise _damaged(path, "it has no end")
+            raise _damaged(self.path, "it has no end")
         summary = Summary(**json.loads(last[METADATA_KEY]))
         self.empty, self.text_tokens, self.stopped = summary.empty, summary.text_tokens, summary.stopped
         self.largest_id, self.digest = summary.largest_id, summary.digest
         self.prefix_length: int = described["prefix_length"]
         self.has_eos: bool = described["has_eos"]
         self.lengths = np.concatenate(lengths)
+        if (self.lengths < 0).any():
+            raise _damaged(self.path, "its documents overlap")
         self._first = np.array(first)  # each batch's first document, and the number of documents
         self._places = np.array(places, np.int64).reshape(-1, 5)  # of ids, offsets, hashes, num_bytes, num_chars
 
