@@ -119,7 +119,7 @@ def test_both_are_on_the_board(
 
     def noted(*given: Any, **named: Any) -> Any:
         table = real(*given, **named)
-        titles.append(table.title)
+        titles.append(str(table.title))
         return table
 
     monkeypatch.setattr(run, "board", noted)

@@ -86,6 +86,7 @@ def train_run(
     if allow:
         raise UserError("--allow", "it is of a run that goes on", "Give --resume too, or leave it out.")
     parent = begin_branch(branch, config) if branch is not None else None
+    folder.refuse_data(config.data.sources)  # which nobody should be told to empty
     folder.refuse_contents(branch=parent is not None)
     commits = commits_of_parent(parent, config) if parent is not None else {}
     plan = _plan(config, terminal, parent, begun_tokenizer(config, None, parent), commits)
