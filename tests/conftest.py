@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.faults.places import has_namespaces, has_setpriv, has_strace
 from tests.report.browser import chromium
 
 if TYPE_CHECKING:
@@ -54,23 +55,33 @@ def _has_browser() -> bool:
 _NEEDS = {
     "gpu": (torch.cuda.is_available, "they need a CUDA device, and are asked for with -m gpu"),
     "browser": (_has_browser, "they need Chromium (apt install chromium) and playwright (make venv)"),
+    "namespaces": (has_namespaces, "they need a private mount namespace with a disk of its own (root, unshare)"),
+    "setpriv": (has_setpriv, "they need root, and setpriv to be a user whom permissions stop"),
+    "strace": (has_strace, "they need strace (apt install strace), allowed to trace"),
     "llama_cpp": (
         lambda: importlib.util.find_spec("llama_cpp") is not None,
         "they need llama.cpp, compiled for minutes (.venv/bin/pip install -c constraints.txt llama-cpp-python)",
     ),
 }
+# Under CI=true these may not be missing: what they test has no other test.
+_NEEDED_IN_CI = ("namespaces", "setpriv", "strace")
 _left_out = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out marked tests where what they need is missing: deselected and counted, never a silent skip."""
     counts: dict[str, int] = {}
+    missing: list[str] = []
     for mark, (is_there, _) in _NEEDS.items():
         marked = [item for item in items if item.get_closest_marker(mark)]
         if marked and not is_there():
             config.hook.pytest_deselected(items=marked)
             items[:] = [item for item in items if not item.get_closest_marker(mark)]
             counts[mark] = len(marked)
+            if mark in _NEEDED_IN_CI and os.environ.get("CI") == "true":
+                missing.append(f"tests marked '{mark}' cannot be left out under CI=true: {_NEEDS[mark][1]}")
+    if missing:
+        raise pytest.UsageError("\n".join(missing))
     config.stash[_left_out] = counts
     workeroutput = getattr(config, "workeroutput", None)  # xdist's way to send numbers to the process that prints
     if workeroutput is not None:

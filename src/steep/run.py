@@ -39,6 +39,7 @@ from steep.run_folder import RunFolder, environment
 from steep.schema import RunConfig
 from steep.stopping import Stop
 from steep.storage import published
+from steep.tensor_files import system_errors
 from steep.terminal import Terminal, plan_tables
 from steep.training.branch import Branch
 from steep.training.checkpoint import Checkpoint, choose
@@ -193,7 +194,7 @@ def _train(
             f"the token ledger does not add up: {'; '.join(ledger['problems'])}. See {folder / 'ledger.json'}"
         )
     folder.sync_lines()
-    with published(folder.final) as staging:
+    with published(folder.final) as staging, system_errors(folder.final):
         trainer.save_model(str(staging))
         write_readme(staging, plan, model, folder.final)
     before, after = first_and_last(folder)
@@ -252,6 +253,9 @@ class _Recorder(CheckpointCallback):
 
     def __init__(self, trainer: Trainer, folder: RunFolder, plan: Plan, show: Any) -> None:
         self._trainer, self._folder, self._plan, self._show = trainer, folder, plan, show
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._folder.check_standing()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "tokens" not in logs:

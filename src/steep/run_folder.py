@@ -45,6 +45,7 @@ class RunFolder:
         self.path = Path(path)
         self.final = self.path / "final"
         self.tokenizer = self.path / "tokenizer"
+        self._locked: os.stat_result | None = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -64,9 +65,22 @@ class RunFolder:
                 raise UserError(
                     field, f"another process trains in {self.path}", "Wait for it, or give another folder."
                 ) from error
+            self._locked = os.fstat(descriptor)
             yield
         finally:
+            self._locked = None
             os.close(descriptor)
+
+    def check_standing(self, field: str = "training.output_dir") -> None:
+        """Check that the folder is still the one that was locked: a save would make it anew, and lose what was in it.
+
+        Raises:
+            UserError: it was moved or deleted.
+        """
+        if self._locked is None or (self.path.exists() and os.path.samestat(self.path.stat(), self._locked)):
+            return
+        problem = f"{self.path} was moved or deleted while the run went on"
+        raise UserError(field, problem, "Put it back, and go on with --resume; or start the run again.")
 
     def refuse_links(self, field: str = "run folder") -> None:
         """Check that what stands in the folder is the run's own: it may come from somebody else, and through a link

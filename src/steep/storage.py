@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import glob
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -34,10 +35,27 @@ def published(folder: Path, existing: Existing = "replace") -> Iterator[Path]:
     """
     staging = stage(folder)
     try:
-        yield staging
-        publish(staging, folder, existing)
+        with naming(folder):
+            yield staging
+            publish(staging, folder, existing)
     finally:
         discard(staging)
+
+
+@contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """Let an error of the disk name this place, where it names none, or a hidden one that is gone when it is read."""
+    try:
+        yield
+    except shutil.Error as error:  # of copytree: all that failed, as text
+        code = re.search(r"\[Errno (\d+)\]", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(place)) from error
+    except OSError as error:
+        if error.filename is None or any(map(_is_hidden, Path(os.fsdecode(error.filename)).parts)):
+            error.filename = str(place)
+        raise
 
 
 def stage(folder: Path) -> Path:
@@ -88,7 +106,7 @@ def write_file(path: Path, text: str) -> None:
     """Replace a text file by one rename."""
     temporary = temporary_name(path)
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
+        with naming(path), temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -123,7 +141,7 @@ def temporary_name(path: Path) -> Path:
 
 def is_temporary(path: Path) -> bool:
     """Whether the name is a `temporary_name`, of any process on any host."""
-    return path.name.startswith(".writing-")
+    return _is_hidden(path.name)
 
 
 def remove_stale(folder: Path) -> None:
@@ -146,6 +164,10 @@ def remove_leftovers(folder: Path) -> None:
             process = _owner(path)
             if process is None or process == os.getpid() or not _is_running(process):
                 _delete(path)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".writing-")
 
 
 def _prefix() -> str:

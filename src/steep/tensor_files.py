@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,13 +17,24 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: dic
     """`safetensors.torch.save_file`.
 
     Raises:
-        OSError: the disk is full, or the place cannot be written; the library has an error of its own for that.
+        OSError: the disk is full, or the place cannot be written.
+    """
+    with system_errors(file):
+        save_file(dict(tensors), file, metadata)
+
+
+@contextmanager
+def system_errors(place: Path) -> Iterator[None]:
+    """Let a write error be the system's where a library writes safetensors, which has an error of its own for that.
+
+    Args:
+        place: what the error names.
     """
     try:
-        save_file(dict(tensors), file, metadata)
+        yield
     except SafetensorError as error:
         code = re.search(r"(?:os error|code:) (\d+)", str(error))  # so in its newer and older versions
         if code is None:
             raise
         number = int(code[1])
-        raise OSError(number, os.strerror(number), str(file)) from error
+        raise OSError(number, os.strerror(number), str(place)) from error

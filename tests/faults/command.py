@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+_ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.0005
 _HANGS_SECONDS = 240.0  # no command here takes a tenth of it
 
@@ -78,8 +79,12 @@ class Command:
             raise TimeoutError(f"it still runs after {seconds:.0f} s; it said:\n{self.text()}")
         return self.code
 
-    def until(self, holds: Callable[[], Any], seconds: float = _HANGS_SECONDS) -> bool:
-        """Wait until something holds: True; False where the command ends before, or the time."""
+    def until(self, holds: Callable[[], Any], seconds: float = _HANGS_SECONDS, *, asleep: bool = True) -> bool:
+        """Wait until something holds: True; False where the command ends before, or the time.
+
+        Args:
+            asleep: look about once a millisecond; else all the time.
+        """
         end = time.monotonic() + seconds
         number = 0
         while time.monotonic() < end:
@@ -88,7 +93,8 @@ class Command:
             number += 1
             if number % 8 == 0 and not self.running:
                 return bool(holds())
-            time.sleep(POLL_SECONDS)
+            if asleep:
+                time.sleep(POLL_SECONDS)
         return False
 
 
@@ -133,11 +139,16 @@ def start_wrapped(before: Sequence[str], words: Sequence[str], folder: Path, fur
 
 
 class ForkServer:
-    """Starts the command as `fork_server` does. One at a time may use it."""
+    """Starts the command as `fork_server` does. One at a time may use it.
 
-    def __init__(self) -> None:
+    Args:
+        before: a command that the server runs behind, such as ``unshare -m``; it has to become the server.
+    """
+
+    def __init__(self, before: Sequence[str] = ()) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.fork_server"],
+            [*before, sys.executable, "-m", "tests.faults.fork_server"],
+            cwd=_ROOT,
             env=environment({}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -157,6 +168,10 @@ class ForkServer:
         request = {"start": list(words), "cwd": str(folder), "out": str(out), "err": str(err)}
         pid = self._ask(**request, env=environment(further))["pid"]
         return Command(pid, lambda: self._ask(poll=pid)["code"], out, err)
+
+    @property
+    def pid(self) -> int:
+        return self._server.pid
 
     def close(self) -> None:
         assert self._server.stdin is not None and self._server.stdout is not None

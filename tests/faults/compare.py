@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,24 @@ _OF_THE_CLOCK = {"tokens_per_second", "peak_memory_bytes", "save_seconds"}
 OF_THE_PROCESS = {
     "metrics.jsonl": _OF_THE_CLOCK,
     "trainer_state.json": _OF_THE_CLOCK,  # its log holds the same rows
-    "manifest.json": {"trainer_state.json", "training_args.json"},  # digests of these
+    "manifest.json": {"trainer_state.json", "training_args.json", "adapter_config.json"},  # digests of these
     "plan.json": {"cached"},
     "training_args.json": {"save_total_limit"},  # the run that others' checkpoints are held against keeps all its own
 }
 NOT_OF_THE_RUN = {"incidents.jsonl"}  # says what happened to a process
 
 
-def differences(whole: Path, stopped: Path) -> list[str]:
-    """What is not the same in two run folders, a line each. Paths of the one stand for those of the other."""
+def differences(whole: Path, stopped: Path, *, named: Path | None = None) -> list[str]:
+    """What is not the same in two run folders, a line each. Paths of the one stand for those of the other.
+
+    Args:
+        named: how `stopped` is called in its own files, where that is another path.
+    """
     left, right = _files(whole), _files(stopped)
     found = [f"{name}: only in the run never stopped" for name in sorted(left - right)]
     found += [f"{name}: only in the run that was stopped" for name in sorted(right - left)]
     for name in sorted(left & right):
-        found += file_differences(whole, stopped, name)
+        found += file_differences(whole, stopped, name, named=named)
     return found
 
 
@@ -36,14 +39,14 @@ def _files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")} - NOT_OF_THE_RUN
 
 
-def file_differences(whole: Path, stopped: Path, name: str) -> list[str]:
+def file_differences(whole: Path, stopped: Path, name: str, *, named: Path | None = None) -> list[str]:
     """The same for one file of both."""
     left, right = whole / name, stopped / name
     if left.is_dir():
         return [] if right.is_dir() else [f"{name}: no folder"]
     if left.suffix == ".safetensors":
         return [] if left.read_bytes() == right.read_bytes() else [f"{name}: {_tensor_that_differs(left, right)}"]
-    trees = [_tree(path, folder) for path, folder in ((left, whole), (right, stopped))]
+    trees = [_tree(path, folder) for path, folder in ((left, whole), (right, named or stopped))]
     return [f"{name}: {line}" for line in tree_differences(*trees)]
 
 
@@ -62,8 +65,6 @@ def _tree(file: Path, folder: Path) -> Any:
     text = file.read_text(encoding="utf-8").replace(str(folder), "RUN")
     text = text.replace(str(folder.parent), "PLACE")
     left_out = OF_THE_PROCESS.get(file.name, set())
-    if file.name == "manifest.json":
-        return _manifest(json.loads(text))
     if file.suffix == ".json":
         tree = without(json.loads(text), left_out)
         if file.name == "adapter_config.json":
@@ -72,18 +73,6 @@ def _tree(file: Path, folder: Path) -> Any:
     if file.suffix == ".jsonl":
         return [without(json.loads(line), left_out) for line in text.splitlines()]
     return text
-
-
-def _manifest(tree: Any) -> Any:
-    """Digests of text files hold paths and times; those of tensors have to be equal."""
-    if isinstance(tree, dict):
-        return {
-            key: sorted(value)
-            if isinstance(value, dict) and re.search(r"\.(json|jsonl|md|jinja)$", key)
-            else _manifest(value)
-            for key, value in tree.items()
-        }
-    return [_manifest(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def without(tree: Any, names: set[str]) -> Any:
@@ -113,11 +102,11 @@ def tree_differences(left: Any, right: Any, where: str = "") -> list[str]:
     return [] if left == right else [f"{where}: {str(left)[:60]!r} and {str(right)[:60]!r}"]
 
 
-def lines_lost_or_doubled(whole: Path, stopped: Path) -> int:
-    """Lines of the three logs that are missing, there twice, or with other values."""
+def lines_lost_or_doubled(whole: Path, stopped: Path, *, up_to: int | None = None) -> int:
+    """Lines of the three logs that are missing, there twice, or with other values; those of a step and before it."""
     count = 0
     for name in ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl"):
-        expected, got = (_keyed(folder / name) for folder in (whole, stopped))
+        expected, got = (_keyed(folder / name, up_to) for folder in (whole, stopped))
         count += sum(abs(len(expected.get(key, [])) - len(got.get(key, []))) for key in expected.keys() | got.keys())
         count += sum(
             expected[key] != got[key] for key in expected.keys() & got.keys() if len(expected[key]) == len(got[key])
@@ -125,11 +114,12 @@ def lines_lost_or_doubled(whole: Path, stopped: Path) -> int:
     return count
 
 
-def _keyed(file: Path) -> dict[tuple[Any, ...], list[Any]]:
+def _keyed(file: Path, up_to: int | None) -> dict[tuple[Any, ...], list[Any]]:
     rows: dict[tuple[Any, ...], list[Any]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []:
         row = without(json.loads(line), OF_THE_PROCESS.get(file.name, set()))
-        rows.setdefault((row["step"], row.get("domain"), row.get("prompt")), []).append(row)
+        if up_to is None or row["step"] <= up_to:
+            rows.setdefault((row["step"], row.get("domain"), row.get("prompt")), []).append(row)
     return rows
 
 
@@ -144,15 +134,12 @@ def wrong_caches(whole: Path, stopped: Path) -> list[str]:
     return [name for name, content in caches(stopped).items() if fresh.get(name) != content]
 
 
-def damaged_checkpoints(whole: Path, stopped: Path) -> list[str]:
+def damaged_checkpoints(whole: Path, stopped: Path, *, named: Path | None = None) -> list[str]:
     """What differs in the checkpoints that stand in a run folder from those of a run that kept all of its own."""
-    found: list[str] = []
-    for path in sorted(stopped.glob("checkpoint-*")):
-        expected = {name for name in _files(whole) if name.startswith(f"{path.name}/")}
-        got = {name for name in _files(stopped) if name.startswith(f"{path.name}/")}
-        found += [f"{name}: missing" for name in sorted(expected - got)] + [
-            f"{name}: too many" for name in sorted(got - expected)
-        ]
-        for name in sorted(expected & got):
-            found += file_differences(whole, stopped, name)
-    return found
+    there = tuple(f"{path.name}/" for path in stopped.glob("checkpoint-*"))
+    expected, got = ({name for name in _files(folder) if name.startswith(there)} for folder in (whole, stopped))
+    found = [f"{name}: missing" for name in sorted(expected - got)]
+    found += [f"{name}: too many" for name in sorted(got - expected)]
+    return found + [
+        line for name in sorted(expected & got) for line in file_differences(whole, stopped, name, named=named)
+    ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
 from tests.faults.command import Command
@@ -13,14 +15,15 @@ from tests.faults.runs import Run
 
 PHASES = ("tokenise", "train", "save", "evaluate", "export")
 SAVE_PARTS = ("write", "sync", "rename", "retention")
+KEPT = 2  # save_total_limit
 _LINES = {
     "tokenise": r"tokenising ",
+    "train": r"step \d+/\d+ ",
     "save": r"saving checkpoint-\d+",
     "evaluate": r"scoring held-out text ",
-    "export": r"scoring the adapter over the base of the run",
+    "export": r"scoring the adapter over the base of the run|writing the adapter",
 }
-MANIFEST = "manifest.json"
-KEPT = 2  # save_total_limit of the runs here
+_MANIFEST = "manifest.json"  # the last file of a checkpoint that is written
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Aim:
 
     Attributes:
         phase: of `PHASES`.
-        nth: the how many-th such phase of the command; for `train`, the step of the run.
+        nth: in the how many-th such phase of the command; for `train`, after so many of its steps.
         share: how far into the phase, or into the part of a save; 0 to 1.
         part: of `SAVE_PARTS`, or None for a share of the whole save.
     """
@@ -53,111 +56,141 @@ class Lengths:
         return median(self.seconds[name])
 
 
-def _said(command: Command, phase: str) -> int:
-    """How many lines of its log open this phase."""
-    return sum(re.match(_LINES[phase], line) is not None for line in command.lines())
+def said(command: Command, phase: str) -> list[str]:
+    """The lines of its log that open this phase."""
+    return [line for line in command.lines() if re.match(_LINES[phase], line)]
 
 
-def _size(run: Run, name: str) -> int:
-    file = run.folder / name
-    return file.stat().st_size if file.exists() else 0
+def newest(run: Run) -> int:
+    """The step of its newest checkpoint; 0 without one."""
+    return max(run.checkpoints(), default=0)
 
 
 def measure(run: Run, command: Command) -> Lengths:
     """Watch a run from its beginning to its end, and take its times."""
-    lengths, opened = Lengths(), dict.fromkeys(("tokenise", "evaluate"), 0.0)
-    counts = dict.fromkeys((*opened, "steps", "evaluated", "caches"), 0)
-    last_step = 0.0
-    saves: dict[str, float] = {}
+    lengths = Lengths()
+    opened: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    ends: dict[str, Callable[[], int]] = {
+        "tokenise": lambda: len(run.caches()),
+        "evaluate": lambda: run.size("evaluation.jsonl"),
+        "step": run.steps,
+    }
+    ended = dict.fromkeys(ends, 0)
+    saving: dict[str, float] = {}
 
     def look() -> bool:
-        nonlocal last_step, saves
+        nonlocal saving
         now = time.monotonic()
-        for phase in opened:
-            if (said := _said(command, phase)) > counts[phase]:
-                counts[phase], opened[phase] = said, now
-        if (done := len(list(run.cache.rglob("*.arrow")))) > counts["caches"]:
-            counts["caches"] = done
-            lengths.add("tokenise", now - opened["tokenise"])
-        if (size := _size(run, "evaluation.jsonl")) > counts["evaluated"]:
-            counts["evaluated"] = size
-            lengths.add("evaluate", now - opened["evaluate"])
-        if (steps := run.steps()) > counts["steps"]:
-            if counts["steps"]:
-                lengths.add("step", now - last_step)
-            counts["steps"], last_step = steps, now
-        saves = _watch_save(run, saves, lengths, now)
+        for phase in ("tokenise", "evaluate"):
+            if (count := len(said(command, phase))) > counts.get(phase, 0):
+                counts[phase], opened[phase] = count, now
+        for phase, end in ends.items():
+            if (count := end()) > ended[phase]:
+                if phase != "step" or ended[phase]:
+                    lengths.add(phase, now - opened.get(phase, now))
+                ended[phase], opened[phase] = count, now
+        saving = _watch_save(run, command, saving, lengths, now)
         return False
 
     command.until(look)
     return lengths
 
 
-def _watch_save(run: Run, seen: dict[str, float], lengths: Lengths, now: float) -> dict[str, float]:
-    """The times of the save under way: its beginning, the manifest, the new name, the last checkpoint too many gone."""
-    staging, many = run.staging(), len(run.checkpoints()) > KEPT
-    if "write" not in seen:
-        return {"write": now} if staging else {}
-    if "sync" not in seen and any((path / MANIFEST).exists() for path in staging):
+def _watch_save(run: Run, command: Command, seen: dict[str, float], lengths: Lengths, now: float) -> dict[str, float]:
+    """Note the times of the save under way, by the part that begins then."""
+    saves = said(command, "save")
+    if not saves:
+        return seen
+    if seen.get("number") != len(saves):
+        return {"number": len(saves), "write": now}
+    folder = run.folder / saves[-1].split()[-1]
+    if "sync" not in seen and (folder.exists() or any((path / _MANIFEST).exists() for path in run.staging())):
         lengths.add("write", now - seen["write"])
-        return {**seen, "sync": now}
-    if "retention" not in seen and not staging:
-        lengths.add("sync" if "sync" in seen else "write", now - seen.get("sync", seen["write"]))
+        seen = {**seen, "sync": now}
+    if "rename" not in seen and folder.exists():
+        lengths.add("sync", now - seen["sync"])
+        seen = {**seen, "rename": now}
+    if "rename" in seen and "retention" not in seen and len(run.checkpoints()) <= KEPT:
+        lengths.add("rename", now - seen["rename"])
         seen = {**seen, "retention": now}
-    if "retention" in seen and not many:
+    if "retention" in seen and "end" not in seen and not run.staging():
         lengths.add("retention", now - seen["retention"])
         lengths.add("save", now - seen["write"])
-        return {}
+        seen = {**seen, "end": now}
     return seen
 
 
 def strike(run: Run, command: Command, aim: Aim, lengths: Lengths) -> bool:
     """Kill the command where the aim says; False where it ended before that."""
-    if aim.phase == "save" and aim.part is not None:
-        begun, seconds = _part_begins(run, aim.part, aim.nth), lengths.of("sync" if aim.part == "rename" else aim.part)
-    elif aim.phase == "train":
-        begun, seconds = (lambda: run.steps() >= aim.nth), lengths.of("step")
-    else:
-        begun, seconds = (lambda: _said(command, aim.phase) >= aim.nth), lengths.of(aim.phase)
+    start = newest(run)
+
+    def begun() -> bool:
+        if aim.phase == "train":
+            return bool(said(command, "train")) and run.steps() >= start + aim.nth
+        return len(said(command, aim.phase)) >= aim.nth
+
     if not command.until(begun):
         command.wait()
         return False
-    end = time.monotonic() + aim.share * seconds
+    if aim.part is not None and not command.until(lambda: _part_begun(run, command, aim), asleep=False):
+        command.wait()
+        return False
+    length = lengths.of(aim.part or {"train": "step"}.get(aim.phase, aim.phase))
+    end = time.monotonic() + aim.share * length
     while time.monotonic() < end:  # asleep, it would come late by more than a part of a save lasts
         pass
     command.kill()
     return command.code == -9
 
 
-def _part_begins(run: Run, part: str, nth: int) -> Callable[[], bool]:
+def _part_begun(run: Run, command: Command, aim: Aim) -> bool:
     """Whether a part of the nth save of this command has begun, as the run folder shows it."""
-    before, saves, there = set(run.staging()), [], set(run.checkpoints())
-
-    def begun() -> bool:
-        for path in run.staging():
-            if path not in before and path not in saves:
-                saves.append(path)
-        if len(saves) < nth:
-            return False
-        staging = saves[nth - 1]
-        if part == "write":
-            return True
-        if part in ("sync", "rename"):
-            return (staging / MANIFEST).exists() or not staging.exists()
-        return not staging.exists() and bool(set(run.checkpoints()) - there)
-
-    return begun
+    folder = run.folder / said(command, "save")[aim.nth - 1].split()[-1]
+    if aim.part == "write":
+        return bool(run.staging())
+    if aim.part == "sync":
+        return folder.exists() or any((path / _MANIFEST).exists() for path in run.staging())
+    if aim.part == "rename":
+        return folder.exists()
+    return folder.exists() and len(run.checkpoints()) <= KEPT
 
 
-def hit(run: Run, files: int) -> str:
-    """Which part of a save a kill fell into, from what it left: of `SAVE_PARTS`, or "" outside of a save.
+def fell_into(run: Run, command: Command, caches: int) -> tuple[str, str]:
+    """The phase that a kill fell into, and of a save its part, from what it left on the disk and in the log.
+
+    The phase is "start" where the command still loaded, or had nothing of this kind left to do.
 
     Args:
-        files: how many files a whole checkpoint has.
+        caches: how many token caches a run makes.
     """
-    counts = [len(list((run.folder / f"checkpoint-{step}").iterdir())) for step in run.checkpoints()]
-    for path in run.staging():
-        return "sync" if len(list(path.iterdir())) == files else "write"
-    if any(count < files for count in counts):
+    if part := _part_hit(run, command):
+        return "save", part
+    if len(run.caches()) < caches:
+        return ("tokenise" if said(command, "tokenise") else "start"), ""
+    if scoring := said(command, "evaluate"):
+        at = re.search(r"at step (\d+)", scoring[-1])
+        step = int(at[1]) if at else 0 if "base model" in scoring[-1] else run.last_step
+        if step not in run.scored_steps():
+            return "evaluate", ""
+    return ("train" if said(command, "train") else "start"), ""
+
+
+def _part_hit(run: Run, command: Command) -> str:
+    saves = said(command, "save")
+    if not saves:
+        return ""
+    hidden = run.staging()
+    if not (run.folder / saves[-1].split()[-1]).exists():
+        return ("sync" if any(_is_whole(path / _MANIFEST) for path in hidden) else "write") if hidden else ""
+    if hidden:
         return "retention"
-    return "rename" if len(counts) > KEPT else ""
+    return "rename" if len(run.checkpoints()) > KEPT else ""
+
+
+def _is_whole(manifest: Path) -> bool:
+    try:
+        json.loads(manifest.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True

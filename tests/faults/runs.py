@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ class Run:
         self.file = scene.write(place, kind, **sections)
         self._start = start
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What starts its commands stays in its process."""
+        return {**self.__dict__, "_start": None}
+
     def command(self, *words: str) -> Command:
         return self._start(words, self.place, {"STEEP_CACHE": str(self.cache)})
 
@@ -40,17 +45,43 @@ class Run:
         """
         return finished(self.go())
 
+    def export(self, output: Path, form: str = "merged") -> Command:
+        return self.command("export", str(self.folder), "-o", str(output), "--to", form)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file of the run folder; 0 where it is not there."""
+        file = self.folder / name
+        return file.stat().st_size if file.exists() else 0
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The whole lines of one of the run's logs."""
+        text = (self.folder / name).read_text(encoding="utf-8") if self.size(name) else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+
     def steps(self) -> int:
         """The lines of metrics.jsonl so far."""
-        file = self.folder / "metrics.jsonl"
-        return file.read_bytes().count(b"\n") if file.exists() else 0
+        return (self.folder / "metrics.jsonl").read_bytes().count(b"\n") if self.size("metrics.jsonl") else 0
+
+    def scored_steps(self) -> set[int]:
+        """The steps at which held-out text was scored."""
+        return {row["step"] for row in self.rows("evaluation.jsonl")}
+
+    @property
+    def last_step(self) -> int:
+        """The steps of the whole run."""
+        return json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))["steps"]
 
     def checkpoints(self) -> list[int]:
+        """The steps of the checkpoints that stand there."""
         return sorted(int(path.name.removeprefix("checkpoint-")) for path in self.folder.glob("checkpoint-*"))
 
     def staging(self) -> list[Path]:
         """Temporary folders that stand in the run folder."""
         return [path for path in self.folder.glob(".writing-*") if path.is_dir()]
+
+    def caches(self) -> list[Path]:
+        """The token caches that stand there."""
+        return list(self.cache.rglob("*.arrow"))
 
 
 class Unfinished(Exception):

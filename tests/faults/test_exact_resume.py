@@ -21,7 +21,7 @@ from steep.manifest import write_manifest
 from steep.training.state_files import load_state
 from tests.faults.command import ForkServer, start_real
 from tests.faults.compare import differences, lines_lost_or_doubled, wrong_caches
-from tests.faults.instants import Aim, Lengths, measure, strike
+from tests.faults.instants import Aim, Lengths, measure, newest, strike
 from tests.faults.runs import Run, finished
 from tests.faults.scene import KINDS, Scene
 from tests.training.helpers import save_state
@@ -85,8 +85,8 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(
     assert strike(stopped, stopped.go(), Aim("train", chance.randint(1, 9), chance.random()), lengths)
     stop_in_a_save(stopped, lengths, chance)
     assert strike(stopped, stopped.go(), Aim("evaluate", chance.randint(1, 2), chance.random()), lengths)
-    step = chance.randint(stopped.steps() + 1, steps)
-    assert strike(stopped, stopped.go(), Aim("train", step, chance.random()), lengths)
+    further = chance.randint(1, steps - newest(stopped) - 1)
+    assert strike(stopped, stopped.go(), Aim("train", further, chance.random()), lengths)
     stopped.finish()
     assert_same(whole, stopped)
     states = load_file(whole.folder / f"checkpoint-{steps}" / "optimizer.safetensors").values()

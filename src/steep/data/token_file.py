@@ -24,7 +24,7 @@ from steep.data.encoder import Encoder
 from steep.data.readers import read_documents
 from steep.data.sources import Source
 from steep.errors import UserError
-from steep.storage import remove_stale, temporary_name
+from steep.storage import naming, remove_stale, temporary_name
 
 Progress = Callable[[int, int, "Budget | None"], None]
 """Called with the documents and UTF-8 bytes done so far, and how far a source with `max_tokens` has come."""
@@ -107,7 +107,7 @@ def write_tokens(
     remove_stale(path.parent)
     temporary = temporary_name(path)
     try:
-        with temporary.open("xb") as file:
+        with naming(path.parent), temporary.open("xb") as file:
             _write_stream(source, files, encoder, file, field, progress, documents)
             file.flush()
             os.fsync(file.fileno())

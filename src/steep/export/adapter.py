@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from steep.export.adapter_weights import PREFIX, WEIGHTS, AdapterWeights
 from steep.model.adapter_config import CONFIG
+from steep.tensor_files import write_tensors
 
 # What only its own run needs.
 _LEFT_OUT = ("training_args.json", "README.md")
@@ -60,5 +60,5 @@ def _write_folded(adapter: AdapterWeights, file: Path) -> dict[str, Any]:
         tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.nn.functional.pad(b * adapter.scale(module), (0, more))
         if adapter.config.use_dora:  # its lengths are of W + s·BA, which stays as it is
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = adapter.magnitude(module)
-    save_file(tensors, file, metadata={"format": "pt"})
+    write_tensors(tensors, file, {"format": "pt"})
     return {"r": r, "lora_alpha": r, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}

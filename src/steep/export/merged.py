@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +24,7 @@ from steep.export.base_weights import BaseWeights, Kind
 from steep.model.adapters import is_tied, linear_shapes
 from steep.model.base_tensors import BaseTensors
 from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_folder
+from steep.tensor_files import write_tensors
 
 SHARD_BYTES = 5 * 10**9
 _TOKENIZER_FILES = (
@@ -113,7 +113,7 @@ class Merger:
                 written += shard[name].nbytes
                 if progress is not None:
                     progress(written, self.num_bytes)
-            save_file(shard, folder / file, metadata={"format": "pt"})
+            write_tensors(shard, folder / file, {"format": "pt"})
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from steep.errors import UserError, did_you_mean
@@ -29,6 +29,7 @@ from steep.model.adapter_start import (
 from steep.model.embeddings import is_tied
 from steep.model.load import DTYPES
 from steep.model.names import DEFAULT_RANK, EMBEDDINGS, LINEAR_LAYERS
+from steep.tensor_files import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 logger = logging.getLogger("steep")
@@ -243,7 +244,7 @@ def save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Any] | No
     if has_frozen_start(model):
         start = get_peft_model_state_dict(model, state_dict, adapter_name=START, save_embedding_layers=False)
         file = folder / WEIGHTS
-        save_file(join(load_file(file), {name: t.cpu() for name, t in start.items()}), file, metadata={"format": "pt"})
+        write_tensors(join(load_file(file), {name: t.cpu() for name, t in start.items()}), file, {"format": "pt"})
         config = read_adapter_config(folder, "run folder")
         joined_config(config).save_pretrained(str(folder))
 

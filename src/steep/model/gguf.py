@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 from steep.errors import UserError
 from steep.storage import cache_folder, published
+from steep.tensor_files import system_errors
 
 logger = logging.getLogger("steep")
 
@@ -70,7 +71,7 @@ def convert(file: Path, tokenizer: Any) -> Path:
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
         )
-        with published(folder, existing="keep") as staging:
+        with published(folder, existing="keep") as staging, system_errors(folder):
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
     return folder

@@ -12,6 +12,7 @@ from steep.errors import UserError
 from steep.model.resolve import ResolvedModel, read_config, text_config_of
 from steep.model.safety import check_safe
 from steep.storage import published
+from steep.tensor_files import system_errors
 
 _PROBE = "The text model alone has to say what the whole model says."
 
@@ -51,7 +52,7 @@ def extract_text_model(name: str, folder: str | Path, *, revision: str | None = 
     if model is None or not _agree(whole, model, tokenizer):
         problem = f"the text model of {name} ({text_config.model_type}), taken out, is not what it is inside"
         raise UserError("name", problem, "Give a checkpoint without images.")
-    with published(folder, existing="refuse") as staging:
+    with published(folder, existing="refuse") as staging, system_errors(folder):
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
     return folder
