@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # tests stay together, so that its fixtures are made once. A single test is faster without: `.venv/bin/pytest FILE -k NAME`.
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help venv test lint format check demo clean
+.PHONY: help venv test faults lint format check demo clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -17,6 +17,9 @@ venv: $(VENV)/.dev  ## make .venv with steep (editable) and what development nee
 
 test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+faults: $(VENV)/.dev  ## kill the real command at more than 200 instants and count the damage: about an hour on two cores
+	$(BIN)/python -m tests.faults.suite $(FAULTS_ARGS)
 
 lint: $(VENV)/.dev  ## ruff, its formatter and pyright, changing nothing
 	$(BIN)/ruff check .
