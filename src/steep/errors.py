@@ -26,6 +26,9 @@ class UserError(Exception):
         self.remedy = remedy
         super().__init__(f"{field}: {problem.rstrip('.')}. {remedy}")
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
+        return UserError, (self.field, self.problem, self.remedy)  # on its way out of another process
+
 
 class RunError(Exception):
     """A run that had to stop although its input was valid (a tensor that did not train, a loss that is not finite)."""
