@@ -19,7 +19,8 @@ from steep.errors import UserError
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.verify_resume import _place_beside, compare
-from tests.test_cli import Steep, assert_one_error_line, run_file, steep  # noqa: F401
+from tests.command_line import Steep, assert_one_error_line
+from tests.test_cli import run_file  # noqa: F401
 from tests.test_run import run_file as config_of
 
 PARTS = ["adapters", "optimizer", "schedule", "random", "observations", "losses", "held-out scores", "ledger"]
@@ -66,7 +67,7 @@ def test_a_single_bit_is_found(name: str, one: Path, tmp_path: Path) -> None:
 def test_lines_and_counts_are_compared_too(one: Path, tmp_path: Path) -> None:
     folder = copytree(one, tmp_path / "ko")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows[1]["tokens_per_second"] = 1.0
+    rows[1] |= {"tokens_per_second": 1.0, "save_seconds": 1.0}
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
     assert differences(one, folder) == {}
@@ -105,7 +106,7 @@ def test_a_run_that_resumes_is_equal(steep: Steep, run_file: Path) -> None:  # n
 
 
 def test_a_run_that_does_not_resume_is_found(
-    steep: Steep,  # noqa: F811
+    steep: Steep,
     run_file: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -209,10 +209,6 @@ class RunFolder:
         """Replace a JSON file by one rename; NaN is refused, since JSON has none."""
         self.write_text(name, json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file that the run wrote."""
-        return json.loads((self / name).read_text(encoding="utf-8"))
-
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to a JSON-lines file; `sync_lines` brings them to the disk."""
         with (self / name).open("a", encoding="utf-8") as stream:

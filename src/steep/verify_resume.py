@@ -32,12 +32,12 @@ from steep.plan import plan_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.terminal import Terminal, human_bytes
-from steep.training.checkpoint import checkpoints
+from steep.training.checkpoint import checkpoints, step_of
 from steep.training.state_files import load_state
 
 STEPS = 6
 _STATES = ("optimizer", "schedule", "random", "observations", "scaler")
-_OF_THE_CLOCK = ("tokens_per_second", "peak_memory_bytes")
+_OF_THE_CLOCK = ("tokens_per_second", "peak_memory_bytes", "save_seconds")
 _SCORED = 2000  # held-out tokens of each domain
 _LOOKS = 0.01  # seconds between two looks at a run's log
 
@@ -86,7 +86,7 @@ def verify_resume(config: RunConfig, *, steps: int = STEPS, terminal: Terminal |
         (*_, kept) = checkpoints(killed.path)
         terminal.say(f"3/3 killed {moment}; going on from {kept.name}")
         with _running(file, killed, "--resume") as process:
-            _watch(process, killed, steps, terminal, int(kept.name.removeprefix("checkpoint-")))
+            _watch(process, killed, steps, terminal, step_of(kept))
             _ended_well(process, place)
         parts = compare(whole, killed)
     terminal.show(_table(parts))
