@@ -25,6 +25,7 @@ from steep.export.weight_check import wrong_weight
 from steep.model.attention import attention
 from steep.model.load import DTYPES, as_folder
 from steep.model.resolve import read_tokenizer_folder, resolve
+from steep.out_of_memory import memory_told
 from steep.plan import Plan
 from steep.result import finished, first_and_last, load_result, plan_again
 from steep.resume import has_other_text
@@ -83,7 +84,8 @@ def export_run(
     adapter = AdapterWeights(folder.final)
     read_tokenizer_folder(folder.final)  # goes with every form
     export = _Export(config, folder, adapter, output, push_to or output.name, terminal)
-    result = export.adapter() if to == "adapter" else export.merged(to, base)
+    with memory_told(None):
+        result = export.adapter() if to == "adapter" else export.merged(to, base)
     terminal.say(f"result: {output}")
     if push_to is not None:
         terminal.say(f"uploading to {push_to} (private until you open it on its page)")

@@ -22,6 +22,7 @@ from steep.model.load import as_folder, load_resolved
 from steep.model.new_tokens import grow_embeddings
 from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_folder, resolve
 from steep.model.stored_weights import check_finite, check_stored
+from steep.out_of_memory import memory_told
 from steep.plan import Plan, plan_run
 from steep.resume import branch_of, has_other_text, streamed_commits
 from steep.run_folder import RunFolder
@@ -101,18 +102,19 @@ def evaluate_run(
             "the text is not what the run had: other documents may be held out now, and the run may have trained on "
             "some of them. Its own scores are in evaluation.jsonl."
         )
-    model = load_result(config, plan.resolved, plan.tokenizer, folder)
-    score = partial(
-        evaluate,
-        model,
-        max_length=config.data.max_length,
-        stride=config.evaluation.stride,
-        autocast_dtype=mixed_precision(config),
-    )
-    documents, max_tokens = documents_of_the_base(plan)
-    with untouched_base(model, plan):
-        base = score(documents, max_tokens=max_tokens)
-    trained = score(plan.corpus.heldout, max_tokens=config.evaluation.max_tokens, step=plan.last_step)
+    with memory_told(None):
+        model = load_result(config, plan.resolved, plan.tokenizer, folder)
+        score = partial(
+            evaluate,
+            model,
+            max_length=config.data.max_length,
+            stride=config.evaluation.stride,
+            autocast_dtype=mixed_precision(config),
+        )
+        documents, max_tokens = documents_of_the_base(plan)
+        with untouched_base(model, plan):
+            base = score(documents, max_tokens=max_tokens)
+        trained = score(plan.corpus.heldout, max_tokens=config.evaluation.max_tokens, step=plan.last_step)
     terminal.show(board(base, trained, plan.corpus.roles))
     return base, trained
 
@@ -143,17 +145,18 @@ def generate_run(
     if settings.new_tokens is not None:
         tokenizer = read_tokenizer_folder(folder.tokenizer)
     prompt_ids_of(original, prompt, rows=resolved.config.get_text_config().vocab_size)
-    model = load_result(config, resolved, tokenizer, folder)
-    return generate_side_by_side(
-        model,
-        tokenizer,
-        prompt,
-        base_tokenizer=original,
-        stream=stream,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        autocast_dtype=mixed_precision(config),
-    )
+    with memory_told(None):
+        model = load_result(config, resolved, tokenizer, folder)
+        return generate_side_by_side(
+            model,
+            tokenizer,
+            prompt,
+            base_tokenizer=original,
+            stream=stream,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            autocast_dtype=mixed_precision(config),
+        )
 
 
 def check_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> None:

@@ -19,6 +19,7 @@ from steep.evaluation.score import DomainScore
 from steep.generation import sample
 from steep.model.adapters import add_adapters, load_adapter_weights
 from steep.opening import write_readme
+from steep.out_of_memory import memory_told
 from steep.plan import Plan, plan_run
 from steep.result import check_base, documents_of_the_base, first_and_last, load_base, scores_at, untouched_base
 from steep.resume import (
@@ -73,7 +74,7 @@ def train_run(
 
     Raises:
         UserError: an input is wrong, or the folder holds another run; nothing is lost.
-        RunError: a tensor did not train, the loss stayed not finite, or the ledger does not add up.
+        RunError: a tensor did not train, the loss stayed not finite, memory ran out, or the ledger does not add up.
         Stopped: it was asked to end; the last step is saved, and `final/` is not written.
     """
     terminal = terminal or Terminal(quiet=True)
@@ -103,7 +104,8 @@ def train_run(
     with folder.locked():
         folder.refuse_contents(branch=parent is not None)
         folder.clear(resumed=False)
-        return _train(plan, folder, terminal, stop)
+        with memory_told(plan):
+            return _train(plan, folder, terminal, stop)
 
 
 def _resume(
@@ -119,7 +121,8 @@ def _resume(
     terminal.say(f"checking the files of {config.model.name}")
     check_base(config, plan.resolved, plan.tokenizer)
     refuse_other_inputs(folder, plan)
-    return _train(plan, folder, terminal, stop, resume=True, found=found, changes=changes)
+    with memory_told(plan):
+        return _train(plan, folder, terminal, stop, resume=True, found=found, changes=changes)
 
 
 def _plan(
@@ -146,9 +149,10 @@ def _train(
             terminal.warn(f"the run goes on, but not surely to the same bits: {'; '.join(ground)}")
     transformers.set_seed(config.training.seed)  # adapters are drawn at random
     terminal.say(f"loading {config.model.name}")
-    base = load_base(config, plan.resolved, plan.tokenizer)
     settings = {**config.adapter.model_dump(), "trained_dtype": config.model.trained_dtype}
-    model = add_adapters(base, **settings, resumed=found is not None or plan.branch is not None)
+    with memory_told(plan, loading=True):
+        base = load_base(config, plan.resolved, plan.tokenizer)
+        model = add_adapters(base, **settings, resumed=found is not None or plan.branch is not None)
     model.peft_config["default"].revision = config.model.revision  # where PEFT looks for the base's
     _check_trainable(model, plan)
     if found and any(change.field in PLACES for change in changes):
@@ -253,6 +257,9 @@ class _Recorder(CheckpointCallback):
 
     def __init__(self, trainer: Trainer, folder: RunFolder, plan: Plan, show: Any) -> None:
         self._trainer, self._folder, self._plan, self._show = trainer, folder, plan, show
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._folder.rewind(state.global_step)  # it begins once more each time that it goes back for a spike
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._folder.check_standing()

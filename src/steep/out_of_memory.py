@@ -1,0 +1,100 @@
+"""Memory that ran out, in one line: what was planned, what there was, and what to lower."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from steep.errors import RunError
+from steep.plan import Plan
+from steep.settings import uses_checkpointing
+from steep.terminal import human_bytes
+
+# What CUDA and the libraries over it say; they raise RuntimeError for most of it.
+_ON_THE_CARD = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "cudaErrorMemoryAllocation",
+)
+_ON_THE_HOST = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+
+
+@contextmanager
+def memory_told(plan: Plan | None, *, loading: bool = False) -> Iterator[None]:
+    """Turn what is raised where memory runs out into an error that says what to do.
+
+    Args:
+        plan: of the run; None for a finished one, whose settings stay.
+        loading: the model is being loaded: what only a step needs is then not to blame.
+
+    Raises:
+        RunError: memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        place = place_that_ran_out(error)
+        if place is None:
+            raise
+        if plan is None:
+            said, remedy = "", "Free some of it, or take a machine that has more"
+        else:
+            said = f"{human_bytes(sum(plan.memory.values()))} were planned for a step, and "
+            remedy = f"Lower, in this order: {', '.join(what_to_lower(plan, loading=loading))}"
+            remedy += "" if loading else ". The last checkpoint is as it was"
+        raise RunError(f"{place} memory ran out: {said}{_there_was(place)}. {remedy}") from error
+
+
+def place_that_ran_out(error: BaseException) -> str | None:
+    """``GPU`` or ``host`` where the error says that memory ran out there; else None."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or any(part in text for part in _ON_THE_CARD):
+        return "GPU"
+    if isinstance(error, MemoryError) or any(part in text for part in _ON_THE_HOST):
+        return "host"
+    return "host" if isinstance(error, OSError) and error.errno == errno.ENOMEM else None
+
+
+def what_to_lower(plan: Plan, *, loading: bool = False) -> list[str]:
+    """The settings that take memory, with their values, those first that change the result least."""
+    config, found = plan.config, []
+    training = config.training
+    if not loading:
+        batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+        if batch > 1:
+            found.append(
+                f"training.per_device_train_batch_size (now {batch}; with more gradient_accumulation_steps, now "
+                f"{accumulation}, a step stays what it is)"
+            )
+        if not uses_checkpointing(config):
+            found.append("training.gradient_checkpointing: true (now false)")
+        if training.optim not in ("adamw_8bit", "adamw_bnb_8bit"):
+            found.append(f"training.optim: adamw_8bit (now {training.optim})")
+        found.append(f"data.max_length (now {config.data.max_length})")
+    if config.model.trained_dtype != "bf16" and plan.compute == "bf16":
+        found.append(f"model.trained_dtype: bf16 (now {config.model.trained_dtype})")
+    if plan.base != "nf4":
+        found.append(f"model.base: nf4 (now {plan.base})")
+    found.append(f"adapter.r (now {config.adapter.r})")
+    if config.adapter.modules_to_save:
+        found.append(f"adapter.modules_to_save (now {', '.join(config.adapter.modules_to_save)})")
+    return found
+
+
+def _there_was(place: str) -> str:
+    if place == "host" or not torch.cuda.is_available():
+        page = os.sysconf("SC_PAGE_SIZE")
+        total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
+        return f"this machine has {human_bytes(total)}, of which {human_bytes(free)} are free"
+    free, total = torch.cuda.mem_get_info()
+    own = torch.cuda.memory_reserved()
+    return (
+        f"the card has {human_bytes(total)}, of which {human_bytes(free + own)} were free for this run "
+        f"(it had {human_bytes(torch.cuda.max_memory_allocated())} in use at its peak)"
+    )

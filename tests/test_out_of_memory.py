@@ -1,0 +1,160 @@
+"""Memory that runs out anywhere in a run is one line: what was planned, what there was, and what to lower."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steep import hand_over, result, run
+from steep.errors import RunError
+from steep.out_of_memory import memory_told, place_that_ran_out, what_to_lower
+from steep.plan import plan_run
+from steep.training.trainer import Trainer
+from tests.test_run import run_file
+
+CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 GiB"
+
+
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [
+        (torch.OutOfMemoryError(CUDA), "GPU"),
+        (RuntimeError(CUDA), "GPU"),
+        (RuntimeError("CUDA error: out of memory"), "GPU"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU"),
+        (MemoryError(), "host"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you"),
+            "host",
+        ),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "host"),
+        (OSError(errno.ENOSPC, "No space left on device"), None),
+        (RuntimeError("CUDA error: device-side assert triggered"), None),
+    ],
+)
+def test_who_says_so(error: Exception, place: str | None) -> None:
+    assert place_that_ran_out(error) == place
+    with pytest.raises(type(error) if place is None else RunError), memory_told(None):
+        raise error
+
+
+def test_torch_itself_says_it_so() -> None:
+    """The host's allocator refuses what no machine has."""
+    told = r"^host memory ran out: this machine has .* GiB, of which .* free\. Free some"
+    with pytest.raises(RunError, match=told), memory_told(None):
+        torch.empty(2**50)
+
+
+def test_what_a_card_says(
+    monkeypatch: pytest.MonkeyPatch, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    plan = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 21 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 20 * 2**30)
+    with pytest.raises(RunError) as raised, memory_told(plan):
+        raise torch.OutOfMemoryError(CUDA)
+    text = str(raised.value)
+    assert text.startswith("GPU memory ran out: ") and "were planned for a step" in text
+    assert "the card has 24.00 GiB, of which 22.00 GiB were free for this run (it had 20.00 GiB in use" in text
+    assert "\n" not in text and "The last checkpoint is as it was" in text
+
+
+def test_what_to_lower_first(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    def names(sections: dict[str, dict[str, Any]], loading: bool = False) -> list[str]:
+        plan = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **sections))
+        return [line.split(" ")[0].rstrip(":") for line in what_to_lower(plan, loading=loading)]
+
+    wide = {"training": {"per_device_train_batch_size": 4, "gradient_checkpointing": False, "optim": "adamw_torch"}}
+    everything = [
+        "training.per_device_train_batch_size", "training.gradient_checkpointing", "training.optim", "data.max_length",
+        "model.base", "adapter.r", "adapter.modules_to_save",
+    ]  # fmt: skip
+    assert names(wide) == everything
+    assert names(wide, loading=True) == everything[-3:]
+    narrow = {
+        "training": {"per_device_train_batch_size": 1, "gradient_checkpointing": True},
+        "model": {"base": "nf4", "compute_dtype": "bf16"},
+        "adapter": {"modules_to_save": []},
+    }
+    assert names(narrow) == ["data.max_length", "model.trained_dtype", "adapter.r"]
+    plan = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **wide))
+    assert what_to_lower(plan)[0] == (
+        "training.per_device_train_batch_size (now 4; with more gradient_accumulation_steps, now 1, a step stays what "
+        "it is)"
+    )
+
+
+def raises(*given: Any, **settings: Any) -> Any:
+    raise torch.OutOfMemoryError(CUDA)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "loading"),
+    [
+        (run, "load_base", True),
+        (run, "add_adapters", True),
+        (Trainer, "evaluate_documents", False),
+        (run, "sample", False),
+        (Trainer, "training_step", False),
+        (Trainer, "_save_checkpoint", False),
+        (Trainer, "save_model", False),
+    ],
+)
+def test_anywhere_in_a_run(
+    place: Any,
+    name: str,
+    loading: bool,
+    llama_folder: Path,
+    korean_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(place, name, raises)
+    with pytest.raises(RunError, match=r"^GPU memory ran out: .* were planned for a step") as raised:
+        run.train_run(run_file(llama_folder, korean_corpus, tmp_path / "run"))
+    assert ("max_length" in str(raised.value)) != loading
+
+
+def test_the_last_checkpoint_stays(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, step, calls = run_file(llama_folder, korean_corpus, tmp_path / "run"), Trainer.training_step, []
+
+    def at_last(self: Trainer, *given: Any, **settings: Any) -> Any:
+        calls.append(1)
+        return step(self, *given, **settings) if len(calls) < 5 else raises()
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="GPU memory ran out"):
+        patch.setattr(Trainer, "training_step", at_last)
+        run.train_run(config)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    run.train_run(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "use"),
+    [
+        (result, "evaluate", lambda folder, out: result.evaluate_run(folder)),
+        (result, "generate_side_by_side", lambda folder, out: result.generate_run(folder, "the river")),
+        (hand_over, "load_result", lambda folder, out: hand_over.export_run(folder, out)),
+    ],
+)
+def test_with_a_finished_run(
+    place: Any,
+    name: str,
+    use: Any,
+    llama_folder: Path,
+    korean_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run.train_run(run_file(llama_folder, korean_corpus, tmp_path / "run", evaluation={"prompts": []}))
+    monkeypatch.setattr(place, name, raises)
+    with pytest.raises(RunError, match=r"^GPU memory ran out: this machine has .*Free some of it"):
+        use(tmp_path / "run", tmp_path / "out")
