@@ -47,6 +47,8 @@ _SCHEDULE = {
     )),
 }  # fmt: skip
 
+_SPIKES = ("spike_action", "spike_threshold", "spike_window")
+
 # Where the base lies: that it is the same one is seen by its checksums.
 PLACES = {"model.name", "model.revision"}
 
@@ -57,13 +59,15 @@ CHANGEABLE = {
     "model.attn_implementation",  # the same attention in another order of sums
     *(f"training.{name}" for name in (
         "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_checkpointing",
-        "deterministic", "full_determinism", "tf32", "dataloader_persistent_workers",
+        "deterministic", "full_determinism", "tf32", "dataloader_persistent_workers", *_SPIKES,
     )),
 }  # fmt: skip
 
 # What a branch may change: the rates and their schedule, how long it is, and the text.
 BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
-OWN_OF_A_BRANCH = {*_SCHEDULE, *BATCH, "training.deterministic"}
+OWN_OF_A_BRANCH = {
+    *_SCHEDULE, *BATCH, *(f"training.{name}" for name in ("deterministic", *_SPIKES)),
+}  # fmt: skip
 
 # Why a field stays, by its beginning; the longest one that fits.
 _STAYS = {

@@ -210,6 +210,20 @@ class TrainingSection(BaseModel):
     )
     report_to: str | list[str] = Field("none", description="Trackers: tensorboard, wandb, mlflow, ... or none.")
     max_nonfinite_steps: Integer = Field(3, ge=1, description="Stop after so many NaN or infinite steps in a row.")
+    spike_action: Literal["off", "warn", "skip", "rollback"] = Field(
+        "warn",
+        description="What is done with a step whose loss or gradient norm jumps: off, warn (say it), skip (do not "
+        "apply it), rollback (go back to the last checkpoint and pass over its rows).",
+    )
+    spike_threshold: Number = Field(
+        6.0, gt=0, description="A jump is so many robust standard deviations above the median of the steps before."
+    )
+    spike_window: Integer = Field(256, ge=8, description="Steps that median and deviation are taken over.")
+
+    @field_validator("spike_action", mode="before")
+    @classmethod
+    def _off_is_false(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare off so
 
     @field_validator("max_steps")
     @classmethod

@@ -327,6 +327,50 @@ def test_a_branch_adds_up_with_its_parents(corpus: Corpus, step: int):
     assert corpus.ledger(before, before, nothing) == corpus.ledger(before, before)
 
 
+@pytest.mark.parametrize("step", [1, -1])
+def test_skipped_rows_are_accounted_for(corpus: Corpus, step: int):
+    """An epoch in which every fourth row was skipped, one of them trained in the next; every seventh was refused."""
+    number = np.arange(len(corpus.train))
+    skipped, refused = number % 4 == 1, number % 7 == 3
+    again = number < 6
+    seen, trained = 1 + again, 1 - (skipped | refused) + again
+    refused &= ~skipped
+    ledger = corpus.ledger(trained, seen, times_skipped=skipped.astype(int))
+    assert check_ledger(ledger) == [] and ledger["adds_up"]
+    assert ledger["rows_skipped"] == skipped.sum() and ledger["rows_refused"] == refused.sum() > 0
+    never = skipped & ~again
+    assert 0 < never.sum() < skipped.sum()
+    pieces = np.repeat(never, np.diff(corpus.train.row_first))
+    assert ledger["targets_skipped"] == (corpus.train.length[pieces].astype(int) - 1).sum() > 0
+    for source in ledger["sources"]:
+        assert source["tokens"]["skipped"] >= source["documents"]["skipped"]
+    tokens = sum(source["tokens"]["skipped"] for source in ledger["sources"])
+    assert 0 < tokens <= corpus.train.length[pieces].sum()
+    for name in ("rows_skipped", "targets_skipped", "first_tokens_skipped"):
+        assert check_ledger(ledger | {name: ledger[name] + step}), name
+    assert not corpus.ledger(trained, seen, times_skipped=seen)["adds_up"]
+    without = corpus.ledger(trained, seen)
+    assert without["rows_refused"] == (skipped | refused).sum() and without["adds_up"]
+    for source, other in zip(ledger["sources"], without["sources"], strict=True):
+        for unit in ("documents", "tokens"):
+            assert source[unit]["skipped"] + source[unit]["not_reached"] == other[unit]["not_reached"]
+
+
+def test_an_epoch_with_skipped_rows_leaves_nothing_else(corpus: Corpus):
+    number = np.arange(len(corpus.train))
+    skipped = number % 5 == 0
+    ledger = corpus.ledger((~skipped).astype(int), np.ones(len(number), int), times_skipped=skipped.astype(int))
+    assert ledger["adds_up"], ledger["problems"]
+    for source in ledger["sources"]:
+        for unit in ("documents", "tokens"):
+            assert source[unit]["not_reached"] == source[unit]["not_planned"]
+    source = next(source for source in ledger["sources"] if source["tokens"]["skipped"])
+    source["tokens"]["skipped"] -= 1
+    source["tokens"]["not_reached"] += 1
+    source["trained_or_repeated_in_skipped_rows"] += 1
+    assert check_ledger(ledger) == ["tokens not reached after a whole epoch: 1 and not 0"]
+
+
 DOCUMENTS, TOKENS = ("sources", 0, "documents"), ("sources", 0, "tokens")
 MOVES: dict[str, tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]] = {  # what loses one, what gains one
     "documents trained that were not": ([(*DOCUMENTS, "not_reached")], [(*DOCUMENTS, "trained")]),

@@ -22,7 +22,14 @@ def test_accounts_of_each_source_and_of_all(files: dict[str, Any]) -> None:
     *sources, total = accounts(files["ledger"], "documents")
     assert [account.name for account in sources] == ["korean.jsonl", "english.jsonl", "code.jsonl"]
     assert total.read == 6_000 == sum(total.parts.values())
-    assert sources[0].parts == {"trained": 898, "not_reached": 60, "held_out": 10, "duplicates": 30, "too_short": 2}
+    assert sources[0].parts == {
+        "trained": 898,
+        "skipped": 0,
+        "not_reached": 60,
+        "held_out": 10,
+        "duplicates": 30,
+        "too_short": 2,
+    }
     assert sources[2].share("held_out") == 1.0
 
 

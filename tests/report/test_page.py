@@ -10,6 +10,7 @@ import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +99,8 @@ def test_text_of_a_run_is_escaped(tmp_path: Path) -> None:
         domains={EVIL: ("train", 2.5, 1.5), "english": ("replay", 1.0, 1.0)},
         prompts={EVIL: (EVIL, f"{EVIL}\u2028")},
     )
+    pieces = [{"source": EVIL, "document": 7, "text": EVIL}]
+    write_incident(folder, action="skip", rows=[{"row": 3, "pieces": pieces}])
     for runs in ([folder], [folder, write_run(tmp_path / "other")]):
         html = render_page(read_runs(runs))
         assert all(text not in own(html) for text in (EVIL, "<img", "ko<b>"))
@@ -105,6 +108,35 @@ def test_text_of_a_run_is_escaped(tmp_path: Path) -> None:
         assert len(found.scripts) == 3
         data = json.loads(found.scripts[0])
         assert EVIL in [chart["title"] for chart in data["charts"]]
+
+
+def write_incident(folder: Path, **fields: Any) -> None:
+    given = {"step": 41, "kind": "spike in loss", "action": "warn", "loss": 9.25, "grad_norm": 2.0, "median": 2.5,
+             "z": 31.0, "rows": []}  # fmt: skip
+    with (folder / "incidents.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(given | fields) + "\n")
+
+
+def test_steps_out_of_the_ordinary_are_listed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "ko")
+    assert "Steps out of the ordinary" not in render_page(read_runs([folder]))
+    row = {"row": 3, "pieces": [{"source": "korean.jsonl", "document": 1234, "text": "강물이 건넌다"}]}
+    write_incident(folder, rows=[row, {"row": 4, "pieces": []}])
+    write_incident(folder, kind="spike in gradient norm", action="rollback", grad_norm=17.0, step=42)
+    write_incident(folder, kind="loss not finite", action="refused", loss=None, median=None, z=None, step=43)
+    html = render_page(read_runs([folder]))
+    for text in (
+        "Steps out of the ordinary",
+        "spike in loss: 9.25 where 2.5 was usual",
+        "korean.jsonl, document 1234: 강물이 건넌다",
+        "spike in gradient norm: 17 where 2.5 was usual",
+        "gone back before, and passed over",
+        "loss not finite",
+    ):
+        assert text in html, text
+    for step in range(60):
+        write_incident(folder, step=100 + step)
+    assert "13 more stand in incidents.jsonl" in render_page(read_runs([folder]))
 
 
 def test_a_folder_half_done(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The account of a run: where every document and every token went.
 
 Independent sums meet here. From the documents: lengths, sides and how often an epoch was meant to have each. From the
-rows: what really stands in them. From the trainer: how often each row was handed to the model, and how often its step
-was applied. `check_ledger` compares them, so a row index that lost, doubled or shifted a piece does not add up, and
+rows: what really stands in them. From the trainer: how often each row had its turn, and how often its step was applied,
+or skipped. `check_ledger` compares them, so a row index that lost, doubled or shifted a piece does not add up, and
 neither does a run that handed out a row twice in an epoch or left one out.
 """
 
@@ -17,7 +17,7 @@ from steep.data.mixing import Mixture, Side
 from steep.data.packed_dataset import PackedDataset
 from steep.data.tokens import TokenizedSource
 
-_PARTS = ("duplicates", "held_out", "too_short", "trained", "not_reached")
+_PARTS = ("duplicates", "held_out", "too_short", "trained", "skipped", "not_reached")
 
 
 def describe_sources(
@@ -28,7 +28,7 @@ def describe_sources(
     for item, side, planned in zip(sources, sides, mixture.planned, strict=True):
         tokens, characters, size = int(item.lengths.sum()), int(item.num_chars.sum()), int(item.num_bytes.sum())
         result.append(
-            _names(item)
+            names_of(item)
             | {
                 "files": item.files,
                 "files_not_read": item.files_not_read,
@@ -63,13 +63,14 @@ def build_ledger(
     times_trained: np.ndarray,
     times_seen: np.ndarray,
     times_seen_before: np.ndarray | None = None,
+    times_skipped: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Account for every document and token.
 
     A piece accounts for its tokens except the first, which the piece before accounts for; a document's first token,
     which is never a target, goes with its first piece. So each token of a document belongs to exactly one piece. A
-    document is trained when all its tokens are, each at least once; else it is not reached, and the tokens of it that
-    were trained still count as trained.
+    document is trained when all its tokens are, each at least once; else it is skipped if a token of it was skipped and
+    never trained, and not reached if not. The tokens of it that were trained still count as trained.
 
     Args:
         sources: the tokenised sources.
@@ -77,33 +78,38 @@ def build_ledger(
         mixture: the documents of an epoch.
         rows: the rows of an epoch.
         times_trained: int [rows], how often a step that was applied had each row.
-        times_seen: int [rows], how often each row was handed to the model, its step applied or not.
+        times_seen: int [rows], how often each row had its turn, its step applied or not.
         times_seen_before: int [rows], the same of the runs that this one is a branch of. The order of the rows goes
             through them all, so what may not be handed out twice in an epoch is counted over all; the rest is not.
+        times_skipped: int [rows], how often each row was in a step that was skipped as a spike; default: never.
 
     Returns:
         A JSON-able dict. `sources` holds one for each source, see `_account`. Of the rows: `rows`, `max_length`,
         `overfull_rows` (with more tokens than that), `pieces`, `overlaps` (pieces that go on with a document, and so
         hold a token a second time), `padding`, `targets` (of an epoch). Of the trainer: `times_seen` (times → how many
-        rows were seen that often), `rows_seen`, `rows_trained` (every time counted), `rows_refused` (seen in a step
-        that was not applied), `times_trained` (times → how many targets were trained that often), `targets_reached`
-        (at least once), `first_tokens_reached` (of documents, repetitions counted), `targets_trained` (every time
-        counted), `epochs` (targets trained over targets). In a branch that goes on with its parent's rows also
-        `rows_seen_before` (every time counted) and `times_seen_with_parents` (as `times_seen`). `problems` from
-        `check_ledger`, and `adds_up`, which says that there are none.
+        rows were seen that often), `rows_seen`, `rows_trained` (every time counted), `rows_skipped` (in a step that was
+        skipped), `rows_refused` (in one that was not applied for another reason), `times_trained` (times → how many
+        targets were trained that often), `targets_reached` (at least once), `first_tokens_reached` (of documents,
+        repetitions counted), the same two of rows that were skipped and never trained (`targets_skipped`,
+        `first_tokens_skipped`), `targets_trained` (every time counted), `epochs` (targets trained over targets). In a
+        branch that goes on with its parent's rows also `rows_seen_before` (every time counted) and
+        `times_seen_with_parents` (as `times_seen`). `problems` from `check_ledger`, and `adds_up`, which says that
+        there are none.
 
     Raises:
         ValueError: `times_trained` or `times_seen` has not one count, 0 or more, for each row.
     """
     trained, seen = _counts("times_trained", times_trained, rows), _counts("times_seen", times_seen, rows)
     before = None if times_seen_before is None else _counts("times_seen_before", times_seen_before, rows)
+    skipped = np.zeros_like(seen) if times_skipped is None else _counts("times_skipped", times_skipped, rows)
+    lost = (skipped > 0) & (trained == 0)
     length = rows.length.astype(np.int64)
     row_tokens, row_targets = _row_sums(length, rows), _row_sums(length - 1, rows)
-    piece_times = np.repeat(trained, np.diff(rows.row_first))
+    piece_times, piece_lost = (np.repeat(counts, np.diff(rows.row_first)) for counts in (trained, lost))
     targets, targets_trained = int((length - 1).sum()), int((row_targets * trained).sum())
     ledger: dict[str, Any] = {
         "sources": [
-            _account(item, sides[index], mixture.planned[index], rows, rows.source == index, piece_times)
+            _account(item, sides[index], mixture.planned[index], rows, rows.source == index, piece_times, piece_lost)
             for index, item in enumerate(sources)
         ],
         "rows": len(rows),
@@ -117,11 +123,14 @@ def build_ledger(
         "times_seen": _histogram(seen, np.ones(len(rows), np.int64)),
         "rows_seen": int(seen.sum()),
         "rows_trained": int(trained.sum()),
+        "rows_skipped": int(skipped.sum()),
         # By row, none below 0: a row that was trained without being seen does not make up for one that was refused.
-        "rows_refused": int(np.maximum(seen - trained, 0).sum()),
+        "rows_refused": int(np.maximum(seen - trained - skipped, 0).sum()),
         "times_trained": _histogram(trained, row_targets),
         "targets_reached": int(row_targets[trained > 0].sum()),
         "first_tokens_reached": int(((piece_times > 0) & (rows.start == 0)).sum()),
+        "targets_skipped": int(row_targets[lost].sum()),
+        "first_tokens_skipped": int((piece_lost & (rows.start == 0)).sum()),
         "targets_trained": targets_trained,
         "epochs": targets_trained / targets if targets else 0.0,
     }
@@ -159,6 +168,7 @@ def _account(
     rows: PackedDataset,
     chosen: np.ndarray,
     piece_times: np.ndarray,
+    piece_lost: np.ndarray,
 ) -> dict[str, Any]:
     """A source's part of the ledger.
 
@@ -169,26 +179,33 @@ def _account(
         rows: the rows of an epoch.
         chosen: bool [pieces], which pieces are the source's.
         piece_times: int64 [pieces], how often each piece was trained.
+        piece_lost: bool [pieces], which pieces were skipped and never trained.
 
     Returns:
-        `documents` and `tokens`, each with read = duplicates + held_out + too_short + trained + not_reached,
+        `documents` and `tokens`, each with read = duplicates + held_out + too_short + trained + skipped + not_reached,
         `planned` (an epoch's, with repetitions), `not_planned` (to train, but not in an epoch) and
         `repeated_within_an_epoch` (in the rows once more than once). `targets_trained`, every time counted;
-        `repeated_in_trained_rows`, tokens that stand there once more than once; `touched` documents, with a piece in a
-        trained row, and `partly_trained` ones; `truncated` tokens (of planned documents, but in no row) and `stray`
-        ones (in a row, of documents not planned); `empty` documents; and of the tokens read `text_tokens`, `bos_added`
-        and `eos_added`.
+        `repeated_in_trained_rows`, tokens that stand there once more than once; `trained_or_repeated_in_skipped_rows`,
+        tokens of rows that were skipped and never trained, but for those that count as skipped; `touched` documents,
+        with a piece in a trained row, and `partly_trained` ones; `truncated` tokens (of planned documents, but in no
+        row) and `stray` ones (in a row, of documents not planned); `empty` documents; and of the tokens read
+        `text_tokens`, `bos_added` and `eos_added`.
     """
     document, start = rows.document[chosen], rows.start[chosen]
-    length, times = rows.length[chosen].astype(np.int64), piece_times[chosen]
+    length, times, lost = rows.length[chosen].astype(np.int64), piece_times[chosen], piece_lost[chosen]
     own, hit = length - (start > 0), times > 0
     in_rows = _covered(item, document, start, length)
     trained = _covered(item, document[hit], start[hit], length[hit])
+    either = _covered(item, document[hit | lost], start[hit | lost], length[hit | lost])
+    skipped = either - trained
     whole = trained == item.lengths
     copies = np.bincount(document[start == 0], minlength=len(item))  # each time a document stands in the rows
     not_planned = (side == Side.TRAIN) & (planned == 0)
     # What stands in the rows and was not trained: not the rest of what was read, or `read` would add up by itself.
-    left = {"documents": int((trained < in_rows).sum()), "tokens": int((in_rows - trained).sum())}
+    left = {
+        "documents": int(((trained < in_rows) & (skipped == 0)).sum()),
+        "tokens": int((in_rows - either).sum()),
+    }
     outside = _count(item, not_planned)
     parts = {
         "read": _count(item, np.ones(len(item), bool)),
@@ -196,6 +213,7 @@ def _account(
         "held_out": _count(item, _is_held_out(side)),
         "too_short": _count(item, side == Side.TOO_SHORT),
         "trained": {"documents": int(whole.sum()), "tokens": int(trained.sum())},
+        "skipped": {"documents": int((skipped > 0).sum()), "tokens": int(skipped.sum())},
         "not_reached": {unit: outside[unit] + left[unit] for unit in left},
         "planned": _planned(item, planned),
         "not_planned": outside,
@@ -204,11 +222,12 @@ def _account(
             "tokens": int(own.sum() - in_rows.sum()),
         },
     }
-    return _names(item) | {
+    return names_of(item) | {
         "documents": {name: part["documents"] for name, part in parts.items()},
         "tokens": {name: part["tokens"] for name, part in parts.items()},
         "targets_trained": int(((length - 1) * times).sum()),
         "repeated_in_trained_rows": int(own[hit].sum() - trained.sum()),
+        "trained_or_repeated_in_skipped_rows": int(own[lost].sum() - skipped.sum()),
         "touched": int(np.count_nonzero(np.bincount(document[hit], minlength=len(item)))),
         "partly_trained": int(((trained > 0) & ~whole).sum()),
         "truncated": int((item.lengths - in_rows)[planned > 0].sum()),
@@ -236,7 +255,8 @@ def _covered(item: TokenizedSource, document: np.ndarray, start: np.ndarray, len
     return np.bincount(document, weights=new, minlength=len(item)).astype(np.int64)
 
 
-def _names(item: TokenizedSource) -> dict[str, Any]:
+def names_of(item: TokenizedSource) -> dict[str, Any]:
+    """A source by its names, as the ledger has them."""
     source = item.source
     return {
         "name": source.location.rstrip("/").split("/")[-1],
@@ -296,7 +316,8 @@ def check_ledger(ledger: dict[str, Any]) -> list[str]:
             f"rows were handed to the model {min(times_seen)} to {max(times_seen)} times: some twice in an epoch, or "
             "not at all"
         )
-    expect("rows seen", ledger["rows_seen"], ledger["rows_trained"] + ledger["rows_refused"])
+    treated = ledger["rows_trained"] + ledger["rows_skipped"] + ledger["rows_refused"]
+    expect("rows seen", ledger["rows_seen"], treated)
 
     # Rows that were trained against documents that were trained.
     times_trained = {int(times): targets for times, targets in ledger["times_trained"].items()}
@@ -306,7 +327,9 @@ def check_ledger(ledger: dict[str, Any]) -> list[str]:
     expect("times trained", sum(times * targets for times, targets in times_trained.items()), by_source)
     reached = total("trained", "tokens") + total("repeated_in_trained_rows")
     expect("tokens in trained rows", ledger["targets_reached"] + ledger["first_tokens_reached"], reached)
-    if 0 not in times_trained:
+    lost = total("skipped", "tokens") + total("trained_or_repeated_in_skipped_rows")
+    expect("tokens in skipped rows", ledger["targets_skipped"] + ledger["first_tokens_skipped"], lost)
+    if ledger["targets_reached"] + ledger["targets_skipped"] == ledger["targets"]:
         not_planned = total("not_planned", "tokens")
         expect("tokens not reached after a whole epoch", total("not_reached", "tokens"), not_planned)
     return problems
@@ -318,7 +341,7 @@ def _check_source(source: dict[str, Any], expect: Callable[[str, int, int], None
         line = source[unit]
         expect(f"{name}, {unit} read", line["read"], sum(line[part] for part in _PARTS))
         once = line["planned"] - line["repeated_within_an_epoch"]
-        to_train = line["trained"] + line["not_reached"]
+        to_train = line["trained"] + line["skipped"] + line["not_reached"]
         expect(f"{name}, {unit} planned, each once", once, to_train - line["not_planned"])
         if min(line.values()) < 0:
             problems.append(f"{name}, {unit}: a negative number")

@@ -115,20 +115,32 @@ class Corpus:
         }
 
     def ledger(
-        self, times_trained: np.ndarray, times_seen: np.ndarray, times_seen_before: np.ndarray | None = None
+        self,
+        times_trained: np.ndarray,
+        times_seen: np.ndarray,
+        times_seen_before: np.ndarray | None = None,
+        times_skipped: np.ndarray | None = None,
     ) -> dict[str, Any]:
         """Where every document and token went.
 
         Args:
             times_trained: int [rows], how often a step that was applied had each row.
-            times_seen: int [rows], how often each row was handed to the model, its step applied or not.
+            times_seen: int [rows], how often each row had its turn, its step applied or not.
             times_seen_before: int [rows], the same of the runs that this one is a branch of; default: none.
+            times_skipped: int [rows], how often each row was in a step that was skipped as a spike; default: never.
 
         Returns:
             A JSON-able account; `ledger.build_ledger` describes it.
         """
         return build_ledger(
-            self.sources, self.sides, self.mixture, self.train, times_trained, times_seen, times_seen_before
+            self.sources,
+            self.sides,
+            self.mixture,
+            self.train,
+            times_trained,
+            times_seen,
+            times_seen_before,
+            times_skipped,
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 MOST_NAMES = 50  # names listed of what failed; the page says how many more there are
 FATES = {
     "trained": "trained",
+    "skipped": "skipped",
     "not_reached": "not reached",
     "held_out": "held out",
     "duplicates": "duplicates",
@@ -60,6 +61,29 @@ def accounts(ledger: Mapping[str, Any], unit: str) -> list[Account]:
         parts = {fate: sum(account.parts[fate] for account in found) for fate in FATES}
         found.append(Account("all sources", "", "", sum(account.read for account in found), parts))
     return found
+
+
+OUTCOMES = {
+    "refused": "not applied",
+    "warn": "applied",
+    "skip": "not applied",
+    "rollback": "gone back before, and passed over",
+}
+
+
+def incident_line(incident: Mapping[str, Any]) -> str:
+    """What was out of the ordinary in a step, in words: a line of `incidents.jsonl`."""
+    kind, median = incident["kind"], incident.get("median")
+    if median is None:
+        return kind
+    value = incident["grad_norm" if "gradient" in kind else "loss"]
+    return f"{kind}: {value:.4g} where {median:.4g} was usual"
+
+
+def incident_texts(incident: Mapping[str, Any]) -> list[str]:
+    """Where each row of a step comes from, and how its text begins."""
+    firsts = [row["pieces"][0] for row in incident["rows"] if row["pieces"]]
+    return [f"{first['source']}, document {first['document']}: {first['text'] or ''}" for first in firsts]
 
 
 @dataclass(frozen=True)

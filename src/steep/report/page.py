@@ -23,7 +23,10 @@ from steep.report import comparison, figures
 from steep.report.accounts import (
     FATES,
     MOST_NAMES,
+    OUTCOMES,
     accounts,
+    incident_line,
+    incident_texts,
     ledger_line,
     not_trained,
     proof_groups,
@@ -184,12 +187,13 @@ def _templates() -> Any:
     functions = (
         *(figures.grouped, figures.short, figures.decimal, figures.signed, figures.percent, figures.rate),
         *(figures.perplexity, figures.moment, human_bytes, changes, headline, accounts, ledger_line, proof_line),
-        *(proof_groups, not_trained, _cut),
+        *(proof_groups, not_trained, incident_line, incident_texts, _cut),
     )
     templates.globals |= {function.__name__.lstrip("_"): function for function in functions}
     templates.globals |= {
         "FATES": FATES,
         "MOST_NAMES": MOST_NAMES,
+        "OUTCOMES": OUTCOMES,
         "MOST_SAMPLES": MOST_SAMPLES,
         "LONGEST_FILE": LONGEST_FILE,
     }

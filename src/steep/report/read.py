@@ -21,6 +21,7 @@ _FILES = (
     "metrics.jsonl",
     "evaluation.jsonl",
     "samples.jsonl",
+    "incidents.jsonl",
     "ledger.json",
     "proof.json",
     "final",
@@ -35,7 +36,7 @@ class Run:
         path, label: where it lies; how the page calls it.
         config, config_text: `run.yaml`, parsed and as it stands.
         plan, environment, ledger, proof: the JSON files.
-        metrics, evaluation, samples: the JSON-lines files.
+        metrics, evaluation, samples, incidents: the JSON-lines files.
         finished: whether the result is there.
         written: when the newest file was written, in seconds since the epoch.
     """
@@ -49,6 +50,7 @@ class Run:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    incidents: list[dict[str, Any]] = field(default_factory=list)
     ledger: dict[str, Any] = field(default_factory=dict)
     proof: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
@@ -140,6 +142,7 @@ def read_run(path: Path, label: str | None = None) -> Run:
         metrics=folder.read_lines("metrics.jsonl"),
         evaluation=folder.read_lines("evaluation.jsonl"),
         samples=folder.read_lines("samples.jsonl"),
+        incidents=folder.read_lines("incidents.jsonl"),
         ledger=folder.read_json("ledger.json"),
         proof=folder.read_json("proof.json"),
         finished=folder.final.is_dir(),

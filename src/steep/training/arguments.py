@@ -12,6 +12,9 @@ from steep.errors import UserError
 from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import FALLS
 
+SPIKE_ACTIONS = ("off", "warn", "skip", "rollback")
+MIN_SPIKE_WINDOW = 8
+
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
@@ -33,6 +36,11 @@ class TrainingArguments(transformers.TrainingArguments):
         eval_stride: new tokens that each window of a long held-out document scores; default: half a row.
         eval_max_tokens: held-out tokens scored a domain at the most.
         max_nonfinite_steps: the run stops after so many steps in a row whose loss or gradient was not finite.
+        spike_action: what is done with a step whose loss or gradient norm is far above those before it. "off": nothing.
+            "warn": it is said, and written into incidents.jsonl. "skip": the step is not applied. "rollback": the run
+            goes back to its last checkpoint and passes over the rows of that step.
+        spike_threshold, spike_window: robust standard deviations above the median from which on it is far, and the
+            steps that median and deviation are taken over; see `steep.training.spikes`.
 
     Raises:
         UserError: a rate that is negative or not finite, a share outside [0, 1], an unknown decay.
@@ -50,6 +58,9 @@ class TrainingArguments(transformers.TrainingArguments):
     decay_type: str | None = field(default=None)
     max_nonfinite_steps: int = field(default=3)
     deterministic: bool = field(default=False)
+    spike_action: str = field(default="warn")
+    spike_threshold: float = field(default=6.0)
+    spike_window: int = field(default=256)
     eval_stride: int | None = field(default=None)
     eval_max_tokens: int | None = field(default=None)
 
@@ -81,6 +92,14 @@ class TrainingArguments(transformers.TrainingArguments):
             raise UserError("decay_type", f"{self.decay_type!r} is unknown", f"Give one of {', '.join(FALLS)}.")
         if self.max_nonfinite_steps < 1:
             raise UserError("max_nonfinite_steps", f"{self.max_nonfinite_steps} is too few", "Give a number ≥ 1.")
+        if self.spike_action not in SPIKE_ACTIONS:
+            raise UserError("spike_action", f"{self.spike_action!r} is unknown", f"Give {', '.join(SPIKE_ACTIONS)}.")
+        if not 0 < self.spike_threshold < math.inf:
+            raise UserError("spike_threshold", f"{self.spike_threshold} is no threshold", "Give a number above 0.")
+        if self.spike_window < MIN_SPIKE_WINDOW:
+            raise UserError(
+                "spike_window", f"{self.spike_window} steps say too little", f"Give {MIN_SPIKE_WINDOW} or more."
+            )
         if self.n_gpu > 1:
             warnings.warn(f"{self.n_gpu} GPUs are visible; the first one is used", stacklevel=2)
             self._n_gpu = 1

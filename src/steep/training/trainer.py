@@ -22,19 +22,21 @@ from steep.stopping import Stop
 from steep.training.adamw8bit import AdamW8bit
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
-from steep.training.branching import Branching
 from steep.training.deterministic import deterministic
 from steep.training.gradients import GradientReport, measure_and_clip
 from steep.training.groups import parameter_groups
+from steep.training.guard import Guard, Outcome
+from steep.training.incidents import described
 from steep.training.metrics import Meter
 from steep.training.proof import Proof
 from steep.training.retention import check_best_metric
+from steep.training.rollback import Rollback
 from steep.training.schedules import schedule_of
 
 logger = logging.getLogger("steep")
 
 
-class Trainer(Branching):
+class Trainer(Rollback):
     """`transformers.Trainer` with what continued pretraining needs; takes the same arguments.
 
     Args:
@@ -47,13 +49,15 @@ class Trainer(Branching):
 
     Attributes:
         proof: what was seen of every trained tensor, from `train()` on.
-        times_seen, times_trained: for a `Corpus`, how often each of its rows was in a step, and in one that was
-            applied; int64 [rows].
+        guard: what was out of the ordinary, and what became of it.
+        times_seen, times_trained, times_skipped: for a `Corpus`, how often each of its rows was in a step, in one that
+            was applied, and in one that was skipped as a spike; int64 [rows].
         times_seen_before: in a branch over its parent's text, how often each row was in a step before; int64 [rows].
 
     Raises:
         UserError: settings that contradict each other; before the first step.
-        RunError: a tensor that is meant to train does not, or too many steps in a row were not finite.
+        RunError: a tensor that is meant to train does not, too many steps in a row were not finite, or too many were
+            spikes.
         Stopped: `stop` asked for it.
     """
 
@@ -89,17 +93,15 @@ class Trainer(Branching):
                 callback.logging_dir = f"{args.output_dir}/{default_logdir()}"
         self.proof: Proof | None = None
         self.times_seen = torch.zeros(len(self.corpus.train) if self.corpus else 0, dtype=torch.int64)
-        self.times_trained = torch.zeros_like(self.times_seen)
+        self.times_trained, self.times_skipped = torch.zeros_like(self.times_seen), torch.zeros_like(self.times_seen)
         self.times_seen_before = torch.zeros_like(self.times_seen)
         self.evaluations: list[list[DomainScore]] = []
-        self.steps_not_finite = 0  # loss or gradient was NaN or infinite: step not applied
-        self.steps_scaler_skipped = 0  # fp16's loss scale was too high, as is usual now and then
-        self._not_finite_in_a_row = 0
+        self.guard = Guard(args, self._described)
         self._judged = False
         self._gradients: GradientReport | None = None
         self._rows_of_step: list[np.ndarray] = []
         self._losses_of_step: list[torch.Tensor] = []
-        self._refused = self._scaler_skips = False
+        self._outcome = Outcome.APPLIED
         self._meter = Meter()
         self._seconds_logged = 0.0
 
@@ -175,6 +177,8 @@ class Trainer(Branching):
                 self.times_seen_before = self.rows_before()
         elif self.resumed_state is not None:
             self._load_observations(self.resumed_state)
+        kept = None if self.is_new or self.resumed_state is None else self.resumed_state["guard"]
+        self.guard.begin(self.state.global_step, kept)
         self._meter.restart()
         return prepared
 
@@ -202,7 +206,9 @@ class Trainer(Branching):
             # A collator of the caller's own may have made it a tensor.
             self._rows_of_step.append(rows.cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows))
             inputs = self._as_packed(inputs)
-        else:
+        if self.state.global_step + 1 in self.guard.skip_list:
+            return torch.zeros((), device=self.args.device)
+        if self.corpus is None or rows is None:
             mask = inputs.get("attention_mask")
             self._meter.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -224,49 +230,55 @@ class Trainer(Branching):
         return self._look_at_gradients(model, None) if grad_norm is None else grad_norm
 
     def _look_at_gradients(self, model: Any, max_norm: float | None) -> torch.Tensor:
-        """Measure and clip, and decide whether the step may be applied: once a step, right before the optimizer."""
+        """Measure and clip, and decide what becomes of the step: once a step, right before the optimizer."""
+        step = self.state.global_step + 1
+        if step in self.guard.skip_list:
+            self._outcome = Outcome.PASSED_OVER
+            self._have_no_gradients(model)
+            return torch.tensor(math.nan)
         self.accelerator.unscale_gradients()
         self._gradients = measure_and_clip(self._trainable, max_norm)
         loss = float(torch.stack(self._losses_of_step).sum())
         self._losses_of_step.clear()
+        self._meter.add_loss(loss)
         scaler = self.accelerator.scaler
         # Too high a loss scale explains such a gradient; one that no longer magnifies anything does not.
         overflowed = not self._gradients.finite and scaler is not None and scaler.get_scale() > 1
-        self._refused = not math.isfinite(loss) or not (self._gradients.finite or overflowed)
-        self._scaler_skips = overflowed and not self._refused
-        self._meter.add_loss(loss)
-        if self._refused:
-            self._refuse_step(loss)
-        if self._refused or self._scaler_skips:
+        self._outcome = self.guard.judge(step, loss, self._gradients, overflowed, self._rows())
+        self.ending = self.guard.failure
+        if self._outcome is not Outcome.APPLIED:
             model.zero_grad(set_to_none=True)  # an optimizer passes over tensors without a gradient
         return torch.tensor(self._gradients.total)
 
-    def _refuse_step(self, loss: float) -> None:
-        assert self._gradients is not None
-        self.steps_not_finite += 1
-        self._not_finite_in_a_row += 1
-        step = self.state.global_step + 1
-        offenders = self._gradients.offenders
-        what = "loss" if not math.isfinite(loss) else f"gradient of {', '.join(offenders[:3])}"
-        logger.warning("step %d: the %s is not finite; the step is not applied", step, what)
-        if self._not_finite_in_a_row >= self.args.max_nonfinite_steps:
-            raise RunError(
-                f"the loss or its gradient was not finite in {self._not_finite_in_a_row} steps in a row, the last of "
-                f"them step {step}. Lower training.learning_rate (now {self.args.learning_rate:g}) or look at the "
-                "data of these steps; `--resume` goes on from the last checkpoint"
-            )
+    def _have_no_gradients(self, model: Any) -> None:
+        scaler = self.accelerator.scaler
+        if scaler is not None:  # it takes no step without having seen a gradient
+            scaler.scale(torch.zeros((), device=self.args.device))
+            one = next(iter(self._trainable.values()))
+            one.grad = torch.zeros_like(one)
+            self.accelerator.unscale_gradients()
+        model.zero_grad(set_to_none=True)
+
+    def _rows(self) -> np.ndarray:
+        """Numbers of the rows of the step that is under way, as far as they are known: int64 [rows]."""
+        return np.concatenate([np.empty(0, np.int64), *self._rows_of_step])
 
     def _after_optimizer_step(self) -> None:
         """Note what was applied, at the rates it was applied with (the schedule moves on right after)."""
-        rows = self._count_rows()
+        rows = torch.from_numpy(self._rows())
+        self._rows_of_step.clear()
+        once = torch.ones_like(rows)
+        self.times_seen.index_add_(0, rows, once)  # a row that came twice counts twice
         self._meter.rates = {g.get("name", "other"): float(g["lr"]) for g in self.optimizer.param_groups}
-        if self._refused:
+        if self._outcome is Outcome.PASSED_OVER:
+            self.guard.pass_over(self.state.global_step + 1, rows.numpy())
+        elif self.corpus is not None:  # padding is no work done, and neither is what was passed over
+            self._meter.tokens += int(self.corpus.train.row_tokens[rows.numpy()].sum())
+        if self._outcome in (Outcome.SKIPPED, Outcome.PASSED_OVER):
+            self.times_skipped.index_add_(0, rows, once)
+        if self._outcome is not Outcome.APPLIED:
             return
-        if self._scaler_skips:  # accelerate does not see it where a fused optimizer skips by itself
-            self.steps_scaler_skipped += 1
-            return
-        self._not_finite_in_a_row = 0
-        self.times_trained.index_add_(0, rows, torch.ones_like(rows))
+        self.times_trained.index_add_(0, rows, once)
         assert self.proof is not None and self._gradients is not None
         self.proof.observe(
             dict(zip(self._gradients.names, self._gradients.norms.tolist(), strict=True)), self.optimizer
@@ -275,35 +287,40 @@ class Trainer(Branching):
             self.proof.judge()
             self._judged = True
 
-    def _count_rows(self) -> torch.Tensor:
-        """Count the rows of the step that ended, and their tokens."""
-        if self.corpus is None or not self._rows_of_step:
-            return torch.empty(0, dtype=torch.int64)
-        rows = torch.from_numpy(np.concatenate(self._rows_of_step))
-        self._rows_of_step.clear()
-        self.times_seen.index_add_(0, rows, torch.ones_like(rows))  # a row that came twice counts twice
-        self._meter.tokens += int(self.corpus.train.row_tokens[rows.numpy()].sum())  # padding is no work done
-        return rows
-
     def ledger(self) -> dict[str, Any]:
         """Where every document and token of the `Corpus` went so far; `Corpus.ledger` describes it."""
         assert self.corpus is not None
         return self.corpus.ledger(
-            self.times_trained.numpy(), self.times_seen.numpy(), self.times_seen_before.numpy()
-        )  # fmt: skip
+            self.times_trained.numpy(),
+            self.times_seen.numpy(),
+            self.times_seen_before.numpy(),
+            self.times_skipped.numpy(),
+        )
+
+    def _described(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        return [] if self.corpus is None else described(self.corpus, rows, self.processing_class)
+
+    @property
+    def steps_not_finite(self) -> int:
+        """Steps so far that were not applied because loss or gradient was NaN or infinite."""
+        return self.guard.steps_not_finite
+
+    @property
+    def steps_scaler_skipped(self) -> int:
+        """Steps so far that fp16's loss scaler passed over."""
+        return self.guard.steps_overflowed
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, then judge the proof once more. A branch begins at its parent's checkpoint, or goes on from its own.
 
         Raises:
-            RunError: a tensor that is meant to train did not, or a frozen one changed.
+            RunError: a tensor that is meant to train did not, a frozen one changed, or too many steps were not applied.
             Stopped: `stop` asked for it.
         """
         if self.corpus is not None:
             check_best_metric(self.args, self.corpus.heldout)
-        begin = self._where_to_begin(resume_from_checkpoint)
         with deterministic(self.args.deterministic):
-            output = super().train(begin, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         assert self.proof is not None
         self.proof.judge()
         changed = self.proof.changed_frozen()
@@ -354,6 +371,7 @@ class Trainer(Branching):
         """Log a training window with what was measured here; a value that is not finite is left out, never replaced."""
         if "loss" in logs:
             logs = {**logs, **self._meter.close(), "steps_not_finite": self.steps_not_finite}
+            logs["steps_skipped"] = self.guard.steps_skipped
             logs["save_seconds"] = self.seconds_saving - self._seconds_logged
             self._seconds_logged = self.seconds_saving
             if self.accelerator.scaler is not None:
@@ -379,26 +397,22 @@ class Trainer(Branching):
             "judged": self._judged,
             "times_seen": self.times_seen,
             "times_trained": self.times_trained,
+            "times_skipped": self.times_skipped,
             "times_seen_before": self.times_seen_before,
             "fingerprint": self.fingerprint,
             "data_start": self.data_start,
             "rate_factor": self.rate_factor(),
             "window": self._meter.state(),
-            "steps_not_finite": self.steps_not_finite,
-            "steps_scaler_skipped": self.steps_scaler_skipped,
-            "not_finite_in_a_row": self._not_finite_in_a_row,
+            "guard": self.guard.state(),
         }
 
     def _load_observations(self, state: dict[str, Any]) -> None:
         assert self.proof is not None
         self.proof.load_state(state["proof"])
         self._judged = state["judged"]
-        self.times_seen, self.times_trained = state["times_seen"], state["times_trained"]
-        self.times_seen_before = state["times_seen_before"]
+        for name in ("times_seen", "times_trained", "times_skipped", "times_seen_before"):
+            setattr(self, name, state[name])
         self._meter.load_state(state["window"])
-        self.steps_not_finite = state["steps_not_finite"]
-        self.steps_scaler_skipped = state["steps_scaler_skipped"]
-        self._not_finite_in_a_row = state["not_finite_in_a_row"]
 
 
 class _StepObserver(transformers.TrainerCallback):

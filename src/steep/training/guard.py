@@ -1,0 +1,211 @@
+"""What becomes of a step: it is applied, or refused since it is not finite, or treated as a spike.
+
+The guard is asked once a step, when its loss and gradients are known and before the optimizer has them. Whatever is out
+of the ordinary is said, written into `incidents.jsonl`, and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steep.errors import RunError
+from steep.training.arguments import TrainingArguments
+from steep.training.gradients import GradientReport
+from steep.training.incidents import FILE, Incidents
+from steep.training.skip_list import SkipList
+from steep.training.spikes import Spike, SpikeDetector
+
+logger = logging.getLogger("steep")
+
+
+class Outcome(Enum):
+    """What became of a step."""
+
+    APPLIED = auto()
+    REFUSED = auto()  # the loss or a gradient was not finite
+    OVERFLOWED = auto()  # fp16's loss scale was too high, as is usual now and then
+    SKIPPED = auto()  # a spike, not applied
+    PASSED_OVER = auto()  # a spike that the run went back before; this time not even computed
+
+
+class GoBack(Exception):
+    """The run is to go back to its last checkpoint; the step that it came from is on the skip list by now."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        super().__init__(f"back to before step {step}")
+
+
+class Guard:
+    """Judges the steps of one run.
+
+    Args:
+        args: `max_nonfinite_steps`, the `spike_*` settings and `output_dir` are looked at.
+        describe: makes the text of rows for `incidents.jsonl`.
+
+    Attributes:
+        steps_not_finite, steps_overflowed, steps_skipped: steps so far that were refused, that the loss scaler passed
+            over, and that were not applied since they were spikes.
+        skip_list: the steps that are passed over.
+        failure: set when the run has to end after this step.
+    """
+
+    def __init__(self, args: TrainingArguments, describe: Callable[[np.ndarray], list[dict[str, Any]]]) -> None:
+        folder = Path(str(args.output_dir))
+        self._args, self._describe = args, describe
+        self._incidents, self.skip_list = Incidents(folder), SkipList(folder)
+        self._detector = SpikeDetector(args.spike_threshold, args.spike_window)
+        self.steps_not_finite = self.steps_overflowed = self.steps_skipped = 0
+        self._not_finite_in_a_row = 0
+        self._skipped: list[int] = []  # steps, as far back as spikes are looked for
+        self.failure: RunError | None = None
+
+    def begin(self, step: int, state: dict[str, Any] | None) -> None:
+        """Get ready to train from `step` on.
+
+        Args:
+            state: what the run's own checkpoint kept; None where the run begins.
+        """
+        self.failure = None
+        if state is None:
+            self.skip_list.clear()
+        else:
+            self.skip_list.read()
+            self._load_state(state)
+        self._incidents.rewind(step, self.skip_list)
+
+    def judge(self, step: int, loss: float, gradients: GradientReport, overflowed: bool, rows: np.ndarray) -> Outcome:
+        """What becomes of a step whose loss and gradients are known.
+
+        Args:
+            overflowed: a gradient is not finite, and too high a loss scale explains it.
+            rows: numbers of its rows, where they are known.
+
+        Raises:
+            GoBack: it is a spike, and the run goes back for it.
+        """
+        if not math.isfinite(loss) or not (gradients.finite or overflowed):
+            self._refuse(step, loss, gradients, rows)
+            return Outcome.REFUSED
+        if overflowed:
+            self.steps_overflowed += 1
+            return Outcome.OVERFLOWED
+        self._not_finite_in_a_row = 0
+        if self._args.spike_action == "off":
+            return Outcome.APPLIED
+        spike = self._detector.judge(loss, gradients.total)
+        if spike is not None:
+            return self._treat(step, spike, loss, gradients, rows)
+        self._detector.remember(loss, gradients.total)
+        return Outcome.APPLIED
+
+    def pass_over(self, step: int, rows: np.ndarray) -> None:
+        """Count a step of the skip list.
+
+        Raises:
+            RunError: the list names other rows for it.
+        """
+        if not set(rows.tolist()) <= set(self.skip_list.steps[step]):
+            raise RunError(
+                f"{self.skip_list.path} names other rows for step {step} than this run trains in it. Delete it if it "
+                "is not of this run"
+            )
+        self._count_skipped(step)
+
+    def _refuse(self, step: int, loss: float, gradients: GradientReport, rows: np.ndarray) -> None:
+        self.steps_not_finite += 1
+        self._not_finite_in_a_row += 1
+        is_loss = not math.isfinite(loss)
+        what = "loss" if is_loss else f"gradient of {', '.join(gradients.offenders[:3])}"
+        logger.warning("step %d: the %s is not finite; the step is not applied", step, what)
+        self._write(step, f"{'loss' if is_loss else 'gradient'} not finite", "refused", loss, gradients, rows)
+        if self._not_finite_in_a_row >= self._args.max_nonfinite_steps:
+            self.failure = RunError(
+                f"the loss or its gradient was not finite in {self._not_finite_in_a_row} steps in a row, the last of "
+                f"them step {step}. None was applied, and the run is saved as it was before. Lower "
+                f"training.learning_rate (now {self._args.learning_rate:g}) or look at the text of these steps in "
+                f"{self._incidents.path}; `--resume` goes on behind them"
+            )
+            self._not_finite_in_a_row = 0
+
+    def _treat(self, step: int, spike: Spike, loss: float, gradients: GradientReport, rows: np.ndarray) -> Outcome:
+        action = self._args.spike_action
+        window, most = self._args.spike_window, max(3, self._args.spike_window // 10)
+        recent = {*self._skipped, *self.skip_list.steps, step}
+        count = sum(step - window < other <= step for other in recent)
+        if action != "warn" and count > most:
+            action = "skip"
+            self.failure = RunError(
+                f"{count} of the last {window} steps were spikes and were not trained, more than {most}: this is not a "
+                f"few bad rows. Lower training.learning_rate (now {self._args.learning_rate:g}), raise "
+                f"training.spike_threshold (now {self._args.spike_threshold:g}), or look at {self._incidents.path}"
+            )
+        done = {
+            "warn": "the step is applied",
+            "skip": "the step is not applied",
+            "rollback": "the run goes back to its last checkpoint, and will pass over the rows of this step",
+        }
+        logger.warning(
+            "step %d: %s: %.4g, %.1f robust deviations above the median %.4g; %s. Its text is in %s",
+            step, spike.kind, spike.value, spike.z, spike.median, done[action], FILE,
+        )  # fmt: skip
+        self._write(step, spike.kind, action, loss, gradients, rows, spike)
+        if action == "rollback":
+            self.skip_list.add(step, rows.tolist())
+            raise GoBack(step)
+        if action == "skip":
+            self._count_skipped(step)
+            return Outcome.SKIPPED
+        self._detector.remember(loss, gradients.total)
+        return Outcome.APPLIED
+
+    def _count_skipped(self, step: int) -> None:
+        self.steps_skipped += 1
+        self._skipped = [other for other in self._skipped if step - self._args.spike_window < other] + [step]
+
+    def _write(
+        self,
+        step: int,
+        kind: str,
+        action: str,
+        loss: float,
+        gradients: GradientReport,
+        rows: np.ndarray,
+        spike: Spike | None = None,
+    ) -> None:
+        self._incidents.add(
+            {
+                "step": step,
+                "kind": kind,
+                "action": action,
+                "loss": loss if math.isfinite(loss) else None,
+                "grad_norm": gradients.total if gradients.finite else None,
+                "median": spike.median if spike else None,
+                "z": spike.z if spike else None,
+                "rows": self._describe(rows),
+            }
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "steps_not_finite": self.steps_not_finite,
+            "steps_overflowed": self.steps_overflowed,
+            "steps_skipped": self.steps_skipped,
+            "not_finite_in_a_row": self._not_finite_in_a_row,
+            "skipped": self._skipped,
+            "detector": self._detector.state(),
+        }
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.steps_not_finite, self.steps_overflowed = state["steps_not_finite"], state["steps_overflowed"]
+        self.steps_skipped, self._skipped = state["steps_skipped"], list(state["skipped"])
+        self._not_finite_in_a_row = state["not_finite_in_a_row"]
+        self._detector.load_state(state["detector"])

@@ -1,0 +1,116 @@
+"""Planted spikes are found, and a healthy run gives no alarm."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from steep.training.spikes import SpikeDetector
+
+STEPS = 10_000
+
+
+def healthy(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A loss that falls under noise, and norms that scatter by a factor and rise in the warm-up and slowly after it."""
+    random, step = np.random.default_rng(seed), np.arange(STEPS)
+    loss = 1.8 + 1.5 * np.exp(-step / 700) + 0.08 * random.standard_normal(STEPS)
+    norm = np.exp(0.25 * random.standard_normal(STEPS)) * np.minimum(1, (step + 5) / 300) * (1 + step / STEPS)
+    return loss, norm
+
+
+def alarms(loss: np.ndarray, norm: np.ndarray, detector: SpikeDetector, keep: bool = False) -> list[tuple[int, str]]:
+    found = []
+    for step, (one, other) in enumerate(zip(loss.tolist(), norm.tolist(), strict=True)):
+        spike = detector.judge(one, other)
+        if spike is not None:
+            found.append((step, spike.kind))
+        if spike is None or keep:
+            detector.remember(one, other)
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_healthy_run_gives_no_alarm(seed: int) -> None:
+    assert alarms(*healthy(seed), SpikeDetector(6.0, 256)) == []
+
+
+def test_text_of_two_kinds_gives_no_alarm() -> None:
+    """Every twentieth step, by chance, is of text whose loss is ten standard deviations higher."""
+    random = np.random.default_rng(3)
+    loss = 2 + 0.1 * random.standard_normal(STEPS) + (random.random(STEPS) < 0.05)
+    found = alarms(loss, np.ones(STEPS), SpikeDetector(6.0, 256), keep=True)
+    assert [step for step, _ in found if step > 100] == []
+
+
+def test_planted_spikes_are_found() -> None:
+    loss, norm = healthy(0)
+    loss[[700, 4000]] += 0.9
+    norm[[1000, 4000, 9000]] *= 12
+    assert alarms(loss, norm, SpikeDetector(6.0, 256)) == [
+        (700, "spike in loss"),
+        (1000, "spike in gradient norm"),
+        (4000, "spike in loss"),
+        (9000, "spike in gradient norm"),
+    ]
+
+
+def test_what_is_said_of_a_spike() -> None:
+    detector = SpikeDetector(6.0, 32)
+    for number in range(32):
+        detector.remember(2 + 0.1 * (-1) ** number, math.exp(0.1 * (-1) ** number))
+    spike = detector.judge(4.0, 1.0)
+    assert spike is not None
+    assert (spike.kind, spike.value, spike.median) == ("spike in loss", 4.0, pytest.approx(2.0))
+    assert spike.z == pytest.approx(2 / 0.14826)
+    spike = detector.judge(2.0, math.exp(3))
+    assert spike is not None
+    assert (spike.kind, spike.value, spike.median) == ("spike in gradient norm", math.exp(3), pytest.approx(1.0))
+    assert spike.z == pytest.approx(3 / 0.14826)
+    assert detector.judge(0.0, math.exp(-9)) is None  # downwards is no spike
+    assert detector.judge(2 + 0.14826 * 5.9, 1.0) is None
+
+
+def test_a_run_that_stands_still_gives_no_alarm() -> None:
+    detector = SpikeDetector(6.0, 64)
+    for _ in range(64):
+        detector.remember(2.0, 1.0)
+    assert detector.judge(np.nextafter(2.0, 3.0), np.nextafter(1.0, 2.0)) is None
+    assert detector.judge(2.01, 1.1) is None
+    assert detector.judge(2.1, 1.0) is not None and detector.judge(2.0, 1.3) is not None
+
+
+@pytest.mark.parametrize(("window", "enough"), [(256, 64), (16, 8)])
+def test_nothing_is_judged_without_a_history(window: int, enough: int) -> None:
+    detector = SpikeDetector(6.0, window)
+    for _ in range(enough):
+        assert detector.judge(1e6, 1e6) is None
+        detector.remember(2.0, 1.0)
+    assert detector.judge(1e6, 1.0) is not None
+
+
+def test_norms_of_zero() -> None:
+    detector = SpikeDetector(6.0, 16)
+    for _ in range(16):
+        detector.remember(2.0, 0.0)
+    assert detector.judge(2.0, 0.0) is None
+
+
+def test_an_applied_spike_is_part_of_what_is_known() -> None:
+    """Where the loss jumps and stays, as with other text, it is said a few times and not at each step."""
+    random = np.random.default_rng(0)
+    loss = np.concatenate([2 + 0.05 * random.standard_normal(500), 4 + 0.05 * random.standard_normal(500)])
+    assert 1 <= len(alarms(loss, np.ones(1000), SpikeDetector(6.0, 128), keep=True)) <= 3
+
+
+def test_its_state_is_all_it_knows() -> None:
+    loss, norm = healthy(0)
+    whole, first, second = SpikeDetector(6.0, 64), SpikeDetector(6.0, 64), SpikeDetector(6.0, 64)
+    loss[600] += 2
+    expected = alarms(loss[:1000], norm[:1000], whole)
+    before = alarms(loss[:590], norm[:590], first)
+    second.load_state(first.state())
+    assert expected == [(600, "spike in loss")]
+    assert before + [(step + 590, kind) for step, kind in alarms(loss[590:1000], norm[590:1000], second)] == expected
+    assert second.state() == whole.state()
