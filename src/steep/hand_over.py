@@ -135,6 +135,7 @@ class _Export:
     def adapter(self) -> dict[str, Any]:
         size = sum(file.stat().st_size for file in self._folder.final.rglob("*"))
         _check_disk(self._output, size if self._adapter.whole else 2 * size)  # written in fp32, and in one rank
+        self._terminal.say("writing the adapter and its card")
         with published(self._output, existing="refuse") as staging:
             write_adapter(self._adapter, staging, self._base.name, self._base.revision)
             grew = self._vocabulary_grew()

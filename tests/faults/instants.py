@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -21,7 +20,7 @@ _LINES = {
     "train": r"step \d+/\d+ ",
     "save": r"saving checkpoint-\d+",
     "evaluate": r"scoring held-out text ",
-    "export": r"scoring the adapter over the base of the run|writing the adapter",
+    "export": r"scoring the adapter over the base of the run|writing the adapter ",
 }
 _MANIFEST = "manifest.json"  # the last file of a checkpoint that is written
 
@@ -32,7 +31,8 @@ class Aim:
 
     Attributes:
         phase: of `PHASES`.
-        nth: in the how many-th such phase of the command; for `train`, after so many of its steps.
+        nth: in the how many-th such phase of the command; for `train`, after so many of its steps; for the last two
+            parts of a save, in the how many-th after which an old checkpoint has to go.
         share: how far into the phase, or into the part of a save; 0 to 1.
         part: of `SAVE_PARTS`, or None for a share of the whole save.
     """
@@ -71,25 +71,27 @@ def measure(run: Run, command: Command) -> Lengths:
     lengths = Lengths()
     opened: dict[str, float] = {}
     counts: dict[str, int] = {}
-    ends: dict[str, Callable[[], int]] = {
-        "tokenise": lambda: len(run.caches()),
-        "evaluate": lambda: run.size("evaluation.jsonl"),
-        "step": run.steps,
-    }
-    ended = dict.fromkeys(ends, 0)
     saving: dict[str, float] = {}
+
+    def grew(name: str, count: int) -> bool:
+        before, counts[name] = counts.get(name, 0), count
+        return count > before
 
     def look() -> bool:
         nonlocal saving
         now = time.monotonic()
-        for phase in ("tokenise", "evaluate"):
-            if (count := len(said(command, phase))) > counts.get(phase, 0):
-                counts[phase], opened[phase] = count, now
-        for phase, end in ends.items():
-            if (count := end()) > ended[phase]:
-                if phase != "step" or ended[phase]:
-                    lengths.add(phase, now - opened.get(phase, now))
-                ended[phase], opened[phase] = count, now
+        if said(command, "tokenise"):
+            opened.setdefault("tokenise", now)
+        if grew("caches", len(run.caches())):  # all texts together
+            lengths.seconds["tokenise"] = [now - opened.get("tokenise", now)]
+        if grew("scorings", len(said(command, "evaluate"))):
+            opened["evaluate"] = now
+        if grew("scores", run.size("evaluation.jsonl")):
+            lengths.add("evaluate", now - opened.get("evaluate", now))
+        if grew("steps", run.steps()):
+            if "step" in opened:
+                lengths.add("step", now - opened["step"])
+            opened["step"] = now
         saving = _watch_save(run, command, saving, lengths, now)
         return False
 
@@ -123,17 +125,21 @@ def _watch_save(run: Run, command: Command, seen: dict[str, float], lengths: Len
 
 def strike(run: Run, command: Command, aim: Aim, lengths: Lengths) -> bool:
     """Kill the command where the aim says; False where it ended before that."""
-    start = newest(run)
+    start, nth = newest(run), aim.nth
+    if aim.part in ("rename", "retention"):
+        nth += max(0, KEPT - len(run.checkpoints()))
 
     def begun() -> bool:
         if aim.phase == "train":
             return bool(said(command, "train")) and run.steps() >= start + aim.nth
-        return len(said(command, aim.phase)) >= aim.nth
+        return len(said(command, aim.phase)) >= nth
 
     if not command.until(begun):
         command.wait()
         return False
-    if aim.part is not None and not command.until(lambda: _part_begun(run, command, aim), asleep=False):
+    if aim.part is not None and not command.until(
+        lambda: _part_begun(run, aim.part, said(command, "save")[nth - 1]), asleep=False
+    ):
         command.wait()
         return False
     length = lengths.of(aim.part or {"train": "step"}.get(aim.phase, aim.phase))
@@ -144,14 +150,14 @@ def strike(run: Run, command: Command, aim: Aim, lengths: Lengths) -> bool:
     return command.code == -9
 
 
-def _part_begun(run: Run, command: Command, aim: Aim) -> bool:
-    """Whether a part of the nth save of this command has begun, as the run folder shows it."""
-    folder = run.folder / said(command, "save")[aim.nth - 1].split()[-1]
-    if aim.part == "write":
+def _part_begun(run: Run, part: str | None, line: str) -> bool:
+    """Whether a part of the save that a line opened has begun, as the run folder shows it."""
+    folder = run.folder / line.split()[-1]
+    if part == "write":
         return bool(run.staging())
-    if aim.part == "sync":
+    if part == "sync":
         return folder.exists() or any((path / _MANIFEST).exists() for path in run.staging())
-    if aim.part == "rename":
+    if part == "rename":
         return folder.exists()
     return folder.exists() and len(run.checkpoints()) <= KEPT
 
@@ -180,12 +186,13 @@ def _part_hit(run: Run, command: Command) -> str:
     saves = said(command, "save")
     if not saves:
         return ""
-    hidden = run.staging()
-    if not (run.folder / saves[-1].split()[-1]).exists():
+    hidden, name = run.staging(), saves[-1].split()[-1]
+    if not (run.folder / name).exists():
         return ("sync" if any(_is_whole(path / _MANIFEST) for path in hidden) else "write") if hidden else ""
     if hidden:
         return "retention"
-    return "rename" if len(run.checkpoints()) > KEPT else ""
+    told = any(line.startswith(f"{name} is saved") for line in command.lines())
+    return "rename" if not told or len(run.checkpoints()) > KEPT else ""
 
 
 def _is_whole(manifest: Path) -> bool:

@@ -36,7 +36,7 @@ class Scene:
             texts = documents(language, first + count)[first:]
             if name == "heldout":
                 others = documents("en", 600)[200:]
-                texts = [" ".join(texts[n : n + 40] + others[n : n + 40]) for n in range(360 if long else 20)]
+                texts = [" ".join(texts[n : n + 20] + others[n : n + 20]) for n in range(380 if long else 20)]
             with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
 

@@ -18,7 +18,7 @@ WANTED = {"tokenise": 2, "train": 2, "save": 4, "evaluate": 2, "export": 2}
 def test_killed_in_each_phase_nothing_is_damaged(quick: ForkServer, tmp_path: Path) -> None:
     seed = int.from_bytes(os.urandom(4))
     print(f"seed {seed}")  # pytest shows it where the test fails
-    reference = make_reference(tmp_path, quick, "lora 8-bit", hidden_size=128, long=True)
+    reference = make_reference(tmp_path, quick, "lora 8-bit")
     tally = Tally(WANTED, parts_wanted=0)
     while tally.goes_on() and tally.trials < 5:
         tally.trials += 1

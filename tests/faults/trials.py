@@ -96,11 +96,15 @@ def draw(chance: random.Random, wanted: Mapping[str, int]) -> list[Aim]:
     aimed = [aim for aim in aims("tokenise", chance.randint(1, 3), 1)]
     between = [*aims("train", 2, 6), *aims("evaluate", 2, 2)]
     parts = [part for part in SAVE_PARTS if wanted.get(part, 0) > 0]
-    for number in range(min(5, max(0, wanted.get("save", 0), len(parts)))):
-        part = chance.choice(parts) if parts and number % 3 else None
-        # In a part of milliseconds any instant is as good as its first; a share of the longer ones.
-        share = chance.random() * (0.3 if part in ("rename", "retention") else 1.0)
-        between.append(Aim("save", chance.randint(1, 2), share, part))
+    anywhere = wanted.get("save", 0) > 0
+    for number in range(min(6, max(0, wanted.get("save", 0), sum(wanted[part] for part in parts)))):
+        if parts and (number % 2 or not anywhere):
+            # These two are over in milliseconds, and the kill itself takes one.
+            part = chance.choice(parts)
+            short = part in ("rename", "retention")
+            between.append(Aim("save", 1, 0.3 * chance.random() if short else chance.random(), part))
+        else:
+            between.append(Aim("save", chance.randint(1, 2), chance.random()))
     chance.shuffle(between)
     return [*aimed, *between, *aims("export", 2, 1)]
 
