@@ -18,7 +18,7 @@ from typing import Any
 
 from steep.data.sources import Source
 from steep.errors import UserError
-from steep.storage import is_temporary, make_folder, remove, remove_leftovers, sync, write_file
+from steep.storage import is_temporary, make_folder, naming, remove, remove_leftovers, sync, write_file
 
 _PACKAGES = (
     "steep",
@@ -211,7 +211,7 @@ class RunFolder:
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to a JSON-lines file; `sync_lines` brings them to the disk."""
-        with (self / name).open("a", encoding="utf-8") as stream:
+        with naming(self / name), (self / name).open("a", encoding="utf-8") as stream:
             for row in rows:
                 stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -10,12 +10,23 @@ import yaml
 
 from tests.tiny import documents, save_tiny
 
-# Each covers what it can of: LoRA and QLoRA, both optimizers, new tokens; the 8-bit one has 8-bit states from 4,096
-# elements on. All have dropout, two epochs, mixed sources, three micro-batches a step, evaluations on the way.
+# Each covers what it can of: LoRA and QLoRA, both optimizers, new tokens, a best so far. The 8-bit one has 8-bit states from
+# 4,096 elements on. All have dropout, two epochs, mixed sources, three micro-batches a step, evaluations on the way.
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {"training": {"optim": "adamw_torch"}},
     "lora 8-bit": {"training": {"optim": "adamw_8bit"}},
-    "qlora": {"model": {"base": "nf4"}, "training": {"optim": "adamw_torch"}},
+    # Its rate grows until the loss does: the best checkpoint is an early one, which has to stay.
+    "qlora": {
+        "model": {"base": "nf4"},
+        "training": {
+            "optim": "adamw_torch",
+            "learning_rate": 1.0,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": 19,
+            "eval_steps": 2,
+            "metric_for_best_model": "heldout_bits_per_byte",
+        },
+    },
     "qlora 8-bit": {"model": {"base": "nf4", "new_tokens": {"auto": 8}}, "training": {"optim": "adamw_8bit"}},
 }
 

@@ -89,6 +89,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(
     assert strike(stopped, stopped.go(), Aim("train", further, chance.random()), lengths)
     stopped.finish()
     assert_same(whole, stopped)
+    assert whole.checkpoints() == ([4, 16, 20] if kind == "qlora" else [16, 20])  # the best stays too
     states = load_file(whole.folder / f"checkpoint-{steps}" / "optimizer.safetensors").values()
     assert ("torch.uint8" in {str(state.dtype) for state in states}) == ("8-bit" in kind)
 

@@ -51,12 +51,14 @@ def fill_when(command: Command, holds: Callable[[], object], disk: SmallDisk, bu
     disk.fill(but_kibibytes)
 
 
-def test_full_while_saving(whole: Run, scene: Scene, inside: ForkServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kibibytes", [500, 0])
+def test_full_while_saving(kibibytes: int, whole: Run, scene: Scene, inside: ForkServer, tmp_path: Path) -> None:
+    """Also where not even a log line has room."""
     run = Run(scene, tmp_path / "stopped", inside, "lora")
     disk = SmallDisk(inside.pid, run.folder, 64 * 1024)
     run.folder = disk.seen
     command = run.go()
-    fill_when(command, lambda: 4 in run.checkpoints(), disk, but_kibibytes=500)
+    fill_when(command, lambda: 4 in run.checkpoints(), disk, but_kibibytes=kibibytes)
     assert_full(command, disk.path)
     stopped_at = run.checkpoints()
     assert stopped_at and temporaries(disk.seen) == []
