@@ -10,8 +10,9 @@ import yaml
 
 from tests.tiny import documents, save_tiny
 
-# Each covers what it can of: LoRA and QLoRA, both optimizers, new tokens, a best so far. The 8-bit one has 8-bit states from
-# 4,096 elements on. All have dropout, two epochs, mixed sources, three micro-batches a step, evaluations on the way.
+# Each covers what it can of: LoRA and QLoRA, both optimizers, new tokens, a best so far. Those with 8-bit in their name
+# have 8-bit states, of tensors of 4,096 elements on. All have dropout, two epochs, mixed sources, three micro-batches a
+# step, evaluations on the way.
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {"training": {"optim": "adamw_torch"}},
     "lora 8-bit": {"training": {"optim": "adamw_8bit"}},
