@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from steep.storage import published
+from steep import storage
+from steep.storage import is_temporary, published, remove, remove_leftovers, remove_stale, write_file
 
 
 def test_a_folder_appears_whole_and_readable(tmp_path: Path) -> None:
@@ -85,3 +88,90 @@ def test_what_a_killed_process_left_is_cleared_and_no_other(tmp_path: Path) -> N
     with published(tmp_path / "other"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_name_is_never_without_its_folder(tmp_path: Path) -> None:
+    """One thread looks all the time while another replaces."""
+    with published(tmp_path / "out") as staging:
+        (staging / "a").write_text("0")
+    done, missing = threading.Event(), []
+
+    def look() -> None:
+        while not done.is_set():
+            try:
+                os.stat(tmp_path / "out")
+            except FileNotFoundError as error:
+                missing.append(error)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    for number in range(200):
+        with published(tmp_path / "out") as staging:
+            (staging / "a").write_text(str(number))
+    done.set()
+    looker.join()
+    assert missing == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_where_names_cannot_be_swapped_two_renames_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_RENAME_EXCHANGE", 1 << 30)  # the kernel knows no such flag
+    for text in ("one", "two"):
+        with published(tmp_path / "out") as staging:
+            (staging / text).write_text(text)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["two"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "link to nowhere"])
+def test_what_is_no_folder_is_replaced_too(kind: str, tmp_path: Path) -> None:
+    place, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    place.write_text("x") if kind == "file" else place.symlink_to(other if kind == "link" else tmp_path / "none")
+    with published(place) as staging:
+        (staging / "a").write_text("x")
+    assert not place.is_symlink() and [path.name for path in place.iterdir()] == ["a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+    assert list(other.iterdir()) == []
+
+
+def test_a_folder_goes_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name first: what a kill leaves of it is a leftover."""
+    (tmp_path / "out").mkdir()
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "_delete", killed)
+        remove(tmp_path / "out")
+    (left,) = tmp_path.iterdir()
+    assert is_temporary(left)
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whoever_holds_the_lock_clears_more(tmp_path: Path) -> None:
+    """What bears the number of a process that started again, and what another host left; not another process's."""
+    host = socket.gethostname()
+    names = {
+        "own": f".writing-{host}-{os.getpid()}-0",
+        "other host": ".writing-another.host-1-0",
+        "ended": f".writing-{host}-999999999-0",
+        "running": f".writing-{host}-1-0",
+    }
+    for name in names.values():
+        (tmp_path / name).mkdir()
+    (tmp_path / "kept").touch()
+    remove_stale(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", *names.values()} - {names["ended"]}
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", names["running"]}
+
+
+def test_a_file_is_replaced_whole_or_not(tmp_path: Path) -> None:
+    write_file(tmp_path / "a.json", "one")
+    with pytest.raises(UnicodeEncodeError):
+        write_file(tmp_path / "a.json", "two\ud800")
+    assert (tmp_path / "a.json").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -19,7 +19,11 @@ from steep.manifest import Damaged, verify
 logger = logging.getLogger("steep")
 
 STATES = ("optimizer", "schedule", "random", "observations")
-_NEEDED = ("trainer_state.json", *(f"{name}.{ending}" for name in STATES for ending in ("json", "safetensors")))
+_NEEDED = (
+    "trainer_state.json",
+    "training_args.json",
+    *(f"{name}.{ending}" for name in STATES for ending in ("json", "safetensors")),
+)
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 import tempfile
@@ -252,8 +253,16 @@ class ExactCheckpoints(transformers.Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         begun = super()._init_training_state(*args, **kwargs)
+        if self.state.best_global_step is not None and self._saved_metric(*args) != self.args.metric_for_best_model:
+            self.state.best_metric = self.state.best_global_step = None
         self._point_at_best()
         return begun
+
+    @staticmethod
+    def _saved_metric(max_steps: int, per_epoch: int, epochs: int, checkpoint: str, *rest: Any) -> str | None:
+        """What the best so far of a checkpoint is the best by."""
+        text = (Path(checkpoint) / "training_args.json").read_text(encoding="utf-8")
+        return json.loads(text)["metric_for_best_model"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.accelerator.unwrap_model(self.model if model is None else model)

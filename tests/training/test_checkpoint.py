@@ -1,0 +1,199 @@
+"""Which checkpoint a run goes on from, and which stay."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from steep.errors import UserError
+from steep.manifest import Damaged, write_manifest
+from steep.training.checkpoint import STATES, checkpoints, choose, given, inspect, newest_valid
+from steep.training.retention import Retention
+
+NAMES = [
+    "adapter_model.safetensors",
+    "training_args.json",
+    *(f"{n}.{e}" for n in STATES for e in ("json", "safetensors")),
+]
+
+
+def write(run_dir: Path, step: int, name: str | None = None) -> Path:
+    """A folder that is a checkpoint by its manifest."""
+    folder = run_dir / (name or f"checkpoint-{step}")
+    folder.mkdir(parents=True)
+    for file in NAMES:
+        (folder / file).write_text(f"{file} of {step}")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    write_manifest(folder)
+    return folder
+
+
+def damage(folder: Path) -> None:
+    (folder / "optimizer.safetensors").write_text("x")
+
+
+def names(run_dir: Path) -> list[str]:
+    return [path.name for path in checkpoints(run_dir)]
+
+
+# --- the choice ------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
+    """By number: 100 is after 20."""
+    for step in (5, 20, 100):
+        write(tmp_path, step)
+    assert newest_valid(tmp_path).checkpoint == inspect(tmp_path / "checkpoint-100")
+    damage(tmp_path / "checkpoint-100")
+    choice = newest_valid(tmp_path)
+    assert choice.checkpoint is not None and choice.checkpoint.step == 20
+    (passed_over,) = choice.passed_over
+    assert passed_over[0].name == "checkpoint-100" and passed_over[1].startswith("optimizer.safetensors has 1 bytes")
+    assert names(tmp_path) == ["checkpoint-5", "checkpoint-20", "checkpoint-100"]  # nothing is deleted
+
+
+def test_it_looks_no_further_than_it_is_told(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    choice = newest_valid(tmp_path, up_to=25)
+    assert choice.checkpoint is not None and choice.checkpoint.step == 20 and not choice.passed_over
+
+
+def test_what_bears_no_name_of_a_checkpoint_is_none(tmp_path: Path) -> None:
+    for name in (
+        ".writing-host-1-0",
+        "checkpoint-x",
+        "checkpoint-07",
+        "checkpoint-7.old",
+        "checkpoint-",
+        "checkpoint-٣",
+    ):
+        write(tmp_path, 7, name)
+    assert checkpoints(tmp_path) == [] and choose(tmp_path) is None
+    assert choose(tmp_path / "none") is None
+
+
+def test_reasons_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, 10)
+    (tmp_path / "checkpoint-10" / "adapter_model.bin").write_text("x")
+    write(tmp_path, 20).rename(tmp_path / "checkpoint-25")
+    (write(tmp_path, 30) / "random.json").unlink()
+    (tmp_path / "checkpoint-40").symlink_to(tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-50").write_text("x")
+    (tmp_path / "checkpoint-60").symlink_to("nowhere")
+    (tmp_path / "checkpoint-70").mkdir()
+    with caplog.at_level(logging.WARNING, "steep"):
+        found = choose(tmp_path)
+    assert found is not None and found.step == 10 and found.extra == ("adapter_model.bin",)
+    assert [message.removeprefix(f"{tmp_path}/") for message in caplog.messages] == [
+        "checkpoint-70 is passed over: it has no manifest.json. It is left as it is",
+        "checkpoint-60 is passed over: it is a symbolic link. It is left as it is",
+        "checkpoint-50 is passed over: it is no folder. It is left as it is",
+        "checkpoint-40 is passed over: it is a symbolic link. It is left as it is",
+        "checkpoint-30 is passed over: random.json is missing. It is left as it is",
+        "checkpoint-25 is passed over: it holds step 20. It is left as it is",
+        "checkpoint-10 holds 'adapter_model.bin', which was not saved with it; it is not read",
+    ]
+
+
+def test_a_run_does_not_begin_anew_because_all_are_damaged(tmp_path: Path) -> None:
+    for step in (10, 20):
+        damage(write(tmp_path, step))
+    with pytest.raises(UserError, match=r"^--resume: no checkpoint of .* \(checkpoint-20: opti.*; checkpoint-10: opti"):
+        choose(tmp_path)
+
+
+@pytest.mark.parametrize("missing", [*NAMES, "trainer_state.json"])
+def test_a_manifest_that_does_not_name_all_is_of_no_checkpoint(missing: str, tmp_path: Path) -> None:
+    """The file is there, and would be read."""
+    folder = write(tmp_path, 10)
+    content = (folder / missing).read_bytes()
+    (folder / missing).unlink()
+    write_manifest(folder)
+    (folder / missing).write_bytes(content)
+    with pytest.raises(Damaged, match="it lacks"):
+        inspect(folder)
+
+
+def test_a_checkpoint_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path, 10)
+
+    def refused(self: Path, *given: object, **named: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refused)  # root may read all
+    with pytest.raises(Damaged, match=r"cannot be read: Permission denied"):
+        inspect(folder)
+
+
+def test_a_path_that_was_given_is_verified_too(tmp_path: Path) -> None:
+    folder = shutil.copytree(write(tmp_path, 10), tmp_path / "a-copy")
+    assert given(folder, "resume_from_checkpoint").step == 10
+    damage(folder)
+    with pytest.raises(UserError, match=r"^resume_from_checkpoint: .*a-copy is no whole checkpoint: optimizer"):
+        given(folder, "resume_from_checkpoint")
+
+
+# --- retention -------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50):
+        write(tmp_path, step)
+    Retention(tmp_path).apply(2, step=50, best=20)
+    assert names(tmp_path) == ["checkpoint-20", "checkpoint-40", "checkpoint-50"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_best_may_be_among_the_newest(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    Retention(tmp_path).apply(2, step=30, best=30)
+    assert names(tmp_path) == ["checkpoint-20", "checkpoint-30"]
+    Retention(tmp_path).apply(None, step=30, best=None)
+    assert names(tmp_path) == ["checkpoint-20", "checkpoint-30"]
+
+
+def test_damaged_ones_do_not_push_out_whole_ones(tmp_path: Path) -> None:
+    """A run went on from 20 since 30 and 40 are damaged. 30 was saved anew; with one to keep, it is not the 40."""
+    for step in (10, 20, 30, 40):
+        write(tmp_path, step)
+    damage(tmp_path / "checkpoint-40")
+    retention = Retention(tmp_path)
+    retention.saved(tmp_path / "checkpoint-30")
+    retention.apply(1, step=30, best=None)
+    assert names(tmp_path) == ["checkpoint-30", "checkpoint-40"]
+    write(tmp_path, 45)
+    retention.apply(2, step=45, best=None)  # it never came by 40: two whole ones stay all the same
+    assert names(tmp_path) == ["checkpoint-30", "checkpoint-40", "checkpoint-45"]
+
+
+def test_a_damaged_one_is_left_to_its_owner(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    damage(tmp_path / "checkpoint-10")
+    Retention(tmp_path).apply(1, step=30, best=None)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-30"]
+
+
+def test_later_ones_of_a_run_that_went_back_stay(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        write(tmp_path, step)
+    Retention(tmp_path).apply(1, step=20, best=None)
+    assert names(tmp_path) == ["checkpoint-20", "checkpoint-30", "checkpoint-40"]
+
+
+def test_each_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gigabytes, after each save."""
+    write(tmp_path, 10)
+    damage(write(tmp_path, 20))
+    retention = Retention(tmp_path)
+    retention.apply(5, step=20, best=None)
+    os.truncate(tmp_path / "checkpoint-10" / "optimizer.safetensors", 0)
+    retention.apply(1, step=20, best=None)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-20"]
