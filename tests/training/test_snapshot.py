@@ -29,7 +29,7 @@ def test_a_copy_shares_no_memory() -> None:
 
 
 def test_a_state_is_that_of_its_moment(tmp_path: Path) -> None:
-    state: dict[str, Any] = {"step": 3, "list": [1, 2], "inner": {"a": torch.ones(4)}, (1, 2): torch.zeros(2)}
+    state: dict[Any, Any] = {"step": 3, "list": [1, 2], "inner": {"a": torch.ones(4)}, (1, 2): torch.zeros(2)}
     snapshot = Snapshot()
     snapshot.add_state("x", state)
     snapshot.take(HostMemory())
