@@ -115,3 +115,36 @@ def assert_as_peft(model: Any, corpus: Any, tmp_path: Path) -> None:
     trainer._snapshot(tmp_path / "snapshot").write(tmp_path / "snapshot")
     written = contents(tmp_path / "snapshot")
     assert {name: written[name] for name in contents(tmp_path / "peft")} == contents(tmp_path / "peft")
+
+
+@pytest.mark.gpu
+def test_copies_of_a_gpu_go_into_memory_that_is_used_again() -> None:
+    """Two snapshots: right, at the same place, out of reach of what the card does next; then the memory is given back."""
+    memory = HostMemory()
+    given = [
+        torch.randn(1000, 777, device="cuda"),
+        torch.randn(64, 65, device="cuda", dtype=torch.bfloat16).T,
+        torch.arange(3, device="cuda", dtype=torch.uint8),
+        torch.tensor(5.0, device="cuda"),
+        torch.zeros(0, 4, device="cuda"),
+        torch.ones(7),
+    ]
+    places = []
+    for _ in range(2):
+        expected = [tensor.cpu().clone() for tensor in given]
+        copies = memory.copies(given)
+        for tensor in given:
+            tensor.add_(1)
+        torch.cuda.synchronize()
+        assert differences(expected, copies) == []
+        assert all(copy.device.type == "cpu" and copy.is_contiguous() for copy in copies)
+        assert all(
+            copy.is_pinned() for copy, tensor in zip(copies, given, strict=True) if tensor.is_cuda and copy.numel()
+        )
+        places.append([copy.data_ptr() for copy, tensor in zip(copies, given, strict=True) if tensor.is_cuda])
+    assert places[0] == places[1]
+    larger = torch.randn(4000, 1000, device="cuda")
+    assert torch.equal(memory.copies([larger])[0], larger.cpu())
+    memory.release()
+    memory.release()
+    assert torch.equal(memory.copies([larger])[0], larger.cpu())
