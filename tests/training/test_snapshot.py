@@ -119,7 +119,7 @@ def assert_as_peft(model: Any, corpus: Any, tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_copies_of_a_gpu_go_into_memory_that_is_used_again() -> None:
-    """Two snapshots: right, at the same place, out of reach of what the card does next; then the memory is given back."""
+    """Right, at the same place each time, out of reach of what the card does next; and given back at the end."""
     memory = HostMemory()
     given = [
         torch.randn(1000, 777, device="cuda"),
@@ -138,10 +138,9 @@ def test_copies_of_a_gpu_go_into_memory_that_is_used_again() -> None:
         torch.cuda.synchronize()
         assert differences(expected, copies) == []
         assert all(copy.device.type == "cpu" and copy.is_contiguous() for copy in copies)
-        assert all(
-            copy.is_pinned() for copy, tensor in zip(copies, given, strict=True) if tensor.is_cuda and copy.numel()
-        )
-        places.append([copy.data_ptr() for copy, tensor in zip(copies, given, strict=True) if tensor.is_cuda])
+        of_gpu = [copy for copy, tensor in zip(copies, given, strict=True) if tensor.is_cuda]
+        assert all(copy.is_pinned() for copy in of_gpu if copy.numel())
+        places.append([copy.data_ptr() for copy in of_gpu])
     assert places[0] == places[1]
     larger = torch.randn(4000, 1000, device="cuda")
     assert torch.equal(memory.copies([larger])[0], larger.cpu())

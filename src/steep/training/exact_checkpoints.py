@@ -176,7 +176,7 @@ class ExactCheckpoints(transformers.Trainer):
         return state
 
     def _files_that_stay(self) -> dict[str, bytes]:
-        """The files beside the adapter's weights, by name; a large tokenizer takes half a second to write."""
+        """The files beside the adapter's weights, by name: rendered once, since a large tokenizer takes its time."""
         if self._unchanging_files is None:
             model = self.accelerator.unwrap_model(self.model)
             nothing = {name: torch.empty(0, 0) for name in all_tensors(model)}
