@@ -29,7 +29,7 @@ from steep.model.adapters import (
     load_adapter_weights,
     save_adapter,
 )
-from steep.storage import discard, publish, stage
+from steep.storage import discard, naming, publish, stage
 from steep.training.checkpoint import given, rng_state, set_rng_state
 from steep.training.checkpoint_writer import CheckpointCallback, CheckpointWriter
 from steep.training.retention import Retention
@@ -99,16 +99,14 @@ class ExactCheckpoints(transformers.Trainer):
 
         def write() -> None:
             try:
-                snapshot.write(staging)
-                state.save_to_json(str(staging / "trainer_state.json"))
-                write_manifest(staging)
-                size = sum(path.stat().st_size for path in staging.rglob("*"))
-                for callback in noted:
-                    callback.before_publishing()
-                publish(staging, folder)
-            except OSError as error:
-                error.filename = error.filename or str(folder)
-                raise
+                with naming(folder):
+                    snapshot.write(staging)
+                    state.save_to_json(str(staging / "trainer_state.json"))
+                    write_manifest(staging)
+                    size = sum(path.stat().st_size for path in staging.rglob("*"))
+                    for callback in noted:
+                        callback.before_publishing()
+                    publish(staging, folder)
             finally:
                 discard(staging)
             seconds = time.perf_counter() - begun
