@@ -21,6 +21,7 @@ from steep.errors import RunError, UserError
 from steep.model.adapters import WEIGHTS
 from steep.training.checkpoint import newest_valid
 from steep.training.checkpoint_writer import CheckpointCallback, CheckpointWriter
+from steep.training.guard import GoBack
 from steep.training.trainer import Trainer
 from tests.tiny import tiny_model
 from tests.training.helpers import AtStep, adapted, arguments, contents, trained_weights, trainer_for
@@ -182,7 +183,7 @@ def test_no_folder_can_be_made(corpus: Corpus, tmp_path: Path) -> None:
     trainer = trainer_for(adapted(), corpus, tmp_path / "run", **SAVING)
     (tmp_path / "run").rmdir()
     (tmp_path / "run").write_text("x")
-    with pytest.raises(OSError, match="File exists"):
+    with pytest.raises(OSError, match=r"File exists|Not a directory"):
         trainer.train()
 
 
@@ -206,6 +207,38 @@ def test_what_is_being_written_is_still_saved_when_training_fails(
             trainer.train()
         assert (folder / "checkpoint-2").exists() == saved
     assert "checkpoint-2 was not saved either: checkpoint-2 could not be written (ValueError: a bug)" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["well", "gone"])
+def test_a_run_that_goes_back_waits_for_the_checkpoint_on_its_way(
+    how: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does not go back behind one that failed without a word."""
+    trainer, gate = trainer_for(adapted(), corpus, tmp_path, **SAVING), Gate()
+    begun: list[int] = []
+    judge, spikes = trainer.guard.judge, iter([5])
+
+    def judged(step: int, *given: Any) -> Any:
+        if step == 5 and next(spikes, None) is not None:
+            threading.Timer(0.2, gate.open.set).start()
+            raise GoBack(step)
+        if step == 4:
+            gate.open.clear()
+        elif step != 5:
+            gate.open.set()
+        return judge(step, *given)
+
+    monkeypatch.setattr(trainer.guard, "judge", judged)
+    trainer.add_callback(gate)
+    trainer.add_callback(Breaks(tmp_path, how))
+    trainer.add_callback(AtStep(begin=begun.append))
+    if how == "gone":
+        with pytest.raises(OSError, match="No such file"):
+            trainer.train()
+        assert begun == [1, 2, 3, 4, 5]
+    else:
+        trainer.train()
+        assert begun == [1, 2, 3, 4, 5, 5, 6]
 
 
 def test_a_failure_is_raised_once() -> None:

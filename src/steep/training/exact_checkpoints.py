@@ -30,6 +30,7 @@ from steep.model.adapters import (
     save_adapter,
 )
 from steep.storage import discard, naming, publish, stage
+from steep.tensor_files import system_errors
 from steep.training.checkpoint import given, rng_state, set_rng_state
 from steep.training.checkpoint_writer import CheckpointCallback, CheckpointWriter
 from steep.training.retention import Retention
@@ -143,7 +144,8 @@ class ExactCheckpoints(transformers.Trainer):
             snapshot.add_text("training_args.json", self.args.to_json_string())
             snapshot.add_tensors(WEIGHTS, adapter_tensors(model), joined, {"format": "pt"})
         else:
-            self._save(str(staging))
+            with system_errors(staging):
+                self._save(str(staging))
         if not self.args.save_only_model:
             for name, state in self._states().items():
                 snapshot.add_state(name, state)

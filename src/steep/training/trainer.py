@@ -25,7 +25,7 @@ from steep.training.branch import Branch
 from steep.training.deterministic import deterministic
 from steep.training.gradients import GradientReport, measure_and_clip
 from steep.training.groups import parameter_groups
-from steep.training.guard import Guard, Outcome
+from steep.training.guard import GoBack, Guard, Outcome
 from steep.training.incidents import described
 from steep.training.metrics import Meter
 from steep.training.proof import Proof
@@ -244,7 +244,11 @@ class Trainer(Rollback):
         scaler = self.accelerator.scaler
         # Too high a loss scale explains such a gradient; one that no longer magnifies anything does not.
         overflowed = not self._gradients.finite and scaler is not None and scaler.get_scale() > 1
-        self._outcome = self.guard.judge(step, loss, self._gradients, overflowed, self._rows())
+        try:
+            self._outcome = self.guard.judge(step, loss, self._gradients, overflowed, self._rows())
+        except GoBack:
+            self.finish_saving()  # what is gone back to may be on its way; that it failed would end the run
+            raise
         self.ending = self.guard.failure
         if self._outcome is not Outcome.APPLIED:
             model.zero_grad(set_to_none=True)  # an optimizer passes over tensors without a gradient
