@@ -17,7 +17,6 @@ OF_THE_PROCESS = {
     "plan.json": {"cached"},
     "training_args.json": {"save_total_limit"},  # the run that others' checkpoints are held against keeps all its own
 }
-NOT_OF_THE_RUN = {"incidents.jsonl"}  # says what happened to a process
 
 
 def differences(whole: Path, stopped: Path, *, named: Path | None = None) -> list[str]:
@@ -36,7 +35,7 @@ def differences(whole: Path, stopped: Path, *, named: Path | None = None) -> lis
 
 def _files(folder: Path) -> set[str]:
     """Names of all files and folders: a temporary that stayed is a difference too."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")} - NOT_OF_THE_RUN
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def file_differences(whole: Path, stopped: Path, name: str, *, named: Path | None = None) -> list[str]:

@@ -31,6 +31,7 @@ class Rollback(Branching):
             # Out here the exception is gone, and with it the frames that hold the step's tensors.
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.update()  # ends the step for it; its own state comes from the checkpoint
+            self.current_flos = 0.0  # transformers' count of what it has not stored yet
             begin = self._where_to_begin(self._last_checkpoint(step, begin))
             logger.info("going back to %s", begin)
 
