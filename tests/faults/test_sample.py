@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
-from dataclasses import asdict
+import re
+import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from tests.faults import suite
 from tests.faults.command import ForkServer
-from tests.faults.suite import Tally, result
-from tests.faults.trials import Outcome, draw, make_reference, trial
+from tests.faults.instants import PHASES, Aim
+from tests.faults.suite import Tally
+from tests.faults.trials import Instant, Outcome, draw, make_reference, trial
 
 WANTED = {"tokenise": 2, "train": 2, "save": 4, "evaluate": 2, "export": 2}
 
@@ -28,12 +34,37 @@ def test_killed_in_each_phase_nothing_is_damaged(quick: ForkServer, tmp_path: Pa
     assert tally.is_complete(), tally.table()
 
 
-def test_damage_is_counted_and_written_down() -> None:
-    tally = Tally({"tokenise": 0, "train": 0, "save": 0, "evaluate": 0, "export": 0}, parts_wanted=0)
-    tally.outcomes = [Outcome(wrong_caches=["x.arrow"]), Outcome(other_bits=["a", "b"])]
-    assert {name: len(lines) for name, lines in tally.damage().items()} == {
-        "damaged_checkpoints": 0, "wrong_caches": 1, "lines_lost_or_doubled": 0, "other_bits": 2,
-    }  # fmt: skip
-    written = json.loads(json.dumps(result(tally, 1, 2.0, ["suite"])))
-    assert written["damage"]["other_bits"] == 2 and written["instants"] == 0
-    assert set(asdict(Outcome())) - {"instants"} == set(written["damage"])
+@pytest.mark.parametrize(
+    ("wrong", "kills", "says"),
+    [([], 10, None), (["x.arrow"], 10, "there is damage"), ([], 9, "not every phase was hit as often as wanted")],
+)
+def test_what_the_suite_says_and_writes(
+    wrong: list[str],
+    kills: int,
+    says: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def inject(folder: Path, seed: int, **settings: Any) -> Tally:
+        tally = Tally(dict.fromkeys(PHASES, 2), parts_wanted=0)
+        fallen = [phase for phase in PHASES for _ in range(2)][:kills]
+        instants = [Instant(1, Aim(phase, 1, 0.5), phase, "sync" if phase == "save" else "", 3) for phase in fallen]
+        tally.outcomes = [Outcome(instants, wrong_caches=wrong)]
+        return tally
+
+    monkeypatch.setattr(suite, "inject", inject)
+    monkeypatch.setattr(sys, "argv", ["suite", "--seed", "3", "--output", str(tmp_path / "results")])
+    if says is None:
+        suite.main()
+    else:
+        with pytest.raises(SystemExit, match=says):
+            suite.main()
+    (file,) = (tmp_path / "results").glob("faults-*.json")
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert (written["seed"], written["instants"], written["parts_of_a_save"]["sync"]) == (3, kills, 2)
+    assert written["damage"] == {**dict.fromkeys(Outcome().damage(), 0), "wrong_caches": len(wrong)}
+    assert len(written["kills"]) == kills and written["kills"][0]["aim"]["phase"] == "tokenise"
+    table = capsys.readouterr().out
+    assert re.search(rf"^all +{kills}$", table, re.MULTILINE)
+    assert re.search(rf"^wrong caches +{len(wrong)}$", table, re.MULTILINE)
