@@ -59,7 +59,7 @@ CHANGEABLE = {
     "model.attn_implementation",  # the same attention in another order of sums
     *(f"training.{name}" for name in (
         "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_checkpointing",
-        "deterministic", "full_determinism", "tf32", "dataloader_persistent_workers", *_SPIKES,
+        "deterministic", "full_determinism", "tf32", *_SPIKES,
     )),
 }  # fmt: skip
 
@@ -167,14 +167,7 @@ def judge_length(before: RunConfig, now: RunConfig, *, rows: int, done: int, sta
     Raises:
         UserError: a schedule that cannot be.
     """
-    factors = [
-        factor_of(
-            training_arguments(config, branch=start is not None), planned_steps(config, rows), start=start,
-            section="training.",
-        )
-        for config in (before, now)
-    ]  # fmt: skip
-    was, would = factors
+    was, would = (_rates_of(config, rows, start) for config in (before, now))
     if was is None or would is None:
         return "its rates follow from more than the step"
     other = next((step for step in reversed(range(done)) if was(step) != would(step)), None)
@@ -182,6 +175,13 @@ def judge_length(before: RunConfig, now: RunConfig, *, rows: int, done: int, sta
         return None
     rates = before.training.learning_rate * was(other), now.training.learning_rate * would(other)
     return f"at step {other + 1} the rate was {rates[0]:.4g} and would be {rates[1]:.4g}"
+
+
+def _rates_of(config: RunConfig, rows: int, start: float | None) -> Callable[[int], float] | None:
+    quiet = config.model_copy(deep=True)
+    quiet.training.report_to = "none"  # the old run file's trackers need not be installed here
+    arguments = training_arguments(quiet, branch=start is not None)
+    return factor_of(arguments, planned_steps(quiet, rows), start=start, section="training.")
 
 
 def _flat(config: RunConfig, sources: int) -> dict[str, Any]:

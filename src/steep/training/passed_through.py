@@ -14,9 +14,9 @@ from steep.training.arguments import TrainingArguments
 # Honoured as they are: transformers' own code does what they say, and nothing of steep stands in its way.
 HONOURED = {
     "adam_beta1", "adam_beta2", "adam_epsilon", "average_tokens_across_devices", "data_seed", "dataloader_in_order",
-    "dataloader_multiprocessing_context", "dataloader_num_workers", "dataloader_persistent_workers",
-    "dataloader_pin_memory", "dataloader_prefetch_factor", "eval_delay", "eval_strategy", "full_determinism",
-    "log_level", "logging_first_step", "logging_strategy", "lr_scheduler_kwargs", "optim_args", "optim_target_modules",
+    "dataloader_multiprocessing_context", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_prefetch_factor", "eval_delay", "eval_strategy", "full_determinism", "log_level",
+    "logging_first_step", "logging_strategy", "lr_scheduler_kwargs", "optim_args", "optim_target_modules",
     "project", "run_name", "save_strategy", "tf32", "torch_empty_cache_steps", "trackio_bucket_id", "trackio_space_id",
     "trackio_static_space_id",
 }  # fmt: skip
@@ -73,6 +73,7 @@ REFUSED = {
     **dict.fromkeys(
         ("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), _CHECKPOINTING
     ),
+    "dataloader_persistent_workers": "torch draws a number where workers start: a resumed run would draw others",
     "use_cpu": "a GPU is used where there is one; hide it with CUDA_VISIBLE_DEVICES=",
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "it patches classes for the whole process"),
     "use_cache": "packed documents would see each other through a cache",
