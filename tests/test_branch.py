@@ -24,6 +24,7 @@ from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.stopping import Interrupted
 from steep.terminal import plan_tables
+from steep.training.branch import read_branch
 from steep.training.trainer import Trainer
 from tests.test_run import lines, run_file
 from tests.tiny import save_tiny, write_corpus
@@ -246,6 +247,21 @@ def test_another_tokenizer_is_refused(parent: Path, llama_folder: Path, korean_c
     write_manifest(copy / "checkpoint-3")
     with pytest.raises(UserError, match=r"^--branch: the tokenizer is not the one of"):
         train_run(branch_file(llama_folder, korean_corpus, tmp_path / "run"), branch=copy / "checkpoint-3")
+
+
+def test_what_was_put_beside_the_checkpoint_is_not_read(
+    parent: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    """transformers takes up whatever lies in a folder that it reads a tokenizer from."""
+    copy = shutil.copytree(parent, tmp_path / "ko")
+    for name, text in {"added_tokens.json": "{", "chat_template.jinja": "{{ x }}", "config.json": "{"}.items():
+        (copy / "checkpoint-3" / name).write_text(text)
+    (copy / "checkpoint-3" / "special_tokens_map.json").write_text('{"eos_token": "<another>"}')
+    start = branch_file(llama_folder, korean_corpus, tmp_path / "run")
+    train_run(start, branch=copy / "checkpoint-3")
+    assert read(tmp_path / "run" / "parent.json")["digest"] == read_manifest(parent / "checkpoint-3").digest
+    tokenizer = read_branch(copy / "checkpoint-3").tokenizer()
+    assert tokenizer.chat_template is None and tokenizer.eos_token != "<another>"
 
 
 def test_another_base_is_refused_before_it_trains(korean_corpus: Path, tmp_path: Path) -> None:
