@@ -45,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when it first asks for a card
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in a shell's background; steep would leave it so
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _has_browser() -> bool:

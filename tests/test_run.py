@@ -407,6 +407,7 @@ def test_two_processes_do_not_train_in_one_folder(finished: Path, llama_folder: 
     [
         ("training", {"lr_scheduler_type": "cosin"}, r"training\.lr_scheduler_type: 'cosin' .*Did you mean 'cosine'"),
         ("training", {"lr_scheduler_type": "reduce_lr_on_plateau"}, r"training\.lr_scheduler_type: .*is unknown"),
+        ("training", {"lr_scheduler_type": "greedy"}, r"training\.lr_scheduler_type: .*is unknown"),
         ("training", {"optim": "adamw8bit"}, r"training\.optim: 'adamw8bit' is unknown.*Did you mean 'adamw_8bit'"),
         (
             "training",

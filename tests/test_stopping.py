@@ -145,6 +145,28 @@ def test_a_forked_worker_leaves_ctrl_c_to_its_parent() -> None:
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
 
 
+def test_an_ignored_signal_stays_ignored() -> None:
+    """A shell has its background jobs ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with heed_signals():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*given: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "write", gone)
+    with heed_signals() as stop, stop.finishing_steps():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+
+
 def test_a_library_call_leaves_signals_alone(steep: Steep, run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     from steep.config import load_config
 

@@ -74,7 +74,8 @@ def training_arguments(config: RunConfig, *, branch: bool = False) -> TrainingAr
         UserError: a value that transformers does not know or cannot use; a schedule that contradicts itself.
     """
     training, precision = config.training, mixed_precision(config)
-    schedules = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau"}  # needs transformers' evaluation
+    # Those two follow the scores of transformers' evaluation, and are no function of the step.
+    schedules = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}
     _check_choice("lr_scheduler_type", training.lr_scheduler_type, schedules)
     _check_choice("optim", training.optim, {name.value for name in OptimizerNames})
     _check_trackers(training.report_to)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -64,7 +64,8 @@ class Stop:
             return
         if self._finishing and not self.asked:
             self.asked = True
-            os.write(2, _WISH)  # printing could come in the middle of a print
+            with suppress(OSError):  # the terminal may be gone: that must not end the step
+                os.write(2, _WISH)  # printing could come in the middle of a print
             return
         if self._ended:  # the first one was caught and dropped, or its clean-up takes too long
             os._exit(128 + number)
@@ -76,11 +77,14 @@ class Stop:
 def heed_signals() -> Iterator[Stop]:
     """Answer Ctrl-C and SIGTERM within the block, and give back the old handlers after it. In the main thread only.
 
+    A signal that is ignored stays so: a shell has its background jobs ignore Ctrl-C.
+
     Raises:
         ValueError: it is not the main thread.
     """
     stop = Stop()
-    before = {number: signal.signal(number, stop.on_signal) for number in _SIGNALS}
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, stop.on_signal) for number in heeded}
     try:
         yield stop
     finally:
