@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from steep import ranks
 from steep.credentials import hide
 from steep.errors import RunError, Stopped, UserError, one_line, without_controls
 from steep.stopping import Interrupted, heed_signals
@@ -39,7 +40,7 @@ def _attached_terminal() -> Any:
     """Comes before every other import of a command: some libraries speak when they are imported."""
     from steep.terminal import Terminal
 
-    terminal = Terminal()
+    terminal = Terminal(quiet=not ranks.is_main())
     terminal.attach()
     return terminal
 
@@ -81,6 +82,7 @@ def init(
 
 
 @app.command(context_settings=_OVERRIDES)
+@ranks.joined()
 def plan(context: typer.Context, file: RunFile) -> None:
     """Say what a run will do and need, before any GPU time: parameters, tokens, steps, memory, disk, warnings.
 
@@ -102,6 +104,7 @@ def plan(context: typer.Context, file: RunFile) -> None:
 
 
 @app.command(context_settings=_OVERRIDES)
+@ranks.joined()
 def train(
     context: typer.Context,
     file: RunFile,

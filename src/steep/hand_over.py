@@ -122,7 +122,7 @@ class _Export:
             settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
         self._base = describe_base(settings.name, settings.revision, self._resolved)
-        before, after = first_and_last(folder)
+        before, after = first_and_last(folder.read_lines("evaluation.jsonl"))
         rows = folder.read_lines("evaluation.jsonl")
         self._story = Story(
             settings=config.model_dump(),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from steep import ranks
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
 from steep.errors import UserError
@@ -28,6 +30,7 @@ from steep.settings import (
     embedding_rate,
     planned_epochs,
     planned_steps,
+    rows_per_step,
     training_arguments,
     uses_checkpointing,
 )
@@ -90,7 +93,6 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """`plan.json`."""
         training, shape = self.config.training, self.shape
-        rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
         return {
             "model": self.config.model.name,
             "base": self.base,
@@ -107,7 +109,8 @@ class Plan:
             "first_step": self.first_step,
             "new_tokens": self.new_tokens,
             "steps": self.steps,
-            "rows_per_step": rows_per_step,
+            "rows_per_step": rows_per_step(self.config),
+            "processes": ranks.world_size(),
             "epochs": planned_epochs(self.config, len(self.corpus.train)),
             "learning_rate": training.learning_rate,
             "embedding_learning_rate": embedding_rate(self.config),
@@ -130,6 +133,8 @@ def plan_run(
 ) -> Plan:
     """Work out a run: check every input, tokenise the text (once, into the cache), count, and estimate memory and disk.
 
+    Of several processes the first one does this; then the others find its work in the cache.
+
     Args:
         progress: called with documents, bytes and budget while text is tokenised.
         branch: where the run leaves its parent, if it is a branch.
@@ -140,6 +145,34 @@ def plan_run(
     Raises:
         UserError: anything that is wrong with the model, the adapter, the data or the settings.
     """
+    work_out = partial(_work_out, config, progress, branch=branch, grown_tokenizer=grown_tokenizer, to_train=to_train)
+    plan = work_out(commits or {}) if ranks.is_main() else None
+    read = ranks.from_main(lambda: _commits(plan))
+    if plan is None:
+        plan = work_out({int(index): commit for index, commit in read.items()})
+    if len(set(ranks.gathered_bytes(plan.corpus.fingerprint.encode()))) > 1:
+        raise UserError(
+            "data.sources", "the processes have not read the same text", "Give all of them the same files and model."
+        )
+    return plan
+
+
+def _commits(plan: Plan | None) -> dict[int, str]:
+    """The commits that streamed sources were read at, by number."""
+    assert plan is not None
+    sources = enumerate(plan.corpus.statistics["sources"])
+    return {index: source["revision"] for index, source in sources if source["streamed"]}
+
+
+def _work_out(
+    config: RunConfig,
+    progress: Progress | None,
+    commits: Mapping[int, str],
+    *,
+    branch: Branch | None,
+    grown_tokenizer: Path | None,
+    to_train: bool,
+) -> Plan:
     model = config.model
     if config.training.deterministic:
         prepare_cublas("training.deterministic")
@@ -174,7 +207,7 @@ def plan_run(
             f"{stride} leaves a window no context: it has to be below data.max_length, {data.max_length}",
             "Leave it out (half a row), or lower it.",
         )
-    pinned = {index: {"revision": commit} for index, commit in (commits or {}).items()}
+    pinned = {index: {"revision": commit} for index, commit in commits.items()}
     sources = [source.model_copy(update=pinned.get(index)) for index, source in enumerate(data.sources)]
     vocabulary = None
     if model.new_tokens is not None:

@@ -209,9 +209,8 @@ def documents_of_the_base(plan: Plan) -> tuple[Mapping[str, Sequence[Any]], int 
     return plan.vocabulary.base_documents(plan.corpus, max_tokens), None
 
 
-def first_and_last(folder: RunFolder) -> tuple[list[DomainScore], list[DomainScore]]:
-    """The held-out scores before and after training, as the run recorded them; empty if it held nothing out."""
-    rows = folder.read_lines("evaluation.jsonl")
+def first_and_last(rows: Sequence[Mapping[str, Any]]) -> tuple[list[DomainScore], list[DomainScore]]:
+    """The held-out scores before and after training, of `evaluation.jsonl`; empty if the run held nothing out."""
     return (scores_at(rows, rows[0]["step"]), scores_at(rows, rows[-1]["step"])) if rows else ([], [])
 
 

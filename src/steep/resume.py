@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from steep import ranks
 from steep.changes import (
     BATCH,
     LENGTHS,
@@ -184,6 +185,7 @@ def refuse_other_inputs(folder: RunFolder, plan: Plan) -> None:
     if before is None:
         return
     _refuse_other_precision("--resume", before, plan.as_dict())
+    ranks.refuse_other_number(before.get("processes", 1), "--resume")
     if has_other_text(folder, plan):
         other = _other_sources(before["data"]["sources"], plan.corpus.statistics["sources"])
         raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers
 
+from steep import ranks
 from steep.changes import PLACES, Change
 from steep.errors import RunError, UserError
 from steep.evaluation.adapters import base_model
@@ -36,7 +37,7 @@ from steep.resume import (
     refuse_unlike_parent,
     streamed_commits,
 )
-from steep.run_folder import RunFolder, environment
+from steep.run_folder import FolderOfAnother, RunFolder, environment
 from steep.schema import RunConfig
 from steep.stopping import Stop
 from steep.storage import published
@@ -48,6 +49,7 @@ from steep.training.checkpoint_writer import CheckpointCallback
 from steep.training.trainer import Trainer
 
 
+@ranks.joined()
 def train_run(
     config: RunConfig,
     *,
@@ -58,6 +60,8 @@ def train_run(
     stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Train what the run file says, into its run folder.
+
+    Under `torchrun` every process calls it; the first one writes the folder.
 
     Args:
         resume: go on from the newest checkpoint of the run folder.
@@ -78,7 +82,7 @@ def train_run(
         Stopped: it was asked to end; the last step is saved, and `final/` is not written.
     """
     terminal = terminal or Terminal(quiet=True)
-    folder = RunFolder(config.training.output_dir)
+    folder = (RunFolder if ranks.is_main() else FolderOfAnother)(config.training.output_dir)
     if resume:
         if branch is not None:
             raise UserError("--branch", "it begins a run, and --resume goes on with one", "Give one of the two.")
@@ -160,7 +164,7 @@ def _train(
     trainer = _trainer(plan, model, stop)
     if plan.branch is not None:  # before run.yaml, from which on the folder holds a run
         folder.write_json("parent.json", asdict(plan.branch))
-    if plan.vocabulary is not None and plan.vocabulary.folder != folder.tokenizer:
+    if ranks.is_main() and plan.vocabulary is not None and plan.vocabulary.folder != folder.tokenizer:
         with published(folder.tokenizer) as staging:
             shutil.copytree(plan.vocabulary.folder, staging, dirs_exist_ok=True)
     done = found.step if found else plan.first_step
@@ -198,14 +202,16 @@ def _train(
             f"the token ledger does not add up: {'; '.join(ledger['problems'])}. See {folder / 'ledger.json'}"
         )
     folder.sync_lines()
-    with published(folder.final) as staging, system_errors(folder.final):
-        trainer.save_model(str(staging))
-        write_readme(staging, plan, model, folder.final)
-    before, after = first_and_last(folder)
+    if ranks.is_main():
+        with published(folder.final) as staging, system_errors(folder.final):
+            trainer.save_model(str(staging))
+            write_readme(staging, plan, model, folder.final)
+    scores = ranks.from_main(lambda: folder.read_lines("evaluation.jsonl"))
+    before, after = first_and_last(scores)
     if before:
         terminal.show(board(before, after, plan.corpus.roles))
         if plan.branch is not None:
-            at_parent = scores_at(folder.read_lines("evaluation.jsonl"), plan.first_step)
+            at_parent = scores_at(scores, plan.first_step)
             terminal.show(board(at_parent, after, plan.corpus.roles, title=f"{plan.branch.name} → branch"))
     terminal.say(_proof_line(proof))
     terminal.say(f"result: {folder.final}")
@@ -287,7 +293,7 @@ def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:
     step, settings = trainer.state.global_step, plan.config.evaluation
 
     def missing(name: str) -> bool:
-        return all(row["step"] != step for row in folder.read_lines(name))
+        return ranks.from_main(lambda: all(row["step"] != step for row in folder.read_lines(name)))
 
     if trainer.corpus is not None and trainer.corpus.heldout and missing("evaluation.jsonl"):
         # The trained copies of the embeddings equal the frozen ones here, but in fp32 they round differently; `steep
@@ -299,7 +305,7 @@ def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:
                 trainer.evaluate_documents(*documents_of_the_base(plan))
         if not any(isinstance(callback, _Recorder) for callback in trainer.callback_handler.callbacks):
             _record_scores(folder, trainer.evaluations[-1], trainer.corpus.roles)
-    if settings.prompts and missing("samples.jsonl"):
+    if settings.prompts and missing("samples.jsonl") and ranks.is_main():
         base = plan.vocabulary if step == 0 else None  # before training, the base as it was without new tokens
         with nullcontext() if base is None else base_model(trainer.model, base.ids_before):
             samples = sample(

@@ -279,6 +279,36 @@ class RunFolder:
                 self.write_text(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
+class FolderOfAnother(RunFolder):
+    """A run's folder in a process that leaves the lock and all files to another process of the same run: what would
+    change something, or look whether it may be changed, does nothing."""
+
+    @contextmanager
+    def locked(self, field: str = "") -> Iterator[None]:
+        yield
+
+    def clear(self, *, resumed: bool) -> None:
+        pass
+
+    def refuse_contents(self, field: str = "", *, branch: bool = False) -> None:
+        pass
+
+    def make(self, field: str = "") -> None:
+        pass
+
+    def write_text(self, name: str, text: str) -> None:
+        pass
+
+    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def sync_lines(self) -> None:
+        pass
+
+    def rewind(self, step: int) -> None:
+        pass
+
+
 def environment() -> dict[str, Any]:
     """`environment.json`: what the run ran on. Versions and hardware, no variables of the environment."""
     import torch

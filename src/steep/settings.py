@@ -11,6 +11,7 @@ from transformers import SchedulerType
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
+from steep import ranks
 from steep.errors import UserError, did_you_mean
 from steep.model.load import DTYPES, resolve_compute_dtype
 from steep.schema import RunConfig
@@ -37,8 +38,13 @@ def planned_epochs(config: RunConfig, rows: int) -> float:
 
 
 def _per_epoch(config: RunConfig, rows: int) -> int:
-    batches = math.ceil(rows / config.training.per_device_train_batch_size)
-    return math.ceil(batches / config.training.gradient_accumulation_steps)
+    return math.ceil(rows / rows_per_step(config))
+
+
+def rows_per_step(config: RunConfig) -> int:
+    """Rows that all processes train in an optimizer step."""
+    training = config.training
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * ranks.world_size()
 
 
 def uses_checkpointing(config: RunConfig) -> bool:

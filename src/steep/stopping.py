@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from steep import ranks
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _WISH = b"stopping after this step, with a checkpoint; once more stops at once\n"
 
@@ -64,8 +66,11 @@ class Stop:
             return
         if self._finishing and not self.asked:
             self.asked = True
-            with suppress(OSError):  # the terminal may be gone: that must not end the step
-                os.write(2, _WISH)  # printing could come in the middle of a print
+            # Printing could come in the middle of a print. To several processes torchrun also sends SIGTERM when one of
+            # them is gone, and then there is no such step.
+            if ranks.world_size() == 1:
+                with suppress(OSError):  # the terminal may be gone: that must not end the step
+                    os.write(2, _WISH)
             return
         if self._ended:  # the first one was caught and dropped, or its clean-up takes too long
             os._exit(128 + number)
@@ -89,4 +94,5 @@ def heed_signals() -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == stop.on_signal:  # else somebody has found another answer
+                signal.signal(number, handler)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
-from steep.data.sampler import EpochSampler, epoch_order
+from steep.data.sampler import FILLER, EpochSampler, epoch_order
 
 
 def test_a_permutation_for_each_seed_and_epoch():
@@ -30,3 +32,26 @@ def test_sampler_follows_set_epoch():
     assert list(sampler) == epoch_order(20, 7, 3).tolist()
     assert all(isinstance(row, int) for row in sampler)
     assert epoch_order(20, 7, 3).dtype == np.int64
+
+
+@given(
+    num_rows=st.integers(1, 200),
+    batch_size=st.integers(1, 5),
+    accumulation=st.integers(1, 4),
+    processes=st.integers(2, 5),
+)
+def test_processes_share_the_rows_of_each_step(num_rows: int, batch_size: int, accumulation: int, processes: int):
+    """Each step has the rows that one process with as many a step has; none is lost or comes twice."""
+    samplers = [EpochSampler(num_rows, 3, batch_size, rank, processes) for rank in range(processes)]
+    for sampler in samplers:
+        sampler.set_epoch(1)
+    shares = [list(sampler) for sampler in samplers]
+    assert {len(share) for share in shares} == {len(samplers[0])}
+    assert len(samplers[0]) % batch_size == 0  # whole batches: as many in each process
+    alone, own = epoch_order(num_rows, 3, 1).tolist(), batch_size * accumulation
+    for step in range(-(-num_rows // (own * processes))):
+        together = [row for share in shares for row in share[step * own : (step + 1) * own]]
+        expected = alone[step * own * processes : (step + 1) * own * processes]
+        assert sorted(row for row in together if row != FILLER) == sorted(expected)
+        # The last step alone is filled up, and by less than a round.
+        assert together.count(FILLER) == -len(expected) % (batch_size * processes)

@@ -9,7 +9,7 @@ import torch
 
 from steep.training import state_files
 from steep.training.checkpoint import rng_state, set_rng_state
-from steep.training.state_files import load_state
+from steep.training.state_files import from_bytes, load_state, to_bytes
 from tests.training.helpers import save_state
 
 
@@ -65,6 +65,13 @@ def test_random_state_goes_on_where_it_was(tmp_path: Path) -> None:
     assert draw() != first
     set_rng_state(load_state(tmp_path, "random"))
     assert draw() == first
+
+
+def test_a_state_travels_between_processes() -> None:
+    state = {"random": rng_state(), "nested": [(1, 2.5, None), {"dtype": torch.bfloat16, 3: torch.arange(4)}]}
+    copy = from_bytes(to_bytes(state))
+    assert repr(copy) == repr(state)
+    assert torch.equal(copy["random"]["torch"], state["random"]["torch"])
 
 
 class Packed(torch.Tensor):

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from steep.data.mixing import Mixture
 from steep.data.rows import Pieces
+from steep.data.sampler import FILLER
 from steep.data.tokens import TokenizedSource
 
 IGNORE = -100
@@ -57,18 +58,20 @@ class PackedDataset(Dataset[dict[str, Any]]):
         Returns:
             int64 tensors `input_ids`, `labels` and `position_ids` [max_length], and the number `row`. Labels are not
             shifted: -100 at the first token of each piece and in the padding, else the token itself. Positions start
-            at 0 in each piece and in the padding, which so counts as a document of its own.
+            at 0 in each piece and in the padding, which so counts as a document of its own. The row `FILLER` is all
+            padding.
 
         Raises:
             IndexError: no such row.
         """
-        if not 0 <= index < len(self):
+        if index != FILLER and not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         input_ids = np.full(self.max_length, self.pad_id, np.int64)
         labels = np.full(self.max_length, IGNORE, np.int64)
         position_ids = np.empty(self.max_length, np.int64)
         place = 0
-        for piece in range(int(self.row_first[index]), int(self.row_first[index + 1])):
+        pieces = () if index == FILLER else range(int(self.row_first[index]), int(self.row_first[index + 1]))
+        for piece in pieces:
             first, length = int(self.start[piece]), int(self.length[piece])
             end = place + length
             source = self.sources[int(self.source[piece])]

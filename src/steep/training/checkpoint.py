@@ -6,15 +6,17 @@ import json
 import logging
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from steep import ranks
 from steep.errors import UserError
 from steep.manifest import Damaged, verify
+from steep.training.state_files import from_bytes, to_bytes
 
 logger = logging.getLogger("steep")
 
@@ -103,11 +105,28 @@ def newest_valid(run_dir: Path, *, up_to: int | None = None) -> Choice:
 
 
 def choose(run_dir: Path, field: str = "--resume") -> Checkpoint | None:
-    """`newest_valid`, with a log line for each that was passed over; None where there is no checkpoint at all.
+    """`newest_valid`, with a log line for each that was passed over; None where there is no checkpoint at all. The
+    first of several processes chooses for all.
 
     Raises:
         UserError: there are checkpoints, and none is whole.
     """
+    found = ranks.from_main(lambda: _as_json(_choose(run_dir, field)))
+    return None if found is None else _from_json(found)
+
+
+def _as_json(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+    if checkpoint is None:
+        return None
+    return {**asdict(checkpoint), "path": str(checkpoint.path), "files": sorted(checkpoint.files)}
+
+
+def _from_json(fields: dict[str, Any]) -> Checkpoint:
+    path, files, extra = Path(fields["path"]), frozenset(fields["files"]), tuple(fields["extra"])
+    return Checkpoint(**{**fields, "path": path, "files": files, "extra": extra})
+
+
+def _choose(run_dir: Path, field: str) -> Checkpoint | None:
     choice = newest_valid(run_dir)
     if choice.checkpoint is None:
         if choice.passed_over:
@@ -141,6 +160,21 @@ def given(path: str | Path, field: str) -> Checkpoint:
 def _name_extra(checkpoint: Checkpoint) -> None:
     for name in checkpoint.extra:
         logger.warning("%s holds %r, which was not saved with it; it is not read", checkpoint.path, name)
+
+
+def rng_states() -> list[dict[str, Any]]:
+    """`rng_state` of every process, by rank; every process has to call it."""
+    return [from_bytes(state) for state in ranks.gathered_bytes(to_bytes(rng_state()))]
+
+
+def own_rng_state(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """This process's own of `rng_states`.
+
+    Raises:
+        UserError: there were more or fewer processes.
+    """
+    ranks.refuse_other_number(len(states), "--resume")
+    return states[ranks.rank()]
 
 
 def rng_state() -> dict[str, Any]:

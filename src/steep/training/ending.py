@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from steep import ranks
 from steep.errors import RunError, Stopped
 from steep.stopping import Stop
 from steep.training.checkpoint_writer import CheckpointCallback
@@ -31,8 +32,8 @@ class Ending(ExactCheckpoints):
         self.add_callback(_Observer(self))
 
     def is_asked_to_stop(self) -> bool:
-        """Whether somebody wants an end; asked once a step, when its log, evaluation and checkpoint are done."""
-        return self.stop is not None and self.stop.asked
+        """Whether any process was asked to end; looked at once a step, when log, evaluation and checkpoint are done."""
+        return ranks.agreed(self.stop is not None and self.stop.asked)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.ending = self._saved_at = None

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import ExportableState
 
+from steep import ranks
 from steep.errors import UserError
 from steep.manifest import read_manifest, write_manifest
 from steep.model.adapters import (
@@ -31,7 +32,7 @@ from steep.model.adapters import (
 )
 from steep.storage import discard, naming, publish, stage
 from steep.tensor_files import system_errors
-from steep.training.checkpoint import given, rng_state, set_rng_state
+from steep.training.checkpoint import given, own_rng_state, rng_states, set_rng_state
 from steep.training.checkpoint_writer import CheckpointCallback, CheckpointWriter
 from steep.training.retention import Retention
 from steep.training.snapshot import HostMemory, Snapshot
@@ -76,22 +77,23 @@ class ExactCheckpoints(transformers.Trainer):
     # ---- saving
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if not self.args.should_save:
+        random = rng_states()
+        self.store_flos()
+        self._point_at_best()
+        if not self.args.should_save:  # the first of several processes does
             return
         waited_before = self.seconds_saving
         self.finish_saving()  # the one before
         begun = time.perf_counter()
-        self.store_flos()
         run_dir, step = Path(self.args.output_dir), self.state.global_step
         folder = run_dir / f"checkpoint-{step}"
         logger.info("saving %s", folder.name)
-        self._point_at_best()
         best, limit = self.state.best_global_step, self.args.save_total_limit
         callbacks: list[Any] = self.callback_handler.callbacks
         noted = [callback for callback in callbacks if isinstance(callback, CheckpointCallback)]
         staging = stage(folder)
         try:
-            snapshot, state = self._snapshot(staging), self._frozen_state()
+            snapshot, state = self._snapshot(staging, random), self._frozen_state()
         except BaseException:
             discard(staging)
             raise
@@ -134,7 +136,7 @@ class ExactCheckpoints(transformers.Trainer):
         finally:
             self.seconds_saving += time.perf_counter() - begun
 
-    def _snapshot(self, staging: Path) -> Snapshot:
+    def _snapshot(self, staging: Path, random: Any) -> Snapshot:
         """The files of a checkpoint as the run is now; a model without adapters is written to `staging` at once."""
         snapshot = Snapshot()
         model = self.accelerator.unwrap_model(self.model)
@@ -147,17 +149,17 @@ class ExactCheckpoints(transformers.Trainer):
             with system_errors(staging):
                 self._save(str(staging))
         if not self.args.save_only_model:
-            for name, state in self._states().items():
+            for name, state in self._states(random).items():
                 snapshot.add_state(name, state)
         snapshot.take(self._host_memory)
         return snapshot
 
-    def _states(self) -> dict[str, Any]:
+    def _states(self, random: Any) -> dict[str, Any]:
         """What a resumed run takes up again, beside weights and transformers' own state."""
         states = {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.lr_scheduler.state_dict(),
-            "random": rng_state(),
+            "random": random,
             "observations": self.observations(),
         }
         if self.accelerator.scaler is not None:
@@ -220,6 +222,7 @@ class ExactCheckpoints(transformers.Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self.finish_saving()
+        ranks.wait_for_all()  # the others may read it next
         # With a limit of 1 transformers would now delete all checkpoints but the best, the newest among them.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -291,7 +294,7 @@ class ExactCheckpoints(transformers.Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            set_rng_state(load_state(Path(checkpoint), "random"))
+            set_rng_state(own_rng_state(load_state(Path(checkpoint), "random")))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.accelerator.scaler is None:

@@ -13,6 +13,7 @@ from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from steep import ranks
 from steep.data.ledger import names_of
 from steep.data.packing import Corpus
 from steep.errors import UserError
@@ -34,7 +35,9 @@ class Incidents:
         self.path = folder / FILE
 
     def add(self, incident: Mapping[str, Any]) -> None:
-        """Add a line, and wait until it is on the disk."""
+        """Add a line, and wait until it is on the disk. One of several processes does."""
+        if not ranks.is_main():
+            return
         is_new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as stream:
@@ -46,7 +49,7 @@ class Incidents:
 
     def rewind(self, step: int, passed_over: Container[int]) -> None:
         """Drop what was written after `step`, but for the steps that are passed over; and a line that a kill cut."""
-        if not self.path.exists():
+        if not ranks.is_main() or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
         try:

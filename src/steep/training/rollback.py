@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from steep import ranks
 from steep.errors import RunError
 from steep.training.branching import Branching
 from steep.training.checkpoint import newest_valid, step_of
@@ -32,7 +33,8 @@ class Rollback(Branching):
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.update()  # ends the step for it; its own state comes from the checkpoint
             self.current_flos = 0.0  # transformers' count of what it has not stored yet
-            begin = self._where_to_begin(self._last_checkpoint(step, begin))
+            last = ranks.from_main(lambda step=step, begin=begin: str(self._last_checkpoint(step, begin)))
+            begin = self._where_to_begin(last)
             logger.info("going back to %s", begin)
 
     def _last_checkpoint(self, step: int, begin: str | None) -> Path:

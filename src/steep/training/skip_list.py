@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from steep import ranks
 from steep.errors import UserError
 from steep.storage import write_file
 
@@ -32,10 +33,11 @@ class SkipList:
         return step in self.steps
 
     def add(self, step: int, rows: Sequence[int]) -> None:
-        """Add a step, and wait until the file is on the disk."""
+        """Add a step, and wait until the file is on the disk. One of several processes writes it."""
         self.steps[step] = [int(row) for row in rows]
         listed = [{"step": step, "rows": rows} for step, rows in sorted(self.steps.items())]
-        write_file(self.path, json.dumps({"steps": listed}) + "\n")
+        if ranks.is_main():
+            write_file(self.path, json.dumps({"steps": listed}) + "\n")
 
     def read(self) -> None:
         """Take the file's steps, none if there is no file.
@@ -59,4 +61,5 @@ class SkipList:
     def clear(self) -> None:
         """Forget an earlier run in this folder."""
         self.steps = {}
-        self.path.unlink(missing_ok=True)
+        if ranks.is_main():
+            self.path.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save
 
 from steep.errors import UserError
 
@@ -51,6 +51,22 @@ def load_state(folder: Path, name: str, field: str = "--resume") -> Any:
     # ValueError: broken JSON or UTF-8, too. RecursionError: thousands of brackets, or of lists within lists.
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(field, f"{folder} is damaged: {name} cannot be read ({error!r})", remedy) from error
+
+
+def to_bytes(state: Any) -> bytes:
+    """What `from_bytes` makes `state` of again, in another process.
+
+    Raises:
+        TypeError: as `encode`.
+    """
+    tree, tensors = encode(state)
+    return save({**tensors, "tree": torch.frombuffer(bytearray(json.dumps(tree).encode()), dtype=torch.uint8)})
+
+
+def from_bytes(payload: bytes) -> Any:
+    """The state that `to_bytes` was given."""
+    tensors = load(payload)
+    return _decode(json.loads(tensors.pop("tree").numpy().tobytes()), tensors)
 
 
 def _encode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:

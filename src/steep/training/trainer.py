@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,15 @@ import torch
 import transformers
 from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 
+from steep import ranks
 from steep.data.packed_dataset import collate
 from steep.data.packing import Corpus
-from steep.data.sampler import EpochSampler
+from steep.data.sampler import FILLER, EpochSampler
 from steep.errors import RunError, UserError
 from steep.evaluation.adapters import unwrap
 from steep.evaluation.perplexity import DomainScore, evaluate
 from steep.stopping import Stop
+from steep.training import parallel
 from steep.training.adamw8bit import AdamW8bit
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
@@ -50,8 +53,8 @@ class Trainer(Rollback):
     Attributes:
         proof: what was seen of every trained tensor, from `train()` on.
         guard: what was out of the ordinary, and what became of it.
-        times_seen, times_trained, times_skipped: for a `Corpus`, how often each of its rows was in a step, in one that
-            was applied, and in one that was skipped as a spike; int64 [rows].
+        times_seen, times_trained, times_skipped: for a `Corpus`, how often each of its rows was in a step (of any
+            process), in one that was applied, and in one that was skipped as a spike; int64 [rows].
         times_seen_before: in a branch over its parent's text, how often each row was in a step before; int64 [rows].
 
     Raises:
@@ -84,7 +87,9 @@ class Trainer(Rollback):
             eval_dataset = self.corpus.heldout if eval_dataset is None else eval_dataset
             data_collator = data_collator or collate
             args.remove_unused_columns = False  # a row's number travels with it, for the ledger
+        parallel.settle_arguments(args)
         super().__init__(model, args, data_collator, rows, eval_dataset, **kwargs)
+        parallel.settle_trainer(self)
         self.let_end(stop)
         self.add_callback(_StepObserver(self))
         for callback in self.callback_handler.callbacks:
@@ -100,6 +105,8 @@ class Trainer(Rollback):
         self._judged = False
         self._gradients: GradientReport | None = None
         self._rows_of_step: list[np.ndarray] = []
+        self._rows = np.empty(0, np.int64)
+        self._tokens_of_step = 0
         self._losses_of_step: list[torch.Tensor] = []
         self._outcome = Outcome.APPLIED
         self._meter = Meter()
@@ -150,8 +157,15 @@ class Trainer(Rollback):
         if self.corpus is None:
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._sampler = EpochSampler(len(self.corpus.train), seed)
+        self._sampler = EpochSampler(
+            len(self.corpus.train), seed, self.args.per_device_train_batch_size, ranks.rank(), ranks.world_size()
+        )
         return self._sampler
+
+    def get_train_dataloader(self) -> Any:
+        if self.corpus is None or ranks.world_size() == 1:
+            return super().get_train_dataloader()
+        return parallel.loader(self, self._get_train_sampler())
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end: transformers would train a step more
@@ -166,10 +180,13 @@ class Trainer(Rollback):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.resumed_state is None:
+            parallel.draw_apart(self.args.seed)
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
         self._rows_of_step.clear()  # an interrupted step may have left some
         self._losses_of_step.clear()
+        self._tokens_of_step = 0
         if self._begins_branch:
             assert self.resumed_state is not None
             self.proof.refuse_other_base(self.resumed_state["proof"])
@@ -210,7 +227,7 @@ class Trainer(Rollback):
             return torch.zeros((), device=self.args.device)
         if self.corpus is None or rows is None:
             mask = inputs.get("attention_mask")
-            self._meter.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            self._tokens_of_step += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses_of_step.append(loss)
         return torch.where(torch.isfinite(loss), loss, 0.0)
@@ -231,21 +248,23 @@ class Trainer(Rollback):
 
     def _look_at_gradients(self, model: Any, max_norm: float | None) -> torch.Tensor:
         """Measure and clip, and decide what becomes of the step: once a step, right before the optimizer."""
-        step = self.state.global_step + 1
+        step, self._rows = self.state.global_step + 1, self._rows_of_all()
         if step in self.guard.skip_list:
             self._outcome = Outcome.PASSED_OVER
             self._have_no_gradients(model)
             return torch.tensor(math.nan)
         self.accelerator.unscale_gradients()
         self._gradients = measure_and_clip(self._trainable, max_norm)
-        loss = float(torch.stack(self._losses_of_step).sum())
+        own = torch.stack(self._losses_of_step).sum()
+        # transformers multiplies each process's share by their number, because DDP divides the gradients by it.
+        loss = float(ranks.gathered(np.array([float(own)])).mean())
         self._losses_of_step.clear()
         self._meter.add_loss(loss)
         scaler = self.accelerator.scaler
         # Too high a loss scale explains such a gradient; one that no longer magnifies anything does not.
         overflowed = not self._gradients.finite and scaler is not None and scaler.get_scale() > 1
         try:
-            self._outcome = self.guard.judge(step, loss, self._gradients, overflowed, self._rows())
+            self._outcome = self.guard.judge(step, loss, self._gradients, overflowed, self._rows)
         except GoBack:
             self.finish_saving()  # what is gone back to may be on its way; that it failed would end the run
             raise
@@ -263,21 +282,26 @@ class Trainer(Rollback):
             self.accelerator.unscale_gradients()
         model.zero_grad(set_to_none=True)
 
-    def _rows(self) -> np.ndarray:
-        """Numbers of the rows of the step that is under way, as far as they are known: int64 [rows]."""
-        return np.concatenate([np.empty(0, np.int64), *self._rows_of_step])
+    def _rows_of_all(self) -> np.ndarray:
+        """Numbers of the rows that all processes have in the step, as far as they are known: int64 [rows]."""
+        own = np.concatenate([np.empty(0, np.int64), *self._rows_of_step])
+        self._rows_of_step.clear()
+        rows = ranks.gathered(own)
+        return rows[rows != FILLER]
 
     def _after_optimizer_step(self) -> None:
         """Note what was applied, at the rates it was applied with (the schedule moves on right after)."""
-        rows = torch.from_numpy(self._rows())
-        self._rows_of_step.clear()
+        rows = torch.from_numpy(self._rows)
         once = torch.ones_like(rows)
         self.times_seen.index_add_(0, rows, once)  # a row that came twice counts twice
         self._meter.rates = {g.get("name", "other"): float(g["lr"]) for g in self.optimizer.param_groups}
         if self._outcome is Outcome.PASSED_OVER:
             self.guard.pass_over(self.state.global_step + 1, rows.numpy())
-        elif self.corpus is not None:  # padding is no work done, and neither is what was passed over
+        elif self.corpus is not None and len(rows):  # padding is no work done, and neither is what was passed over
             self._meter.tokens += int(self.corpus.train.row_tokens[rows.numpy()].sum())
+        else:
+            self._meter.tokens += int(ranks.gathered(np.array([self._tokens_of_step])).sum())
+        self._tokens_of_step = 0
         if self._outcome in (Outcome.SKIPPED, Outcome.PASSED_OVER):
             self.times_skipped.index_add_(0, rows, once)
         if self._outcome is not Outcome.APPLIED:
@@ -345,11 +369,15 @@ class Trainer(Rollback):
     def evaluate_documents(
         self, documents: Mapping[str, Sequence[Any]], max_tokens: int | None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Score documents by domain, at most `max_tokens` of each, and log it as the corpus's evaluation."""
+        """Score documents by domain, at most `max_tokens` of each, and log it as the corpus's evaluation.
+
+        One of several processes scores, so that the scores are those of one process to the bit; the others wait.
+        """
         assert self.corpus is not None
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()  # a schedule-free optimizer trains other weights than it means
-        scores = evaluate(
+        score = partial(
+            evaluate,
             self.model,
             documents,
             max_length=self.corpus.train.max_length,
@@ -358,6 +386,8 @@ class Trainer(Rollback):
             step=self.state.global_step,
             autocast_dtype=self.autocast_dtype,
         )
+        rows = ranks.from_main(lambda: [domain_score.as_dict() for domain_score in score()])
+        scores = [DomainScore.from_dict(row) for row in rows]
         self.evaluations.append(scores)
         metrics = {f"{metric_key_prefix}_{s.domain}_bits_per_byte": s.bits_per_byte for s in scores}
         metrics |= {f"{metric_key_prefix}_{s.domain}_loss": s.loss for s in scores}

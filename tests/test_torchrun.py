@@ -1,0 +1,174 @@
+"""The real command under torchrun: two processes on gloo train what one does, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from steep.run import train_run
+from steep.training.checkpoint import checkpoints, step_of
+from tests.faults.compare import differences
+from tests.test_run import lines, run_file
+from tests.tiny import write_corpus
+
+
+def torchrun(file: Path, *words: str, processes: int = 2) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*start, "-m", "steep", "train", str(file), *words]
+
+
+def run(file: Path, *words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    command = torchrun(file, *words, processes=processes)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+
+
+@pytest.fixture(scope="module")
+def files(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus that makes 59 rows of 64 tokens."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    write_corpus(folder / "corpus", 37)
+    return folder
+
+
+def write_run_file(model: Path, folder: Path, name: str, /, **sections: dict[str, Any]) -> Path:
+    config = run_file(model, folder / "corpus", folder / name, **sections)
+    file = folder / f"{name}.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    return file
+
+
+def processes_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
+    """The process id of each rank that the launcher has started."""
+    found = {}
+    for place in Path("/proc").iterdir():
+        try:
+            parent = int((place / "stat").read_text().rsplit(")", 1)[1].split()[1]) if place.name.isdigit() else -1
+            if parent == launcher.pid:
+                variables = (place / "environ").read_bytes().split(b"\0")
+                found |= {int(v.removeprefix(b"RANK=")): int(place.name) for v in variables if v.startswith(b"RANK=")}
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def signalled(file: Path, *words: str, rank: int, number: signal.Signals, at_step: int) -> tuple[str, float]:
+    """Start a run, send one rank a signal when step `at_step` is logged; what it said, and the seconds it then took."""
+    log = Path(yaml.safe_load(file.read_text(encoding="utf-8"))["training"]["output_dir"]) / "metrics.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = torchrun(file, *words)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        deadline = time.monotonic() + 240
+        while not (log.exists() and any(row["step"] >= at_step for row in lines_so_far(log))):
+            assert run.poll() is None and time.monotonic() < deadline, run.communicate()[1]
+            time.sleep(0.01)
+        os.kill(processes_of(run)[rank], number)
+        began = time.monotonic()
+        _, said = run.communicate(timeout=120)
+        return said, time.monotonic() - began
+
+
+def lines_so_far(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "save_steps": 100, "eval_steps": 4, "learning_rate": 5e-3}
+
+
+def test_two_processes_train_what_one_does(llama_folder: Path, files: Path) -> None:
+    """59 rows at 12 a step: the last step of an epoch has 11, and a filler. fp32, no dropout."""
+    two = {**EPOCHS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    done = run(write_run_file(llama_folder, files, "two", training=two))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("base → trained") == 1  # one process speaks
+    assert done.stderr.count("scoring held-out text with the base model") == 1
+
+    one = {**two, "gradient_accumulation_steps": 6}
+    train_run(run_file(llama_folder, files / "corpus", files / "one", training=one))
+
+    plan, alone = (json.loads((files / name / "plan.json").read_text(encoding="utf-8")) for name in ("two", "one"))
+    assert (plan["processes"], alone["processes"]) == (2, 1) and plan["data"]["rows"] == 59
+    for name in ("rows_per_step", "steps", "epochs"):
+        assert plan[name] == alone[name]
+
+    ledger = (files / "two" / "ledger.json").read_text(encoding="utf-8")
+    assert ledger == (files / "one" / "ledger.json").read_text(encoding="utf-8")
+    rows, expected = lines(files / "two" / "metrics.jsonl"), lines(files / "one" / "metrics.jsonl")
+    assert len(rows) == len(expected) == 10
+    for row, other in zip(rows, expected, strict=True):
+        for field in ("step", "epoch", "tokens", "learning_rate", "steps_not_finite"):
+            assert row[field] == other[field]
+        # A mean over each process's own targets instead of all would be off by 1e-4 and more: a step's rows hold
+        # different numbers of them, and one holds none.
+        assert abs(row["loss"] - other["loss"]) < 2e-6
+        assert abs(row["grad_norm"] - other["grad_norm"]) < 1e-5 * other["grad_norm"]
+    scores, others = lines(files / "two" / "evaluation.jsonl"), lines(files / "one" / "evaluation.jsonl")
+    assert [(row["step"], row["domain"]) for row in scores] == [(row["step"], row["domain"]) for row in others]
+    assert scores[0] == others[0]  # the base model's, to the bit
+    assert all(abs(row["loss"] - other["loss"]) < 1e-6 for row, other in zip(scores, others, strict=True))
+    weights, right = (load_file(files / name / "final" / "adapter_model.safetensors") for name in ("two", "one"))
+    for name, tensor in right.items():
+        assert torch.linalg.vector_norm(weights[name] - tensor) < 1e-5 * torch.linalg.vector_norm(tensor)
+
+
+def test_stopped_and_killed_runs_end_in_the_same_bits(llama_folder: Path, files: Path) -> None:
+    """QLoRA with dropout, 8-bit Adam, accumulation 3 and fillers, over 8 epochs."""
+    sections: dict[str, Any] = {
+        "model": {"base": "nf4"},
+        "adapter": {"r": 64, "lora_dropout": 0.1},
+        "training": {
+            "max_steps": 40,
+            "save_steps": 10,
+            "eval_steps": 15,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 3,
+            "learning_rate": 5e-3,
+        },
+        "evaluation": {"prompts": []},
+    }
+    whole = run(write_run_file(llama_folder, files, "whole", **sections))
+    assert whole.returncode == 0, whole.stderr
+    file = write_run_file(llama_folder, files, "again", **sections)
+    folder = files / "again"
+
+    said, _ = signalled(file, rank=1, number=signal.SIGTERM, at_step=3)
+    assert said.count("stopped after step") == 1 and said.count("exitcode  : 3") == 2, said
+    (stopped,) = checkpoints(folder)
+    step = step_of(stopped)
+    assert 3 <= step < 10
+
+    said, seconds = signalled(file, "--resume", rank=0, number=signal.SIGKILL, at_step=step + 14)
+    assert seconds < 30
+    assert said.count("error: lost another process of the run") == 1 and "exitcode  : 1 " in said, said
+    saved = [step_of(path) for path in checkpoints(folder)]
+    assert saved in ([step, 10], [step, 10, 20], [10, 20])  # of the intervals: nothing was saved on the way out
+
+    alone = subprocess.run(
+        [sys.executable, "-m", "steep", "train", str(file), "--resume"], capture_output=True, text=True, timeout=240
+    )
+    assert alone.returncode == 2 and "the run trained in 2 processes, and here are 1" in alone.stderr
+
+    done = run(file, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert differences(files / "whole", folder) == []
+
+
+def test_wrong_input_is_one_message_and_ends_all(llama_folder: Path, files: Path) -> None:
+    file = write_run_file(llama_folder, files, "wrong", data={"sources": [{"path": str(files / "nowhere")}]})
+    done = run(file)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1 and "nowhere" in done.stderr
+    assert done.stderr.count("exitcode  : 2") == 2
+    assert "/steep/" not in done.stderr  # the traceback is torchrun's own
+    assert not (files / "wrong").exists()

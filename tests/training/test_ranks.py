@@ -1,0 +1,93 @@
+"""What processes agree on: in one process nothing happens, and what depends on their number alone is plain arithmetic.
+
+`tests/test_torchrun.py` has real processes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import typer
+
+from steep import ranks
+from steep.config import parse_config
+from steep.data.packed_dataset import IGNORE
+from steep.data.packing import Corpus
+from steep.data.sampler import FILLER
+from steep.errors import RunError, UserError
+from steep.schema import RunConfig
+from steep.settings import planned_epochs, planned_steps, rows_per_step
+from steep.training.checkpoint import own_rng_state, rng_states
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+
+
+def test_one_process_talks_to_nobody() -> None:
+    with ranks.joined():
+        assert ranks.is_main() and ranks.world_size() == 1
+        assert ranks.gathered(np.array([1.5])).tolist() == [[1.5]]
+        assert ranks.gathered_bytes(b"x") == [b"x"]
+        assert ranks.agreed(True) and not ranks.agreed(False)
+        here = object()
+        assert ranks.from_main(lambda: here) is here
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_cluster_that_sets_one_variable_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert ranks.world_size() == 1 and ranks.is_main()
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(59, 10), (48, 8), (49, 10), (1, 2)])
+def test_steps_are_those_of_one_process_with_the_same_rows_a_step(
+    rows: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(accumulation: int) -> RunConfig:
+        training = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "output_dir": "runs/ko"}
+        training["gradient_accumulation_steps"] = accumulation
+        return parse_config({"model": {"name": "m"}, "data": {"sources": [{"path": "c"}]}, "training": training})
+
+    alone = config(6)
+    assert (rows_per_step(alone), planned_steps(alone, rows)) == (12, steps)
+    pretend(monkeypatch, 1, 2)
+    assert (rows_per_step(config(3)), planned_steps(config(3), rows)) == (12, steps)
+    assert planned_epochs(config(3), rows) == 2
+
+
+def test_a_filler_row_has_no_target(corpus: Corpus) -> None:
+    row = corpus.train[FILLER]
+    assert row["row"] == FILLER and (row["labels"] == IGNORE).all()
+    assert row["position_ids"].tolist() == list(range(corpus.train.max_length))
+    assert (row["input_ids"] == corpus.train.pad_id).all()
+    with pytest.raises(IndexError):
+        corpus.train[FILLER - 1]
+
+
+def test_a_process_takes_its_own_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [*rng_states(), *rng_states()]
+    with pytest.raises(UserError, match=r"trained in 2 processes, and here are 1.*--nproc-per-node 2"):
+        own_rng_state(states)
+    pretend(monkeypatch, 1, 2)
+    assert own_rng_state(states) is states[1]
+    with pytest.raises(UserError, match=r"trained in 1 process, and here are 2.*without torchrun"):
+        own_rng_state(states[:1])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("field", "wrong", "mend it"), 2),
+        (RunError("stopped"), 1),
+        (OSError(28, "no space"), 2),
+        (ZeroDivisionError("a bug"), 1),
+        (typer.Exit(3), 3),
+        (SystemExit(143), 143),
+    ],
+)
+def test_the_exit_code_of_an_error(error: BaseException, code: int) -> None:
+    assert ranks.exit_code(error) == code
