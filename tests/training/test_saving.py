@@ -19,7 +19,7 @@ import transformers
 from steep.data.packing import Corpus
 from steep.errors import RunError, UserError
 from steep.model.adapters import WEIGHTS
-from steep.training.checkpoint import newest_valid
+from steep.training.checkpoint import newest_valid, rng_states
 from steep.training.checkpoint_writer import CheckpointCallback, CheckpointWriter
 from steep.training.guard import GoBack
 from steep.training.trainer import Trainer
@@ -443,7 +443,7 @@ def test_the_best_is_what_is_loaded_at_the_end(corpus: Corpus, tmp_path: Path) -
     trainer = with_scores(trainer_for(adapted(), corpus, tmp_path, **made), {2: 2, 4: 1, 6: 3})
     trainer.train()
     (tmp_path / "now").mkdir()
-    trainer._snapshot(tmp_path / "now").write(tmp_path / "now")
+    trainer._snapshot(tmp_path / "now", rng_states()).write(tmp_path / "now")
     weights = contents(tmp_path / "checkpoint-4")["adapter_model.safetensors"]
     assert contents(tmp_path / "now")["adapter_model.safetensors"] == weights
 

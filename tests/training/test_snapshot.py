@@ -11,6 +11,7 @@ import torch
 from steep.model.adapters import add_adapters, save_adapter
 from steep.model.embeddings import untie
 from steep.model.load import load
+from steep.training.checkpoint import rng_states
 from steep.training.snapshot import HostMemory, Snapshot
 from steep.training.state_files import load_state
 from tests.training.helpers import adapted, contents, trainer_for
@@ -49,10 +50,10 @@ def test_training_that_goes_on_does_not_reach_it(optim: str, corpus: Any, tmp_pa
     trainer.train()
     (tmp_path / "now").mkdir()
     (tmp_path / "later").mkdir()
-    trainer._snapshot(tmp_path / "now").write(tmp_path / "now")
+    trainer._snapshot(tmp_path / "now", rng_states()).write(tmp_path / "now")
     state = trainer._frozen_state()
     rows = len(state.log_history)
-    later = trainer._snapshot(tmp_path / "later")
+    later = trainer._snapshot(tmp_path / "later", rng_states())
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.fill_(7)
@@ -112,7 +113,7 @@ def assert_as_peft(model: Any, corpus: Any, tmp_path: Path) -> None:
     trainer = trainer_for(model, corpus, tmp_path)
     trainer.create_optimizer_and_scheduler(4)
     trainer._prepare_for_training(4, None, None)
-    trainer._snapshot(tmp_path / "snapshot").write(tmp_path / "snapshot")
+    trainer._snapshot(tmp_path / "snapshot", rng_states()).write(tmp_path / "snapshot")
     written = contents(tmp_path / "snapshot")
     assert {name: written[name] for name in contents(tmp_path / "peft")} == contents(tmp_path / "peft")
 
