@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from steep import hand_over, result, run
+from steep import hand_over, plan, result, run
 from steep.errors import RunError
 from steep.out_of_memory import memory_told, place_that_ran_out, what_to_lower
 from steep.plan import plan_run
 from steep.training.trainer import Trainer
+from tests.command_line import Steep
 from tests.test_run import run_file
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 GiB"
@@ -52,12 +53,12 @@ def test_torch_itself_says_it_so() -> None:
 def test_what_a_card_says(
     monkeypatch: pytest.MonkeyPatch, llama_folder: Path, korean_corpus: Path, tmp_path: Path
 ) -> None:
-    plan = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run"))
+    planned = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 24 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 21 * 2**30)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 20 * 2**30)
-    with pytest.raises(RunError) as raised, memory_told(plan):
+    with pytest.raises(RunError) as raised, memory_told(planned):
         raise torch.OutOfMemoryError(CUDA)
     text = str(raised.value)
     assert text.startswith("GPU memory ran out: ") and "were planned for a step" in text
@@ -67,8 +68,8 @@ def test_what_a_card_says(
 
 def test_what_to_lower_first(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
     def names(sections: dict[str, dict[str, Any]], loading: bool = False) -> list[str]:
-        plan = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **sections))
-        return [line.split(" ")[0].rstrip(":") for line in what_to_lower(plan, loading=loading)]
+        planned = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **sections))
+        return [line.split(" ")[0].rstrip(":") for line in what_to_lower(planned, loading=loading)]
 
     wide = {"training": {"per_device_train_batch_size": 4, "gradient_checkpointing": False, "optim": "adamw_torch"}}
     everything = [
@@ -83,8 +84,8 @@ def test_what_to_lower_first(llama_folder: Path, korean_corpus: Path, tmp_path: 
         "adapter": {"modules_to_save": []},
     }
     assert names(narrow) == ["data.max_length", "model.trained_dtype", "adapter.r"]
-    plan = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **wide))
-    assert what_to_lower(plan)[0] == (
+    planned = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **wide))
+    assert what_to_lower(planned)[0] == (
         "training.per_device_train_batch_size (now 4; with more gradient_accumulation_steps, now 1, a step stays what "
         "it is)"
     )
@@ -135,6 +136,19 @@ def test_the_last_checkpoint_stays(
         run.train_run(config)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
     run.train_run(config, resume=True)
+
+
+def test_before_a_run(steep: Steep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(*given: Any, **settings: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(plan, "plan_run", fails)
+    (tmp_path / "run.yaml").write_text(
+        "model: {name: m}\ndata: {sources: [{path: p}]}\ntraining: {output_dir: o}\n", encoding="utf-8"
+    )
+    said = steep("plan", tmp_path / "run.yaml")
+    assert said.code == 1
+    assert said.err == "error: the memory of this machine ran out. Free some of it, or take one that has more.\n"
 
 
 @pytest.mark.parametrize(

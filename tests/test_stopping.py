@@ -308,6 +308,22 @@ def test_a_trainer_in_a_script(steep: Steep, run_file: Path, monkeypatch: pytest
     assert raised.value.step == 3 and raised.value.checkpoint.is_dir()
 
 
+def test_ctrl_c_reaches_the_workers_too(run_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    """A terminal sends it to every process: those that read the rows leave it to the one that trains."""
+    file = dropout_run(run_file, tmp_path / "run", max_steps=200, save_steps=100, dataloader_num_workers=2)
+    folder = file.parent / "run"
+    command = [sys.executable, "-m", "steep", "train", str(file)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3 and "Traceback" not in err, err
+    assert (folder / f"checkpoint-{lines(folder / 'metrics.jsonl')[-1]['step']}").is_dir()
+
+
 def test_a_process_that_is_told_to_end(steep: Steep, run_file: Path, tmp_path: Path) -> None:  # noqa: F811
     """The real command and a real SIGTERM, at a moment of the training that nobody chose."""
     settings = {"max_steps": 60, "save_steps": 25, "eval_steps": 20, "gradient_accumulation_steps": 1}
@@ -322,7 +338,7 @@ def test_a_process_that_is_told_to_end(steep: Steep, run_file: Path, tmp_path: P
     )
     while not (folder / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
-    time.sleep(random.SystemRandom().random())
+    time.sleep(0.5 * random.SystemRandom().random())
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3 and "Traceback" not in err, err

@@ -143,7 +143,7 @@ def train(
     Ctrl-C and SIGTERM finish the step and save a checkpoint; a second one stops at once.
 
     Exit codes: 0 done, 1 the run had to stop, 2 wrong input or a fault of disk or permissions, 3 stopped on request,
-    with a checkpoint (go on with --resume), 130 and 143 stopped at once by Ctrl-C and SIGTERM.
+    with a checkpoint (go on with --resume), 70 a bug of steep, 130 and 143 stopped at once by Ctrl-C and SIGTERM.
     """
     terminal = _attached_terminal()
     from steep.config import load_config
@@ -335,5 +335,7 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno is not None:  # a disk that is full, a folder that may not be read
         where = error.filename or "disk"
         return f"{where}: {error.strerror}. Check path, permissions and free space.", UserError.exit_code
+    if isinstance(error, MemoryError):  # in a run it is told better, see steep.out_of_memory
+        return "the memory of this machine ran out. Free some of it, or take one that has more.", RunError.exit_code
     found = f"{type(error).__name__}: {error}"
     return f"steep did not expect this, so it is a bug: {found}. Please report it with what --debug shows.", BUG
