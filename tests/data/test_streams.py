@@ -94,7 +94,8 @@ def test_what_the_budget_did_is_said(hub: Hub, read: Any, caplog: pytest.LogCapt
         assert read(max_tokens=60).warnings == []
     messages = [record.getMessage() for record in caplog.records if record.name == "steep"]
     assert messages == [
-        f"{FIELD}: 2 documents with 57 tokens of {NAME} are read; the next one would pass max_tokens, 60"
+        f"tokenising {NAME}",
+        f"{FIELD}: 2 documents with 57 tokens of {NAME} are read; the next one would pass max_tokens, 60",
     ]
     [warning] = read(max_tokens=1_000).warnings
     assert (

@@ -20,6 +20,7 @@ from steep.export.merged import Merger
 from steep.model.adapters import add_adapters, is_tied
 from steep.model.load import load_resolved
 from steep.model.resolve import read_tokenizer, resolve
+from steep.tensor_files import write_tensors
 from tests.export.made import Trained, grown, saved, trained
 from tests.tiny import save_tiny, tiny_tokenizer
 
@@ -109,11 +110,11 @@ def test_only_one_shard_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def weigh(shard: dict[str, torch.Tensor], *given: Any, **named: Any) -> None:
         peaks.append(living() - before)
-        save_file(shard, *given, **named)
+        write_tensors(shard, *given, **named)
 
     gc.collect()
     before = living()
-    monkeypatch.setattr(merged, "save_file", weigh)
+    monkeypatch.setattr(merged, "write_tensors", weigh)
     made.write("one")
     made.write("many", shard_bytes=60_000)
     assert peaks[0] >= made.merger().num_bytes  # the count sees what is held
