@@ -190,7 +190,7 @@ def _train(
     with terminal.training(plan.last_step, done) as show:
         trainer.add_callback(_Recorder(trainer, folder, plan, show))
         try:
-            output = trainer.train(resume_from_checkpoint=found.path if found else None)
+            output = trainer.train(resume_from_checkpoint=found)
         except RunError:
             _account(trainer, folder)  # its proof may say why
             raise

@@ -178,3 +178,13 @@ class ForkServer:
         self._server.stdin.close()
         self._server.wait()
         self._server.stdout.close()
+
+
+def assert_one_error(command: Command, *parts: str) -> None:
+    """Its last line is its only error and holds `parts`; the exit code is 2, and there is no traceback."""
+    assert command.wait() == 2, command.text()
+    errors = [line for line in command.lines() if line.startswith("error: ")]
+    assert len(errors) == 1 and command.lines()[-1] == errors[0], command.text()
+    assert "Traceback" not in command.text()
+    for part in parts:
+        assert part in errors[0], errors[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.command import Command, ForkServer
+from tests.faults.command import Command, ForkServer, assert_one_error
 from tests.faults.compare import caches, differences, wrong_caches
 from tests.faults.places import NAMESPACE, SmallDisk
 from tests.faults.runs import Run, finished
@@ -34,12 +34,7 @@ def whole(scene: Scene, inside: ForkServer, tmp_path_factory: pytest.TempPathFac
 
 
 def assert_full(command: Command, place: Path) -> None:
-    """One error line that names the place and says what is wrong, and nothing else that alarms."""
-    assert command.wait() == 2, command.text()
-    errors = [line for line in command.lines() if line.startswith("error: ")]
-    assert len(errors) == 1 and command.lines()[-1] == errors[0], command.text()
-    assert str(place) in errors[0] and "No space left on device" in errors[0], errors[0]
-    assert "Traceback" not in command.text()
+    assert_one_error(command, str(place), "No space left on device")
 
 
 def temporaries(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.command import Command, ForkServer
+from tests.faults.command import ForkServer, assert_one_error
 from tests.faults.compare import differences
 from tests.faults.places import UNPRIVILEGED
 from tests.faults.runs import Run
@@ -29,15 +29,6 @@ def whole(scene: Scene, quick: ForkServer, tmp_path_factory: pytest.TempPathFact
     run = Run(scene, tmp_path_factory.mktemp("whole") / "place", quick, "lora")
     run.finish()
     return run
-
-
-def assert_one_error(command: Command, *parts: str) -> None:
-    assert command.wait() == 2, command.text()
-    errors = [line for line in command.lines() if line.startswith("error: ")]
-    assert len(errors) == 1 and command.lines()[-1] == errors[0], command.text()
-    assert "Traceback" not in command.text()
-    for part in parts:
-        assert part in errors[0], errors[0]
 
 
 @pytest.mark.setpriv

@@ -15,7 +15,7 @@ import torch
 from steep.data.packing import Corpus
 from steep.errors import UserError
 from steep.training.branch import Branch
-from steep.training.checkpoint import choose, given
+from steep.training.checkpoint import Checkpoint, choose, given
 from steep.training.ending import Ending
 from steep.training.exact_checkpoints import load_optimizer
 from steep.training.state_files import load_state
@@ -55,9 +55,9 @@ class Branching(Ending):
             return 0
         return self.branch.data_start if self.goes_on_with_rows else self.branch.step
 
-    def _where_to_begin(self, checkpoint: str | Path | bool | None) -> str | None:
+    def _where_to_begin(self, checkpoint: Checkpoint | str | Path | bool | None) -> str | None:
         """The checkpoint that `train` begins at, verified: the one asked for (True: the newest valid one of the run),
-        or else the parent's. Reads what was observed.
+        or else the parent's. Reads what was observed. A `Checkpoint` was verified when it was found.
 
         Raises:
             UserError: it is damaged, or not there.
@@ -68,6 +68,8 @@ class Branching(Ending):
             begin = choose(run_dir, field)
             if begin is None and self.branch is None:
                 raise UserError(field, f"{run_dir} has no checkpoint", "Leave it out, or give the run's output_dir.")
+        elif isinstance(checkpoint, Checkpoint):
+            begin = checkpoint
         elif checkpoint:
             begin = given(checkpoint, field)
         self._begins_branch = self.branch is not None and begin is None
