@@ -124,7 +124,9 @@ def main() -> None:
         Path("model.gguf").write_bytes(b"GGUF")
         refused("plan", run_file, "--model.name", "model.gguf", says="pip install 'steep[gguf]'")
         refused("report", "runs/smoke", says="pip install 'steep[report]'")
-        refused("plan", run_file, "--training.report_to", "tensorboard", says="pip install 'steep[tensorboard]'")
+        refused(
+            "plan", run_file, *small, "--training.report_to", "tensorboard", says="pip install 'steep[tensorboard]'"
+        )
 
 
 if __name__ == "__main__":
