@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, set_seed
 
 from steep import Trainer, TrainingArguments  # line 1: they came from transformers
 
@@ -29,11 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
     parser.add_argument("--data", required=True, help="a .jsonl file")
     parser.add_argument("--output", default="runs/two-lines")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a step, in each process")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     given = parser.parse_args(arguments)
 
+    set_seed(0)
     gpu = torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16 if gpu else torch.float32)
@@ -55,12 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
     )
     args = TrainingArguments(
         output_dir=given.output,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=given.batch_size,
         max_steps=given.steps,
         learning_rate=given.learning_rate,
         embedding_learning_rate=given.learning_rate / 10,  # line 2: it is new
         optim="adamw_8bit",  # steep's rounds bf16 weights stochastically: at such rates plain rounding loses the update
         bf16=gpu,
+        use_cpu=not gpu,  # under torchrun, transformers joins processes on a CPU only so
         logging_steps=1,
         save_steps=given.steps,
         report_to="none",

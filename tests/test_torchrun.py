@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,22 +17,26 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from examples import two_lines
 from steep.run import train_run
 from steep.training.checkpoint import checkpoints, step_of
 from tests.faults.compare import differences
 from tests.test_run import lines, run_file
-from tests.tiny import write_corpus
+from tests.tiny import documents, write_corpus
 
 
-def torchrun(file: Path, *words: str, processes: int = 2) -> list[str]:
+def torchrun(*words: str | Path, processes: int = 2) -> list[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*start, "-m", "steep", "train", str(file), *words]
+    return [*start, *map(str, words)]
+
+
+def finished(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
 
 
 def run(file: Path, *words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    command = torchrun(file, *words, processes=processes)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    return finished(torchrun("-m", "steep", "train", file, *words, processes=processes))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,7 @@ def signalled(file: Path, *words: str, rank: int, number: signal.Signals, at_ste
     """Start a run, send one rank a signal when step `at_step` is logged; what it said, and the seconds it then took."""
     log = Path(yaml.safe_load(file.read_text(encoding="utf-8"))["training"]["output_dir"]) / "metrics.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = torchrun(file, *words)
+    command = torchrun("-m", "steep", "train", file, *words)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
         deadline = time.monotonic() + 240
         while not (log.exists() and any(row["step"] >= at_step for row in lines_so_far(log))):
@@ -162,6 +167,46 @@ def test_stopped_and_killed_runs_end_in_the_same_bits(llama_folder: Path, files:
     done = run(file, "--resume")
     assert done.returncode == 0, done.stderr
     assert differences(files / "whole", folder) == []
+
+
+def test_three_processes_go_on_in_the_same_bits(llama_folder: Path, files: Path) -> None:
+    """DDP sorts its buckets anew after a process's first step, and the order of a sum of three numbers shows."""
+    training = {"max_steps": 6, "save_steps": 3, "learning_rate": 5e-3}
+    file = write_run_file(llama_folder, files, "three", training=training, evaluation={"prompts": []})
+    done = run(file, processes=3)
+    assert done.returncode == 0, done.stderr
+    whole, folder = files / "three-whole", files / "three"
+    shutil.copytree(folder, whole)
+    shutil.rmtree(folder / "checkpoint-6")
+    shutil.rmtree(folder / "final")
+    done = run(file, "--resume", processes=3)
+    assert done.returncode == 0 and "checkpoint-3" in done.stderr, done.stderr
+    assert differences(folder, whole, named=folder) == []
+
+
+def test_a_script_with_our_trainer_trains_in_two_processes(llama_folder: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents("ko", 48)), encoding="utf-8")
+
+    def words(output: str, batch_size: int) -> list[str]:
+        given = {"model": llama_folder, "data": corpus, "output": tmp_path / output, "batch-size": batch_size}
+        given |= {"steps": 4, "max-length": 64, "learning-rate": 5e-3}
+        return [f"--{name}={value}" for name, value in given.items()]
+
+    def logged(output: str) -> list[dict[str, Any]]:
+        state = json.loads((tmp_path / output / "checkpoint-4" / "trainer_state.json").read_text(encoding="utf-8"))
+        return [row for row in state["log_history"] if "loss" in row]
+
+    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    script = Path(two_lines.__file__)
+    done = finished(torchrun(script, *words("two", 3)), **cache)
+    assert done.returncode == 0, done.stderr
+    alone = finished([sys.executable, str(script), *words("one", 6)], **cache)
+    assert alone.returncode == 0, alone.stderr
+    for row, other in zip(logged("two"), logged("one"), strict=True):
+        assert row["tokens"] == other["tokens"]
+        assert abs(row["loss"] - other["loss"]) < 2e-6
+        assert abs(row["grad_norm"] - other["grad_norm"]) < 1e-5 * other["grad_norm"]
 
 
 def test_wrong_input_is_one_message_and_ends_all(llama_folder: Path, files: Path) -> None:

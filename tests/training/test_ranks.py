@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,8 @@ from steep.data.sampler import FILLER
 from steep.errors import RunError, UserError
 from steep.schema import RunConfig
 from steep.settings import planned_epochs, planned_steps, rows_per_step
+from steep.training import parallel
+from steep.training.arguments import TrainingArguments
 from steep.training.checkpoint import own_rng_state, rng_states
 
 
@@ -91,3 +95,13 @@ def test_a_process_takes_its_own_random_state(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_the_exit_code_of_an_error(error: BaseException, code: int) -> None:
     assert ranks.exit_code(error) == code
+
+
+def test_processes_that_transformers_would_train_apart_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    parallel.settle_arguments(args)
+    pretend(monkeypatch, 0, 2)
+    with pytest.raises(UserError, match=r"use_cpu: torchrun started 2 processes.*Give use_cpu=True"):
+        parallel.settle_arguments(args)

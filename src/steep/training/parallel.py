@@ -24,10 +24,17 @@ def settle_arguments(args: Any) -> None:
     """Set how DDP and the loss work, where the caller leaves it open.
 
     Raises:
-        UserError: losses that are not averaged over the targets of all processes.
+        UserError: losses that are not averaged over the targets of all processes; processes that would train apart.
     """
     if ranks.world_size() == 1:
         return
+    if args.world_size != ranks.world_size():
+        raise UserError(
+            "use_cpu",
+            f"torchrun started {ranks.world_size()} processes, and transformers would train each by itself: it found "
+            "no GPU, and joins processes on a CPU only when asked to",
+            "Give use_cpu=True.",
+        )
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every trained tensor has a gradient in every step: the proof says so
     if not args.average_tokens_across_devices:
@@ -96,7 +103,7 @@ def draw_apart(seed: int) -> None:
         transformers.set_seed(seed + ranks.rank())
 
 
-def _average_each_tensor(_: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+def _average_each_tensor(_, bucket):  # without annotations: DDP refuses those that are text, as all are in this file
     sums = [dist.all_reduce(gradient.div_(ranks.world_size()), async_op=True) for gradient in bucket.gradients()]
     done = torch.futures.collect_all([work.get_future() for work in sums if work is not None])
     return done.then(lambda _: bucket.buffer())
