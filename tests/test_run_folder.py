@@ -99,14 +99,15 @@ def test_a_run_that_is_there_keeps_all_its_files(tmp_path: Path) -> None:
 def test_lines_that_were_cut_off_do_not_run_into_the_next(tmp_path: Path) -> None:
     """Also where the first line is the one."""
     folder = RunFolder(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo')
-    (tmp_path / "evaluation.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"st')
+    (tmp_path / "metrics.jsonl").write_bytes('{"step": 1, "모'.encode()[:-1])
+    samples = [{"step": step, "prompt": "a", "completion": "b"} for step in (0, 1)]
+    (tmp_path / "samples.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in samples) + '{"st')
     folder.rewind(0)
     folder.append("metrics.jsonl", [{"step": 1}])
-    folder.append("evaluation.jsonl", [{"step": 1, "again": True}])
+    folder.append("samples.jsonl", [{**samples[1], "again": True}])
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
-    assert lines(tmp_path / "evaluation.jsonl") == [{"step": 0}, {"step": 1, "again": True}]
-    assert not (tmp_path / "samples.jsonl").exists()
+    assert lines(tmp_path / "samples.jsonl") == [samples[0], {**samples[1], "again": True}]
+    assert not (tmp_path / "evaluation.jsonl").exists()
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

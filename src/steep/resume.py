@@ -126,7 +126,7 @@ def record_changes(folder: RunFolder, changes: Sequence[Change], done: int) -> N
 
 def changed_ground(folder: RunFolder) -> list[str]:
     """Versions and cards that are not those the run was on before: the same sums may come out in other bits."""
-    before, now = folder.read_json("environment.json", "packages", "gpus"), environment()
+    before, now = folder.read_json("environment.json"), environment()
     if not before:
         return []
     pairs = [(name, before["packages"].get(name), version) for name, version in now["packages"].items()]
@@ -136,7 +136,7 @@ def changed_ground(folder: RunFolder) -> list[str]:
 
 def _plan_of(folder: RunFolder) -> dict[str, Any] | None:
     """What a run planned; None where it was killed before it had written that."""
-    return folder.read_json("plan.json", "data", "base", "compute_dtype") or None
+    return folder.read_json("plan.json") or None
 
 
 def streamed_commits(folder: RunFolder) -> dict[int, str]:
@@ -284,9 +284,8 @@ def refuse_unlike_parent(plan: Plan) -> None:
 
 def branch_of(folder: RunFolder) -> Branch | None:
     """Where the run of a folder left its parent, if it is a branch."""
-    names = [field.name for field in fields(Branch)]
-    tree = folder.read_json("parent.json", *names)
-    return Branch(**{name: tree[name] for name in names}) if tree else None
+    tree = folder.read_json("parent.json")
+    return Branch(**{field.name: tree[field.name] for field in fields(Branch)}) if tree else None
 
 
 def _refuse_other_precision(field: str, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -116,6 +116,7 @@ def _resume(
     config: RunConfig, folder: RunFolder, allow: Collection[str], terminal: Terminal, stop: Stop | None
 ) -> dict[str, Any]:
     folder.clear(resumed=True)
+    folder.refuse_damage()
     found = choose(folder.path)
     changes = accept_changes(folder, config, found.step if found else 0, allow)
     parent = branch_of(folder)
@@ -147,10 +148,8 @@ def _train(
     changes: Sequence[Change] = (),
 ) -> dict[str, Any]:
     config = plan.config
-    if resume:
-        folder.refuse_damage()
-        if ground := changed_ground(folder):
-            terminal.warn(f"the run goes on, but not surely to the same bits: {'; '.join(ground)}")
+    if resume and (ground := changed_ground(folder)):
+        terminal.warn(f"the run goes on, but not surely to the same bits: {'; '.join(ground)}")
     transformers.set_seed(config.training.seed)  # adapters are drawn at random
     terminal.say(f"loading {config.model.name}")
     settings = {**config.adapter.model_dump(), "trained_dtype": config.model.trained_dtype}

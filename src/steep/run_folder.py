@@ -18,6 +18,7 @@ from typing import Any
 
 from steep.data.sources import Source
 from steep.errors import UserError
+from steep.recorded import SHAPES, read_json, read_lines
 from steep.storage import is_temporary, make_folder, naming, remove, remove_leftovers, sync, write_file
 
 _PACKAGES = (
@@ -31,7 +32,9 @@ _PACKAGES = (
     "tokenizers",
     "safetensors",
 )
-_GROWING = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl")
+
+# The trainer itself takes lines out of incidents.jsonl: those of steps that are passed over stay.
+_REWOUND = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl")
 
 
 class RunFolder:
@@ -215,27 +218,13 @@ class RunFolder:
             for row in rows:
                 stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
-    def read_json(self, name: str, *needed: str) -> dict[str, Any]:
-        """A JSON file of the run; empty if it does not exist.
-
-        Args:
-            needed: keys that it has to have.
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run, as `steep.recorded` has it; empty if it does not exist.
 
         Raises:
-            UserError: it holds something else.
+            UserError: it is damaged.
         """
-        file = self / name
-        if not file.exists():
-            return {}
-        try:
-            tree = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError("run folder", f"{file} is damaged: {error}", "Mend or delete the file.") from error
-        if not isinstance(tree, dict):
-            raise UserError("run folder", f"{file} is damaged: it holds no object", "Mend or delete the file.")
-        if missing := [key for key in needed if key not in tree]:
-            raise UserError("run folder", f"{file} is damaged: it has no {missing[0]}", "Mend or delete the file.")
-        return tree
+        return read_json(self / name)
 
     def sync_lines(self) -> None:
         """Wait until all lines so far are on the disk."""
@@ -248,32 +237,22 @@ class RunFolder:
         left out.
 
         Raises:
-            UserError: it holds something else.
+            UserError: it is damaged.
         """
-        file = self / name
-        if not file.exists():
-            return []
-        try:
-            lines = file.read_text(encoding="utf-8").split("\n")
-            rows = [json.loads(line) for line in lines[:-1] if line]
-        except ValueError as error:
-            raise UserError("run folder", f"{file} is damaged: {error}", "Mend or delete the broken line.") from error
-        if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
-            raise UserError("run folder", f"{file} is damaged: a line has no step", "Mend or delete the broken line.")
-        return rows
+        return read_lines(self / name)
 
     def refuse_damage(self) -> None:
-        """Read what a resumed run adds lines to, before it loads or writes anything.
+        """Read what a resumed run goes on with, before it loads or writes anything.
 
         Raises:
-            UserError: a file cannot be read.
+            UserError: a file is damaged.
         """
-        for name in _GROWING:
-            self.read_lines(name)
+        for name in SHAPES:
+            self.read_lines(name) if name.endswith(".jsonl") else self.read_json(name)
 
     def rewind(self, step: int) -> None:
         """Drop the lines that were written after `step`: the steps behind them are about to be trained again."""
-        for name in _GROWING:
+        for name in _REWOUND:
             kept = [row for row in self.read_lines(name) if row["step"] <= step]
             if (self / name).exists():  # also without a row: what was cut off would be glued to the next one
                 self.write_text(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))

@@ -23,6 +23,7 @@ from steep.model.bpe import Bpe, read_bpe
 from steep.model.learned_tokens import MIN_COUNT, in_batches, learn
 from steep.model.new_tokens import read_words, save_grown, tokens_for
 from steep.model.resolve import read_tokenizer_folder
+from steep.recorded import read_json
 from steep.schema import DataSection
 from steep.storage import cache_folder, published
 
@@ -213,11 +214,10 @@ def _make(
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    file = folder / _RECORD
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError("run folder", f"{file} cannot be read: {error}", "Put it back, or train again.") from error
+    file, remedy = folder / _RECORD, "Put it back, or train again."
+    if not file.is_file():
+        raise UserError("run folder", f"{file} is not there", remedy)
+    return read_json(file, remedy)
 
 
 def refuse_other_words(kept: Path, file: str, field: str) -> None:

@@ -41,6 +41,10 @@ def written(name: str, text: str) -> Callable[[Path], object]:
     return lambda run: (run / name).write_text(text)
 
 
+def lines_of(name: str, line: bytes) -> Callable[[Path], object]:
+    return lambda run: (run / name).write_bytes(line + b"\n")
+
+
 RUNS = [
     run_row("eval of nothing", "eval FOLDER/none", "run folder", "none holds no run", "output_dir"),
     run_row("generate of nothing", "generate FOLDER x", "run folder", "holds no run", "output_dir"),
@@ -84,15 +88,63 @@ RUNS = [
         "metrics for report", "report RUN", "run folder", "metrics.jsonl is damaged", spoil=garbage("metrics.jsonl")
     ),
     run_row("plan.json for resume", "train FILE --resume", "run folder", "is damaged", spoil=garbage("plan.json")),
-    run_row("plan.json for eval", "eval RUN", "run folder", "it has no data", spoil=written("plan.json", '{"a": 1}')),
+    run_row("plan.json for eval", "eval RUN", "run folder", "it has no model", spoil=written("plan.json", '{"a": 1}')),
     run_row("metrics for resume", "train FILE --resume", "run folder", "is damaged", spoil=garbage("metrics.jsonl")),
     run_row("environment.json", "train FILE --resume", "run folder", "is damaged", spoil=garbage("environment.json")),
     run_row(
         "metrics without a step",
         "report RUN",
         "run folder",
-        "metrics.jsonl is damaged: a line has no step",
+        "metrics.jsonl is damaged: line 1: it has no step",
         spoil=written("metrics.jsonl", "5\n"),
+    ),
+    *(
+        run_row(
+            f"{name} {what} for resume", "train FILE --resume", "run folder", f"{name} is damaged: {says}", spoil=do
+        )
+        for name, what, says, do in (
+            *((name, "garbage", "", garbage(name)) for name in ("incidents.jsonl", "changes.jsonl", "proof.json")),
+            (
+                "incidents.jsonl",
+                "not UTF-8",
+                "line 1: it is not UTF-8",
+                lines_of("incidents.jsonl", b'{"step": "\xff"}'),
+            ),
+            ("incidents.jsonl", "a list", "line 1: it has no step", written("incidents.jsonl", "[1]\n")),
+            ("incidents.jsonl", "a step of text", "line 1: it has no", written("incidents.jsonl", '{"step": "x"}\n')),
+            ("skipped_steps.json", "cut off", "", written("skipped_steps.json", '{"steps": [{"step": 2, "ro')),
+            ("skipped_steps.json", "a list", "it is []", written("skipped_steps.json", "[]")),
+            (
+                "skipped_steps.json",
+                "without rows",
+                "steps[0].rows is None",
+                written("skipped_steps.json", '{"steps": [{"step": 2, "rows": null}]}'),
+            ),
+            (
+                "changes.jsonl",
+                "cut off",  # it is written as a whole
+                "its last line is not whole",
+                written("changes.jsonl", '{"step": 2, "field": "training.le'),
+            ),
+            ("parent.json", "an empty object", "it has no checkpoint", written("parent.json", "{}")),
+            ("ledger.json", "deep", "it is nested too deeply", written("ledger.json", "[" * 100_000)),
+        )
+    ),
+    *(
+        run_row(
+            f"{name} for report", "report RUN", "run folder", f"{name} is damaged: {says}", spoil=written(name, text)
+        )
+        for name, text, says in (
+            ("ledger.json", "[]", "it is []"),
+            ("ledger.json", '{"sources": 5}', "sources is 5, and not a valid list"),
+            ("proof.json", '{"complete": NaN}', "it holds NaN"),
+            ("plan.json", '{"model": "a", "base": "nf4", "compute_dtype": "fp32", "data": 5}', ""),
+            ("evaluation.jsonl", '{"step": 1}\n', "line 1: it has no domain"),
+            ("samples.jsonl", '{"step": 1, "prompt": 2}\n', "line 1: prompt is 2"),
+            ("metrics.jsonl", '{"step": 1, "loss": "x"}\n', "line 1: loss is 'x'"),
+            ("environment.json", '{"packages": 5}', ""),
+            ("incidents.jsonl", '{"step": 1, "kind": 5}\n', "line 1: kind is 5"),
+        )
     ),
     run_row(
         "a damaged adapter",

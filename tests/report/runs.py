@@ -125,6 +125,8 @@ def _plan(steps: int, learning_rate: float) -> dict[str, Any]:
         "parameters": {"frozen": 7_240_000_000, "adapters": 671_000_000, "trained_embeddings": 262_000_000}
         | {"trained": 933_000_000},
         "data": {
+            "fingerprint": "f1",
+            "sources": [],
             "rows": 16 * steps,
             "max_length": 2048,
             "mixing": {"replay_share": 0.25, "replay_share_achieved": 0.249},
@@ -178,6 +180,7 @@ def _ledger(domains: Mapping[str, tuple[str, float, float]]) -> dict[str, Any]:
         "targets": 1_900_000,
         "targets_reached": 1_850_000,
         "targets_trained": 1_850_000,
+        "rows_trained": 930,
         "rows_refused": 0,
         "epochs": 0.97,
         "adds_up": True,

@@ -320,7 +320,7 @@ def test_rows_of_another_run_are_not_passed_over(corpus: Corpus, tmp_path: Path)
 @pytest.mark.parametrize("damage", ["", "{}", '{"steps": [{"step": "x", "rows": []}]}', '{"steps": 3}', "[]"])
 def test_a_damaged_list_is_named(damage: str, tmp_path: Path) -> None:
     (tmp_path / "skipped_steps.json").write_text(damage, encoding="utf-8")
-    with pytest.raises(UserError, match=r"skipped_steps.json: .* is damaged"):
+    with pytest.raises(UserError, match=r"skipped_steps.json is damaged"):
         SkipList(tmp_path).read()
 
 

@@ -74,9 +74,9 @@ OUTCOMES = {
 def incident_line(incident: Mapping[str, Any]) -> str:
     """What was out of the ordinary in a step, in words: a line of `incidents.jsonl`."""
     kind, median = incident["kind"], incident.get("median")
-    if median is None:
-        return kind
     value = incident["grad_norm" if "gradient" in kind else "loss"]
+    if median is None or value is None:
+        return kind
     return f"{kind}: {value:.4g} where {median:.4g} was usual"
 
 

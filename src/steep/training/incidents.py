@@ -16,7 +16,7 @@ from typing import Any
 from steep import ranks
 from steep.data.ledger import names_of
 from steep.data.packing import Corpus
-from steep.errors import UserError
+from steep.recorded import read_lines
 from steep.storage import sync, write_file
 
 FILE = "incidents.jsonl"
@@ -41,7 +41,7 @@ class Incidents:
         is_new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(incident, ensure_ascii=False, allow_nan=False) + "\n")
+            stream.write(_line(incident))
             stream.flush()
             os.fsync(stream.fileno())
         if is_new:
@@ -51,14 +51,12 @@ class Incidents:
         """Drop what was written after `step`, but for the steps that are passed over; and a line that a kill cut."""
         if not ranks.is_main() or not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        try:
-            steps = [json.loads(line)["step"] for line in lines]
-        except (ValueError, KeyError, TypeError) as error:
-            problem = f"{self.path} is damaged: {error}"
-            raise UserError("run folder", problem, "Mend or delete the broken line.") from error
-        kept = [line for line, of in zip(lines, steps, strict=True) if of <= step or of in passed_over]
-        write_file(self.path, "".join(f"{line}\n" for line in kept))
+        kept = [row for row in read_lines(self.path) if row["step"] <= step or row["step"] in passed_over]
+        write_file(self.path, "".join(map(_line, kept)))
+
+
+def _line(incident: Mapping[str, Any]) -> str:
+    return json.dumps(incident, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def described(corpus: Corpus, rows: Iterable[int], tokenizer: Any) -> list[dict[str, Any]]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from steep import ranks
-from steep.errors import UserError
+from steep.recorded import read_json
 from steep.storage import write_file
 
 FILE = "skipped_steps.json"
@@ -45,18 +44,9 @@ class SkipList:
         Raises:
             UserError: it is damaged.
         """
-        self.steps = {}
-        if not self.path.exists():
-            return
-        try:
-            tree: Any = json.loads(self.path.read_text(encoding="utf-8"))
-            self.steps = {int(item["step"]): [int(row) for row in item["rows"]] for item in tree["steps"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                "skipped_steps.json",
-                f"{self.path} is damaged: {error}",
-                "Put it back from a copy: without it the run would train what it passed over.",
-            ) from error
+        remedy = "Put it back from a copy: without it the run would train what it passed over."
+        listed = read_json(self.path, remedy).get("steps", [])
+        self.steps = {item["step"]: item["rows"] for item in listed}
 
     def clear(self) -> None:
         """Forget an earlier run in this folder."""
