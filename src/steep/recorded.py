@@ -176,6 +176,8 @@ class Parent(TypedDict):
 class SkippedStep(TypedDict):
     step: Count
     rows: list[Count]
+    loss: Number
+    grad_norm: Number
 
 
 class SkippedSteps(TypedDict):

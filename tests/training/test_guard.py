@@ -17,7 +17,7 @@ from steep.data.packing import Corpus, pack
 from steep.data.sampler import epoch_order
 from steep.errors import RunError, UserError
 from steep.training.branch import read_branch
-from steep.training.skip_list import SkipList
+from steep.training.skip_list import SkipList, Skipped
 from steep.training.trainer import Trainer
 from tests.test_run import lines
 from tests.tiny import documents
@@ -196,12 +196,13 @@ def test_rollback_is_a_run_that_knew_of_it(save_strategy: str, planted: Planted,
     assert_skipped(planted, back)
     rows = rows_by_step(planted)[planted.step - 1]
     skipped = json.loads((tmp_path / "back" / "skipped_steps.json").read_text(encoding="utf-8"))
-    assert skipped == {"steps": [{"step": planted.step, "rows": rows}]}
+    measured = {"loss": incident["loss"], "grad_norm": incident["grad_norm"]}
+    assert skipped == {"steps": [{"step": planted.step, "rows": rows, **measured}]}
     row = next(row for row in back.state.log_history if row["step"] == planted.step)
     assert "loss" not in row and "grad_norm" not in row
 
     told = make(planted, tmp_path / "told", "off")
-    SkipList(tmp_path / "told").add(planted.step, rows)
+    SkipList(tmp_path / "told").add(planted.step, Skipped(rows, incident["loss"], incident["grad_norm"]))
     shutil.copytree(tmp_path / "back" / "checkpoint-0", tmp_path / "told" / "checkpoint-0")
     told.train(resume_from_checkpoint=True)
     assert_same_logs_too(told, back)
@@ -253,7 +254,7 @@ def test_a_kill_before_the_list_is_written_decides_the_same(
     whole.train()
     killed = make(planted, tmp_path / "killed", "rollback")
 
-    def die(self: SkipList, step: int, rows: list[int]) -> None:
+    def die(self: SkipList, step: int, skipped: Skipped) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -299,6 +300,26 @@ def test_too_many_spikes_end_the_run(action: str, corpus: Corpus, tmp_path: Path
     assert trainer.times_trained.sum() == 2 * 11 and trainer.ledger()["adds_up"]
 
 
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_what_recurs_is_trained(action: str, corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A rare kind of text is not removed from the run; one row that stands out in another way still is."""
+    trainer = trainer_for(adapted(), corpus, tmp_path, max_steps=50, spike_action=action, **QUICK)
+    raise_losses(trainer, {12, 18, 24, 30, 36, 42, 48})
+    raise_losses(trainer, {45}, factor=100.0)
+    trainer.train()
+    found = lines(tmp_path / "incidents.jsonl")
+    found.sort(key=lambda row: row["step"])  # lines behind a checkpoint that is gone back to are written once more
+    assert [(row["step"], row["action"]) for row in found] == [
+        *((step, action) for step in (12, 18, 24)),
+        (30, "recurs"),
+        (45, action),
+    ]
+    domains = {piece["domain"] for row in found[3]["rows"] for piece in row["pieces"]}
+    said = next(line for line in caplog.messages if "a kind of text" in line)
+    assert said.startswith("step 30: spike in ") and all(domain in said for domain in domains)
+    assert trainer.guard.steps_skipped == 4 and trainer.times_trained.sum() == 2 * 46
+
+
 def test_spikes_that_are_warned_of_end_nothing(corpus: Corpus, tmp_path: Path) -> None:
     trainer = trainer_for(adapted(), corpus, tmp_path, max_steps=20, spike_action="warn", **QUICK)
     raise_losses(trainer, set(range(10, 21)))
@@ -308,7 +329,7 @@ def test_spikes_that_are_warned_of_end_nothing(corpus: Corpus, tmp_path: Path) -
 
 def test_rows_of_another_run_are_not_passed_over(corpus: Corpus, tmp_path: Path) -> None:
     trainer_for(adapted(), corpus, tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
-    SkipList(tmp_path).add(4, [0])
+    SkipList(tmp_path).add(4, Skipped([0], 9.0, 1.0))
     trainer = trainer_for(adapted(), corpus, tmp_path, max_steps=6)
     with pytest.raises(RunError, match=r"skipped_steps.json names other rows for step 4"):
         trainer.train(resume_from_checkpoint=True)
@@ -317,7 +338,10 @@ def test_rows_of_another_run_are_not_passed_over(corpus: Corpus, tmp_path: Path)
     assert trainer.times_trained.sum() == 12 and not (tmp_path / "skipped_steps.json").exists()
 
 
-@pytest.mark.parametrize("damage", ["", "{}", '{"steps": [{"step": "x", "rows": []}]}', '{"steps": 3}', "[]"])
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{}", '{"steps": [{"step": "x", "rows": []}]}', '{"steps": [{"step": 3, "rows": [1]}]}', '{"steps": 3}', "[]"],
+)
 def test_a_damaged_list_is_named(damage: str, tmp_path: Path) -> None:
     (tmp_path / "skipped_steps.json").write_text(damage, encoding="utf-8")
     with pytest.raises(UserError, match=r"skipped_steps.json is damaged"):

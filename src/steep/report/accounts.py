@@ -66,6 +66,7 @@ def accounts(ledger: Mapping[str, Any], unit: str) -> list[Account]:
 OUTCOMES = {
     "refused": "not applied",
     "warn": "applied",
+    "recurs": "applied, as a kind of text",
     "skip": "not applied",
     "rollback": "gone back before, and passed over",
 }

@@ -19,10 +19,12 @@ from steep.errors import RunError
 from steep.training.arguments import TrainingArguments
 from steep.training.gradients import GradientReport
 from steep.training.incidents import FILE, Incidents
-from steep.training.skip_list import SkipList
+from steep.training.skip_list import SkipList, Skipped
 from steep.training.spikes import Spike, SpikeDetector
 
 logger = logging.getLogger("steep")
+
+_SAID_IN_A_ROW = 3  # where the loss jumps and stays, each step stands out until the median has followed
 
 
 class Outcome(Enum):
@@ -101,10 +103,14 @@ class Guard:
         if self._args.spike_action == "off":
             return Outcome.APPLIED
         spike = self._detector.judge(loss, gradients.total)
-        if spike is not None:
-            return self._treat(step, spike, loss, gradients, rows)
+        if spike is None or spike.recurs:
+            if spike is not None and spike.recurs_first:
+                self._tell_of_kind(step, spike, loss, gradients, rows)
+            outcome = Outcome.APPLIED
+        else:
+            outcome = self._treat(step, spike, loss, gradients, rows)
         self._detector.remember(loss, gradients.total)
-        return Outcome.APPLIED
+        return outcome
 
     def pass_over(self, step: int, rows: np.ndarray) -> None:
         """Count a step of the skip list.
@@ -112,12 +118,14 @@ class Guard:
         Raises:
             RunError: the list names other rows for it.
         """
-        if not set(rows.tolist()) <= set(self.skip_list.steps[step]):
+        skipped = self.skip_list.steps[step]
+        if not set(rows.tolist()) <= set(skipped.rows):
             raise RunError(
                 f"{self.skip_list.path} names other rows for step {step} than this run trains in it. Delete it if it "
                 "is not of this run"
             )
         self._count_skipped(step)
+        self._detector.remember(skipped.loss, skipped.grad_norm)  # nothing is computed now
 
     def _refuse(self, step: int, loss: float, gradients: GradientReport, rows: np.ndarray) -> None:
         self.steps_not_finite += 1
@@ -147,6 +155,8 @@ class Guard:
                 f"few bad rows. Lower training.learning_rate (now {self._args.learning_rate:g}), raise "
                 f"training.spike_threshold (now {self._args.spike_threshold:g}), or look at {self._incidents.path}"
             )
+        if action == "warn" and spike.in_a_row > _SAID_IN_A_ROW:
+            return Outcome.APPLIED
         done = {
             "warn": "the step is applied",
             "skip": "the step is not applied",
@@ -158,13 +168,22 @@ class Guard:
         )  # fmt: skip
         self._write(step, spike.kind, action, loss, gradients, rows, spike)
         if action == "rollback":
-            self.skip_list.add(step, rows.tolist())
+            self.skip_list.add(step, Skipped(rows.tolist(), loss, gradients.total))
             raise GoBack(step)
         if action == "skip":
             self._count_skipped(step)
             return Outcome.SKIPPED
-        self._detector.remember(loss, gradients.total)
         return Outcome.APPLIED
+
+    def _tell_of_kind(self, step: int, spike: Spike, loss: float, gradients: GradientReport, rows: np.ndarray) -> None:
+        domains = sorted({piece["domain"] for row in self._describe(rows) for piece in row["pieces"]})
+        logger.warning(
+            "step %d: %s: %.4g, where the median is %.4g, as in %d steps before%s: this is no single bad row but a "
+            "kind of text. The step is applied, and so is what is alike from here on. Its text is in %s",
+            step, spike.kind, spike.value, spike.median, spike.alike,
+            f" (this one is of {', '.join(domains)})" if domains else "", FILE,
+        )  # fmt: skip
+        self._write(step, spike.kind, "recurs", loss, gradients, rows, spike)
 
     def _count_skipped(self, step: int) -> None:
         self.steps_skipped += 1

@@ -7,7 +7,7 @@ training goes on. So a run that is killed at any time after it passes over the s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from steep import ranks
@@ -17,8 +17,22 @@ from steep.storage import write_file
 FILE = "skipped_steps.json"
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A step that is passed over.
+
+    Attributes:
+        rows: their numbers; none where they are not known.
+        loss, grad_norm: what the step was passed over for, so that the run knows it without computing it again.
+    """
+
+    rows: list[int]
+    loss: float
+    grad_norm: float
+
+
 class SkipList:
-    """Steps and their rows, and the file that keeps them.
+    """Steps and what was in them, and the file that keeps them.
 
     Args:
         folder: `output_dir`.
@@ -26,15 +40,15 @@ class SkipList:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
-        self.steps: dict[int, list[int]] = {}
+        self.steps: dict[int, Skipped] = {}
 
     def __contains__(self, step: object) -> bool:
         return step in self.steps
 
-    def add(self, step: int, rows: Sequence[int]) -> None:
+    def add(self, step: int, skipped: Skipped) -> None:
         """Add a step, and wait until the file is on the disk. One of several processes writes it."""
-        self.steps[step] = [int(row) for row in rows]
-        listed = [{"step": step, "rows": rows} for step, rows in sorted(self.steps.items())]
+        self.steps[step] = skipped
+        listed = [{"step": step, **asdict(skipped)} for step, skipped in sorted(self.steps.items())]
         if ranks.is_main():
             write_file(self.path, json.dumps({"steps": listed}) + "\n")
 
@@ -46,7 +60,7 @@ class SkipList:
         """
         remedy = "Put it back from a copy: without it the run would train what it passed over."
         listed = read_json(self.path, remedy).get("steps", [])
-        self.steps = {item["step"]: item["rows"] for item in listed}
+        self.steps = {item["step"]: Skipped(item["rows"], item["loss"], item["grad_norm"]) for item in listed}
 
     def clear(self) -> None:
         """Forget an earlier run in this folder."""

@@ -1,9 +1,13 @@
 """Finds the step whose loss, or gradient norm, is far above those before it.
 
-Both are held against the steps that were applied, at most `window` back, by a robust z-score: x − median over
-1.4826 · MAD, which a few outliers do not move. Only upwards: a loss that falls is what training is for. The norm is
-compared by its logarithm, since it scatters by a factor. A loss of few rows has two heights where the text has two
-kinds; a step of the rarer kind would always be an outlier. So a spike also stands clear of all that the window holds.
+Both are held against the last `window` steps by a robust z-score: x − median over 1.4826 · MAD, which a few outliers do
+not move. Only upwards: a loss that falls is what training is for. The norm is compared by its logarithm, since it
+scatters by a factor.
+
+A spike is meant to be a single bad row, and not a rare kind of text, whose every step stands out as much. So what stood
+out is remembered beside the window, by how far it did: what is as far out as three before it comes from a kind of text
+that recurs, and is no spike any more. Steps in a row count once there, and many of them are spikes again: that is no
+kind of text but a run that diverges.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +24,10 @@ _GAUSSIAN = 1.4826  # MAD → standard deviation
 _LEAST_LOSS, _LEAST_RELATIVE, _LEAST_LOG_NORM = 1e-3, 1e-3, 0.02  # nats, of the loss, of the norm's logarithm
 _LEAST_NORM = 1e-30
 _LEAST_HISTORY = 8
+_A_KIND = 3  # as many alike are a kind of text
+_ALIKE = 0.25  # two are alike whose distances from the median differ by so much of it, or by half the threshold
+_OUTLIERS = 64  # that are remembered, however long ago they were
+_MOST_IN_A_ROW = 8  # of a kind of text that comes now and then
 
 
 @dataclass(frozen=True)
@@ -30,65 +38,127 @@ class Spike:
         kind: ``spike in loss`` or ``spike in gradient norm``.
         value, median: of this step, and of the window; nats a target, or the norm before clipping.
         z: how many robust standard deviations lie between them (of the norm's logarithm).
+        alike: how often the same was seen before, steps in a row counted once, and this row not.
+        in_a_row: steps that have stood out one after the other, with this one.
     """
 
     kind: str
     value: float
     median: float
     z: float
+    alike: int
+    in_a_row: int
+
+    @property
+    def recurs(self) -> bool:
+        """Whether it is of a kind of text that comes now and then: then it is no spike."""
+        return self.alike >= _A_KIND and self.in_a_row <= _MOST_IN_A_ROW
+
+    @property
+    def recurs_first(self) -> bool:
+        """Whether this is the one from which on that is known."""
+        return self.alike == _A_KIND and self.in_a_row == 1
 
 
 class SpikeDetector:
-    """Remembers the last applied steps and judges the next one.
+    """Remembers the last steps and judges the next one.
 
     Args:
         threshold: a spike is at least so many robust standard deviations above the median, and half as many above the
-            highest of the window.
+            highest of the window that is not so far out itself.
         window: steps that are remembered. Nothing is judged before a quarter of it is known, and never before 8 steps.
     """
 
     def __init__(self, threshold: float, window: int) -> None:
-        self.threshold = threshold
         self._enough = max(window // 4, _LEAST_HISTORY)
-        self._losses: deque[float] = deque(maxlen=window)
-        self._log_norms: deque[float] = deque(maxlen=window)
+        self._losses = _Series(threshold, window, _LEAST_LOSS, _LEAST_RELATIVE)
+        self._log_norms = _Series(threshold, window, _LEAST_LOG_NORM, 0.0)
 
     def judge(self, loss: float, grad_norm: float) -> Spike | None:
-        """What stands out in a step, the loss before the norm; None if nothing does. Both values are finite."""
-        if len(self._losses) < self._enough:
-            return None
-        least = _LEAST_LOSS + _LEAST_RELATIVE * abs(float(np.median(self._losses)))
-        found = self._outlier(self._losses, loss, least)
-        if found is not None:
-            return Spike("spike in loss", loss, *found)
-        found = self._outlier(self._log_norms, _log(grad_norm), _LEAST_LOG_NORM)
-        if found is not None:
-            return Spike("spike in gradient norm", grad_norm, math.exp(found[0]), found[1])
-        return None
+        """What stands out in a step, the loss before the norm, a spike before what recurs; None if nothing does.
 
-    def _outlier(self, window: deque[float], value: float, least: float) -> tuple[float, float] | None:
-        """Median and z-score of a value that stands out."""
-        known = np.array(window)
-        median = float(np.median(known))
-        deviation = max(_GAUSSIAN * float(np.median(np.abs(known - median))), least)
-        z = (value - median) / deviation
-        above_all = (value - float(known.max())) / deviation
-        return (median, z) if z >= self.threshold and above_all >= self.threshold / 2 else None
+        Both values are finite.
+        """
+        if len(self._losses.window) < self._enough:
+            return None
+        found: list[Spike] = []
+        if outlier := self._losses.outlier(loss):
+            found.append(Spike("spike in loss", loss, *outlier))
+        if outlier := self._log_norms.outlier(_log(grad_norm)):
+            found.append(Spike("spike in gradient norm", grad_norm, *outlier._replace(median=math.exp(outlier.median))))
+        return min(found, key=lambda spike: spike.recurs, default=None)
 
     def remember(self, loss: float, grad_norm: float) -> None:
-        """Take a step that was applied into the window."""
-        self._losses.append(loss)
-        self._log_norms.append(_log(grad_norm))
+        """Take in a step, whatever became of it: else what is not applied would stand out for ever."""
+        self._losses.add(loss)
+        self._log_norms.add(_log(grad_norm))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"losses": list(self._losses), "log_norms": list(self._log_norms)}
+        return {"losses": self._losses.state(), "log_norms": self._log_norms.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what a checkpoint kept; where the window is shorter now, from its end."""
-        for window, values in ((self._losses, state["losses"]), (self._log_norms, state["log_norms"])):
-            window.clear()
-            window.extend(values)
+        self._losses.load_state(state["losses"])
+        self._log_norms.load_state(state["log_norms"])
+
+
+class _Outlier(NamedTuple):
+    """A value that stands out; as in `Spike`."""
+
+    median: float
+    z: float
+    alike: int
+    in_a_row: int
+
+
+class _Series:
+    """The last values of one quantity, and how far those that stood out were above the median of their time."""
+
+    def __init__(self, threshold: float, window: int, least: float, least_relative: float) -> None:
+        self._threshold, self._least, self._least_relative = threshold, least, least_relative
+        self.window: deque[float] = deque(maxlen=window)
+        self._excesses: deque[float] = deque(maxlen=_OUTLIERS)
+        self._in_a_row = 0
+
+    def outlier(self, value: float) -> _Outlier | None:
+        """The value as an outlier, if it is one and clear of what is none."""
+        known = np.array(self.window)
+        median, deviation = self._usual(known)
+        excess, far = value - median, self._threshold * deviation
+        usual = known[known - median < far]  # one outlier does not hide a lower one
+        if excess < far or value - float(usual.max()) < far / 2:
+            return None
+        near = max(far / 2, _ALIKE * excess)
+        before = list(self._excesses)[: -1 if self._in_a_row else None]  # the last one is of this row
+        alike = sum(abs(other - excess) <= near for other in before)
+        return _Outlier(median, excess / deviation, alike, self._in_a_row + 1)
+
+    def add(self, value: float) -> None:
+        if len(self.window) >= _LEAST_HISTORY:
+            median, deviation = self._usual(np.array(self.window))
+            if value - median < self._threshold * deviation:
+                self._in_a_row = 0
+            else:
+                if self._in_a_row == 0:
+                    self._excesses.append(value - median)
+                self._in_a_row += 1
+        self.window.append(value)
+
+    def _usual(self, known: np.ndarray) -> tuple[float, float]:
+        """Median and standard deviation, the latter robust."""
+        median = float(np.median(known))
+        least = self._least + self._least_relative * abs(median)
+        return median, max(_GAUSSIAN * float(np.median(np.abs(known - median))), least)
+
+    def state(self) -> dict[str, Any]:
+        return {"window": list(self.window), "excesses": list(self._excesses), "in_a_row": self._in_a_row}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for kept, values in ((self.window, state["window"]), (self._excesses, state["excesses"])):
+            kept.clear()
+            kept.extend(values)
+        self._in_a_row = state["in_a_row"]
 
 
 def _log(norm: float) -> float:
