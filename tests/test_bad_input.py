@@ -53,7 +53,7 @@ def test_a_wrong_input_is_one_line(row: Row, scene: Scene, steep: Steep) -> None
     if words[:1] != [here("FOLDER/none.yaml")]:
         words.insert(0, str(scene.file))
     for command in dict.fromkeys((row.command, "train")):  # what plan finds, train finds too, and as early
-        assert_one_error_line(steep(command, *words), f"error: {here(row.field)}: ", *row.says)
+        assert_one_error_line(steep(command, *words), f"error: {here(row.field)}: ", *map(here, row.says))
         assert scene.contents() == before
     cache = scene.folder.parent / "cache"
     assert [file for file in cache.rglob("*") if file.is_file() and file.suffix != ".arrow"] == []

@@ -11,13 +11,30 @@ import torch
 
 from steep import hand_over, plan, result, run
 from steep.errors import RunError
-from steep.out_of_memory import memory_told, place_that_ran_out, what_to_lower
+from steep.out_of_memory import PINNED, memory_told, place_that_ran_out, what_to_lower
 from steep.plan import plan_run
 from steep.training.trainer import Trainer
 from tests.command_line import Steep
 from tests.test_run import run_file
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 GiB"
+
+
+# As torch 2.11 says it on an H200, of page-locked memory and of a context that no longer fits on the card.
+BY_CUDA = (
+    "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs.nvidia.com/cuda/"
+    "cuda-runtime-api/group__CUDART__TYPES.html for more information.\nCUDA kernel errors might be asynchronously "
+    "reported at some other API call, so the stacktrace below might be incorrect.\n"
+    "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
+    "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+)
+
+
+def registered(text: str) -> torch.cuda.CudaError:
+    """What `torch.cuda.check_error` raises; its class asks the runtime for the words."""
+    error = torch.cuda.CudaError.__new__(torch.cuda.CudaError)
+    error.args = (text,)
+    return error
 
 
 @pytest.mark.parametrize(
@@ -27,6 +44,12 @@ CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
         (RuntimeError(CUDA), "GPU"),
         (RuntimeError("CUDA error: out of memory"), "GPU"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU"),
+        (registered("out of memory (cudaError.???)"), PINNED),
+        (registered("invalid argument (1)"), None),
+        (
+            RuntimeError(f"Caught AcceleratorError in pin memory thread for device 0.\nOriginal Traceback:\n{BY_CUDA}"),
+            PINNED,
+        ),
         (MemoryError(), "host"),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you"),
@@ -41,6 +64,32 @@ def test_who_says_so(error: Exception, place: str | None) -> None:
     assert place_that_ran_out(error) == place
     with pytest.raises(type(error) if place is None else RunError), memory_told(None):
         raise error
+
+
+@pytest.mark.parametrize(("free", "place"), [(2**28, "GPU"), (70 * 2**30, PINNED), (None, "GPU")])
+def test_one_text_for_the_card_and_for_locked_pages(
+    free: int | None, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left on the card tells them apart."""
+
+    def left() -> tuple[int, int]:
+        if free is None:
+            raise torch.AcceleratorError(BY_CUDA)
+        return free, 80 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", left)
+    assert place_that_ran_out(torch.AcceleratorError(BY_CUDA)) == place
+
+
+def test_what_to_do_about_locked_pages(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    planned = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run"))
+    for plan_, advice in ((planned, "lower adapter.r (now 8)"), (None, "ulimit -l")):
+        with pytest.raises(RunError) as raised, memory_told(plan_):
+            raise registered("out of memory (2)")
+        text = str(raised.value)
+        assert text.startswith("page-locked host memory ran out: this machine has ") and advice in text
+        assert "GPU" not in text and "\n" not in text
 
 
 def test_torch_itself_says_it_so() -> None:

@@ -5,7 +5,8 @@ No chat template: continued pretraining makes base models, and what they do is c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -14,9 +15,10 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from steep.errors import UserError
+from steep.errors import UserError, shown
 from steep.evaluation.adapters import base_model, unwrap
 from steep.evaluation.mode import inference_mode, input_device
+from steep.foreign import told_as_input
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -65,6 +67,7 @@ def generate(
     with (
         inference_mode(model, autocast_dtype),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        _without_own_settings(base),
     ):
         torch.manual_seed(seed)
         # PeftModel.generate() would rebind methods on the base model; the adapters sit in its layers either way.
@@ -201,10 +204,13 @@ def prompt_ids_of(tokenizer: PreTrainedTokenizerBase, prompt: str, *, rows: int,
         rows: entries of the model's vocabulary.
 
     Raises:
-        UserError: nothing to start from, or a token that the model does not have.
+        UserError: nothing to start from, half a character (a lone surrogate), or a token that the model does not have.
     """
-    ids: list[int] = list(tokenizer(prompt)["input_ids"]) if prompt else []  # pyright: ignore[reportArgumentType]
-    text_ids: list[int] = list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else []  # pyright: ignore[reportArgumentType]
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError(field, f"{prompt!a} holds half a character, a lone surrogate", "Write it as UTF-8.")
+    with told_as_input(field, f"the tokenizer cannot read {shown(prompt)}", "Put the tokenizer's files back."):
+        ids: list[int] = list(tokenizer(prompt)["input_ids"]) if prompt else []  # pyright: ignore[reportArgumentType]
+        text_ids: list[int] = list(tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else []  # pyright: ignore[reportArgumentType]
     if ids and ids[-1] == tokenizer.eos_token_id and text_ids[-1:] != ids[-1:]:
         ids.pop()
     if not ids and tokenizer.bos_token_id is not None:
@@ -250,6 +256,17 @@ def _generation_config(
         pad_token_id=pad,
         use_cache=True,
     )
+
+
+@contextmanager
+def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """generate() fills what it was not told from the model's own generation config, which may hold anything."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def check_settings(

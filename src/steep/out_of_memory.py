@@ -14,15 +14,17 @@ from steep.plan import Plan
 from steep.settings import uses_checkpointing
 from steep.terminal import human_bytes
 
-# What CUDA and the libraries over it say; they raise RuntimeError for most of it.
+# torch raises OutOfMemoryError for its own memory on the card, and RuntimeErrors for what libraries take there.
 _ON_THE_CARD = (
     "CUDA out of memory",
-    "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
-    "cudaErrorMemoryAllocation",
 )
 _ON_THE_HOST = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+# One text for two: page-locked memory of the host, and what CUDA itself keeps on the card (some hundred MiB).
+_BY_CUDA = ("CUDA error: out of memory", "cudaErrorMemoryAllocation")
+_CUDA_KEEPS = 2**30
+PINNED = "page-locked host"
 
 
 @contextmanager
@@ -42,7 +44,9 @@ def memory_told(plan: Plan | None, *, loading: bool = False) -> Iterator[None]:
         place = place_that_ran_out(error)
         if place is None:
             raise
-        if plan is None:
+        if place == PINNED:
+            said, remedy = "", _lock_less(plan)
+        elif plan is None:
             said, remedy = "", "Free some of it, or take a machine that has more"
         else:
             said = f"{human_bytes(sum(plan.memory.values()))} were planned for a step, and "
@@ -52,13 +56,27 @@ def memory_told(plan: Plan | None, *, loading: bool = False) -> Iterator[None]:
 
 
 def place_that_ran_out(error: BaseException) -> str | None:
-    """``GPU`` or ``host`` where the error says that memory ran out there; else None."""
+    """``GPU``, ``host`` or ``page-locked host`` where the error says that memory ran out there; else None."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or any(part in text for part in _ON_THE_CARD):
         return "GPU"
+    if isinstance(error, torch.cuda.CudaError) and "out of memory" in text:
+        return PINNED  # steep asks the runtime itself for nothing but locked pages
+    if any(part in text for part in _BY_CUDA):
+        return PINNED if "pin memory thread" in text or _card_has_room() else "GPU"
     if isinstance(error, MemoryError) or any(part in text for part in _ON_THE_HOST):
         return "host"
     return "host" if isinstance(error, OSError) and error.errno == errno.ENOMEM else None
+
+
+def _card_has_room() -> bool:
+    """Whether the card could still give what CUDA itself keeps there."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        return torch.cuda.mem_get_info()[0] > _CUDA_KEEPS
+    except RuntimeError:  # not even the context fits
+        return False
 
 
 def what_to_lower(plan: Plan, *, loading: bool = False) -> list[str]:
@@ -87,8 +105,22 @@ def what_to_lower(plan: Plan, *, loading: bool = False) -> list[str]:
     return found
 
 
+def _lock_less(plan: Plan | None) -> str:
+    """Checkpoints and batches go through page-locked memory; how much a process may lock can be less than there is."""
+    found = "Free some of it, or let the process lock more (ulimit -l, the container's memory limit)"
+    if plan is None:
+        return found
+    smaller = f"adapter.r (now {plan.config.adapter.r})"
+    if plan.config.adapter.modules_to_save:
+        smaller += f" or adapter.modules_to_save (now {', '.join(plan.config.adapter.modules_to_save)})"
+    return (
+        f"{found}; training.dataloader_pin_memory: false needs less, and so does a smaller checkpoint: lower "
+        f"{smaller}. The last checkpoint is as it was"
+    )
+
+
 def _there_was(place: str) -> str:
-    if place == "host" or not torch.cuda.is_available():
+    if place != "GPU" or not torch.cuda.is_available():
         page = os.sysconf("SC_PAGE_SIZE")
         total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
         return f"this machine has {human_bytes(total)}, of which {human_bytes(free)} are free"

@@ -190,6 +190,23 @@ def config_json(**changes: Any) -> Spoil:
     return spoil
 
 
+def json_file(name: str, **changes: Any) -> Spoil:
+    """A JSON file of the model with these fields, which may be values deep within: ``model__type="x"``."""
+
+    def spoil(scene: Scene) -> None:
+        file = scene.model / name
+        tree = json.loads(file.read_text())
+        for path, value in changes.items():
+            *parents, last = path.split("__")
+            node = tree
+            for part in parents:
+                node = node[part]
+            node[last] = value
+        file.write_text(json.dumps(tree))
+
+    return spoil
+
+
 def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Spoil:
     """model.safetensors after `change` of its tensors."""
 
@@ -215,8 +232,8 @@ def model_file(name: str, content: bytes | Callable[[bytes], bytes] | None) -> S
     return spoil
 
 
-def sharded(weight_map: Mapping[str, str] | None = None, *, index: str | None = None) -> Spoil:
-    """The weights are two shards and an index, of which the second shard is missing."""
+def sharded(weight_map: Any = None, *, index: str | None = None, whole: bool = False) -> Spoil:
+    """The weights are two shards and an index, of which the second shard is missing unless they are `whole`."""
 
     def spoil(scene: Scene) -> None:
         file = scene.model / "model.safetensors"
@@ -225,8 +242,10 @@ def sharded(weight_map: Mapping[str, str] | None = None, *, index: str | None = 
         names = sorted(stored)
         half = dict.fromkeys(names[:8], "model-00001-of-00002.safetensors")
         save_file({name: stored[name] for name in half}, scene.model / "model-00001-of-00002.safetensors")
-        whole = {**half, **dict.fromkeys(names[8:], "model-00002-of-00002.safetensors")}
-        tree = json.dumps({"metadata": {}, "weight_map": whole if weight_map is None else weight_map})
+        other = dict.fromkeys(names[8:], "model-00002-of-00002.safetensors")
+        if whole:
+            save_file({name: stored[name] for name in other}, scene.model / "model-00002-of-00002.safetensors")
+        tree = json.dumps({"metadata": {}, "weight_map": {**half, **other} if weight_map is None else weight_map})
         (scene.model / "model.safetensors.index.json").write_text(tree if index is None else index)
 
     return spoil
@@ -256,6 +275,11 @@ def fill(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], object]
 def model(path: str) -> Spoil:
     """The model's name; FOLDER is the scene's."""
     return setting("model.name", path)
+
+
+def cast(name: str, dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], object]:
+    """A tensor in another dtype."""
+    return lambda stored: stored.update({name: stored[name].to(dtype)})
 
 
 def encoder(scene: Scene) -> None:

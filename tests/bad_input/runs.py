@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ def written(name: str, text: str) -> Callable[[Path], object]:
 
 def lines_of(name: str, line: bytes) -> Callable[[Path], object]:
     return lambda run: (run / name).write_bytes(line + b"\n")
+
+
+def json_field(name: str, field: str, value: Any) -> Callable[[Path], object]:
+    return lambda run: (run / name).write_text(json.dumps(json.loads((run / name).read_text()) | {field: value}))
 
 
 RUNS = [
@@ -161,4 +167,29 @@ RUNS = [
         "Put it back",
         spoil=garbage("final/adapter_config.json"),
     ),
+    *(
+        run_row(
+            f"an adapter whose {name} is {value!r}",
+            command,
+            "run folder",
+            f"final/adapter_config.json is damaged: {name} cannot be {value!r}",
+            spoil=json_field("final/adapter_config.json", name, value),
+        )
+        for command, name, value in [
+            ("eval RUN", "r", "x"),
+            ("generate RUN x", "r", 0),
+            ("export RUN -o FOLDER/out", "lora_alpha", None),
+            ("eval RUN", "target_modules", 5),
+            ("eval RUN", "rank_pattern", [1]),
+        ]
+    ),
+    run_row(
+        "an adapter for other layers",
+        "eval RUN",
+        "run folder",
+        "adapter_config.json",
+        "does not fit the model",
+        spoil=json_field("final/adapter_config.json", "target_modules", ["c_attn"]),
+    ),
+    run_row("half a character", "generate RUN \udcff", "prompt", "'\\udcff' holds half a character", "UTF-8"),
 ]

@@ -76,6 +76,13 @@ SETTINGS = [
     field("evaluation.stride", 64, "64 leaves a window no context", "lower it"),
     row("an empty prompt", "evaluation.prompts[0]", setting("evaluation.prompts", [""]), "it is empty", "Write a word"),
     row(
+        "half a character in a prompt",
+        "evaluation.prompts[1]",
+        setting("evaluation.prompts", ["the river", "a \ud800"]),
+        "'a \\ud800' holds half a character",
+        "UTF-8",
+    ),
+    row(
         "a rate for nothing",
         "training.embedding_learning_rate",
         in_order,

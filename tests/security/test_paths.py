@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from steep.errors import UserError
 from steep.hand_over import export_run
@@ -88,6 +88,30 @@ def test_the_links_of_the_hubs_cache_are_let_pass(base: Path, tmp_path: Path) ->
     assert found is not None and found.is_symlink()
     model, _ = load(str(snapshot), base="fp32", compute_dtype="fp32")
     assert model.config.model_type == "llama"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_base_may_be_made_of_links(sharded: bool, base: Path, tmp_path: Path) -> None:
+    """A store of models; but what is no file of the checkpoint does not come along."""
+    if sharded:
+        tensors = load_file(base / "model.safetensors")
+        (base / "model.safetensors").unlink()
+        save_file(tensors, base / "model-1.safetensors", {"format": "pt"})
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in base.iterdir():
+        (linked / file.name).symlink_to(file)
+    model, _ = load(str(linked), base="fp32", compute_dtype="fp32")
+    assert model.config.model_type == "llama"
+    resolved = resolve(str(linked))
+    found = resolved.file("generation_config.json")
+    assert found is not None and found.is_symlink()
+    (tmp_path / "secret").write_text("secret", encoding="utf-8")
+    (linked / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"README\.md is a link out of its folder"):
+        resolved.file("README.md")
 
 
 @pytest.fixture(scope="module")

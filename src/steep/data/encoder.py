@@ -14,11 +14,13 @@ import tokenizers
 
 from steep.data.long_texts import PART, parts
 from steep.errors import UserError
+from steep.foreign import told_as_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "a"
+_REMEDY = "Give the model a whole tokenizer that reads any text: put its files back, or download them again."
 
 
 class Encoder:
@@ -33,7 +35,8 @@ class Encoder:
         workers: how many threads may call `encode` at once.
 
     Raises:
-        UserError: the tokenizer changes the text's own ids when it adds special tokens.
+        UserError: the tokenizer cannot be used, or changes the text's own ids when it adds special tokens. Also from
+            `encode`: it cannot read a text.
     """
 
     prefix: list[int]
@@ -42,11 +45,13 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._fast = _literal_copy(tokenizer)
+        with told_as_input("tokenizer", "it cannot be used", _REMEDY):
+            self._fast = _literal_copy(tokenizer)
         # A fast tokenizer encodes in its own threads without the interpreter lock: a second batch under way fills the
         # cores while the last documents of the first one finish and its ids become arrays.
         self.workers = 1 if self._fast is None else 2
-        self.prefix, self.eos = self._affixes()
+        with told_as_input("tokenizer", "it cannot be used", _REMEDY):
+            self.prefix, self.eos = self._affixes()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text, without prefix and EOS: one int32 array a text."""
@@ -58,11 +63,12 @@ class Encoder:
         ]
 
     def _encode_together(self, texts: list[str]) -> list[np.ndarray]:
-        if self._fast is not None:
-            encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        rows = self._slow(texts, add_special_tokens=False)
-        return [np.array(ids, dtype=np.int32) for ids in rows]
+        with told_as_input("tokenizer", "it cannot read a text", _REMEDY):
+            if self._fast is not None:
+                encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+                return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+            rows = self._slow(texts, add_special_tokens=False)
+            return [np.array(ids, dtype=np.int32) for ids in rows]
 
     def _ids_of(self, text: str) -> list[int]:
         return self._encode_together([text])[0].tolist()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from steep.errors import UserError, did_you_mean
+from steep.foreign import told_as_input
 from steep.model.adapter_config import read_adapter_config
 from steep.model.adapter_start import (
     ADAPTER,
@@ -32,6 +33,7 @@ from steep.model.names import DEFAULT_RANK, EMBEDDINGS, LINEAR_LAYERS
 from steep.tensor_files import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
+_ANOTHER = "Use the model and adapter settings that it was written with."
 logger = logging.getLogger("steep")
 
 
@@ -185,7 +187,8 @@ def open_adapter(model: Any, folder: Path, *, trained_dtype: str = "fp32", field
     """
     config = read_adapter_config(folder, field)
     config.inference_mode = False
-    peft_model = _wrapped(model, config, trained_dtype)
+    with told_as_input(field, f"the adapter_config.json of {folder} does not fit the model", _ANOTHER):
+        peft_model = _wrapped(model, config, trained_dtype)
     load_adapter_weights(peft_model, folder, field)
     return peft_model
 
@@ -285,7 +288,6 @@ def load_adapter_weights(model: PeftModel, folder: Path, field: str) -> None:
         raise UserError(
             field, f"{folder} holds no adapter (adapter_model.safetensors)", "Give a folder that a run wrote."
         )
-    remedy = "Use the model and adapter settings that it was written with."
     try:
         tensors = load_file(file)
     except SafetensorError as error:
@@ -297,10 +299,10 @@ def load_adapter_weights(model: PeftModel, folder: Path, field: str) -> None:
     # Checked before anything is written: PEFT would load an embedding that this adapter does not train into the base.
     for names, others, what in ((own, tensors, "lacks"), (tensors, own, "has an unknown tensor")):
         if odd := [name for name in names if name not in others]:
-            raise UserError(field, f"{file} {what} {odd[0]}", remedy)
+            raise UserError(field, f"{file} {what} {odd[0]}", _ANOTHER)
     try:
         set_peft_model_state_dict(model, tensors)
         if start:
             set_peft_model_state_dict(model, start, adapter_name=START)
     except RuntimeError as error:
-        raise UserError(field, f"{file} does not fit: {str(error).splitlines()[-1].strip()}", remedy) from error
+        raise UserError(field, f"{file} does not fit: {str(error).splitlines()[-1].strip()}", _ANOTHER) from error

@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from steep.errors import UserError
+from steep.foreign import told_as_input
 from steep.model.attention import attention, attention_refused
-from steep.model.resolve import ResolvedModel
-
-# What the code of a family raises at values that it did not expect.
-ODD_CONFIG = (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+from steep.model.resolve import ODD_CONFIG, ResolvedModel
 
 
 def empty_model(resolved: ResolvedModel, attn_implementation: str = "auto", field: str = "model.name") -> Any:
@@ -23,13 +20,13 @@ def empty_model(resolved: ResolvedModel, attn_implementation: str = "auto", fiel
         UserError: the config describes none, or the attention backend cannot be used.
     """
     choice = attention(attn_implementation, resolved.config)
-    try:
+    with told_as_input(field, f"the config.json of {resolved.name} makes no model", ODD_CONFIG):
+        layers = getattr(resolved.config.get_text_config(), "num_hidden_layers", 1)
+        if layers < 1:
+            raise ValueError(f"num_hidden_layers is {layers}")
         with torch.device("meta"), attention_refused(attn_implementation):
             return AutoModelForCausalLM.from_config(
                 copy.deepcopy(resolved.config),
                 trust_remote_code=resolved.arguments.get("trust_remote_code", False),
                 **choice,
             )
-    except ODD_CONFIG as error:
-        problem = f"the config.json of {resolved.name} makes no model: {type(error).__name__}: {error}"
-        raise UserError(field, problem, "Put its values back as they were, or download it again.") from error

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import is_offline_mode
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils.hub import cached_file
 
-from steep.errors import UserError, did_you_mean
+from steep.errors import UserError, did_you_mean, shown
+from steep.foreign import fault_of_json, reason, told_as_input, told_by
+from steep.model.generation_config import check_generation_config
 from steep.model.gguf import check_readable, converted_folder, correct_special_tokens
+from steep.model.look_up import find
 from steep.model.names import can_only_be_path
 from steep.model.safety import check_safe, refuse_link_outside
 
-# What the libraries raise where a file is missing or damaged, or holds values that they did not expect.
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+ODD_CONFIG = "Put its values back as they were, or download it again."
+CONFIG = ("config.json",)
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "chat_template.json",
+)  # fmt: skip
 _CHAT = {"instruct", "it", "chat", "sft", "dpo", "rlhf"}
 _BASE = {"base", "pt", "pretrained"}
 
@@ -49,23 +55,15 @@ class ResolvedModel:
         return stored if stored is None or isinstance(stored, dict) else stored.to_dict()
 
     def file(self, name: str) -> Path | None:
-        """Where a file of the checkpoint lies, downloaded if need be; None if it has no such file.
+        """Where a file of the checkpoint lies that is copied from there, downloaded if need be; None if it has no such.
 
         Raises:
-            UserError: in a folder, it is a link to somewhere else.
+            UserError: in a folder, it is a link to somewhere else; or see `steep.model.look_up.find`.
         """
-        found = cached_file(
-            self.name,
-            name,
-            revision=self.arguments.get("revision"),
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if found is None:
-            return None
-        if Path(self.name).is_dir():
-            refuse_link_outside(Path(found), Path(self.name), "model.name")
-        return Path(found)
+        found = find(self.name, name, revision=self.arguments.get("revision"))
+        if found is not None and Path(self.name).is_dir():
+            refuse_link_outside(found, Path(self.name), "model.name")
+        return found
 
 
 def resolve(
@@ -100,16 +98,18 @@ def resolve(
             what = "holds an adapter, not a model" if is_adapter else "has no config.json"
             raise UserError(field, f"the folder {name} {what}", remedy)
     config = read_config(name, arguments, field)
-    _check_causal(config, name, field)
     resolved = ResolvedModel(name, arguments, config)
-    method = (resolved.quantization or {}).get("quant_method")
-    if method not in (None, "bitsandbytes"):
-        raise UserError(
-            field,
-            f"its weights are stored quantised by {method}, which cannot be trained over",
-            "Give the 16-bit checkpoint, or one quantised by bitsandbytes.",
-        )
+    with told_as_input(field, f"the config.json of {name} cannot be understood", ODD_CONFIG):
+        _check_causal(config, name, field)
+        method = (resolved.quantization or {}).get("quant_method")
+        if method not in (None, "bitsandbytes"):
+            raise UserError(
+                field,
+                f"its weights are stored quantised by {method}, which cannot be trained over",
+                "Give the 16-bit checkpoint, or one quantised by bitsandbytes.",
+            )
     check_safe(resolved, field)
+    check_generation_config(name, revision, field)
     return resolved
 
 
@@ -117,15 +117,27 @@ def read_tokenizer(model: ResolvedModel, field: str = "model.name") -> Any:
     """The tokenizer that comes with `model`.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or one that cannot be read or used.
     """
     folder = Path(model.name)
     if folder.is_dir() and "gguf_file" not in model.arguments and not _holds_tokenizer(folder):
         remedy = "Put the files of the base model's tokenizer beside it (tokenizer.json, tokenizer_config.json)."
         raise UserError(field, f"the folder {folder} has no tokenizer", remedy)
-    tokenizer = _read(AutoTokenizer, model.name, model.arguments, field)
+    tokenizer = _read_tokenizer(model.name, model.arguments, field)
     if "gguf_file" in model.arguments:
         correct_special_tokens(tokenizer, Path(model.name) / model.arguments["gguf_file"], field)
+    return tokenizer
+
+
+def _read_tokenizer(name: str, arguments: dict[str, Any], field: str) -> Any:
+    with told_by(lambda error: _unreadable(error, name, arguments, field, TOKENIZER)):
+        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+        # Some faults show when it is used.
+        for special in (False, True):
+            tokenizer.decode(tokenizer("a", add_special_tokens=special)["input_ids"])
+        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+            if not isinstance(token, int | None):
+                raise TypeError(f"the number of a special token is {token!r}")
     return tokenizer
 
 
@@ -143,7 +155,7 @@ def read_tokenizer_folder(folder: Path, field: str = "run folder") -> Any:
     if not folder.is_dir():
         raise UserError(field, f"{folder} is not there, and holds the run's tokenizer", "Put it back, or train again.")
     # Without a word on it transformers asks on the terminal whether code that lies there should run.
-    return _read(AutoTokenizer, str(folder), {"trust_remote_code": False}, field)
+    return _read_tokenizer(str(folder), {"trust_remote_code": False}, field)
 
 
 def looks_like_chat(model: ResolvedModel, tokenizer: Any) -> bool:
@@ -164,36 +176,43 @@ def read_config(name: str, arguments: dict[str, Any], field: str) -> PretrainedC
     Raises:
         UserError: it cannot be had.
     """
-    return _read(AutoConfig, name, arguments, field)
+    with told_by(lambda error: _unreadable(error, name, arguments, field, CONFIG)):
+        return AutoConfig.from_pretrained(name, **arguments)
 
 
-def _read(loader: Any, name: str, arguments: dict[str, Any], field: str) -> Any:
-    try:
-        return loader.from_pretrained(name, **arguments)
-    except (*_UNREADABLE, HFValidationError, StrictDataclassError) as error:
-        reason = " ".join(" ".join(str(error).splitlines()[:2]).split()).rstrip(". ") or type(error).__name__
-        if "trust_remote_code" in str(error):
-            remedy = "If you trust that code, set model.trust_remote_code: true."
-            raise UserError(field, f"{name} needs code that comes with the checkpoint", remedy) from error
-        if Path(name).is_dir():
-            raise UserError(
-                field, f"{name} cannot be read: {reason}", "Give a folder with a whole model and its tokenizer."
-            ) from error
-        offline = is_offline_mode()
-        where = "is not in the local cache, and the hub is off (HF_HUB_OFFLINE)" if offline else "could not be had"
-        here = Path.cwd() / Path(name).parent
-        near = [str(Path(name).parent / place.name) for place in here.iterdir()] if here.is_dir() else []
-        remedies = [
-            did_you_mean(name, near),
-            "Unset HF_HUB_OFFLINE to download it." if offline else "Check spelling and network (hf download NAME); a "
-            "gated model needs hf auth login.",
-            "A local folder works too.",
-        ]  # fmt: skip
-        raise UserError(
-            field,
-            f"{name} {where}: {reason}" if not offline else f"{name} {where}",
-            " ".join(remedy for remedy in remedies if remedy),
-        ) from error
+def _unreadable(
+    error: BaseException, name: str, arguments: dict[str, Any], field: str, files: Sequence[str]
+) -> UserError:
+    """What is said where a library could not read `files` of a checkpoint, those that it has."""
+    if "trust_remote_code" in str(error):
+        remedy = "If you trust that code, set model.trust_remote_code: true."
+        return UserError(field, f"{name} needs code that comes with the checkpoint", remedy)
+    if "gguf_file" in arguments:
+        problem = f"{Path(name) / arguments['gguf_file']} cannot be read: {reason(error)}"
+        return UserError(field, problem, "Give a whole .gguf file, or the model's safetensors checkpoint.")
+    if Path(name).is_dir():
+        there = [Path(name) / file for file in files if (Path(name) / file).is_file()]
+        for file in there:
+            if fault := fault_of_json(file):
+                return UserError(field, f"{file} is damaged: {fault}", "Put it back, or download it again.")
+        which = f" ({', '.join(file.name for file in there)})" if there and len(files) > 1 else ""
+        what = f"the tokenizer of {name}{which}" if files is TOKENIZER else f"the config.json of {name}"
+        return UserError(field, f"{what} cannot be read: {reason(error)}", "Put it back, or download it again.")
+    offline = is_offline_mode()
+    where = "is not in the local cache, and the hub is off (HF_HUB_OFFLINE)" if offline else "could not be had"
+    here = Path.cwd() / Path(name).parent
+    near = [str(Path(name).parent / place.name) for place in here.iterdir()] if here.is_dir() else []
+    remedies = [
+        did_you_mean(name, near),
+        "Unset HF_HUB_OFFLINE to download it." if offline else "Check spelling and network (hf download NAME); a "
+        "gated model needs hf auth login.",
+        "A local folder works too.",
+    ]  # fmt: skip
+    return UserError(
+        field,
+        f"{name} {where}: {reason(error)}" if not offline else f"{name} {where}",
+        " ".join(remedy for remedy in remedies if remedy),
+    )
 
 
 def text_config_of(config: PretrainedConfig) -> PretrainedConfig | None:
@@ -207,6 +226,9 @@ def text_config_of(config: PretrainedConfig) -> PretrainedConfig | None:
 
 def _check_causal(config: PretrainedConfig, name: str, field: str) -> None:
     architectures = config.architectures or []
+    if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
+        problem = f"the config.json of {name} has architectures {shown(architectures)}, which is no list of names"
+        raise UserError(field, problem, ODD_CONFIG)
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     text, inner = text_config_of(config), getattr(config, "text_config", None)
     if text is not None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steep.errors import UserError
+from steep.foreign import told_as_input
+from steep.model.look_up import find
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,13 +34,14 @@ def check_safe(model: ResolvedModel, field: str) -> None:
     """
     for config in _all_configs(model.config):
         kernel = getattr(config, "_attn_implementation", None)
-        if kernel and "/" in kernel:
+        if "/" in str(kernel):
             raise UserError(
                 field,
                 f"the config.json of {model.name} asks for the attention kernel {kernel}, which is code from the hub",
                 "Remove attn_implementation from it.",
             )
-    if model.file(_ADAPTER) is not None:
+    revision = model.arguments.get("revision")
+    if find(model.name, _ADAPTER, revision=revision, field=field) is not None:
         raise UserError(
             field,
             f"{model.name} holds an adapter ({_ADAPTER}), which transformers would put on the model without a word",
@@ -53,7 +56,7 @@ def check_safe(model: ResolvedModel, field: str) -> None:
     if folder.is_dir() and not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
         if any((folder / name).is_file() for name in _PICKLED):
             raise _pickled(model, field)
-    elif (index := model.file(INDEX)) is not None:
+    elif (index := find(model.name, INDEX, revision=revision, field=field)) is not None:
         shards_of(index, field)
 
 
@@ -64,7 +67,8 @@ def check_weights_in_safetensors(model: ResolvedModel, field: str = "model.name"
     Raises:
         UserError: its weights are in pickle only.
     """
-    if not Path(model.name).is_dir() and model.file(INDEX) is None and model.file(SINGLE) is None:
+    revision = model.arguments.get("revision")
+    if all(find(model.name, name, revision=revision, field=field) is None for name in (INDEX, SINGLE)):
         raise _pickled(model, field)
 
 
@@ -74,11 +78,14 @@ def shards_of(index: Path, field: str) -> list[str]:
     Raises:
         UserError: it cannot be read, or names what is no plain file name.
     """
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    with told_as_input(field, f"{index} is damaged", "Download it again."):
+        tree = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(tree["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name or name == ".."]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(field, f"{index} is damaged: {error!r}", "Download it again.") from error
+        if not names:
+            raise ValueError("its weight_map is empty")
+        if not isinstance(tree.get("metadata"), dict):
+            raise ValueError("it has no metadata, which transformers asks for; {} is enough")
     if outside:
         raise UserError(
             field, f"{index} names a shard outside of its folder, {outside[0]!r}", "Give a checkpoint that you trust."
@@ -89,14 +96,17 @@ def shards_of(index: Path, field: str) -> list[str]:
 def refuse_link_outside(file: Path, folder: Path, field: str) -> None:
     """Check that a file of a local checkpoint lies in it: what is copied into an export must not come from elsewhere.
 
-    The hub's cache is made of links from ``snapshots/COMMIT`` into ``blobs`` beside it, and is let pass.
+    A whole checkpoint may be made of links into another folder, where both its config.json and its weights lie: so is
+    the hub's cache, from ``snapshots/COMMIT`` into ``blobs``.
 
     Raises:
         UserError: it is a link to somewhere else.
     """
-    place, target = folder.resolve(), file.resolve()
-    cache = place.parent.parent if place.parent.name == "snapshots" else place
-    if not (target.is_relative_to(place) or target.is_relative_to(cache / "blobs")):
+    homes = {folder.resolve()}
+    elsewhere = (folder / "config.json").resolve().parent
+    if any((folder / name).is_file() and (folder / name).resolve().parent == elsewhere for name in (INDEX, SINGLE)):
+        homes.add(elsewhere)
+    if (target := file.resolve()).parent not in homes:
         raise UserError(field, f"{file} is a link out of its folder, to {target}", "Put the file itself there.")
 
 

@@ -21,6 +21,7 @@ from steep.model.resolve import ResolvedModel
 from steep.model.weight_files import weight_files
 
 _REMEDY = "Download it again, or give another checkpoint."
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def check_stored(resolved: ResolvedModel, empty: Any, field: str = "model.name", *, download: bool = True) -> list[str]:
@@ -36,18 +37,20 @@ def check_stored(resolved: ResolvedModel, empty: Any, field: str = "model.name",
         What the user should know, in plain words.
 
     Raises:
-        UserError: a file is missing or damaged, a tensor is missing or has another shape.
+        UserError: a file is missing or damaged, a tensor is missing, has another shape, or is in 8 bits or integers.
     """
     if "gguf_file" in resolved.arguments:  # converted first
         return []
     files = weight_files(resolved.name, revision=resolved.arguments.get("revision"), field=field, download=download)
-    stored = {
-        name: torch.empty(shape, dtype=torch.float32, device="meta")
-        for file in files
-        for name, shape in _shapes(file, field).items()
-    }
+    stored, kinds = {}, {}
+    for file in files:
+        for name, (kind, shape) in _headers(file, field).items():
+            stored[name], kinds[name] = torch.empty(shape, dtype=torch.float32, device="meta"), kind
     if not stored or resolved.quantization is not None:
         return []
+    if odd := [name for name, kind in kinds.items() if name.endswith(".weight") and kind not in _FLOATS]:
+        problem = f"{resolved.name} holds {odd[0]}{_and_more(odd)} as {kinds[odd[0]]}, and its config.json names no "
+        raise UserError(field, f"{problem}quantisation", "Give the checkpoint in 16 or 32 bits.")
     with _without_reports():
         _, found = type(empty).from_pretrained(
             None,
@@ -91,14 +94,18 @@ def check_finite(resolved: ResolvedModel, field: str = "model.name") -> None:
 def _is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
+    if tensor.element_size() == 1:  # torch has no aminmax for 8 bits
+        tensor = tensor.float()
     return all(
         bool(torch.isfinite(end)) for end in torch.aminmax(tensor)
     )  # NaN if one is; 20 times as fast as isfinite
 
 
-def _shapes(file: Path, field: str) -> dict[str, tuple[int, ...]]:
+def _headers(file: Path, field: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name → dtype, as safetensors names it, and shape."""
     with _opened(file, field) as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        return {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
 
 
 def _opened(file: Path, field: str) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import is_offline_mode
-from transformers.utils.hub import cached_file
 
 from steep.errors import UserError
+from steep.model.look_up import find
 from steep.model.safety import INDEX, SINGLE, shards_of
 
 _REMEDY = "Give a folder with a whole checkpoint in safetensors (save_pretrained writes one)."
@@ -23,13 +24,15 @@ def weight_files(
         download: whether those of a hub model may be downloaded. If not, and some are not in the cache: [].
 
     Raises:
-        UserError: there are none, the index cannot be read, or a shard that it names is missing.
+        UserError: there are none, the index cannot be read, a shard that it names is missing, or the hub cannot be
+            asked.
     """
-    if (single := _find(name, SINGLE, revision, download)) is not None:
+    at = partial(find, name, revision=revision, field=field, download=download)
+    if (single := at(SINGLE)) is not None:
         return [single]
     on_hub = not Path(name).is_dir()
-    if (index := _find(name, INDEX, revision, download)) is not None:
-        shards = {shard: _find(name, shard, revision, download) for shard in shards_of(index, field)}
+    if (index := at(INDEX)) is not None:
+        shards = {shard: at(shard) for shard in shards_of(index, field)}
         missing = [shard for shard, file in shards.items() if file is None]
         if missing and not (on_hub and not download):
             raise UserError(field, f"{name} has no {missing[0]}, which its index names", _REMEDY)
@@ -40,15 +43,3 @@ def weight_files(
         problem = f"the weights of {name} are not in the local cache, and the hub is off (HF_HUB_OFFLINE)"
         raise UserError(field, problem, "Unset HF_HUB_OFFLINE to download them.")
     raise UserError(field, f"{name} has no weights ({SINGLE})", _REMEDY)
-
-
-def _find(name: str, file: str, revision: str | None, download: bool) -> Path | None:
-    found = cached_file(
-        name,
-        file,
-        revision=revision,
-        local_files_only=not download,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else Path(found)

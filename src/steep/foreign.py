@@ -1,0 +1,60 @@
+"""What others wrote, read by the library that knows its format: whatever that raises there is a fault of the input.
+
+tokenizers raises plain `Exception`, and where it panics something that is no `Exception` at all; transformers and PEFT
+raise whatever their code meets in a field that holds another type than it expected.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from steep.errors import RunError, UserError, shown
+
+
+@contextmanager
+def told_by(explain: Callable[[BaseException], UserError]) -> Iterator[None]:
+    """Within, what a library raises is an error of the input; `--debug` shows where it came from.
+
+    Raises:
+        UserError: what `explain` makes of the library's error, unless that says that memory ran out.
+    """
+    try:
+        yield
+    except (UserError, RunError, MemoryError):
+        raise
+    except BaseException as error:
+        if not (isinstance(error, Exception) or _is_panic(error)):
+            raise
+        raise explain(error) from error
+
+
+def told_as_input(field: str, what: str, remedy: str) -> AbstractContextManager[None]:
+    """The same with one sentence: `what`, such as ``x cannot be read``, and behind it the library's reason."""
+    return told_by(lambda error: UserError(field, f"{what}: {reason(error)}", remedy))
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line that is not too long; its type where it says nothing but a name."""
+    text = " ".join(" ".join(str(error).strip().splitlines()[:2]).split()).rstrip(". ")
+    if isinstance(error, RecursionError):
+        text = "it is nested too deeply"
+    elif isinstance(error, KeyError) or not text:
+        text = f"{type(error).__name__}: {text}".rstrip(": ")
+    return text if len(text) <= 400 else f"{text[:400]} ..."
+
+
+def fault_of_json(file: Path) -> str | None:
+    """Why `file` is not the JSON object that it has to be, if it is not."""
+    try:
+        tree = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        return f"it is no JSON: {reason(error)}"
+    return None if isinstance(tree, dict) else f"it holds no JSON object, but {shown(tree)}"
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust gave up; the class cannot be imported."""
+    return type(error).__name__ == "PanicException"

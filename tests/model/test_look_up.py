@@ -1,0 +1,86 @@
+"""A hub that does not answer is told as one: never as a model without weights, and never passed over."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from steep.errors import UserError
+from steep.model.look_up import find
+from steep.model.resolve import read_tokenizer, resolve
+from steep.model.safety import check_weights_in_safetensors
+from steep.model.weight_files import weight_files
+
+COMMIT = "0" * 40
+LOST = r"the hub \(http://127\.0\.0\.1:9\) cannot be reached to look for .*HF_HUB_OFFLINE=1 .*local folder"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the hub, which is on, and whose network is lost: nothing listens at that port."""
+    folder = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # it tries five times more
+    return folder
+
+
+@pytest.fixture
+def snapshot(cache: Path, llama_folder: Path) -> Path:
+    """A model that was downloaded before, and of which the cache does not know what else the hub has."""
+    repository = cache / "models--a--b"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT, encoding="utf-8")
+    return Path(shutil.copytree(llama_folder, repository / "snapshots" / COMMIT))
+
+
+def test_a_lost_network(cache: Path) -> None:
+    for ask in (
+        lambda: find("a/b", "config.json"),
+        lambda: weight_files("a/b"),
+        lambda: resolve("a/b"),
+    ):
+        with pytest.raises(UserError, match=r"127\.0\.0\.1:9") as raised:
+            ask()
+        assert "has no weights" not in str(raised.value) and "local folder" in str(raised.value)
+    with pytest.raises(UserError, match=LOST):
+        weight_files("a/b")
+
+
+def test_what_is_not_in_the_cache_is_not_taken_for_missing(snapshot: Path) -> None:
+    assert find("a/b", "config.json") == snapshot / "config.json"
+    with pytest.raises(UserError, match=LOST.replace("look for .*", r"look for adapter_config\.json of a/b.*")):
+        resolve("a/b")
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=LOST):
+        weight_files("a/b")
+
+
+def test_what_the_hub_once_said_no_to_is_kept(snapshot: Path) -> None:
+    known = snapshot.parents[1] / ".no_exist" / COMMIT
+    known.mkdir(parents=True)
+    for name in ("adapter_config.json", "model.safetensors.index.json"):
+        (known / name).touch()
+    resolved = resolve("a/b")
+    check_weights_in_safetensors(resolved)
+    assert weight_files("a/b") == [snapshot / "model.safetensors"]
+    assert len(read_tokenizer(resolved)) == 384
+
+
+def test_with_the_hub_off_the_cache_is_all_there_is(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert weight_files("a/b") == [snapshot / "model.safetensors"]
+    check_weights_in_safetensors(resolve("a/b"))
+
+
+def test_nothing_is_asked_where_nothing_may_be_downloaded(snapshot: Path) -> None:
+    assert find("a/b", "README.md", download=False) is None
+    (snapshot / "model.safetensors").unlink()
+    assert weight_files("a/b", download=False) == []
