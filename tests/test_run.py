@@ -79,6 +79,22 @@ def test_a_run_folder_has_all_its_files(finished: Path) -> None:
     assert not suffixes & {".bin", ".pt", ".pth", ".pkl"}
 
 
+def test_the_plan_knows_the_size_of_checkpoints(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    training = {"optim": "adamw_torch", "max_steps": 2, "save_steps": 1, "save_total_limit": 9}
+    config = run_file(llama_folder, korean_corpus, tmp_path / "run", training=training)
+    train_run(config)
+    names = ("adapter_model.safetensors", "optimizer.safetensors")
+    size = sum((tmp_path / "run" / "checkpoint-2" / name).stat().st_size for name in names)
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
+    planned = plan["host_bytes"]["copy of a checkpoint"]
+    assert 0.95 * size < planned < size  # less than it by the headers of the files
+    assert plan["disk_bytes"]["checkpoints"] == 3 * planned  # two, and one that is being written
+    going_back = run_file(
+        llama_folder, korean_corpus, tmp_path / "other", training={**training, "spike_action": "rollback"}
+    )
+    assert plan_run(going_back).disk["checkpoints"] == 4 * planned  # the start is one too
+
+
 def test_the_samples_show_the_trained_model_too(finished: Path) -> None:
     assert {row["step"] for row in lines(finished / "samples.jsonl")} == {0, 6}
 

@@ -60,7 +60,7 @@ class Plan:
         rows, steps, tokens, targets: rows an epoch, optimizer steps, tokens and targets an epoch.
         vocabulary: the grown tokenizer, where there are new tokens; `tokenizer` is then the same.
         new_tokens: its figures.
-        memory: bytes by item. disk: bytes by item.
+        memory, host, disk: bytes by item, on the card (the host without one), on the host beside it, and on the disk.
         warnings: what a user should know before the run.
     """
 
@@ -74,6 +74,7 @@ class Plan:
     compute: str
     steps: int
     memory: dict[str, int]
+    host: dict[str, int]
     disk: dict[str, int]
     branch: Branch | None = None
     schedule: Schedule | None = None
@@ -117,6 +118,7 @@ class Plan:
             "lr_scheduler_type": training.lr_scheduler_type,
             "schedule": self.schedule.describe() if self.schedule else None,
             "memory_bytes": {**self.memory, "total": sum(self.memory.values())},
+            "host_bytes": self.host,
             "disk_bytes": {**self.disk, "total": sum(self.disk.values())},
             "warnings": self.warnings,
         }
@@ -255,12 +257,27 @@ def _work_out(
     twice = 2 if is_tied(empty) else 1  # PEFT's format holds a tied table under both of its names
     result = twice * memory["trained embeddings"] + memory["adapters"]
     interval = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
-    written = math.ceil(steps / max(interval, 1))
+    written = math.ceil(steps / max(interval, 1)) + (arguments.spike_action == "rollback")  # which saves the start too
     kept = min(written, training.save_total_limit or written) + 1  # one more while the next is written
     kept += arguments.metric_for_best_model is not None
-    disk = {"checkpoints": kept * (result + memory["optimizer states"]), "final": result}
+    checkpoint = result + memory["optimizer states"]
+    host = {"copy of a checkpoint": checkpoint}  # which is written while training goes on
+    disk = {"checkpoints": kept * checkpoint, "final": result}
     plan = Plan(
-        config, resolved, tokenizer, arguments, corpus, shape, base, compute, steps, memory, disk, branch, schedule
+        config,
+        resolved,
+        tokenizer,
+        arguments,
+        corpus,
+        shape,
+        base,
+        compute,
+        steps,
+        memory,
+        host,
+        disk,
+        branch,
+        schedule,
     )
     plan.warnings = [*stored, *_warnings(plan), *corpus.warnings]
     if vocabulary is not None:

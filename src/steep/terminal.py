@@ -192,7 +192,7 @@ def _cell(text: str) -> Text:
 
 
 def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
-    """`plan.json` for the eye: the run, its text, memory and disk by item."""
+    """`plan.json` for the eye: the run, its text, memory, host memory and disk by item."""
     run = Table(title="plan", show_header=False)
     parameters, data = plan["parameters"], plan["data"]
     for name, value in {
@@ -219,7 +219,7 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     tables = [run, text]
     if plan["new_tokens"]:
         tables.append(_new_tokens_table(plan["new_tokens"]))
-    for kind in ("memory", "disk"):
+    for kind in ("memory", "host", "disk"):
         table = Table(kind, "estimate")
         for name, count in plan[f"{kind}_bytes"].items():
             if count:
