@@ -18,6 +18,7 @@ from steep.training.trainer import Trainer
 from tests.training.helpers import AtStep, adapted, trained_weights, trainer_for
 
 STEP_FIELDS = ("loss", "grad_norm", "learning_rate", "embedding_learning_rate", "tokens", "epoch")
+OF_THE_PROCESS = {"tokens_per_second", "peak_memory_bytes", "save_seconds"}
 
 
 def differences(left: Any, right: Any, where: str = "") -> list[str]:
@@ -156,6 +157,51 @@ def test_every_kind_of_optimizer_resumes(
     assert not any(torch.equal(weight, start[name]) for name, weight in trained_weights(whole.model).items())
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("by_epoch", "further"),
+    [
+        (("logging", "eval"), {}),
+        (("logging",), {"eval_strategy": "steps", "eval_steps": 2}),
+        (("eval",), {"logging_steps": 2}),
+        (("eval",), {"logging_steps": 2, "save_strategy": "epoch"}),
+        (("logging", "eval"), {"max_steps": 10}),  # the last epoch is left in its midst
+    ],
+)
+def test_every_checkpoint_knows_what_was_logged_and_scored_at_its_step(
+    by_epoch: tuple[str, ...], further: dict[str, Any], corpus: Corpus, tmp_path: Path
+) -> None:
+    """Also one of an epoch's last step, where something is due with the step and something with the epoch's end."""
+    whole_folder = tmp_path / "whole"
+
+    def trainer(folder: Path) -> Trainer:
+        settings: dict[str, Any] = {"per_device_train_batch_size": 5, "max_steps": -1, "num_train_epochs": 2}
+        settings |= {"save_strategy": "steps", "save_steps": 1}
+        settings |= {f"{what}_strategy": "epoch" for what in by_epoch}
+        return trainer_for(adapted(lora_dropout=0.1), corpus, folder, **settings | further, eval_max_tokens=200)
+
+    def lines(trainer: Trainer) -> list[dict[str, Any]]:
+        return [
+            {key: value for key, value in row.items() if key not in OF_THE_PROCESS}
+            for row in trainer.state.log_history
+            if "train_loss" not in row
+        ]
+
+    whole = trainer(whole_folder)
+    whole.train()
+    per_epoch = -(-len(corpus.train) // 5)
+    last = whole.state.global_step
+    for what in by_epoch:
+        key = {"logging": "loss", "eval": "eval_loss"}[what]
+        assert {row["step"] for row in lines(whole) if key in row} == {per_epoch, last}
+    for step in (per_epoch - 1, per_epoch, per_epoch + 1, last):
+        checkpoint = whole_folder / f"checkpoint-{step}"
+        if further.get("save_strategy") == "epoch" and not checkpoint.is_dir():
+            continue
+        resumed = trainer(tmp_path / f"resumed-{step}")
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert lines(resumed) == lines(whole), step
 
 
 def test_checkpoints_hold_no_pickle(corpus: Corpus, tmp_path: Path) -> None:

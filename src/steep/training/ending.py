@@ -44,6 +44,12 @@ class Ending(ExactCheckpoints):
             raise self.ending
         return output
 
+    @property
+    def epoch_end_follows(self) -> bool:
+        """Whether transformers asks for log, evaluation and checkpoint of a step, and will once more at the epoch's end
+        before another step. All is done then, in one go, so that the checkpoint holds what was logged and scored."""
+        return not self._epoch_ended and (self.state.epoch % 1 == 0 or self.state.global_step >= self.state.max_steps)
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
         step = self.state.global_step
@@ -52,8 +58,7 @@ class Ending(ExactCheckpoints):
         if self.ending is None:
             return
         self.control.should_training_stop = True
-        # With the last step of an epoch transformers comes here again, for what is done at its end; that goes first.
-        if self._saved_at != step and (self._epoch_ended or self.state.epoch % 1):
+        if self._saved_at != step:
             self._save_checkpoint(self.model_wrapped, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
@@ -72,5 +77,6 @@ class _Observer(CheckpointCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._epoch_ended = True
-        if self._trainer.ending is not None and state.epoch % 1:  # the epoch is left, and does not end here
+        is_left = state.epoch % 1 and state.global_step < state.max_steps
+        if self._trainer.ending is not None and is_left:  # the epoch is left, and does not end here
             control.should_log = control.should_evaluate = control.should_save = False

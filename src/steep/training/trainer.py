@@ -415,6 +415,8 @@ class Trainer(Rollback):
         super().log({k: v for k, v in logs.items() if not (isinstance(v, float) and not math.isfinite(v))}, start_time)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.epoch_end_follows:
+            return
         pauses = self.control.should_evaluate or self.control.should_save
         if self.control.should_evaluate:
             logger.info("scoring held-out text at step %d", self.state.global_step)
