@@ -12,7 +12,17 @@ import pytest
 
 from steep.errors import UserError
 from steep.manifest import Damaged, write_manifest
-from steep.training.checkpoint import STATES, checkpoints, choose, given, inspect, newest_valid
+from steep.training.checkpoint import (
+    FORMAT,
+    FORMAT_FILE,
+    STATES,
+    checkpoints,
+    choose,
+    format_text,
+    given,
+    inspect,
+    newest_valid,
+)
 from steep.training.retention import Retention
 
 NAMES = [
@@ -29,6 +39,7 @@ def write(run_dir: Path, step: int, name: str | None = None) -> Path:
     for file in NAMES:
         (folder / file).write_text(f"{file} of {step}")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (folder / FORMAT_FILE).write_text(format_text())
     write_manifest(folder)
     return folder
 
@@ -137,6 +148,41 @@ def test_a_path_that_was_given_is_verified_too(tmp_path: Path) -> None:
     damage(folder)
     with pytest.raises(UserError, match=r"^resume_from_checkpoint: .*a-copy is no whole checkpoint: optimizer"):
         given(folder, "resume_from_checkpoint")
+
+
+OTHERS: list[tuple[str | None, str]] = [
+    (None, r"was written by an older steep \(format 0\), and this is steep 0\.\d.*, which reads format \d+\. Go on"),
+    ('{"format": 99, "steep": "9.0.1"}', r"was written by steep 9\.0\.1 \(format 99\), and this is steep 0"),
+]
+
+
+def written_by_another(folder: Path, text: str | None) -> None:
+    """Make a checkpoint one of another version's, which is as whole."""
+    (folder / FORMAT_FILE).unlink()
+    if text is not None:
+        (folder / FORMAT_FILE).write_text(text)
+    write_manifest(folder)
+
+
+@pytest.mark.parametrize(("text", "problem"), OTHERS)
+def test_another_format_is_refused_and_not_passed_over(text: str | None, problem: str, tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    folder = write(tmp_path, 20)
+    assert inspect(folder).format == FORMAT
+    written_by_another(folder, text)
+    with pytest.raises(UserError, match=rf"^--resume: .*checkpoint-20 {problem}"):
+        choose(tmp_path)
+    with pytest.raises(UserError, match=rf"^--branch: .*checkpoint-20 {problem}"):
+        given(folder, "--branch")
+    assert newest_valid(tmp_path, up_to=10).checkpoint is not None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": "x", "steep": "1"}', '{"format": 1}'])
+def test_a_format_that_says_nothing_is_damage(text: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, 10)
+    written_by_another(folder, text)
+    with pytest.raises(Damaged, match=r"format\.json names no format"):
+        inspect(folder)
 
 
 # --- retention -------------------------------------------------------------------------------------------------

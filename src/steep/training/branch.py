@@ -12,7 +12,7 @@ from typing import Any
 from steep.errors import UserError
 from steep.manifest import Damaged, read_manifest
 from steep.model.resolve import read_tokenizer_folder
-from steep.training.checkpoint import Checkpoint, given, inspect
+from steep.training.checkpoint import Checkpoint, given, inspect, refuse_other_format
 from steep.training.state_files import load_state
 
 
@@ -42,7 +42,7 @@ class Branch:
         return "/".join(Path(self.checkpoint).parts[-2:])
 
     def verify(self, field: str = "--resume") -> Checkpoint:
-        """Check that the checkpoint is still there, and the same.
+        """Check that the checkpoint is still there, and the same, and in a format that this version reads.
 
         Raises:
             UserError: it is not.
@@ -55,6 +55,7 @@ class Branch:
             raise UserError(field, f"{place}, which this branch began from, {what}", remedy) from damage
         if checkpoint.digest != self.digest:
             raise UserError(field, f"{place}, which this branch began from, has changed", remedy)
+        refuse_other_format(checkpoint, field)
         return checkpoint
 
     def tokenizer(self) -> Any:

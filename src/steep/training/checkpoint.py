@@ -7,6 +7,7 @@ import logging
 import random
 import re
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from steep.training.state_files import from_bytes, to_bytes
 logger = logging.getLogger("steep")
 
 STATES = ("optimizer", "schedule", "random", "observations")
+FORMAT = 1  # another number as soon as a resumed run reads what checkpoints so far lack, or reads it otherwise
+FORMAT_FILE = "format.json"
 _NEEDED = (
     "trainer_state.json",
     "training_args.json",
@@ -36,6 +39,8 @@ class Checkpoint:
     Attributes:
         step: optimizer steps done.
         digest: SHA-256 of its manifest, and through it of every file.
+        format: as `FORMAT` was; 0 from before there were numbers.
+        written_by: the version of steep that wrote it, if it says so.
         files: the files that belong to it; nothing else in the folder may be read.
         extra: names of those that do not.
     """
@@ -43,6 +48,8 @@ class Checkpoint:
     path: Path
     step: int
     digest: str
+    format: int
+    written_by: str | None
     files: frozenset[str]
     extra: tuple[str, ...]
 
@@ -54,12 +61,21 @@ class Choice:
     checkpoint: Checkpoint | None
     passed_over: tuple[tuple[Path, str], ...]
 
+    def say_passed_over(self) -> None:
+        for path, reason in self.passed_over:
+            logger.warning("%s is passed over: %s. It is left as it is", path, reason)
+
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """What bears the name of a checkpoint in a run folder, whole or not, oldest step first."""
     if not run_dir.is_dir():
         return []
     return sorted((path for path in run_dir.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def format_text() -> str:
+    """What a checkpoint's `format.json` says: the format, and the version of steep."""
+    return json.dumps({"format": FORMAT, "steep": version("steep")}) + "\n"
 
 
 def step_of(path: Path) -> int:
@@ -84,23 +100,55 @@ def inspect(path: Path) -> Checkpoint:
         raise Damaged("trainer_state.json names no step") from error
     if _NAME.fullmatch(path.name) and step != step_of(path):
         raise Damaged(f"it holds step {step}")
-    return Checkpoint(path, step, manifest.digest, frozenset(manifest.files), tuple(extra))
+    number, written_by = _format_of(path) if FORMAT_FILE in manifest.files else (0, None)
+    return Checkpoint(path, step, manifest.digest, number, written_by, frozenset(manifest.files), tuple(extra))
 
 
-def newest_valid(run_dir: Path, *, up_to: int | None = None) -> Choice:
+def _format_of(path: Path) -> tuple[int, str]:
+    try:
+        tree = json.loads((path / FORMAT_FILE).read_text(encoding="utf-8"))
+        return int(tree["format"]), str(tree["steep"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{FORMAT_FILE} names no format") from error
+
+
+def refuse_other_format(checkpoint: Checkpoint, field: str) -> None:
+    """Check that a checkpoint holds what this version reads.
+
+    Raises:
+        UserError: another version wrote it, in another format.
+    """
+    if checkpoint.format == FORMAT:
+        return
+    writer = f"steep {checkpoint.written_by}" if checkpoint.written_by else "an older steep"
+    raise UserError(
+        field,
+        f"{checkpoint.path} was written by {writer} (format {checkpoint.format}), and this is steep "
+        f"{version('steep')}, which reads format {FORMAT}",
+        "Go on with the version that wrote it, or begin a new run with this one.",
+    )
+
+
+def newest_valid(run_dir: Path, *, up_to: int | None = None, field: str = "--resume") -> Choice:
     """The checkpoint that a run goes on from.
 
     Args:
         up_to: look at no later step.
+
+    Raises:
+        UserError: another version of steep wrote it, in another format.
     """
     passed_over: list[tuple[Path, str]] = []
     for path in reversed(checkpoints(run_dir)):
         if up_to is not None and step_of(path) > up_to:
             continue
         try:
-            return Choice(inspect(path), tuple(passed_over))
+            checkpoint = inspect(path)
         except Damaged as damage:
             passed_over.append((path, str(damage)))
+            continue
+        refuse_other_format(checkpoint, field)
+        return Choice(checkpoint, tuple(passed_over))
     return Choice(None, tuple(passed_over))
 
 
@@ -109,7 +157,7 @@ def choose(run_dir: Path, field: str = "--resume") -> Checkpoint | None:
     first of several processes chooses for all.
 
     Raises:
-        UserError: there are checkpoints, and none is whole.
+        UserError: there are checkpoints, and none is whole; another version wrote the newest one.
     """
     found = ranks.from_main(lambda: _as_json(_choose(run_dir, field)))
     return None if found is None else _from_json(found)
@@ -127,7 +175,7 @@ def _from_json(fields: dict[str, Any]) -> Checkpoint:
 
 
 def _choose(run_dir: Path, field: str) -> Checkpoint | None:
-    choice = newest_valid(run_dir)
+    choice = newest_valid(run_dir, field=field)
     if choice.checkpoint is None:
         if choice.passed_over:
             reasons = "; ".join(f"{path.name}: {reason}" for path, reason in choice.passed_over)
@@ -137,8 +185,7 @@ def _choose(run_dir: Path, field: str) -> Checkpoint | None:
                 "Put one back from a copy, or delete them: the run then begins at its start.",
             )
         return None
-    for path, reason in choice.passed_over:
-        logger.warning("%s is passed over: %s. It is left as it is", path, reason)
+    choice.say_passed_over()
     _name_extra(choice.checkpoint)
     return choice.checkpoint
 
@@ -147,12 +194,13 @@ def given(path: str | Path, field: str) -> Checkpoint:
     """The checkpoint at a path that somebody gave.
 
     Raises:
-        UserError: it is not whole.
+        UserError: it is not whole, or another version wrote it.
     """
     try:
         checkpoint = inspect(Path(path))
     except Damaged as damage:
         raise UserError(field, f"{path} is no whole checkpoint: {damage}", "Give another checkpoint.") from damage
+    refuse_other_format(checkpoint, field)
     _name_extra(checkpoint)
     return checkpoint
 

@@ -32,7 +32,14 @@ from steep.model.adapters import (
 )
 from steep.storage import discard, naming, publish, stage
 from steep.tensor_files import system_errors
-from steep.training.checkpoint import given, own_rng_state, rng_states, set_rng_state
+from steep.training.checkpoint import (
+    FORMAT_FILE,
+    format_text,
+    given,
+    own_rng_state,
+    rng_states,
+    set_rng_state,
+)
 from steep.training.checkpoint_writer import CheckpointCallback, CheckpointWriter
 from steep.training.retention import Retention
 from steep.training.snapshot import HostMemory, Snapshot
@@ -49,7 +56,8 @@ class ExactCheckpoints(transformers.Trainer):
 
     A checkpoint holds the adapter (PEFT's own files), the tokenizer, ``training_args.json``, ``trainer_state.json``,
     as pairs of ``.safetensors`` and ``.json``: ``optimizer``, ``schedule``, ``random``, ``scaler`` (fp16),
-    ``observations``; and ``manifest.json``, by which it is verified before anything of it is read.
+    ``observations``; ``format.json``, by which another version knows it; and ``manifest.json``, by which it is verified
+    before anything of it is read.
 
     Attributes:
         seconds_saving: how long training has waited for checkpoints so far.
@@ -139,6 +147,7 @@ class ExactCheckpoints(transformers.Trainer):
     def _snapshot(self, staging: Path, random: Any) -> Snapshot:
         """The files of a checkpoint as the run is now; a model without adapters is written to `staging` at once."""
         snapshot = Snapshot()
+        snapshot.add_text(FORMAT_FILE, format_text())
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel):
             for name, content in self._files_that_stay().items():
