@@ -29,7 +29,7 @@ from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.terminal import Terminal
 from steep.training.trainer import Trainer
-from tests.tiny import save_tiny
+from tests.tiny import documents, save_tiny
 
 
 def run_file(model: Path, corpus: Path, folder: Path, /, **sections: dict[str, Any]) -> RunConfig:
@@ -61,6 +61,22 @@ def lines(file: Path) -> list[dict[str, Any]]:
 def finished(llama_folder: Path, korean_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "ko"
     train_run(run_file(llama_folder, korean_corpus, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_domains(korean_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    other = tmp_path_factory.mktemp("other") / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents("en", 330)[300:]))
+    return {"sources": [{"path": str(korean_corpus)}, {"path": str(other), "role": "heldout"}]}
+
+
+@pytest.fixture(scope="module")
+def finished_of_two(
+    two_domains: dict[str, Any], llama_folder: Path, korean_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "ko"
+    train_run(run_file(llama_folder, korean_corpus, folder, data=two_domains))
     return folder
 
 
@@ -188,6 +204,27 @@ def test_resumed_from_half_way(finished: Path, llama_folder: Path, korean_corpus
         )
     evaluated = lines(folder / "evaluation.jsonl")
     assert [row["step"] for row in evaluated] == [row["step"] for row in lines(finished / "evaluation.jsonl")]
+
+
+@pytest.mark.parametrize("name", ["evaluation.jsonl", "samples.jsonl"])
+def test_what_was_measured_in_part_at_the_end_is_measured_anew(
+    name: str,
+    two_domains: dict[str, Any],
+    finished_of_two: Path,
+    llama_folder: Path,
+    korean_corpus: Path,
+    tmp_path: Path,
+) -> None:
+    """As a process leaves it that is killed while it writes: of two lines one and the half of the other."""
+    folder = shutil.copytree(finished_of_two, tmp_path / "ko")
+    shutil.rmtree(folder / "final")
+    text = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
+    first, whole = [line for line in text if json.loads(line)["step"] < 6], lines(folder / name)
+    assert len(whole) == 2 * len(first) == 4
+    (folder / name).write_text("".join(text[:3]) + text[3][:20], encoding="utf-8")
+    train_run(run_file(llama_folder, korean_corpus, folder, data=two_domains), resume=True)
+    assert lines(folder / name) == whole
+    assert (folder / "final").is_dir()
 
 
 def test_resuming_a_finished_run_changes_nothing(
@@ -397,7 +434,7 @@ def test_a_resume_over_another_base_is_refused_before_it_trains(
     save_tiny("llama", base, seed=5)
     with pytest.raises(RunError, match="this is not the base model that the run began with"):
         train_run(config, resume=True)
-    assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_start_that_was_killed_goes_on(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
@@ -526,3 +563,16 @@ def test_a_run_is_evaluated_from_any_folder(
     monkeypatch.chdir(tmp_path / "elsewhere")
     base, trained = evaluate_run(tmp_path / "run")
     assert trained[0].loss < base[0].loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "speed", "said"),
+    [(1.5, 10.0, "loss 1.5000"), (None, 10.0, "loss not finite"), (None, 0.0, "passed over")],
+)
+def test_what_is_said_of_a_step_without_a_loss(
+    loss: float | None, speed: float, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    row = {"step": 1, "loss": loss, "learning_rate": 1e-3, "embedding_learning_rate": None, "peak_memory_bytes": 1}
+    with Terminal().training(1, 0) as show:
+        show({**row, "tokens_per_second": speed})
+    assert f"step 1/1 · {said} · " in capfd.readouterr().err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -167,12 +167,13 @@ def _train(
         with published(folder.tokenizer) as staging:
             shutil.copytree(plan.vocabulary.folder, staging, dirs_exist_ok=True)
     done = found.step if found else plan.first_step
-    record_changes(folder, changes, done)
+    record_changes(folder, changes, config, done)
     folder.write_text("run.yaml", config.to_yaml())
     folder.write_json("plan.json", plan.as_dict())
     folder.write_json("environment.json", environment())
     if resume:
-        folder.rewind(done if found else -1)  # nothing is trained yet: the base is measured anew, as things are now
+        if not found:
+            folder.rewind(-1)  # nothing is trained yet: the base is measured anew, as things are now
         for change in changes:
             terminal.say(f"from step {done + 1} on {change}")
         if done == plan.last_step:
@@ -264,7 +265,7 @@ class _Recorder(CheckpointCallback):
         self._trainer, self._folder, self._plan, self._show = trainer, folder, plan, show
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._folder.rewind(state.global_step)  # it begins once more each time that it goes back for a spike
+        self._folder.rewind(state.global_step)  # also each time that it begins once more, for a spike
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._folder.check_standing()
@@ -288,13 +289,19 @@ class _Recorder(CheckpointCallback):
 
 
 def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:
-    """Score the held-out text and complete the prompts, as the model is now, unless both are recorded already."""
+    """Score the held-out text and complete the prompts, as the model is now, unless that is recorded already. What a
+    killed process has recorded in part is done anew."""
     step, settings = trainer.state.global_step, plan.config.evaluation
 
-    def missing(name: str) -> bool:
-        return ranks.from_main(lambda: all(row["step"] != step for row in folder.read_lines(name)))
+    def missing(name: str, key: str, wanted: Iterable[str]) -> bool:
+        recorded = ranks.from_main(lambda: [row.get(key) for row in folder.read_lines(name) if row["step"] == step])
+        if recorded == list(wanted):
+            return False
+        folder.rewind(step - 1, [name])  # nothing is recorded behind this step
+        return True
 
-    if trainer.corpus is not None and trainer.corpus.heldout and missing("evaluation.jsonl"):
+    heldout = trainer.corpus.heldout if trainer.corpus is not None else {}
+    if heldout and missing("evaluation.jsonl", "domain", heldout):
         # The trained copies of the embeddings equal the frozen ones here, but in fp32 they round differently; `steep
         # eval` has only the base itself to compare with.
         if step > 0:
@@ -303,8 +310,8 @@ def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:
             with untouched_base(trainer.model, plan):
                 trainer.evaluate_documents(*documents_of_the_base(plan))
         if not any(isinstance(callback, _Recorder) for callback in trainer.callback_handler.callbacks):
-            _record_scores(folder, trainer.evaluations[-1], trainer.corpus.roles)
-    if settings.prompts and missing("samples.jsonl") and ranks.is_main():
+            _record_scores(folder, trainer.evaluations[-1], plan.corpus.roles)
+    if settings.prompts and missing("samples.jsonl", "prompt", settings.prompts) and ranks.is_main():
         base = plan.vocabulary if step == 0 else None  # before training, the base as it was without new tokens
         with nullcontext() if base is None else base_model(trainer.model, base.ids_before):
             samples = sample(

@@ -250,9 +250,9 @@ class RunFolder:
         for name in SHAPES:
             self.read_lines(name) if name.endswith(".jsonl") else self.read_json(name)
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, names: Iterable[str] = _REWOUND) -> None:
         """Drop the lines that were written after `step`: the steps behind them are about to be trained again."""
-        for name in _REWOUND:
+        for name in names:
             kept = [row for row in self.read_lines(name) if row["step"] <= step]
             if (self / name).exists():  # also without a row: what was cut off would be glued to the next one
                 self.write_text(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
@@ -284,7 +284,7 @@ class FolderOfAnother(RunFolder):
     def sync_lines(self) -> None:
         pass
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, names: Iterable[str] = ()) -> None:
         pass
 
 
