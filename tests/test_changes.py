@@ -11,12 +11,16 @@ import pytest
 
 from steep.changes import _STAYS, HARMLESS, LENGTHS, changeable, judge_length, why_it_stays
 from steep.errors import UserError
+from steep.resume import accept_changes, record_changes
 from steep.run import train_run
+from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.terminal import Terminal
 from steep.training.passed_through import HONOURED
 from tests.test_run import lines, run_file
 from tests.tiny import save_tiny
+from tests.training.helpers import contents
+from tests.training.test_checkpoint import OTHERS, written_by_another
 
 CONSTANT = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2, "save_total_limit": None}
 
@@ -135,6 +139,19 @@ def test_what_cannot_be_allowed(
 ) -> None:
     with pytest.raises(UserError, match=message):
         train_run(run_file(llama_folder, korean_corpus, cosine), resume=True, allow=[allow])
+
+
+@pytest.mark.parametrize(("text", "problem"), OTHERS)
+def test_a_checkpoint_of_another_version_is_refused_before_anything_is_written(
+    text: str | None, problem: str, cosine: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    folder = cut(cosine, tmp_path / "run")
+    written_by_another(folder / "checkpoint-3", text)
+    before = contents(folder)
+    config = run_file(llama_folder, korean_corpus, folder, adapter={"lora_dropout": 0.1}, training={"logging_steps": 2})
+    with pytest.raises(UserError, match=rf"^--resume: .*checkpoint-3 {problem}"):
+        train_run(config, resume=True)
+    assert contents(folder) == before
 
 
 def test_allow_is_of_a_run_that_goes_on(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
@@ -307,6 +324,37 @@ def test_an_allowed_change_is_the_runs_own_from_then_on(
     slower.training.learning_rate = 1e-2
     with pytest.raises(UserError, match=r"training\.learning_rate: 0\.001 → 0\.01"):
         train_run(slower, resume=True)
+
+
+RATE = "training.learning_rate"
+
+
+@pytest.mark.parametrize(
+    ("resumes", "recorded"),
+    [
+        ([(5, 2.0, True), (5, 1.0, True), (5, 2.0, True)], [(5, 1.0, 2.0), (5, 2.0, 1.0), (5, 1.0, 2.0)]),
+        ([(5, 2.0, False), (5, 2.0, True)], [(5, 1.0, 2.0)]),
+        ([(5, 2.0, False), (5, 1.0, True)], []),
+        ([(5, 2.0, False), (5, 3.0, True)], [(5, 1.0, 3.0)]),
+        ([(5, 2.0, True), (5, 1.0, False), (5, 2.0, True)], [(5, 1.0, 2.0)]),
+        ([(5, 2.0, True), (9, 3.0, True), (7, 3.0, True)], [(5, 1.0, 2.0), (7, 2.0, 3.0)]),
+    ],
+)
+def test_what_is_recorded_is_what_came_into_force(
+    resumes: list[tuple[int, float, bool]], recorded: list[tuple[int, float, float]], tmp_path: Path
+) -> None:
+    """Each resume is at a step, with a rate, and killed before its run file is written, or not."""
+    folder, now = RunFolder(tmp_path), run_file(tmp_path, tmp_path, tmp_path, training={"learning_rate": 1.0})
+    folder.write_text("run.yaml", now.to_yaml())
+    for step, rate, outlives in resumes:
+        config = now.model_copy(deep=True)
+        config.training.learning_rate = rate
+        record_changes(folder, accept_changes(folder, config, step, [RATE]), config, step)
+        if outlives:
+            folder.write_text("run.yaml", config.to_yaml())
+    assert lines(folder / "changes.jsonl") == [
+        {"step": step, "field": RATE, "old": old, "new": new} for step, old, new in recorded
+    ]
 
 
 def test_model_and_text_may_lie_elsewhere_but_stay_the_same(

@@ -119,6 +119,11 @@ def changes_between(
     ]
 
 
+def values_of(config: RunConfig) -> dict[str, Any]:
+    """Every field by its name on the command line."""
+    return _flat(config, len(config.data.sources))
+
+
 def changeable(field: str) -> bool:
     """Whether a run can have another value of a field from some step on."""
     is_place = field.startswith("data.sources.") and field.endswith(".path")  # the text itself is compared
@@ -137,7 +142,7 @@ def check_allowed(allow: Collection[str], config: RunConfig) -> None:
     Raises:
         UserError: one that the run file does not have, or that a run cannot change.
     """
-    known = _flat(config, len(config.data.sources)).keys()
+    known = values_of(config).keys()
     for field in allow:
         if field not in known:
             remedy = did_you_mean(field, known) or "Name a field as in an override, such as training.learning_rate."

@@ -19,6 +19,7 @@ from steep.changes import (
     changes_between,
     check_allowed,
     judge_length,
+    values_of,
     way_out,
     why_it_stays,
 )
@@ -112,16 +113,23 @@ def _with_length(
     ]
 
 
-def record_changes(folder: RunFolder, changes: Sequence[Change], done: int) -> None:
+def record_changes(folder: RunFolder, changes: Sequence[Change], config: RunConfig, done: int) -> None:
     """Write what changed into `changes.jsonl`, before the run file is written anew.
 
-    A change that came after `done` had its steps lost, and counts from `done` on.
+    A change that came after `done` had its steps lost, and counts from `done` on. One that the run was killed right
+    after, so that its run file does not have it, never was.
     """
-    rows = [{**row, "step": min(row["step"], done)} for row in folder.read_lines("changes.jsonl")]
+    before = values_of(config) | {change.field: change.old for change in changes}
+    rows = folder.read_lines("changes.jsonl")
+    last = {row["field"]: row for row in rows}
+    kept = [
+        {**row, "step": min(row["step"], done)}
+        for row in rows
+        if row is not last[row["field"]] or row["new"] == before.get(row["field"], row["new"])
+    ]
     new = [{"step": done, "field": change.field, "old": change.old, "new": change.new} for change in changes]
     if rows or new:
-        rows += [row for row in new if row not in rows]  # killed right after it was written
-        folder.write_text("changes.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        folder.write_text("changes.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *new]))
 
 
 def changed_ground(folder: RunFolder) -> list[str]:
