@@ -37,6 +37,11 @@ def human_bytes(count: float) -> str:
     raise AssertionError
 
 
+def why_no_loss(row: Mapping[str, Any]) -> str:
+    """What it means that a line of metrics.jsonl has no loss: nothing was trained, or nothing was finite."""
+    return "loss not finite" if row.get("tokens_per_second") else "passed over"
+
+
 class Terminal:
     """Where a run shows itself.
 
@@ -112,7 +117,7 @@ class Terminal:
                 if loss is not None:
                     smoothed = loss if smoothed is None else 0.9 * smoothed + 0.1 * loss
                 parts = [
-                    f"loss {loss:.4f}" if loss is not None else "loss not finite",
+                    f"loss {loss:.4f}" if loss is not None else why_no_loss(row),
                     f"smoothed {smoothed:.4f}" if smoothed is not None else "",
                     f"{row['tokens_per_second']:,.0f} tokens/s",
                     f"rate {row['learning_rate']:.2e}" if row["learning_rate"] is not None else "",

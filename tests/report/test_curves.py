@@ -110,8 +110,14 @@ def test_a_loss_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows[29]["loss"] = None
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    raw, smoothed = by_id(folder)["loss"]["curves"]
+    chart = by_id(folder)["loss"]
+    raw, smoothed = chart["curves"]
     assert raw["y"][29] is None and smoothed["y"][29] is None and None not in smoothed["y"][30:]
+    assert chart["note"].endswith(" Gaps: loss not finite (1 log lines).")
+    for number in (39, 40):  # as of steps that the run passes over since it went back before them
+        rows[number] |= {"loss": None, "tokens_per_second": 0.0}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert by_id(folder)["loss"]["note"].endswith(" Gaps: loss not finite (1 log lines), passed over (2 log lines).")
 
 
 def test_several_runs_are_told_apart_by_colour_and_dashes(tmp_path: Path) -> None:

@@ -139,6 +139,16 @@ def test_steps_out_of_the_ordinary_are_listed(tmp_path: Path) -> None:
     assert "13 more stand in incidents.jsonl" in render_page(read_runs([folder]))
 
 
+def test_skipped_steps_are_told_from_those_that_were_not_finite(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "ko")
+    assert "steps were skipped" not in page_data([read_run(folder)])["parts"]["verdict"]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows[-1]["steps_skipped"] = 3
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    part = page_data([read_run(folder)])["parts"]["verdict"]
+    assert "3 steps were skipped" in part and "not finite" not in part
+
+
 def test_a_folder_half_done(tmp_path: Path) -> None:
     html = render_page(read_runs([write_run(tmp_path / "ko", steps=100, done=30)]))
     assert "not finished: step 30 of 100 (30 %)" in html and "So far: learned korean." in html

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from steep.report.read import Run
+from steep.terminal import why_no_loss
 
 MAX_POINTS = 12_000  # of all curves together: about 350 kB of the page
 FEWEST_POINTS = 60  # of one curve, however many there are
@@ -175,6 +177,9 @@ def _column(run: Run, key: str) -> Values:
 def _loss(runs: Sequence[Run]) -> Chart:
     chart = Chart("loss", "training", "Training loss", "nats a token")
     _add_smoothed(chart, runs, "loss")
+    gaps = Counter(why_no_loss(row) for run in runs for row in run.metrics if row.get("loss") is None)
+    if gaps:
+        chart.note += f" Gaps: {', '.join(f'{word} ({count:,} log lines)' for word, count in sorted(gaps.items()))}."
     return chart
 
 
