@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from steep.tensor_files import write_tensors
 from steep.training.state_files import encode
 
+logger = logging.getLogger("steep")
+
 Finish = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 _ALIGNMENT = 64  # bytes
 
@@ -20,7 +23,8 @@ _ALIGNMENT = 64  # bytes
 class HostMemory:
     """Page-locked memory that tensors of a GPU are copied into: allocated once, at its exact size, and used again.
 
-    torch's own page-locked tensors would be rounded up to the next power of two, each.
+    torch's own page-locked tensors would be rounded up to the next power of two, each. Where the system lets none be
+    locked, the memory is used as it is: the copy then takes longer.
     """
 
     def __init__(self) -> None:
@@ -33,7 +37,7 @@ class HostMemory:
         if not on_gpu:
             return [_clone(tensor) for tensor in tensors]
         sizes = [-(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT for tensor in on_gpu]
-        self._reserve(sum(sizes))
+        self._reserve(sum(sizes), on_gpu[0].device)
         places = iter(self._memory[: sum(sizes)].split(sizes))
         copied = [self._copy(tensor, next(places)) if tensor.is_cuda else tensor for tensor in tensors]
         torch.cuda.synchronize()  # before the rest: optimizers may page their states between the GPU and the host
@@ -45,14 +49,23 @@ class HostMemory:
             self._unlock()
         self._memory, self._unlock = torch.empty(0, dtype=torch.uint8), None
 
-    def _reserve(self, size: int) -> None:
+    def _reserve(self, size: int, device: torch.device) -> None:
         if self._memory.numel() >= size:
             return
         self.release()
         self._memory = torch.empty(size, dtype=torch.uint8)
         runtime: Any = torch.cuda.cudart()
         address = self._memory.data_ptr()
-        torch.cuda.check_error(runtime.cudaHostRegister(address, size, 0))
+        try:
+            torch.cuda.check_error(runtime.cudaHostRegister(address, size, 0))
+        except RuntimeError as error:
+            logger.warning(
+                "%.1f MiB of host memory cannot be page-locked (%s): training will wait longer for each checkpoint",
+                size / 2**20,
+                error,
+            )
+            _take_error_back(device)
+            return
         self._unlock = weakref.finalize(self, runtime.cudaHostUnregister, address)
 
     @staticmethod
@@ -101,6 +114,14 @@ class Snapshot:
         for name, tensors in self._tensors.items():
             finish, metadata = self._finish.get(name, (dict, None))
             write_tensors(finish(tensors), folder / name, metadata)
+
+
+def _take_error_back(device: torch.device) -> None:
+    """CUDA keeps the error of a call that failed and reports it with the next kernel too: this one, not training's."""
+    try:
+        torch.ones(1, device=device).add_(1)
+    except RuntimeError as error:
+        logger.debug("reported once more: %s", error)
 
 
 def _clone(tensor: torch.Tensor) -> torch.Tensor:
