@@ -31,8 +31,8 @@ class Aim:
 
     Attributes:
         phase: of `PHASES`.
-        nth: in the how many-th such phase of the command; for `train`, after so many of its steps; for the last two
-            parts of a save, in the how many-th after which an old checkpoint has to go.
+        nth: in the how many-th such phase of the command; for `train`, when so many of its steps are logged; for the
+            last two parts of a save, in the how many-th after which an old checkpoint has to go.
         share: how far into the phase, or into the part of a save; 0 to 1.
         part: of `SAVE_PARTS`, or None for a share of the whole save.
     """
@@ -71,6 +71,7 @@ def measure(run: Run, command: Command) -> Lengths:
     lengths = Lengths()
     opened: dict[str, float] = {}
     counts: dict[str, int] = {}
+    logged = 0
     saving: dict[str, float] = {}
 
     def grew(name: str, count: int) -> bool:
@@ -78,7 +79,7 @@ def measure(run: Run, command: Command) -> Lengths:
         return count > before
 
     def look() -> bool:
-        nonlocal saving
+        nonlocal saving, logged
         now = time.monotonic()
         if said(command, "tokenise"):
             opened.setdefault("tokenise", now)
@@ -88,9 +89,10 @@ def measure(run: Run, command: Command) -> Lengths:
             opened["evaluate"] = now
         if grew("scores", run.size("evaluation.jsonl")):
             lengths.add("evaluate", now - opened.get("evaluate", now))
-        if grew("steps", run.steps()):
+        before, logged = logged, run.logged()
+        if logged > before:
             if "step" in opened:
-                lengths.add("step", now - opened["step"])
+                lengths.add("step", (now - opened["step"]) / (logged - before))
             opened["step"] = now
         saving = _watch_save(run, command, saving, lengths, now)
         return False
@@ -131,7 +133,7 @@ def strike(run: Run, command: Command, aim: Aim, lengths: Lengths) -> bool:
 
     def begun() -> bool:
         if aim.phase == "train":
-            return bool(said(command, "train")) and run.steps() >= start + aim.nth
+            return bool(said(command, "train")) and run.logged() >= start + aim.nth
         return len(said(command, aim.phase)) >= nth
 
     if not command.until(begun):

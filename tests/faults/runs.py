@@ -58,9 +58,10 @@ class Run:
         text = (self.folder / name).read_text(encoding="utf-8") if self.size(name) else ""
         return [json.loads(line) for line in text.split("\n")[:-1]]
 
-    def steps(self) -> int:
-        """The lines of metrics.jsonl so far."""
-        return (self.folder / "metrics.jsonl").read_bytes().count(b"\n") if self.size("metrics.jsonl") else 0
+    def logged(self) -> int:
+        """The step of the last whole line of metrics.jsonl; 0 without one."""
+        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8") if self.size("metrics.jsonl") else ""
+        return json.loads(text.split("\n")[-2])["step"] if "\n" in text else 0
 
     def scored_steps(self) -> set[int]:
         """The steps at which held-out text was scored."""

@@ -11,8 +11,8 @@ import yaml
 from tests.tiny import documents, save_tiny
 
 # Each covers what it can of: LoRA and QLoRA, both optimizers, new tokens, a best so far. Those with 8-bit in their name
-# have 8-bit states, of tensors of 4,096 elements on. All have dropout, two epochs, mixed sources, three micro-batches a
-# step, evaluations on the way.
+# have 8-bit states, of tensors of 4,096 elements on. All have dropout, two epochs of 10 steps, mixed sources, three
+# micro-batches a step; checkpoints between two log lines and at one, with an evaluation (step 12) and without.
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {"training": {"optim": "adamw_torch"}},
     "lora 8-bit": {"training": {"optim": "adamw_8bit"}},
@@ -73,8 +73,9 @@ class Scene:
                 "per_device_train_batch_size": 2,
                 "gradient_accumulation_steps": 3,
                 "learning_rate": 1e-3,
+                "logging_steps": 3,
                 "save_steps": 4,
-                "eval_steps": 5,
+                "eval_steps": 6,
             },
             "evaluation": {"prompts": ["강물이"], "max_new_tokens": 4, "max_tokens": 2000},
         }

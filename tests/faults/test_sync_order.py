@@ -98,7 +98,7 @@ def test_a_real_run_writes_in_the_right_order(scene: Scene, tmp_path: Path) -> N
         scene,
         place,
         lambda words, folder, further: start_wrapped([*STRACE, str(trace)], words, folder, further),
-        training={"max_steps": 7, "save_steps": 2, "eval_steps": 3},
+        training={"max_steps": 7, "logging_steps": 1, "save_steps": 2, "eval_steps": 3},
     )
     run.finish()
     events = read_trace(trace.read_text(encoding="utf-8", errors="replace").splitlines())

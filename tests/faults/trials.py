@@ -120,7 +120,7 @@ def trial(reference: Reference, start: Start, number: int, aims: list[Aim], plac
             continue
         command = run.go()
         if strike(run, command, aim, reference.lengths):
-            outcome.instants.append(Instant(number, aim, *fell_into(run, command, caches), step=run.steps()))
+            outcome.instants.append(Instant(number, aim, *fell_into(run, command, caches), step=run.logged()))
         elif command.code != 0:
             outcome.other_bits.append(f"exit code {command.code}: {command.text()[-1000:]}")
             return outcome
@@ -168,7 +168,7 @@ def _export(reference: Reference, run: Run, number: int, aims: list[Aim], outcom
         shutil.rmtree(output, ignore_errors=True)
         command = run.export(output, form)
         if strike(run, command, aim, lengths):
-            outcome.instants.append(Instant(number, aim, "export", "", step=run.steps()))
+            outcome.instants.append(Instant(number, aim, "export", "", step=run.logged()))
         if output.exists():
             outcome.other_bits += [f"export: {line}" for line in differences(whole, output)]
     shutil.rmtree(output, ignore_errors=True)
