@@ -362,6 +362,25 @@ def test_a_checkpoint_that_is_gone(corpus: Corpus, tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_a_damaged_checkpoint_is_not_gone_back_to(
+    corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"max_steps": 12, "spike_action": "rollback", "save_strategy": "steps", "save_steps": 5, **QUICK}
+    trainer = trainer_for(adapted(), corpus, tmp_path, **settings)
+    raise_losses(trainer, {9})
+    begun: list[int] = []
+
+    def spoil(step: int) -> None:
+        if step == 7 and len(begun) == 7:
+            trainer.finish_saving()
+            (tmp_path / "checkpoint-5" / "optimizer.safetensors").write_text("x")
+
+    trainer.add_callback(AtStep(begin=begun.append, end=spoil))
+    trainer.train()
+    assert begun == [*range(1, 10), *range(1, 13)]
+    assert f"{tmp_path / 'checkpoint-5'} is passed over: optimizer.safetensors has 1 bytes" in caplog.text
+
+
 def test_a_checkpoint_of_another_run_is_not_gone_back_to(corpus: Corpus, tmp_path: Path) -> None:
     """In a script a folder may be used again."""
     trainer_for(adapted(), corpus, tmp_path, max_steps=9, save_strategy="steps", save_steps=9).train()
@@ -425,6 +444,35 @@ def test_a_run_that_is_not_finite_is_saved_before_it_ends(corpus: Corpus, tmp_pa
     assert begun == [7, 8, 9] and again.steps_not_finite == 4
     assert again.times_trained.sum() == 2 * 5 and again.ledger()["rows_refused"] == 8
     assert [row["step"] for row in lines(tmp_path / "incidents.jsonl")] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("kind", ["not finite", "spikes"])
+def test_a_resumed_run_counts_on(kind: str, corpus: Corpus, tmp_path: Path) -> None:
+    """It ends where the run never stopped does, for the same reason, from each of its checkpoints."""
+    folder = tmp_path / "run"
+
+    def end() -> tuple[int, str]:
+        if kind == "spikes":
+            settings = {"max_steps": 30, "spike_action": "skip", **QUICK}
+        else:
+            settings = {"max_steps": 9, "max_nonfinite_steps": 3}
+        trainer = trainer_for(adapted(), corpus, folder, save_strategy="steps", save_steps=1, **settings)
+        if kind == "spikes":
+            raise_losses(trainer, {10, 12, 13, 15, 16})
+        else:
+            trainer.add_callback(poison(trainer.model, {2, 4, 5, 6, 7}))
+        with pytest.raises(RunError) as raised:
+            trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+        return trainer.state.global_step, str(raised.value)
+
+    whole = end()
+    incidents = (folder / "incidents.jsonl").read_bytes()
+    assert whole[0] == {"not finite": 6, "spikes": 15}[kind]
+    for step in {"not finite": (5, 4, 3), "spikes": (14, 9)}[kind]:
+        for later in range(step + 1, whole[0] + 1):
+            shutil.rmtree(folder / f"checkpoint-{later}")
+        assert end() == whole
+        assert (folder / "incidents.jsonl").read_bytes() == incidents
 
 
 def test_the_last_step_may_be_the_one_too_many(corpus: Corpus, tmp_path: Path) -> None:

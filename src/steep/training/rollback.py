@@ -46,6 +46,7 @@ class Rollback(Branching):
         run_dir = Path(self.args.output_dir)
         last = self._saved_at if self._saved_at is not None else step_of(Path(begin or ""))  # others may lie there too
         choice = newest_valid(run_dir, up_to=last)
+        choice.say_passed_over()
         if choice.checkpoint is None:
             raise RunError(
                 f"step {step} is a spike, and {run_dir} holds no whole checkpoint any more to go back to. Put one "
