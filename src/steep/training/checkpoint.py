@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -153,13 +154,17 @@ def newest_valid(run_dir: Path, *, up_to: int | None = None, field: str = "--res
 
 
 def choose(run_dir: Path, field: str = "--resume") -> Checkpoint | None:
-    """`newest_valid`, with a log line for each that was passed over; None where there is no checkpoint at all. The
-    first of several processes chooses for all.
+    """`newest_valid`, with a log line for each that was passed over; None where there is no checkpoint at all.
 
     Raises:
         UserError: there are checkpoints, and none is whole; another version wrote the newest one.
     """
-    found = ranks.from_main(lambda: _as_json(_choose(run_dir, field)))
+    return found_by_main(lambda: _choose(run_dir, field))
+
+
+def found_by_main(find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """What the first of several processes finds, for all of them: one reads the files."""
+    found = ranks.from_main(lambda: _as_json(find()))
     return None if found is None else _from_json(found)
 
 

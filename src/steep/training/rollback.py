@@ -7,13 +7,13 @@ and the spike are trained again. A run that may go back saves a checkpoint befor
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from steep import ranks
 from steep.errors import RunError
 from steep.training.branching import Branching
-from steep.training.checkpoint import newest_valid, step_of
+from steep.training.checkpoint import Checkpoint, found_by_main, newest_valid, step_of
 from steep.training.guard import GoBack
 
 logger = logging.getLogger("steep")
@@ -33,11 +33,10 @@ class Rollback(Branching):
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.update()  # ends the step for it; its own state comes from the checkpoint
             self.current_flos = 0.0  # transformers' count of what it has not stored yet
-            last = ranks.from_main(lambda step=step, begin=begin: str(self._last_checkpoint(step, begin)))
-            begin = self._where_to_begin(last)
+            begin = self._where_to_begin(found_by_main(partial(self._last_checkpoint, step, begin)))
             logger.info("going back to %s", begin)
 
-    def _last_checkpoint(self, step: int, begin: str | None) -> Path:
+    def _last_checkpoint(self, step: int, begin: str | None) -> Checkpoint:
         """The newest valid checkpoint that this run has saved or begun at.
 
         Raises:
@@ -52,7 +51,7 @@ class Rollback(Branching):
                 f"step {step} is a spike, and {run_dir} holds no whole checkpoint any more to go back to. Put one "
                 "back, or begin the run anew"
             )
-        return choice.checkpoint.path
+        return choice.checkpoint
 
     @property
     def is_new(self) -> bool:
