@@ -8,6 +8,8 @@ from typing import Any
 
 from safetensors import safe_open
 
+from tests.trees import tree_differences
+
 # Times, rates and memory are of the process, not of the run. By the name of the file, then the field at any depth.
 _OF_THE_CLOCK = {"tokens_per_second", "peak_memory_bytes", "save_seconds"}
 OF_THE_PROCESS = {
@@ -79,26 +81,6 @@ def without(tree: Any, names: set[str]) -> Any:
     if isinstance(tree, dict):
         return {key: without(value, names) for key, value in tree.items() if key not in names}
     return [without(value, names) for value in tree] if isinstance(tree, list) else tree
-
-
-def tree_differences(left: Any, right: Any, where: str = "") -> list[str]:
-    """Places at which two trees of plain values differ."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        found = [f"{where}.{key}: only in one" for key in sorted(map(str, left.keys() ^ right.keys()))]
-        return found + [
-            line
-            for key in left.keys() & right.keys()
-            for line in tree_differences(left[key], right[key], f"{where}.{key}")
-        ]
-    if isinstance(left, list) and isinstance(right, list):
-        if len(left) != len(right):
-            return [f"{where}: {len(left)} and {len(right)} of them"]
-        return [
-            line
-            for i, pair in enumerate(zip(left, right, strict=True))
-            for line in tree_differences(*pair, f"{where}[{i}]")
-        ]
-    return [] if left == right else [f"{where}: {str(left)[:60]!r} and {str(right)[:60]!r}"]
 
 
 def lines_lost_or_doubled(whole: Path, stopped: Path, *, up_to: int | None = None) -> int:

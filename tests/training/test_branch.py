@@ -22,7 +22,8 @@ from steep.training.schedules import schedule_of
 from steep.training.trainer import Trainer
 from tests.tiny import write_corpus
 from tests.training.helpers import AtStep, Model, adapted, arguments, contents, losses, trained_weights, trainer_for
-from tests.training.test_resume import assert_same, differences, make
+from tests.training.test_resume import assert_same, make
+from tests.trees import tree_differences
 
 PARENT: dict[str, Any] = {
     "lr_scheduler_type": "constant_with_warmup",
@@ -84,10 +85,10 @@ def test_on_its_parents_schedule_it_is_its_parent(parent: Trainer, corpus: Corpu
     branch.add_callback(AtStep(begin=steps.append))
     branch.train()
     assert steps == [5, 6, 7, 8] and branch.state.global_step == 8
-    assert differences(trained_weights(parent.model), trained_weights(branch.model)) == []
+    assert tree_differences(trained_weights(parent.model), trained_weights(branch.model)) == []
     assert parent.optimizer is not None and branch.optimizer is not None
     theirs, own = parent.optimizer.state_dict(), branch.optimizer.state_dict()
-    assert differences(theirs, own) == []
+    assert tree_differences(theirs, own) == []
     expected = losses(parent)
     assert losses(branch) == {step: expected[step] for step in steps}
     assert branch.state.log_history[3]["tokens"] < parent.state.log_history[7]["tokens"]  # its own count
@@ -103,7 +104,7 @@ def test_an_nf4_base_in_bf16_too(llama_folder: Path, corpus: Corpus, tmp_path: P
     branch = make(llama_folder, corpus, tmp_path / "branch", "bf16", **constant, max_steps=2)
     branch.branch = read_branch(tmp_path / "whole" / "checkpoint-5")
     branch.train()
-    assert differences(trained_weights(whole.model), trained_weights(branch.model)) == []
+    assert tree_differences(trained_weights(whole.model), trained_weights(branch.model)) == []
     assert branch.times_trained.sum() < whole.times_trained.sum() and branch.ledger()["adds_up"]
 
 
@@ -119,7 +120,7 @@ def test_it_decays_from_the_rate_of_the_checkpoint(parent: Trainer, corpus: Corp
     assert [row["step"] for row in rows] == list(range(9, 17))
     assert [row["learning_rate_adapters_a"] for row in rows] == pytest.approx([1e-2 * factor for factor in factors])
     assert [row["embedding_learning_rate"] for row in rows] == pytest.approx([1e-3 * factor for factor in factors])
-    assert differences(first, trained_weights(branch.model)) != []
+    assert tree_differences(first, trained_weights(branch.model)) != []
     assert branch.proof is not None and branch.proof.report()["ok"]
 
 
@@ -202,7 +203,7 @@ def test_a_branch_of_a_branch(parent: Trainer, corpus: Corpus, tmp_path: Path) -
     one.train()
     two = trainer(corpus, tmp_path / "two", read_branch(tmp_path / "one" / "checkpoint-6"), **settings)
     two.train()
-    assert differences(trained_weights(parent.model), trained_weights(two.model)) == []
+    assert tree_differences(trained_weights(parent.model), trained_weights(two.model)) == []
     assert two.times_seen_before.sum() == 6 * 4 and two.ledger()["adds_up"]
 
 
@@ -252,7 +253,7 @@ def test_a_cooled_parent_goes_on_at_its_constant_rate(corpus: Corpus, tmp_path: 
     # The parent's own fields may stay: what the checkpoint has behind it is left out.
     branch = trainer(corpus, tmp_path / "branch", start, max_steps=4, **{**cooled, "warmup_steps": 0})
     branch.train()
-    assert differences(trained_weights(first.model), trained_weights(branch.model)) == []
+    assert tree_differences(trained_weights(first.model), trained_weights(branch.model)) == []
     assert [row["learning_rate"] for row in branch.state.log_history if "loss" in row] == [3e-3] * 4
 
 

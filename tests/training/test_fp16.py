@@ -14,7 +14,7 @@ from steep.data.packing import Corpus
 from steep.errors import RunError
 from steep.training.trainer import Trainer
 from tests.training.helpers import AtStep, adapted, losses, trained_weights, trainer_for
-from tests.training.test_resume import differences
+from tests.trees import tree_differences
 
 TOO_HIGH = 2.0**40  # no fp16 gradient survives it
 SCALE = 2.0**16  # torch's own first scale
@@ -81,7 +81,7 @@ def test_a_step_that_overflows_is_skipped_and_counted_apart(optim: str, fp16: Fp
     start, after = trained_weights(trainer.model), weights_after(trainer)
     overflow(trainer, {4})
     trainer.train()
-    assert differences(after[1], start) == differences(after[4], after[3]) == []
+    assert tree_differences(after[1], start) == tree_differences(after[4], after[3]) == []
     for step in (2, 3, 5, 6, 7):
         still = [name for name, weight in after[step].items() if torch.equal(weight, after[step - 1][name])]
         assert still == ([name for name in start if "lora_A" in name] if step == 2 else [])  # B was zero up to here
@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_is_not_applied(offset: float, optim: str, fp1
 
     trainer.model.register_forward_hook(spoil)
     trainer.train()
-    assert differences(after[3], after[2]) == []
+    assert tree_differences(after[3], after[2]) == []
     assert not any(torch.equal(after[4][name], weight) for name, weight in after[3].items())
     assert trainer.steps_not_finite == 1 and trainer.steps_scaler_skipped == 0
     assert list(losses(trainer)) == [1, 2, 4, 5, 6]
@@ -168,9 +168,9 @@ def test_resumed_is_never_stopped(fp16: Fp16, tmp_path: Path) -> None:
     assert resumed.accelerator.scaler is not None
     assert resumed.accelerator.scaler.state_dict() == whole.accelerator.scaler.state_dict()
     assert whole.accelerator.scaler.get_scale() == SCALE
-    assert differences(trained_weights(whole.model), trained_weights(resumed.model)) == []
+    assert tree_differences(trained_weights(whole.model), trained_weights(resumed.model)) == []
     assert whole.optimizer is not None and resumed.optimizer is not None
-    assert differences(whole.optimizer.state_dict(), resumed.optimizer.state_dict()) == []
+    assert tree_differences(whole.optimizer.state_dict(), resumed.optimizer.state_dict()) == []
     assert losses(resumed) == losses(whole)
     assert torch.equal(whole.times_trained, resumed.times_trained)
     assert resumed.steps_scaler_skipped == 1

@@ -23,8 +23,9 @@ from tests.test_run import lines
 from tests.tiny import documents
 from tests.training.helpers import AtStep, adapted, arguments, losses, trained_weights, trainer_for
 from tests.training.test_fp16 import Fp16, fp16  # noqa: F401
-from tests.training.test_resume import assert_same, differences
+from tests.training.test_resume import assert_same
 from tests.training.test_trainer import poison
+from tests.trees import tree_differences
 
 NOISE = 60  # the number of its document
 
@@ -148,8 +149,8 @@ def test_skip_does_not_apply_it(planted: Planted, tmp_path: Path) -> None:
     trainer.train()
     (incident,) = lines(tmp_path / "incidents.jsonl")
     assert_named(planted, incident, "skip")
-    assert differences(after[planted.step - 1], after[planted.step]) == []
-    assert differences(after[planted.step], after[planted.step + 1]) != []
+    assert tree_differences(after[planted.step - 1], after[planted.step]) == []
+    assert tree_differences(after[planted.step], after[planted.step + 1]) != []
     assert_skipped(planted, trainer)
     rows = {row["step"]: row for row in trainer.state.log_history if "tokens" in row}
     assert list(rows) == list(range(1, planted.steps + 1))  # the place in the data and the schedule move on
@@ -418,7 +419,7 @@ def test_rollback_with_a_loss_scaler(fp16: Fp16, tmp_path: Path) -> None:  # noq
     told.train(resume_from_checkpoint=True)
     assert back.guard.steps_skipped == told.guard.steps_skipped == 1
     assert back.steps_scaler_skipped == told.steps_scaler_skipped == 0
-    assert differences(trained_weights(told.model), trained_weights(back.model)) == []
+    assert tree_differences(trained_weights(told.model), trained_weights(back.model)) == []
     scalers = [trainer.accelerator.scaler for trainer in (back, told)]
     assert scalers[0] is not None and scalers[1] is not None
     assert scalers[0].state_dict() == scalers[1].state_dict()

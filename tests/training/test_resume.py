@@ -16,36 +16,17 @@ from steep.model.load import load
 from steep.training import adamw8bit
 from steep.training.trainer import Trainer
 from tests.training.helpers import AtStep, adapted, trained_weights, trainer_for
+from tests.trees import tree_differences
 
 STEP_FIELDS = ("loss", "grad_norm", "learning_rate", "embedding_learning_rate", "tokens", "epoch")
 OF_THE_PROCESS = {"tokens_per_second", "peak_memory_bytes", "save_seconds"}
 
 
-def differences(left: Any, right: Any, where: str = "") -> list[str]:
-    """Paths at which two trees of plain values and tensors are not the same to the bit."""
-    if isinstance(left, torch.Tensor):
-        same = left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
-        return [] if same else [where]
-    if isinstance(left, dict):
-        if list(left) != list(right):
-            return [f"{where}: keys"]
-        return [found for key in left for found in differences(left[key], right[key], f"{where}.{key}")]
-    if isinstance(left, list | tuple):
-        if len(left) != len(right):
-            return [f"{where}: length"]
-        return [
-            found
-            for i, pair in enumerate(zip(left, right, strict=True))
-            for found in differences(*pair, f"{where}[{i}]")
-        ]
-    return [] if left == right else [where]
-
-
 def assert_same(whole: Trainer, resumed: Trainer) -> None:
     """Weights, optimizer, log, ledger and proof of the two are the same to the bit."""
-    assert differences(trained_weights(whole.model), trained_weights(resumed.model)) == []
+    assert tree_differences(trained_weights(whole.model), trained_weights(resumed.model)) == []
     assert whole.optimizer is not None and resumed.optimizer is not None
-    assert differences(whole.optimizer.state_dict(), resumed.optimizer.state_dict()) == []
+    assert tree_differences(whole.optimizer.state_dict(), resumed.optimizer.state_dict()) == []
     for expected, row in zip(whole.state.log_history[:-1], resumed.state.log_history[:-1], strict=True):
         assert [row[field] for field in STEP_FIELDS] == [expected[field] for field in STEP_FIELDS]
     assert torch.equal(whole.times_trained, resumed.times_trained)
@@ -83,7 +64,7 @@ def test_resumed_is_never_stopped(trained_dtype: str, llama_folder: Path, corpus
     start = trained_weights(whole.model)
     whole.train()
     assert len(whole.state.log_history) - 1 == whole.state.global_step > 12
-    assert differences(start, trained_weights(whole.model)) != []
+    assert tree_differences(start, trained_weights(whole.model)) != []
     assert whole.times_trained.min() == whole.times_trained.max() == 2
     for step in (5, 10):  # within the first epoch, and within the second
         torch.manual_seed(99)

@@ -16,7 +16,7 @@ from steep.training.checkpoint import rng_states
 from steep.training.snapshot import HostMemory, Snapshot
 from steep.training.state_files import load_state
 from tests.training.helpers import adapted, contents, trainer_for
-from tests.training.test_resume import differences
+from tests.trees import tree_differences
 
 
 def test_a_copy_shares_no_memory() -> None:
@@ -26,7 +26,7 @@ def test_a_copy_shares_no_memory() -> None:
     copies = HostMemory().copies(given)
     for tensor in given:
         tensor.zero_() if tensor.dtype != torch.bool else tensor.fill_(False)
-    assert differences(expected, copies) == []
+    assert tree_differences(expected, copies) == []
     assert all(copy.is_contiguous() for copy in copies)
 
 
@@ -41,7 +41,7 @@ def test_a_state_is_that_of_its_moment(tmp_path: Path) -> None:
     state["step"] = 4
     snapshot.write(tmp_path)
     expected = {"step": 3, "list": [1, 2], "inner": {"a": torch.ones(4)}, (1, 2): torch.zeros(2)}
-    assert differences(expected, load_state(tmp_path, "x")) == []
+    assert tree_differences(expected, load_state(tmp_path, "x")) == []
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch", "adafactor"])
@@ -157,7 +157,7 @@ def test_a_gpu_is_copied_from_into_memory_that_cannot_be_locked(
     expected = [tensor.cpu().clone() for tensor in given]
     given[0].add_(1)
     torch.cuda.synchronize()
-    assert differences(expected, copies) == []
+    assert tree_differences(expected, copies) == []
     memory.release()
 
 
@@ -180,7 +180,7 @@ def test_copies_of_a_gpu_go_into_memory_that_is_used_again() -> None:
         for tensor in given:
             tensor.add_(1)
         torch.cuda.synchronize()
-        assert differences(expected, copies) == []
+        assert tree_differences(expected, copies) == []
         assert all(copy.device.type == "cpu" and copy.is_contiguous() for copy in copies)
         of_gpu = [copy for copy, tensor in zip(copies, given, strict=True) if tensor.is_cuda]
         assert all(copy.is_pinned() for copy in of_gpu if copy.numel())
