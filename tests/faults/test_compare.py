@@ -47,7 +47,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "checkpoint-20/random.safetensors": lambda run: flip_a_byte(run / "checkpoint-20" / "random.safetensors"),
     "checkpoint-20/observations.json": lambda run: (run / "checkpoint-20" / "observations.json").unlink(),
     "ledger.json": lambda run: flip_a_byte(run / "ledger.json", (run / "ledger.json").read_bytes().index(b"rows") - 3),
-    "metrics.jsonl": lambda run: edit_line(run / "metrics.jsonl", 7, raise_loss),
+    "metrics.jsonl": lambda run: edit_line(run / "metrics.jsonl", 4, raise_loss),
     "samples.jsonl": lambda run: edit_line(run / "samples.jsonl", 0, lambda lines, number: lines.pop(number)),
     "evaluation.jsonl": lambda run: edit_line(
         run / "evaluation.jsonl", 1, lambda lines, number: lines.insert(number, lines[number])
