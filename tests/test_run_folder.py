@@ -49,6 +49,42 @@ def test_the_lock_of_a_process_dies_with_it(tmp_path: Path) -> None:
     assert second().stdout == "held\n"
 
 
+def test_the_lock_does_not_live_on_in_a_forked_process(tmp_path: Path) -> None:
+    """Workers that read rows outlive their parent by seconds. That they end does not end the lock of a parent."""
+    fork = (
+        "import os, sys, time; from steep.run_folder import RunFolder\n"
+        "with RunFolder(sys.argv[1]).locked():\n"
+        "    ending = os.fork()\n"
+        "    if not ending: sys.exit()\n"
+        "    os.waitpid(ending, 0)\n"
+        "    lives = os.fork()\n"
+        "    if lives: print(lives, flush=True)\n"
+        "    time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", fork, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        with pytest.raises(UserError, match="another process trains"), RunFolder(tmp_path).locked():
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with RunFolder(tmp_path).locked():
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_that_is_given_back_closes_nothing_in_a_forked_process(tmp_path: Path) -> None:
+    """Its number may be another file's by then."""
+    with RunFolder(tmp_path).locked():
+        pass
+    file = os.open(tmp_path, os.O_RDONLY)  # gets the lowest number that is free
+    child = os.fork()
+    if child == 0:
+        os.fstat(file)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(file)
+
+
 def test_an_error_within_is_not_the_locks(tmp_path: Path) -> None:
     with pytest.raises(BlockingIOError, match="of something else"), RunFolder(tmp_path).locked():
         raise BlockingIOError(11, "of something else")

@@ -25,6 +25,7 @@ from steep.training.trainer import Trainer
 from tests.command_line import Said, Steep
 from tests.test_cli import run_file  # noqa: F401
 from tests.test_run import lines
+from tests.test_verify_resume import children_of, runs
 
 OF_THE_CLOCK = ("tokens_per_second", "peak_memory_bytes", "save_seconds")
 
@@ -308,20 +309,28 @@ def test_a_trainer_in_a_script(steep: Steep, run_file: Path, monkeypatch: pytest
     assert raised.value.step == 3 and raised.value.checkpoint.is_dir()
 
 
-def test_ctrl_c_reaches_the_workers_too(run_file: Path, tmp_path: Path) -> None:  # noqa: F811
-    """A terminal sends it to every process: those that read the rows leave it to the one that trains."""
-    file = dropout_run(run_file, tmp_path / "run", max_steps=200, save_steps=100, dataloader_num_workers=2)
-    folder = file.parent / "run"
-    command = [sys.executable, "-m", "steep", "train", str(file)]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes(number: int, steep: Steep, run_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    """As a terminal, `timeout` and batch systems send it: workers that read rows leave it to the one that trains."""
+    settings = {"max_steps": 40, "save_steps": 100, "eval_steps": 40, "dataloader_num_workers": 2}
+    whole, stopped = (dropout_run(run_file, tmp_path / name, **settings) for name in ("whole", "stopped"))
+    assert steep("train", whole).code == 0
+    folder = stopped.parent / "run"
+    command = [sys.executable, "-m", "steep", "train", str(stopped)]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     while not (folder / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
+    workers = children_of(process.pid)
+    assert len(workers) == 2
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3 and "Traceback" not in err, err
     assert (folder / f"checkpoint-{lines(folder / 'metrics.jsonl')[-1]['step']}").is_dir()
+    assert not any(runs(worker) for worker in workers)
+    assert steep("train", stopped, "--resume").code == 0
+    assert traces(folder) == traces(whole.parent / "run")
 
 
 def test_a_process_that_is_told_to_end(steep: Steep, run_file: Path, tmp_path: Path) -> None:  # noqa: F811

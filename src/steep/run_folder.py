@@ -55,12 +55,22 @@ class RunFolder:
 
     @contextmanager
     def locked(self, field: str = "training.output_dir") -> Iterator[None]:
-        """Hold the folder against other processes. The lock ends with its owner, however that ends.
+        """Hold the folder against other processes. The lock ends with its owner, however that ends; forked processes
+        do not share it.
 
         Raises:
             UserError: another process holds it.
         """
         descriptor = os.open(self.path, os.O_RDONLY)
+        is_open = True
+
+        def close() -> None:
+            nonlocal is_open
+            if is_open:
+                os.close(descriptor)
+            is_open = False
+
+        os.register_at_fork(after_in_child=close)  # for good, and without effect once it is closed
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,7 +82,7 @@ class RunFolder:
             yield
         finally:
             self._locked = None
-            os.close(descriptor)
+            close()
 
     def check_standing(self, field: str = "training.output_dir") -> None:
         """Check that the folder is still the one that was locked: a save would make it anew, and lose what was in it.

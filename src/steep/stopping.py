@@ -16,7 +16,7 @@ from typing import Any
 
 from steep import ranks
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _WISH = b"stopping after this step, with a checkpoint; once more stops at once\n"
 
 
@@ -88,7 +88,7 @@ def heed_signals() -> Iterator[Stop]:
         ValueError: it is not the main thread.
     """
     stop = Stop()
-    heeded = [number for number in _SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    heeded = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     before = {number: signal.signal(number, stop.on_signal) for number in heeded}
     try:
         yield stop

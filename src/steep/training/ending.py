@@ -11,6 +11,7 @@ from steep.errors import RunError, Stopped
 from steep.stopping import Stop
 from steep.training.checkpoint_writer import CheckpointCallback
 from steep.training.exact_checkpoints import ExactCheckpoints
+from steep.training.workers import leave_signals_to_parent
 
 
 class Ending(ExactCheckpoints):
@@ -34,6 +35,15 @@ class Ending(ExactCheckpoints):
     def is_asked_to_stop(self) -> bool:
         """Whether any process was asked to end; looked at once a step, when log, evaluation and checkpoint are done."""
         return ranks.agreed(self.stop is not None and self.stop.asked)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        return self._for_the_end(super()._get_dataloader(*args, **kwargs))
+
+    def _for_the_end(self, loader: Any) -> Any:
+        """A data loader whose workers outlive the signal that asks for an end."""
+        if self.stop is not None:
+            leave_signals_to_parent(loader)
+        return loader
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.ending = self._saved_at = None

@@ -165,7 +165,7 @@ class Trainer(Rollback):
     def get_train_dataloader(self) -> Any:
         if self.corpus is None or ranks.world_size() == 1:
             return super().get_train_dataloader()
-        return parallel.loader(self, self._get_train_sampler())
+        return self._for_the_end(parallel.loader(self, self._get_train_sampler()))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end: transformers would train a step more
