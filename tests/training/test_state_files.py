@@ -67,6 +67,20 @@ def test_random_state_goes_on_where_it_was(tmp_path: Path) -> None:
     assert draw() == first
 
 
+def test_only_the_card_in_use_has_a_random_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run may go on where fewer are visible, or others before it."""
+    cards = [torch.full((16,), number, dtype=torch.uint8) for number in range(4)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: cards[2].clone())
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: cards)
+    save_state(rng_state(), tmp_path, "random")
+    put: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", put.append)
+    monkeypatch.delattr(torch.cuda, "set_rng_state_all")
+    set_rng_state(load_state(tmp_path, "random"))
+    assert [state.tolist() for state in put] == [cards[2].tolist()]
+
+
 def test_a_state_travels_between_processes() -> None:
     state = {"random": rng_state(), "nested": [(1, 2.5, None), {"dtype": torch.bfloat16, 3: torch.arange(4)}]}
     copy = from_bytes(to_bytes(state))
