@@ -14,7 +14,7 @@ import yaml
 
 from steep import cli, run
 from steep.config import parse_config
-from steep.errors import RunError, UserError
+from steep.errors import UserError
 from steep.manifest import read_manifest, write_manifest
 from steep.plan import plan_run
 from steep.result import evaluate_run
@@ -268,8 +268,9 @@ def test_another_base_is_refused_before_it_trains(korean_corpus: Path, tmp_path:
     base = save_tiny("llama", tmp_path / "base")
     train_run(parent_file(base, korean_corpus, tmp_path / "ko"))
     save_tiny("llama", base, seed=5)
-    with pytest.raises(RunError, match="this is not the base model that the run began with"):
+    with pytest.raises(UserError, match=r"^--branch: model\.name is another base than the one below .*checkpoint-3"):
         train_run(branch_file(base, korean_corpus, tmp_path / "run"), branch=tmp_path / "ko" / "checkpoint-3")
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_places_that_cannot_be(

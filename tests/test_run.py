@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +31,7 @@ from steep.schema import RunConfig
 from steep.terminal import Terminal
 from steep.training.trainer import Trainer
 from tests.tiny import documents, save_tiny
+from tests.training.helpers import contents
 
 
 def run_file(model: Path, corpus: Path, folder: Path, /, **sections: dict[str, Any]) -> RunConfig:
@@ -431,10 +433,14 @@ def test_a_resume_over_another_base_is_refused_before_it_trains(
 ) -> None:
     base = shutil.copytree(llama_folder, tmp_path / "base")
     config = stopped(base, korean_corpus, tmp_path / "run")
-    save_tiny("llama", base, seed=5)
-    with pytest.raises(RunError, match="this is not the base model that the run began with"):
+    left = contents(tmp_path / "run")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"].view(-1)[-1] += 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    other = r"another base than the one below .*checkpoint-3: 1 of \d+ frozen tensors differ, .*layers\.1\.mlp\.up_proj"
+    with pytest.raises(UserError, match=rf"^--resume: model\.name is {other}"):
         train_run(config, resume=True)
-    assert [row["step"] for row in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert contents(tmp_path / "run") == left
 
 
 def test_a_start_that_was_killed_goes_on(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:

@@ -49,12 +49,10 @@ _SCHEDULE = {
 
 _SPIKES = ("spike_action", "spike_threshold", "spike_window")
 
-# Where the base lies: that it is the same one is seen by its checksums.
-PLACES = {"model.name", "model.revision"}
-
 CHANGEABLE = {
     *_SCHEDULE,
-    *PLACES,
+    "model.name",  # where the base lies: that it is the same one is seen by its checksums
+    "model.revision",
     "adapter.lora_dropout",
     "model.attn_implementation",  # the same attention in another order of sums
     *(f"training.{name}" for name in (

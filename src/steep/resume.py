@@ -30,7 +30,7 @@ from steep.run_folder import RunFolder, environment
 from steep.schema import RunConfig
 from steep.settings import planned_steps
 from steep.training.branch import Branch, read_branch
-from steep.training.proof import frozen_checksums
+from steep.training.proof import frozen_checksums, other_tensors
 from steep.training.state_files import load_state
 from steep.vocabulary import refuse_other_words
 
@@ -224,15 +224,17 @@ def _other_sources(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> l
     return found or ["the same documents stand in other rows"]
 
 
-def refuse_other_base(model: Any, checkpoint: Path) -> None:
-    """Compare the frozen weights with those that a checkpoint was trained over: they may lie elsewhere now.
+def refuse_other_base(model: Any, checkpoint: Path, field: str) -> None:
+    """Compare the frozen weights with those that a checkpoint was trained over: the base's files may have changed, or
+    lie elsewhere now.
 
     Raises:
         UserError: they differ.
     """
-    saved = load_state(checkpoint, "observations")["proof"]["frozen"]
-    if saved != frozen_checksums(model):
-        raise UserError("--resume", "model.name is another base than the run began with", "Give the same weights.")
+    saved = load_state(checkpoint, "observations", field)["proof"]["frozen"]
+    if other := other_tensors(saved, frozen_checksums(model)):
+        problem = f"model.name is another base than the one below {checkpoint}: {other}"
+        raise UserError(field, problem, "Give the same weights, or start a new run.")
 
 
 def begin_branch(checkpoint: str | Path, config: RunConfig) -> Branch:

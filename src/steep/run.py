@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 
 from steep import ranks
-from steep.changes import PLACES, Change
+from steep.changes import Change
 from steep.errors import RunError, UserError
 from steep.evaluation.adapters import base_model
 from steep.evaluation.board import board
@@ -158,9 +158,11 @@ def _train(
         model = add_adapters(base, **settings, resumed=found is not None or plan.branch is not None)
     model.peft_config["default"].revision = config.model.revision  # where PEFT looks for the base's
     _check_trainable(model, plan)
-    if found and any(change.field in PLACES for change in changes):
-        refuse_other_base(model, found.path)
     trainer = _trainer(plan, model, stop)
+    if found is not None:
+        refuse_other_base(trainer.model, found.path, "--resume")
+    elif plan.branch is not None:
+        refuse_other_base(trainer.model, Path(plan.branch.checkpoint), "--branch")
     if plan.branch is not None:  # before run.yaml, from which on the folder holds a run
         folder.write_json("parent.json", asdict(plan.branch))
     if ranks.is_main() and plan.vocabulary is not None and plan.vocabulary.folder != folder.tokenizer:
@@ -192,7 +194,8 @@ def _train(
         try:
             output = trainer.train(resume_from_checkpoint=found)
         except RunError:
-            _account(trainer, folder)  # its proof may say why
+            if trainer.proof is not None:  # it may say why
+                _account(trainer, folder)
             raise
     proof, ledger = _account(trainer, folder)
     terminal.say("scoring held-out text with the trained model")

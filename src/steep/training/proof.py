@@ -6,6 +6,7 @@ gradients that the optimizer was given, the values before and after, and a check
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -78,6 +79,13 @@ def frozen_checksums(model: nn.Module) -> dict[str, str]:
             holder: Any = module.state if weight.SCB is None else weight  # the first forward moves it to the state
             frozen[f"{name}.SCB"] = holder.SCB
     return {name: checksum(tensor) for name, tensor in frozen.items()}
+
+
+def other_tensors(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """Which of two models' `frozen_checksums` differ, in words; None where none does."""
+    names = before.keys() | now.keys()
+    other = sorted(name for name in names if before.get(name) != now.get(name))
+    return f"{len(other)} of {len(names)} frozen tensors differ, the first of them {other[0]}" if other else None
 
 
 class Proof:
@@ -213,10 +221,7 @@ class Proof:
         Raises:
             RunError: they differ.
         """
-        if state["frozen"] != self._frozen:
-            names = state["frozen"].keys() | self._frozen.keys()
-            other = sorted(name for name in names if state["frozen"].get(name) != self._frozen.get(name))
+        if other := other_tensors(state["frozen"], self._frozen):
             raise RunError(
-                f"this is not the base model that the run began with: {len(other)} of {len(names)} frozen tensors "
-                f"differ, the first of them {other[0]}. Put the checkpoint back, or start a new run"
+                f"this is not the base model that the run began with: {other}. Put it back, or start a new run"
             )

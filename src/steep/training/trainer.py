@@ -183,17 +183,19 @@ class Trainer(Rollback):
         if self.resumed_state is None:
             parallel.draw_apart(self.args.seed)
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
+        proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
         self._rows_of_step.clear()  # an interrupted step may have left some
         self._losses_of_step.clear()
         self._tokens_of_step = 0
         if self._begins_branch:
             assert self.resumed_state is not None
-            self.proof.refuse_other_base(self.resumed_state["proof"])
+            proof.refuse_other_base(self.resumed_state["proof"])
             if self.corpus is not None:
                 self.times_seen_before = self.rows_before()
         elif self.resumed_state is not None:
+            proof.load_state(self.resumed_state["proof"])
             self._load_observations(self.resumed_state)
+        self.proof = proof  # not before: what is seen of a run that goes on is told as a whole or not at all
         kept = None if self.is_new or self.resumed_state is None else self.resumed_state["guard"]
         self.guard.begin(self.state.global_step, kept)
         self._meter.restart()
@@ -443,8 +445,6 @@ class Trainer(Rollback):
         }
 
     def _load_observations(self, state: dict[str, Any]) -> None:
-        assert self.proof is not None
-        self.proof.load_state(state["proof"])
         self._judged = state["judged"]
         for name in ("times_seen", "times_trained", "times_skipped", "times_seen_before"):
             setattr(self, name, state[name])
