@@ -8,13 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from shutil import copytree
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from steep import verify_resume
 from steep.errors import UserError
 from steep.run import train_run
 from steep.run_folder import RunFolder
@@ -92,7 +97,8 @@ def dropout(file: Path) -> Path:
 
 def test_a_run_that_resumes_is_equal(steep: Steep, run_file: Path) -> None:  # noqa: F811
     before = sorted(run_file.parent.iterdir())
-    said = steep("verify-resume", dropout(run_file), "--steps", "4")
+    best = ("--training.eval_steps", "2", "--training.metric_for_best_model", "loss")
+    said = steep("verify-resume", dropout(run_file), "--steps", "4", *best)
     assert said.code == 0, said.err
     assert said.out.count("equal") == len(PARTS) and "differs" not in said.out
     for line in (
@@ -130,6 +136,46 @@ def test_a_run_that_does_not_resume_is_found(
     assert "the first difference is in the adapters: base_model" in said.err and "at the most" in said.err
     assert said.out.count("differs") >= 3 and "equal" in said.out  # the schedule is a function of the step
     assert sorted(run_file.parent.iterdir()) == before
+
+
+def test_a_run_that_was_killed_too_late_is_killed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its last checkpoint there it would be resumed without a step."""
+    folder = RunFolder(tmp_path / "killed")
+    late = [True, True, False]
+
+    class Process:
+        returncode = None
+
+        def poll(self) -> int | None:
+            return self.returncode
+
+        def wait(self) -> int:
+            return -signal.SIGKILL
+
+        def kill(self) -> None:
+            if late.pop(0):
+                (folder.path / "checkpoint-6").mkdir()
+
+    @contextmanager
+    def running(*given: Any) -> Iterator[Process]:
+        (folder.path / "checkpoint-3").mkdir(parents=True)
+        folder.append("metrics.jsonl", [{"step": step} for step in range(1, 6)])
+        yield Process()
+
+    monkeypatch.setattr(verify_resume, "_running", running)
+    show: Any = SimpleNamespace(training=lambda steps, done: nullcontext(lambda row: None))
+    moment = verify_resume._kill(tmp_path / "run.yaml", folder, tmp_path, 6, [0.0, 0.001], show)
+    assert moment.startswith("0.00 s after step ") and late == []
+    assert [path.name for path in folder.path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_several_processes_are_refused(steep: Steep, run_file: Path) -> None:  # noqa: F811
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*start, "-m", "steep", "verify-resume", str(run_file)], capture_output=True, text=True, timeout=120
+    )
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert "error: steep verify-resume: it starts its runs itself" in line and "Start it without torchrun." in line
 
 
 def test_what_train_refuses_is_refused(steep: Steep, run_file: Path) -> None:  # noqa: F811

@@ -168,6 +168,7 @@ def train(
 
 
 @app.command("verify-resume", context_settings=_OVERRIDES)
+@ranks.joined()
 def verify_resume(
     context: typer.Context,
     file: RunFile,

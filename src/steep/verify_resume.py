@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ import torch
 from rich.table import Table
 from safetensors.torch import load_file
 
+from steep import ranks
 from steep.errors import RunError, UserError
 from steep.plan import plan_run
 from steep.run_folder import RunFolder
@@ -66,9 +68,12 @@ def verify_resume(config: RunConfig, *, steps: int = STEPS, terminal: Terminal |
         What was compared, in the order of the table that `terminal` shows.
 
     Raises:
-        UserError: what `steep train` would refuse; no room on the disk for both runs.
+        UserError: what `steep train` would refuse; no room on the disk for both runs; several processes.
         RunError: one of the runs failed.
     """
+    if ranks.world_size() > 1:
+        problem = f"it starts its runs itself, each in one process, and here are {ranks.world_size()}"
+        raise UserError("steep verify-resume", problem, "Start it without torchrun.")
     terminal = terminal or Terminal(quiet=True)
     terminal.say("planning the run, and a short one")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # CUDA is the runs', and takes memory
@@ -121,7 +126,7 @@ def _shortened(config: RunConfig, steps: int, quiet: bool) -> tuple[RunConfig, i
             setattr(training, name, length / whole if length < whole else 1 - 1 / steps)
     changes = {
         "max_steps": steps, "save_steps": steps // 2, "save_total_limit": 2, "logging_steps": 1, "eval_steps": None,
-        "report_to": "none",
+        "metric_for_best_model": None, "report_to": "none",
     }  # fmt: skip
     changes |= {
         name: value
@@ -211,7 +216,8 @@ def _ended_well(process: subprocess.Popen[bytes], place: Path) -> None:
 
 
 def _kill(file: Path, folder: RunFolder, place: Path, steps: int, arrivals: list[float], terminal: Terminal) -> str:
-    """Start a run and kill it after its first checkpoint, in the middle of a step; when that was, in words.
+    """Start a run and kill it after its first checkpoint and before its last, in the middle of a step; when that was, in
+    words.
 
     Raises:
         RunError: it failed, or was always done before it could be killed.
@@ -227,9 +233,11 @@ def _kill(file: Path, folder: RunFolder, place: Path, steps: int, arrivals: list
                     time.sleep(delay)
                     break
             process.kill()
-            if process.wait() < 0:
+            code, saved = process.wait(), [step_of(checkpoint) for checkpoint in checkpoints(folder.path)]
+            if code != -signal.SIGKILL or not saved:
+                _ended_well(process, place)
+            elif saved[-1] < steps:  # else nothing is left to go on with
                 return f"{delay:.2f} s after step {row['step']}"
-            _ended_well(process, place)
         shutil.rmtree(folder.path)
     raise RunError("the run was always done before it could be killed: give more --steps")
 
