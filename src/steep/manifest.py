@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steep.storage import naming
+
 MANIFEST = "manifest.json"
 _LARGEST = 2**24  # bytes; one of ours has a few hundred a file
 
@@ -50,6 +52,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         Damaged: there is none, it is not one, or it names a file outside of the folder.
+        OSError: it cannot be read, which says nothing of what it holds.
     """
     file = folder / MANIFEST
     try:
@@ -57,14 +60,13 @@ def read_manifest(folder: Path) -> Manifest:
             raise Damaged(f"{MANIFEST} is no plain file")
         if file.stat().st_size > _LARGEST:
             raise Damaged(f"{MANIFEST} is too large to be one")
-        content = file.read_bytes()
+        with naming(file):
+            content = file.read_bytes()
         tree = json.loads(content)
     except FileNotFoundError as error:
         raise Damaged(f"it has no {MANIFEST}") from error
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{MANIFEST} is no JSON") from error
-    except OSError as error:
-        raise Damaged(f"{MANIFEST} cannot be read: {error.strerror}") from error
     if not isinstance(tree, dict) or tree.get("version") != 1 or not isinstance(tree.get("files"), dict):
         raise Damaged(f"{MANIFEST} is no manifest of version 1")
     return Manifest({name: _entry(name, entry) for name, entry in tree["files"].items()}, _sha256(content))
@@ -78,6 +80,7 @@ def verify(folder: Path) -> tuple[Manifest, list[str]]:
 
     Raises:
         Damaged: a file is missing, or not as it was written; the folder, or something in it, is a symbolic link.
+        OSError: a file is there and cannot be read, for want of permission or by a fault of the disk: it may be whole.
     """
     if folder.is_symlink():
         raise Damaged("it is a symbolic link")
@@ -96,8 +99,8 @@ def verify(folder: Path) -> tuple[Manifest, list[str]]:
         for name, (_, digest) in manifest.files.items():
             if _digest(folder / name) != digest:
                 raise Damaged(f"{name} is not what was written (SHA-256)")
-    except OSError as error:
-        raise Damaged(f"{Path(error.filename or folder).name} cannot be read: {error.strerror}") from error
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename).name} went while it was read") from error
     strangers = sorted(found.keys() - manifest.files.keys() - {MANIFEST})
     return manifest, [name for name in strangers if not stat.S_ISDIR(found[name].st_mode)]
 
@@ -129,7 +132,7 @@ def _entries(folder: Path) -> dict[str, os.stat_result]:
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
+    with naming(file), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -216,8 +216,7 @@ def _ended_well(process: subprocess.Popen[bytes], place: Path) -> None:
 
 
 def _kill(file: Path, folder: RunFolder, place: Path, steps: int, arrivals: list[float], terminal: Terminal) -> str:
-    """Start a run and kill it after its first checkpoint and before its last, in the middle of a step; when that was, in
-    words.
+    """Start a run and kill it between its first checkpoint and its last, in the middle of a step; when, in words.
 
     Raises:
         RunError: it failed, or was always done before it could be killed.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,15 +134,44 @@ def test_a_manifest_that_does_not_name_all_is_of_no_checkpoint(missing: str, tmp
         inspect(folder)
 
 
-def test_a_checkpoint_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write(tmp_path, 10)
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("manifest.json", errno.EACCES), ("optimizer.safetensors", errno.EACCES), ("random.json", errno.EIO)],
+)
+def test_what_cannot_be_read_is_not_damaged(
+    name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be whole: an older one would train for days what is done already."""
+    write(tmp_path, 10)
+    folder = write(tmp_path, 20)
+    opened = Path.open
 
-    def refused(self: Path, *given: object, **named: object) -> None:
-        raise PermissionError(13, "Permission denied", str(self))
+    class Broken(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
 
-    monkeypatch.setattr(Path, "open", refused)  # root may read all
-    with pytest.raises(Damaged, match=r"cannot be read: Permission denied"):
+        def readinto(self, buffer: Any) -> int:
+            raise OSError(number, os.strerror(number))  # the kernel names no file when it reads
+
+    def refused(self: Path, *given: Any, **named: Any) -> Any:
+        if self != folder / name:
+            return opened(self, *given, **named)
+        if number == errno.EIO:
+            return Broken()
+        raise PermissionError(number, os.strerror(number), str(self))  # root may read all
+
+    monkeypatch.setattr(Path, "open", refused)
+    told = (
+        rf"{folder / name} cannot be read \({os.strerror(number)}\), so whether checkpoint-20 is whole is not known\. "
+    )
+    with pytest.raises(UserError, match=f"^--resume: {told}Mend its permissions or the disk"):
+        choose(tmp_path)
+    with pytest.raises(UserError, match=f"^--branch: {told}.* or move {folder} away"):
+        given(folder, "--branch")
+    with pytest.raises(OSError, match=os.strerror(number)):
         inspect(folder)
+    Retention(tmp_path).apply(1, step=20, best=None)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-20"]  # it does not push out a whole one, and stays
 
 
 def test_a_path_that_was_given_is_verified_too(tmp_path: Path) -> None:

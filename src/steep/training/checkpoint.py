@@ -89,6 +89,7 @@ def inspect(path: Path) -> Checkpoint:
 
     Raises:
         Damaged: it is not what was written, or no checkpoint of steep's.
+        OSError: it cannot be read, and may be whole.
     """
     manifest, extra = verify(path)
     weights = [name for name in manifest.files if name.endswith("model.safetensors") or name.startswith("model-")]
@@ -137,7 +138,8 @@ def newest_valid(run_dir: Path, *, up_to: int | None = None, field: str = "--res
         up_to: look at no later step.
 
     Raises:
-        UserError: another version of steep wrote it, in another format.
+        UserError: another version of steep wrote it, in another format; or one that would be the newest cannot be read:
+            whether it is whole is not known.
     """
     passed_over: list[tuple[Path, str]] = []
     for path in reversed(checkpoints(run_dir)):
@@ -148,6 +150,8 @@ def newest_valid(run_dir: Path, *, up_to: int | None = None, field: str = "--res
         except Damaged as damage:
             passed_over.append((path, str(damage)))
             continue
+        except OSError as error:
+            raise _unreadable(error, path, field) from error
         refuse_other_format(checkpoint, field)
         return Choice(checkpoint, tuple(passed_over))
     return Choice(None, tuple(passed_over))
@@ -157,7 +161,7 @@ def choose(run_dir: Path, field: str = "--resume") -> Checkpoint | None:
     """`newest_valid`, with a log line for each that was passed over; None where there is no checkpoint at all.
 
     Raises:
-        UserError: there are checkpoints, and none is whole; another version wrote the newest one.
+        UserError: there are checkpoints, and none is whole; another version wrote the newest one; or it cannot be read.
     """
     return found_by_main(lambda: _choose(run_dir, field))
 
@@ -199,15 +203,25 @@ def given(path: str | Path, field: str) -> Checkpoint:
     """The checkpoint at a path that somebody gave.
 
     Raises:
-        UserError: it is not whole, or another version wrote it.
+        UserError: it is not whole, cannot be read, or another version wrote it.
     """
     try:
         checkpoint = inspect(Path(path))
     except Damaged as damage:
         raise UserError(field, f"{path} is no whole checkpoint: {damage}", "Give another checkpoint.") from damage
+    except OSError as error:
+        raise _unreadable(error, Path(path), field) from error
     refuse_other_format(checkpoint, field)
     _name_extra(checkpoint)
     return checkpoint
+
+
+def _unreadable(error: OSError, path: Path, field: str) -> UserError:
+    return UserError(
+        field,
+        f"{error.filename or path} cannot be read ({error.strerror}), so whether {path.name} is whole is not known",
+        f"Mend its permissions or the disk, and start again; or move {path} away to do without it.",
+    )
 
 
 def _name_extra(checkpoint: Checkpoint) -> None:

@@ -15,9 +15,9 @@ from steep.training.checkpoint import checkpoints, inspect, step_of
 class Retention:
     """Deletes the checkpoints of a run that are not kept.
 
-    Only whole checkpoints up to the present step are counted, and deleted. One that is damaged stays where it is until
-    its step is saved again: what is left of it may still be of use to its owner. So do those of later steps, in a run
-    that went on from an earlier one. Each is looked at once.
+    Only whole checkpoints up to the present step are counted, and deleted. One that is damaged, or cannot be read,
+    stays where it is until its step is saved again: what is left of it may still be of use to its owner. So do those of
+    later steps, in a run that went on from an earlier one. Each is looked at once.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -42,7 +42,7 @@ class Retention:
             try:
                 inspect(path)
                 self._whole[path] = True
-            except Damaged:
+            except (Damaged, OSError):
                 self._whole[path] = False
         return self._whole[path]
 
