@@ -21,6 +21,8 @@ import yaml
 from steep import heed_signals, run
 from steep.errors import Stopped
 from steep.stopping import Interrupted
+from steep.training.exact_checkpoints import ExactCheckpoints
+from steep.training.guard import GoBack, Guard
 from steep.training.trainer import Trainer
 from tests.command_line import Said, Steep
 from tests.test_cli import run_file  # noqa: F401
@@ -211,15 +213,44 @@ def test_stopped_several_times_is_never_stopped(
     assert traces(folder) == traces(whole.parent / "run")
 
 
-def test_a_signal_in_the_last_step_changes_nothing(
+@pytest.mark.parametrize("saves", ["steps", "epoch"])
+def test_a_signal_in_the_last_step(
+    saves: str,
+    steep: Steep,
+    run_file: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run ends there as in any other; the result is written when it goes on."""
+    whole, stopped = (dropout_run(run_file, tmp_path / name, save_strategy=saves) for name in ("whole", "stopped"))
+    assert steep("train", whole).code == 0
+    folder = stopped.parent / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", at_call(21, send(signal.SIGTERM), Trainer.training_step))
+        said = steep("train", stopped)
+    assert said.code == 3 and "stopped after step 7, which is saved as" in last_line(said)
+    assert (folder / "checkpoint-7").is_dir() and not (folder / "final").exists()
+    with monkeypatch.context() as patch:  # while what there is is loaded
+        patch.setattr(Trainer, "_prepare_for_training", at_call(1, send(signal.SIGTERM), Trainer._prepare_for_training))
+        said = steep("train", stopped, "--resume")
+    assert said.code == 3 and "stopped after step 7, which is saved as" in last_line(said)
+    said = steep("train", stopped, "--resume")
+    assert said.code == 0 and "all 7 steps are done already" in said.err
+    assert traces(folder) == traces(whole.parent / "run")
+
+
+def test_a_signal_after_the_last_step_ends_it_at_once(
     steep: Steep,
     run_file: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Trainer, "training_step", at_call(4, send(signal.SIGTERM), Trainer.training_step))
-    said = steep("train", run_file)
-    assert said.code == 0, said
-    assert (run_file.parent / "run" / "final").is_dir()
+    """Nobody would look at a wish any more."""
+    with monkeypatch.context() as patch:
+        end = ExactCheckpoints._finalize_training
+        patch.setattr(ExactCheckpoints, "_finalize_training", at_call(1, send(signal.SIGTERM), end))
+        said = steep("train", run_file)
+    assert said.code == 143 and "stopped at once; go on from the newest checkpoint" in last_line(said)
+    assert steep("train", run_file, "--resume").code == 0
 
 
 @pytest.mark.parametrize("at_its_end", [False, True])
@@ -258,13 +289,20 @@ def test_a_second_signal_ends_the_run_at_once(
     run_file: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Trainer, "training_step", at_call(3, send(number, number), Trainer.training_step))
+    folder = run_file.parent / "run"
+
+    def act() -> None:
+        for thread in threading.enumerate():
+            if thread.name.startswith("writes "):  # the exit does not wait for it, and would take the tests with it
+                thread.join()
+        send(number, number)()
+
+    monkeypatch.setattr(Trainer, "training_step", at_call(3, act, Trainer.training_step))
     said = steep("train", run_file)
     assert said.code == code
     assert last_line(said) == (
         f"stopped at once; go on from the newest checkpoint with: steep train {run_file} --resume"
     )
-    folder = run_file.parent / "run"
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"] and not list(folder.glob(".*"))
 
 
@@ -331,6 +369,59 @@ def test_a_signal_to_all_processes(number: int, steep: Steep, run_file: Path, tm
     assert not any(runs(worker) for worker in workers)
     assert steep("train", stopped, "--resume").code == 0
     assert traces(folder) == traces(whole.parent / "run")
+
+
+def test_a_second_signal_does_not_wait_for_a_checkpoint(
+    steep: Steep,
+    run_file: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """A steep whose disk takes a minute for each."""
+    program = tmp_path / "slow.py"
+    program.write_text(
+        "import time\nfrom steep.cli import main\nfrom steep.training.snapshot import Snapshot\n"
+        "Snapshot.write = lambda self, folder: time.sleep(60)\nmain()\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, str(program), "train", str(run_file)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for awaited in ("saving checkpoint-2", "stopping after this step"):
+            said = next(line for line in process.stderr if awaited in line or "error" in line)
+            assert awaited in said, said
+            process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        (last,) = (line for line in process.stderr if "stopped at once" in line)
+        assert process.wait(timeout=50) == 143 and time.monotonic() - began < 20
+    assert last == f"stopped at once; go on from the newest checkpoint with: steep train {run_file} --resume\n"
+    assert not list((run_file.parent / "run").glob("checkpoint-*"))
+    assert steep("train", run_file, "--resume").code == 0
+
+
+@pytest.mark.parametrize("place", ["_where_to_begin", "_load_rng_state"])
+def test_a_signal_while_a_run_goes_back(
+    place: str,
+    steep: Steep,
+    run_file: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in any other moment of the training: a step is trained, and saved."""
+    judge, gone_back = Guard.judge, []
+
+    def spike_at_5(self: Guard, step: int, *given: Any) -> Any:
+        if step == 5 and not gone_back:
+            gone_back.append(step)
+            load = at_call(1, send(signal.SIGTERM), getattr(Trainer, place))
+            monkeypatch.setattr(Trainer, place, load)
+            raise GoBack(step)
+        return judge(self, step, *given)
+
+    monkeypatch.setattr(Guard, "judge", spike_at_5)
+    file = dropout_run(run_file, tmp_path / "run", spike_action="rollback")
+    said = steep("train", file)
+    assert gone_back and said.code == 3 and "stopped after step 4," in last_line(said), said
+    assert steep("train", file, "--resume").code == 0
 
 
 def test_a_process_that_is_told_to_end(steep: Steep, run_file: Path, tmp_path: Path) -> None:  # noqa: F811

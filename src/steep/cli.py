@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
@@ -161,10 +163,9 @@ def train(
         terminal.say(f"{end}; go on with: steep train {again} --resume")
         raise typer.Exit(end.exit_code) from None
     except Interrupted as end:
-        if not (Path(config.training.output_dir) / "run.yaml").is_file():  # the text that was tokenised is kept
-            raise
-        terminal.say(f"stopped at once; go on from the newest checkpoint with: steep train {again} --resume")
-        raise typer.Exit(end.exit_code) from None
+        if (Path(config.training.output_dir) / "run.yaml").is_file():  # else the text that was tokenised is kept
+            end.go_on = f"go on from the newest checkpoint with: steep train {again} --resume"
+        raise
 
 
 @app.command("verify-resume", context_settings=_OVERRIDES)
@@ -314,19 +315,33 @@ def main() -> None:
     --debug the traceback of an error stands before it."""
     words = sys.argv[1:]
     debug = "--debug" in words
+    code: Any = 0
     try:
         with heed_signals() as stop:
             app(args=[word for word in words if word != "--debug"], obj=stop)
     except Interrupted as end:
-        print("stopped at once; nothing is damaged: start the same command again", file=sys.stderr)
-        sys.exit(end.exit_code)
+        if ranks.is_main():
+            print(f"stopped at once; {one_line(end.go_on)}", file=sys.stderr)
+        code = end.exit_code
+    except SystemExit as end:
+        code = end.code
     except Exception as error:
         if debug:
             found = hide("".join(traceback.format_exception(error)))
             print("\n".join(map(one_line, found.split("\n"))), file=sys.stderr, end="")
         line, code = _explained(error)
         print(f"error: {one_line(hide(line))}", file=sys.stderr)
-        sys.exit(code)
+    if isinstance(code, int) and ranks.by_signal(code) and any(map(_is_waited_for, threading.enumerate())):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _is_waited_for(thread: threading.Thread) -> bool:
+    """Whether Python would not end before this thread has, which may write a checkpoint: without its name that is none,
+    and the next run clears it away."""
+    return not thread.daemon and thread is not threading.main_thread()
 
 
 def _explained(error: Exception) -> tuple[str, int]:

@@ -211,7 +211,7 @@ class _Peers:
             if not self._leaving.wait(_GRACE):
                 # The main thread waits in a collective that cannot end, or is at work that has become useless.
                 speaks, code = self._first_to_fail(RunError.exit_code)
-                if speaks or (is_main() and _by_signal(code)):
+                if speaks or (is_main() and by_signal(code)):
                     print(f"error: {LOST}" if speaks else _STOPPED_TOO, file=sys.stderr, flush=True)
                 os._exit(code)
         while _heard(connection):
@@ -252,7 +252,7 @@ class _Peers:
                 watcher.join(_LAST_LEAVES)
         self._disconnect()
         if not speaks:
-            if is_main() and _by_signal(code) and not _by_signal(exit_code(error)):
+            if is_main() and by_signal(code) and not by_signal(exit_code(error)):
                 print(_STOPPED_TOO, file=sys.stderr, flush=True)
             raise SystemExit(code) from error
         if lost and not ours:
@@ -284,7 +284,8 @@ def _ignore_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _by_signal(code: int) -> bool:
+def by_signal(code: int) -> bool:
+    """Whether an exit code is that of a process which a signal ended at once."""
     return code > 128
 
 

@@ -25,10 +25,12 @@ class Interrupted(BaseException):
 
     Attributes:
         exit_code: 130 for Ctrl-C, 143 for SIGTERM, as shells have it.
+        go_on: what to do now.
     """
 
     def __init__(self, number: int) -> None:
         self.exit_code = 128 + number
+        self.go_on = "nothing is damaged: start the same command again"
         super().__init__(signal.Signals(number).name)
 
 
@@ -52,6 +54,11 @@ class Stop:
             yield
         finally:
             self._finishing = False
+
+    def last_look(self) -> bool:
+        """`asked`, and the end of `finishing_steps`: no later signal is taken for a wish that nobody looks at."""
+        self._finishing = False
+        return self.asked
 
     def on_signal(self, number: int, frame: Any) -> None:
         """The handler.

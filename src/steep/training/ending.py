@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ class Ending(ExactCheckpoints):
         self.stop = stop
         self.add_callback(_Observer(self))
 
-    def is_asked_to_stop(self) -> bool:
-        """Whether any process was asked to end; looked at once a step, when log, evaluation and checkpoint are done."""
-        return ranks.agreed(self.stop is not None and self.stop.asked)
+    def finishing_steps(self) -> AbstractContextManager[None]:
+        """Within, a signal is a wish that is granted after a step."""
+        return nullcontext() if self.stop is None else self.stop.finishing_steps()
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         return self._for_the_end(super()._get_dataloader(*args, **kwargs))
@@ -48,8 +48,7 @@ class Ending(ExactCheckpoints):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.ending = self._saved_at = None
         self._epoch_ended = False
-        with nullcontext() if self.stop is None else self.stop.finishing_steps():
-            output = super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
         if self.ending is not None:
             raise self.ending
         return output
@@ -63,12 +62,29 @@ class Ending(ExactCheckpoints):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
         step = self.state.global_step
-        if self.ending is None and step < self.state.max_steps and self.is_asked_to_stop():
-            self.ending = Stopped(step, Path(self.args.output_dir) / f"checkpoint-{step}")
+        if self.ending is None and step < self.state.max_steps:  # after the last one there is more to do at its end
+            self._end_if(self.stop is not None and self.stop.asked)
         if self.ending is None:
             return
         self.control.should_training_stop = True
-        if self._saved_at != step:
+        self._save_once()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.ending is None:
+            self.finish_saving()  # before the last look, after which a signal would break it off
+            self._end_if(self.stop is not None and self.stop.last_look())
+            if self.ending is not None:
+                self._save_once()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _end_if(self, asked: bool) -> None:
+        """End here if any process was asked to."""
+        if ranks.agreed(asked):
+            step = self.state.global_step
+            self.ending = Stopped(step, Path(self.args.output_dir) / f"checkpoint-{step}")
+
+    def _save_once(self) -> None:
+        if self._saved_at != self.state.global_step:
             self._save_checkpoint(self.model_wrapped, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
@@ -78,6 +94,10 @@ class _Observer(CheckpointCallback):
 
     def __init__(self, trainer: Ending) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.resumed_state is not None:
+            self._trainer._saved_at = state.global_step
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._epoch_ended = False

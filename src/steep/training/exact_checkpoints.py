@@ -30,6 +30,7 @@ from steep.model.adapters import (
     load_adapter_weights,
     save_adapter,
 )
+from steep.stopping import Interrupted
 from steep.storage import discard, naming, publish, stage
 from steep.tensor_files import system_errors
 from steep.training.checkpoint import (
@@ -218,6 +219,8 @@ class ExactCheckpoints(transformers.Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().train(*args, **kwargs)
+        except Interrupted:  # at once: what is being written stays without its name
+            raise
         except BaseException:
             self._writer.settle()
             raise

@@ -349,7 +349,7 @@ class Trainer(Rollback):
         """
         if self.corpus is not None:
             check_best_metric(self.args, self.corpus.heldout)
-        with deterministic(self.args.deterministic):
+        with deterministic(self.args.deterministic), self.finishing_steps():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         assert self.proof is not None
         self.proof.judge()
