@@ -20,6 +20,6 @@ def assert_one_error_line(said: Said, *parts: str, code: int = 2) -> None:
     errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
     assert said.code == code, said
     assert len(errors) == 1 and said.err.rstrip().splitlines()[-1] == errors[0], said.err
-    assert "Traceback" not in said.err + said.out
+    assert "Traceback" not in said.err + said.out and "panicked" not in said.err  # the last is Rust's
     for part in parts:
         assert part in errors[0], errors[0]

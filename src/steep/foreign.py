@@ -7,6 +7,9 @@ raise whatever their code meets in a field that holds another type than it expec
 from __future__ import annotations
 
 import json
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -34,6 +37,31 @@ def told_by(explain: Callable[[BaseException], UserError]) -> Iterator[None]:
 def told_as_input(field: str, what: str, remedy: str) -> AbstractContextManager[None]:
     """The same with one sentence: `what`, such as ``x cannot be read``, and behind it the library's reason."""
     return told_by(lambda error: UserError(field, f"{what}: {reason(error)}", remedy))
+
+
+@contextmanager
+def panics_held() -> Iterator[None]:
+    """Drops what tokenizers, in Rust, writes to this process's stderr where it panics: the error will say it.
+
+    What else is written there meanwhile comes out at the end.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        panicked = False
+        try:
+            yield
+        except BaseException as error:
+            panicked = _is_panic(error)
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            if not panicked and (text := held.read()):
+                os.write(2, text)
 
 
 def reason(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from steep.errors import UserError, did_you_mean, shown
-from steep.foreign import fault_of_json, reason, told_as_input, told_by
+from steep.foreign import fault_of_json, panics_held, reason, told_as_input, told_by
 from steep.model.generation_config import check_generation_config
 from steep.model.gguf import check_readable, converted_folder, correct_special_tokens
 from steep.model.look_up import find
@@ -130,7 +130,7 @@ def read_tokenizer(model: ResolvedModel, field: str = "model.name") -> Any:
 
 
 def _read_tokenizer(name: str, arguments: dict[str, Any], field: str) -> Any:
-    with told_by(lambda error: _unreadable(error, name, arguments, field, TOKENIZER)):
+    with told_by(lambda error: _unreadable(error, name, arguments, field, TOKENIZER)), panics_held():
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
         # Some faults show when it is used.
         for special in (False, True):

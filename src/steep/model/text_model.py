@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from steep.errors import UserError
-from steep.model.resolve import ResolvedModel, read_config, text_config_of
+from steep.model.resolve import ResolvedModel, read_config, read_tokenizer, text_config_of
 from steep.model.safety import check_safe
 from steep.storage import published
 from steep.tensor_files import system_errors
@@ -45,9 +45,10 @@ def extract_text_model(name: str, folder: str | Path, *, revision: str | None = 
     if text_config is None:
         remedy = "Give a multimodal checkpoint, such as Gemma 3 4B."
         raise UserError("name", f"{name} ({config.model_type}) has no text model that can stand alone", remedy)
-    check_safe(ResolvedModel(name, arguments, config), "name")
+    resolved = ResolvedModel(name, arguments, config)
+    check_safe(resolved, "name")
     whole: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", use_safetensors=True, **arguments)
-    tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+    tokenizer = read_tokenizer(resolved, "name")
     model = _text_model(whole, text_config)
     if model is None or not _agree(whole, model, tokenizer):
         problem = f"the text model of {name} ({text_config.model_type}), taken out, is not what it is inside"
