@@ -17,7 +17,7 @@ from steep.generation import prompt_ids_of
 from steep.memory import Shape, memory_by_item, shape_of
 from steep.model.adapters import check_embeddings, check_rank, check_start
 from steep.model.embeddings import is_tied, untie
-from steep.model.empty import empty_model
+from steep.model.empty import check_computes, empty_model
 from steep.model.load import resolve_base, resolve_compute_dtype
 from steep.model.new_tokens import check_trained, rows_for
 from steep.model.positions import check_length
@@ -191,6 +191,7 @@ def _work_out(
             "Set model.trained_dtype: fp32, or model.compute_dtype: bf16.",
         )
     empty = empty_model(resolved, model.attn_implementation)
+    check_computes(empty)
     stored = check_stored(resolved, empty, download=False)
     if model.untie_embeddings:
         untie(empty)

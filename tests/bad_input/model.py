@@ -57,6 +57,9 @@ CONFIG = [
         json_file("config.json", max_position_embeddings=None),
         "'max_position_embeddings' expected int, got NoneType",
     ),
+    row(
+        "a window that is a list", "model.name", config_json(sliding_window=[None]), "makes no model: 'NoneType' object"
+    ),
     row("an attention that is a number", "model.name", config_json(attn_implementation=5), "the config.json of"),
     row(
         "generation_config.json is no JSON",
@@ -70,6 +73,12 @@ CONFIG = [
         "model.name",
         json_file("generation_config.json", eos_token_id="x"),
         "generation_config.json has eos_token_id 'x', which is no number of a token",
+    ),
+    row(
+        "an end token beyond all",
+        "model.name",
+        json_file("generation_config.json", eos_token_id=[2, 2**70]),
+        "generation_config.json has eos_token_id [2, 1180591620717411303424], which is no number of a token",
     ),
 ]
 

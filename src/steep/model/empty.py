@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -30,3 +31,20 @@ def empty_model(resolved: ResolvedModel, attn_implementation: str = "auto", fiel
                 trust_remote_code=resolved.arguments.get("trust_remote_code", False),
                 **choice,
             )
+
+
+def check_computes(empty: Any, field: str = "model.name") -> None:
+    """Let two tokens go through what `empty_model` gave: some values of a config are looked at only then.
+
+    Raises:
+        UserError: one is not of the type that the code expects.
+    """
+    if empty.config._attn_implementation not in ("eager", "sdpa"):  # kernels that know no meta device
+        return
+    with (
+        told_as_input(field, f"the config.json of {empty.config.name_or_path} makes no model", ODD_CONFIG),
+        torch.no_grad(),
+        # What says nothing of types is let pass: some families look at values, which the meta device has none of.
+        suppress(RuntimeError, LookupError, ValueError),
+    ):
+        empty(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"), use_cache=True)

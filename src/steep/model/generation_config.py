@@ -28,5 +28,5 @@ def check_generation_config(name: str, revision: str | None, field: str) -> None
     with told_as_input(field, f"{file} cannot be read", _REMEDY):
         ends = GenerationConfig(**json.loads(file.read_bytes())).eos_token_id
     for end in ends if isinstance(ends, list) else [ends]:
-        if not isinstance(end, int | None):
+        if end is not None and (not isinstance(end, int) or abs(end) >= 2**31):
             raise UserError(field, f"{file} has eos_token_id {shown(ends)}, which is no number of a token", _REMEDY)
