@@ -61,6 +61,8 @@ CONFIG = [
         "a window that is a list", "model.name", config_json(sliding_window=[None]), "makes no model: 'NoneType' object"
     ),
     row("an attention that is a number", "model.name", config_json(attn_implementation=5), "the config.json of"),
+    row("an attention that is a list", "model.name", config_json(attn_implementation=["x"]), "makes no model: 'list'"),
+    row("no weights by name", "model.name", config_json(transformers_weights={}), "names {} as its weights"),
     row(
         "generation_config.json is no JSON",
         "model.name",

@@ -49,7 +49,7 @@ def check_safe(model: ResolvedModel, field: str) -> None:
         )
     if "gguf_file" in model.arguments:
         return
-    if other := getattr(model.config, "transformers_weights", None):
+    if (other := getattr(model.config, "transformers_weights", None)) is not None:
         problem = f"the config.json of {model.name} names {other} as its weights (transformers_weights)"
         raise UserError(field, problem, f"Give a checkpoint whose weights are in {SINGLE} or its shards.")
     folder = Path(model.name)

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from steep.errors import UserError
-from steep.model.resolve import ResolvedModel
+from steep.foreign import told_as_input
+from steep.model.resolve import ODD_CONFIG, ResolvedModel
 from steep.model.weight_files import weight_files
 
 _REMEDY = "Download it again, or give another checkpoint."
@@ -51,7 +52,10 @@ def check_stored(resolved: ResolvedModel, empty: Any, field: str = "model.name",
     if odd := [name for name, kind in kinds.items() if name.endswith(".weight") and kind not in _FLOATS]:
         problem = f"{resolved.name} holds {odd[0]}{_and_more(odd)} as {kinds[odd[0]]}, and its config.json names no "
         raise UserError(field, f"{problem}quantisation", "Give the checkpoint in 16 or 32 bits.")
-    with _without_reports():
+    with (
+        told_as_input(field, f"the weights of {resolved.name} do not go into its model", ODD_CONFIG),
+        _without_reports(),
+    ):
         _, found = type(empty).from_pretrained(
             None,
             config=resolved.config,
