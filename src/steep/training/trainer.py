@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback, def
 from steep import ranks
 from steep.data.packed_dataset import collate
 from steep.data.packing import Corpus
-from steep.data.sampler import FILLER, EpochSampler
+from steep.data.sampler import EpochSampler
 from steep.errors import RunError, UserError
 from steep.evaluation.adapters import unwrap
 from steep.evaluation.perplexity import DomainScore, evaluate
@@ -25,6 +25,7 @@ from steep.training import parallel
 from steep.training.adamw8bit import AdamW8bit
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
+from steep.training.counting import COUNTS, Counting
 from steep.training.deterministic import deterministic
 from steep.training.gradients import GradientReport, measure_and_clip
 from steep.training.groups import parameter_groups
@@ -33,13 +34,12 @@ from steep.training.incidents import described
 from steep.training.metrics import Meter
 from steep.training.proof import Proof
 from steep.training.retention import check_best_metric
-from steep.training.rollback import Rollback
 from steep.training.schedules import schedule_of
 
 logger = logging.getLogger("steep")
 
 
-class Trainer(Rollback):
+class Trainer(Counting):
     """`transformers.Trainer` with what continued pretraining needs; takes the same arguments.
 
     Args:
@@ -53,9 +53,7 @@ class Trainer(Rollback):
     Attributes:
         proof: what was seen of every trained tensor, from `train()` on.
         guard: what was out of the ordinary, and what became of it.
-        times_seen, times_trained, times_skipped: for a `Corpus`, how often each of its rows was in a step (of any
-            process), in one that was applied, and in one that was skipped as a spike; int64 [rows].
-        times_seen_before: in a branch over its parent's text, how often each row was in a step before; int64 [rows].
+        times_seen, times_trained, times_skipped, times_seen_before: see `Counting`.
 
     Raises:
         UserError: settings that contradict each other; before the first step.
@@ -97,16 +95,10 @@ class Trainer(Rollback):
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = f"{args.output_dir}/{default_logdir()}"
         self.proof: Proof | None = None
-        self.times_seen = torch.zeros(len(self.corpus.train) if self.corpus else 0, dtype=torch.int64)
-        self.times_trained, self.times_skipped = torch.zeros_like(self.times_seen), torch.zeros_like(self.times_seen)
-        self.times_seen_before = torch.zeros_like(self.times_seen)
         self.evaluations: list[list[DomainScore]] = []
         self.guard = Guard(args, self._described)
         self._judged = False
         self._gradients: GradientReport | None = None
-        self._rows_of_step: list[np.ndarray] = []
-        self._rows = np.empty(0, np.int64)
-        self._tokens_of_step = 0
         self._losses_of_step: list[torch.Tensor] = []
         self._outcome = Outcome.APPLIED
         self._meter = Meter()
@@ -184,9 +176,8 @@ class Trainer(Rollback):
             parallel.draw_apart(self.args.seed)
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
-        self._rows_of_step.clear()  # an interrupted step may have left some
+        self._begin_step()
         self._losses_of_step.clear()
-        self._tokens_of_step = 0
         if self._begins_branch:
             assert self.resumed_state is not None
             proof.refuse_other_base(self.resumed_state["proof"])
@@ -222,14 +213,12 @@ class Trainer(Rollback):
         sum would stay NaN for ever; what is reported is counted here."""
         rows = inputs.pop("row", None)
         if self.corpus is not None and rows is not None:
-            # A collator of the caller's own may have made it a tensor.
-            self._rows_of_step.append(rows.cpu().numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows))
+            self._note_rows(rows)
             inputs = self._as_packed(inputs)
         if self.state.global_step + 1 in self.guard.skip_list:
             return torch.zeros((), device=self.args.device)
         if self.corpus is None or rows is None:
-            mask = inputs.get("attention_mask")
-            self._tokens_of_step += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            self._note_tokens(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses_of_step.append(loss)
         return torch.where(torch.isfinite(loss), loss, 0.0)
@@ -284,31 +273,14 @@ class Trainer(Rollback):
             self.accelerator.unscale_gradients()
         model.zero_grad(set_to_none=True)
 
-    def _rows_of_all(self) -> np.ndarray:
-        """Numbers of the rows that all processes have in the step, as far as they are known: int64 [rows]."""
-        own = np.concatenate([np.empty(0, np.int64), *self._rows_of_step])
-        self._rows_of_step.clear()
-        rows = ranks.gathered(own)
-        return rows[rows != FILLER]
-
     def _after_optimizer_step(self) -> None:
         """Note what was applied, at the rates it was applied with (the schedule moves on right after)."""
-        rows = torch.from_numpy(self._rows)
-        once = torch.ones_like(rows)
-        self.times_seen.index_add_(0, rows, once)  # a row that came twice counts twice
         self._meter.rates = {g.get("name", "other"): float(g["lr"]) for g in self.optimizer.param_groups}
         if self._outcome is Outcome.PASSED_OVER:
-            self.guard.pass_over(self.state.global_step + 1, rows.numpy())
-        elif self.corpus is not None and len(rows):  # padding is no work done, and neither is what was passed over
-            self._meter.tokens += int(self.corpus.train.row_tokens[rows.numpy()].sum())
-        else:
-            self._meter.tokens += int(ranks.gathered(np.array([self._tokens_of_step])).sum())
-        self._tokens_of_step = 0
-        if self._outcome in (Outcome.SKIPPED, Outcome.PASSED_OVER):
-            self.times_skipped.index_add_(0, rows, once)
+            self.guard.pass_over(self.state.global_step + 1, self._rows)
+        self._meter.tokens += self._count_step(self._outcome)
         if self._outcome is not Outcome.APPLIED:
             return
-        self.times_trained.index_add_(0, rows, once)
         assert self.proof is not None and self._gradients is not None
         self.proof.observe(
             dict(zip(self._gradients.names, self._gradients.norms.tolist(), strict=True)), self.optimizer
@@ -316,16 +288,6 @@ class Trainer(Rollback):
         if not self._judged and self.proof.ready:
             self.proof.judge()
             self._judged = True
-
-    def ledger(self) -> dict[str, Any]:
-        """Where every document and token of the `Corpus` went so far; `Corpus.ledger` describes it."""
-        assert self.corpus is not None
-        return self.corpus.ledger(
-            self.times_trained.numpy(),
-            self.times_seen.numpy(),
-            self.times_seen_before.numpy(),
-            self.times_skipped.numpy(),
-        )
 
     def _described(self, rows: np.ndarray) -> list[dict[str, Any]]:
         return [] if self.corpus is None else described(self.corpus, rows, self.processing_class)
@@ -433,10 +395,7 @@ class Trainer(Rollback):
         return {
             "proof": self.proof.state(),
             "judged": self._judged,
-            "times_seen": self.times_seen,
-            "times_trained": self.times_trained,
-            "times_skipped": self.times_skipped,
-            "times_seen_before": self.times_seen_before,
+            **{name: getattr(self, name) for name in COUNTS},
             "fingerprint": self.fingerprint,
             "data_start": self.data_start,
             "rate_factor": self.rate_factor(),
@@ -446,7 +405,7 @@ class Trainer(Rollback):
 
     def _load_observations(self, state: dict[str, Any]) -> None:
         self._judged = state["judged"]
-        for name in ("times_seen", "times_trained", "times_skipped", "times_seen_before"):
+        for name in COUNTS:
             setattr(self, name, state[name])
         self._meter.load_state(state["window"])
 
