@@ -90,6 +90,7 @@ def test_it_says_where_it_came_from(branch: Path, parent: Path, korean_corpus: P
         "rate_factor": 1.0,
         "data_start": 0,
         "fingerprint": read(parent / "plan.json")["data"]["fingerprint"],
+        "passed_over": [],
     }
 
 

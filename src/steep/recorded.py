@@ -164,6 +164,13 @@ class ChangedField(TypedDict):
     new: Any
 
 
+class SkippedStep(TypedDict):
+    step: Count
+    rows: list[Count]
+    loss: Number
+    grad_norm: Number
+
+
 class Parent(TypedDict):
     checkpoint: Annotated[str, Field(min_length=1)]
     step: Count
@@ -171,13 +178,7 @@ class Parent(TypedDict):
     rate_factor: Number
     data_start: Count
     fingerprint: str | None
-
-
-class SkippedStep(TypedDict):
-    step: Count
-    rows: list[Count]
-    loss: Number
-    grad_norm: Number
+    passed_over: list[SkippedStep]
 
 
 class SkippedSteps(TypedDict):

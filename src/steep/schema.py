@@ -218,7 +218,7 @@ class TrainingSection(BaseModel):
     spike_threshold: Number = Field(
         6.0, gt=0, description="A jump is so many robust standard deviations above the median of the steps before."
     )
-    spike_window: Integer = Field(256, ge=8, description="Steps that median and deviation are taken over.")
+    spike_window: Integer = Field(256, ge=8, le=100_000, description="Steps that median and deviation are taken over.")
 
     @field_validator("spike_action", mode="before")
     @classmethod

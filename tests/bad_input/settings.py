@@ -38,6 +38,7 @@ SETTINGS = [
     field("training.warmup_steps", 100, "100 steps is longer than the 2 that the run has", "Shorten it"),
     field("training.warmup_steps", -1, "-1 is not valid", "Give 0 or more"),
     field("training.seed", -1, "-1 is not valid", "Give 0 or more"),
+    field("training.spike_window", 2**70, "1180591620717411303424 is not valid", "Give 100000 or less"),
     field("training.seed", 2**40, "1099511627776 is not valid", "Give 4294967295 or less"),
     field("training.data_seed", 2**40, "1099511627776 is not valid", "less than 4294967296"),
     field("training.optim", "adamw_9bit", "'adamw_9bit' is unknown", "Did you mean 'adamw_8bit'?"),

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.faults.command import ForkServer
+from tests.faults.command import ForkServer, start_wrapped
 from tests.faults.compare import differences, lines_lost_or_doubled
 from tests.faults.runs import Run, finished
+from tests.faults.trace import STRACE, read_trace, replacing_faults, spike_faults
 from tests.tiny import save_tiny
 from tests.training.test_guard import NOISE, Planted, planted  # noqa: F401
 
@@ -96,6 +97,21 @@ def test_the_run_folder_says_what_was_skipped(whole: Run, noise: Noise) -> None:
     ledger = json.loads((whole.folder / "ledger.json").read_text(encoding="utf-8"))
     assert ledger["adds_up"] and ledger["rows_skipped"] == 2 and ledger["sources"][0]["tokens"]["skipped"] > 100
     assert json.loads((whole.folder / "proof.json").read_text(encoding="utf-8"))["ok"]
+
+
+@pytest.mark.strace
+def test_what_is_skipped_is_on_the_disk_before_training_goes_on(noise: Noise, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+
+    def traced(words: Any, folder: Path, further: Any) -> Any:
+        return start_wrapped([*STRACE, str(trace)], words, folder, further)
+
+    run = Run(noise, tmp_path / "place", traced)  # pyright: ignore[reportArgumentType]
+    run.finish()
+    assert has_list(run) and spike(run)
+    events = read_trace(trace.read_text(encoding="utf-8", errors="replace").splitlines())
+    assert spike_faults(events, run.folder) == []
+    assert replacing_faults(events, run.folder) == []
 
 
 @pytest.mark.parametrize("stage", ["list", "back", "retraining", "passed over", "anywhere"])

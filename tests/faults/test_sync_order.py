@@ -10,7 +10,7 @@ import pytest
 from tests.faults.command import start_wrapped
 from tests.faults.runs import Run
 from tests.faults.scene import Scene
-from tests.faults.trace import STRACE, publishing_faults, read_trace, replacing_faults
+from tests.faults.trace import STRACE, publishing_faults, read_trace, replacing_faults, spike_faults
 
 _RUN = Path("/runs/ko")
 _GOOD = """\
@@ -88,6 +88,37 @@ def test_a_file_that_is_replaced_without_a_sync_is_found() -> None:
     for missing in (1, 3):
         left = [line for number, line in enumerate(lines) if number != missing]
         assert len(replacing_faults(read_trace(left), _RUN)) == 1
+
+
+_SPIKE = """\
+7 write(9</runs/ko/metrics.jsonl>, ""..., 80) = 80
+7 openat(AT_FDCWD</w>, "/runs/ko/incidents.jsonl", O_WRONLY|O_CREAT|O_APPEND, 0666) = 5</runs/ko/incidents.jsonl>
+7 write(5</runs/ko/incidents.jsonl>, ""..., 10) = 10
+7 fsync(5</runs/ko/incidents.jsonl>) = 0
+7 fsync(5</runs/ko>) = 0
+7 write(5</runs/ko/.writing-h-7-a>, ""..., 10) = 10
+7 fsync(5</runs/ko/.writing-h-7-a>) = 0
+7 rename("/runs/ko/.writing-h-7-a", "/runs/ko/skipped_steps.json") = 0
+7 fsync(5</runs/ko>) = 0
+7 rename("/runs/ko/.writing-h-7-b", "/runs/ko/metrics.jsonl") = 0
+""".splitlines()
+
+
+@pytest.mark.parametrize(
+    ("late", "fault"),
+    [
+        (3, "incidents.jsonl is not on the disk"),
+        (4, "the name incidents.jsonl is not on the disk"),
+        (8, "the name skipped_steps.json is not on the disk"),
+        (7, "no line and no list"),
+    ],
+)
+def test_a_spike_that_is_not_on_the_disk_when_the_run_goes_on_is_found(late: int, fault: str) -> None:
+    assert spike_faults(read_trace(_SPIKE), _RUN) == []
+    missing = [line for number, line in enumerate(_SPIKE) if number != late]
+    assert any(fault in line for line in spike_faults(read_trace(missing), _RUN))
+    if late != 7:
+        assert any(fault in line for line in spike_faults(read_trace([*missing, _SPIKE[late]]), _RUN))
 
 
 @pytest.mark.strace

@@ -149,6 +149,29 @@ def replacing_faults(events: list[Event], folder: Path) -> list[str]:
     return found
 
 
+def spike_faults(events: list[Event], folder: Path) -> list[str]:
+    """What of a step that is gone back for was not on the disk when training went on, which shows in metrics.jsonl: the
+    line in incidents.jsonl, which has to be there before the list too, and the list of the steps that are passed over.
+    """
+    line, listed, metrics = (str(folder / name) for name in ("incidents.jsonl", "skipped_steps.json", "metrics.jsonl"))
+    goes_on = [each.begin for each in events if each.kind in ("write", "rename") and metrics in (each.path, each.new)]
+    lists = [each for each in events if each.kind == "rename" and each.new == listed]
+    made = [each for each in events if each.kind == "create" and each.path == line][:1]
+    wanted = [
+        *((each, line, "incidents.jsonl") for each in events if each.kind == "write" and each.path == line),
+        *((each, str(folder), "the name incidents.jsonl") for each in made),
+        *((each, str(folder), "the name skipped_steps.json") for each in lists),
+    ]
+    found = [] if lists and made else ["no line and no list were written"]
+    for change, place, name in wanted:
+        before = min((at for at in [*goes_on, *(event.begin for event in lists)] if at > change.end), default=None)
+        if before is None:
+            found.append(f"{name}: training did not go on")
+        elif not any(_is_sync(event, place) and change.end < event.begin and event.end < before for event in events):
+            found.append(f"{name} is not on the disk when the run goes on")
+    return found
+
+
 def _is_sync(event: Event, path: str) -> bool:
     return event.kind == "sync" and event.path == path
 

@@ -393,6 +393,84 @@ def test_a_checkpoint_of_another_run_is_not_gone_back_to(corpus: Corpus, tmp_pat
     assert begun == [*range(1, 11), *range(1, 13)]
 
 
+def test_a_run_that_began_elsewhere_goes_back_there(corpus: Corpus, tmp_path: Path) -> None:
+    """It passes over what the run did that it began from, and leaves another one's checkpoints alone."""
+    settings: dict[str, Any] = {"max_steps": 14, "save_strategy": "steps", "save_steps": 4, "spike_action": "rollback"}
+    first = trainer_for(adapted(), corpus, tmp_path / "first", **QUICK, **settings)
+    raise_losses(first, {10})
+    first.train()
+    other = trainer_for(adapted(), corpus, tmp_path / "here", max_steps=3, save_strategy="steps", save_steps=3)
+    other.train()
+    shutil.rmtree(tmp_path / "first" / "checkpoint-12")
+    start = str(tmp_path / "first" / "checkpoint-4")
+
+    here = trainer_for(adapted(), corpus, tmp_path / "here", **QUICK, **{**settings, "save_steps": 20})
+    raise_losses(here, {10, 13}, factor=60.0)
+    begun: list[int] = []
+    here.add_callback(AtStep(begin=begun.append))
+    here.train(resume_from_checkpoint=start)
+    assert begun == [*range(5, 14), *range(5, 15)]
+    assert here.guard.steps_skipped == 2 and here.times_skipped.sum() == 4 and here.ledger()["adds_up"]
+    found = lines(tmp_path / "here" / "incidents.jsonl")
+    assert [(row["step"], row["kind"]) for row in found] == [
+        (10, "spike in the run that this one began from"),
+        (13, "spike in loss"),
+    ]
+    assert found[0]["rows"] == lines(tmp_path / "first" / "incidents.jsonl")[0]["rows"]
+
+
+@pytest.mark.parametrize("batch", [2, 1])
+def test_a_branch_passes_over_what_its_parent_did(
+    batch: int, planted: Planted, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where its steps have the same rows: in other batches it looks for spikes itself."""
+    parent = make(planted, tmp_path / "parent", "rollback")
+    parent.train()
+
+    def branch() -> Trainer:
+        torch.manual_seed(7)
+        return Trainer(
+            model=adapted(lora_dropout=0.1),
+            args=arguments(tmp_path / "branch", max_steps=planted.steps - 15, data_seed=planted.seed, seed=3,
+                           per_device_train_batch_size=batch, save_strategy="steps", save_steps=planted.steps - 18,
+                           spike_action="off"),
+            train_dataset=planted.corpus,
+            branch=start,
+        )  # fmt: skip
+
+    start = read_branch(tmp_path / "parent" / "checkpoint-15")
+    assert [item["step"] for item in start.passed_over] == [planted.step]
+    SkipList(tmp_path / "parent").take({})  # the parent may go on, and its list with it: what counts is the beginning
+    whole = branch()
+    whole.train()
+    if batch == 1:
+        assert "passed over 1 steps that have other rows here: they are trained" in caplog.text
+        assert whole.guard.steps_skipped == 0
+        return
+    assert (tmp_path / "branch" / "skipped_steps.json").exists()
+    rows = rows_by_step(planted)[planted.step - 1]
+    assert whole.times_skipped.nonzero().flatten().tolist() == sorted(rows) and whole.ledger()["adds_up"]
+    (line,) = lines(tmp_path / "branch" / "incidents.jsonl")
+    assert (line["step"], line["action"], [row["row"] for row in line["rows"]]) == (planted.step, "rollback", rows)
+    shutil.rmtree(tmp_path / "branch" / f"checkpoint-{planted.steps}")
+    again = branch()
+    again.train(resume_from_checkpoint=True)
+    assert_same_logs_too(whole, again)
+    assert lines(tmp_path / "branch" / "incidents.jsonl") == [line]
+
+
+def test_scores_of_steps_that_are_trained_again_are_dropped(corpus: Corpus, tmp_path: Path) -> None:
+    trainer = trainer_for(adapted(), corpus, tmp_path, max_steps=12, eval_strategy="steps", eval_steps=3, save_steps=6,
+                          save_strategy="steps", spike_action="rollback", **QUICK)  # fmt: skip
+    raise_losses(trainer, {11})
+    begun: list[int] = []
+    trainer.add_callback(AtStep(begin=begun.append))
+    trainer.train()
+    assert begun == [*range(1, 12), *range(7, 13)]
+    assert [scores[0].step for scores in trainer.evaluations] == [3, 6, 9, 12]
+    assert [row["step"] for row in trainer.state.log_history if "eval_loss" in row] == [3, 6, 9, 12]
+
+
 def test_rows_that_nobody_knows(corpus: Corpus, tmp_path: Path) -> None:
     """A data set of the caller's own has no ledger: its incidents have no rows, and its steps are passed over too."""
     rows = [
@@ -491,8 +569,10 @@ def test_the_last_step_may_be_the_one_too_many(corpus: Corpus, tmp_path: Path) -
         ("spike_threshold", 0.0, "above 0"),
         ("spike_threshold", math.nan, "above 0"),
         ("spike_window", 7, "Give 8 or more"),
+        ("spike_window", 2**70, "Give 100000 or less"),
+        ("save_only_model", True, "Leave it out, or set spike_action: skip"),
     ],
 )
 def test_settings_that_cannot_be(setting: str, value: Any, remedy: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{setting}: .*{remedy}"):
-        arguments(tmp_path, **{setting: value})
+        arguments(tmp_path, **{"spike_action": "rollback", setting: value})

@@ -15,6 +15,12 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch)))).permutation(num_rows)
 
 
+def rows_of_step(num_rows: int, seed: int, rows_per_step: int, step: int) -> np.ndarray:
+    """The rows that are trained in a step, from 0: int64 [rows_per_step], fewer in the last one of an epoch."""
+    epoch, place = divmod(step, -(-num_rows // rows_per_step))
+    return epoch_order(num_rows, seed, epoch)[place * rows_per_step :][:rows_per_step]
+
+
 def share_of(order: np.ndarray, batch_size: int, rank: int, world_size: int) -> np.ndarray:
     """The rows of one of several processes, whole batches of them: int64 [N].
 

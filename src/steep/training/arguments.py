@@ -13,7 +13,7 @@ from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import FALLS
 
 SPIKE_ACTIONS = ("off", "warn", "skip", "rollback")
-MIN_SPIKE_WINDOW = 8
+MIN_SPIKE_WINDOW, MAX_SPIKE_WINDOW = 8, 100_000  # its median is taken at each step
 
 
 @dataclass
@@ -99,6 +99,16 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.spike_window < MIN_SPIKE_WINDOW:
             raise UserError(
                 "spike_window", f"{self.spike_window} steps say too little", f"Give {MIN_SPIKE_WINDOW} or more."
+            )
+        if self.spike_window > MAX_SPIKE_WINDOW:
+            raise UserError(
+                "spike_window", f"{self.spike_window} steps are too many", f"Give {MAX_SPIKE_WINDOW} or less."
+            )
+        if self.spike_action == "rollback" and self.save_only_model:
+            raise UserError(
+                "save_only_model",
+                "spike_action is rollback, and a run cannot go back to a checkpoint without its optimizer",
+                "Leave it out, or set spike_action: skip.",
             )
         if self.n_gpu > 1:
             warnings.warn(f"{self.n_gpu} GPUs are visible; the first one is used", stacklevel=2)

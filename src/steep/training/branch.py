@@ -13,6 +13,7 @@ from steep.errors import UserError
 from steep.manifest import Damaged, read_manifest
 from steep.model.resolve import read_tokenizer_folder
 from steep.training.checkpoint import Checkpoint, given, inspect, refuse_other_format
+from steep.training.skip_list import as_json, steps_behind
 from steep.training.state_files import load_state
 
 
@@ -27,6 +28,7 @@ class Branch:
         rate_factor: what the parent's schedule multiplied its peak rates by, for the step that came next.
         data_start: the step at which the epochs of the parent's text began: 0, or where it was a branch itself.
         fingerprint: of the parent's rows (`Corpus.fingerprint`); None without a `Corpus`.
+        passed_over: the later steps that the parent passed over by then, as in its ``skipped_steps.json``.
     """
 
     checkpoint: str
@@ -35,6 +37,7 @@ class Branch:
     rate_factor: float
     data_start: int
     fingerprint: str | None
+    passed_over: list[dict[str, Any]]
 
     @property
     def name(self) -> str:
@@ -96,4 +99,5 @@ def read_branch(checkpoint: str | Path) -> Branch:
         rate_factor=factor,
         data_start=seen["data_start"],
         fingerprint=seen["fingerprint"],
+        passed_over=as_json(steps_behind(place)),
     )

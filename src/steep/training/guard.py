@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
@@ -69,19 +69,36 @@ class Guard:
         self._skipped: list[int] = []  # steps, as far back as spikes are looked for
         self.failure: RunError | None = None
 
-    def begin(self, step: int, state: dict[str, Any] | None) -> None:
+    def begin(self, step: int, state: dict[str, Any] | None, passed_over: Mapping[int, Skipped] | None = None) -> None:
         """Get ready to train from `step` on.
 
         Args:
-            state: what the run's own checkpoint kept; None where the run begins.
+            state: what a checkpoint kept; None where the run begins.
+            passed_over: where the run begins at a checkpoint of another one, the later steps that it passed over, and
+                this one does too. None: those of the run's own list.
         """
         self.failure = None
-        if state is None:
-            self.skip_list.clear()
-        else:
-            self.skip_list.read()
+        if state is not None:
             self._load_state(state)
-        self._incidents.rewind(step, self.skip_list)
+        if passed_over is None:
+            self.skip_list.read()
+            self._incidents.rewind(step, self.skip_list)
+            return
+        self._incidents.rewind(step, ())
+        self.skip_list.take(passed_over)
+        for number, skipped in sorted(passed_over.items()):
+            self._incidents.add(
+                {
+                    "step": number,
+                    "kind": "spike in the run that this one began from",
+                    "action": "rollback",
+                    "loss": skipped.loss,
+                    "grad_norm": skipped.grad_norm,
+                    "median": None,
+                    "z": None,
+                    "rows": self._describe(np.array(skipped.rows, np.int64)),
+                }
+            )
 
     def judge(self, step: int, loss: float, gradients: GradientReport, overflowed: bool, rows: np.ndarray) -> Outcome:
         """What becomes of a step whose loss and gradients are known.

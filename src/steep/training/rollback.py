@@ -11,10 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from steep import ranks
+from steep.data.sampler import rows_of_step
 from steep.errors import RunError
 from steep.training.branching import Branching
-from steep.training.checkpoint import Checkpoint, found_by_main, newest_valid, step_of
+from steep.training.checkpoint import Checkpoint, found_by_main, given, newest_valid, step_of
 from steep.training.guard import GoBack
+from steep.training.skip_list import Skipped, from_json, steps_behind
 
 logger = logging.getLogger("steep")
 
@@ -22,8 +25,12 @@ logger = logging.getLogger("steep")
 class Rollback(Branching):
     """`Branching` that may go back."""
 
+    _has_gone_back = False
+    _origin: Path | None = None  # the checkpoint that `train` began at
+
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         begin = self._where_to_begin(resume_from_checkpoint)
+        self._origin, self._has_gone_back = None if begin is None else Path(begin), False
         while True:
             try:
                 return super().train(begin, *args, **kwargs)
@@ -34,6 +41,7 @@ class Rollback(Branching):
                 self.accelerator.scaler.update()  # ends the step for it; its own state comes from the checkpoint
             self.current_flos = 0.0  # transformers' count of what it has not stored yet
             begin = self._where_to_begin(found_by_main(partial(self._last_checkpoint, step, begin)))
+            self._has_gone_back = True
             logger.info("going back to %s", begin)
 
     def _last_checkpoint(self, step: int, begin: str | None) -> Checkpoint:
@@ -43,15 +51,55 @@ class Rollback(Branching):
             RunError: there is none any more.
         """
         run_dir = Path(self.args.output_dir)
-        last = self._saved_at if self._saved_at is not None else step_of(Path(begin or ""))  # others may lie there too
+        # A script's run may have begun at a checkpoint that lies elsewhere; and others may lie here too.
+        elsewhere = self._origin if self._origin is not None and not self._is_here(self._origin) else None
+        last = self._saved_at if self._saved_at is not None else step_of(Path(begin or ""))
         choice = newest_valid(run_dir, up_to=last)
         choice.say_passed_over()
-        if choice.checkpoint is None:
+        found = choice.checkpoint
+        if elsewhere is not None and self.branch is None and (found is None or found.step <= step_of(elsewhere)):
+            return given(elsewhere, "resume_from_checkpoint")
+        if found is None:
             raise RunError(
                 f"step {step} is a spike, and {run_dir} holds no whole checkpoint any more to go back to. Put one "
                 "back, or begin the run anew"
             )
-        return choice.checkpoint
+        return found
+
+    def _is_here(self, checkpoint: Path) -> bool:
+        return checkpoint.parent.resolve() == Path(self.args.output_dir).resolve()
+
+    def taken_over(self) -> dict[int, Skipped] | None:
+        """The steps to come that the run passes over because the one did that it begins from; None where it goes on
+        with a list of its own. A step that has other rows here is trained: the run looks for spikes itself."""
+        if self._has_gone_back:
+            return None
+        if self._origin is None:
+            return {}
+        if self._begins_branch:
+            assert self.branch is not None
+            listed = from_json(self.branch.passed_over)
+        elif self._is_here(self._origin):
+            return None
+        else:
+            listed = steps_behind(self._origin)
+        assert self.resumed_state is not None
+        is_same = self.resumed_state["fingerprint"] == self.fingerprint
+        kept = {step: at for step, at in listed.items() if is_same and sorted(at.rows) == self._rows_in(step)}
+        if others := listed.keys() - kept.keys():
+            logger.warning(
+                "%s passed over %d steps that have other rows here: they are trained", self._origin.parent, len(others)
+            )
+        return kept
+
+    def _rows_in(self, step: int) -> list[int]:
+        """Numbers of the rows of a step, as far as they are known, in their own order."""
+        if self.corpus is None:
+            return []
+        args, num_rows = self.args, len(self.corpus.train)
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size()
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return sorted(rows_of_step(num_rows, seed, per_step, step - 1 - self.data_start).tolist())
 
     @property
     def is_new(self) -> bool:

@@ -7,12 +7,15 @@ training goes on. So a run that is killed at any time after it passes over the s
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from steep import ranks
 from steep.recorded import read_json
-from steep.storage import write_file
+from steep.storage import sync, write_file
+from steep.training.checkpoint import step_of
 
 FILE = "skipped_steps.json"
 
@@ -47,10 +50,18 @@ class SkipList:
 
     def add(self, step: int, skipped: Skipped) -> None:
         """Add a step, and wait until the file is on the disk. One of several processes writes it."""
-        self.steps[step] = skipped
-        listed = [{"step": step, **asdict(skipped)} for step, skipped in sorted(self.steps.items())]
-        if ranks.is_main():
-            write_file(self.path, json.dumps({"steps": listed}) + "\n")
+        self.take({**self.steps, step: skipped})
+
+    def take(self, steps: Mapping[int, Skipped]) -> None:
+        """Have these steps, and wait until the file is on the disk; without any there is none."""
+        self.steps = dict(steps)
+        if not ranks.is_main():
+            return
+        if self.steps:
+            write_file(self.path, json.dumps({"steps": as_json(self.steps)}) + "\n")
+        elif self.path.exists():
+            self.path.unlink()
+            sync(self.path.parent)
 
     def read(self) -> None:
         """Take the file's steps, none if there is no file.
@@ -59,11 +70,25 @@ class SkipList:
             UserError: it is damaged.
         """
         remedy = "Put it back from a copy: without it the run would train what it passed over."
-        listed = read_json(self.path, remedy).get("steps", [])
-        self.steps = {item["step"]: Skipped(item["rows"], item["loss"], item["grad_norm"]) for item in listed}
+        self.steps = from_json(read_json(self.path, remedy).get("steps", []))
 
-    def clear(self) -> None:
-        """Forget an earlier run in this folder."""
-        self.steps = {}
-        if ranks.is_main():
-            self.path.unlink(missing_ok=True)
+
+def as_json(steps: Mapping[int, Skipped]) -> list[dict[str, Any]]:
+    """Steps as the file has them."""
+    return [{"step": step, **asdict(skipped)} for step, skipped in sorted(steps.items())]
+
+
+def from_json(listed: Iterable[Mapping[str, Any]]) -> dict[int, Skipped]:
+    """The steps of such a list."""
+    return {item["step"]: Skipped(item["rows"], item["loss"], item["grad_norm"]) for item in listed}
+
+
+def steps_behind(checkpoint: Path) -> dict[int, Skipped]:
+    """The steps after a checkpoint that its run passes over.
+
+    Raises:
+        UserError: that run's list is damaged.
+    """
+    of_run = SkipList(checkpoint.parent)
+    of_run.read()
+    return {step: skipped for step, skipped in of_run.steps.items() if step > step_of(checkpoint)}

@@ -188,7 +188,8 @@ class Trainer(Counting):
             self._load_observations(self.resumed_state)
         self.proof = proof  # not before: what is seen of a run that goes on is told as a whole or not at all
         kept = None if self.is_new or self.resumed_state is None else self.resumed_state["guard"]
-        self.guard.begin(self.state.global_step, kept)
+        self.guard.begin(self.state.global_step, kept, self.taken_over())
+        self.evaluations = [scores for scores in self.evaluations if scores[0].step <= self.state.global_step]
         self._meter.restart()
         return prepared
 
