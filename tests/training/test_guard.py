@@ -471,6 +471,36 @@ def test_scores_of_steps_that_are_trained_again_are_dropped(corpus: Corpus, tmp_
     assert [row["step"] for row in trainer.state.log_history if "eval_loss" in row] == [3, 6, 9, 12]
 
 
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_the_last_step_of_an_epoch_may_be_the_one(action: str, corpus: Corpus, tmp_path: Path) -> None:
+    """It has fewer micro-batches than accumulation 3 asks for; and the first one after it is not finite."""
+    last = -(-len(corpus.train) // 3)
+    saved = (last - 1) // 5 * 5
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": last + 4,
+        "spike_action": action, "save_strategy": "steps", "save_steps": 5, **QUICK,
+    }  # fmt: skip
+
+    def run(folder: str, resume: bool = False) -> Trainer:
+        trainer = trainer_for(adapted(lora_dropout=0.1), corpus, tmp_path / folder, **settings)
+        raise_losses(trainer, {last})
+        trainer.add_callback(poison(trainer.model, {last + 1}))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run("whole")
+    assert whole.ledger()["adds_up"] and whole.times_seen.sum() == len(corpus.train) + 12
+    assert (whole.guard.steps_skipped, whole.steps_not_finite) == (1, 1)
+    found = lines(tmp_path / "whole" / "incidents.jsonl")
+    assert [(row["step"], len(row["rows"])) for row in found] == [(last, len(corpus.train) % 3), (last + 1, 3)]
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for path in (tmp_path / "again").glob("checkpoint-*"):
+        if int(path.name.removeprefix("checkpoint-")) > saved:
+            shutil.rmtree(path)
+    assert_same_logs_too(whole, run("again", resume=True))
+    assert lines(tmp_path / "again" / "incidents.jsonl") == found
+
+
 def test_rows_that_nobody_knows(corpus: Corpus, tmp_path: Path) -> None:
     """A data set of the caller's own has no ledger: its incidents have no rows, and its steps are passed over too."""
     rows = [
