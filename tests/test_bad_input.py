@@ -3,6 +3,8 @@ traceback, before the model is loaded; and everything on the disk is as it was."
 
 from __future__ import annotations
 
+import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +17,7 @@ from steep.config import load_config
 from steep.run import train_run
 from tests.bad_input.damage import Scene, make_scene
 from tests.bad_input.model import MODEL
+from tests.bad_input.mutation import mutate
 from tests.bad_input.places import PLACES
 from tests.bad_input.run_file import RUN_FILE
 from tests.bad_input.runs import RUNS, RunRow
@@ -85,6 +88,40 @@ def test_a_finished_run_asked_for_what_it_cannot_give(
     words = [re.sub("RUN|FILE|FOLDER", lambda found: places[found[0]], word) for word in row.words.split(" ")]
     assert_one_error_line(steep(*words), f"error: {row.field}: ", *row.says)
     assert scene.contents() == before
+
+
+@pytest.mark.parametrize("command", ["report RUN", "train FILE --resume", "eval RUN"])
+def test_a_run_folder_with_any_damage_is_read_or_refused(
+    command: str, finished: Scene, steep: Steep, tmp_path: Path
+) -> None:
+    """A file of it cut off, changed, gone, or with a value of another kind in any place: never a bug or a traceback."""
+    chance, codes = random.Random(command), []
+    for number in range({"report": 20, "train": 8, "eval": 4}[command.split(" ")[0]]):
+        run, file = shutil.copytree(finished.run, tmp_path / str(number)), tmp_path / f"{number}.yaml"
+        tree = {**finished.tree, "training": {**finished.tree["training"], "output_dir": str(run)}}
+        for place in (file, run / "run.yaml"):
+            place.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        more_files(run)
+        harm = mutate(run, chance)
+        said = steep(*command.replace("RUN", str(run)).replace("FILE", str(file)).split(" "))
+        errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+        assert said.code in (0, 1, 2) and len(errors) == bool(said.code), f"{number}: {harm}: {said.err}"
+        assert "Traceback" not in said.err
+        codes.append(said.code)
+    assert {0, 2} <= {*codes}
+
+
+def more_files(run: Path) -> None:
+    """What only some runs have."""
+    incident = {"step": 1, "kind": "spike in loss", "action": "skip", "loss": 9.0, "grad_norm": 1.0, "median": 2.0}
+    piece = {"source": "a", "domain": "a", "role": "train", "document": 1, "first_token": 0, "tokens": 5, "text": "b"}
+    lines = {
+        "incidents.jsonl": {**incident, "z": 9.0, "rows": [{"row": 1, "pieces": [piece]}]},
+        "changes.jsonl": {"step": 1, "field": "training.weight_decay", "old": 0.0, "new": 0.1},
+        "samples.jsonl": {"step": 0, "prompt": "the river", "completion": " runs"},
+    }
+    for name, line in lines.items():
+        (run / name).write_text(json.dumps(line) + "\n", encoding="utf-8")
 
 
 def test_the_table_is_long_enough() -> None:

@@ -196,10 +196,36 @@ class NewTokens(TypedDict):
     tokens: list[NewToken]
 
 
+class StatefulCallback(TypedDict):
+    args: dict[str, Any]
+    attributes: dict[str, Any]
+
+
+class TrainerState(TypedDict):
+    global_step: Count
+    epoch: NotRequired[Number | None]
+    total_flos: NotRequired[Number]
+    num_input_tokens_seen: NotRequired[Count]
+    train_batch_size: NotRequired[Count | None]
+    log_history: NotRequired[list[dict[str, Any]]]
+    best_metric: NotRequired[Number | None]
+    best_global_step: NotRequired[Count | None]
+    stateful_callbacks: NotRequired[dict[str, StatefulCallback | list[StatefulCallback]]]
+
+
+class CheckpointFormat(TypedDict):
+    format: Count
+    steep: str
+
+
+class TrainingArguments(TypedDict):
+    metric_for_best_model: NotRequired[str | None]
+
+
 Metrics = Mapping[str, Number | None]
 
-# By name in the run folder. Lines are added to those of `GROWING` one by one, so a crash can cut the last one off; all
-# other files are replaced as a whole.
+# By name in the run folder; the last two, of which only what is read again is here, in its checkpoints.
+# Lines are added to those of `GROWING` one by one, so a crash can cut the last one off; others are replaced as a whole.
 SHAPES: dict[str, Any] = {
     "plan.json": Plan,
     "environment.json": Environment,
@@ -213,6 +239,9 @@ SHAPES: dict[str, Any] = {
     "samples.jsonl": Sample,
     "incidents.jsonl": Incident,
     "changes.jsonl": ChangedField,
+    "format.json": CheckpointFormat,
+    "trainer_state.json": TrainerState,
+    "training_args.json": TrainingArguments,
 }
 GROWING = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "incidents.jsonl")
 
@@ -226,9 +255,21 @@ def read_json(file: Path, remedy: str = "Mend or delete the file.") -> dict[str,
     if not file.exists():
         return {}
     try:
-        return checked(_parsed(file.read_bytes()), SHAPES[file.name])
+        return parsed(file)
     except ValueError as error:
         raise UserError("run folder", f"{file} is damaged: {error}", remedy) from error
+
+
+def parsed(file: Path, *, nan: bool = False) -> dict[str, Any]:
+    """The same, for whoever has another name for the damage.
+
+    Args:
+        nan: it is a file of transformers', which writes NaN where there is one.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    return checked(_parsed(file.read_bytes(), nan), SHAPES[file.name])
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -283,9 +324,9 @@ def _adapter(shape: Any) -> TypeAdapter[Any]:
     return TypeAdapter(shape)
 
 
-def _parsed(content: bytes) -> Any:
+def _parsed(content: bytes, nan: bool = False) -> Any:
     try:
-        return json.loads(content.decode("utf-8"), parse_constant=_refuse)
+        return json.loads(content.decode("utf-8"), parse_constant=None if nan else _refuse)
     except UnicodeDecodeError as error:
         raise ValueError("it is not UTF-8") from error
     except RecursionError as error:  # thousands of brackets

@@ -30,8 +30,8 @@ from steep.run_folder import RunFolder, environment
 from steep.schema import RunConfig
 from steep.settings import planned_steps
 from steep.training.branch import Branch, read_branch
+from steep.training.observations import load_observations
 from steep.training.proof import frozen_checksums, other_tensors
-from steep.training.state_files import load_state
 from steep.vocabulary import refuse_other_words
 
 _NAMED = 5  # files that a message lists
@@ -231,7 +231,7 @@ def refuse_other_base(model: Any, checkpoint: Path, field: str) -> None:
     Raises:
         UserError: they differ.
     """
-    saved = load_state(checkpoint, "observations", field)["proof"]["frozen"]
+    saved = load_observations(checkpoint, field)["proof"]["frozen"]
     if other := other_tensors(saved, frozen_checksums(model)):
         problem = f"model.name is another base than the one below {checkpoint}: {other}"
         raise UserError(field, problem, "Give the same weights, or start a new run.")

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def write(run_dir: Path, step: int, name: str | None = None) -> Path:
     folder.mkdir(parents=True)
     for file in NAMES:
         (folder / file).write_text(f"{file} of {step}")
+    (folder / "training_args.json").write_text("{}")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (folder / FORMAT_FILE).write_text(format_text())
     write_manifest(folder)
@@ -53,6 +55,27 @@ def damage(folder: Path) -> None:
 
 def names(run_dir: Path) -> list[str]:
     return [path.name for path in checkpoints(run_dir)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("trainer_state.json", "[]", "it is []"),
+        ("trainer_state.json", '{"global_step": "3"}', "global_step is '3'"),
+        ("trainer_state.json", '{"global_step": 3, "log_history": [5]}', "log_history[0] is 5"),
+        ("trainer_state.json", '{"global_step": 3, "of_another_version": 1}', "of_another_version"),
+        ("training_args.json", '{"metric_for_best_model": 5}', "metric_for_best_model is 5"),
+        ("training_args.json", "[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_file_of_another_shape_is_damage(name: str, content: str, says: str, tmp_path: Path) -> None:
+    """Also where the manifest was written for it."""
+    folder = write(tmp_path, 3)
+    inspect(folder)
+    (folder / name).write_text(content)
+    write_manifest(folder)
+    with pytest.raises(Damaged, match=rf"{name} cannot be read: .*{re.escape(says)}"):
+        inspect(folder)
 
 
 # --- the choice ------------------------------------------------------------------------------------------------

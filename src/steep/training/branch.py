@@ -13,8 +13,8 @@ from steep.errors import UserError
 from steep.manifest import Damaged, read_manifest
 from steep.model.resolve import read_tokenizer_folder
 from steep.training.checkpoint import Checkpoint, given, inspect, refuse_other_format
+from steep.training.observations import load_observations
 from steep.training.skip_list import as_json, steps_behind
-from steep.training.state_files import load_state
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def read_branch(checkpoint: str | Path) -> Branch:
         problem = f"{place} is no whole checkpoint: it is not called checkpoint-N"
         raise UserError("--branch", problem, "Give a checkpoint that `steep train` wrote.")
     parent = given(place, "--branch")
-    seen = load_state(place, "observations", "--branch")
+    seen = load_observations(place, "--branch")
     factor = seen.get("rate_factor")
     if factor is None:
         raise UserError(

@@ -18,7 +18,8 @@ from steep.training.branch import Branch
 from steep.training.checkpoint import Checkpoint, choose, given
 from steep.training.ending import Ending
 from steep.training.exact_checkpoints import load_optimizer
-from steep.training.state_files import load_state
+from steep.training.observations import load_observations, refuse_other_counts
+from steep.training.state_files import load_state, putting_back
 
 
 class Branching(Ending):
@@ -76,7 +77,7 @@ class Branching(Ending):
         if self._begins_branch:
             assert self.branch is not None
             begin = self.branch.verify("branch")
-        self.resumed_state = None if begin is None else load_state(begin.path, "observations")
+        self.resumed_state = None if begin is None else load_observations(begin.path)
         return None if begin is None else str(begin.path)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +104,8 @@ class Branching(Ending):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         assert checkpoint is not None
-        load_optimizer(self.optimizer, load_state(Path(checkpoint), "optimizer"), own=("lr", "initial_lr"))
+        with putting_back(Path(checkpoint), "optimizer"):
+            load_optimizer(self.optimizer, load_state(Path(checkpoint), "optimizer"), own=("lr", "initial_lr"))
 
     def rate_factor(self) -> float | None:
         """What multiplies the peak rate of every group in the step to come; None where it is not one number."""
@@ -117,4 +119,6 @@ class Branching(Ending):
         assert state is not None and self.corpus is not None
         if not self.goes_on_with_rows:
             return torch.zeros(len(self.corpus.train), dtype=torch.int64)
+        for name in ("times_seen", "times_seen_before"):
+            refuse_other_counts(state[name], len(self.corpus.train), "--branch")
         return state["times_seen"] + state["times_seen_before"]

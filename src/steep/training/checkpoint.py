@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import re
@@ -14,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainerState
 
 from steep import ranks
 from steep.errors import UserError
 from steep.manifest import Damaged, verify
+from steep.recorded import parsed
 from steep.training.state_files import from_bytes, to_bytes
 
 logger = logging.getLogger("steep")
@@ -96,10 +97,8 @@ def inspect(path: Path) -> Checkpoint:
     missing = [name for name in _NEEDED if name not in manifest.files]
     if missing or not weights:
         raise Damaged(f"it lacks {missing[0] if missing else 'the weights'}")
-    try:
-        step = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Damaged("trainer_state.json names no step") from error
+    step = _read(path, "trainer_state.json")["global_step"]
+    _read(path, "training_args.json")
     if _NAME.fullmatch(path.name) and step != step_of(path):
         raise Damaged(f"it holds step {step}")
     number, written_by = _format_of(path) if FORMAT_FILE in manifest.files else (0, None)
@@ -107,11 +106,19 @@ def inspect(path: Path) -> Checkpoint:
 
 
 def _format_of(path: Path) -> tuple[int, str]:
+    tree = _read(path, FORMAT_FILE)
+    return tree["format"], tree["steep"]
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    """A JSON file that is read again."""
     try:
-        tree = json.loads((path / FORMAT_FILE).read_text(encoding="utf-8"))
-        return int(tree["format"]), str(tree["steep"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Damaged(f"{FORMAT_FILE} names no format") from error
+        tree = parsed(path / name, nan=True)
+        if name == "trainer_state.json":
+            TrainerState.load_from_json(str(path / name))
+    except (ValueError, TypeError) as error:  # TypeError: a field that this version of transformers does not have
+        raise Damaged(f"{name} cannot be read: {error}") from error
+    return tree
 
 
 def refuse_other_format(checkpoint: Checkpoint, field: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import tempfile
@@ -30,6 +29,7 @@ from steep.model.adapters import (
     load_adapter_weights,
     save_adapter,
 )
+from steep.recorded import parsed
 from steep.stopping import Interrupted
 from steep.storage import discard, naming, publish, stage
 from steep.tensor_files import system_errors
@@ -44,7 +44,7 @@ from steep.training.checkpoint import (
 from steep.training.checkpoint_writer import CheckpointCallback, CheckpointWriter
 from steep.training.retention import Retention
 from steep.training.snapshot import HostMemory, Snapshot
-from steep.training.state_files import load_state
+from steep.training.state_files import load_state, putting_back
 
 logger = logging.getLogger("steep")
 
@@ -276,8 +276,7 @@ class ExactCheckpoints(transformers.Trainer):
     @staticmethod
     def _saved_metric(max_steps: int, per_epoch: int, epochs: int, checkpoint: str, *rest: Any) -> str | None:
         """What the best so far of a checkpoint is the best by."""
-        text = (Path(checkpoint) / "training_args.json").read_text(encoding="utf-8")
-        return json.loads(text)["metric_for_best_model"]
+        return parsed(Path(checkpoint) / "training_args.json", nan=True).get("metric_for_best_model")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.accelerator.unwrap_model(self.model if model is None else model)
@@ -297,23 +296,28 @@ class ExactCheckpoints(transformers.Trainer):
             return
         by_args = self._created_lr_scheduler and isinstance(self.lr_scheduler, LambdaLR)
         settings = _SETTINGS if by_args else _SETTINGS - {"lr", "initial_lr"}  # a schedule of the caller's moves them
-        load_optimizer(self.optimizer, load_state(Path(checkpoint), "optimizer"), own=settings)
-        saved = load_state(Path(checkpoint), "schedule")
-        if by_args:
-            go_on_at(self.lr_scheduler, saved)
-        else:
-            self.lr_scheduler.load_state_dict(saved)
+        folder = Path(checkpoint)
+        with putting_back(folder, "optimizer"):
+            load_optimizer(self.optimizer, load_state(folder, "optimizer"), own=settings)
+        with putting_back(folder, "schedule"):
+            saved = load_state(folder, "schedule")
+            if by_args:
+                go_on_at(self.lr_scheduler, saved)
+            else:
+                self.lr_scheduler.load_state_dict(saved)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            set_rng_state(own_rng_state(load_state(Path(checkpoint), "random")))
+            with putting_back(Path(checkpoint), "random"):
+                set_rng_state(own_rng_state(load_state(Path(checkpoint), "random")))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.accelerator.scaler is None:
             return
         if "scaler.json" not in read_manifest(Path(checkpoint)).files:
             raise UserError("fp16", f"{checkpoint} has no loss scaler: it was not trained in fp16", "Leave fp16 out.")
-        self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
+        with putting_back(Path(checkpoint), "scaler"):
+            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint), "scaler"))
 
 
 def _awaits_the_folder(callback: Any) -> bool:

@@ -211,6 +211,11 @@ class Proof:
             RunError: the frozen tensors are not those of the run's first step.
         """
         self.refuse_other_base(state)
+        shapes = {name: start.shape for name, start in self._start.items()}
+        if shapes != {name: start.shape for name, start in state["start"].items()} or shapes.keys() != {
+            *state["records"]
+        }:
+            raise RunError("the checkpoint's proof is of other tensors than this run trains. Put the checkpoint back")
         for name, record in state["records"].items():
             self.records[name] = TensorRecord(**record)
         self._start, self._decay_only = state["start"], state["decay_only"]

@@ -7,6 +7,8 @@ A state is a tree of dict, list, tuple, None, bool, int, float, str, dtypes and 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,21 @@ def load_state(folder: Path, name: str, field: str = "--resume") -> Any:
     # ValueError: broken JSON or UTF-8, too. RecursionError: thousands of brackets, or of lists within lists.
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(field, f"{folder} is damaged: {name} cannot be read ({error!r})", remedy) from error
+
+
+@contextmanager
+def putting_back(folder: Path, name: str) -> Iterator[None]:
+    """Tell what keeps a state from being put back, into an optimizer and the like, as the fault of its file: by the
+    manifest it is as it was written, so somebody else wrote it, or for another run.
+
+    Raises:
+        UserError: the state does not fit.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        problem = f"{folder} does not fit this run: {name} cannot be put back ({error!r})"
+        raise UserError("--resume", problem, "Delete that checkpoint, or give one that this run wrote.") from error
 
 
 def to_bytes(state: Any) -> bytes:

@@ -32,6 +32,7 @@ from steep.training.groups import parameter_groups
 from steep.training.guard import GoBack, Guard, Outcome
 from steep.training.incidents import described
 from steep.training.metrics import Meter
+from steep.training.observations import refuse_other_counts
 from steep.training.proof import Proof
 from steep.training.retention import check_best_metric
 from steep.training.schedules import schedule_of
@@ -407,6 +408,7 @@ class Trainer(Counting):
     def _load_observations(self, state: dict[str, Any]) -> None:
         self._judged = state["judged"]
         for name in COUNTS:
+            refuse_other_counts(state[name], len(self.times_seen), "--resume")
             setattr(self, name, state[name])
         self._meter.load_state(state["window"])
 
