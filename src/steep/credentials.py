@@ -10,10 +10,22 @@ from typing import Any
 
 from steep.errors import UserError
 
-# What the hub, GitHub, AWS and Weights & Biases issue; and a password in an address.
+# What is looked for, here and in docs/security.md. A name that only begins like one (sk-corpus-2024) is none.
+_RANDOM = r"(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{20,}"  # a run of letters and digits, of both
 _FORMS = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}|\bgh[oprsu]_[A-Za-z0-9]{30,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bwandb_v1_[A-Za-z0-9_]{20,}"
-    r"|(?<=://)[^/\s@]+(?=@)"
+    "|".join(
+        (
+            r"\bhf_[A-Za-z0-9]{20,}",  # the hub
+            r"\bgh[oprsu]_[A-Za-z0-9]{30,}|\bgithub_pat_[A-Za-z0-9_]{30,}",
+            r"\bglpat-[A-Za-z0-9_.-]{20,}",  # GitLab
+            r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",  # AWS
+            r"\bwandb_v1_[A-Za-z0-9_]{20,}",  # Weights & Biases; its older keys are plain hex, known by what is before
+            r"(?i:\bwandb(?:_api_key\W{1,3}| login )[0-9a-f]{40}\b)",
+            rf"\bsk-(?:[A-Za-z0-9]{{1,19}}[-_]){{0,6}}{_RANDOM}[A-Za-z0-9_-]*",  # OpenAI, Anthropic, OpenRouter, ...
+            r"(?<=://)[^/\s@:]*:[^/\s@]+(?=@)",  # a password in an address
+            rf"(?<=://){_RANDOM}(?=@)",  # a token in the place of the user
+        )
+    )
 )
 _VARIABLES = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
 _SHORTEST = 16  # of a variable's value that is taken for a secret: shorter ones are parts of plain words

@@ -116,6 +116,47 @@ def test_a_name_that_is_no_secret_is_let_pass(
     )
 
 
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "github_pat_11ABCDEFG0abcdefghijkl_mnopqrstuvwxyz0123456789",
+        "sk-proj-ab_cdefgh-ijklmnopqrstuvwxyz0123456789ABCDEFGHIJ",
+        "sk-abcdefghij0123456789T3BlbkFJabcdefghij0123456789",
+        "sk-ant-api03-abcDEF0123456789abcDEF0123456789-abc_AA",
+        "sk-or-v1-" + "fedcba9876543210" * 4,
+        "glpat-abcdefghij0123456789",
+        "AKIA" + "ABCDEFGHIJ123457",
+        "wandb_v1_" + "abcdefghij0123456789_X",
+        "WANDB_API_KEY=" + "0123456789abcdef" * 2 + "89abcdef",
+        "wandb login " + "0123456789abcdef" * 2 + "89abcdef",
+        "https://:pass@host/x",
+        "https://" + "0123456789abcdef" * 2 + "89abcdef@github.com/a/b",
+    ],
+)
+def test_known_forms_are_found_in_any_text(secret: str) -> None:
+    said = hide(f"see {secret}, please")
+    assert said in ("see ***, please", "see https://***@host/x, please", "see https://***@github.com/a/b, please")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The token is hf_ and my API key is sk-",
+        "ssh://git@github.com/a/b",
+        "see https://a.b@c",
+        "https://ada@example.org:8080/x@y",
+        "sk-corpus-2024-filtered-and-deduplicated.jsonl",
+        "data/sk-sk/sk-slovakiawikipediaarticles/part-00001.parquet",
+        "task-0123456789abcdef0123456789abcdef",
+        "glpat-short, github_pat_ and AKIASHORT",
+        "commit 0123456789abcdef0123456789abcdef89abcdef",
+        "wandb offline 0123456789abcdef0123456789abcdef89abcdef",
+    ],
+)
+def test_plain_words_and_names_are_none(text: str) -> None:
+    assert hide(text) == text
+
+
 def test_aliases_without_end_are_looked_at_once(tmp_path: Path) -> None:
     levels = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))  # 9 ** 11 texts
     file = tmp_path / "ko.yaml"

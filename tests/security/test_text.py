@@ -135,7 +135,9 @@ def test_hostile_names_in_a_card(tmp_path: Path) -> None:
         assert "evil" not in front and set(front) <= {
             "license", "license_name", "library_name", "pipeline_tag", "tags", "datasets", "base_model",
         }  # fmt: skip
-        page = Tags(MarkdownIt("commonmark").enable("table").render(body))  # HTML in it is handed through
+        rendered = MarkdownIt("commonmark").enable("table").render(body)  # HTML in it is handed through
+        page = Tags(rendered)
+        assert not AUTOLINK.search(re.sub("<pre>.*?</pre>|<code>.*?</code>|<.*?>", "", rendered, flags=re.S))
         assert page.found <= {
             "h1",
             "h2",
@@ -154,6 +156,37 @@ def test_hostile_names_in_a_card(tmp_path: Path) -> None:
         assert page.links <= {f"https://huggingface.co/{HUB.name}"} and page.text.count("alert(1)") > 5
         assert [heading for heading in page.headings if "Heading" in heading] == []
         assert not any(imports_os(block) for block in page.blocks if "import" in block)
+
+
+# What GitHub and the hub link although nothing marks it as a link.
+AUTOLINK = re.compile(r"https?://|www\.|[\w.+-]+@[\w-]+\.\w|mailto:|xmpp:", re.IGNORECASE)
+ADDRESSES = [
+    "see http://evil.example/x, or",
+    "<http://evil.example>",
+    "<a@evil.example>",
+    "a|http://evil.example|b",
+    "`http://evil.example`",
+    "``http://evil.example",
+    "HTTPS://evil.example\\",
+    "www.evil.example www.evil.example",
+    "write to a@evil.example\nmailto:b@evil.example",
+    "[x](http://evil.example)",
+    "![x](http://evil.example/a.png)",
+    "[x]: http://evil.example",
+    "http://evil.example/<script>alert(1)</script>",
+]
+
+
+@pytest.mark.parametrize("text", ADDRESSES)
+def test_an_address_is_no_link(text: str) -> None:
+    for body in (f"{markdown.inline(text)} and {markdown.inline(text)}", f"| a |\n|---|\n| {markdown.inline(text)} |"):
+        rendered = MarkdownIt("commonmark").enable("table").render(body)
+        page = Tags(rendered)
+        assert page.links == set() and page.found <= {"p", "code", "table", "thead", "tbody", "tr", "th", "td"}
+        assert "evil.example" in page.text
+        assert not AUTOLINK.search(html.unescape(re.sub("<code>.*?</code>", "", rendered)))
+        if "|" not in text:
+            assert page.text.split().count(text.split()[0]) >= 1  # as it was
 
 
 def test_the_name_of_an_export_is_quoted(tmp_path: Path) -> None:

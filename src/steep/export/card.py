@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -160,7 +161,7 @@ def write_card(
 def _what_it_is(base: Base, story: Story, form: str) -> str:
     adapter = story.settings["adapter"]
     revision = f" (revision {inline(base.revision)})" if base.revision else ""
-    shown = f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else code(base.name)
+    shown = f"[{inline(base.name)}](https://huggingface.co/{quote(base.name)})" if base.on_hub else code(base.name)
     embeddings = ", its embeddings trained with it" if adapter["modules_to_save"] else ""
     what = {
         "merged": "The adapter is merged: this folder is a whole model.",

@@ -7,11 +7,22 @@ import re
 import shlex
 
 _MARKS = re.compile(r"([\\`*\[\]|~])")
+# Words that GitHub and the hub make a link of although nothing marks them as one. No escape keeps them from it: the
+# hub's reader looks for them when all escapes are undone.
+_ADDRESS = re.compile(r"(?<![^\s|])[^\s|]*(?:://|www\.|[^\s|]@[^\s|]|mailto:|xmpp:)[^\s|]*", re.IGNORECASE)
 
 
 def inline(text: str) -> str:
-    """As a part of a paragraph or a cell: no link, picture, HTML or line of its own."""
-    text = _MARKS.sub(r"\\\1", _one_line(text))
+    """As a part of a paragraph or a cell: no link, picture, HTML or line of its own. Addresses stand as code."""
+    text, shown, end = _one_line(text), [], 0
+    for address in _ADDRESS.finditer(text):
+        shown += [_plain(text[end : address.start()]), code(address[0])]
+        end = address.end()
+    return "".join([*shown, _plain(text[end:])])
+
+
+def _plain(text: str) -> str:
+    text = _MARKS.sub(r"\\\1", text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
