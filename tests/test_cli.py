@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,24 +43,47 @@ def run_file(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> Path:
 
 
 def test_help_is_quick() -> None:
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "steep", "--help"], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    for command in ("init", "plan", "train", "eval", "generate", "report", "doctor"):
-        assert re.search(rf"\b{command}\b", done.stdout)
-    assert min(seconds) < 0.5
+    """By what it loads: how long that takes depends on what else the machine does."""
+
+    def loaded(first: str) -> list[str]:
+        code = (
+            f"{first}\nimport sys; from steep import cli; sys.argv = ['steep', '--help']\n"
+            "try: cli.main()\nexcept SystemExit: pass\nprint(*sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for command in ("init", "plan", "train", "eval", "generate", "report", "doctor"):
+            assert re.search(rf"\b{command}\b", done.stdout)
+        return done.stdout.splitlines()[-1].split(" ")
+
+    slow, modules = {"torch", "transformers", "numpy", "peft", "pydantic", "yaml"}, loaded("")
+    assert slow.isdisjoint(modules) and len(modules) < 500
+    assert not slow.isdisjoint(loaded("import numpy"))  # so it would be seen
 
 
-def test_help_loads_no_torch() -> None:
-    code = (
-        "import sys; from steep import cli; sys.argv = ['steep', '--help']\n"
-        "try: cli.main()\nexcept SystemExit: pass\n"
-        "print([m for m in ('torch', 'transformers', 'numpy', 'peft') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+def test_words_that_a_command_does_not_have(steep: Steep, tmp_path: Path) -> None:
+    for words, says in (
+        (["report", "RUN", "--wach"], ("error: steep report: ", "--wach", "See steep report --help.")),
+        (["train"], ("error: steep train: ", "FILE", "See steep train --help.")),
+        (["verify-resume", "a.yaml", "--steps", "x"], ("error: steep verify-resume: ", "--steps", "x")),
+        (["verify-resume", "a.yaml", "--steps", "1"], ("error: steep verify-resume: ", "--steps", "4")),
+        (["tarin", "a.yaml"], ("error: steep: ", "tarin", "See steep --help.")),
+        (["--nothing"], ("error: steep: ", "--nothing")),
+    ):
+        assert_one_error_line(steep(*words), *says)
+    said = steep()
+    assert said.code == 2 and "verify-resume" in said.out
+
+
+def test_debug_is_an_option_and_behind_two_dashes_a_word(
+    steep: Steep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("steep.result.generate_run", lambda run, prompt, **settings: asked.append(prompt))
+    assert steep("generate", tmp_path, "--", "--debug").code == 0 and asked == ["--debug"]
+    assert "Traceback" not in steep("eval", "--", tmp_path / "none").err
+    for words in (["eval", "--debug", tmp_path / "none"], ["--debug", "eval", tmp_path / "none"]):
+        said = steep(*words)
+        assert said.code == 2 and "Traceback" in said.err and said.err.splitlines()[-1].startswith("error: run folder")
 
 
 def test_init_writes_a_file_that_plans(steep: Steep, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_MISUSE = typer.BadParameter.__mro__[1]  # an option or a word that is wrong: click's UsageError, of typer's own click
 BUG = 70  # sysexits' EX_SOFTWARE
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run file.", show_default=False)]
@@ -60,7 +61,9 @@ def _steep(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error too; goes anywhere.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error too; goes anywhere before --.")
+    ] = False,
 ) -> None:
     pass
 
@@ -313,12 +316,13 @@ def export(
 def main() -> None:
     """Entry point: whatever ends a command early is one line on stderr and an exit code (docs/getting-started.md); with
     --debug the traceback of an error stands before it."""
-    words = sys.argv[1:]
-    debug = "--debug" in words
+    words, debug = _without_debug(sys.argv[1:])
     code: Any = 0
     try:
         with heed_signals() as stop:
-            app(args=[word for word in words if word != "--debug"], obj=stop)
+            code = app(args=words or ["--help"], prog_name="steep", standalone_mode=False, obj=stop)
+        if not words:
+            code = UserError.exit_code
     except Interrupted as end:
         if ranks.is_main():
             print(f"stopped at once; {one_line(end.go_on)}", file=sys.stderr)
@@ -344,10 +348,21 @@ def _is_waited_for(thread: threading.Thread) -> bool:
     return not thread.daemon and thread is not threading.main_thread()
 
 
+def _without_debug(words: list[str]) -> tuple[list[str], bool]:
+    """The words of a command but for --debug, which goes anywhere, and whether it is there. Behind ``--`` are no
+    options: there it is a word like any other."""
+    end = words.index("--") if "--" in words else len(words)
+    return [word for word in words[:end] if word != "--debug"] + words[end:], "--debug" in words[:end]
+
+
 def _explained(error: Exception) -> tuple[str, int]:
     """What is said of an error, and the exit code."""
     if isinstance(error, UserError | RunError):
         return str(error), error.exit_code
+    if isinstance(error, _MISUSE):
+        command = error.ctx.command_path if error.ctx else "steep"
+        message = error.format_message().rstrip(".")
+        return f"{command}: {message}{'' if message.endswith('?') else '.'} See {command} --help.", UserError.exit_code
     if isinstance(error, OSError) and error.errno is not None:  # a disk that is full, a folder that may not be read
         where = error.filename or "disk"
         return f"{where}: {error.strerror}. Check path, permissions and free space.", UserError.exit_code
