@@ -65,6 +65,8 @@ def putting_back(folder: Path, name: str) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         problem = f"{folder} does not fit this run: {name} cannot be put back ({error!r})"
         raise UserError("--resume", problem, "Delete that checkpoint, or give one that this run wrote.") from error
