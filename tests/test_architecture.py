@@ -21,7 +21,7 @@ from tests.syntax import SOURCE, called_name, sources
 LAYERS = (
     "errors", "foreign", "credentials", "ranks", "stopping", "storage", "manifest", "recorded", "tensor_files",
     "kernels", "ops", "data", "model", "evaluation", "training", "export", "generation", "schema", "config",
-    "initialise", "memory", "settings", "run_folder", "vocabulary", "plan", "changes", "resume", "terminal",
+    "initialise", "memory", "trackers", "settings", "run_folder", "vocabulary", "plan", "changes", "resume", "terminal",
     "out_of_memory", "opening", "result", "run", "verify_resume", "hand_over", "report", "doctor", "cli", "__main__",
 )  # fmt: skip
 

@@ -64,7 +64,7 @@ def test_words_that_a_command_does_not_have(steep: Steep, tmp_path: Path) -> Non
     for words, says in (
         (["report", "RUN", "--wach"], ("error: steep report: ", "--wach", "See steep report --help.")),
         (["train"], ("error: steep train: ", "FILE", "See steep train --help.")),
-        (["verify-resume", "a.yaml", "--steps", "x"], ("error: steep verify-resume: ", "--steps", "x")),
+        (["verify-resume", "a.yaml", "--steps", "x"], ("error: steep verify-resume: ", "--steps", "integer")),
         (["verify-resume", "a.yaml", "--steps", "1"], ("error: steep verify-resume: ", "--steps", "4")),
         (["tarin", "a.yaml"], ("error: steep: ", "tarin", "See steep --help.")),
         (["--nothing"], ("error: steep: ", "--nothing")),

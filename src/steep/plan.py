@@ -34,6 +34,7 @@ from steep.settings import (
     training_arguments,
     uses_checkpointing,
 )
+from steep.trackers import check_login
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
 from steep.training.deterministic import prepare_cublas
@@ -202,6 +203,8 @@ def _work_out(
     tokenizer = read_tokenizer(resolved)
     data, training = config.data, config.training
     arguments = training_arguments(config, branch=branch is not None)
+    if to_train:
+        check_login(config.training.report_to)
     check_optimizer(arguments, empty)
     stride = config.evaluation.stride
     if stride is not None and stride >= data.max_length:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from transformers import SchedulerType
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
 from steep import ranks
 from steep.errors import UserError, did_you_mean
 from steep.model.load import DTYPES, resolve_compute_dtype
 from steep.schema import RunConfig
+from steep.trackers import check_trackers
 from steep.training.arguments import TrainingArguments
 from steep.training.schedules import check_schedule
 from steep.training.trainer import Trainer
@@ -84,7 +84,7 @@ def training_arguments(config: RunConfig, *, branch: bool = False) -> TrainingAr
     schedules = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}
     _check_choice("lr_scheduler_type", training.lr_scheduler_type, schedules)
     _check_choice("optim", training.optim, {name.value for name in OptimizerNames})
-    _check_trackers(training.report_to)
+    check_trackers(training.report_to)
     given = training.model_dump(exclude={"gradient_checkpointing", *training.further})
     names = TrainingArguments.__dataclass_fields__
     # transformers 5.23 renames gradient to activation checkpointing; 5.17 knows only the old name.
@@ -160,16 +160,3 @@ def _check_choice(name: str, value: str, known: Iterable[str]) -> None:
     if value not in choices:
         remedy = f"{did_you_mean(value, choices)} Known are: {', '.join(choices)}.".lstrip()
         raise UserError(f"training.{name}", f"{value!r} is unknown", remedy)
-
-
-def _check_trackers(given: str | list[str]) -> None:
-    available = get_available_reporting_integrations()
-    for name in [given] if isinstance(given, str) else given:
-        if name in ("none", "all", *available):
-            continue
-        here = f"Installed here are: {', '.join(available) or 'none'}."
-        if name in INTEGRATION_TO_CALLBACK:
-            how = "pip install 'steep[tensorboard]'" if name == "tensorboard" else f"Install {name}"
-            raise UserError("training.report_to", f"the package of {name} is not installed", f"{how}. {here}")
-        remedy = f"{did_you_mean(name, INTEGRATION_TO_CALLBACK)} {here}".lstrip()
-        raise UserError("training.report_to", f"{name!r} is unknown to transformers", remedy)

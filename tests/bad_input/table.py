@@ -53,7 +53,7 @@ def in_order(scene: Scene) -> None:
     """Nothing is wrong with the run itself."""
 
 
-def parquet(table: dict[str, Any]) -> bytes:
+def parquet(table: dict[str, Any] | pa.Table, compression: str = "snappy") -> bytes:
     sink = io.BytesIO()
-    pq.write_table(pa.table(table), sink)
+    pq.write_table(table if isinstance(table, pa.Table) else pa.table(table), sink, compression=compression)
     return sink.getvalue()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 
+import pyarrow as pa
+import zstandard
+
 from tests.bad_input.damage import flipped, line, setting, sources, text_file, text_folder
 from tests.bad_input.table import field, in_order, parquet, row
 
@@ -117,6 +120,37 @@ TEXT = [
         "again",
     ),
     row("no gzip", "data.sources[0].path", text_file("plain", "text.txt.gz"), "not a .gz file"),
+    row(
+        "two columns of one name",
+        "data.sources[0].text_field",
+        text_file("text,text\na,b\n", "text.csv"),
+        "text.csv, line 1: more than one column is called 'text'",
+        "Rename",
+    ),
+    row(
+        "two columns of one name in parquet",
+        "data.sources[0].text_field",
+        text_file(parquet(pa.table([["a"], ["b"]], names=["text", "text"])), "text.parquet"),
+        "text.parquet: more than one column is called 'text'",
+    ),
+    row(
+        "a bomb of zstd",
+        "data.sources[0].path",
+        text_file(zstandard.compress(bytes(100 * 2**20)), "text.jsonl.zst"),
+        "text.jsonl.zst unpacks to more than 200 times its size",
+    ),
+    row(
+        "a long text many times in parquet",
+        "data.sources[0].path",
+        text_file(parquet({"text": ["x" * 2**20] * 80}), "text.parquet"),
+        "text.parquet unpacks to more than 200 times its size",
+    ),
+    row(
+        "a page of parquet that is a bomb",
+        "data.sources[0].path",
+        text_file(parquet({"text": ["x" * 70 * 2**20]}, "zstd"), "text.parquet"),
+        "text.parquet unpacks to more than 200 times its size",
+    ),
     row(
         "a bomb",
         "data.sources[0].path",

@@ -27,7 +27,7 @@ from steep.errors import UserError
 
 _ARROW_NAME = {"gz": "gzip", "zst": "zstd"}
 _BUFFER = 1 << 20  # bytes; pyarrow decompresses a megabyte at a time
-_ROWS = 512  # parquet rows decoded at a time
+_ROWS = 32  # parquet rows decoded at a time; each may be the same long text, which the file holds once
 MOST_BYTES = 128 * 2**20  # of one document; they are held in memory several times while they are tokenised
 # Text that is worth learning packs to a third or a tenth. Zeros pack to a thousandth: a small file would fill the disk.
 _MOST_UNPACKED = 200
@@ -106,7 +106,7 @@ class _Unpacking(io.RawIOBase):
 
     def __init__(self, raw: Any, path: Path, field: str) -> None:
         self._raw, self._path, self._field = raw, path, field
-        self._left = max(_ALWAYS_UNPACKED, _MOST_UNPACKED * path.stat().st_size)
+        self._left = _most_unpacked(path)
 
     def readable(self) -> bool:
         return True
@@ -115,13 +115,21 @@ class _Unpacking(io.RawIOBase):
         count = self._raw.readinto(buffer)
         self._left -= count
         if self._left < 0:
-            problem = f"{self._path} unpacks to more than {_MOST_UNPACKED} times its size: it is no text"
-            raise UserError(f"{self._field}.path", problem, "Remove the file, or give it unpacked")
+            raise _bomb(self._path, self._field)
         return count
 
     def close(self) -> None:
         self._raw.close()
         super().close()
+
+
+def _most_unpacked(path: Path) -> int:
+    return max(_ALWAYS_UNPACKED, _MOST_UNPACKED * path.stat().st_size)
+
+
+def _bomb(path: Path, field: str) -> UserError:
+    problem = f"{path} unpacks to more than {_MOST_UNPACKED} times its size: it is no text"
+    return UserError(f"{field}.path", problem, "Remove the file, or give it unpacked")
 
 
 def _too_long(place: str, field: str) -> UserError:
@@ -226,6 +234,8 @@ def _read_csv(stream: io.BufferedReader, path: Path, text_field: str, field: str
                 header = row
                 if text_field not in header:
                     raise _missing(place, text_field, header, field)
+                if header.count(text_field) > 1:
+                    raise _twice(place, text_field, field)
                 column = header.index(text_field)
                 continue
             if len(row) != len(header):
@@ -252,19 +262,37 @@ def _read_parquet(path: Path, text_field: str, field: str) -> Iterator[str]:
         names = file.schema_arrow.names
         if text_field not in names:
             raise _missing(str(path), text_field, names, field)
+        if names.count(text_field) > 1:
+            raise _twice(str(path), text_field, field)
         kind = file.schema_arrow.field(text_field).type
         text_types = (pa.string(), pa.large_string(), pa.string_view())
         if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in text_types:
             raise _not_text(str(path), text_field, str(kind), field)
+        left = _most_unpacked(path)
+        if _unpacked_bytes(file.metadata, text_field) > left:
+            raise _bomb(path, field)
         number = 0
         try:
             for batch in file.iter_batches(batch_size=_ROWS, columns=[text_field]):
                 for value in batch.column(0):
                     number += 1
-                    yield _parquet_text(value, f"{path}, row {number}", text_field, field)
+                    text = _parquet_text(value, f"{path}, row {number}", text_field, field)
+                    if len(text) > MOST_BYTES:
+                        raise _too_long(f"{path}, row {number}", field)
+                    left -= len(text)
+                    if left < 0:
+                        raise _bomb(path, field)
+                    yield text
         except (OSError, pa.ArrowInvalid) as error:
             problem = f"{path}, after row {number}: damaged ({error})"
             raise UserError(f"{field}.path", problem, "Copy or download the file again") from error
+
+
+def _unpacked_bytes(metadata: pq.FileMetaData, text_field: str) -> int:
+    """What the pages of a column unpack to, as the file says."""
+    groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
+    columns = (group.column(index) for group in groups for index in range(group.num_columns))
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_field)
 
 
 def _parquet_text(value: Any, place: str, text_field: str, field: str) -> str:
@@ -287,6 +315,11 @@ def _missing(place: str, text_field: str, names: list[str], field: str) -> UserE
     there = ", ".join(map(repr, names)) or "none"
     problem = f"{place}: no field {text_field!r}; the fields there are {there}"
     return UserError(f"{field}.text_field", problem, "Set text_field to the one that holds the text")
+
+
+def _twice(place: str, text_field: str, field: str) -> UserError:
+    problem = f"{place}: more than one column is called {text_field!r}"
+    return UserError(f"{field}.text_field", problem, "Rename all but the one that holds the text")
 
 
 def _not_text(place: str, text_field: str, kind: str, field: str) -> UserError:
