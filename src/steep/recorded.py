@@ -224,7 +224,7 @@ class TrainingArguments(TypedDict):
 
 Metrics = Mapping[str, Number | None]
 
-# By name in the run folder; the last two, of which only what is read again is here, in its checkpoints.
+# By name in the run folder; the last three, of which only what is read again is here, in its checkpoints.
 # Lines are added to those of `GROWING` one by one, so a crash can cut the last one off; others are replaced as a whole.
 SHAPES: dict[str, Any] = {
     "plan.json": Plan,

@@ -236,7 +236,7 @@ def test_another_format_is_refused_and_not_passed_over(text: str | None, problem
 def test_a_format_that_says_nothing_is_damage(text: str, tmp_path: Path) -> None:
     folder = write(tmp_path, 10)
     written_by_another(folder, text)
-    with pytest.raises(Damaged, match=r"format\.json names no format"):
+    with pytest.raises(Damaged, match=r"format\.json cannot be read"):
         inspect(folder)
 
 
