@@ -108,7 +108,7 @@ def test_a_run_folder_with_any_damage_is_read_or_refused(
         assert said.code in (0, 1, 2) and len(errors) == bool(said.code), f"{number}: {harm}: {said.err}"
         assert "Traceback" not in said.err
         codes.append(said.code)
-    assert {0, 2} <= {*codes}
+    assert 0 in codes and (2 in codes or command == "eval RUN")  # which reads few of the files
 
 
 def more_files(run: Path) -> None:
