@@ -26,7 +26,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_MISUSE = typer.BadParameter.__mro__[1]  # an option or a word that is wrong: click's UsageError, of typer's own click
+_MISUSE: Any = typer.BadParameter.__mro__[
+    1
+]  # an option or a word that is wrong: click's UsageError, of typer's own click
 BUG = 70  # sysexits' EX_SOFTWARE
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RunFile = Annotated[Path, typer.Argument(metavar="FILE", help="The run file.", show_default=False)]
@@ -360,8 +362,9 @@ def _explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, UserError | RunError):
         return str(error), error.exit_code
     if isinstance(error, _MISUSE):
-        command = error.ctx.command_path if error.ctx else "steep"
-        message = error.format_message().rstrip(".")
+        misuse: Any = error
+        command = misuse.ctx.command_path if misuse.ctx else "steep"
+        message = misuse.format_message().rstrip(".")
         return f"{command}: {message}{'' if message.endswith('?') else '.'} See {command} --help.", UserError.exit_code
     if isinstance(error, OSError) and error.errno is not None:  # a disk that is full, a folder that may not be read
         where = error.filename or "disk"
