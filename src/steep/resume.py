@@ -25,6 +25,7 @@ from steep.changes import (
 )
 from steep.config import recorded_config
 from steep.errors import UserError
+from steep.model.adapter_start import START
 from steep.plan import Plan
 from steep.run_folder import RunFolder, environment
 from steep.schema import RunConfig
@@ -232,7 +233,12 @@ def refuse_other_base(model: Any, checkpoint: Path, field: str) -> None:
         UserError: they differ.
     """
     saved = load_observations(checkpoint, field)["proof"]["frozen"]
-    if other := other_tensors(saved, frozen_checksums(model)):
+    # PiSSA's frozen start is no part of the base: it comes from the checkpoint, and is not loaded yet.
+    saved, here = (
+        {name: digest for name, digest in checksums.items() if f".{START}." not in name}
+        for checksums in (saved, frozen_checksums(model))
+    )
+    if other := other_tensors(saved, here):
         problem = f"model.name is another base than the one below {checkpoint}: {other}"
         raise UserError(field, problem, "Give the same weights, or start a new run.")
 
