@@ -104,6 +104,9 @@ def draw_apart(seed: int) -> None:
 
 
 def _average_each_tensor(_, bucket):  # without annotations: DDP refuses those that are text, as all are in this file
-    sums = [dist.all_reduce(gradient.div_(ranks.world_size()), async_op=True) for gradient in bucket.gradients()]
-    done = torch.futures.collect_all([work.get_future() for work in sums if work is not None])
-    return done.then(lambda _: bucket.buffer())
+    for work in [dist.all_reduce(each.div_(ranks.world_size()), async_op=True) for each in bucket.gradients()]:
+        work.wait()  # of a GPU the stream waits, not this thread
+    buffer = bucket.buffer()
+    done = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else [])
+    done.set_result(buffer)
+    return done
