@@ -104,8 +104,9 @@ def draw_apart(seed: int) -> None:
 
 
 def _average_each_tensor(_, bucket):  # without annotations: DDP refuses those that are text, as all are in this file
-    for work in [dist.all_reduce(each.div_(ranks.world_size()), async_op=True) for each in bucket.gradients()]:
-        work.wait()  # of a GPU the stream waits, not this thread
+    sums: list[Any] = [dist.all_reduce(each.div_(ranks.world_size()), async_op=True) for each in bucket.gradients()]
+    for one in sums:
+        one.wait()  # of a GPU the stream waits, not this thread
     buffer = bucket.buffer()
     done = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else [])
     done.set_result(buffer)
