@@ -222,7 +222,7 @@ def test_a_result_without_its_tokenizer_is_not_handed_on(form: str, runs: Runs, 
     run = tmp_path / "run"
     shutil.copytree(runs("fp32"), run)
     (run / "final" / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"^run folder: .*final cannot be read"):
+    with pytest.raises(UserError, match=r"^run folder: .*final \(tokenizer_config.json\) cannot be read"):
         export_run(run, tmp_path / "out", to=form)
     assert not (tmp_path / "out").exists()
 

@@ -57,8 +57,7 @@ def test_the_lock_does_not_live_on_in_a_forked_process(tmp_path: Path) -> None:
         "    ending = os.fork()\n"
         "    if not ending: sys.exit()\n"
         "    os.waitpid(ending, 0)\n"
-        "    lives = os.fork()\n"
-        "    if lives: print(lives, flush=True)\n"
+        "    if not os.fork(): print(os.getpid(), flush=True)\n"
         "    time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", fork, str(tmp_path)], stdout=subprocess.PIPE) as holder:
