@@ -208,6 +208,27 @@ def test_resumed_from_half_way(finished: Path, llama_folder: Path, korean_corpus
     assert [row["step"] for row in evaluated] == [row["step"] for row in lines(finished / "evaluation.jsonl")]
 
 
+@pytest.mark.parametrize("sections", [{}, {"data": {"holdout": 0}, "evaluation": {"prompts": []}}])
+def test_frequencies_that_each_forward_sets_are_no_change(
+    sections: dict[str, Any], korean_corpus: Path, tmp_path: Path
+) -> None:
+    """As in Phi-3 and Phi-4-mini: a buffer holds the short or the long ones, as the last batch was."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 16.0, "original_max_position_embeddings": 32,
+        "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+    }  # fmt: skip
+    base = save_tiny("llama", tmp_path / "base", rope_parameters=rope)
+    train_run(run_file(base, korean_corpus, tmp_path / "whole", **sections))
+    resumed = shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    for name in ("checkpoint-6", "final"):
+        shutil.rmtree(resumed / name)
+    train_run(run_file(base, korean_corpus, resumed, **sections), resume=True)
+    weights = "final/adapter_model.safetensors"
+    assert (resumed / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    for folder in (tmp_path / "whole", resumed):
+        assert json.loads((folder / "proof.json").read_text(encoding="utf-8"))["ok"]
+
+
 @pytest.mark.parametrize("name", ["evaluation.jsonl", "samples.jsonl"])
 def test_what_was_measured_in_part_at_the_end_is_measured_anew(
     name: str,

@@ -93,6 +93,16 @@ def test_a_frozen_change_is_found(name: str) -> None:
     assert report["frozen_changed"] == [name] and not report["ok"]
 
 
+def test_what_each_forward_sets_anew_is_not_watched() -> None:
+    model = Two()
+    for name in ("inv_freq", "original_inv_freq", "local_inv_freq"):  # of the last one no original is kept
+        model.register_buffer(name, torch.ones(4))
+    proof = watch(model)
+    for name in ("inv_freq", "original_inv_freq", "local_inv_freq"):
+        getattr(model, name).mul_(2)
+    assert proof.changed_frozen() == ["local_inv_freq", "original_inv_freq"]
+
+
 def test_large_tensors_are_sampled() -> None:
     model = Two(size=MAX_SAMPLED + 1000)
     proof = watch(model)

@@ -25,7 +25,7 @@ from steep.training.state_files import from_bytes, to_bytes
 logger = logging.getLogger("steep")
 
 STATES = ("optimizer", "schedule", "random", "observations")
-FORMAT = 1  # another number as soon as a resumed run reads what checkpoints so far lack, or reads it otherwise
+FORMAT = 2  # another number as soon as a resumed run reads what checkpoints so far lack, or reads it otherwise
 FORMAT_FILE = "format.json"
 _NEEDED = (
     "trainer_state.json",

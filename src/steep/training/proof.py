@@ -19,6 +19,7 @@ from steep.errors import RunError
 MIN_UPDATES = 3  # LoRA's A has no gradient until B has moved, and a warm-up starts at a rate of zero
 _CHUNK = 2**25  # bytes that one pass of a checksum reads
 _MIX = 0x1E3779B97F4A7C15  # odd: spreads a word over all 64 bits (multiplicative hashing)
+_FIRST_FREQUENCIES = "original_inv_freq"  # transformers' buffer beside `inv_freq`; a layer's kind may stand before
 MAX_SAMPLED = 2**14  # elements of one tensor that are watched: a share is then known to ±0.8 %
 
 
@@ -66,9 +67,15 @@ def checksum(tensor: torch.Tensor) -> str:
 
 def frozen_checksums(model: nn.Module) -> dict[str, str]:
     """Checksums of every parameter that does not train and of every buffer of `model`, and of the scales that
-    bitsandbytes keeps beside its codes, outside parameters and buffers."""
+    bitsandbytes keeps beside its codes, outside parameters and buffers.
+
+    The frequencies of rotary embeddings are taken as they were first. With LongRoPE (Phi-3, Phi-4-mini) each forward
+    puts those for short or for long rows in their place.
+    """
     frozen = {name: tensor for name, tensor in model.named_parameters() if not tensor.requires_grad}
-    frozen |= dict(model.named_buffers())
+    buffers = dict(model.named_buffers())
+    anew = {name.replace(_FIRST_FREQUENCIES, "inv_freq") for name in buffers if _FIRST_FREQUENCIES in name}
+    frozen |= {name: tensor for name, tensor in buffers.items() if name not in anew}
     for name, tensor in list(frozen.items()):
         quant_state = getattr(tensor, "quant_state", None)
         if quant_state is not None:  # 4 bit
