@@ -29,6 +29,7 @@ from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.terminal import Terminal
+from steep.training.checkpoint import checkpoints, step_of
 from steep.training.trainer import Trainer
 from tests.tiny import documents, save_tiny
 from tests.training.helpers import contents
@@ -95,6 +96,19 @@ def test_a_run_folder_has_all_its_files(finished: Path) -> None:
     assert json.loads((finished / "ledger.json").read_text(encoding="utf-8"))["adds_up"]
     suffixes = {path.suffix for path in finished.rglob("*") if path.is_file()}
     assert not suffixes & {".bin", ".pt", ".pth", ".pkl"}
+
+
+def test_a_finished_run_that_was_killed_before_it_deleted_old_checkpoints(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    def config(limit: int) -> RunConfig:
+        training = {"save_steps": 2, "save_total_limit": limit}
+        return run_file(llama_folder, korean_corpus, tmp_path / "run", training=training)
+
+    train_run(config(9))
+    assert [step_of(path) for path in checkpoints(tmp_path / "run")] == [2, 4, 6]
+    train_run(config(2), resume=True)
+    assert [step_of(path) for path in checkpoints(tmp_path / "run")] == [4, 6]
 
 
 def test_the_plan_knows_the_size_of_checkpoints(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def _keyed(file: Path, up_to: int | None) -> dict[tuple[Any, ...], list[Any]]:
     rows: dict[tuple[Any, ...], list[Any]] = {}
     for line in file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []:
         row = without(json.loads(line), OF_THE_PROCESS.get(file.name, set()))
-        if up_to is None or row["step"] <= up_to:
+        # Completions are no part of training: those at its end are written after its last checkpoint.
+        if up_to is None or row["step"] < up_to or (row["step"] == up_to and file.name != "samples.jsonl"):
             rows.setdefault((row["step"], row.get("domain"), row.get("prompt")), []).append(row)
     return rows
 

@@ -19,6 +19,8 @@ import transformers
 from steep.data.packing import Corpus
 from steep.errors import RunError, UserError
 from steep.model.adapters import WEIGHTS
+from steep.storage import publish
+from steep.training import exact_checkpoints
 from steep.training.checkpoint import newest_valid, rng_states
 from steep.training.checkpoint_writer import CheckpointCallback, CheckpointWriter
 from steep.training.guard import GoBack
@@ -439,7 +441,14 @@ def test_the_best_by_another_measure_begins_anew(corpus: Corpus, tmp_path: Path)
     assert resumed.state.best_global_step == 6 and best is not None and best > 1
 
 
-def test_the_best_is_what_is_loaded_at_the_end(corpus: Corpus, tmp_path: Path) -> None:
+def test_the_best_is_what_is_loaded_at_the_end(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is still being written when the next one is saved."""
+
+    def late(staging: Path, folder: Path) -> None:
+        time.sleep(0.5)
+        publish(staging, folder)
+
+    monkeypatch.setattr(exact_checkpoints, "publish", late)
     made = {**BEST, "eval_steps": 2, "load_best_model_at_end": True}
     trainer = with_scores(trainer_for(adapted(), corpus, tmp_path, **made), {2: 2, 4: 1, 6: 3})
     trainer.train()

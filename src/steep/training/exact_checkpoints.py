@@ -88,11 +88,11 @@ class ExactCheckpoints(transformers.Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         random = rng_states()
         self.store_flos()
+        waited_before = self.seconds_saving
+        self.finish_saving()  # the one before, which may be the best
         self._point_at_best()
         if not self.args.should_save:  # the first of several processes does
             return
-        waited_before = self.seconds_saving
-        self.finish_saving()  # the one before
         begun = time.perf_counter()
         run_dir, step = Path(self.args.output_dir), self.state.global_step
         folder = run_dir / f"checkpoint-{step}"
@@ -131,6 +131,11 @@ class ExactCheckpoints(transformers.Trainer):
         self._writer.start(folder.name, write)
         if any(_awaits_the_folder(callback) for callback in callbacks):
             self.finish_saving()
+
+    def delete_older_checkpoints(self) -> None:
+        """Do what a run that was killed right after a save has left to do; after the last one nobody else would."""
+        if self.args.should_save:
+            self._retention.apply(self.args.save_total_limit, self.state.global_step, self.state.best_global_step)
 
     def finish_saving(self) -> None:
         """Wait until the checkpoint that is being written is published, and raise what kept it from being so.
@@ -256,7 +261,7 @@ class ExactCheckpoints(transformers.Trainer):
         """Set transformers' path of the best checkpoint from its step: the run folder may have been moved."""
         step = self.state.best_global_step
         place = Path(self.args.output_dir) / f"checkpoint-{step}"
-        there = step is not None and (step == self.state.global_step or place.is_dir())
+        there = ranks.from_main(lambda: step is not None and (step == self.state.global_step or place.is_dir()))
         self.state.best_model_checkpoint = str(place) if there else None
 
     def _load_best_model(self) -> None:

@@ -32,8 +32,11 @@ class Retention:
         """Delete the oldest beyond `limit`; the newest, and that of the step `best`, always stay."""
         if limit is None:
             return
-        there = [path for path in checkpoints(self._run_dir) if step_of(path) <= step and self._is_whole(path)]
-        for path in there[: -max(1, limit)]:
+        there = [path for path in checkpoints(self._run_dir) if step_of(path) <= step]
+        if all(step_of(path) == best for path in there[: -max(1, limit)]):  # then none has to be hashed
+            return
+        whole = [path for path in there if self._is_whole(path)]
+        for path in whole[: -max(1, limit)]:
             if step_of(path) != best:
                 remove(path)
 

@@ -187,6 +187,7 @@ class Trainer(Counting):
         elif self.resumed_state is not None:
             proof.load_state(self.resumed_state["proof"])
             self._load_observations(self.resumed_state)
+            self.delete_older_checkpoints()
         self.proof = proof  # not before: what is seen of a run that goes on is told as a whole or not at all
         kept = None if self.is_new or self.resumed_state is None else self.resumed_state["guard"]
         self.guard.begin(self.state.global_step, kept, self.taken_over())
