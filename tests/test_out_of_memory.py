@@ -11,7 +11,8 @@ import torch
 
 from steep import hand_over, plan, result, run
 from steep.errors import RunError
-from steep.out_of_memory import PINNED, memory_told, place_that_ran_out, what_to_lower
+from steep.machine_faults import PINNED, is_the_machines, place_that_ran_out
+from steep.out_of_memory import memory_told, what_to_lower
 from steep.plan import plan_run
 from steep.training.trainer import Trainer
 from tests.command_line import Steep
@@ -45,7 +46,6 @@ def registered(text: str) -> torch.cuda.CudaError:
         (RuntimeError("CUDA error: out of memory"), "GPU"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU"),
         (registered("out of memory (cudaError.???)"), PINNED),
-        (registered("invalid argument (1)"), None),
         (
             RuntimeError(f"Caught AcceleratorError in pin memory thread for device 0.\nOriginal Traceback:\n{BY_CUDA}"),
             PINNED,
@@ -55,15 +55,36 @@ def registered(text: str) -> torch.cuda.CudaError:
             RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you"),
             "host",
         ),
+        (RuntimeError("unable to mmap 16777296 bytes from file <a.safetensors>: Cannot allocate memory (12)"), "host"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "host"),
         (OSError(errno.ENOSPC, "No space left on device"), None),
-        (RuntimeError("CUDA error: device-side assert triggered"), None),
     ],
 )
 def test_who_says_so(error: Exception, place: str | None) -> None:
     assert place_that_ran_out(error) == place
     with pytest.raises(type(error) if place is None else RunError), memory_told(None):
         raise error
+    assert is_the_machines(error) == (place is not None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: device-side assert triggered"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        registered("invalid argument (1)"),
+    ],
+)
+def test_a_card_that_failed(error: Exception) -> None:
+    assert is_the_machines(error) and place_that_ran_out(error) is None
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("CUDA error"), RuntimeError("the size of tensor a (2) must match"), OSError(errno.EIO, "")]
+)
+def test_what_is_not_the_machines_doing(error: Exception) -> None:
+    assert not is_the_machines(error)
 
 
 @pytest.mark.parametrize(("free", "place"), [(2**28, "GPU"), (70 * 2**30, PINNED), (None, "GPU")])

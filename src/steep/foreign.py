@@ -22,14 +22,18 @@ def told_by(explain: Callable[[BaseException], UserError]) -> Iterator[None]:
     """Within, what a library raises is an error of the input; `--debug` shows where it came from.
 
     Raises:
-        UserError: what `explain` makes of the library's error, unless that says that memory ran out.
+        UserError: what `explain` makes of the library's error, unless that says that memory ran out or a card failed.
     """
     try:
         yield
-    except (UserError, RunError, MemoryError):
+    except (UserError, RunError):
         raise
     except BaseException as error:
         if not (isinstance(error, Exception) or _is_panic(error)):
+            raise
+        from steep.machine_faults import is_the_machines  # with torch, which not every process has loaded
+
+        if is_the_machines(error):
             raise
         raise explain(error) from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,21 +9,10 @@ from contextlib import contextmanager
 import torch
 
 from steep.errors import RunError
+from steep.machine_faults import PINNED, place_that_ran_out
 from steep.plan import Plan
 from steep.settings import uses_checkpointing
 from steep.terminal import human_bytes
-
-# torch raises OutOfMemoryError for its own memory on the card, and RuntimeErrors for what libraries take there.
-_ON_THE_CARD = (
-    "CUDA out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
-_ON_THE_HOST = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
-# One text for two: page-locked memory of the host, and what CUDA itself keeps on the card (some hundred MiB).
-_BY_CUDA = ("CUDA error: out of memory", "cudaErrorMemoryAllocation")
-_CUDA_KEEPS = 2**30
-PINNED = "page-locked host"
 
 
 @contextmanager
@@ -53,30 +41,6 @@ def memory_told(plan: Plan | None, *, loading: bool = False) -> Iterator[None]:
             remedy = f"Lower, in this order: {', '.join(what_to_lower(plan, loading=loading))}"
             remedy += "" if loading else ". The last checkpoint is as it was"
         raise RunError(f"{place} memory ran out: {said}{_there_was(place)}. {remedy}") from error
-
-
-def place_that_ran_out(error: BaseException) -> str | None:
-    """``GPU``, ``host`` or ``page-locked host`` where the error says that memory ran out there; else None."""
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or any(part in text for part in _ON_THE_CARD):
-        return "GPU"
-    if isinstance(error, torch.cuda.CudaError) and "out of memory" in text:
-        return PINNED  # steep asks the runtime itself for nothing but locked pages
-    if any(part in text for part in _BY_CUDA):
-        return PINNED if "pin memory thread" in text or _card_has_room() else "GPU"
-    if isinstance(error, MemoryError) or any(part in text for part in _ON_THE_HOST):
-        return "host"
-    return "host" if isinstance(error, OSError) and error.errno == errno.ENOMEM else None
-
-
-def _card_has_room() -> bool:
-    """Whether the card could still give what CUDA itself keeps there."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        return torch.cuda.mem_get_info()[0] > _CUDA_KEEPS
-    except RuntimeError:  # not even the context fits
-        return False
 
 
 def what_to_lower(plan: Plan, *, loading: bool = False) -> list[str]:

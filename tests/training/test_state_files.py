@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from steep.errors import UserError
 from steep.training import state_files
 from steep.training.checkpoint import rng_state, set_rng_state
-from steep.training.state_files import from_bytes, load_state, to_bytes
+from steep.training.state_files import from_bytes, load_state, putting_back, to_bytes
 from tests.training.helpers import save_state
 
 
@@ -122,3 +126,52 @@ def test_a_tensor_subclass_keeps_its_parts_and_dtype(tmp_path: Path, monkeypatch
     assert type(found) is Packed
     assert (found.shape, found.dtype) == ((2, 3), torch.bfloat16)
     assert torch.equal(found.codes, torch.arange(6, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("ending", ["json", "safetensors"])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ENOMEM])
+def test_a_disk_that_fails_damages_nothing(
+    number: int, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint may be the only one; the file is named, and nobody is told to delete it."""
+    save_state({"a": torch.ones(2)}, tmp_path, "optimizer")
+    file, opened = tmp_path / f"optimizer.{ending}", Path.open
+
+    def refused(self: Path, *given: Any, **named: Any) -> Any:
+        if self == file:
+            raise OSError(number, os.strerror(number))
+        return opened(self, *given, **named)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(OSError, match=os.strerror(number)) as raised, putting_back(tmp_path, "optimizer"):
+        load_state(tmp_path, "optimizer")
+    assert raised.value.filename == str(file)
+
+
+def test_a_file_that_is_not_there_is_damage(tmp_path: Path) -> None:
+    for ending in ("json", "safetensors"):
+        save_state({"a": torch.ones(2)}, tmp_path, "optimizer")
+        (tmp_path / f"optimizer.{ending}").unlink()
+        with pytest.raises(UserError, match=r"is damaged: optimizer cannot be read .* Delete that checkpoint"):
+            load_state(tmp_path, "optimizer")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda: torch.empty(2**50),
+        lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublas`")),
+        lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access was encountered")),
+    ],
+)
+def test_the_machines_faults_are_none_of_a_checkpoint(fault: Callable[[], object], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"allocate memory|CUDA error"), putting_back(tmp_path, "optimizer"):
+        fault()
+
+
+def test_a_state_of_another_run_is_a_fault_of_the_checkpoint(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"does not fit this run: optimizer cannot be put back"),
+        putting_back(tmp_path, "optimizer"),
+    ):
+        torch.ones(2).copy_(torch.ones(3))

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 
 from steep.errors import UserError
+from steep.machine_faults import is_the_machines
+from steep.storage import naming
 
 # Optimizer states of torchao are tensor subclasses; their parts are saved and only these classes are ever rebuilt.
 _SUBCLASSES = {
@@ -42,16 +44,22 @@ def load_state(folder: Path, name: str, field: str = "--resume") -> Any:
 
     Raises:
         UserError: a file is missing or damaged, or holds something that `save_state` does not write.
+        OSError: one is there and cannot be read; it names the file.
     """
     remedy = "Delete that checkpoint: the run then goes on from the one before."
     if field != "--resume":
         remedy = "Give another checkpoint."
     try:
-        tensors = load_file(folder / f"{name}.safetensors", device="cpu")
-        tree = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        with naming(folder / f"{name}.safetensors"):
+            (folder / f"{name}.safetensors").open("rb").close()  # safetensors says of any fault that it is not there
+            tensors = load_file(folder / f"{name}.safetensors", device="cpu")
+        with naming(folder / f"{name}.json"):
+            tree = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         return _decode(tree, tensors)
     # ValueError: broken JSON or UTF-8, too. RecursionError: thousands of brackets, or of lists within lists.
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        SafetensorError, FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError
+    ) as error:  # fmt: skip
         raise UserError(field, f"{folder} is damaged: {name} cannot be read ({error!r})", remedy) from error
 
 
@@ -61,13 +69,13 @@ def putting_back(folder: Path, name: str) -> Iterator[None]:
     manifest it is as it was written, so somebody else wrote it, or for another run.
 
     Raises:
-        UserError: the state does not fit.
+        UserError: the state does not fit; memory that ran out, and a card that failed, stay what they are.
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if is_the_machines(error):
+            raise
         problem = f"{folder} does not fit this run: {name} cannot be put back ({error!r})"
         raise UserError("--resume", problem, "Delete that checkpoint, or give one that this run wrote.") from error
 
