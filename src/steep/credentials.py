@@ -12,6 +12,7 @@ from steep.errors import UserError
 
 # What is looked for, here and in docs/security.md. A name that only begins like one (sk-corpus-2024) is none.
 _RANDOM = r"(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{20,}"  # a run of letters and digits, of both
+_OF_BOTH_CASES = r"(?=[A-Za-z0-9]*[0-9])(?=[a-z0-9]*[A-Z])(?=[A-Z0-9]*[a-z])[A-Za-z0-9]{20,}"  # no name of a file
 _FORMS = re.compile(
     "|".join(
         (
@@ -21,7 +22,8 @@ _FORMS = re.compile(
             r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",  # AWS
             r"\bwandb_v1_[A-Za-z0-9_]{20,}",  # Weights & Biases; its older keys are plain hex, known by what is before
             r"(?i:\bwandb(?:_api_key\W{1,3}| login )[0-9a-f]{40}\b)",
-            rf"\bsk-(?:[A-Za-z0-9]{{1,19}}[-_]){{0,6}}{_RANDOM}[A-Za-z0-9_-]*",  # OpenAI, Anthropic, OpenRouter, ...
+            rf"\bsk-{_OF_BOTH_CASES}",  # OpenAI and others, and with a mark of the maker's:
+            rf"\bsk-(?:proj|svcacct|admin|ant|or|lf)-(?:[A-Za-z0-9]{{1,19}}[-_]){{0,6}}{_RANDOM}[A-Za-z0-9_-]*",
             r"(?<=://)[^/\s@:]*:[^/\s@]+(?=@)",  # a password in an address
             rf"(?<=://){_RANDOM}(?=@)",  # a token in the place of the user
         )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import configparser
-import netrc
-import os
-from pathlib import Path
+from inspect import signature
 from urllib.parse import urlsplit
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from steep.errors import UserError, did_you_mean
+from steep.foreign import reason
 
 _FIELD = "training.report_to"
 
@@ -34,49 +32,26 @@ def check_trackers(given: str | list[str]) -> None:
 
 
 def check_login(given: str | list[str]) -> None:
-    """Check that Weights & Biases, if it is asked for, has a key or does without one. It would ask for it, or fail,
-    when the model is loaded and training begins.
+    """Check that Weights & Biases, if it is asked for, has a key or does without one, as it says itself. It would ask
+    for it, or fail, when the model is loaded and training begins.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or one that cannot be.
     """
     names = [given] if isinstance(given, str) else given
     if "wandb" not in names and not ("all" in names and "wandb" in get_available_reporting_integrations()):
         return
-    settings = _wandb_settings()
-    mode = os.environ.get("WANDB_MODE") or settings.get("mode", "online")
-    switched_off = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes")
-    if mode in ("offline", "disabled", "dryrun") or switched_off:
+    import wandb
+
+    settings = wandb.setup().settings
+    if wandb.run is not None or settings.mode in ("offline", "dryrun", "disabled"):
         return
-    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")) or settings.get("api_key"):
+    if "prompt" not in signature(wandb.login).parameters:  # an older one, which would ask the user here
         return
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or settings.get("base_url", "https://api.wandb.ai")).hostname
-    if host is None or not _in_netrc(host):
-        raise UserError(
-            _FIELD,
-            f"wandb has no key for {host}",
-            "Log in with: wandb login; or set WANDB_API_KEY, or WANDB_MODE=offline to keep its files here.",
-        )
-
-
-def _wandb_settings() -> dict[str, str]:
-    """What `wandb offline`, `wandb login --host` and the like have written, the folder's own last."""
-    own = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser() / "settings"
-    here = Path(os.environ.get("WANDB_DIR") or ".") / "wandb" / "settings"
-    parser = configparser.ConfigParser(interpolation=None)
+    remedy = "Log in with: wandb login; or set WANDB_API_KEY, or WANDB_MODE=offline to keep its files here."
     try:
-        parser.read([own, here], encoding="utf-8")
-    except (configparser.Error, UnicodeDecodeError) as error:
-        problem = f"the settings of wandb cannot be read: {str(error).splitlines()[0]}"
-        raise UserError(_FIELD, problem, f"Mend {own} or {here}.") from error
-    return dict(parser["default"]) if parser.has_section("default") else {}
-
-
-def _in_netrc(host: str) -> bool:
-    file = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    try:
-        return netrc.netrc(file).authenticators(host) is not None
-    except FileNotFoundError:
-        return False
-    except (netrc.NetrcParseError, OSError) as error:
-        raise UserError(_FIELD, f"{file}, where wandb keeps its key, cannot be read", "Mend it.") from error
+        has_key = wandb.login(prompt=False, verify=False)
+    except wandb.errors.Error as error:
+        raise UserError(_FIELD, f"wandb cannot log in: {reason(error)}", remedy) from error
+    if not has_key:
+        raise UserError(_FIELD, f"wandb has no key for {urlsplit(settings.base_url).netloc}", remedy)

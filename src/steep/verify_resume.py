@@ -116,17 +116,18 @@ def _shortened(config: RunConfig, steps: int, quiet: bool) -> tuple[RunConfig, i
     """
     terminal = Terminal(quiet=quiet)
     terminal.attach()
-    with terminal.tokenising() as progress:
-        whole = plan_run(config, progress).steps
     short = config.model_copy(deep=True)
     training = short.training
+    training.report_to = "none"
+    with terminal.tokenising() as progress:
+        whole = plan_run(short, progress).steps
     for name in ("warmup_steps", "decay_steps", "cooldown_steps"):  # as long a part of the run as they were
         length = getattr(training, name)
         if length is not None and length >= 1:
             setattr(training, name, length / whole if length < whole else 1 - 1 / steps)
     changes = {
         "max_steps": steps, "save_steps": steps // 2, "save_total_limit": 2, "logging_steps": 1, "eval_steps": None,
-        "metric_for_best_model": None, "report_to": "none",
+        "metric_for_best_model": None,
     }  # fmt: skip
     changes |= {
         name: value

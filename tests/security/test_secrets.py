@@ -145,6 +145,8 @@ def test_known_forms_are_found_in_any_text(secret: str) -> None:
         "ssh://git@github.com/a/b",
         "see https://a.b@c",
         "https://ada@example.org:8080/x@y",
+        "data/sk-wikipedia20240101articles.jsonl",
+        "/data/sk-20231101wikipediaslovakcorpus/x",
         "sk-corpus-2024-filtered-and-deduplicated.jsonl",
         "data/sk-sk/sk-slovakiawikipediaarticles/part-00001.parquet",
         "task-0123456789abcdef0123456789abcdef",
