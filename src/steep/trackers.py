@@ -42,6 +42,7 @@ def check_login(given: str | list[str]) -> None:
     if "wandb" not in names and not ("all" in names and "wandb" in get_available_reporting_integrations()):
         return
     import wandb
+    from wandb.errors import Error
 
     settings = wandb.setup().settings
     if wandb.run is not None or settings.mode in ("offline", "dryrun", "disabled"):
@@ -51,7 +52,7 @@ def check_login(given: str | list[str]) -> None:
     remedy = "Log in with: wandb login; or set WANDB_API_KEY, or WANDB_MODE=offline to keep its files here."
     try:
         has_key = wandb.login(prompt=False, verify=False)
-    except wandb.errors.Error as error:
+    except Error as error:
         raise UserError(_FIELD, f"wandb cannot log in: {reason(error)}", remedy) from error
     if not has_key:
         raise UserError(_FIELD, f"wandb has no key for {urlsplit(settings.base_url).netloc}", remedy)
