@@ -216,6 +216,7 @@ class TrainerState(TypedDict):
 class CheckpointFormat(TypedDict):
     format: Count
     steep: str
+    transformers: NotRequired[str]
 
 
 class TrainingArguments(TypedDict):

@@ -7,7 +7,7 @@ import logging
 import random
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class Checkpoint:
         digest: SHA-256 of its manifest, and through it of every file.
         format: as `FORMAT` was; 0 from before there were numbers.
         written_by: the version of steep that wrote it, if it says so.
+        transformers: the version of transformers that it was written under, if it says so.
+        unknown: fields of its trainer_state.json that the transformers here does not have.
         files: the files that belong to it; nothing else in the folder may be read.
         extra: names of those that do not.
     """
@@ -53,6 +55,8 @@ class Checkpoint:
     digest: str
     format: int
     written_by: str | None
+    transformers: str | None
+    unknown: tuple[str, ...]
     files: frozenset[str]
     extra: tuple[str, ...]
 
@@ -77,8 +81,8 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def format_text() -> str:
-    """What a checkpoint's `format.json` says: the format, and the version of steep."""
-    return json.dumps({"format": FORMAT, "steep": version("steep")}) + "\n"
+    """What a checkpoint's `format.json` says: the format, and the versions of steep and transformers."""
+    return json.dumps({"format": FORMAT, "steep": version("steep"), "transformers": version("transformers")}) + "\n"
 
 
 def step_of(path: Path) -> int:
@@ -98,38 +102,58 @@ def inspect(path: Path) -> Checkpoint:
     missing = [name for name in _NEEDED if name not in manifest.files]
     if missing or not weights:
         raise Damaged(f"it lacks {missing[0] if missing else 'the weights'}")
-    step = _read(path, "trainer_state.json")["global_step"]
+    state = _read(path, "trainer_state.json")
+    step, unknown = state["global_step"], sorted(state.keys() - {field.name for field in fields(TrainerState)})
+    if not unknown:
+        _check_state(path)
     _read(path, "training_args.json")
     if _NAME.fullmatch(path.name) and step != step_of(path):
         raise Damaged(f"it holds step {step}")
-    number, written_by = _format_of(path) if FORMAT_FILE in manifest.files else (0, None)
-    return Checkpoint(path, step, manifest.digest, number, written_by, frozenset(manifest.files), tuple(extra))
-
-
-def _format_of(path: Path) -> tuple[int, str]:
-    tree = _read(path, FORMAT_FILE)
-    return tree["format"], tree["steep"]
+    written: dict[str, Any] = _read(path, FORMAT_FILE) if FORMAT_FILE in manifest.files else {"format": 0}
+    return Checkpoint(
+        path,
+        step,
+        manifest.digest,
+        written["format"],
+        written.get("steep"),
+        written.get("transformers"),
+        tuple(unknown),
+        frozenset(manifest.files),
+        tuple(extra),
+    )
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:
     """A JSON file that is read again."""
     try:
-        tree = parsed(path / name, nan=True)
-        if name == "trainer_state.json":
-            TrainerState.load_from_json(str(path / name))
-    except (ValueError, TypeError) as error:  # TypeError: a field that this version of transformers does not have
+        return parsed(path / name, nan=True)
+    except ValueError as error:
         raise Damaged(f"{name} cannot be read: {error}") from error
-    return tree
+
+
+def _check_state(path: Path) -> None:
+    try:
+        TrainerState.load_from_json(str(path / "trainer_state.json"))
+    except (ValueError, TypeError) as error:
+        raise Damaged(f"trainer_state.json cannot be read: {error}") from error
 
 
 def refuse_other_format(checkpoint: Checkpoint, field: str) -> None:
     """Check that a checkpoint holds what this version reads.
 
     Raises:
-        UserError: another version wrote it, in another format.
+        UserError: another version of steep wrote it, in another format, or another transformers, with more fields.
     """
-    if checkpoint.format == FORMAT:
+    if checkpoint.format == FORMAT and not checkpoint.unknown:
         return
+    if checkpoint.format == FORMAT:
+        there = checkpoint.transformers or "another version, which environment.json of its run names"
+        raise UserError(
+            field,
+            f"{checkpoint.path} was written under transformers {there}; here is transformers "
+            f"{version('transformers')}, which does not know {', '.join(checkpoint.unknown)} of its trainer_state.json",
+            "Go on with the version that it was written under, or begin a new run with this one.",
+        )
     writer = f"steep {checkpoint.written_by}" if checkpoint.written_by else "an older steep"
     raise UserError(
         field,
@@ -146,8 +170,8 @@ def newest_valid(run_dir: Path, *, up_to: int | None = None, field: str = "--res
         up_to: look at no later step.
 
     Raises:
-        UserError: another version of steep wrote it, in another format; or one that would be the newest cannot be read:
-            whether it is whole is not known.
+        UserError: another version of steep or of transformers wrote it, see `refuse_other_format`; or one that would be
+            the newest cannot be read: whether it is whole is not known.
     """
     passed_over: list[tuple[Path, str]] = []
     for path in reversed(checkpoints(run_dir)):
@@ -186,9 +210,10 @@ def _as_json(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
     return {**asdict(checkpoint), "path": str(checkpoint.path), "files": sorted(checkpoint.files)}
 
 
-def _from_json(fields: dict[str, Any]) -> Checkpoint:
-    path, files, extra = Path(fields["path"]), frozenset(fields["files"]), tuple(fields["extra"])
-    return Checkpoint(**{**fields, "path": path, "files": files, "extra": extra})
+def _from_json(tree: dict[str, Any]) -> Checkpoint:
+    path, files = Path(tree["path"]), frozenset(tree["files"])
+    names = {name: tuple(tree[name]) for name in ("extra", "unknown")}
+    return Checkpoint(**{**tree, "path": path, "files": files, **names})
 
 
 def _choose(run_dir: Path, field: str) -> Checkpoint | None:
