@@ -19,6 +19,7 @@ from steep.hand_over import export_run
 from steep.model.base_tensors import BaseTensors
 from steep.model.load import load
 from steep.model.resolve import resolve
+from steep.model.safety import refuse_link_outside
 from steep.report.page import write_report
 from steep.report.watch import LivePage
 from steep.result import evaluate_run, generate_run
@@ -88,6 +89,18 @@ def test_the_links_of_the_hubs_cache_are_let_pass(base: Path, tmp_path: Path) ->
     assert found is not None and found.is_symlink()
     model, _ = load(str(snapshot), base="fp32", compute_dtype="fp32")
     assert model.config.model_type == "llama"
+    text = (snapshot / "config.json").read_text(encoding="utf-8")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").write_text(text, encoding="utf-8")  # edited in place
+    (tmp_path / "to the snapshot").symlink_to(snapshot)
+    for place in (snapshot, tmp_path / "to the snapshot"):
+        found = resolve(str(place)).file("generation_config.json")
+        assert found is not None and found.is_symlink()
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.rename(tmp_path / "secrets")
+    blobs.symlink_to(tmp_path / "secrets")
+    with pytest.raises(UserError, match=r"generation_config\.json is a link out of its folder"):
+        refuse_link_outside(snapshot / "generation_config.json", snapshot, "model.name")
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -96,13 +96,16 @@ def shards_of(index: Path, field: str) -> list[str]:
 def refuse_link_outside(file: Path, folder: Path, field: str) -> None:
     """Check that a file of a local checkpoint lies in it: what is copied into an export must not come from elsewhere.
 
-    A whole checkpoint may be made of links into another folder, where both its config.json and its weights lie: so is
-    the hub's cache, from ``snapshots/COMMIT`` into ``blobs``.
+    A whole checkpoint may be made of links into another folder, where both its config.json and its weights lie. In the
+    hub's cache links go from ``snapshots/COMMIT`` into ``blobs``, also where a file of the snapshot was edited in place.
 
     Raises:
         UserError: it is a link to somewhere else.
     """
-    homes = {folder.resolve()}
+    place = folder.resolve()
+    homes = {place}
+    if place.parent.name == "snapshots":
+        homes.add(place.parent.parent / "blobs")  # not resolved: a link under that name would lead anywhere
     elsewhere = (folder / "config.json").resolve().parent
     if any((folder / name).is_file() and (folder / name).resolve().parent == elsewhere for name in (INDEX, SINGLE)):
         homes.add(elsewhere)
