@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
 from steep.errors import UserError
+from steep.model import look_up
+from steep.model.load import load
 from steep.model.look_up import find
 from steep.model.resolve import read_tokenizer, resolve
 from steep.model.safety import check_weights_in_safetensors
@@ -21,6 +28,7 @@ LOST = r"the hub \(http://127\.0\.0\.1:9\) cannot be reached to look for .*HF_HU
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the hub, which is on, and whose network is lost: nothing listens at that port."""
+    monkeypatch.setattr(look_up, "_as_it_is", {})
     folder = tmp_path / "hub"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -54,13 +62,52 @@ def test_a_lost_network(cache: Path) -> None:
         weight_files("a/b")
 
 
-def test_what_is_not_in_the_cache_is_not_taken_for_missing(snapshot: Path) -> None:
+def test_a_cached_model_is_taken_as_it_is(
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `hf download` leaves it, without a mark for what the hub does not have. It is said, and waited for, once."""
+    waited: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waited.append)
+    with caplog.at_level("WARNING", "steep"):
+        model, tokenizer = load("a/b", base="fp32", compute_dtype="fp32")
+        assert weight_files("a/b") == [snapshot / "model.safetensors"]
+    assert model.config.model_type == "llama" and len(tokenizer) == 384
+    said = r"the hub \(http://127\.0\.0\.1:9\) cannot be asked for adapter_config\.json of a/b \(.*\): of this model, "
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "steep"]
+    assert re.match(said, line)
+    assert len(waited) == 5
+
+
+def test_weights_that_are_not_in_the_cache_are_not_taken_for_missing(snapshot: Path) -> None:
     assert find("a/b", "config.json") == snapshot / "config.json"
-    with pytest.raises(UserError, match=LOST.replace("look for .*", r"look for adapter_config\.json of a/b.*")):
-        resolve("a/b")
     (snapshot / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=LOST):
+    for ask in (lambda: weight_files("a/b"), lambda: check_weights_in_safetensors(resolve("a/b"))):
+        with pytest.raises(UserError, match=LOST.replace("look for .*", r"look for model\.safetensors of a/b.*")):
+            ask()
+    index = {"metadata": {}, "weight_map": {"a": "model-1.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UserError, match=LOST.replace("look for .*", r"look for model-1\.safetensors of a/b.*")):
         weight_files("a/b")
+    (snapshot / "config.json").unlink()
+    with pytest.raises(UserError, match=LOST):
+        find("a/b", "adapter_config.json")
+
+
+@pytest.mark.parametrize("refusal", [GatedRepoError, HfHubHTTPError])
+def test_access_that_was_lost(refusal: type[HfHubHTTPError], snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is in the cache, and was gated or limited since."""
+
+    def refused(*given: Any, **named: Any) -> Any:
+        response: Any = SimpleNamespace(status_code=403, headers={}, request=None)
+        raise refusal("403 Client Error", response=response)
+
+    monkeypatch.setattr(look_up, "hf_hub_download", refused)
+    with pytest.raises(UserError, match=r"the hub does not give adapter_config\.json of a/b: 403 Client Error"):
+        find("a/b", "adapter_config.json")
+    known = snapshot.parents[1] / ".no_exist" / COMMIT
+    known.mkdir(parents=True)
+    (known / "adapter_config.json").touch()
+    assert find("a/b", "adapter_config.json") is None
 
 
 def test_what_the_hub_once_said_no_to_is_kept(snapshot: Path) -> None:

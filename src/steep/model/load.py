@@ -102,6 +102,8 @@ def load_resolved(
         "dtype": DTYPES.get(base, compute),
         "use_safetensors": True,
     }
+    if "local_files_only" in arguments:
+        arguments["adapter_kwargs"] = {"local_files_only": True}  # its look for an adapter heeds only these
     if base in ("nf4", "int8") and resolved.quantization is None:
         arguments["quantization_config"] = _quantization(base, compute)
     if torch.cuda.is_available():

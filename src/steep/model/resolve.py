@@ -20,7 +20,7 @@ from steep.errors import UserError, did_you_mean, shown
 from steep.foreign import fault_of_json, panics_held, reason, told_as_input, told_by
 from steep.model.generation_config import check_generation_config
 from steep.model.gguf import check_readable, converted_folder, correct_special_tokens
-from steep.model.look_up import find
+from steep.model.look_up import find, is_taken_as_it_is
 from steep.model.names import can_only_be_path
 from steep.model.safety import check_safe, refuse_link_outside
 
@@ -40,7 +40,7 @@ class ResolvedModel:
 
     Attributes:
         name: hub name or folder that transformers' `from_pretrained` takes.
-        arguments: what else `from_pretrained` needs (`revision`, `gguf_file`, `trust_remote_code`).
+        arguments: what else `from_pretrained` needs (`revision`, `gguf_file`, `trust_remote_code`, `local_files_only`).
         config: its transformers config.
     """
 
@@ -109,6 +109,8 @@ def resolve(
                 "Give the 16-bit checkpoint, or one quantised by bitsandbytes.",
             )
     check_safe(resolved, field)
+    if is_taken_as_it_is(name, revision):
+        arguments["local_files_only"] = True  # transformers would wait for the hub at each file that is not there
     check_generation_config(name, revision, field)
     return resolved
 

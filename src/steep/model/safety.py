@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from steep.errors import UserError
 from steep.foreign import told_as_input
-from steep.model.look_up import find
+from steep.model.look_up import find, refuse_unasked
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -65,10 +65,11 @@ def check_weights_in_safetensors(model: ResolvedModel, field: str = "model.name"
     `use_safetensors` alone transformers would ask the hub to convert the model, and wait for it.
 
     Raises:
-        UserError: its weights are in pickle only.
+        UserError: its weights are in pickle only; or they are not in the cache, and the hub cannot be asked.
     """
     revision = model.arguments.get("revision")
     if all(find(model.name, name, revision=revision, field=field) is None for name in (INDEX, SINGLE)):
+        refuse_unasked(model.name, SINGLE, revision=revision, field=field)
         raise _pickled(model, field)
 
 
@@ -97,7 +98,7 @@ def refuse_link_outside(file: Path, folder: Path, field: str) -> None:
     """Check that a file of a local checkpoint lies in it: what is copied into an export must not come from elsewhere.
 
     A whole checkpoint may be made of links into another folder, where both its config.json and its weights lie. In the
-    hub's cache links go from ``snapshots/COMMIT`` into ``blobs``, also where a file of the snapshot was edited in place.
+    hub's cache they go from ``snapshots/COMMIT`` into ``blobs``, also where a file of the snapshot was edited in place.
 
     Raises:
         UserError: it is a link to somewhere else.

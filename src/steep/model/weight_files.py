@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import is_offline_mode
 
 from steep.errors import UserError
-from steep.model.look_up import find
+from steep.model.look_up import find, refuse_unasked
 from steep.model.safety import INDEX, SINGLE, shards_of
 
 _REMEDY = "Give a folder with a whole checkpoint in safetensors (save_pretrained writes one)."
@@ -35,10 +35,12 @@ def weight_files(
         shards = {shard: at(shard) for shard in shards_of(index, field)}
         missing = [shard for shard, file in shards.items() if file is None]
         if missing and not (on_hub and not download):
+            refuse_unasked(name, missing[0], revision=revision, field=field)
             raise UserError(field, f"{name} has no {missing[0]}, which its index names", _REMEDY)
         return [] if missing else [file for file in shards.values() if file is not None]
     if on_hub and not download:
         return []
+    refuse_unasked(name, SINGLE, revision=revision, field=field)
     if on_hub and is_offline_mode():
         problem = f"the weights of {name} are not in the local cache, and the hub is off (HF_HUB_OFFLINE)"
         raise UserError(field, problem, "Unset HF_HUB_OFFLINE to download them.")
