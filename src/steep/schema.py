@@ -213,12 +213,18 @@ class TrainingSection(BaseModel):
     spike_action: Literal["off", "warn", "skip", "rollback"] = Field(
         "warn",
         description="What is done with a step whose loss or gradient norm jumps: off, warn (say it), skip (do not "
-        "apply it), rollback (go back to the last checkpoint and pass over its rows).",
+        "apply it), rollback (go back to the last checkpoint and pass over its rows). A kind of text that jumps more "
+        "than five times in four spike_windows is trained; what comes more seldom is skipped each time, and said.",
     )
     spike_threshold: Number = Field(
         6.0, gt=0, description="A jump is so many robust standard deviations above the median of the steps before."
     )
-    spike_window: Integer = Field(256, ge=8, le=100_000, description="Steps that median and deviation are taken over.")
+    spike_window: Integer = Field(
+        256,
+        ge=8,
+        le=100_000,
+        description="Steps that median and deviation are taken over. With more, rarer text is trained.",
+    )
 
     @field_validator("spike_action", mode="before")
     @classmethod

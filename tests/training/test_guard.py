@@ -303,7 +303,7 @@ def test_too_many_spikes_end_the_run(action: str, corpus: Corpus, tmp_path: Path
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_what_recurs_is_trained(action: str, corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A rare kind of text is not removed from the run; one row that stands out in another way still is."""
+    """A kind of text is not removed from the run; one row that stands out in another way still is."""
     trainer = trainer_for(adapted(), corpus, tmp_path, max_steps=50, spike_action=action, **QUICK)
     raise_losses(trainer, {12, 18, 24, 30, 36, 42, 48})
     raise_losses(trainer, {45}, factor=100.0)
@@ -311,14 +311,31 @@ def test_what_recurs_is_trained(action: str, corpus: Corpus, tmp_path: Path, cap
     found = lines(tmp_path / "incidents.jsonl")
     found.sort(key=lambda row: row["step"])  # lines behind a checkpoint that is gone back to are written once more
     assert [(row["step"], row["action"]) for row in found] == [
-        *((step, action) for step in (12, 18, 24)),
-        (30, "recurs"),
+        *((step, action) for step in (12, 18, 24, 30, 36)),
+        (42, "recurs"),
         (45, action),
     ]
-    domains = {piece["domain"] for row in found[3]["rows"] for piece in row["pieces"]}
-    said = next(line for line in caplog.messages if "a kind of text" in line)
-    assert said.startswith("step 30: spike in ") and all(domain in said for domain in domains)
-    assert trainer.guard.steps_skipped == 4 and trainer.times_trained.sum() == 2 * 46
+    domains = {piece["domain"] for row in found[5]["rows"] for piece in row["pieces"]}
+    said = next(line for line in caplog.messages if "but a kind of text" in line)
+    assert said.startswith("step 42: spike in ") and all(domain in said for domain in domains)
+    assert trainer.guard.steps_skipped == 6 and trainer.times_trained.sum() == 2 * 44
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_bad_rows_that_seldom_come_are_skipped_each(
+    action: str, corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However alike they are: what may be a kind of text is said, with what to set."""
+    trainer = trainer_for(adapted(), corpus, tmp_path, max_steps=65, spike_action=action, **QUICK)
+    bad = [12, 22, 32, 42, 52, 62]
+    raise_losses(trainer, set(bad))
+    trainer.train()
+    found = lines(tmp_path / "incidents.jsonl")
+    assert [(row["step"], row["action"]) for row in found] == [(step, action) for step in bad]
+    assert trainer.guard.steps_skipped == 6 and trainer.times_trained.sum() == 2 * 59
+    hints = [line for line in caplog.messages if "raise training.spike_window (now 8)" in line]
+    assert [line.split(":")[0] for line in hints] == [f"step {step}" for step in bad[3:]]
+    assert "3 steps before it stood out as far (this one is of " in hints[0]
 
 
 def test_spikes_that_are_warned_of_end_nothing(corpus: Corpus, tmp_path: Path) -> None:

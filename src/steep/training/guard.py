@@ -20,11 +20,12 @@ from steep.training.arguments import TrainingArguments
 from steep.training.gradients import GradientReport
 from steep.training.incidents import FILE, Incidents
 from steep.training.skip_list import SkipList, Skipped
-from steep.training.spikes import Spike, SpikeDetector
+from steep.training.spikes import A_KIND, Spike, SpikeDetector
 
 logger = logging.getLogger("steep")
 
 _SAID_IN_A_ROW = 3  # where the loss jumps and stays, each step stands out until the median has followed
+_SEVERAL = 3  # alike before it: what is skipped may be a kind of text that seldom comes
 
 
 class Outcome(Enum):
@@ -179,9 +180,10 @@ class Guard:
             "skip": "the step is not applied",
             "rollback": "the run goes back to its last checkpoint, and will pass over the rows of this step",
         }
+        hint = self._hint(spike, rows) if action != "warn" and spike.alike >= _SEVERAL else ""
         logger.warning(
-            "step %d: %s: %.4g, %.1f robust deviations above the median %.4g; %s. Its text is in %s",
-            step, spike.kind, spike.value, spike.z, spike.median, done[action], FILE,
+            "step %d: %s: %.4g, %.1f robust deviations above the median %.4g; %s. Its text is in %s%s",
+            step, spike.kind, spike.value, spike.z, spike.median, done[action], FILE, hint,
         )  # fmt: skip
         self._write(step, spike.kind, action, loss, gradients, rows, spike)
         if action == "rollback":
@@ -192,13 +194,22 @@ class Guard:
             return Outcome.SKIPPED
         return Outcome.APPLIED
 
-    def _tell_of_kind(self, step: int, spike: Spike, loss: float, gradients: GradientReport, rows: np.ndarray) -> None:
+    def _hint(self, spike: Spike, rows: np.ndarray) -> str:
+        return (
+            f". {spike.alike} steps before it stood out as far{self._domains(rows)}. If this is a kind of text, and "
+            f"no bad rows, train it: raise training.spike_window (now {self._args.spike_window}) until {A_KIND} of its "
+            "steps lie within four windows, or set training.spike_action: warn"
+        )
+
+    def _domains(self, rows: np.ndarray) -> str:
         domains = sorted({piece["domain"] for row in self._describe(rows) for piece in row["pieces"]})
+        return f" (this one is of {', '.join(domains)})" if domains else ""
+
+    def _tell_of_kind(self, step: int, spike: Spike, loss: float, gradients: GradientReport, rows: np.ndarray) -> None:
         logger.warning(
             "step %d: %s: %.4g, where the median is %.4g, as in %d steps before%s: this is no single bad row but a "
-            "kind of text. The step is applied, and so is what is alike from here on. Its text is in %s",
-            step, spike.kind, spike.value, spike.median, spike.alike,
-            f" (this one is of {', '.join(domains)})" if domains else "", FILE,
+            "kind of text. The step is applied, and so is what is alike while it comes as often. Its text is in %s",
+            step, spike.kind, spike.value, spike.median, spike.lately, self._domains(rows), FILE,
         )  # fmt: skip
         self._write(step, spike.kind, "recurs", loss, gradients, rows, spike)
 

@@ -4,10 +4,11 @@ Both are held against the last `window` steps by a robust z-score: x − median 
 not move. Only upwards: a loss that falls is what training is for. The norm is compared by its logarithm, since it
 scatters by a factor.
 
-A spike is meant to be a single bad row, and not a rare kind of text, whose every step stands out as much. So what stood
-out is remembered beside the window, by how far it did: what is as far out as three before it comes from a kind of text
-that recurs, and is no spike any more. Steps in a row count once there, and many of them are spikes again: that is no
-kind of text but a run that diverges.
+A spike is meant to be a bad row, and not a kind of text whose every step stands out as much. The two differ in how
+often they come. So what stood out is remembered beside the window, by how far it did: what is as far out as five others
+of the last four windows comes from a kind of text that recurs, and is no spike any more. What comes more seldom stays
+one. Steps in a row count once there, and many of them are spikes again: that is no kind of text but a run that
+diverges.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _GAUSSIAN = 1.4826  # MAD → standard deviation
 _LEAST_LOSS, _LEAST_RELATIVE, _LEAST_LOG_NORM = 1e-3, 1e-3, 0.02  # nats, of the loss, of the norm's logarithm
 _LEAST_NORM = 1e-30
 _LEAST_HISTORY = 8
-_A_KIND = 3  # as many alike are a kind of text
-_ALIKE = 0.25  # two are alike whose distances from the median differ by so much of it, or by half the threshold
+A_KIND, _LATELY = 5, 4  # so many alike within so many windows are a kind of text
+_ALIKE = 0.4  # two are alike whose distances from the median differ by so much of it, or by half the threshold
 _OUTLIERS = 64  # that are remembered, however long ago they were
 _MOST_IN_A_ROW = 8  # of a kind of text that comes now and then
 
@@ -38,7 +39,9 @@ class Spike:
         kind: ``spike in loss`` or ``spike in gradient norm``.
         value, median: of this step, and of the window; nats a target, or the norm before clipping.
         z: how many robust standard deviations lie between them (of the norm's logarithm).
-        alike: how often the same was seen before, steps in a row counted once, and this row not.
+        alike, lately: how often the same was seen before, and in the last four windows; steps in a row counted once,
+            and this row not.
+        was_known: whether one of those before was of a kind of text already.
         in_a_row: steps that have stood out one after the other, with this one.
     """
 
@@ -47,17 +50,19 @@ class Spike:
     median: float
     z: float
     alike: int
+    lately: int
+    was_known: bool
     in_a_row: int
 
     @property
     def recurs(self) -> bool:
-        """Whether it is of a kind of text that comes now and then: then it is no spike."""
-        return self.alike >= _A_KIND and self.in_a_row <= _MOST_IN_A_ROW
+        """Whether it is of a kind of text that comes often enough to matter: then it is no spike."""
+        return self.lately >= A_KIND and self.in_a_row <= _MOST_IN_A_ROW
 
     @property
     def recurs_first(self) -> bool:
         """Whether this is the one from which on that is known."""
-        return self.alike == _A_KIND and self.in_a_row == 1
+        return self.recurs and not self.was_known and self.in_a_row == 1
 
 
 class SpikeDetector:
@@ -71,8 +76,8 @@ class SpikeDetector:
 
     def __init__(self, threshold: float, window: int) -> None:
         self._enough = max(window // 4, _LEAST_HISTORY)
-        self._losses = _Series(threshold, window, _LEAST_LOSS, _LEAST_RELATIVE)
-        self._log_norms = _Series(threshold, window, _LEAST_LOG_NORM, 0.0)
+        self._losses = _Series(threshold, window, self._enough, _LEAST_LOSS, _LEAST_RELATIVE)
+        self._log_norms = _Series(threshold, window, self._enough, _LEAST_LOG_NORM, 0.0)
 
     def judge(self, loss: float, grad_norm: float) -> Spike | None:
         """What stands out in a step, the loss before the norm, a spike before what recurs; None if nothing does.
@@ -109,17 +114,20 @@ class _Outlier(NamedTuple):
     median: float
     z: float
     alike: int
+    lately: int
+    was_known: bool
     in_a_row: int
 
 
 class _Series:
     """The last values of one quantity, and how far those that stood out were above the median of their time."""
 
-    def __init__(self, threshold: float, window: int, least: float, least_relative: float) -> None:
-        self._threshold, self._least, self._least_relative = threshold, least, least_relative
+    def __init__(self, threshold: float, window: int, enough: int, least: float, least_relative: float) -> None:
+        self._threshold, self._enough, self._least, self._least_relative = threshold, enough, least, least_relative
+        self._lately = _LATELY * window
         self.window: deque[float] = deque(maxlen=window)
-        self._excesses: deque[float] = deque(maxlen=_OUTLIERS)
-        self._in_a_row = 0
+        self._excesses: deque[tuple[int, float]] = deque(maxlen=_OUTLIERS)  # with the step
+        self._in_a_row = self._steps = 0
 
     def outlier(self, value: float) -> _Outlier | None:
         """The value as an outlier, if it is one and clear of what is none."""
@@ -131,19 +139,23 @@ class _Series:
             return None
         near = max(far / 2, _ALIKE * excess)
         before = list(self._excesses)[: -1 if self._in_a_row else None]  # the last one is of this row
-        alike = sum(abs(other - excess) <= near for other in before)
-        return _Outlier(median, excess / deviation, alike, self._in_a_row + 1)
+        alike = [step for step, other in before if abs(other - excess) <= near]
+        lately = sum(self._steps - step <= self._lately for step in alike)
+        # Each of those before had its own before it.
+        was_known = any(step - first <= self._lately for first, step in zip(alike, alike[A_KIND:], strict=False))
+        return _Outlier(median, excess / deviation, len(alike), lately, was_known, self._in_a_row + 1)
 
     def add(self, value: float) -> None:
-        if len(self.window) >= _LEAST_HISTORY:
+        if len(self.window) >= self._enough:
             median, deviation = self._usual(np.array(self.window))
             if value - median < self._threshold * deviation:
                 self._in_a_row = 0
             else:
                 if self._in_a_row == 0:
-                    self._excesses.append(value - median)
+                    self._excesses.append((self._steps, value - median))
                 self._in_a_row += 1
         self.window.append(value)
+        self._steps += 1
 
     def _usual(self, known: np.ndarray) -> tuple[float, float]:
         """Median and standard deviation, the latter robust."""
@@ -152,13 +164,17 @@ class _Series:
         return median, max(_GAUSSIAN * float(np.median(np.abs(known - median))), least)
 
     def state(self) -> dict[str, Any]:
-        return {"window": list(self.window), "excesses": list(self._excesses), "in_a_row": self._in_a_row}
+        excesses = [list(pair) for pair in self._excesses]
+        return {
+            "window": list(self.window), "excesses": excesses, "in_a_row": self._in_a_row, "steps": self._steps
+        }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
-        for kept, values in ((self.window, state["window"]), (self._excesses, state["excesses"])):
-            kept.clear()
-            kept.extend(values)
-        self._in_a_row = state["in_a_row"]
+        self.window.clear()
+        self.window.extend(state["window"])
+        self._excesses.clear()
+        self._excesses.extend((step, excess) for step, excess in state["excesses"])
+        self._in_a_row, self._steps = state["in_a_row"], state["steps"]
 
 
 def _log(norm: float) -> float:
