@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from steep.errors import RunError, UserError, shown
 
@@ -47,25 +49,41 @@ def told_as_input(field: str, what: str, remedy: str) -> AbstractContextManager[
 def panics_held() -> Iterator[None]:
     """Drops what tokenizers, in Rust, writes to this process's stderr where it panics: the error will say it.
 
-    What else is written there meanwhile comes out at the end.
+    What else is written there meanwhile comes out at the end. Around `told_by`: what fails here is no file's fault.
     """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as held:
+    if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison]  # it was closed from the start
+        yield
+        return
+    _flush()
+    with _file_in_memory() as held:
+        stderr = os.dup(2)
         os.dup2(held.fileno(), 2)
         panicked = False
         try:
             yield
         except BaseException as error:
-            panicked = _is_panic(error)
+            panicked = _is_panic(error) or _is_panic(error.__cause__)
             raise
         finally:
-            sys.stderr.flush()
+            _flush()
             os.dup2(stderr, 2)
             os.close(stderr)
             held.seek(0)
-            if not panicked and (text := held.read()):
-                os.write(2, text)
+            if not panicked:
+                with suppress(OSError), open(2, "wb", closefd=False) as out:  # it may be full, or its reader gone
+                    shutil.copyfileobj(held, out)
+
+
+def _file_in_memory() -> IO[bytes]:
+    """A file without a name; on disk where the system has none in memory."""
+    if sys.platform == "linux":
+        return open(os.memfd_create("stderr"), "w+b")  # a read-only container has no place on disk for it
+    return tempfile.TemporaryFile()
+
+
+def _flush() -> None:
+    with suppress(OSError):
+        sys.stderr.flush()
 
 
 def reason(error: BaseException) -> str:
@@ -87,6 +105,6 @@ def fault_of_json(file: Path) -> str | None:
     return None if isinstance(tree, dict) else f"it holds no JSON object, but {shown(tree)}"
 
 
-def _is_panic(error: BaseException) -> bool:
+def _is_panic(error: BaseException | None) -> bool:
     """Whether a library in Rust gave up; the class cannot be imported."""
     return type(error).__name__ == "PanicException"

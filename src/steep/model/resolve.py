@@ -132,7 +132,7 @@ def read_tokenizer(model: ResolvedModel, field: str = "model.name") -> Any:
 
 
 def _read_tokenizer(name: str, arguments: dict[str, Any], field: str) -> Any:
-    with told_by(lambda error: _unreadable(error, name, arguments, field, TOKENIZER)), panics_held():
+    with panics_held(), told_by(lambda error: _unreadable(error, name, arguments, field, TOKENIZER)):
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
         # Some faults show when it is used.
         for special in (False, True):
