@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -12,7 +13,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from steep.errors import UserError
-from steep.model.adapters import add_adapters, load_adapter_weights, lowered_ranks, rank_pattern
+from steep.model.adapter_config import read_adapter_config
+from steep.model.adapters import (
+    add_adapters,
+    load_adapter_weights,
+    lowered_ranks,
+    open_adapter,
+    rank_pattern,
+    save_adapter,
+)
 from steep.model.embeddings import is_tied
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
@@ -187,3 +196,17 @@ def test_no_rank_is_refused(r: int) -> None:
 def test_an_unknown_module_to_save_is_refused() -> None:
     with pytest.raises(UserError, match="'wte' is not an embedding"):
         add_adapters(tiny_model("llama"), modules_to_save=["wte"])
+
+
+def test_null_is_what_is_not_set(tmp_path: Path) -> None:
+    """Other writers leave it there; PEFT's own code trips over it."""
+    model = add_adapters(tiny_model("llama"), r=8, lora_alpha=8, use_rslora=False)
+    train(model)
+    save_adapter(model, tmp_path)
+    expected = model.eval()(ids()).logits
+    file = tmp_path / "adapter_config.json"
+    unset = dict.fromkeys(("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | unset))
+    config = read_adapter_config(tmp_path, "run folder")
+    assert [config.rank_pattern, config.alpha_pattern, config.use_rslora, config.lora_dropout] == [{}, {}, False, 0.0]
+    assert torch.equal(open_adapter(tiny_model("llama"), tmp_path).eval()(ids()).logits, expected)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from steep.errors import UserError
 from steep.model.empty import check_computes, empty_model
@@ -71,3 +73,10 @@ def test_a_change_is_told_or_harmless(name: str, tmp_path: Path) -> None:
         except BaseException as error:  # a panic of tokenizers is no Exception
             raise AssertionError(what) from error
     assert "refused" in seen
+
+
+def test_a_family_whose_layers_have_other_names_is_no_fault() -> None:
+    """A cache would be made for num_hidden_layers, which BLT's config does not have; its layers are of three kinds."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("blt"))
+    check_computes(model)

@@ -49,6 +49,8 @@ def _are_by_name(value: Any, kind: Callable[[Any], bool]) -> bool:
     return isinstance(value, dict) and all(kind(each) for each in value.values())
 
 
+# Null stands in files of some writers for what is not set; PEFT trips over it.
+_MAY_BE_NULL = ("lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 # PEFT does not look at the types of what it reads, and fails on them later or never.
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "r": _is_rank,
@@ -65,7 +67,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def read_adapter_config(folder: Path, field: str) -> LoraConfig:
-    """The config of the adapter in `folder`.
+    """The config of the adapter in `folder`; null is the default of what may be unset.
 
     Raises:
         UserError: there is none, it cannot be read, it is no LoRA's, or it sets something that is not understood here.
@@ -80,6 +82,9 @@ def read_adapter_config(folder: Path, field: str) -> LoraConfig:
     for spec in fields(LoraConfig):
         default = spec.default_factory() if spec.default_factory is not MISSING else spec.default
         value = getattr(config, spec.name)
+        if value is None and spec.name in _MAY_BE_NULL:
+            value = default
+            setattr(config, spec.name, default)
         if spec.name not in _UNDERSTOOD and value != default:
             raise UserError(field, f"{file} has {spec.name}: {shown(value)}", "steep does not open such an adapter.")
         if not _KINDS.get(spec.name, _anything)(value):
