@@ -436,6 +436,23 @@ def test_a_run_that_began_elsewhere_goes_back_there(corpus: Corpus, tmp_path: Pa
     assert found[0]["rows"] == lines(tmp_path / "first" / "incidents.jsonl")[0]["rows"]
 
 
+def test_what_rows_nobody_knows_are_not_passed_over(tmp_path: Path) -> None:
+    """Without a `Corpus` there is nothing to tell by whether two runs train the same rows."""
+
+    def trainer(folder: str, token: int) -> Trainer:
+        ids = [[token, *range(number, number + 6)] for number in range(5, 13)]
+        rows: Any = [{"input_ids": row, "labels": row} for row in ids]
+        settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        return Trainer(model=adapted(), args=arguments(tmp_path / folder, **settings), train_dataset=rows)
+
+    trainer("first", 3).train()
+    SkipList(tmp_path / "first").add(4, Skipped([], 9.0, 1.0))
+    here = trainer("here", 4)
+    here.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    assert here.guard.steps_skipped == 0 and losses(here).keys() == {1, 2, 3, 4}
+    assert not (tmp_path / "here" / "skipped_steps.json").exists()
+
+
 @pytest.mark.parametrize("batch", [2, 1])
 def test_a_branch_passes_over_what_its_parent_did(
     batch: int, planted: Planted, tmp_path: Path, caplog: pytest.LogCaptureFixture

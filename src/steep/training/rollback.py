@@ -84,7 +84,7 @@ class Rollback(Branching):
         else:
             listed = steps_behind(self._origin)
         assert self.resumed_state is not None
-        is_same = self.resumed_state["fingerprint"] == self.fingerprint
+        is_same = self.corpus is not None and self.resumed_state["fingerprint"] == self.fingerprint
         kept = {step: at for step, at in listed.items() if is_same and sorted(at.rows) == self._rows_in(step)}
         if others := listed.keys() - kept.keys():
             logger.warning(
@@ -93,9 +93,8 @@ class Rollback(Branching):
         return kept
 
     def _rows_in(self, step: int) -> list[int]:
-        """Numbers of the rows of a step, as far as they are known, in their own order."""
-        if self.corpus is None:
-            return []
+        """Numbers of the rows of a step, in their own order."""
+        assert self.corpus is not None
         args, num_rows = self.args, len(self.corpus.train)
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size()
         seed = args.seed if args.data_seed is None else args.data_seed
