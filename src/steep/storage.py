@@ -69,12 +69,22 @@ def stage(folder: Path) -> Path:
 
 def publish(staging: Path, folder: Path, existing: Existing = "replace") -> None:
     """Give the staged folder its name, once all of it is on the disk."""
+    flush(staging)
+    give_name(staging, folder, existing)
+
+
+def flush(staging: Path) -> None:
+    """Wait until a staged folder is on the disk."""
     mode = staging.stat().st_mode & 0o666  # as the umask has it: safetensors writes for the owner alone
     for place, _, files in os.walk(staging, topdown=False):
         for name in files:
             Path(place, name).chmod(mode)
             sync(Path(place, name))
         sync(Path(place))
+
+
+def give_name(staging: Path, folder: Path, existing: Existing = "replace") -> None:
+    """The last step of `publish`, after `flush`."""
     if existing == "replace" and os.path.lexists(folder):
         _exchange(staging, folder)
     else:

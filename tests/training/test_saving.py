@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -19,7 +20,8 @@ import transformers
 from steep.data.packing import Corpus
 from steep.errors import RunError, UserError
 from steep.model.adapters import WEIGHTS
-from steep.storage import publish
+from steep.stopping import Interrupted
+from steep.storage import give_name
 from steep.training import exact_checkpoints
 from steep.training.checkpoint import newest_valid, rng_states
 from steep.training.checkpoint_writer import CheckpointCallback, CheckpointWriter
@@ -210,6 +212,29 @@ def test_what_is_being_written_is_still_saved_when_training_fails(
             trainer.train()
         assert (folder / "checkpoint-2").exists() == saved
     assert "checkpoint-2 was not saved either: checkpoint-2 could not be written (ValueError: a bug)" in caplog.text
+
+
+def test_what_is_being_written_when_all_ends_at_once_is_not_published(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script may catch it, and the run folder be another process's by then. The writer's memory stays its own."""
+    trainer, gate = trainer_for(adapted(), corpus, tmp_path, **SAVING), Gate()
+    released: list[bool] = []
+    monkeypatch.setattr(trainer._host_memory, "release", lambda: released.append(trainer._writer.works))
+
+    def interrupt(step: int) -> None:
+        if step == 3:
+            assert gate.reached.wait(30)
+            raise Interrupted(signal.SIGINT)
+
+    trainer.add_callback(gate)
+    trainer.add_callback(AtStep(end=interrupt))
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert trainer._writer.works and released == []
+    gate.open.set()
+    trainer.finish_saving()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("how", ["well", "gone"])
@@ -446,9 +471,9 @@ def test_the_best_is_what_is_loaded_at_the_end(corpus: Corpus, tmp_path: Path, m
 
     def late(staging: Path, folder: Path) -> None:
         time.sleep(0.5)
-        publish(staging, folder)
+        give_name(staging, folder)
 
-    monkeypatch.setattr(exact_checkpoints, "publish", late)
+    monkeypatch.setattr(exact_checkpoints, "give_name", late)
     made = {**BEST, "eval_steps": 2, "load_best_model_at_end": True}
     trainer = with_scores(trainer_for(adapted(), corpus, tmp_path, **made), {2: 2, 4: 1, 6: 3})
     trainer.train()

@@ -34,11 +34,13 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._name = ""
+        self._abandoned = False
+        self._last_step = threading.Lock()
 
     def start(self, name: str, work: Callable[[], None]) -> None:
         """Begin to write the checkpoint called `name`; the one before has to be waited for."""
         assert self._thread is None and self._failure is None
-        self._name = name
+        self._name, self._abandoned = name, False
         self._thread = threading.Thread(target=self._run, args=(work,), name=f"writes {name}")
         self._thread.start()
 
@@ -73,6 +75,23 @@ class CheckpointWriter:
             self.wait()
         except (OSError, UserError, RunError) as failure:
             logger.warning("%s was not saved either: %s", self._name, failure)
+
+    def abandon(self) -> None:
+        """Wait for nothing: what is not published by now never will be, though the thread may still work on it."""
+        with self._last_step:
+            self._abandoned = True
+
+    def publish(self, last_step: Callable[[], None]) -> bool:
+        """For the work itself: do its last step, which publishes the checkpoint, unless it is abandoned."""
+        with self._last_step:
+            if not self._abandoned:
+                last_step()
+            return not self._abandoned
+
+    @property
+    def works(self) -> bool:
+        """Whether the thread is at work just now."""
+        return self._thread is not None and self._thread.is_alive()
 
     def _run(self, work: Callable[[], None]) -> None:
         try:

@@ -8,6 +8,7 @@ import math
 import tempfile
 import time
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from steep.model.adapters import (
 )
 from steep.recorded import parsed
 from steep.stopping import Interrupted
-from steep.storage import discard, naming, publish, stage
+from steep.storage import discard, flush, give_name, naming, stage
 from steep.tensor_files import system_errors
 from steep.training.checkpoint import (
     FORMAT_FILE,
@@ -118,7 +119,9 @@ class ExactCheckpoints(transformers.Trainer):
                     size = sum(path.stat().st_size for path in staging.rglob("*"))
                     for callback in noted:
                         callback.before_publishing()
-                    publish(staging, folder)
+                    flush(staging)
+                    if not self._writer.publish(partial(give_name, staging, folder)):
+                        return
             finally:
                 discard(staging)
             seconds = time.perf_counter() - begun
@@ -224,13 +227,15 @@ class ExactCheckpoints(transformers.Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().train(*args, **kwargs)
-        except Interrupted:  # at once: what is being written stays without its name
+        except Interrupted:  # at once; whoever catches it may give the run folder to another process
+            self._writer.abandon()
             raise
         except BaseException:
             self._writer.settle()
             raise
         finally:
-            self._host_memory.release()
+            if not self._writer.works:  # it reads the memory
+                self._host_memory.release()
             self._unchanging_files = None
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
