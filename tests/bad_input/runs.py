@@ -67,6 +67,13 @@ RUNS = [
         )
         for command in ("eval RUN", "generate RUN x", "export RUN -o FOLDER/out")
     ),
+    run_row(
+        "eval of a run without a result and with a damaged run file",
+        "eval RUN",
+        "run folder",
+        "run.yaml is damaged",
+        spoil=lambda run: (shutil.rmtree(run / "final"), (run / "run.yaml").write_bytes(b"\xff\xfe")),
+    ),
     run_row("an empty prompt", "generate RUN ", "prompt", "it is empty", "Write a word"),
     run_row("no tokens", "generate RUN x --max-new-tokens 0", "max_new_tokens", "0 is not positive", "at least 1"),
     run_row("no temperature", "generate RUN x --temperature nan", "temperature", "nan is not", "Use 0 for greedy"),

@@ -14,7 +14,7 @@ TEXT = [
     row(
         "no text", "data.sources[0].path", lambda s: s.text.unlink(), "text.jsonl does not exist", "Check the spelling"
     ),
-    row("an empty file", "data.sources[0].path", text_file(""), "holds no text (0 empty documents)", "text in it"),
+    row("an empty file", "data.sources[0].path", text_file(""), "holds no text (no document)", "text in it"),
     row(
         "empty documents alone",
         "data.sources[0].path",

@@ -304,6 +304,8 @@ def test_what_is_no_checkpoint_is_refused(parent: Trainer, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"^--branch: there is no folder .*checkpoint-9"):
         read_branch(tmp_path / "checkpoint-9")
     (tmp_path / "checkpoint-9").mkdir()
+    with pytest.raises(UserError, match=r"there is no folder .*checkpoint-8\. There are checkpoint-9\."):
+        read_branch(tmp_path / "checkpoint-8")
     with pytest.raises(UserError, match="is no whole checkpoint: it has no manifest"):
         read_branch(tmp_path / "checkpoint-9")
     (tmp_path / "final").symlink_to(checkpoint(parent, 4))

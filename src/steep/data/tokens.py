@@ -245,7 +245,7 @@ def _nothing_read(result: TokenizedSource, field: str) -> UserError:
         problem = f"the first document of {source.location} has more than {source.max_tokens:,} tokens"
         return UserError(f"{field}.max_tokens", problem, "Raise it: documents are read whole")
     empty = "1 empty document" if result.empty == 1 else f"{result.empty:,} empty documents"
-    problem = f"{source.location} holds no text ({empty})"
+    problem = f"{source.location} holds no text ({empty if result.empty else 'no document'})"
     return UserError(f"{field}.{'hub' if source.hub else 'path'}", problem, "Give a source with text in it")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from steep.errors import UserError
 from steep.manifest import Damaged, read_manifest
 from steep.model.resolve import read_tokenizer_folder
-from steep.training.checkpoint import Checkpoint, given, inspect, refuse_other_format
+from steep.training.checkpoint import Checkpoint, checkpoints, given, inspect, refuse_other_format
 from steep.training.observations import load_observations
 from steep.training.skip_list import as_json, steps_behind
 
@@ -79,7 +79,9 @@ def read_branch(checkpoint: str | Path) -> Branch:
     """
     place = Path(checkpoint).expanduser().absolute()
     if not place.is_dir():
-        raise UserError("--branch", f"there is no folder {place}", "Give a checkpoint, such as runs/ko/checkpoint-300.")
+        there = [path.name for path in checkpoints(place.parent)]
+        remedy = f"There are {', '.join(there)}." if there else "Give a checkpoint, such as runs/ko/checkpoint-300."
+        raise UserError("--branch", f"there is no folder {place}", remedy)
     if not re.fullmatch(r"checkpoint-\d+", place.name):
         problem = f"{place} is no whole checkpoint: it is not called checkpoint-N"
         raise UserError("--branch", problem, "Give a checkpoint that `steep train` wrote.")
