@@ -73,7 +73,7 @@ def frozen_checksums(model: nn.Module) -> dict[str, str]:
     puts those for short or for long rows in their place.
     """
     frozen = {name: tensor for name, tensor in model.named_parameters() if not tensor.requires_grad}
-    buffers = dict(model.named_buffers())
+    buffers = dict(model.named_buffers(remove_duplicate=False))  # after a short row both are one in transformers 5.17
     anew = {name.replace(_FIRST_FREQUENCIES, "inv_freq") for name in buffers if _FIRST_FREQUENCIES in name}
     frozen |= {name: tensor for name, tensor in buffers.items() if name not in anew}
     for name, tensor in list(frozen.items()):
