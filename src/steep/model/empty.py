@@ -47,4 +47,6 @@ def check_computes(empty: Any, field: str = "model.name") -> None:
         # What says nothing of types is let pass: some families look at values, which the meta device has none of.
         suppress(RuntimeError, LookupError, ValueError),
     ):
-        empty(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"), use_cache=False)  # as in training
+        # With a cache, as for samples, which reads more of the config; BLT's has no place for one.
+        use_cache = hasattr(empty.config.get_text_config(), "num_hidden_layers")
+        empty(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"), use_cache=use_cache)
