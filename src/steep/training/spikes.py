@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -76,8 +76,9 @@ class SpikeDetector:
 
     def __init__(self, threshold: float, window: int) -> None:
         self._enough = max(window // 4, _LEAST_HISTORY)
-        self._losses = _Series(threshold, window, self._enough, _LEAST_LOSS, _LEAST_RELATIVE)
-        self._log_norms = _Series(threshold, window, self._enough, _LEAST_LOG_NORM, 0.0)
+        settings = (threshold, window, self._enough)
+        self._losses = _Series("spike in loss", *settings, _LEAST_LOSS, _LEAST_RELATIVE)
+        self._log_norms = _Series("spike in gradient norm", *settings, _LEAST_LOG_NORM, 0.0)
 
     def judge(self, loss: float, grad_norm: float) -> Spike | None:
         """What stands out in a step, the loss before the norm, a spike before what recurs; None if nothing does.
@@ -87,10 +88,10 @@ class SpikeDetector:
         if len(self._losses.window) < self._enough:
             return None
         found: list[Spike] = []
-        if outlier := self._losses.outlier(loss):
-            found.append(Spike("spike in loss", loss, *outlier))
-        if outlier := self._log_norms.outlier(_log(grad_norm)):
-            found.append(Spike("spike in gradient norm", grad_norm, *outlier._replace(median=math.exp(outlier.median))))
+        if spike := self._losses.outlier(loss):
+            found.append(spike)
+        if spike := self._log_norms.outlier(_log(grad_norm)):
+            found.append(replace(spike, value=grad_norm, median=math.exp(spike.median)))
         return min(found, key=lambda spike: spike.recurs, default=None)
 
     def remember(self, loss: float, grad_norm: float) -> None:
@@ -108,28 +109,20 @@ class SpikeDetector:
         self._log_norms.load_state(state["log_norms"])
 
 
-class _Outlier(NamedTuple):
-    """A value that stands out; as in `Spike`."""
-
-    median: float
-    z: float
-    alike: int
-    lately: int
-    was_known: bool
-    in_a_row: int
-
-
 class _Series:
     """The last values of one quantity, and how far those that stood out were above the median of their time."""
 
-    def __init__(self, threshold: float, window: int, enough: int, least: float, least_relative: float) -> None:
+    def __init__(
+        self, kind: str, threshold: float, window: int, enough: int, least: float, least_relative: float
+    ) -> None:
+        self._kind = kind
         self._threshold, self._enough, self._least, self._least_relative = threshold, enough, least, least_relative
         self._lately = _LATELY * window
         self.window: deque[float] = deque(maxlen=window)
         self._excesses: deque[tuple[int, float]] = deque(maxlen=_OUTLIERS)  # with the step
         self._in_a_row = self._steps = 0
 
-    def outlier(self, value: float) -> _Outlier | None:
+    def outlier(self, value: float) -> Spike | None:
         """The value as an outlier, if it is one and clear of what is none."""
         known = np.array(self.window)
         median, deviation = self._usual(known)
@@ -143,7 +136,7 @@ class _Series:
         lately = sum(self._steps - step <= self._lately for step in alike)
         # Each of those before had its own before it.
         was_known = any(step - first <= self._lately for first, step in zip(alike, alike[A_KIND:], strict=False))
-        return _Outlier(median, excess / deviation, len(alike), lately, was_known, self._in_a_row + 1)
+        return Spike(self._kind, value, median, excess / deviation, len(alike), lately, was_known, self._in_a_row + 1)
 
     def add(self, value: float) -> None:
         if len(self.window) >= self._enough:
