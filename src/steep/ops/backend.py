@@ -1,0 +1,36 @@
+"""Whether an op runs its Triton kernel or its plain-torch reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+_interpreting: ContextVar[bool] = ContextVar("interpreting", default=False)
+
+
+def uses_kernels(tensor: torch.Tensor) -> bool:
+    """Kernels run on a GPU. On a CPU the references do, unless `interpreted` says otherwise."""
+    return tensor.is_cuda or _interpreting.get()
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Run kernels on CPU tensors too, in Triton's interpreter (TRITON_INTERPRET=1, set before triton is imported): slow,
+    and how kernels are tested where no GPU is."""
+    token = _interpreting.set(True)
+    try:
+        yield
+    finally:
+        _interpreting.reset(token)
+
+
+def vjp(
+    function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], cotangent: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of `function(*inputs)` in the direction `cotangent`, by autograd: the backward of a reference."""
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        return torch.autograd.grad(function(*leaves), leaves, cotangent)

@@ -1,0 +1,35 @@
+"""Matrix products that accumulate in fp32 and round once, into the dtype that is asked for."""
+
+from __future__ import annotations
+
+import torch
+
+
+def product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    add: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """add + a @ b, accumulated in fp32 and rounded once into `out_dtype`.
+
+    Args:
+        a, b: [M, K] and [K, N] of one dtype; transposed views and columns of wider buffers are read in place.
+        add: [M, N] or [N], of `out_dtype`; may be `out`.
+        out: where to write [M, N]; its rows may be apart (columns of a wider buffer).
+        out_dtype: default: that of `out`, else of `a`.
+    """
+    if out_dtype is None:
+        out_dtype = a.dtype if out is None else out.dtype
+    if out is None:
+        out = torch.empty(a.shape[0], b.shape[1], dtype=out_dtype, device=a.device)
+    if out_dtype == a.dtype:
+        return torch.mm(a, b, out=out) if add is None else torch.addmm(add, a, b, out=out)
+    if a.is_cuda:
+        if add is None:
+            return torch.ops.aten.mm.dtype_out(a, b, out_dtype, out=out)
+        return torch.ops.aten.addmm.dtype_out(add.expand(out.shape), a, b, out_dtype, out=out)
+    exact = a.float() @ b.float()  # torch has mixed products on CUDA only
+    return out.copy_(exact if add is None else add.float() + exact)
