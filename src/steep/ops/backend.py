@@ -18,7 +18,7 @@ def uses_kernels(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Run kernels on CPU tensors too, in Triton's interpreter (TRITON_INTERPRET=1, set before triton is imported): slow,
+    """Run kernels on CPU tensors too, in Triton's interpreter (TRITON_INTERPRET=1 before triton is imported): slow,
     and how kernels are tested where no GPU is."""
     token = _interpreting.set(True)
     try:
