@@ -1,0 +1,100 @@
+"""A frozen weight in bitsandbytes' NF4 storage: 4-bit codes, an absmax a block, the absmax itself in 8 bit or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from steep.ops.backend import uses_kernels
+
+
+@dataclass(frozen=True)
+class Nf4Weight:
+    """W = table[code] · absmax of the code's block, in fp32, over the weight read row by row (a block may run across
+    rows). With double quantisation absmax = code_book[absmax] · nested_absmax[block // nested_block_size] + offset.
+
+    One buffer that `write` filled serves both products: y = x @ buffer.T, and dx = dy @ buffer, which reads it as the
+    operand that is not transposed. No second copy is made.
+
+    Attributes:
+        codes: uint8, two codes a byte, the high half first; ceil(elements / 2) of them, contiguous, in any shape.
+        absmax: [blocks], fp32, or uint8 with the three tensors of double quantisation.
+        table: fp32 [16].
+        shape: (out_features, in_features).
+        code_book: fp32 [256]; nested_absmax: fp32 [ceil(blocks / nested_block_size)]; offset: fp32, one element.
+
+    Raises:
+        ValueError: the parts are not of such a storage.
+    """
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    table: torch.Tensor
+    shape: tuple[int, int]
+    block_size: int = 64
+    code_book: torch.Tensor | None = None
+    nested_absmax: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    nested_block_size: int = 256
+
+    def __post_init__(self) -> None:
+        elements = self.shape[0] * self.shape[1]
+        blocks = -(-elements // self.block_size)
+        double = (self.code_book, self.nested_absmax, self.offset)
+        _check("codes", self.codes, torch.uint8, -(-elements // 2))
+        _check("table", self.table, torch.float32, 16)
+        if self.block_size < 8 or self.block_size & (self.block_size - 1):
+            raise ValueError(f"NF4 blocks of {self.block_size} elements: a power of two from 8 on is read here.")
+        if all(part is None for part in double):
+            _check("absmax", self.absmax, torch.float32, blocks)
+            return
+        _check("absmax", self.absmax, torch.uint8, blocks)
+        _check("code_book", self.code_book, torch.float32, 256)
+        _check("nested_absmax", self.nested_absmax, torch.float32, -(-blocks // self.nested_block_size))
+        _check("offset", self.offset, torch.float32, 1)
+
+    def write(self, out: torch.Tensor) -> None:
+        """Write the weight into `out` [out_features, in_features] of bf16, fp16 or fp32, rounded once from fp32. Its
+        rows may be apart."""
+        assert tuple(out.shape) == self.shape and out.stride(1) == 1, (out.shape, out.stride(), self.shape)
+        if not (uses_kernels(out) and self.is_whole_words):
+            out.copy_(nf4_reference(self))
+            return
+        from steep.kernels import nf4
+
+        nf4.write(
+            self.codes.flatten(),
+            self.absmax,
+            self.code_book,
+            self.nested_absmax,
+            self.offset,
+            self.table,
+            self.block_size,
+            self.nested_block_size,
+            out,
+        )
+
+    @property
+    def is_whole_words(self) -> bool:
+        """Whether the kernels can read it: eight codes at a time, of one row. Else the reference runs on a GPU too."""
+        return self.shape[1] % 8 == 0 and self.codes.data_ptr() % 4 == 0
+
+
+def nf4_reference(weight: Nf4Weight) -> torch.Tensor:
+    """The weight in fp32 [out_features, in_features]: bitsandbytes' `dequantize_4bit` to the bit."""
+    elements = weight.shape[0] * weight.shape[1]
+    packed = weight.codes.flatten()
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:elements]
+    absmax = weight.absmax
+    if weight.code_book is not None and weight.nested_absmax is not None and weight.offset is not None:
+        nested = weight.nested_absmax.repeat_interleave(weight.nested_block_size)[: absmax.numel()]
+        absmax = weight.code_book[absmax.int()] * nested + weight.offset
+    scale = absmax.repeat_interleave(weight.block_size)[:elements]
+    return (weight.table[codes.int()] * scale).view(weight.shape)
+
+
+def _check(name: str, tensor: torch.Tensor | None, dtype: torch.dtype, elements: int) -> None:
+    found = "none" if tensor is None else f"{tensor.numel()} of {tensor.dtype}"
+    if tensor is None or tensor.dtype != dtype or tensor.numel() != elements or not tensor.is_contiguous():
+        raise ValueError(f"NF4 storage: `{name}` is {found}; {elements} of {dtype}, contiguous, are expected.")

@@ -1,0 +1,31 @@
+"""NF4 weights as bitsandbytes makes them, for the tests of ops."""
+
+from __future__ import annotations
+
+import torch
+from bitsandbytes import functional
+
+from steep.ops.nf4 import Nf4Weight
+
+
+def quantised(
+    weight: torch.Tensor, double: bool = True, block_size: int = 64, device: str = "cpu"
+) -> tuple[Nf4Weight, torch.Tensor]:
+    """`weight` in NF4 on `device`, and what bitsandbytes makes of it on a CPU, in fp32."""
+    codes, state = functional.quantize_4bit(
+        weight.float().cpu(), blocksize=block_size, compress_statistics=double, quant_type="nf4"
+    )
+    assert state.code is not None
+    parts = {}
+    if double:
+        assert state.offset is not None and state.state2 is not None
+        parts = {"code_book": state.state2.code, "nested_absmax": state.state2.absmax, "offset": state.offset}
+    stored = Nf4Weight(
+        codes=codes.to(device),
+        absmax=state.absmax.to(device),
+        table=state.code.to(device),
+        shape=(weight.shape[0], weight.shape[1]),
+        block_size=block_size,
+        **{name: part.to(device) for name, part in parts.items()},
+    )
+    return stored, functional.dequantize_4bit(codes, state).to(device)

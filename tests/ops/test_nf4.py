@@ -1,0 +1,124 @@
+"""NF4 is read as bitsandbytes reads it, to the bit, by the reference and by the kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from steep.kernels import nf4 as kernels
+from steep.ops.backend import interpreted
+from steep.ops.nf4 import Nf4Weight, nf4_reference
+from tests.ops.closeness import assert_as_good
+from tests.ops.nf4_weights import quantised
+
+SMALL = [(1, 64), (3, 8), (7, 72), (9, 576), (2, 4136)]  # blocks end inside rows and run across them
+REAL = [(14336, 4096), (4096, 14336), (1536, 576), (1024, 4096), (63, 1000), (128256, 4096)]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    count, write = [], kernels.write
+    monkeypatch.setattr(kernels, "write", lambda *arguments: count.append(1) or write(*arguments))
+    yield count
+
+
+def check_write(stored: Nf4Weight, truth: torch.Tensor, dtype: torch.dtype) -> None:
+    """Into columns of a wider buffer, whose other columns stay as they are."""
+    rows, columns = truth.shape
+    buffer = torch.full((rows, columns + 24), torch.nan, dtype=dtype, device=truth.device)
+    stored.write(buffer[:, 8 : 8 + columns])
+    assert torch.equal(buffer[:, 8 : 8 + columns], truth.to(dtype))
+    assert buffer[:, :8].isnan().all() and buffer[:, 8 + columns :].isnan().all()
+    assert not torch.equal(buffer[:, 8 : 8 + columns] / 2, truth.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [*SMALL, (7, 100), (3, 33), (5, 7), (300, 64)])
+def test_reference(shape: tuple[int, int], double: bool, dtype: torch.dtype) -> None:
+    stored, truth = quantised(torch.randn(shape), double)
+    assert stored.shape == shape
+    check_write(stored, truth, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", SMALL)
+def test_kernel_interpreted(shape: tuple[int, int], double: bool, dtype: torch.dtype, calls: list[int]) -> None:
+    stored, truth = quantised(torch.randn(shape), double)
+    with interpreted():
+        check_write(stored, truth, dtype)
+    assert calls == [1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [*SMALL, *REAL])
+def test_kernel(shape: tuple[int, int], double: bool, dtype: torch.dtype, calls: list[int]) -> None:
+    stored, truth = quantised(torch.randn(shape), double, device="cuda")
+    check_write(stored, truth, dtype)
+    assert calls == [1]
+
+
+@pytest.mark.gpu
+def test_beyond_int32() -> None:
+    """Rows so far apart that the last begins past 2^31 elements."""
+    stored, truth = quantised(torch.randn(3, 64), device="cuda")
+    buffer = torch.empty(3, 2**30 + 2**20, dtype=torch.bfloat16, device="cuda")
+    stored.write(buffer[:, :64])
+    assert torch.equal(buffer[:, :64], truth.bfloat16())
+
+
+@pytest.mark.parametrize("block_size", [32, 128, 256, 4096])
+@pytest.mark.parametrize("context", [nullcontext, interpreted])
+def test_block_sizes(block_size: int, context: type) -> None:
+    stored, truth = quantised(torch.randn(5, 1032), block_size=block_size)
+    with context():
+        check_write(stored, truth, torch.bfloat16)
+
+
+def test_a_row_that_no_word_divides_takes_the_reference(calls: list[int]) -> None:
+    stored, truth = quantised(torch.randn(7, 100))
+    with interpreted():
+        check_write(stored, truth, torch.bfloat16)
+    assert calls == []
+
+
+@pytest.mark.parametrize("context", [nullcontext, interpreted])
+def test_one_buffer_serves_both_products(context: type) -> None:
+    stored, truth = quantised(torch.randn(24, 64))
+    buffer = torch.full((24, 64), torch.nan)
+    with context():
+        stored.write(buffer)
+    x, dy = torch.randn(5, 64), torch.randn(5, 24)
+    weight = truth.clone().requires_grad_()
+    leaf = x.clone().requires_grad_()
+    y = leaf @ weight.T
+    y.backward(dy)
+    assert leaf.grad is not None
+    assert_as_good(x @ buffer.T, y.detach(), (x.double() @ truth.double().T).float())
+    assert_as_good(dy @ buffer, leaf.grad, (dy.double() @ truth.double()).float())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"codes": torch.zeros(10, dtype=torch.uint8)}, "codes"),
+        ({"codes": torch.zeros(64, dtype=torch.int8)}, "codes"),
+        ({"absmax": torch.zeros(2)}, "absmax"),
+        ({"nested_absmax": None}, "nested_absmax"),
+        ({"offset": torch.zeros(1, dtype=torch.float16)}, "offset"),
+        ({"table": torch.zeros(15)}, "table"),
+        ({"block_size": 48}, "48"),
+    ],
+)
+def test_another_storage_is_refused_by_name(change: dict[str, object], named: str) -> None:
+    stored, _ = quantised(torch.randn(2, 64))
+    assert nf4_reference(stored).shape == (2, 64)
+    with pytest.raises(ValueError, match=named):
+        dataclasses.replace(stored, **change)
