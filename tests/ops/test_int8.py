@@ -1,0 +1,74 @@
+"""8-bit weights are read as bitsandbytes reads them, to the bit, by the reference and by the kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bitsandbytes import functional
+
+from steep.kernels import int8 as kernels
+from steep.ops.backend import interpreted
+from steep.ops.int8 import Int8Weight
+
+SMALL = [(1, 1), (3, 100), (9, 576), (2, 2050)]
+REAL = [(14336, 4096), (4096, 14336), (1536, 576), (63, 1000)]
+
+
+def quantised(shape: tuple[int, int], device: str = "cpu") -> tuple[Int8Weight, torch.Tensor]:
+    """A weight and what bitsandbytes makes of it on a CPU, in fp32."""
+    codes, absmax, _ = functional.int8_vectorwise_quant(torch.randn(shape).half())
+    truth = functional.int8_vectorwise_dequant(codes, absmax)
+    return Int8Weight(codes.to(device), absmax.to(device)), truth.to(device)
+
+
+def check_write(stored: Int8Weight, truth: torch.Tensor, dtype: torch.dtype) -> None:
+    """Into columns of a wider buffer, whose other columns stay as they are."""
+    rows, columns = truth.shape
+    assert stored.shape == truth.shape
+    buffer = torch.full((rows, columns + 24), torch.nan, dtype=dtype, device=truth.device)
+    stored.write(buffer[:, 8 : 8 + columns])
+    assert torch.equal(buffer[:, 8 : 8 + columns], truth.to(dtype))
+    assert buffer[:, :8].isnan().all() and buffer[:, 8 + columns :].isnan().all()
+    assert not torch.equal(buffer[:, 8 : 8 + columns] / 2, truth.to(dtype))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    count, write = [], kernels.write
+    monkeypatch.setattr(kernels, "write", lambda *arguments: count.append(1) or write(*arguments))
+    return count
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [*SMALL, (300, 1000)])
+def test_reference(shape: tuple[int, int], dtype: torch.dtype, calls: list[int]) -> None:
+    check_write(*quantised(shape), dtype)
+    assert calls == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", SMALL)
+def test_kernel_interpreted(shape: tuple[int, int], dtype: torch.dtype, calls: list[int]) -> None:
+    with interpreted():
+        check_write(*quantised(shape), dtype)
+    assert calls == [1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [*SMALL, *REAL])
+def test_kernel(shape: tuple[int, int], dtype: torch.dtype, calls: list[int]) -> None:
+    check_write(*quantised(shape, "cuda"), dtype)
+    assert calls == [1]
+
+
+def test_rows() -> None:
+    stored, truth = quantised((9, 40))
+    check_write(stored.rows(2, 7), truth[2:7], torch.float32)
+
+
+def test_another_storage_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="codes"):
+        Int8Weight(torch.zeros(4, 4), torch.zeros(4))
+    with pytest.raises(ValueError, match="absmax"):
+        Int8Weight(torch.zeros(4, 8, dtype=torch.int8), torch.zeros(8))
