@@ -12,24 +12,33 @@ def product(
     add: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
-    """add + a @ b, accumulated in fp32 and rounded once into `out_dtype`.
+    """add + scale * (a @ b), accumulated in fp32 and rounded once into `out_dtype`.
 
     Args:
         a, b: [M, K] and [K, N] of one dtype; transposed views and columns of wider buffers are read in place.
         add: [M, N] or [N], of `out_dtype`; may be `out`.
         out: where to write [M, N]; its rows may be apart (columns of a wider buffer).
         out_dtype: default: that of `out`, else of `a`.
+        scale: a factor of the fp32 product.
     """
     if out_dtype is None:
         out_dtype = a.dtype if out is None else out.dtype
     if out is None:
         out = torch.empty(a.shape[0], b.shape[1], dtype=out_dtype, device=a.device)
+    if add is None and scale != 1.0:  # torch has a scale beside a summand only: `out` stands for one, times 0
+        summand, beta = out, 0.0
+    else:
+        summand, beta = add, 1.0
     if out_dtype == a.dtype:
-        return torch.mm(a, b, out=out) if add is None else torch.addmm(add, a, b, out=out)
+        if summand is None:
+            return torch.mm(a, b, out=out)
+        return torch.addmm(summand, a, b, beta=beta, alpha=scale, out=out)
     if a.is_cuda:
-        if add is None:
+        if summand is None:
             return torch.ops.aten.mm.dtype_out(a, b, out_dtype, out=out)
-        return torch.ops.aten.addmm.dtype_out(add.expand(out.shape), a, b, out_dtype, out=out)
-    exact = a.float() @ b.float()  # torch has mixed products on CUDA only
+        summand = summand.expand(out.shape)
+        return torch.ops.aten.addmm.dtype_out(summand, a, b, out_dtype, beta=beta, alpha=scale, out=out)
+    exact = (a.float() @ b.float()) * scale  # torch has mixed products on CUDA only
     return out.copy_(exact if add is None else add.float() + exact)
