@@ -1,0 +1,139 @@
+"""RMS norm: a row a program, the whole row in registers, read once and written once.
+
+The weight is frozen, so backward has one output; it makes the row's statistic again from x, which it reads anyway.
+"""
+
+# pyright: reportCallIssue=false, reportReturnType=false
+# (a launch takes options; next_power_of_2 of a plain number is one)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_HIDDEN = 16384
+
+
+def configuration(hidden: int) -> tuple[int, int]:
+    """(BLOCK, num_warps) for rows of `hidden` elements: 16 elements a thread, so two 16-byte reads of bf16."""
+    assert hidden <= MAX_HIDDEN, f"a row of {hidden} does not fit in registers"
+    block = triton.next_power_of_2(hidden)
+    return block, min(max(block // 512, 1), 32)
+
+
+@triton.jit
+def forward_kernel(
+    x,
+    weight,
+    residual,  # or None
+    out,
+    x_stride,
+    residual_stride,
+    out_stride,
+    eps,
+    HIDDEN: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < HIDDEN
+    values = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if UNIT_OFFSET:
+        scale += 1.0
+    result = values * tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps) * scale
+    if residual is not None:
+        result += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + column, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    dy,
+    x,
+    weight,
+    add,  # or None
+    out,
+    dy_stride,
+    x_stride,
+    add_stride,
+    out_stride,
+    eps,
+    HIDDEN: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < HIDDEN
+    values = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    gradient = tl.load(dy + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if UNIT_OFFSET:
+        scale += 1.0
+    gradient *= scale
+    rstd = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
+    along = tl.sum(gradient * values, axis=0) / HIDDEN * rstd * rstd  # the part of the gradient that lies along x
+    result = (gradient - values * along) * rstd
+    if add is not None:
+        result += tl.load(add + row * add_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + column, result.to(out.dtype.element_ty), mask=inside)
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    unit_offset: bool,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """out = (residual +) norm(x) · weight, all [T, H] with rows that may be apart."""
+    num_tokens, hidden = x.shape
+    block, num_warps = configuration(hidden)
+    forward_kernel[(num_tokens,)](
+        x,
+        weight,
+        residual,
+        out,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        out.stride(0),
+        eps,
+        HIDDEN=hidden,
+        UNIT_OFFSET=unit_offset,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    unit_offset: bool,
+    add: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """out = (add +) the gradient of `forward` by x. `out` may be `add` or `dy`: a row is read, then written."""
+    num_tokens, hidden = x.shape
+    block, num_warps = configuration(hidden)
+    backward_kernel[(num_tokens,)](
+        dy,
+        x,
+        weight,
+        add,
+        out,
+        dy.stride(0),
+        x.stride(0),
+        0 if add is None else add.stride(0),
+        out.stride(0),
+        eps,
+        HIDDEN=hidden,
+        UNIT_OFFSET=unit_offset,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
