@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bitsandbytes import functional
 
 from steep.kernels import int8 as kernels
 from steep.ops.backend import interpreted
 from steep.ops.int8 import Int8Weight
+from tests.ops.quantised import int8
 
 SMALL = [(1, 1), (3, 100), (9, 576), (2, 2050)]
 REAL = [(14336, 4096), (4096, 14336), (1536, 576), (63, 1000)]
-
-
-def quantised(shape: tuple[int, int], device: str = "cpu") -> tuple[Int8Weight, torch.Tensor]:
-    """A weight and what bitsandbytes makes of it on a CPU, in fp32."""
-    codes, absmax, _ = functional.int8_vectorwise_quant(torch.randn(shape).half())
-    truth = functional.int8_vectorwise_dequant(codes, absmax)
-    return Int8Weight(codes.to(device), absmax.to(device)), truth.to(device)
 
 
 def check_write(stored: Int8Weight, truth: torch.Tensor, dtype: torch.dtype) -> None:
@@ -42,7 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [*SMALL, (300, 1000)])
 def test_reference(shape: tuple[int, int], dtype: torch.dtype, calls: list[int]) -> None:
-    check_write(*quantised(shape), dtype)
+    check_write(*int8(torch.randn(shape)), dtype)
     assert calls == []
 
 
@@ -50,7 +43,7 @@ def test_reference(shape: tuple[int, int], dtype: torch.dtype, calls: list[int])
 @pytest.mark.parametrize("shape", SMALL)
 def test_kernel_interpreted(shape: tuple[int, int], dtype: torch.dtype, calls: list[int]) -> None:
     with interpreted():
-        check_write(*quantised(shape), dtype)
+        check_write(*int8(torch.randn(shape)), dtype)
     assert calls == [1]
 
 
@@ -58,12 +51,12 @@ def test_kernel_interpreted(shape: tuple[int, int], dtype: torch.dtype, calls: l
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [*SMALL, *REAL])
 def test_kernel(shape: tuple[int, int], dtype: torch.dtype, calls: list[int]) -> None:
-    check_write(*quantised(shape, "cuda"), dtype)
+    check_write(*int8(torch.randn(shape), "cuda"), dtype)
     assert calls == [1]
 
 
 def test_rows() -> None:
-    stored, truth = quantised((9, 40))
+    stored, truth = int8(torch.randn(9, 40))
     check_write(stored.rows(2, 7), truth[2:7], torch.float32)
 
 

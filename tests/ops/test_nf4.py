@@ -13,7 +13,7 @@ from steep.kernels import nf4 as kernels
 from steep.ops.backend import interpreted
 from steep.ops.nf4 import Nf4Weight, nf4_reference
 from tests.ops.closeness import assert_as_good
-from tests.ops.nf4_weights import quantised
+from tests.ops.quantised import nf4
 
 SMALL = [(1, 64), (3, 8), (7, 72), (9, 576), (2, 4136)]  # blocks end inside rows and run across them
 REAL = [(14336, 4096), (4096, 14336), (1536, 576), (1024, 4096), (63, 1000), (128256, 4096)]
@@ -40,7 +40,7 @@ def check_write(stored: Nf4Weight, truth: torch.Tensor, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("shape", [*SMALL, (7, 100), (3, 33), (5, 7), (300, 64)])
 def test_reference(shape: tuple[int, int], double: bool, dtype: torch.dtype) -> None:
-    stored, truth = quantised(torch.randn(shape), double)
+    stored, truth = nf4(torch.randn(shape), double)
     assert stored.shape == shape
     check_write(stored, truth, dtype)
 
@@ -49,7 +49,7 @@ def test_reference(shape: tuple[int, int], double: bool, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("shape", SMALL)
 def test_kernel_interpreted(shape: tuple[int, int], double: bool, dtype: torch.dtype, calls: list[int]) -> None:
-    stored, truth = quantised(torch.randn(shape), double)
+    stored, truth = nf4(torch.randn(shape), double)
     with interpreted():
         check_write(stored, truth, dtype)
     assert calls == [1]
@@ -60,7 +60,7 @@ def test_kernel_interpreted(shape: tuple[int, int], double: bool, dtype: torch.d
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("shape", [*SMALL, *REAL])
 def test_kernel(shape: tuple[int, int], double: bool, dtype: torch.dtype, calls: list[int]) -> None:
-    stored, truth = quantised(torch.randn(shape), double, device="cuda")
+    stored, truth = nf4(torch.randn(shape), double, device="cuda")
     check_write(stored, truth, dtype)
     assert calls == [1]
 
@@ -68,7 +68,7 @@ def test_kernel(shape: tuple[int, int], double: bool, dtype: torch.dtype, calls:
 @pytest.mark.gpu
 def test_beyond_int32() -> None:
     """Rows so far apart that the last begins past 2^31 elements."""
-    stored, truth = quantised(torch.randn(3, 64), device="cuda")
+    stored, truth = nf4(torch.randn(3, 64), device="cuda")
     buffer = torch.empty(3, 2**30 + 2**20, dtype=torch.bfloat16, device="cuda")
     stored.write(buffer[:, :64])
     assert torch.equal(buffer[:, :64], truth.bfloat16())
@@ -77,13 +77,13 @@ def test_beyond_int32() -> None:
 @pytest.mark.parametrize("block_size", [32, 128, 256, 4096])
 @pytest.mark.parametrize("context", [nullcontext, interpreted])
 def test_block_sizes(block_size: int, context: type) -> None:
-    stored, truth = quantised(torch.randn(5, 1032), block_size=block_size)
+    stored, truth = nf4(torch.randn(5, 1032), block_size=block_size)
     with context():
         check_write(stored, truth, torch.bfloat16)
 
 
 def test_a_row_that_no_word_divides_takes_the_reference(calls: list[int]) -> None:
-    stored, truth = quantised(torch.randn(7, 100))
+    stored, truth = nf4(torch.randn(7, 100))
     with interpreted():
         check_write(stored, truth, torch.bfloat16)
     assert calls == []
@@ -91,7 +91,7 @@ def test_a_row_that_no_word_divides_takes_the_reference(calls: list[int]) -> Non
 
 @pytest.mark.parametrize("context", [nullcontext, interpreted])
 def test_one_buffer_serves_both_products(context: type) -> None:
-    stored, truth = quantised(torch.randn(24, 64))
+    stored, truth = nf4(torch.randn(24, 64))
     buffer = torch.full((24, 64), torch.nan)
     with context():
         stored.write(buffer)
@@ -118,7 +118,7 @@ def test_one_buffer_serves_both_products(context: type) -> None:
     ],
 )
 def test_another_storage_is_refused_by_name(change: dict[str, object], named: str) -> None:
-    stored, _ = quantised(torch.randn(2, 64))
+    stored, _ = nf4(torch.randn(2, 64))
     assert nf4_reference(stored).shape == (2, 64)
     with pytest.raises(ValueError, match=named):
         dataclasses.replace(stored, **change)

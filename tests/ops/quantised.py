@@ -1,14 +1,15 @@
-"""NF4 weights as bitsandbytes makes them, for the tests of ops."""
+"""Quantised weights as bitsandbytes makes them, for the tests of ops."""
 
 from __future__ import annotations
 
 import torch
 from bitsandbytes import functional
 
+from steep.ops.int8 import Int8Weight
 from steep.ops.nf4 import Nf4Weight
 
 
-def quantised(
+def nf4(
     weight: torch.Tensor, double: bool = True, block_size: int = 64, device: str = "cpu"
 ) -> tuple[Nf4Weight, torch.Tensor]:
     """`weight` in NF4 on `device`, and what bitsandbytes makes of it on a CPU, in fp32."""
@@ -29,3 +30,10 @@ def quantised(
         **{name: part.to(device) for name, part in parts.items()},
     )
     return stored, functional.dequantize_4bit(codes, state).to(device)
+
+
+def int8(weight: torch.Tensor, device: str = "cpu") -> tuple[Int8Weight, torch.Tensor]:
+    """`weight` in 8 bit on `device`, and what bitsandbytes makes of it on a CPU, in fp32."""
+    codes, absmax, _ = functional.int8_vectorwise_quant(weight.half())
+    dense = functional.int8_vectorwise_dequant(codes, absmax)
+    return Int8Weight(codes.to(device), absmax.to(device)), dense.to(device)
