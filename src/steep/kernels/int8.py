@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from steep.kernels.compilation import Compilation, triton_type
+
 COLUMNS = 1024  # 8 a thread: 8 bytes read, 16 written
 NUM_WARPS = 4
 
@@ -29,3 +31,10 @@ def write(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
     write_kernel[(rows, triton.cdiv(columns, COLUMNS))](
         codes, absmax, out, columns, codes.stride(0), out.stride(0), COLUMNS=COLUMNS, num_warps=NUM_WARPS
     )
+
+
+def compilations(dtype: torch.dtype) -> list[Compilation]:
+    """How the kernel is launched to write a weight in `dtype`."""
+    signature = {"codes": "*i8", "absmax": "*fp32", "out": triton_type(dtype)}
+    signature |= {"num_columns": "i32", "codes_stride": "i32", "out_stride": "i32"}
+    return [Compilation(write_kernel, signature, {"COLUMNS": COLUMNS}, NUM_WARPS)]

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from steep.kernels.compilation import Compilation, triton_type
+
 CODES_A_WORD = 8
 WORDS = 128  # of one step: one a thread
 STEPS = 4  # of a program
@@ -100,3 +102,16 @@ def write(
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,  # the absmax is a product, rounded, and a sum, rounded, as bitsandbytes has it
     )
+
+
+def compilations(dtype: torch.dtype) -> list[Compilation]:
+    """How the kernel is launched to write a weight in `dtype`: its absmax quantised again, or in fp32."""
+    signature = {"words": "*i32", "table": "*fp32", "out": triton_type(dtype)}
+    signature |= {"num_words": "i32", "words_a_row": "i32", "out_stride": "i32"}
+    constants = {"BLOCK_SIZE": 64, "NESTED_BLOCK_SIZE": 256, "WORDS": WORDS, "STEPS": STEPS}
+    nested = {"absmax": "*u8", "code_book": "*fp32", "nested_absmax": "*fp32", "offset": "*fp32"}
+    plain = {"code_book": None, "nested_absmax": None, "offset": None}
+    return [
+        Compilation(write_kernel, signature | nested, constants, NUM_WARPS),
+        Compilation(write_kernel, signature | {"absmax": "*fp32"}, constants | plain, NUM_WARPS),
+    ]

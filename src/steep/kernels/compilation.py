@@ -1,0 +1,47 @@
+"""What the kernels are compiled for: the cards on which they can be built, and the configurations that are launched.
+
+`kernels/x.py` names its own in `compilations(dtype)`, from the constants that its launchers use.
+`tests/kernels/test_machine_code.py` builds each for every card, without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from triton import JITFunction
+
+OLDEST_CAPABILITY = (7, 5)  # ptxas of CUDA 13 knows nothing older
+OLDEST_CAPABILITY_FOR_BFLOAT16 = (8, 0)
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One way in which a kernel is launched.
+
+    Attributes:
+        kernel: the function under @triton.jit.
+        signature: Triton's type of each argument that is not a constant: "*bf16", "*u8", "i32", "i64", "fp32" ...
+        constants: the value of each `tl.constexpr` argument.
+        num_warps, num_stages: as launched; the defaults are Triton's.
+    """
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constants: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def buildable(capability: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether the kernels can be built for a card of this compute capability, with activations of this dtype. Where
+    they cannot, nothing is fused."""
+    return capability >= (OLDEST_CAPABILITY_FOR_BFLOAT16 if dtype == torch.bfloat16 else OLDEST_CAPABILITY)
+
+
+def triton_type(dtype: torch.dtype) -> str:
+    """The type of a pointer to elements of `dtype`, in a signature."""
+    return {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]

@@ -1,0 +1,123 @@
+"""Builds kernels to machine code for cards that are not there, and says what each needs of a card.
+
+    python -m tests.kernels.machine_code [--planted]
+
+Prints one line of JSON a build. A process of its own, since one process either interprets kernels or compiles them:
+TRITON_INTERPRET must not be set. Nothing is read from or left in Triton's cache.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import multiprocessing
+import pkgutil
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import steep.kernels
+from steep.kernels.compilation import Compilation
+
+# Compute capability: KiB of shared memory that a block can have.
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+
+
+def dtype_on(capability: int) -> torch.dtype:
+    """What activations are in on such a card."""
+    return torch.float16 if capability < 80 else torch.bfloat16
+
+
+def kernel_modules() -> list[ModuleType]:
+    """Every module of steep.kernels that launches a kernel."""
+    names = [module.name for module in pkgutil.iter_modules(steep.kernels.__path__)]
+    modules = [importlib.import_module(f"steep.kernels.{name}") for name in names]
+    return [module for module in modules if launched(module)]
+
+
+def launched(module: ModuleType) -> set[str]:
+    """Names of the kernels for which the module has a call `kernel[grid](...)`."""
+    calls = (node.func for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call))
+    return {call.value.id for call in calls if isinstance(call, ast.Subscript) and isinstance(call.value, ast.Name)}
+
+
+def compilations(capability: int) -> list[Compilation]:
+    dtype = dtype_on(capability)
+    return [compilation for module in kernel_modules() for compilation in module.compilations(dtype)]
+
+
+def build(compilation: Compilation, capability: int) -> dict[str, object]:
+    """Shared memory, registers a thread and bytes spilled, or the error, of one build."""
+    kernel = compilation.kernel
+    signature = {
+        name: "constexpr" if name in compilation.constants else compilation.signature[name] for name in kernel.arg_names
+    }
+    # A launch specialises on pointers that are multiples of 16 bytes, as those of torch's tensors are.
+    attributes = {
+        (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")
+    }
+    source = ASTSource(kernel, signature, compilation.constants, attributes)
+    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
+    log = io.StringIO()
+    name = f"{kernel.__module__.removeprefix('steep.kernels.')}.{kernel.__name__}"
+    told: dict[str, object] = {"kernel": name, "constants": str(compilation.constants), "capability": capability}
+    try:
+        with contextlib.redirect_stdout(log):
+            built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    except Exception as error:  # of LLVM's, ptxas' or Triton's own: each is a build that failed
+        return told | {"error": f"{type(error).__name__}: {error}"[:2000]}
+    used = re.search(r"Used (\d+) registers", log.getvalue())
+    spilled = re.search(r"(\d+) bytes spill stores", log.getvalue())
+    assert used and spilled, log.getvalue()
+    return told | {"shared": built.metadata.shared, "registers": int(used[1]), "spilled": int(spilled[1])}
+
+
+@triton.jit
+def _wide_kernel(x, y, out, SIZE: tl.constexpr, DEPTH: tl.constexpr):
+    rows, depth = tl.arange(0, SIZE), tl.arange(0, DEPTH)
+    left = tl.load(x + rows[:, None] * DEPTH + depth[None, :])
+    right = tl.load(y + depth[:, None] * SIZE + rows[None, :])
+    tl.store(out + rows[:, None] * SIZE + rows[None, :], tl.dot(left, right))
+
+
+def planted() -> Compilation:
+    """A product of two tiles that stand in shared memory together: 128 KiB, too much for many cards."""
+    signature = {"x": "*fp16", "y": "*fp16", "out": "*fp32"}
+    return Compilation(_wide_kernel, signature, {"SIZE": 128, "DEPTH": 256}, num_warps=8)
+
+
+def _work(job: tuple[int, int]) -> dict[str, object]:
+    capability, place = job
+    return build(compilations(capability)[place], capability)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as cache:
+        knobs.cache.dir = cache
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        if sys.argv[1:] == ["--planted"]:
+            results: Iterator[dict[str, object]] = iter([build(planted(), capability) for capability in (86, 90)])
+            print("\n".join(map(json.dumps, results)))
+            return
+        jobs = [(capability, place) for capability in SHARED_KIB for place in range(len(compilations(capability)))]
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            for result in pool.imap_unordered(_work, jobs):
+                print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Every kernel is machine code for every card, and fits on it. No GPU is needed: `machine_code.py` builds them in a
+process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from steep.kernels.compilation import OLDEST_CAPABILITY, buildable
+from tests.kernels.machine_code import SHARED_KIB, compilations, dtype_on, kernel_modules, launched
+
+REGISTERS = 255
+SPILLED_BYTES = 0  # a spilled register is a trip to memory in each thread; no kernel needs one
+
+Build = dict[str, object]
+
+
+def run(*words: str) -> list[Build]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.machine_code", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def builds() -> list[Build]:
+    return run()
+
+
+def faults(build: Build) -> list[str]:
+    """What stands against running this build on its card."""
+    if "error" in build:
+        return [str(build["error"])]
+    limits = {
+        "shared": SHARED_KIB[int(str(build["capability"]))] * 1024,
+        "registers": REGISTERS,
+        "spilled": SPILLED_BYTES,
+    }
+    return [f"{build[what]} {what}, {limit} allowed" for what, limit in limits.items() if int(str(build[what])) > limit]
+
+
+@pytest.mark.parametrize("capability", SHARED_KIB)
+def test_every_kernel_fits_on_the_card(capability: int, builds: list[Build]) -> None:
+    own = [build for build in builds if build["capability"] == capability]
+    assert len(own) == len(compilations(capability))
+    assert [(build["kernel"], build["constants"], found) for build in own if (found := faults(build))] == []
+
+
+def test_a_kernel_with_too_much_shared_memory_fails() -> None:
+    small, large = run("--planted")
+    (fault,) = faults(small)
+    assert "shared" in fault
+    assert faults(large) == []  # the same kernel fits on a larger card
+
+
+def test_a_card_that_is_built_for_is_told_as_such() -> None:
+    """The launching code asks `buildable`, so it may name no card that is not tried here."""
+    assert all(buildable(divmod(capability, 10), dtype_on(capability)) for capability in SHARED_KIB)
+    assert min(SHARED_KIB) == 10 * OLDEST_CAPABILITY[0] + OLDEST_CAPABILITY[1]
+    assert not buildable((7, 0), torch.float16)
+    assert not buildable((7, 5), torch.bfloat16)
+
+
+def test_every_kernel_that_is_launched_is_built() -> None:
+    for module in kernel_modules():
+        built = [compilation.kernel for compilation in module.compilations(torch.bfloat16)]
+        assert [name for name in launched(module) if getattr(module, name) not in built] == [], module.__name__
