@@ -1,0 +1,158 @@
+"""Causal attention over packed documents: one signature, several backends.
+
+out_i = sum_j softmax_j(cap(scale q_i . k_j)) v_j over the tokens j that i sees: those of its own document up to
+itself, and of these the last `window` where there is a window. cap(s) = softcap tanh(s / softcap), or s. Query heads
+share key and value heads in groups.
+
+T tokens of the batch, NH query heads, NK key and value heads, D = head_dim. Nothing of [T, T] is kept: `saved` is the
+logarithm of each row's sum (cudnn, flash), or nothing (flex, sdpa and reference, whose backward computes the forward
+once more). Which backend is fit or fastest says `steep.ops.attention_backends`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from steep.ops import attention_cudnn as cudnn
+from steep.ops import attention_flash as flash
+from steep.ops import attention_flex as flex
+from steep.ops import attention_reference as reference
+from steep.ops import attention_sdpa as sdpa
+from steep.ops.attention_reference import attention_reference
+from steep.ops.packing import Packing
+
+__all__ = ["BACKENDS", "attention", "attention_backward", "attention_forward", "attention_reference"]
+
+# In the order of preference.
+BACKENDS: dict[str, Any] = {
+    "cudnn": cudnn,
+    "flash": flash,
+    "flex": flex,
+    "sdpa": sdpa,
+    "reference": reference,
+}
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packing: Packing,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: str,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """The output [T, NH, D], contiguous, and what `attention_backward` wants back.
+
+    Args:
+        q: [T, NH, D].
+        k, v: [T, NK, D]; all three may be columns of one buffer.
+        packing: the documents.
+        window: how many tokens a token sees, itself included.
+        backend: a name of `BACKENDS`.
+
+    Raises:
+        ValueError: the backend cannot do what is asked.
+    """
+    window = _effective(window, packing)
+    _check(q, k, v, packing, window, softcap, backend)
+    out, saved = BACKENDS[backend].forward(q, k, v, packing, scale, window, softcap)
+    assert out.is_contiguous()
+    return out, saved
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    packing: Packing,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: str,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k and v.
+
+    Args:
+        dout: [T, NH, D].
+        out, saved: what `attention_forward` gave, with the same arguments.
+        into: where to write the gradients, such as columns of one buffer; it may be q, k and v themselves.
+    """
+    window = _effective(window, packing)
+    _check(q, k, v, packing, window, softcap, backend)
+    assert dout.shape == out.shape == q.shape, (dout.shape, out.shape, q.shape)
+    gradients = BACKENDS[backend].backward(dout, q, k, v, out, tuple(saved), packing, scale, window, softcap)
+    if into is None:
+        return gradients
+    for place, gradient in zip(into, gradients, strict=True):
+        place.copy_(gradient)
+    return into
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packing: Packing,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: str,
+) -> torch.Tensor:
+    """`attention_forward`, differentiable."""
+    return _Attention.apply(
+        q, k, v, packing, {"scale": scale, "window": window, "softcap": softcap, "backend": backend}
+    )
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, options: dict[str, Any]
+    ) -> torch.Tensor:
+        out, saved = attention_forward(q, k, v, packing, **options)
+        ctx.save_for_backward(q, k, v, out, *saved)
+        ctx.packing, ctx.options = packing, options
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, *saved = ctx.saved_tensors
+        gradients = attention_backward(grad_outputs[0], q, k, v, out, saved, ctx.packing, **ctx.options)
+        return *gradients, None, None
+
+
+def _effective(window: int | None, packing: Packing) -> int | None:
+    """A window that no document outgrows is none: more backends are fit, and they are faster."""
+    return None if window is None or window >= packing.max_length else window
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packing: Packing,
+    window: int | None,
+    softcap: float | None,
+    backend: str,
+) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"no attention backend '{backend}'; there are {', '.join(BACKENDS)}")
+    if lack := BACKENDS[backend].lacks(packing.uniform, window, softcap):
+        raise ValueError(f"attention backend '{backend}' cannot do {lack}")
+    assert window is None or window >= 1, window
+    # tokens beyond the last document would silently get no output, and NaN gradients
+    assert len(q) == len(k) == len(v) == packing.num_tokens, (q.shape, k.shape, v.shape, packing.num_tokens)
+    assert k.shape == v.shape and q.shape[1] % k.shape[1] == 0, (q.shape, k.shape, v.shape)
+    assert q.stride(2) == k.stride(2) == v.stride(2) == 1, (q.stride(), k.stride(), v.stride())

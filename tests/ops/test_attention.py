@@ -1,0 +1,481 @@
+"""Attention over packed documents: the semantics are transformers', and a document knows nothing of its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from steep.ops import attention_backends, attention_flex
+from steep.ops.attention import BACKENDS, attention, attention_backward, attention_forward, attention_reference
+from steep.ops.attention_backends import (
+    fastest_backend,
+    measured_backends,
+    refusals,
+    table_backend,
+    usable_backends,
+)
+from steep.ops.packing import Packing
+from tests.ops.closeness import assert_as_good, error
+
+HEADS = [(8, 2), (9, 3), (16, 16)]
+NAMES = ("out", "dq", "dk", "dv")
+SOFTCAP = 0.7  # of scores around 1: it bites
+
+
+# --- what is compared -----------------------------------------------------------------------------------------
+
+
+def draw(
+    tokens: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v as columns of one buffer, and dout."""
+    num_heads, num_kv_heads = heads
+    buffer = torch.randn(tokens, (num_heads + 2 * num_kv_heads) * head_dim, device=device).to(dtype)
+    q, k, v = split(buffer, heads, head_dim)
+    return q, k, v, torch.randn(tokens, num_heads, head_dim, device=device).to(dtype)
+
+
+def split(
+    buffer: torch.Tensor, heads: tuple[int, int], head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_heads, num_kv_heads = heads
+    q, k, v = buffer.unflatten(1, (-1, head_dim)).split([num_heads, num_kv_heads, num_kv_heads], 1)
+    return q, k, v
+
+
+def eager(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packing: Packing,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """transformers' own eager attention under its own packed mask, in the dtype of q."""
+    from transformers import Gemma2Config, LlamaConfig
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2
+    from transformers.models.llama.modeling_llama import eager_attention_forward as llama
+
+    shape: dict[str, Any] = {
+        "hidden_size": q.shape[1] * q.shape[2],
+        "num_attention_heads": q.shape[1],
+        "num_key_value_heads": k.shape[1],
+        "head_dim": q.shape[2],
+    }
+    config = LlamaConfig(**shape) if window is None else Gemma2Config(**shape, sliding_window=window)
+    config._attn_implementation = "eager"
+    positions = torch.cat([torch.arange(length, device=q.device) for length in packing.lengths])[None]
+    make = create_causal_mask if window is None else create_sliding_window_causal_mask
+    hidden = torch.empty(1, packing.num_tokens, 1, dtype=q.dtype, device=q.device)
+    mask = make(config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions)
+    module: Any = torch.nn.Module().eval()
+    module.num_key_value_groups = q.shape[1] // k.shape[1]
+    module.head_dim = q.shape[2]
+    forward: Any = llama if softcap is None else gemma2
+    more = {} if softcap is None else {"softcap": softcap}
+    out, _ = forward(module, *(x.transpose(0, 1)[None] for x in (q, k, v)), mask, scaling=scale, **more)
+    return out[0]
+
+
+def with_gradients(
+    function: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, *rest: Any, **options: Any
+) -> list[torch.Tensor]:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = function(*leaves, *rest, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def explicit(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, packing: Packing, **options: Any
+) -> list[torch.Tensor]:
+    """By forward and backward without a graph, the gradients into columns of one buffer that starts as NaN."""
+    out, saved = attention_forward(q, k, v, packing, **options)
+    assert out.is_contiguous() and not out.requires_grad
+    heads, head_dim = (q.shape[1], k.shape[1]), q.shape[2]
+    buffer = torch.full((len(q), (heads[0] + 2 * heads[1]) * head_dim), torch.nan, dtype=q.dtype, device=q.device)
+    into = split(buffer, heads, head_dim)
+    assert attention_backward(dout, q, k, v, out, saved, packing, **options, into=into) is into
+    assert buffer.isfinite().all()
+    return [out, *into]
+
+
+def check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, packing: Packing, backend: str, **more: Any
+) -> None:
+    """The explicit and the differentiable form, every output and gradient, against fp32 truth."""
+    options = {"scale": q.shape[-1] ** -0.5, **more}
+    truth = with_gradients(attention_reference, *(x.float() for x in (q, k, v, dout)), packing, **options)
+    reference = with_gradients(eager, q, k, v, dout, packing, **options)
+    for ours in (
+        explicit(q, k, v, dout, packing, **options, backend=backend),
+        with_gradients(attention, q, k, v, dout, packing, **options, backend=backend),
+    ):
+        for name, mine, theirs, true in zip(NAMES, ours, reference, truth, strict=True):
+            assert mine.dtype == q.dtype
+            if true.abs().max() < 1e-6:  # a document of one token has no gradient of q and k
+                assert mine.abs().max() < 1e-2, name
+            else:
+                assert_as_good(mine, theirs, true, name=name)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the aten operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+# --- the semantics, on a CPU ----------------------------------------------------------------------------------
+
+PACKINGS = {
+    "uneven": [5, 1, 17, 1, 40],
+    "uniform": [32, 32],
+    "single tokens": [1, 1, 1],
+    "one token": [1],
+    "one document": [63],
+}
+
+
+@pytest.mark.parametrize("softcap", [None, SOFTCAP])
+@pytest.mark.parametrize("window", [None, 1, 7, 100])
+@pytest.mark.parametrize("lengths", PACKINGS.values(), ids=PACKINGS)
+def test_the_reference_is_transformers_attention(
+    lengths: Sequence[int], window: int | None, softcap: float | None
+) -> None:
+    packing = Packing.from_lengths(lengths, "cpu")
+    q, k, v, dout = draw(packing.num_tokens, (4, 2), 16, torch.float64)
+    options: dict[str, Any] = {"scale": 0.3, "window": window, "softcap": softcap}
+    ours = with_gradients(attention_reference, q, k, v, dout, packing, **options)
+    # transformers takes the softmax in fp32, whatever the dtype
+    theirs = with_gradients(eager, *(x.float() for x in (q, k, v, dout)), packing, **options)
+    for name, mine, other in zip(NAMES, ours, theirs, strict=True):
+        torch.testing.assert_close(other.double(), mine, atol=2e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_is_as_good_as_eager(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+    packing = Packing.from_lengths([30, 1, 32], "cpu")
+    check(*draw(63, heads, head_dim, dtype), packing, "reference")
+
+
+@pytest.mark.parametrize("softcap", [None, SOFTCAP])
+@pytest.mark.parametrize("window", [None, 7, 100])
+@pytest.mark.parametrize("lengths", PACKINGS.values(), ids=PACKINGS)
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_every_form(backend: str, lengths: Sequence[int], window: int | None, softcap: float | None) -> None:
+    packing = Packing.from_lengths(lengths, "cpu")
+    q, k, v, dout = draw(packing.num_tokens, (8, 2), 64, torch.float32)
+    if backend == "sdpa" and softcap is not None:
+        with pytest.raises(ValueError, match="'sdpa' cannot do a soft cap"):
+            attention_forward(q, k, v, packing, scale=1.0, window=window, softcap=softcap, backend=backend)
+    else:
+        check(q, k, v, dout, packing, backend, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 1000])
+def test_token_counts(tokens: int) -> None:
+    lengths = [tokens] if tokens < 100 else [tokens - 301, 300, 1]
+    check(*draw(tokens, (4, 2), 64, torch.bfloat16), Packing.from_lengths(lengths, "cpu"), "reference")
+
+
+def test_gradients_may_be_written_over_the_inputs() -> None:
+    packing, options = Packing.from_lengths([9, 4], "cpu"), {"scale": 0.2, "backend": "reference"}
+    q, k, v, dout = draw(13, (4, 2), 16, torch.float32)
+    wanted = explicit(q, k, v, dout, packing, **options)
+    out, saved = attention_forward(q, k, v, packing, **options)
+    attention_backward(dout, q, k, v, out, saved, packing, **options, into=(q, k, v))
+    for written, right in zip((q, k, v), wanted[1:], strict=True):
+        assert torch.equal(written, right)
+
+
+# --- a document knows nothing of its neighbours -----------------------------------------------------------------
+
+
+def swapped_neighbours(
+    lengths: Sequence[int], dtype: torch.dtype, device: str, **options: Any
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Outputs and gradients at the middle document, before and after all others' tokens are replaced."""
+    packing = Packing.from_lengths(lengths, device)
+    at = packing.slices[len(lengths) // 2]
+    before = draw(packing.num_tokens, (8, 2), 64, dtype, device)
+    after = draw(packing.num_tokens, (8, 2), 64, dtype, device)
+    for new, old in zip(after, before, strict=True):
+        new[at] = old[at]
+    first, second = (explicit(*tensors, packing, scale=0.125, **options) for tensors in (before, after))
+    assert not torch.equal(first[0], second[0])
+    return [x[at] for x in first], [x[at] for x in second]
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("lengths", [[20, 33, 10], [21, 21, 21]])
+def test_a_neighbours_tokens_change_no_bit(lengths: Sequence[int], window: int | None, backend: str) -> None:
+    before, after = swapped_neighbours(lengths, torch.float32, "cpu", window=window, backend=backend)
+    for name, old, new in zip(NAMES, before, after, strict=True):
+        assert torch.equal(old, new), name
+
+
+# --- FlexAttention's mask, without a GPU ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 1, 64, 128, 200, 1000])
+@pytest.mark.parametrize(
+    "lengths", [[1], [128], [500], [256, 256], [100, 1, 1, 300, 7], [128, 128, 1, 300, 255], [63, 65, 700]]
+)
+def test_the_block_mask_is_that_of_torch(lengths: Sequence[int], window: int | None) -> None:
+    packing = Packing.from_lengths(lengths, "cpu")
+    ours: Any = attention_flex.block_mask(packing, window)
+    tokens = packing.num_tokens
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+    def plain(batch, head, query, key):
+        seen = (document[query] == document[key]) & (key <= query)
+        return seen if window is None else seen & (query - key < window)
+
+    theirs: Any = create_block_mask(plain, None, None, tokens, tokens, device="cpu")
+    assert ours.shape == theirs.shape
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    rows = torch.arange(tokens)
+    seen = ours.mask_mod(0, 0, rows[:, None], rows[None])
+    assert torch.equal(seen, plain(0, 0, rows[:, None], rows[None]))
+    full = to_dense(ours.full_kv_num_blocks, ours.full_kv_indices)
+    assert torch.equal(full, to_dense(theirs.full_kv_num_blocks, theirs.full_kv_indices))
+
+
+def to_dense(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """bool [blocks of queries, blocks of keys]."""
+    dense = torch.zeros(indices.shape[-2:], dtype=torch.bool)
+    for row, (count, which) in enumerate(zip(counts[0, 0].tolist(), indices[0, 0], strict=True)):
+        dense[row, which[:count].long()] = True
+    return dense
+
+
+@pytest.mark.parametrize("softcap", [None, SOFTCAP])
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_uncompiled(window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mask and its soft cap: uncompiled it has no backward."""
+    monkeypatch.setattr(attention_flex, "_compiled", lambda: attention_flex.flex_attention)
+    packing = Packing.from_lengths([100, 1, 60, 39], "cpu")
+    q, k, v, _ = draw(200, (4, 2), 16, torch.float32)
+    options: dict[str, Any] = {"scale": 0.3, "window": window, "softcap": softcap}
+    out, saved = attention_forward(q, k, v, packing, **options, backend="flex")
+    assert saved == ()
+    assert error(out, attention_reference(q, k, v, packing, **options)) < 1e-6
+
+
+# --- which backend ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backend", "lengths", "options", "lack"),
+    [
+        ("cudnn", [4, 5], {}, "uneven lengths"),
+        ("cudnn", [8, 8], {"window": 4}, "sliding window"),
+        ("cudnn", [8, 8], {"softcap": 30.0}, "soft cap"),
+        ("cudnn", [1, 1], {}, "one token"),
+        ("flash", [4, 5], {"softcap": 30.0}, "soft cap"),
+        ("sdpa", [4, 5], {"softcap": 30.0}, "soft cap"),
+        ("xformers", [4, 5], {}, "no attention backend 'xformers'"),
+    ],
+)
+def test_a_backend_refuses_what_it_cannot_do(
+    backend: str, lengths: Sequence[int], options: dict[str, Any], lack: str
+) -> None:
+    """Never computed without: a window or a soft cap left out would show nowhere but in the loss."""
+    packing = Packing.from_lengths(lengths, "cpu")
+    q, k, v, dout = draw(packing.num_tokens, (4, 2), 16, torch.float32)
+    with pytest.raises(ValueError, match=lack):
+        attention_forward(q, k, v, packing, scale=1.0, backend=backend, **options)
+    with pytest.raises(ValueError, match=lack):
+        attention_backward(dout, q, k, v, dout, (), packing, scale=1.0, backend=backend, **options)
+
+
+def test_tokens_outside_of_the_documents_are_an_error() -> None:
+    q, k, v, _ = draw(10, (4, 2), 16, torch.float32)
+    with pytest.raises(AssertionError):
+        attention_forward(q, k, v, Packing.from_lengths([4, 5], "cpu"), scale=1.0, backend="reference")
+
+
+def test_a_cpu_has_the_reference() -> None:
+    found = refusals("cpu", torch.float32, 64, None)
+    assert list(found) == list(BACKENDS)
+    assert [name for name, refusal in found.items() if refusal is None] == ["reference"]
+    assert usable_backends("cpu", torch.float32, 64, 128, window=64, softcap=30.0) == ["reference"]
+    assert table_backend("cpu", torch.float32, 64, 128, deterministic=True) == "reference"
+    packing = Packing.from_lengths([4, 5], "cpu")
+    assert fastest_backend(packing, 4, 2, 64, torch.float32) == "reference"
+
+
+def test_only_fused_backends_are_timed_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+
+    def milliseconds(*arguments: Any) -> float:
+        timed.append(arguments[-1])
+        return {"cudnn": 2.0, "flash": 1.0}[arguments[-1]]
+
+    monkeypatch.setattr(attention_backends, "_measured", {})
+    monkeypatch.setattr(attention_backends, "_milliseconds", milliseconds)
+    monkeypatch.setattr(attention_backends, "usable_backends", lambda *_: list(BACKENDS))
+    arguments = (Packing.from_lengths([8, 8], "cpu"), 4, 2, 64, torch.float32)
+    for _ in range(2):
+        assert fastest_backend(*arguments) == "flash"
+        assert measured_backends(*arguments) == {"cudnn": 2.0, "flash": 1.0}
+    assert timed == ["cudnn", "flash"]
+
+
+def test_a_deterministic_table_has_no_backend_that_adds_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_backends, "usable_backends", lambda *_: list(BACKENDS))
+    assert table_backend("cuda", torch.bfloat16, 128, 2048, deterministic=False) == "cudnn"
+    assert table_backend("cuda", torch.bfloat16, 128, 2048, deterministic=True) == "flash"
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------
+
+# The aten operations that a backend has to call: a test of one backend cannot pass through another.
+OPERATIONS = {
+    "cudnn": ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"),
+    "flash": ("_flash_attention_forward", "_flash_attention_backward"),
+}
+GPU_PACKINGS = {
+    "uneven": [700, 1, 128, 1000, 219],
+    "uniform": [1024, 1024],
+    "odd uniform": [1000, 1000],
+    "single tokens": [1, 1, 1],
+    "63 tokens": [63],
+}
+
+
+@contextmanager
+def calls_of(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails unless what runs inside calls the backend's own operations."""
+    if backend in OPERATIONS:
+        with Calls() as calls:
+            yield
+        for operation in OPERATIONS[backend]:
+            assert calls.counts.get(operation, 0) > 0, calls.counts
+    elif backend == "flex":  # compiled, so that no mode sees it; the compiled function is counted
+        count, compiled = [], attention_flex._compiled()
+        monkeypatch.setattr(attention_flex, "_compiled", lambda: lambda *a, **o: count.append(1) or compiled(*a, **o))
+        yield
+        assert count
+    else:
+        yield
+
+
+def gpu_forms() -> list[Any]:
+    """(backend, lengths, window, softcap, dtype). FlexAttention compiles for each, so it has fewer."""
+    forms = [(None, None), (100, None), (5000, None), (None, SOFTCAP), (100, SOFTCAP)]
+    found = [
+        pytest.param(backend, lengths, *form, torch.bfloat16, id=f"{backend}-{name}-{form[0]}-{form[1]}")
+        for backend in BACKENDS
+        for name, lengths in GPU_PACKINGS.items()
+        for form in forms
+        if backend != "flex" or name in ("uneven", "uniform") or form == (100, SOFTCAP)
+    ]
+    for backend in BACKENDS:
+        for name in ("uneven", "uniform"):
+            lengths = GPU_PACKINGS[name]
+            found.append(pytest.param(backend, lengths, None, None, torch.float16, id=f"{backend}-{name}-fp16"))
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "lengths", "window", "softcap", "dtype"), gpu_forms())
+def test_every_form_on_a_gpu(
+    backend: str,
+    lengths: Sequence[int],
+    window: int | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packing = Packing.from_lengths(lengths, "cuda")
+    torch._dynamo.reset()  # many shapes of one function: each test its own
+    if refusal := refusals("cuda", dtype, 128, packing.uniform, window, softcap)[backend]:
+        pytest.skip(refusal)
+    tensors = draw(packing.num_tokens, (8, 2), 128, dtype, "cuda")
+    with calls_of(backend, monkeypatch):
+        explicit(*tensors, packing, scale=0.1, window=window, softcap=softcap, backend=backend)
+    check(*tensors, packing, backend, window=window, softcap=softcap)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[700, 1, 300], [512, 512]])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_head_on_a_gpu(backend: str, heads: tuple[int, int], head_dim: int, lengths: Sequence[int]) -> None:
+    packing = Packing.from_lengths(lengths, "cuda")
+    torch._dynamo.reset()
+    if refusal := refusals("cuda", torch.bfloat16, head_dim, packing.uniform)[backend]:
+        pytest.skip(refusal)
+    check(*draw(packing.num_tokens, heads, head_dim, torch.bfloat16, "cuda"), packing, backend)
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """The flash backward then adds dq in order."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("lengths", [[300, 433, 291], [256, 256, 256]])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cudnn"])
+def test_a_neighbours_tokens_change_no_bit_on_a_gpu(
+    backend: str, lengths: Sequence[int], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch._dynamo.reset()
+    with deterministic_algorithms():
+        before, after = swapped_neighbours(lengths, torch.bfloat16, "cuda", window=window, backend=backend)
+    for name, old, new in zip(NAMES, before, after, strict=True):
+        assert torch.equal(old, new), f"{name}: {error(new, old):.2e}"
+
+
+@pytest.mark.gpu
+def test_a_neighbours_tokens_change_nothing_in_cudnn() -> None:
+    """Documents are rows of its batch. Its backward adds in any order, so dq may differ by that, and by no more."""
+    if "cudnn" not in usable_backends("cuda", torch.bfloat16, 64, 256):
+        pytest.skip("no cuDNN attention on this card")
+    before, after = swapped_neighbours([256, 256, 256], torch.bfloat16, "cuda", backend="cudnn")
+    assert torch.equal(before[0], after[0])
+    for name, old, new in zip(NAMES[1:], before[1:], after[1:], strict=True):
+        assert error(new, old) < 1e-3, name
+
+
+@pytest.mark.gpu
+def test_the_fastest_of_a_gpu_is_measured() -> None:
+    packing = Packing.from_lengths([1024, 1024], "cuda")
+    timings = measured_backends(packing, 32, 8, 128, torch.bfloat16)
+    assert set(timings) <= set(usable_backends("cuda", torch.bfloat16, 128, 1024))
+    assert len(timings) == 1 or all(0 < timing < 100 for timing in timings.values())
+    assert fastest_backend(packing, 32, 8, 128, torch.bfloat16) in timings
+
+
+@pytest.mark.gpu
+def test_a_deterministic_run_is_given_no_cudnn() -> None:
+    with deterministic_algorithms():
+        assert "cudnn" not in usable_backends("cuda", torch.bfloat16, 128, 2048)
