@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bitsandbytes.functional import int8_vectorwise_quant
 
 from steep.ops.base_weight import DenseWeight
+from steep.ops.int8 import Int8Weight
 from steep.ops.lora import Lora, Projection
 from tests.ops.closeness import SLACK, assert_as_good
+from tests.ops.nf4_weights import quantised
 
 Function = Callable[[torch.Tensor, Sequence[Projection]], torch.Tensor]
 
@@ -43,6 +46,16 @@ def make_projection(
     return Projection(weight, torch.randn(out_features).to(device, dtype) if bias else None, adapters)
 
 
+def stored_as(storage: str, projection: Projection) -> Projection:
+    """The same over bitsandbytes' storage of its weight, ``nf4`` or ``int8``."""
+    assert isinstance(projection.weight, DenseWeight)
+    weight = projection.weight.weight
+    if storage == "nf4":
+        return replace(projection, weight=quantised(weight, device=weight.device.type)[0])
+    codes, absmax, _ = int8_vectorwise_quant(weight.cpu().half())
+    return replace(projection, weight=Int8Weight(codes.to(weight.device), absmax.to(weight.device)))
+
+
 def exact(projection: Projection) -> Projection:
     """The same in fp32, of the same values; its adapters are new leaves."""
     weight = torch.empty(projection.weight.shape, device=device_of(projection))
@@ -72,13 +85,16 @@ def _leaves(projection: Projection, dtype: torch.dtype | None) -> tuple[Lora, ..
 
 def fill_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """New buffers hold NaN, so that what an op reads and did not write shows."""
-    new_full = torch.Tensor.new_full
 
-    def shape(sizes: tuple) -> tuple:
-        return sizes if isinstance(sizes[0], int) else tuple(sizes[0])
+    def filled(new: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def make(*arguments, **options) -> torch.Tensor:
+            made = new(*arguments, **options)
+            return made.fill_(torch.nan) if made.is_floating_point() else made
 
-    monkeypatch.setattr(torch, "empty", lambda *sizes, **how: torch.full(shape(sizes), torch.nan, **how))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *sizes: new_full(self, shape(sizes), torch.nan))
+        return make
+
+    monkeypatch.setattr(torch, "empty", filled(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
 
 
 def assert_op_as_good(op: Function, reference: Function, x: torch.Tensor, projections: Sequence[Projection]) -> None:

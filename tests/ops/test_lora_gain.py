@@ -15,6 +15,7 @@ import torch
 from steep.ops.base_weight import DenseWeight
 from steep.ops.lora import Lora, LoraGroup, Projection
 from steep.ops.lora_linear import extended, extended_gradient, lora_linear, lora_linear_reference
+from tests.ops.lora_cases import stored_as
 
 SCALE = 0.7  # no power of two: s·B is rounded, too
 
@@ -103,8 +104,9 @@ def test_adding_into_a_rounded_output_loses_the_adapter(ratio) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("ratio", [1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
 def test_gain_on_a_gpu(ratio) -> None:
-    """Over 29 M outputs; at 1e-5 the noise is too large for a bound, and the gain is only shown (``-rP``)."""
+    """Over 29 M outputs, the weight in NF4. At 1e-5 the noise is too large for a bound: the gain is shown (``-rP``)."""
     projection, x, dy = _case(14336, 4096, 2048, 256, ratio, "cuda")
+    projection = stored_as("nf4", projection)
     paths: dict[str, tuple[Path, Path, torch.Tensor]] = {
         "forward": (lora_linear, _exact, x),
         "residual": (_residual, _exact, x),

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
 from steep.ops import lora
+from steep.ops.backend import interpreted
 from steep.ops.lora import Lora
 from steep.ops.lora_linear import lora_linear, lora_linear_reference
 from steep.ops.lora_qkv import lora_qkv, lora_qkv_reference
-from tests.ops.lora_cases import assert_op_as_good, fill_new_tensors, make_projection
+from tests.ops.lora_cases import assert_op_as_good, fill_new_tensors, make_projection, stored_as
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -81,6 +83,20 @@ def test_lora_qkv_at_full_size() -> None:
     ]
     x = torch.randn(2048, 4096).to("cuda", torch.bfloat16)
     assert_op_as_good(lora_qkv, lora_qkv_reference, x, projections)
+
+
+@pytest.mark.parametrize("device", ["cpu", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_over_a_quantised_weight(monkeypatch, device, dtype, storage) -> None:
+    """It is dequantised into columns of the group's buffer."""
+    how = {"dtype": dtype, "device": "cuda" if device == "cuda" else "cpu"}
+    projections = [make_projection(64, size, (rank,), **how) for size, rank in ((96, 16), (32, 8), (32, 4))]
+    projections = [stored_as(storage, projection) for projection in projections]
+    x = torch.randn(63, 64).to(**how)
+    fill_new_tensors(monkeypatch)
+    with interpreted() if device == "interpreter" else nullcontext():
+        assert_op_as_good(lora_qkv, lora_qkv_reference, x, projections)
 
 
 @pytest.mark.parametrize("device", DEVICES)
