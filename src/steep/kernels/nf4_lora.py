@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from steep.kernels.compilation import Compilation, triton_type
 from steep.kernels.nf4 import CODES_A_WORD, absmax_of
 
 ROWS, COLUMNS = 64, 128  # of a tile
@@ -126,3 +127,14 @@ def merge(
         num_stages=NUM_STAGES,
         enable_fp_fusion=False,  # the absmax as in kernels/nf4.py
     )
+
+
+def compilations(dtype: torch.dtype) -> list[Compilation]:
+    """How the kernel is launched for an adapter and a weight in `dtype`, the absmax quantised again."""
+    pointers = {"words": "*i32", "absmax": "*u8", "code_book": "*fp32", "nested_absmax": "*fp32", "offset": "*fp32"}
+    pointers |= {"table": "*fp32", "b": triton_type(dtype), "a": triton_type(dtype), "out": triton_type(dtype)}
+    integers = ("num_rows", "words_a_row", "rank", "b_stride", "a_stride", "out_stride")
+    constants = {"BLOCK_SIZE": 64, "NESTED_BLOCK_SIZE": 256, "ROWS": ROWS, "COLUMNS": COLUMNS}
+    constants |= {"RANK_STEP": rank_step(dtype), "GROUP": GROUP}
+    signature = pointers | dict.fromkeys(integers, "i32")
+    return [Compilation(merge_kernel, signature, constants, NUM_WARPS, NUM_STAGES)]

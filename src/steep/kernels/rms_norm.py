@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from steep.kernels.compilation import Compilation, triton_type
+
 MAX_HIDDEN = 16384
 
 
@@ -137,3 +139,23 @@ def backward(
         BLOCK=block,
         num_warps=num_warps,
     )
+
+
+def compilations(dtype: torch.dtype) -> list[Compilation]:
+    """How the kernels are launched for a block input in `dtype`, the residual stream in it or in fp32."""
+    kind = triton_type(dtype)
+    found = []
+    for hidden, unit_offset, stream in ((4096, False, kind), (8192, False, "*fp32"), (2560, True, kind)):
+        block, num_warps = configuration(hidden)
+        constants = {"HIDDEN": hidden, "UNIT_OFFSET": unit_offset, "BLOCK": block}
+        strides = dict.fromkeys(("x_stride", "residual_stride", "dy_stride", "add_stride", "out_stride"), "i32")
+        common = strides | {"x": stream, "weight": kind, "eps": "fp32"}
+        forward_signature = common | {"out": kind, "residual": stream}
+        backward_signature = common | {"out": stream, "add": stream, "dy": kind}
+        found += [
+            Compilation(forward_kernel, forward_signature, constants | {"residual": None}, num_warps),
+            Compilation(backward_kernel, backward_signature, constants, num_warps),
+        ]
+        if unit_offset:  # Gemma norms a branch before it is added
+            found.append(Compilation(forward_kernel, forward_signature, constants, num_warps))
+    return found
