@@ -7,13 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bitsandbytes.functional import int8_vectorwise_quant
 
 from steep.ops.base_weight import DenseWeight
-from steep.ops.int8 import Int8Weight
 from steep.ops.lora import Lora, Projection
 from tests.ops.closeness import SLACK, assert_as_good
-from tests.ops.nf4_weights import quantised
+from tests.ops.quantised import int8, nf4
 
 Function = Callable[[torch.Tensor, Sequence[Projection]], torch.Tensor]
 
@@ -50,10 +48,8 @@ def stored_as(storage: str, projection: Projection) -> Projection:
     """The same over bitsandbytes' storage of its weight, ``nf4`` or ``int8``."""
     assert isinstance(projection.weight, DenseWeight)
     weight = projection.weight.weight
-    if storage == "nf4":
-        return replace(projection, weight=quantised(weight, device=weight.device.type)[0])
-    codes, absmax, _ = int8_vectorwise_quant(weight.cpu().half())
-    return replace(projection, weight=Int8Weight(codes.to(weight.device), absmax.to(weight.device)))
+    stored, _ = {"nf4": nf4, "int8": int8}[storage](weight, device=weight.device.type)
+    return replace(projection, weight=stored)
 
 
 def exact(projection: Projection) -> Projection:
