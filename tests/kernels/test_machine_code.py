@@ -15,7 +15,7 @@ from steep.kernels.compilation import OLDEST_CAPABILITY, buildable
 from tests.kernels.machine_code import SHARED_KIB, compilations, dtype_on, kernel_modules, launched
 
 REGISTERS = 255
-# Bytes a thread keeps in memory for want of registers: none, but for a tile of a product with a dequantisation beside it.
+# Bytes a thread keeps in memory for want of registers: none, but for a tile of a product that is dequantised beside it.
 # A card of 7.5 multiplies it without tensor cores: the kernel is right there, and slow.
 SPILLED_BYTES = {"nf4_lora.merge_kernel": 512}
 SPILLED_BYTES_ON_75 = {"nf4_lora.merge_kernel": 16384}

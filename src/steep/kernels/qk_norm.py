@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from steep.kernels.compilation import Compilation, triton_type
+
 
 def configuration(num_heads: int, half: int) -> tuple[int, int, int]:
     """(HEADS_BLOCK, HALF_BLOCK, num_warps) for `num_heads` heads of `half` angles: 16 pairs a thread."""
@@ -223,3 +225,24 @@ def backward(
         REST_BLOCK=triton.next_power_of_2(max(head_dim - 2 * half, 1)),
         num_warps=num_warps,
     )
+
+
+def compilations(dtype: torch.dtype) -> list[Compilation]:
+    """How the kernels are launched for q and k in `dtype`: Qwen3-8B's heads, and Gemma-3-4B's."""
+    kind = triton_type(dtype)
+    signature = {"qkv": kind, "dqkv": kind, "out": kind, "q_weight": kind, "k_weight": kind}
+    signature |= {"cos": "*fp32", "sin": "*fp32", "eps": "fp32"}
+    strides = ("qkv_stride", "dqkv_stride", "out_stride", "cos_stride", "sin_stride")
+    signature |= dict.fromkeys(strides, "i32")
+    found = []
+    for num_heads, num_kv_heads, head_dim, unit_offset in ((32, 8, 128, False), (8, 4, 256, True)):
+        constants = {"NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim}
+        constants |= {"HALF": head_dim // 2, "UNIT_OFFSET": unit_offset, "REST_BLOCK": 1}
+        for kernel, handled in (
+            (forward_kernel, num_heads + 2 * num_kv_heads),
+            (backward_kernel, num_heads + num_kv_heads),
+        ):
+            heads_block, half_block, num_warps = configuration(handled, head_dim // 2)
+            blocks = {"HEADS_BLOCK": heads_block, "HALF_BLOCK": half_block}
+            found.append(Compilation(kernel, signature, constants | blocks, num_warps))
+    return found

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from steep.kernels.compilation import Compilation, triton_type
+
 
 def configuration(num_heads: int, half: int) -> tuple[int, int, int]:
     """(HEADS_BLOCK, HALF_BLOCK, num_warps) to rotate `num_heads` heads by `half` angles: 32 pairs a thread."""
@@ -67,3 +69,16 @@ def rotate(
         HALF_BLOCK=half_block,
         num_warps=num_warps,
     )
+
+
+def compilations(dtype: torch.dtype) -> list[Compilation]:
+    """How the kernel is launched for q and k in `dtype`: Llama-3-8B's heads, and Gemma's wide ones backwards."""
+    signature = {"qkv": triton_type(dtype), "cos": "*fp32", "sin": "*fp32"}
+    signature |= dict.fromkeys(("qkv_stride", "cos_stride", "sin_stride"), "i32")
+    found = []
+    for num_heads, head_dim, inverse in ((40, 128, False), (12, 256, True)):
+        heads_block, half_block, num_warps = configuration(num_heads, head_dim // 2)
+        constants = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "HALF": head_dim // 2, "INVERSE": inverse}
+        constants |= {"HEADS_BLOCK": heads_block, "HALF_BLOCK": half_block}
+        found.append(Compilation(rotate_kernel, signature, constants, num_warps))
+    return found
