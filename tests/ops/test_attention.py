@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +23,9 @@ from steep.ops.attention_backends import (
 )
 from steep.ops.packing import Packing
 from tests.ops.closeness import assert_as_good, error
+
+# Inductor gives it for whatever it compiles on a card that has TF32.
+pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 
 HEADS = [(8, 2), (9, 3), (16, 16)]
 NAMES = ("out", "dq", "dk", "dv")
@@ -125,6 +129,13 @@ def check(
                 assert mine.abs().max() < 1e-2, name
             else:
                 assert_as_good(mine, theirs, true, name=name)
+
+
+# The aten operations that a backend has to call: a test of one backend cannot pass through another.
+OPERATIONS = {
+    "cudnn": ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"),
+    "flash": ("_flash_attention_forward", "_flash_attention_backward"),
+}
 
 
 class Calls(TorchDispatchMode):
@@ -268,17 +279,44 @@ def to_dense(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("softcap", [None, SOFTCAP])
-@pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_uncompiled(window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its mask and its soft cap: uncompiled it has no backward."""
-    monkeypatch.setattr(attention_flex, "_compiled", lambda: attention_flex.flex_attention)
-    packing = Packing.from_lengths([100, 1, 60, 39], "cpu")
-    q, k, v, _ = draw(200, (4, 2), 16, torch.float32)
-    options: dict[str, Any] = {"scale": 0.3, "window": window, "softcap": softcap}
-    out, saved = attention_forward(q, k, v, packing, **options, backend="flex")
-    assert saved == ()
-    assert error(out, attention_reference(q, k, v, packing, **options)) < 1e-6
+def test_flex_attention_without_a_gpu(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and run by torch's plain form: documents, windows, soft cap, the backward too; one graph for them all."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attention_flex.packed_flex, fullgraph=True, backend=counter)
+    monkeypatch.setattr(attention_flex, "_compiled", lambda: compiled)
+    # torch has no kernel of the backward for a CPU, and refuses before it would take its plain form
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    for lengths in ([100, 1, 60, 39], [50, 150]):
+        packing = Packing.from_lengths(lengths, "cpu")
+        tensors = draw(200, (4, 2), 16, torch.float32)
+        for window in (None, 1, 7, 120):
+            options: dict[str, Any] = {"scale": 0.3, "window": window, "softcap": softcap}
+            ours = explicit(*tensors, packing, **options, backend="flex")
+            for name, mine, true in zip(
+                NAMES, ours, with_gradients(attention_reference, *tensors, packing, **options), strict=True
+            ):
+                assert error(mine, true) < 1e-5 if window != 1 or name in ("out", "dv") else mine.abs().max() < 1e-5, (
+                    name
+                )
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "lengths", "window"),
+    [("cudnn", [256, 256], None), ("cudnn", [256], None), ("flash", [256, 256], 50), ("flash", [5, 1, 90], None)],
+)
+def test_what_is_handed_to_torch_fits_its_operations(backend: str, lengths: Sequence[int], window: int | None) -> None:
+    """Shapes and layouts without data: what cannot run here is at least called rightly."""
+    packing = Packing(torch.empty(len(lengths) + 1, dtype=torch.int32, device="meta"), tuple(lengths))
+    tensors = draw(packing.num_tokens, (8, 2), 64, torch.bfloat16, "meta")
+    options: dict[str, Any] = {"scale": 0.1, "window": window, "backend": backend}
+    with Calls() as calls:
+        out, saved = attention_forward(*tensors[:3], packing, **options)
+        gradients = attention_backward(tensors[3], *tensors[:3], out, saved, packing, **options)
+    assert all(calls.counts[operation] == 1 for operation in OPERATIONS[backend])
+    assert [x.shape for x in (out, *gradients)] == [tensors[3].shape, *(x.shape for x in tensors[:3])]
+    assert all(x.is_contiguous() for x in gradients)
+    assert sum(x.numel() for x in saved) == packing.num_tokens * 8
 
 
 # --- which backend ----------------------------------------------------------------------------------------------
@@ -349,11 +387,6 @@ def test_a_deterministic_table_has_no_backend_that_adds_in_any_order(monkeypatch
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------
 
-# The aten operations that a backend has to call: a test of one backend cannot pass through another.
-OPERATIONS = {
-    "cudnn": ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"),
-    "flash": ("_flash_attention_forward", "_flash_attention_backward"),
-}
 GPU_PACKINGS = {
     "uneven": [700, 1, 128, 1000, 219],
     "uniform": [1024, 1024],

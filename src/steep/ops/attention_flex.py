@@ -2,13 +2,13 @@
 
 The backward needs nothing but q, k and v: it computes the forward once more and differentiates it, for autograd's own
 graph would keep q, k and v alive, whatever the step has decided to keep. No atomics, so it is deterministic.
-The first call of a shape compiles for some seconds.
+The first call of a shape compiles for some seconds; documents and windows change nothing of the shape.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -43,8 +43,9 @@ def forward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    with torch.no_grad():
-        return _attend(q, k, v, packing, scale, window, softcap).contiguous(), ()
+    with torch.enable_grad():  # as in the backward, since torch compiles once for each; the graph goes when this ends
+        leaves = (x.detach().requires_grad_() for x in (q, k, v))
+        return _attend(*leaves, packing, scale, window, softcap).detach().contiguous(), ()
 
 
 def backward(
@@ -72,16 +73,22 @@ def _attend(
     softcap: float | None,
 ) -> torch.Tensor:
     mask = packing.derived(("flex", window), lambda: block_mask(packing, window))
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    score_mod = None if softcap is None else soft_cap(softcap)
-    out = _compiled()(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=True)
-    return out.squeeze(0).transpose(0, 1)
+    return _compiled()(q, k, v, None if softcap is None else soft_cap(softcap), mask, scale)
 
 
 @lru_cache
 def _compiled() -> Any:
     """One graph or an error: uncompiled, FlexAttention would make the whole matrix of scores."""
-    return torch.compile(flex_attention, fullgraph=True)
+    return torch.compile(packed_flex, fullgraph=True)
+
+
+def packed_flex(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score_mod: Any, mask: BlockMask, scale: float
+) -> torch.Tensor:
+    """FlexAttention over [T, heads, head_dim]."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out = flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=True)
+    return cast(torch.Tensor, out).squeeze(0).transpose(0, 1)
 
 
 @lru_cache
