@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ FORMS = [(False, BF16, BF16), (True, BF16, FP32), (True, FP16, FP16), (False, FP
 
 def inputs(
     tokens: int, width: int, head_dim: int, rotated: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: str
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Any, ...]:
     """qkv, dqkv, the weights, cos and sin. Heads are of many sizes, down to where eps counts; their gradients too, so
     that each counts in the result."""
     num_heads = width // head_dim
@@ -71,11 +73,11 @@ def test_forward_and_backward(
     dtype: torch.dtype,
     weight_dtype: torch.dtype,
 ) -> None:
-    heads, form = (num_heads, num_kv_heads, head_dim), {"unit_offset": unit_offset}
+    heads = num_heads, num_kv_heads, head_dim
+    form: dict[str, Any] = {"unit_offset": unit_offset}
     width = (num_heads + 2 * num_kv_heads) * head_dim
     with along(route, kernels, forward=2, backward=1) as device:
-        qkv, dqkv, *rest = inputs(tokens, width, head_dim, rotated, dtype, weight_dtype, device)
-        q_weight, k_weight, cos, sin = rest
+        qkv, dqkv, q_weight, k_weight, cos, sin = inputs(tokens, width, head_dim, rotated, dtype, weight_dtype, device)
         operands = q_weight, k_weight, EPS, cos, sin, *heads
         raw, dy = qkv.clone(), dqkv.clone()
         out = unwritten(tokens, width, dtype, device)
@@ -98,12 +100,13 @@ def test_the_reference_is_what_transformers_does() -> None:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
     qkv, _, q_weight, k_weight, cos, sin = inputs(5, 6 * 32, 32, 32, FP32, FP32, "cpu")
-    normed = []
+    normed: list[Any] = []
     for weight, columns_of in ((q_weight, slice(0, 4)), (k_weight, slice(4, 5))):
         norm = Qwen3RMSNorm(32, eps=EPS)
         norm.weight.data.copy_(weight)
         normed.append(norm(qkv.unflatten(1, (6, 32))[None, :, columns_of]).transpose(1, 2))
-    rotated = apply_rotary_pos_emb(*normed, cos.repeat(1, 2)[None], sin.repeat(1, 2)[None])
+    q, k = normed
+    rotated = apply_rotary_pos_emb(q, k, cos.repeat(1, 2)[None], sin.repeat(1, 2)[None])
     ours = qk_norm_rope_reference(qkv, q_weight, k_weight, EPS, cos, sin, 4, 1, 32)[:, : 5 * 32]
     torch.testing.assert_close(ours.unflatten(1, (5, 32)), torch.cat(rotated, 1)[0].transpose(0, 1).detach())
 
@@ -132,8 +135,8 @@ def test_a_trained_weight_is_an_error() -> None:
 @pytest.mark.parametrize(("route",), cases([()]))
 def test_no_tokens(route: str) -> None:
     with along(route, kernels, forward=1, backward=1) as device:
-        qkv, dqkv, *rest = inputs(0, 5 * 64, 64, 64, FP32, FP32, device)
-        operands = *rest[:2], EPS, *rest[2:], 3, 1, 64
+        qkv, dqkv, q_weight, k_weight, cos, sin = inputs(0, 5 * 64, 64, 64, FP32, FP32, device)
+        operands = q_weight, k_weight, EPS, cos, sin, 3, 1, 64
         assert qk_norm_rope_forward(qkv, *operands).shape == (0, 5 * 64)
         assert qk_norm_rope_backward(dqkv, qkv, *operands).shape == (0, 5 * 64)
 
@@ -148,7 +151,7 @@ def test_planted_faults_are_refused(dtype: torch.dtype) -> None:
     truth = qk_norm_rope_reference(qkv.float(), q, k_weight, EPS, cos, sin, *heads)[:, :end]
     reference = qk_norm_rope_reference(qkv, q, k_weight, EPS, cos, sin, *heads)[:, :end]
     true_dx = true_gradient(dqkv, qkv, q, k_weight, EPS, cos, sin, *heads)[:, :end]
-    variants = (
+    variants: tuple[tuple[Any, ...], ...] = (
         (q, k_weight, 0.0, cos, sin, False),
         (q, k_weight, EPS, cos, sin, True),
         (q, k_weight, EPS, cos, -sin, False),
@@ -158,10 +161,11 @@ def test_planted_faults_are_refused(dtype: torch.dtype) -> None:
         (q.roll(32), k_weight.roll(32), EPS, cos, sin, False),  # the wrong half's weight
         (q, k_weight, EPS, cos.roll(1, 0), sin.roll(1, 0), False),
     )
-    for *operands, unit_offset in variants:
-        forward = qk_norm_rope_reference(qkv, *operands, *heads, unit_offset=unit_offset)[:, :end]
+    for variant in variants:
+        operands: Any = (*variant[:5], *heads)
+        forward = qk_norm_rope_reference(qkv, *operands, unit_offset=variant[5])[:, :end]
         assert_refused(forward, reference, truth)
-        backward = true_gradient(dqkv, qkv, *operands, *heads, unit_offset=unit_offset)[:, :end]
+        backward = true_gradient(dqkv, qkv, *operands, unit_offset=variant[5])[:, :end]
         assert_refused(backward.to(dtype), true_dx.to(dtype), true_dx)
     assert_refused(over_all_heads.to(dtype), reference, truth)
     assert_refused(x.to(dtype), reference, truth)
@@ -170,8 +174,8 @@ def test_planted_faults_are_refused(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 def test_offsets_beyond_32_bits() -> None:
-    qkv, dqkv, *rest = inputs(3, 6 * 64, 64, 64, BF16, BF16, "cuda")
-    operands = *rest[:2], EPS, *rest[2:], 4, 1, 64
+    qkv, dqkv, q_weight, k_weight, cos, sin = inputs(3, 6 * 64, 64, 64, BF16, BF16, "cuda")
+    operands = q_weight, k_weight, EPS, cos, sin, 4, 1, 64
     far = far_apart(qkv)
     assert torch.equal(qk_norm_rope_forward(far, *operands), qk_norm_rope_forward(qkv, *operands))
     far_gradient = qk_norm_rope_backward(dqkv.clone(), far, *operands)
