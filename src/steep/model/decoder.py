@@ -160,7 +160,7 @@ class FusedDecoder(nn.Module):
         return hidden_states.view(*shape, -1)
 
     def _layers(self, hidden_states: torch.Tensor, positions: torch.Tensor, packing: Packing) -> torch.Tensor:
-        dtype = compute_dtype(self.layers[0].mlp.down_proj, hidden_states.device)
+        dtype = compute_dtype(self.layers[0].mlp.down_proj, hidden_states)
         if self.norm.weight.requires_grad:
             raise Unfused("the last norm is trained")
         kinds = [getattr(layer.self_attn, "layer_type", None) for layer in self.layers]

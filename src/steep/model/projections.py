@@ -104,11 +104,12 @@ def _nf4(weight: Any) -> Nf4Weight:
     )
 
 
-def compute_dtype(module: Any, device: torch.device) -> torch.dtype:
-    """What products with a linear layer run in: autocast's dtype, a quantised weight's own, or the weight's."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+def compute_dtype(module: Any, stream: torch.Tensor) -> torch.dtype:
+    """What products with a linear layer run in: autocast's dtype, a 4-bit weight's own, the weight's, or, with an 8-bit
+    weight, that of the residual `stream`."""
+    if torch.is_autocast_enabled(stream.device.type):
+        return torch.get_autocast_dtype(stream.device.type)
     base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
     if isinstance(base, Linear4bit) and base.compute_dtype is not None:
         return base.compute_dtype
-    return base.weight.dtype if base.weight.dtype.is_floating_point else torch.float16
+    return base.weight.dtype if base.weight.dtype.is_floating_point else stream.dtype
