@@ -28,6 +28,8 @@ LENGTHS = ([5, 40, 19], [1, 60, 3])  # documents of two rows of 64
 
 def adapted(model: Any, **settings: Any) -> Any:
     """`model` with adapters that have an effect, ready to train."""
+    if model.config.model_type == "gemma2":
+        model.set_attn_implementation("eager")  # transformers 5.17 would take one that leaves the caps out
     model = add_adapters(model, r=settings.pop("r", 8), **settings)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():

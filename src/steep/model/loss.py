@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -98,6 +99,8 @@ def _head_weight(head: Any) -> torch.Tensor:
         )
         head = head.modules_to_save[active[0]] if active else head.original_module
         refuse_hooks(head, "lm_head")
+    if isinstance(head, LoraLayer):
+        raise Unfused("lm_head has LoRA")
     if type(head) is not nn.Linear:
         raise Unfused(f"lm_head is a {type(head).__name__}")
     if head.bias is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -31,6 +32,8 @@ def projection(module: Any, name: str, *, training: bool) -> Projection:
     refuse_hooks(module, name)
     if not isinstance(module, LoraLayer):
         return Projection(base_weight(module, name), module.bias, ())
+    if type(module) not in (lora.Linear, lora.bnb.Linear4bit, lora.bnb.Linear8bitLt):
+        raise Unfused(f"{name} is a {type(module).__name__} of PEFT")
     base: Any = module.get_base_layer()
     refuse_hooks(base, name)
     adapters: tuple[Lora, ...] = ()
