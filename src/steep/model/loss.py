@@ -29,30 +29,45 @@ class FusedCausalLM(nn.Module):
 
     def forward(
         self,
-        *args: Any,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        *,
         shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         ignore_index: int = IGNORED,
-        logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' arguments, and its output, in which `logits` is None where there are labels.
+        """transformers' arguments (Trainer reads their names), and its output, in which `logits` is None where there
+        are labels.
 
         Args:
             labels: [B, L], not shifted. The loss is the mean over those that are not `ignore_index`, or their sum over
                 `num_items_in_batch`.
             shift_labels: [B, L], shifted already, in place of `labels`.
         """
+        kwargs |= {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
         head = self._head_of_the_loss() if labels is not None or shift_labels is not None else None
         if head is None:
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             kwargs |= {name: value for name, value in given.items() if value is not None}
             if ignore_index != IGNORED:
                 kwargs["ignore_index"] = ignore_index
-            return super().forward(*args, logits_to_keep=logits_to_keep, return_dict=return_dict, **kwargs)
-        outputs = self.model(*args, **kwargs)
+            return super().forward(logits_to_keep=logits_to_keep, return_dict=return_dict, **kwargs)
+        outputs = self.model(**kwargs)
         hidden_states = outputs.last_hidden_state
         if shift_labels is None:
             assert labels is not None
