@@ -1,0 +1,82 @@
+"""How the benchmarks measure: the card's own ceilings, the time of a launch, and what is written beside a figure."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+LAUNCHES = 20
+_PACKAGES = (
+    "steep", "torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "unsloth"
+)  # fmt: skip
+
+
+def milliseconds(launch: Callable[[], object], launches: int = LAUNCHES) -> float:
+    """Median time of `launch` on the GPU, with nothing of its data in the second-level cache, between CUDA events."""
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    for _ in range(3):
+        launch()
+    times = []
+    for _ in range(launches):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        torch.cuda._sleep(1_000_000)  # so that the host is ahead, and its time for the launch is not counted
+        start.record()
+        launch()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def copy_bytes_per_second() -> float:
+    """Bytes read and written by a copy of 2 GiB."""
+    source = torch.empty(2**31, dtype=torch.int8, device="cuda")
+    out = torch.empty_like(source)
+    return 2 * source.numel() / milliseconds(lambda: out.copy_(source)) * 1e3
+
+
+def product_flops_per_second() -> float:
+    """Of a product of 8192 x 8192 matrices of random bf16 numbers: zeros would be faster."""
+    size = 8192
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return 2 * size**3 / milliseconds(lambda: a @ b) * 1e3
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def command() -> str:
+    """How this process was called."""
+    module = Path(sys.argv[0]).stem
+    return " ".join(["python -m", f"benchmarks.{module}", *sys.argv[1:]])
+
+
+def gpu_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+
+
+def results_file(name: str) -> Path:
+    """`benchmarks/results/DATE-GPU-NAME.jsonl`, of today and this machine's GPU."""
+    gpu = gpu_name().removeprefix("NVIDIA ").split()[0].lower()
+    return RESULTS / f"{date.today()}-{gpu}-{name}.jsonl"
+
+
+def append(file: Path, row: dict[str, object]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")

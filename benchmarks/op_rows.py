@@ -1,0 +1,359 @@
+"""The rows of `benchmarks.ops`: the shapes of Llama-3-8B at 4,096 tokens, where an op has no other.
+
+A row is a function that gives its cases one by one, so that only one stands in memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from steep.ops.lora import Lora, Projection
+from steep.ops.nf4 import Nf4Weight
+
+TOKENS, HIDDEN, INTERMEDIATE, VOCABULARY, RANK = 4096, 4096, 14336, 128256, 256
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+EPS = 1e-5
+DEVICE = "cuda"
+
+
+@dataclass
+class Case:
+    """One line of the table.
+
+    Attributes:
+        ours: what is timed; it may change its own tensors again and again.
+        result: our result of fresh inputs, which is compared with the reference's first output or gradient.
+        reference: differentiable function of `inputs`; None: there is nothing to compare with.
+        bytes, flops: that the op has to move or do.
+        direction: of reference and Liger: what of `function(*inputs)` is timed.
+        wrt: places of the inputs whose gradients are asked for.
+        adapters: tensors that the reference closes over, whose gradients are asked for too.
+        times_reference: False where the reference would take too long or too much memory.
+    """
+
+    op: str
+    shape: str
+    ours: Callable[[], Any]
+    result: Callable[[], Any]
+    reference: Callable[..., Any] | None
+    inputs: tuple[torch.Tensor, ...] = ()
+    bytes: float = 0
+    flops: float = 0
+    direction: Literal["forward", "backward", "both"] = "forward"
+    wrt: tuple[int, ...] = (0,)
+    adapters: tuple[torch.Tensor, ...] = ()
+    cotangent: torch.Tensor | None = None
+    liger: Callable[..., Any] | None = None
+    times_reference: bool = True
+
+
+def liger(name: str) -> Callable[..., Any] | None:
+    """One of Liger's functions, where Liger is installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    return getattr(importlib.import_module("liger_kernel.transformers.functional"), f"liger_{name}")
+
+
+def random(*shape: int, std: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return (torch.randn(*shape, device=DEVICE, dtype=torch.float32) * std).to(dtype)
+
+
+def rms_norm() -> Iterator[Case]:
+    from steep.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
+
+    x, dy, weight = random(TOKENS, HIDDEN), random(TOKENS, HIDDEN), random(HIDDEN)
+    out = torch.empty_like(x)
+    theirs = liger("rms_norm")
+    shape, inputs = f"{TOKENS} x {HIDDEN}", (x, weight)
+    common: dict[str, Any] = {
+        "shape": shape,
+        "inputs": inputs,
+        "reference": lambda x, weight: rms_norm_reference(x, weight, EPS),
+        "liger": theirs and (lambda x, weight: theirs(x, weight, EPS, in_place=False)),
+    }
+
+    def forward() -> torch.Tensor:
+        return rms_norm_forward(x, weight, EPS, out=out)
+
+    def backward() -> torch.Tensor:
+        return rms_norm_backward(dy, x, weight, EPS, out=out)
+
+    yield Case("rms_norm forward", ours=forward, result=forward, bytes=2 * 2 * x.numel(), **common)
+    yield Case(
+        "rms_norm backward", ours=backward, result=backward, bytes=3 * 2 * x.numel(), direction="backward",
+        cotangent=dy, **common,
+    )  # fmt: skip
+
+
+def angles() -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [T, D / 2]."""
+    frequencies = 5e5 ** (-torch.arange(0, HEAD_DIM, 2, device=DEVICE) / HEAD_DIM)
+    turned = torch.arange(TOKENS, device=DEVICE)[:, None] * frequencies
+    return turned.cos(), turned.sin()
+
+
+def rope() -> Iterator[Case]:
+    from steep.ops.rope import rope_forward, rope_reference
+
+    cos, sin = angles()
+    qkv = random(TOKENS, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    mine = qkv.clone()
+    function = liger("rope")
+    wide_cos, wide_sin = (torch.cat([part, part], dim=-1).to(qkv.dtype)[None] for part in (cos, sin))
+
+    def theirs(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        assert function is not None
+        heads = qkv.view(1, TOKENS, -1, HEAD_DIM).transpose(1, 2)
+        return function(heads[:, :HEADS], heads[:, HEADS : HEADS + KV_HEADS], wide_cos, wide_sin)
+
+    moved = 2 * 2 * TOKENS * (HEADS + KV_HEADS) * HEAD_DIM + 2 * 4 * cos.numel()
+    yield Case(
+        "rope", f"{TOKENS} x ({HEADS} + {KV_HEADS}) x {HEAD_DIM}",
+        ours=lambda: rope_forward(mine, cos, sin, HEADS, KV_HEADS, HEAD_DIM),
+        result=lambda: rope_forward(qkv.clone(), cos, sin, HEADS, KV_HEADS, HEAD_DIM),
+        reference=lambda qkv, cos, sin: rope_reference(qkv, cos, sin, HEADS, KV_HEADS, HEAD_DIM),
+        inputs=(qkv, cos, sin), bytes=moved, liger=function and theirs,
+    )  # fmt: skip
+
+
+def qk_norm() -> Iterator[Case]:
+    """Qwen3-8B's: norm of each head, and the rotation."""
+    from steep.ops.qk_norm import qk_norm_rope_backward, qk_norm_rope_forward, qk_norm_rope_reference
+
+    cos, sin = angles()
+    qkv, dqkv = (random(TOKENS, (HEADS + 2 * KV_HEADS) * HEAD_DIM) for _ in range(2))
+    weights = random(HEAD_DIM), random(HEAD_DIM)
+    heads = HEADS, KV_HEADS, HEAD_DIM
+    out, mine = torch.empty_like(qkv), dqkv.clone()
+    common: dict[str, Any] = {
+        "shape": f"{TOKENS} x ({HEADS} + {KV_HEADS}) x {HEAD_DIM}",
+        "inputs": (qkv, *weights, cos, sin),
+        "reference": lambda qkv, q, k, cos, sin: qk_norm_rope_reference(qkv, q, k, EPS, cos, sin, *heads),
+    }
+
+    def forward() -> torch.Tensor:
+        return qk_norm_rope_forward(qkv, *weights, EPS, cos, sin, *heads, out=out)
+
+    def backward(dqkv: torch.Tensor) -> torch.Tensor:
+        return qk_norm_rope_backward(dqkv, qkv, *weights, EPS, cos, sin, *heads)
+
+    read = 2 * 4 * cos.numel()
+    yield Case("qk_norm forward", ours=forward, result=forward, bytes=2 * 2 * qkv.numel() + read, **common)
+    yield Case(
+        "qk_norm backward", ours=lambda: backward(mine), result=lambda: backward(dqkv.clone()),
+        bytes=3 * 2 * TOKENS * (HEADS + KV_HEADS) * HEAD_DIM + read, direction="backward", cotangent=dqkv, **common,
+    )  # fmt: skip
+
+
+def swiglu() -> Iterator[Case]:
+    yield from _gated("swiglu", "silu")
+
+
+def geglu() -> Iterator[Case]:
+    yield from _gated("geglu", "gelu_tanh")
+
+
+def _gated(name: str, activation: Any) -> Iterator[Case]:
+    from steep.ops.swiglu import gated_backward, gated_forward, gated_reference
+
+    gate_up, dh = random(TOKENS, 2 * INTERMEDIATE), random(TOKENS, INTERMEDIATE)
+    out, mine, my_dh = torch.empty_like(dh), gate_up.clone(), dh.clone()
+    function = liger(name)
+    common: dict[str, Any] = {
+        "shape": f"{TOKENS} x {INTERMEDIATE}",
+        "inputs": (gate_up,),
+        "reference": lambda gate_up: gated_reference(gate_up, INTERMEDIATE, activation),
+        "liger": function and (lambda gate_up: function(*gate_up.chunk(2, 1))),
+    }
+
+    def forward() -> torch.Tensor:
+        return gated_forward(gate_up, INTERMEDIATE, activation, out)
+
+    def gradient() -> torch.Tensor:
+        both = gate_up.clone()
+        gated_backward(dh.clone(), both, INTERMEDIATE, activation)
+        return both
+
+    yield Case(f"{name} forward", ours=forward, result=forward, bytes=3 * 2 * out.numel(), **common)
+    yield Case(
+        f"{name} backward", ours=lambda: gated_backward(my_dh, mine, INTERMEDIATE, activation), result=gradient,
+        bytes=6 * 2 * out.numel(), direction="backward", cotangent=dh, **common,
+    )  # fmt: skip
+
+
+def linear_cross_entropy() -> Iterator[Case]:
+    """Loss and both gradients. By vocabulary chunks the logits are multiplied twice: four products, not three."""
+    from steep.ops.linear_cross_entropy import (
+        linear_cross_entropy_backward,
+        linear_cross_entropy_forward,
+        linear_cross_entropy_reference,
+    )
+
+    x, weight = random(TOKENS, HIDDEN), random(VOCABULARY, HIDDEN, std=0.02)
+    labels = torch.randint(VOCABULARY, (TOKENS,), device=DEVICE)
+    one = torch.ones((), device=DEVICE)
+    function = liger("fused_linear_cross_entropy")
+    for way, products in (("tokens", 3), ("vocabulary", 4)):
+
+        def ours(way: Any = way) -> Any:
+            return linear_cross_entropy_forward(x, weight, labels, way=way)
+
+        yield Case(
+            f"linear_ce by {way}", f"{TOKENS} x {HIDDEN} -> {VOCABULARY}", ours=ours,
+            result=lambda ours=ours: linear_cross_entropy_backward(ours()[1], one)[0],
+            flops=products * 2 * x.numel() * VOCABULARY,
+            reference=lambda x, weight: linear_cross_entropy_reference(x, weight, labels), inputs=(x, weight),
+            direction="both", wrt=(0, 1), cotangent=one, liger=function and (lambda x, w: function(x, w, labels)),
+        )  # fmt: skip
+
+
+def nf4_weight(rows: int, columns: int) -> Nf4Weight:
+    """A random weight, quantised twice."""
+    from bitsandbytes import functional
+
+    codes, state = functional.quantize_4bit(
+        random(rows, columns, std=0.02), blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    assert state.code is not None and state.offset is not None and state.state2 is not None
+    return Nf4Weight(
+        codes, state.absmax, state.code, (rows, columns), code_book=state.state2.code,
+        nested_absmax=state.state2.absmax, offset=state.offset.reshape(1),
+    )  # fmt: skip
+
+
+def nf4() -> Iterator[Case]:
+    from steep.ops.nf4 import nf4_reference
+
+    for rows, columns in ((INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)):
+        stored = nf4_weight(rows, columns)
+        out = torch.empty(rows, columns, dtype=torch.bfloat16, device=DEVICE)
+
+        def write(stored: Nf4Weight = stored, out: torch.Tensor = out) -> torch.Tensor:
+            stored.write(out)
+            return out
+
+        read = stored.codes.numel() + stored.absmax.numel() + stored.absmax.numel() / 64
+        yield Case(
+            "nf4 dequantise", f"{rows} x {columns}", ours=write, result=write,
+            reference=lambda codes, stored=stored: nf4_reference(stored).to(torch.bfloat16), inputs=(stored.codes,),
+            bytes=read + 2 * out.numel(),
+        )  # fmt: skip
+
+
+def int8() -> Iterator[Case]:
+    from steep.ops.int8 import Int8Weight, int8_reference
+
+    codes = torch.randint(-127, 128, (INTERMEDIATE, HIDDEN), dtype=torch.int8, device=DEVICE)
+    stored = Int8Weight(codes, random(INTERMEDIATE, dtype=torch.float32).abs())
+    out = torch.empty(INTERMEDIATE, HIDDEN, dtype=torch.bfloat16, device=DEVICE)
+
+    def write() -> torch.Tensor:
+        stored.write(out)
+        return out
+
+    yield Case(
+        "int8 dequantise", f"{INTERMEDIATE} x {HIDDEN}", ours=write, result=write,
+        reference=lambda codes: int8_reference(stored).to(torch.bfloat16), inputs=(codes,), bytes=3 * out.numel(),
+    )  # fmt: skip
+
+
+def merge() -> Iterator[Case]:
+    """W + B·A of NF4, rounded once."""
+    from steep.ops.merge import merge_reference, merge_write
+
+    stored = nf4_weight(INTERMEDIATE, HIDDEN)
+    b, a = random(INTERMEDIATE, RANK, std=0.01), random(RANK, HIDDEN, std=0.01)
+    out = torch.empty(INTERMEDIATE, HIDDEN, dtype=torch.bfloat16, device=DEVICE)
+
+    def write() -> torch.Tensor:
+        merge_write(stored, b, a, out)
+        return out
+
+    yield Case(
+        "merge", f"{INTERMEDIATE} x {HIDDEN}, rank {RANK}", ours=write, result=write,
+        reference=lambda b, a: merge_reference(stored, b, a).to(torch.bfloat16), inputs=(b, a),
+        bytes=2.52 * out.numel() + 2 * (b.numel() + a.numel()), flops=2 * out.numel() * RANK,
+    )  # fmt: skip
+
+
+def projection(outputs: int, inputs: int) -> Projection:
+    b = random(outputs, RANK, std=0.01).requires_grad_()
+    a = random(RANK, inputs, std=0.01).requires_grad_()
+    return Projection(nf4_weight(outputs, inputs), None, (Lora(a, b, 2.0),))
+
+
+def lora_flops(outputs: int, inputs: int) -> float:
+    """Forward and backward of one projection: y and dX of the base and of the adapter, dA and dB."""
+    return TOKENS * (4 * outputs * inputs + 6 * RANK * (outputs + inputs))
+
+
+def lora_qkv() -> Iterator[Case]:
+    """Forward and backward."""
+    from steep.ops.lora_qkv import lora_qkv, lora_qkv_reference
+
+    sizes = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
+    projections = [projection(size, HIDDEN) for size in sizes]
+    x, dy = random(TOKENS, HIDDEN).requires_grad_(), random(TOKENS, sum(sizes))
+    adapters = tuple(tensor for each in projections for tensor in each.tensors())
+
+    def ours() -> Any:
+        return torch.autograd.grad(lora_qkv(x, projections), (x, *adapters), dy)
+
+    yield Case(
+        "lora_qkv both ways", f"{TOKENS} x {HIDDEN} -> {sum(sizes)}, rank {RANK}", ours=ours, result=ours,
+        reference=lambda x: lora_qkv_reference(x, projections), inputs=(x,), direction="both", cotangent=dy,
+        adapters=adapters, flops=sum(lora_flops(size, HIDDEN) for size in sizes),
+    )  # fmt: skip
+
+
+def attention() -> Iterator[Case]:
+    """Two documents of 2,048 tokens, each backend that is fit."""
+    from steep.ops.attention import attention_backward, attention_forward
+    from steep.ops.attention_backends import usable_backends
+    from steep.ops.packing import Packing
+
+    documents, length, scale = 2, TOKENS // 2, HEAD_DIM**-0.5
+    q, dout = random(TOKENS, HEADS, HEAD_DIM), random(TOKENS, HEADS, HEAD_DIM)
+    k, v = random(TOKENS, KV_HEADS, HEAD_DIM), random(TOKENS, KV_HEADS, HEAD_DIM)
+    packing = Packing.from_lengths([length] * documents, DEVICE)
+    flops = documents * 4 * length**2 / 2 * HEADS * HEAD_DIM
+
+    def library(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.view(documents, length, -1, HEAD_DIM).transpose(1, 2) for part in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2).reshape(TOKENS, HEADS, HEAD_DIM)
+
+    for backend in usable_backends(DEVICE, torch.bfloat16, HEAD_DIM, length):
+        if backend == "reference" and DEVICE == "cuda":
+            continue
+        options: dict[str, Any] = {"scale": scale, "backend": backend}
+        out, saved = attention_forward(q, k, v, packing, **options)
+        common: dict[str, Any] = {
+            "shape": f"{documents} x {length}, {HEADS}/{KV_HEADS} x {HEAD_DIM}",
+            "reference": library,
+            "inputs": (q, k, v),
+        }
+
+        def forward(options: dict[str, Any] = options) -> torch.Tensor:
+            return attention_forward(q, k, v, packing, **options)[0]
+
+        def backward(out: Any = out, saved: Any = saved, options: dict[str, Any] = options) -> Any:
+            return attention_backward(dout, q, k, v, out, saved, packing, **options)
+
+        yield Case(f"attention {backend} forward", ours=forward, result=forward, flops=flops, **common)
+        yield Case(
+            f"attention {backend} backward", ours=backward, result=backward, flops=2.5 * flops, direction="backward",
+            wrt=(0, 1, 2), cotangent=dout, **common,
+        )  # fmt: skip
+
+
+ROWS: dict[str, Callable[[], Iterator[Case]]] = {
+    row.__name__: row
+    for row in (rms_norm, rope, qk_norm, swiglu, geglu, linear_cross_entropy, nf4, int8, merge, lora_qkv, attention)
+}
