@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from steep.errors import UserError
-from steep.evaluation.adapters import unwrap
 from steep.generation import TextPieces, generate, generate_side_by_side, sample
+from steep.model.unwrap import unwrap
 from tests.evaluation.oracle import ignore_pefts_warning, with_adapters
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 

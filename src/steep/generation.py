@@ -16,9 +16,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from steep.errors import UserError, shown
-from steep.evaluation.adapters import base_model, unwrap
+from steep.evaluation.adapters import base_model
 from steep.evaluation.mode import inference_mode, input_device
 from steep.foreign import told_as_input
+from steep.model.unwrap import unwrap
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 

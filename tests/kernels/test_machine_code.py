@@ -16,9 +16,7 @@ from tests.kernels.machine_code import SHARED_KIB, compilations, dtype_on, kerne
 
 REGISTERS = 255
 # Bytes a thread keeps in memory for want of registers: none, but for a tile of a product that is dequantised beside it.
-# A card of 7.5 multiplies it without tensor cores: the kernel is right there, and slow.
 SPILLED_BYTES = {"nf4_lora.merge_kernel": 512}
-SPILLED_BYTES_ON_75 = {"nf4_lora.merge_kernel": 16384}
 
 Build = dict[str, object]
 
@@ -40,9 +38,8 @@ def faults(build: Build) -> list[str]:
     """What stands against running this build on its card."""
     if "error" in build:
         return [str(build["error"])]
-    kernel, capability = str(build["kernel"]), int(str(build["capability"]))
-    spilled = SPILLED_BYTES_ON_75 if capability == 75 else SPILLED_BYTES
-    limits = {"shared": SHARED_KIB[capability] * 1024, "registers": REGISTERS, "spilled": spilled.get(kernel, 0)}
+    shared, spilled = SHARED_KIB[int(str(build["capability"]))] * 1024, SPILLED_BYTES.get(str(build["kernel"]), 0)
+    limits = {"shared": shared, "registers": REGISTERS, "spilled": spilled}
     return [f"{build[what]} {what}, {limit} allowed" for what, limit in limits.items() if int(str(build[what])) > limit]
 
 

@@ -139,16 +139,18 @@ OPERATIONS = {
 
 
 class Calls(TorchDispatchMode):
-    """Counts the aten operations that run."""
+    """Counts the aten operations that run, and keeps the options of the last call of each."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: dict[str, int] = {}
+        self.options: dict[str, dict[str, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
         self.counts[name] = self.counts.get(name, 0) + 1
-        return func(*args, **(kwargs or {}))
+        self.options[name] = kwargs or {}
+        return func(*args, **self.options[name])
 
 
 # --- the semantics, on a CPU ----------------------------------------------------------------------------------
@@ -285,7 +287,7 @@ def test_flex_attention_without_a_gpu(softcap: float | None, monkeypatch: pytest
     compiled = torch.compile(attention_flex.packed_flex, fullgraph=True, backend=counter)
     monkeypatch.setattr(attention_flex, "_compiled", lambda: compiled)
     # torch has no kernel of the backward for a CPU, and refuses before it would take its plain form
-    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     for lengths in ([100, 1, 60, 39], [50, 150]):
         packing = Packing.from_lengths(lengths, "cpu")
         tensors = draw(200, (4, 2), 16, torch.float32)
@@ -313,7 +315,10 @@ def test_what_is_handed_to_torch_fits_its_operations(backend: str, lengths: Sequ
     with Calls() as calls:
         out, saved = attention_forward(*tensors[:3], packing, **options)
         gradients = attention_backward(tensors[3], *tensors[:3], out, saved, packing, **options)
-    assert all(calls.counts[operation] == 1 for operation in OPERATIONS[backend])
+    for operation in OPERATIONS[backend]:
+        assert calls.counts[operation] == 1
+        sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+        assert calls.options[operation] == {"scale": 0.1, **sides}
     assert [x.shape for x in (out, *gradients)] == [tensors[3].shape, *(x.shape for x in tensors[:3])]
     assert all(x.is_contiguous() for x in gradients)
     assert sum(x.numel() for x in saved) == packing.num_tokens * 8

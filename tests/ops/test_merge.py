@@ -71,6 +71,16 @@ def test_groups_of_row_tiles(calls: list[int]) -> None:
     assert calls == [1]
 
 
+def test_a_card_without_tensor_cores_for_it_takes_the_product(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "runs_on", lambda device: False)
+    weight, dense = nf4(torch.randn(63, 72))
+    with interpreted():
+        check_merge(weight, dense, *adapter((63, 72, 16), torch.float16), torch.float16)
+    assert calls == []
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("double", [True, False])

@@ -1,21 +1,16 @@
-"""The model inside PEFT's wrapper, and the base model that it was before training."""
+"""The base model that a model was before training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
 
 from steep.errors import UserError
-
-
-def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself. Its linear layers still carry the adapters, so what it computes is unchanged."""
-    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+from steep.model.unwrap import unwrap
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from steep.evaluation.adapters import unwrap
+from steep.model.unwrap import unwrap
 
 TILE = 1024
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from steep.evaluation.adapters import unwrap
+from steep.model.unwrap import unwrap
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from steep.errors import UserError
-from steep.evaluation.adapters import unwrap
 from steep.evaluation.logits import Head, agrees, find_head, losses_from_hidden, losses_from_logits
 from steep.evaluation.mode import inference_mode, input_device
 from steep.evaluation.score import DomainScore
 from steep.evaluation.windows import Batch, Row, pack, windows
+from steep.model.unwrap import unwrap
 
 Progress = Callable[[str, int, int], None]
 """Called after each batch with the domain, its tokens scored so far, and all that will be scored in it."""

@@ -21,10 +21,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from steep.errors import RunError
-from steep.evaluation.adapters import unwrap
 from steep.evaluation.mode import inference_mode, input_device
 from steep.evaluation.perplexity import Document, Progress, evaluate
 from steep.evaluation.score import DomainScore
+from steep.model.unwrap import unwrap
 
 BITS_LIMIT = 0.005
 """Bits per byte, of any domain."""

@@ -129,8 +129,16 @@ def merge(
     )
 
 
+def runs_on(device: torch.device) -> bool:
+    """Triton's dot has tensor cores from compute capability 8.0 on. Before, the tile does not fit in registers."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def compilations(dtype: torch.dtype) -> list[Compilation]:
-    """How the kernel is launched for an adapter and a weight in `dtype`, the absmax quantised again."""
+    """How the kernel is launched for an adapter and a weight in `dtype`, the absmax quantised again. Cards that know
+    fp16 only are not run on."""
+    if dtype == torch.float16:
+        return []
     pointers = {"words": "*i32", "absmax": "*u8", "code_book": "*fp32", "nested_absmax": "*fp32", "offset": "*fp32"}
     pointers |= {"table": "*fp32", "b": triton_type(dtype), "a": triton_type(dtype), "out": triton_type(dtype)}
     integers = ("num_rows", "words_a_row", "rank", "b_stride", "a_stride", "out_stride")

@@ -44,8 +44,8 @@ def forward(
     softcap: float | None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     with torch.enable_grad():  # as in the backward, since torch compiles once for each; the graph goes when this ends
-        leaves = (x.detach().requires_grad_() for x in (q, k, v))
-        return _attend(*leaves, packing, scale, window, softcap).detach().contiguous(), ()
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        return _attend(q, k, v, packing, scale, window, softcap).detach().contiguous(), ()
 
 
 def backward(

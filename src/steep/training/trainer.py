@@ -18,8 +18,8 @@ from steep.data.packed_dataset import collate
 from steep.data.packing import Corpus
 from steep.data.sampler import EpochSampler
 from steep.errors import RunError, UserError
-from steep.evaluation.adapters import unwrap
 from steep.evaluation.perplexity import DomainScore, evaluate
+from steep.model.unwrap import unwrap
 from steep.stopping import Stop
 from steep.training import parallel
 from steep.training.adamw8bit import AdamW8bit

@@ -1,0 +1,172 @@
+"""The first half of a decoder layer: x2 = x + o(attention(rope(qkv(norm(x))))), step by step, forward and backward.
+
+Gemma norms what is added: x2 = x + norm(o(...)). Steps stand alone so that a level can take up the work anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from steep.model.layer import Batch, Layer, rows
+from steep.ops.attention import attention_backward, attention_forward
+from steep.ops.attention_backends import table_backend
+from steep.ops.lora import LoraGroup
+from steep.ops.qk_norm import qk_norm_rope_backward, qk_norm_rope_forward
+from steep.ops.rope import rope_backward, rope_forward
+
+
+class AttentionHalf:
+    """Shapes: x, x2 [T, H]; qkv, rotated [T, (NH + 2 NK) * D]; "rows" are input or gradient rows that LoRA extends."""
+
+    def __init__(self, layer: Layer, batch: Batch) -> None:
+        self.layer, self.batch = layer, batch
+        self.qkv = LoraGroup(layer.qkv, batch.dtype)
+        self.o = LoraGroup((layer.o,), batch.dtype)
+
+    # ---- forward
+
+    def normed(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The extended input rows of qkv, whose filled buffer `weights` is."""
+        normed = rows(x, self.qkv.input_width, self.batch.dtype)
+        self.layer.attention_norm.forward(x, out=normed[:, self.qkv.x_columns])
+        self.qkv.extend_input(normed, weights)
+        return normed
+
+    def project(self, normed: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """q, k and v, as they are before norms and rope."""
+        qkv = rows(normed, self.qkv.outputs, self.batch.dtype)
+        self.qkv.forward(normed, weights, qkv)
+        return qkv
+
+    def rotate(self, qkv: torch.Tensor) -> torch.Tensor:
+        """q and k normed, where the layer norms them, and turned; in place where it does not."""
+        attention, batch = self.layer.attention, self.batch
+        if attention.q_norm is None or attention.k_norm is None:
+            rope_forward(qkv, batch.cos, batch.sin, *attention.heads)
+            return qkv
+        rotated = torch.empty_like(qkv)
+        qk_norm_rope_forward(
+            qkv,
+            attention.q_norm.weight,
+            attention.k_norm.weight,
+            attention.q_norm.eps,
+            batch.cos,
+            batch.sin,
+            *attention.heads,
+            unit_offset=attention.q_norm.unit_offset,
+            out=rotated,
+        )
+        return rotated
+
+    def attend(self, rotated: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        """The extended input rows of o, whose filled buffer `weights` is: they hold attention's output. And what
+        attention's backward needs beside them."""
+        out, saved = attention_forward(*self._heads(rotated), self.batch.packing, **self._how())
+        attended = rows(rotated, self.o.input_width, self.batch.dtype)
+        attended[:, self.o.x_columns] = out.flatten(1)
+        self.o.extend_input(attended, weights)
+        return attended, saved
+
+    def output(self, attended: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """o's output, where a norm follows it."""
+        out = rows(attended, self.o.outputs, self.batch.dtype)
+        self.o.forward(attended, weights, out)
+        return out
+
+    def add(
+        self, x: torch.Tensor, attended: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x2, and o's output where a norm follows it."""
+        norm = self.layer.attention_out_norm
+        if norm is not None:
+            out = self.output(attended, weights)
+            return norm.forward(out, residual=x), out
+        x2 = torch.empty_like(x)
+        self.o.forward(attended, weights, x2, add=x)
+        return x2, None
+
+    # ---- backward
+
+    def attend_backward(
+        self,
+        dx2: torch.Tensor,
+        out: torch.Tensor | None,
+        attended: torch.Tensor,
+        rotated: torch.Tensor,
+        qkv: torch.Tensor,
+        saved: tuple[Any, ...],
+        weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """The gradient rows of qkv, from that of x2; and the gradients of o's adapters. `weights` is o's buffer."""
+        norm = self.layer.attention_out_norm
+        d_out = rows(dx2, self.o.gradient_width, self.batch.dtype)
+        if norm is None:
+            d_out[:, : self.o.outputs] = dx2
+        else:
+            norm.backward(dx2, out, out=d_out[:, : self.o.outputs])
+        self.o.extend_gradient(d_out, weights)
+        d_attended = self.o.input_gradient(d_out, weights)
+        gradients = self.o.adapter_gradients(d_out, attended)
+        d_qkv = rows(dx2, self.qkv.gradient_width, self.batch.dtype)
+        attention_backward(
+            self._per_head(d_attended),
+            *self._heads(rotated),
+            self._per_head(attended[:, self.o.x_columns]),
+            saved,
+            self.batch.packing,
+            into=self._heads(d_qkv),
+            **self._how(),
+        )
+        self._rotate_backward(d_qkv[:, : self.qkv.outputs], qkv)
+        return d_qkv, gradients
+
+    def project_backward(
+        self, d_qkv: torch.Tensor, dx2: torch.Tensor, x: torch.Tensor, normed: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """The gradients of x and of the adapters of q, k and v."""
+        self.qkv.extend_gradient(d_qkv, weights)
+        d_normed = self.qkv.input_gradient(d_qkv, weights)
+        gradients = self.qkv.adapter_gradients(d_qkv, normed)
+        return self.layer.attention_norm.backward(d_normed, x, add=dx2), gradients
+
+    def _rotate_backward(self, d_qkv: torch.Tensor, qkv: torch.Tensor) -> None:
+        attention, batch = self.layer.attention, self.batch
+        if attention.q_norm is None or attention.k_norm is None:
+            rope_backward(d_qkv, batch.cos, batch.sin, *attention.heads)
+            return
+        qk_norm_rope_backward(
+            d_qkv,
+            qkv,
+            attention.q_norm.weight,
+            attention.k_norm.weight,
+            attention.q_norm.eps,
+            batch.cos,
+            batch.sin,
+            *attention.heads,
+            unit_offset=attention.q_norm.unit_offset,
+        )
+
+    def _how(self) -> dict[str, Any]:
+        attention, batch = self.layer.attention, self.batch
+        backend = batch.backend or table_backend(
+            batch.cos.device,
+            batch.dtype,
+            attention.head_dim,
+            batch.packing.uniform,
+            attention.window,
+            attention.softcap,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return {"scale": attention.scale, "window": attention.window, "softcap": attention.softcap, "backend": backend}
+
+    def _per_head(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unflatten(1, (-1, self.layer.attention.head_dim))
+
+    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v as [T, heads, head_dim], views of the first columns of `qkv`."""
+        num_heads, num_kv_heads, head_dim = self.layer.attention.heads
+        heads = self._per_head(qkv[:, : (num_heads + 2 * num_kv_heads) * head_dim])
+        q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        return q, k, v

@@ -1,0 +1,212 @@
+"""The fused forward of a decoder and of its layers, as mixins before transformers' own classes.
+
+A call that they do not compute goes to the library's forward: quietly one with a key-value cache (generate), and with
+one line that names the reason any other.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from steep.errors import UserError
+from steep.model.block import block
+from steep.model.layer import Batch
+from steep.model.projections import Unfused, compute_dtype, refuse_hooks
+from steep.model.read_layer import Traits, read_layer
+from steep.model.recompute import kept_bytes, levels_within
+from steep.ops.packing import Packing
+from steep.ops.rms_norm import rms_norm
+
+logger = logging.getLogger("steep")
+
+
+@dataclass
+class Fused:
+    """How an installed model computes; one object for its decoder and its causal LM.
+
+    Attributes:
+        levels: what each layer keeps (`steep.model.block`); None: chosen at the first call that trains.
+        backend: of attention; None: chosen for each layer and kind of batch.
+        logits: give logits beside the loss.
+        calls: fused forwards of the decoder so far.
+        said: reasons that were told already.
+    """
+
+    levels: list[int] | None = None
+    backend: str | None = None
+    logits: bool = False
+    calls: int = 0
+    said: set[str] = field(default_factory=set)
+
+    def say_once(self, reason: str) -> None:
+        if reason not in self.said:
+            self.said.add(reason)
+            logger.warning("not fused, so slower and with more memory: %s", reason)
+
+
+class FusedLayer(nn.Module):
+    """A decoder layer that computes as one block where it is given a `batch`."""
+
+    traits = Traits()
+    gradient_checkpointing: bool
+    _gradient_checkpointing_func: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """transformers ≥ 5.23 wraps a layer's forward in its gradient checkpointing here; this one has its own."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return nn.Module.__call__(self, *args, **kwargs)  # past transformers 5.17's gradient checkpointing
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, batch: Batch | None = None, **kwargs: Any) -> Any:
+        if batch is not None:
+            return block(hidden_states, read_layer(self, self.traits), batch)
+        library = partial(super().forward, *args, **kwargs)
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(library, hidden_states)
+        return library(hidden_states)
+
+
+class FusedDecoder(nn.Module):
+    """A decoder whose layers are `FusedLayer`s."""
+
+    fused: Fused
+    config: Any
+    embed_tokens: Any
+    layers: Any
+    norm: Any
+    rotary_emb: Any
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' arguments, and its output."""
+        if self._wants_cache(past_key_values, use_cache):
+            fused = False
+        else:
+            use_cache = False
+            try:
+                _refuse_outputs(self.config, kwargs)
+                hidden_states = self._fused_forward(input_ids, attention_mask, position_ids, inputs_embeds)
+                fused = True
+            except Unfused as reason:
+                self.fused.say_once(str(reason))
+                fused = False
+        if fused:
+            return BaseModelOutputWithPast(last_hidden_state=hidden_states)  # pyright: ignore[reportPossiblyUnboundVariable]
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _wants_cache(self, past_key_values: Any, use_cache: bool | None) -> bool:
+        trains = self.training and torch.is_grad_enabled()
+        if trains and (past_key_values is not None or use_cache):
+            raise UserError(
+                "use_cache", "a key-value cache in training lets documents see each other", "Pass use_cache=False."
+            )
+        if past_key_values is not None or trains:
+            return past_key_values is not None
+        return bool(self.config.use_cache if use_cache is None else use_cache)
+
+    def _fused_forward(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The last hidden states [B, L, H], zero where a row is padded."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give one of input_ids and inputs_embeds")
+        refuse_hooks(self.norm, "the last norm")
+        embedded: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # pyright: ignore[reportAssignmentType]
+        shape, device = embedded.shape[:2], embedded.device
+        lengths = _lengths(attention_mask, shape)
+        if position_ids is None:
+            position_ids = torch.arange(shape[1], device=device)[None]
+        positions = position_ids.expand(shape)
+        hidden_states, valid = embedded.flatten(0, 1), None
+        if lengths is None:
+            packing = Packing.from_positions(positions)
+            positions = positions.reshape(1, -1)
+        else:
+            valid = torch.cat([torch.arange(n) + row * shape[1] for row, n in enumerate(lengths)]).to(device)
+            packing = Packing.from_lengths(lengths, device)
+            hidden_states, positions = hidden_states[valid], positions.reshape(1, -1)[:, valid]
+        hidden_states = self._layers(hidden_states, positions, packing)
+        if valid is not None:
+            padded = hidden_states.new_zeros(shape.numel(), hidden_states.shape[1])
+            hidden_states = padded.index_copy(0, valid, hidden_states)
+        self.fused.calls += 1
+        return hidden_states.view(*shape, -1)
+
+    def _layers(self, hidden_states: torch.Tensor, positions: torch.Tensor, packing: Packing) -> torch.Tensor:
+        dtype = compute_dtype(self.layers[0].mlp.down_proj, hidden_states)
+        if self.norm.weight.requires_grad:
+            raise Unfused("the last norm is trained")
+        kinds = [getattr(layer.self_attn, "layer_type", None) for layer in self.layers]
+        turns = {kind: self._turns(positions, kind) for kind in set(kinds)}
+        levels = self._levels(hidden_states, dtype) if torch.is_grad_enabled() else [0] * len(kinds)
+        for layer, kind, level in zip(self.layers, kinds, levels, strict=True):
+            hidden_states = layer(hidden_states, batch=Batch(packing, *turns[kind], dtype, level, self.fused.backend))
+        traits = self.layers[0].traits
+        eps = self.norm.eps if hasattr(self.norm, "eps") else self.norm.variance_epsilon
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return rms_norm(hidden_states, self.norm.weight, eps, unit_offset=traits.unit_offset).to(dtype)
+
+    def _turns(self, positions: torch.Tensor, kind: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, fp32 [T, R / 2], of the layers of one kind: the model's own, which knows of scaled forms."""
+        like = torch.empty(0, dtype=torch.float32, device=positions.device)  # cos and sin come in its dtype
+        by_kind = (kind,) if hasattr(self.rotary_emb, "layer_types") else ()
+        cos, sin = self.rotary_emb(like, positions, *by_kind)
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+    def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:
+        if self.fused.levels is None:
+            kept = kept_bytes(read_layer(self.layers[0], self.layers[0].traits), dtype, hidden_states.dtype)
+            self.fused.levels = levels_within(self, kept, hidden_states.shape[0])
+        return self.fused.levels
+
+
+def _refuse_outputs(config: Any, kwargs: dict[str, Any]) -> None:
+    for name in ("output_hidden_states", "output_attentions"):
+        asked = kwargs.get(name)
+        if getattr(config, name, False) if asked is None else asked:
+            raise Unfused(f"{name} was asked for")
+
+
+def _lengths(attention_mask: Any, shape: torch.Size) -> list[int] | None:
+    """Tokens of each row before its padding on the right; None: no row is padded.
+
+    Raises:
+        Unfused: the mask says something else.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != shape:
+        raise Unfused("its attention mask is not one value for each token")
+    mask = attention_mask.bool().cpu()
+    lengths = mask.sum(1)
+    if not torch.equal(mask, torch.arange(shape[1]) < lengths[:, None]):
+        raise Unfused("its attention mask is neither causal nor right padding")
+    return None if bool(mask.all()) else lengths.tolist()

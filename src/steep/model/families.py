@@ -1,0 +1,127 @@
+"""The model families that steep computes fused: transformers' classes, each with the fused forward before its own.
+
+A fused class bears the name of the class that it stands for, at the top of this module: pickle finds it here, and
+accelerate, FSDP and device maps, which match layers by name, find what they look for.
+"""
+
+from __future__ import annotations
+
+from transformers.models.gemma import modeling_gemma as gemma
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from steep.model.decoder import FusedDecoder, FusedLayer
+from steep.model.loss import FusedCausalLM
+from steep.model.read_layer import Traits
+
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
+
+
+class LlamaDecoderLayer(FusedLayer, llama.LlamaDecoderLayer):
+    pass
+
+
+class LlamaModel(FusedDecoder, llama.LlamaModel):
+    pass
+
+
+class LlamaForCausalLM(FusedCausalLM, llama.LlamaForCausalLM):
+    pass
+
+
+class MistralDecoderLayer(FusedLayer, mistral.MistralDecoderLayer):
+    pass
+
+
+class MistralModel(FusedDecoder, mistral.MistralModel):
+    pass
+
+
+class MistralForCausalLM(FusedCausalLM, mistral.MistralForCausalLM):
+    pass
+
+
+class Qwen2DecoderLayer(FusedLayer, qwen2.Qwen2DecoderLayer):
+    pass
+
+
+class Qwen2Model(FusedDecoder, qwen2.Qwen2Model):
+    pass
+
+
+class Qwen2ForCausalLM(FusedCausalLM, qwen2.Qwen2ForCausalLM):
+    pass
+
+
+class Qwen3DecoderLayer(FusedLayer, qwen3.Qwen3DecoderLayer):
+    pass
+
+
+class Qwen3Model(FusedDecoder, qwen3.Qwen3Model):
+    pass
+
+
+class Qwen3ForCausalLM(FusedCausalLM, qwen3.Qwen3ForCausalLM):
+    pass
+
+
+class GemmaDecoderLayer(FusedLayer, gemma.GemmaDecoderLayer):
+    traits = Traits(unit_offset=True)
+
+
+class GemmaModel(FusedDecoder, gemma.GemmaModel):
+    pass
+
+
+class GemmaForCausalLM(FusedCausalLM, gemma.GemmaForCausalLM):
+    pass
+
+
+class Gemma2DecoderLayer(FusedLayer, gemma2.Gemma2DecoderLayer):
+    traits = Traits(unit_offset=True, norms_added=True, softcap=True)
+
+
+class Gemma2Model(FusedDecoder, gemma2.Gemma2Model):
+    pass
+
+
+class Gemma2ForCausalLM(FusedCausalLM, gemma2.Gemma2ForCausalLM):
+    pass
+
+
+class Gemma3DecoderLayer(FusedLayer, gemma3.Gemma3DecoderLayer):
+    traits = Traits(unit_offset=True, norms_added=True)
+
+
+class Gemma3TextModel(FusedDecoder, gemma3.Gemma3TextModel):
+    pass
+
+
+class Gemma3ForCausalLM(FusedCausalLM, gemma3.Gemma3ForCausalLM):
+    pass
+
+
+# Causal LMs, decoders and layers, each behind its family's config.
+FUSED = (
+    LlamaForCausalLM, LlamaModel, LlamaDecoderLayer,
+    MistralForCausalLM, MistralModel, MistralDecoderLayer,
+    Qwen2ForCausalLM, Qwen2Model, Qwen2DecoderLayer,
+    Qwen3ForCausalLM, Qwen3Model, Qwen3DecoderLayer,
+    GemmaForCausalLM, GemmaModel, GemmaDecoderLayer,
+    Gemma2ForCausalLM, Gemma2Model, Gemma2DecoderLayer,
+    Gemma3ForCausalLM, Gemma3TextModel, Gemma3DecoderLayer,
+)  # fmt: skip
+
+
+def library_class(fused: type) -> type:
+    """The class of transformers that a fused class stands for."""
+    return fused.__bases__[1]
+
+
+def fused_class(library: type) -> type | None:
+    """The fused class that stands for a class of transformers; None: there is none."""
+    return next((fused for fused in FUSED if library_class(fused) is library), None)

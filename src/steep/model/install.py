@@ -1,0 +1,96 @@
+"""The fused forward put on a model, and taken off: the classes of its own decoder, layers and causal LM are set.
+
+Nothing else changes, and no other model: parameters, their names and their adapters stay where they are, so PEFT,
+Trainer, saving, merging and generate() find what they know. The fused forward reads all of it anew at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from steep.errors import UserError
+from steep.model.block import LEVELS
+from steep.model.decoder import Fused
+from steep.model.families import FUSED, fused_class, library_class
+from steep.model.projections import Unfused
+from steep.model.read_layer import read_layer
+from steep.model.unwrap import unwrap
+
+
+def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bool = False) -> Any:
+    """Let `model`, a causal LM of transformers or PEFT's wrapper around one, compute with steep's fused layers.
+
+    Every call without a key-value cache is then fused, in training and in evaluation. A call that cannot be goes
+    through the library's own forward, and a line says why.
+
+    Args:
+        levels: what layers keep for the backward pass, from 0 (most memory, fastest) to 3, for all or for each; see
+            `steep.model.block`. None: chosen for the free memory at the first call that trains.
+        logits: give logits too where there are labels, without a gradient (for `compute_metrics`).
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        UserError: it is of no family that is known, or holds what is not computed fused; nothing is changed then.
+    """
+    reason = why_not_fused(model)
+    if reason is not None:
+        raise UserError("model", f"it cannot be fused: {reason}", "Train it as it is, or set fused: auto.")
+    base = unwrap(model)
+    decoder = base.model
+    num_layers = len(decoder.layers)
+    if levels is not None:
+        levels = [levels] * num_layers if isinstance(levels, int) else list(levels)
+        if len(levels) != num_layers or any(level not in LEVELS for level in levels):
+            raise UserError(
+                "levels", f"{levels} are no levels of {num_layers} layers", "Give one from 0 to 3, or one for each."
+            )
+    base.fused = decoder.fused = Fused(levels=levels, logits=logits)
+    for module in _modules(base):
+        module.__class__ = fused_class(type(module)) or type(module)
+    return model
+
+
+def uninstall(model: Any) -> Any:
+    """Give `model` the library's own classes back. One that has them is left as it is."""
+    base = unwrap(model)
+    if is_installed(model):
+        for module in _modules(base):
+            module.__class__ = library_class(type(module))
+        del base.fused, base.model.fused
+    return model
+
+
+def is_installed(model: Any) -> bool:
+    return type(unwrap(model)) in FUSED
+
+
+def why_not_fused(model: Any) -> str | None:
+    """Why `install` would refuse; None: it would not."""
+    base = unwrap(model)
+    if is_installed(model):
+        return None
+    family = fused_class(type(base))
+    decoder = getattr(base, "model", None)
+    if family is None or decoder is None or fused_class(type(decoder)) is None:
+        known = ", ".join(fused.__name__ for fused in FUSED if fused.__name__.endswith("ForCausalLM"))
+        return f"{type(base).__name__} is not one of {known}"
+    try:
+        for layer in decoder.layers:
+            fused = fused_class(type(layer))
+            if fused is None:
+                raise Unfused(f"it has a {type(layer).__name__}")
+            read_layer(layer, fused.traits)
+    except Unfused as reason:
+        return str(reason)
+    return None
+
+
+def _modules(base: Any) -> Iterator[torch.nn.Module]:
+    yield base
+    yield base.model
+    yield from base.model.layers

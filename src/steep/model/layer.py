@@ -1,0 +1,103 @@
+"""One decoder layer as tensors and numbers, without the modules that they come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from steep.ops.lora import Projection
+from steep.ops.packing import Packing
+from steep.ops.rms_norm import rms_norm_backward, rms_norm_forward
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm: weight [n], or 1 + weight with `unit_offset` (Gemma)."""
+
+    weight: torch.Tensor
+    eps: float
+    unit_offset: bool
+
+    def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        return rms_norm_forward(x, self.weight, self.eps, unit_offset=self.unit_offset, **options)
+
+    def backward(self, dy: torch.Tensor, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        return rms_norm_backward(dy, x, self.weight, self.eps, unit_offset=self.unit_offset, **options)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How a layer attends.
+
+    Attributes:
+        window: tokens that a token sees, itself included; None: all before it in its document.
+        softcap: logits become softcap * tanh(logits / softcap).
+        q_norm, k_norm: norms of each head [head_dim], or None.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    q_norm: Norm | None
+    k_norm: Norm | None
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        return self.num_heads, self.num_kv_heads, self.head_dim
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The tensors of one decoder layer.
+
+    Attributes:
+        attention_out_norm, mlp_out_norm: Gemma's norms of what is added to the residual stream, or None.
+        activation: ``silu`` or ``gelu_tanh``, of gate.
+    """
+
+    attention_norm: Norm
+    qkv: tuple[Projection, Projection, Projection]
+    attention: Attention
+    o: Projection
+    attention_out_norm: Norm | None
+    mlp_norm: Norm
+    gate_up: tuple[Projection, Projection]
+    down: Projection
+    mlp_out_norm: Norm | None
+    activation: str
+
+    def trained(self) -> list[torch.Tensor]:
+        """The adapters' matrices that require a gradient, in the order in which the backward pass gives theirs."""
+        projections = (*self.qkv, self.o, *self.gate_up, self.down)
+        matrices = (matrix for each in projections for lora in each.adapters for matrix in (lora.a, lora.b))
+        return [matrix for matrix in matrices if matrix.requires_grad]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a layer computes on, beside its input.
+
+    Attributes:
+        packing: where documents begin and end among the T tokens.
+        cos, sin: fp32 [T, R / 2], of this layer's kind.
+        dtype: of products and of what lies between them.
+        level: what the layer keeps for its backward pass (`steep.model.block`).
+        backend: of attention; None: by table.
+    """
+
+    packing: Packing
+    cos: torch.Tensor
+    sin: torch.Tensor
+    dtype: torch.dtype
+    level: int
+    backend: str | None
+
+
+def rows(like: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised [T, width], T and device those of `like`."""
+    return torch.empty(like.shape[0], width, dtype=dtype, device=like.device)

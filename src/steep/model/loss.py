@@ -1,0 +1,123 @@
+"""The fused forward of a causal LM: hidden states straight to the loss, without the logits of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from steep.model.decoder import Fused
+from steep.model.projections import Unfused, refuse_hooks
+from steep.ops.linear_cross_entropy import linear_cross_entropy
+
+IGNORED = -100
+
+
+class FusedCausalLM(nn.Module):
+    """A causal LM whose decoder is a `FusedDecoder`: given labels it gives a loss, and no logits unless asked to."""
+
+    fused: Fused
+    config: Any
+    model: Any
+    lm_head: Any
+    loss_function: Any
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        *,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = IGNORED,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' arguments (Trainer reads their names), and its output, in which `logits` is None where there
+        are labels.
+
+        Args:
+            labels: [B, L], not shifted. The loss is the mean over those that are not `ignore_index`, or their sum over
+                `num_items_in_batch`.
+            shift_labels: [B, L], shifted already, in place of `labels`.
+        """
+        kwargs |= {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        head = self._head_of_the_loss() if labels is not None or shift_labels is not None else None
+        if head is None:
+            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            kwargs |= {name: value for name, value in given.items() if value is not None}
+            if ignore_index != IGNORED:
+                kwargs["ignore_index"] = ignore_index
+            return super().forward(logits_to_keep=logits_to_keep, return_dict=return_dict, **kwargs)
+        outputs = self.model(**kwargs)
+        hidden_states = outputs.last_hidden_state
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        loss = linear_cross_entropy(
+            hidden_states.flatten(0, 1),
+            head,
+            shift_labels.to(hidden_states.device).flatten(),
+            num_items=num_items_in_batch,
+            ignore_index=ignore_index,
+            softcap=softcap,
+        )
+        output = CausalLMOutputWithPast(
+            loss=loss,  # pyright: ignore[reportArgumentType]
+            logits=self._logits(hidden_states, softcap) if self.fused.logits else None,  # pyright: ignore[reportArgumentType]
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if self.config.return_dict in (None, True) and return_dict is not False else output.to_tuple()
+
+    def _head_of_the_loss(self) -> torch.Tensor | None:
+        """The head's weight [V, H]; None, and a line says why, where the loss is not one of these alone."""
+        try:
+            if self.loss_function is not ForCausalLMLoss:
+                raise Unfused("the model has a loss of its own")
+            return _head_weight(self.lm_head)
+        except Unfused as reason:
+            self.fused.say_once(str(reason))
+            return None
+
+    @torch.no_grad()
+    def _logits(self, hidden_states: torch.Tensor, softcap: float | None) -> torch.Tensor:
+        logits = self.lm_head(hidden_states)
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _head_weight(head: Any) -> torch.Tensor:
+    refuse_hooks(head, "lm_head")
+    if isinstance(head, ModulesToSaveWrapper):
+        active = (
+            [] if head.disable_adapters else [name for name in head.active_adapters if name in head.modules_to_save]
+        )
+        head = head.modules_to_save[active[0]] if active else head.original_module
+        refuse_hooks(head, "lm_head")
+    if isinstance(head, LoraLayer):
+        raise Unfused("lm_head has LoRA")
+    if type(head) is not nn.Linear:
+        raise Unfused(f"lm_head is a {type(head).__name__}")
+    if head.bias is not None:
+        raise Unfused("lm_head has a bias")
+    return head.weight

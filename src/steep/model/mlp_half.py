@@ -1,0 +1,81 @@
+"""The second half of a decoder layer: y = x2 + down(act(gate(n))·up(n)) with n = norm(x2), forward and backward.
+
+Gemma norms what is added: y = x2 + norm(down(...)).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from steep.model.layer import Batch, Layer, rows
+from steep.ops.lora import LoraGroup
+from steep.ops.swiglu import gated_backward, gated_forward
+
+
+class MlpHalf:
+    """Shapes: x2, y [T, H]; gate_up [T, 2I + R], its last R columns for what LoRA adds to gradient rows."""
+
+    def __init__(self, layer: Layer, batch: Batch) -> None:
+        self.layer, self.batch = layer, batch
+        self.gate_up = LoraGroup(layer.gate_up, batch.dtype)
+        self.down = LoraGroup((layer.down,), batch.dtype)
+        self.intermediate = self.gate_up.outputs // 2
+
+    def normed(self, x2: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The extended input rows of gate and up, whose filled buffer `weights` is."""
+        normed = rows(x2, self.gate_up.input_width, self.batch.dtype)
+        self.layer.mlp_norm.forward(x2, out=normed[:, self.gate_up.x_columns])
+        self.gate_up.extend_input(normed, weights)
+        return normed
+
+    def project(self, normed: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """gate_up, as wide as its gradient's rows, which the backward pass writes over it."""
+        gate_up = rows(normed, self.gate_up.gradient_width, self.batch.dtype)
+        self.gate_up.forward(normed, weights, gate_up[:, : self.gate_up.outputs])
+        return gate_up
+
+    def add(self, x2: torch.Tensor, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """y, and down's output where a norm follows it."""
+        hidden = rows(x2, self.down.input_width, self.batch.dtype)
+        gated_forward(gate_up, self.intermediate, self.layer.activation, out=hidden[:, self.down.x_columns])
+        weights, norm = self.down.filled_buffer(x2.device), self.layer.mlp_out_norm
+        self.down.extend_input(hidden, weights)
+        if norm is None:
+            y = torch.empty_like(x2)
+            self.down.forward(hidden, weights, y, add=x2)
+            return y, None
+        out = rows(x2, self.down.outputs, self.batch.dtype)
+        self.down.forward(hidden, weights, out)
+        return norm.forward(out, residual=x2), out
+
+    def backward(
+        self, dy: torch.Tensor, x2: torch.Tensor, gate_up: torch.Tensor | None, out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """The gradients of x2 and of the adapters of gate, up and down.
+
+        Args:
+            gate_up: as `project` gave it, and overwritten; None: computed again.
+            out: down's output where a norm follows it.
+        """
+        norm, columns = self.layer.mlp_out_norm, self.down.x_columns
+        d_out = rows(dy, self.down.gradient_width, self.batch.dtype)
+        if norm is None:
+            d_out[:, : self.down.outputs] = dy
+        else:
+            norm.backward(dy, out, out=d_out[:, : self.down.outputs])
+        of_down_weights = self.down.filled_buffer(dy.device)
+        self.down.extend_gradient(d_out, of_down_weights)
+        hidden = rows(dy, self.down.input_width, self.batch.dtype)
+        self.down.input_gradient(d_out, of_down_weights, out=hidden[:, columns])
+        weights = self.gate_up.filled_buffer(dy.device)
+        normed = self.normed(x2, weights)
+        if gate_up is None:
+            gate_up = self.project(normed, weights)
+        gated_backward(hidden[:, columns], gate_up, self.intermediate, self.layer.activation)
+        self.down.extend_input(hidden, of_down_weights)
+        of_down = self.down.adapter_gradients(d_out, hidden)
+        del hidden, d_out, of_down_weights
+        self.gate_up.extend_gradient(gate_up, weights)
+        d_normed = self.gate_up.input_gradient(gate_up, weights)
+        gradients = self.gate_up.adapter_gradients(gate_up, normed) + of_down
+        return self.layer.mlp_norm.backward(d_normed, x2, add=dy), gradients

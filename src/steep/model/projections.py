@@ -1,0 +1,118 @@
+"""A linear layer of the model, with what PEFT and bitsandbytes made of it, as the tensors that the ops read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from steep.ops.base_weight import BaseWeight, DenseWeight
+from steep.ops.int8 import Int8Weight
+from steep.ops.lora import Lora, Projection
+from steep.ops.nf4 import Nf4Weight
+
+
+class Unfused(Exception):
+    """Something in the model, or in a call, that the fused forward does not compute. Its text is the reason."""
+
+
+def projection(module: Any, name: str, *, training: bool) -> Projection:
+    """The frozen weight and the active adapters of the linear layer `module`.
+
+    Args:
+        name: what the layer is called in a reason.
+
+    Raises:
+        Unfused: it holds what plain LoRA over a frozen weight does not.
+    """
+    refuse_hooks(module, name)
+    if not isinstance(module, LoraLayer):
+        return Projection(base_weight(module, name), module.bias, ())
+    if type(module) not in (lora.Linear, lora.bnb.Linear4bit, lora.bnb.Linear8bitLt):
+        raise Unfused(f"{name} is a {type(module).__name__} of PEFT")
+    base: Any = module.get_base_layer()
+    refuse_hooks(base, name)
+    adapters: tuple[Lora, ...] = ()
+    if not module.disable_adapters:
+        if module.merged:
+            raise Unfused(f"{name} has an adapter merged into it")
+        adapters = tuple(
+            _lora(module, adapter, name, training) for adapter in module.active_adapters if adapter in module.lora_A
+        )
+    return Projection(base_weight(base, name), base.bias, adapters)
+
+
+def base_weight(module: Any, name: str) -> BaseWeight:
+    """The frozen weight of a plain or quantised `nn.Linear`."""
+    if isinstance(module, Linear8bitLt):
+        stored = module.state if module.weight.CB is None else module.weight
+        return Int8Weight(stored.CB, stored.SCB)  # pyright: ignore[reportArgumentType]
+    if not isinstance(module, nn.Linear):
+        raise Unfused(f"{name} is a {type(module).__name__}")
+    if module.weight.requires_grad or (module.bias is not None and module.bias.requires_grad):
+        raise Unfused(f"{name} trains its own weight")
+    if isinstance(module, Linear4bit):
+        return _nf4(module.weight)
+    if type(module) is not nn.Linear:
+        raise Unfused(f"{name} is a {type(module).__name__}")
+    return DenseWeight(module.weight)
+
+
+def refuse_hooks(module: nn.Module, name: str) -> None:
+    """The fused forward reads a module's tensors and never calls it: a hook on it would be passed over in silence.
+
+    PEFT's `adapter_names`, one adapter for each row, works by such hooks.
+    """
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise Unfused(f"{name} has hooks")
+    if "forward" in module.__dict__:
+        raise Unfused(f"the forward of {name} was replaced")
+
+
+def _lora(module: Any, adapter: str, name: str, training: bool) -> Lora:
+    if adapter in module.lora_variant:
+        raise Unfused(f"{name} has {type(module.lora_variant[adapter]).__name__.removesuffix('LinearVariant')}")
+    if getattr(module, "fan_in_fan_out", False):
+        raise Unfused(f"{name} is stored transposed")
+    dropout: Any = module.lora_dropout[adapter]
+    if training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0:
+        raise Unfused(f"{name} has LoRA dropout")
+    a, b = module.lora_A[adapter], module.lora_B[adapter]
+    if type(a) is not nn.Linear or type(b) is not nn.Linear:
+        raise Unfused(f"{name} has a {type(a).__name__} in its adapter")
+    if b.bias is not None:
+        raise Unfused(f"{name} has lora_bias")
+    refuse_hooks(a, name)
+    refuse_hooks(b, name)
+    return Lora(a.weight, b.weight, module.scaling[adapter])
+
+
+def _nf4(weight: Any) -> Nf4Weight:
+    state = weight.quant_state
+    nested = state.state2 if state.nested else None
+    return Nf4Weight(
+        codes=weight.data,
+        absmax=state.absmax,
+        table=state.code,
+        shape=(state.shape[0], state.shape[1]),
+        block_size=state.blocksize,
+        code_book=nested.code if nested else None,
+        nested_absmax=nested.absmax if nested else None,
+        offset=state.offset if nested else None,
+        nested_block_size=nested.blocksize if nested else 256,
+    )
+
+
+def compute_dtype(module: Any, stream: torch.Tensor) -> torch.dtype:
+    """What products with a linear layer run in: autocast's dtype, a 4-bit weight's own, the weight's, or, with an 8-bit
+    weight, that of the residual `stream`."""
+    if torch.is_autocast_enabled(stream.device.type):
+        return torch.get_autocast_dtype(stream.device.type)
+    base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    if isinstance(base, Linear4bit) and base.compute_dtype is not None:
+        return base.compute_dtype
+    return base.weight.dtype if base.weight.dtype.is_floating_point else stream.dtype

@@ -1,0 +1,81 @@
+"""A decoder layer of transformers, read as the tensors that the fused block computes with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from steep.model.layer import Attention, Layer, Norm
+from steep.model.projections import Unfused, projection, refuse_hooks
+
+# transformers' classes for an MLP's activation, by what they compute.
+_ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a family's layers do, beyond Llama's.
+
+    Attributes:
+        unit_offset: norms multiply by 1 + weight.
+        norms_added: what attention and the MLP give is normed before it is added.
+        softcap: attention's logits are capped, at the config's `attn_logit_softcapping`.
+    """
+
+    unit_offset: bool = False
+    norms_added: bool = False
+    softcap: bool = False
+
+
+def read_layer(module: Any, traits: Traits) -> Layer:
+    """The tensors of a decoder layer as they are now: PEFT may switch adapters on and off between two calls.
+
+    Raises:
+        Unfused: the layer holds what the block does not compute.
+    """
+    attention, mlp, training = module.self_attn, module.mlp, module.training
+    name = f"layer {attention.layer_idx}"
+    for part in (attention, mlp):
+        refuse_hooks(part, name)
+
+    def norm(part: Any) -> Norm:
+        refuse_hooks(part, name)
+        if part.weight.requires_grad:
+            raise Unfused(f"{name} trains its norms")
+        eps = part.eps if hasattr(part, "eps") else part.variance_epsilon
+        return Norm(part.weight, eps, traits.unit_offset)
+
+    def linear(part: Any, last: str) -> Any:
+        return projection(getattr(part, last), f"{last} of {name}", training=training)
+
+    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    config = attention.config
+    if training and attention.attention_dropout:
+        raise Unfused("attention_dropout is above 0")
+    if not attention.is_causal:
+        raise Unfused("its attention is not causal")
+    activation = _ACTIVATIONS.get(type(mlp.act_fn).__name__)
+    if activation is None:
+        raise Unfused(f"its activation is {type(mlp.act_fn).__name__}")
+    by_layer = hasattr(attention, "sliding_window")
+    return Layer(
+        attention_norm=norm(module.input_layernorm),
+        qkv=(linear(attention, "q_proj"), linear(attention, "k_proj"), linear(attention, "v_proj")),
+        attention=Attention(
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            scale=attention.scaling,
+            window=attention.sliding_window if by_layer else getattr(config, "sliding_window", None),
+            softcap=config.attn_logit_softcapping if traits.softcap else None,
+            q_norm=None if q_norm is None else norm(q_norm),
+            k_norm=None if k_norm is None else norm(k_norm),
+        ),
+        o=linear(attention, "o_proj"),
+        attention_out_norm=norm(module.post_attention_layernorm) if traits.norms_added else None,
+        mlp_norm=norm(module.pre_feedforward_layernorm if traits.norms_added else module.post_attention_layernorm),
+        gate_up=(linear(mlp, "gate_proj"), linear(mlp, "up_proj")),
+        down=linear(mlp, "down_proj"),
+        mlp_out_norm=norm(module.post_feedforward_layernorm) if traits.norms_added else None,
+        activation=activation,
+    )

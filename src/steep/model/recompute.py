@@ -1,0 +1,60 @@
+"""What each layer keeps for its backward pass, chosen to fill the memory that is free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from steep.model.block import LEVELS
+from steep.model.layer import Layer
+from steep.ops.lora import LoraGroup
+
+# Of what the card has free at the first step: allocations of odd sizes leave gaps.
+USED_SHARE = 0.92
+HEAD_TILE_BYTES = 2**30  # what the loss needs beside the head's gradient
+
+
+def kept_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype) -> list[int]:
+    """Bytes a token that a layer keeps at each level, its input included."""
+    groups = [LoraGroup(group, dtype) for group in (layer.qkv, (layer.o,), layer.gate_up)]
+    qkv, o, gate_up = groups
+    hidden = layer.o.weight.shape[0]
+    x, width = hidden * stream.itemsize, dtype.itemsize
+    added = hidden * width
+    at_3 = x + (added if layer.mlp_out_norm else 0)
+    at_2 = at_3 + x + o.input_width * width + 4 * layer.attention.num_heads
+    at_1 = at_2 + qkv.outputs * width
+    at_0 = at_1 + gate_up.gradient_width * width + (added if layer.attention_out_norm else 0)
+    return [at_0, at_1, at_2, at_3]
+
+
+def levels_for(kept: Sequence[int], num_layers: int, tokens: int, budget: float) -> list[int]:
+    """The levels of `num_layers` layers that keep at most `budget` bytes for `tokens` tokens, as low as they can be:
+    of two neighbouring levels, the lower for as many of the last layers as fit. All at level 3 where not even that
+    fits."""
+    for low in LEVELS[:-1]:
+        each = kept[low] - kept[low + 1]
+        room = budget / tokens - num_layers * kept[low + 1]
+        if room >= 0:
+            lower = min(num_layers, int(room // each))
+            return [low + 1] * (num_layers - lower) + [low] * lower
+    return [LEVELS[-1]] * num_layers
+
+
+def levels_within(decoder: Any, kept: Sequence[int], tokens: int) -> list[int]:
+    """`levels_for` the memory of the card that is free now, before the first backward pass; level 0 without a card.
+
+    Left free are a gradient for each value that trains, two bytes of optimizer state for one that has none yet, and
+    what the loss and a layer's own work need.
+    """
+    device = decoder.norm.weight.device
+    num_layers = len(decoder.layers)
+    if device.type != "cuda":
+        return [0] * num_layers
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    trained = sum(p.numel() * (p.element_size() + 2) for p in decoder.parameters() if p.requires_grad)
+    inside = tokens * (kept[0] + kept[3])
+    return levels_for(kept, num_layers, tokens, USED_SHARE * free - trained - inside - HEAD_TILE_BYTES)

@@ -1,0 +1,333 @@
+"""The fused forward against the library's own, in fp32, on the same weights: losses, every gradient, every family."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import int8_vectorwise_dequant
+from bitsandbytes.nn import Linear8bitLt
+from torch import nn
+
+from steep.errors import UserError
+from steep.model.adapters import add_adapters
+from steep.model.families import FUSED, library_class
+from steep.model.install import install, is_installed, uninstall
+from steep.model.load import load
+from steep.model.unwrap import unwrap
+from tests.ops.closeness import error
+from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny, tiny_model
+
+EXACT = 2e-5  # fp32 against fp32, RMS of the difference over RMS of the truth
+LENGTHS = ([5, 40, 19], [1, 60, 3])  # documents of two rows of 64
+
+
+def adapted(model: Any, **settings: Any) -> Any:
+    """`model` with adapters that have an effect, ready to train."""
+    if model.config.model_type == "gemma2":
+        model.set_attn_implementation("eager")  # transformers 5.17 would take one that leaves the caps out
+    model = add_adapters(model, r=settings.pop("r", 8), **settings)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05, generator=generator)
+    return model.train()
+
+
+def packed(lengths: Any = LENGTHS, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    tokens = torch.randint(3, VOCAB_SIZE, positions.shape, generator=generator)
+    labels = tokens.masked_fill(positions == 0, -100)
+    return {"input_ids": tokens, "position_ids": positions, "labels": labels}
+
+
+def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name, gradient in gradients.items() if gradient is None]
+    assert not missing, missing
+    return loss.detach(), {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
+
+
+def assert_same(model: Any, batch: dict[str, Any], *, levels: Any = 0, bound: float = EXACT) -> None:
+    """The fused model's loss and gradients are the library's; and it was the fused forward that gave them."""
+    uninstall(model)
+    loss, gradients = loss_and_gradients(model, batch)
+    install(model, levels=levels)
+    fused_loss, fused = loss_and_gradients(model, batch)
+    assert unwrap(model).fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
+    assert abs(fused_loss - loss) <= bound * loss, (fused_loss, loss)
+    assert fused.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert error(fused[name], gradient) <= bound, f"{name}: {error(fused[name], gradient):.2e}"
+        assert error(fused[name] / 2, gradient) > bound, f"{name}: a halved gradient passes"
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma"])
+def test_every_family_at_every_level(family: str, level: int) -> None:
+    assert_same(adapted(tiny_model(family)), packed(), levels=level)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_and_untied(family: str, tied: bool) -> None:
+    assert_same(adapted(tiny_model(family, tied=tied)), packed())
+
+
+def test_a_sliding_window() -> None:
+    assert_same(adapted(tiny_model("mistral", sliding_window=16)), packed())
+
+
+@pytest.mark.parametrize("base", ["nf4", "fp32"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_base_in_4_and_32_bit(family: str, base: str, tmp_path: Path) -> None:
+    model, _ = load(str(save_tiny(family, tmp_path, hidden_size=128)), base=base, compute_dtype="fp32")
+    assert_same(adapted(model), packed(), levels=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_base_in_8_bit(family: str, tmp_path: Path) -> None:
+    """The library rounds activations to 8 bit too, so the truth is a plain model of the same weights."""
+    model, _ = load(str(save_tiny(family, tmp_path, hidden_size=128)), base="int8", compute_dtype="fp32")
+    model = adapted(model)
+    plain = copy.deepcopy(model)
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, Linear8bitLt):
+            linear = nn.Linear(module.in_features, module.out_features, bias=False).requires_grad_(False)
+            weight: Any = module.weight
+            linear.weight.data = int8_vectorwise_dequant(weight.CB, weight.SCB)
+            plain.set_submodule(name, linear)
+    loss, gradients = loss_and_gradients(uninstall(plain), packed())
+    fused_loss, fused = loss_and_gradients(install(model), packed())
+    assert abs(fused_loss - loss) < EXACT * loss
+    assert max(error(fused[name], gradients[name]) for name in gradients) < EXACT
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("stream", ["fp32", "bf16"])
+def test_a_base_in_bf16_is_as_exact_as_the_librarys(family: str, stream: str, tmp_path: Path) -> None:
+    model, _ = load(str(save_tiny(family, tmp_path, hidden_size=128)), base="bf16", compute_dtype="bf16")
+    model = adapted(model, trained_dtype=stream)
+    truth_loss, truth = loss_and_gradients(copy.deepcopy(model).float(), packed())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, library = loss_and_gradients(model, packed())
+        loss, fused = loss_and_gradients(install(model), packed())
+    assert abs(loss - truth_loss) < 2e-3 * truth_loss
+    worst = max(error(library[name], truth[name]) for name in truth)
+    for name, gradient in truth.items():
+        assert error(fused[name], gradient) <= 1.25 * error(library[name], gradient) + 2e-3, name
+    assert worst < 0.2
+
+
+def test_layers_may_keep_different_things() -> None:
+    assert_same(adapted(tiny_model("qwen3")), packed(), levels=[3, 0])
+
+
+def test_rows_padded_on_the_right_compute_no_padding() -> None:
+    model = adapted(tiny_model("llama"))
+    tokens = torch.randint(3, VOCAB_SIZE, (3, 40))
+    mask = torch.arange(40) < torch.tensor([40, 17, 1])[:, None]
+    labels = tokens.masked_fill(~mask, -100)
+    assert_same(model, {"input_ids": tokens, "attention_mask": mask.long(), "labels": labels})
+    hidden = unwrap(model).model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+    assert hidden[~mask].abs().max() == 0
+    assert hidden[mask].abs().min() > 0
+
+
+def test_the_number_of_targets_may_be_that_of_a_whole_batch() -> None:
+    assert_same(adapted(tiny_model("llama")), {**packed(), "num_items_in_batch": torch.tensor(400)})
+
+
+def test_gradients_add_up_over_micro_batches() -> None:
+    model = adapted(tiny_model("llama"))
+    batches = [{**packed(seed=seed), "num_items_in_batch": 244} for seed in (1, 2)]
+
+    def summed() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        for batch in batches:
+            model(**batch, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    library = summed()
+    install(model)
+    fused = summed()
+    assert fused.keys() == library.keys()
+    assert max(error(fused[name], library[name]) for name in library) < EXACT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_neighbour_changes_nothing_to_the_bit(family: str) -> None:
+    """Another document of the same length in the row: loss gradients at a document's own inputs stay the same."""
+    model = install(adapted(tiny_model(family)))
+
+    def gradients(seed: int) -> torch.Tensor:
+        batch = packed()
+        others = packed(seed=seed)
+        for name in ("input_ids", "labels"):
+            batch[name][:, 5:45] = others[name][:, 5:45]
+            batch[name][1] = others[name][1]
+        batch["labels"][:, 5:45] = -100
+        embedded = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
+        model(**batch, inputs_embeds=embedded, num_items_in_batch=100).loss.backward()
+        assert embedded.grad is not None
+        return torch.cat([embedded.grad[0, :5], embedded.grad[0, 45:]])
+
+    one, other = gradients(3), gradients(4)
+    assert one.abs().sum() > 0
+    assert torch.equal(one, other)
+
+
+def test_evaluation_is_fused_and_generation_is_the_librarys() -> None:
+    model = adapted(tiny_model("llama")).eval()
+    model.generation_config.pad_token_id = 0
+    batch = packed()
+    tokens = batch["input_ids"][:1, :8]
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).loss
+        completion = model.generate(input_ids=tokens, max_new_tokens=6, do_sample=False)
+        install(model)
+        assert abs(model(**batch, use_cache=False).loss - expected) < EXACT
+        assert unwrap(model).fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
+        assert torch.equal(model.generate(input_ids=tokens, max_new_tokens=6, do_sample=False), completion)
+        assert unwrap(model).fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_disabled_adapters_leave_the_base() -> None:
+    model, batch = adapted(tiny_model("llama")), packed()
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(**batch, use_cache=False).loss
+    install(model)
+    with torch.no_grad(), model.disable_adapter():
+        base = model(**batch, use_cache=False).loss
+    assert abs(base - expected) < EXACT
+    with torch.no_grad():
+        assert abs(model(**batch, use_cache=False).loss - expected) > 1e-3
+
+
+def test_pissa_and_its_frozen_start_are_stacked() -> None:
+    model = add_adapters(tiny_model("llama"), r=8, init_lora_weights="pissa").train()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and ".default." in name:
+            parameter.data.mul_(1.1)
+    assert_same(model, packed(), levels=2)
+
+
+def test_a_plain_model_without_adapters_evaluates_fused() -> None:
+    model = tiny_model("qwen2").requires_grad_(False).eval()
+    batch = packed()
+    expected = model(**batch, use_cache=False).loss
+    install(model)
+    assert abs(model(**batch, use_cache=False).loss - expected) < EXACT
+    assert model.fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# ---- what stays as it was
+
+
+def test_installing_changes_classes_only_and_can_be_undone() -> None:
+    model = adapted(tiny_model("llama"))
+    classes = {name: type(module) for name, module in model.named_modules()}
+    names, before = list(model.state_dict()), {name: p.data_ptr() for name, p in model.named_parameters()}
+    install(model)
+    assert is_installed(model) and list(model.state_dict()) == names
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
+    changed = {name for name, module in model.named_modules() if type(module) is not classes[name]}
+    assert len(changed) == 4, changed  # the causal LM, its decoder, two layers
+    uninstall(model)
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert not is_installed(model)
+    assert not hasattr(unwrap(model), "fused")
+
+
+def test_fused_classes_bear_the_names_of_those_they_stand_for() -> None:
+    for fused in FUSED:
+        assert fused.__name__ == library_class(fused).__name__
+        assert fused.__qualname__ == fused.__name__
+        assert pickle.loads(pickle.dumps(fused)) is fused
+
+
+def test_copies_and_pickles_are_fused_too() -> None:
+    model, batch = install(adapted(tiny_model("gemma3"))), packed()
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).loss
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert is_installed(copied)
+            assert torch.equal(copied(**batch, use_cache=False).loss, expected)
+
+
+def test_merging_gives_what_was_trained() -> None:
+    model, batch = install(adapted(tiny_model("llama"))), packed()
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).loss
+        merged = model.merge_and_unload()
+        assert abs(merged(**batch, use_cache=False).loss - expected) < EXACT
+
+
+def test_what_is_saved_opens_as_plain_peft(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model, batch = install(adapted(tiny_model("llama"))), packed()
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    with torch.no_grad():
+        opened = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path))
+        assert abs(opened(**batch, use_cache=False).loss - model(**batch, use_cache=False).loss) < EXACT
+
+
+# ---- what is not fused
+
+
+def test_a_mask_of_another_kind_goes_through_the_library(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted(tiny_model("llama"))
+    tokens = torch.randint(3, VOCAB_SIZE, (2, 20))
+    left = torch.arange(20) >= torch.tensor([0, 7])[:, None]
+    batch = {"input_ids": tokens, "attention_mask": left.long(), "labels": tokens.masked_fill(~left, -100)}
+    expected, gradients = loss_and_gradients(model, batch)
+    install(model)
+    for _ in range(2):
+        loss, got = loss_and_gradients(model, batch)
+    assert abs(loss - expected) < EXACT  # pyright: ignore[reportPossiblyUnboundVariable]
+    assert max(error(got[name], gradients[name]) for name in got) < EXACT  # pyright: ignore[reportPossiblyUnboundVariable]
+    assert unwrap(model).fused.calls == 0  # pyright: ignore[reportAttributeAccessIssue]
+    said = [record.message for record in caplog.records if "not fused" in record.message]
+    assert len(said) == 1 and "right padding" in said[0]
+
+
+def test_a_cache_in_training_is_an_error() -> None:
+    model = install(adapted(tiny_model("llama")))
+    with pytest.raises(UserError, match="use_cache"):
+        model(**packed(), use_cache=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"use_dora": True}, "Dora"), ({"lora_dropout": 0.1}, "dropout")],
+)
+def test_options_that_are_not_fused_are_refused_by_name(settings: dict[str, Any], reason: str) -> None:
+    model = adapted(tiny_model("llama"), **settings)
+    with pytest.raises(UserError, match=reason):
+        install(model)
+    assert not is_installed(model)
+
+
+def test_a_hook_on_a_layer_that_is_not_called_is_not_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    model = install(adapted(tiny_model("llama")))
+    seen: list[int] = []
+    unwrap(model).model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    model(**packed(), use_cache=False)
+    assert seen == [1]
+    assert "has hooks" in caplog.text
+
+
+def test_levels_are_checked() -> None:
+    model = adapted(tiny_model("llama"))
+    for levels in (4, [0], [0, 1, 2]):
+        with pytest.raises(UserError, match="levels"):
+            install(model, levels=levels)
