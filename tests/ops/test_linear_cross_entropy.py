@@ -78,7 +78,7 @@ class Case:
 
 def case_of(place: Place, tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype, ignored: float = 0.3) -> Case:
     """Columns of a wider buffer, logits of a few units, and a share of labels ignored, the first token's not."""
-    x = torch.randn(tokens, hidden + 16, device=place.device)[:, 8:-8].to(dtype)
+    x = torch.randn(tokens, hidden + 16, device=place.device).to(dtype)[:, 8:-8]
     weight = (torch.randn(vocabulary, hidden, device=place.device) * 3 / hidden**0.5).to(dtype)
     labels = torch.randint(vocabulary, (tokens,), device=place.device)
     labels[1:][torch.rand(tokens - 1, device=place.device) < ignored] = IGNORE

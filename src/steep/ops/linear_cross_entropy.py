@@ -140,7 +140,7 @@ def _by_tokens(
     if weight_dtype is not None:
         one = num_tokens <= tile
         dw = torch.empty(weight.shape, dtype=weight_dtype if one else torch.float32, device=x.device)
-    buffer = product_buffer(min(tile, num_tokens), len(weight), x)
+    g = buffer = product_buffer(min(tile, num_tokens), len(weight), x)
     for start in range(0, num_tokens, tile):
         part = slice(start, start + tile)
         g = product(x[part], weight.t(), out=buffer[: len(x[part]), : len(weight)])
@@ -151,7 +151,7 @@ def _by_tokens(
             _into(dw, g.t(), x[part])
         elif dw is not None:
             product(g.t(), x[part], add=dw, out=dw)
-    del buffer
+    del buffer, g  # before dW may be there twice
     if dw is not None:
         dw = dw.to(weight_dtype) if num_tokens else dw.zero_()
     return losses, dx, dw
