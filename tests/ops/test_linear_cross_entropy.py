@@ -158,7 +158,7 @@ def test_rows_beyond_two_to_the_31st_element(place: Place) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS[1::2], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_number_of_items_and_gradient_of_the_loss(place: Place, dtype: torch.dtype, way: dict[str, Any]) -> None:
     """The mean is over another number than this batch's targets, and the loss is scaled as for fp16: 2^10."""
     case = case_of(place, 27, 640, 64, dtype)
@@ -232,7 +232,7 @@ def test_what_is_not_finite_shows(place: Place, value: float, softcap: float | N
     assert dx.isnan().any(1).nonzero().flatten().tolist() == [17]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("way", WAYS[1::2], ids=str)
 @pytest.mark.parametrize("label", [640, 641, 10**12, -1, -101])
 def test_a_label_outside_of_the_vocabulary_is_nan(place: Place, label: int, way: dict[str, Any]) -> None:
     case = case_of(place, 30, 640, 64, torch.bfloat16)
@@ -271,7 +271,7 @@ def test_token_losses(place: Place, dtype: torch.dtype, scale: float, softcap: f
 
 
 def test_only_what_is_needed_is_made(place: Place) -> None:
-    case = case_of(place, 40, 640, 64, torch.bfloat16)
+    case = case_of(place, 27, 640, 64, torch.bfloat16)
     x, weight = case.x.detach().requires_grad_(), case.weight.detach().requires_grad_()
     loss, dx, dw = gradients(linear_cross_entropy, case)
     for way in WAYS[1::2]:
@@ -299,7 +299,7 @@ def test_a_head_that_is_the_embedding_too(place: Place) -> None:
 
 
 def test_it_is_the_same_to_the_bit_each_time(place: Place) -> None:
-    case = case_of(place, 40, 1007, 64, torch.bfloat16)
+    case = case_of(place, 27, 1007, 64, torch.bfloat16)
     for way in WAYS[1::2]:
         first, second = (gradients(linear_cross_entropy, case, **way) for _ in range(2))
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
