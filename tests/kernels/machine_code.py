@@ -69,11 +69,11 @@ def build(compilation: Compilation, capability: int) -> dict[str, object]:
     attributes = {
         (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")
     }
-    source = ASTSource(kernel, signature, compilation.constants, attributes)
+    source = ASTSource(kernel, signature, dict(compilation.constants), attributes)
     options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
     log = io.StringIO()
     name = f"{kernel.__module__.removeprefix('steep.kernels.')}.{kernel.__name__}"
-    told: dict[str, object] = {"kernel": name, "constants": str(compilation.constants), "capability": capability}
+    told: dict[str, object] = {"kernel": name, "constants": str(dict(compilation.constants)), "capability": capability}
     try:
         with contextlib.redirect_stdout(log):
             built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,8 @@ class Compilation:
     """
 
     kernel: JITFunction
-    signature: dict[str, str]
-    constants: dict[str, object]
+    signature: Mapping[str, str]
+    constants: Mapping[str, object]
     num_warps: int = 4
     num_stages: int = 3
 
