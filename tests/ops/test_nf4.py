@@ -15,8 +15,8 @@ from steep.ops.nf4 import Nf4Weight, nf4_reference
 from tests.ops.closeness import assert_as_good
 from tests.ops.quantised import nf4
 
-SMALL = [(1, 64), (3, 8), (7, 72), (9, 576), (2, 4136)]  # blocks end inside rows and run across them
-REAL = [(14336, 4096), (4096, 14336), (1536, 576), (1024, 4096), (63, 1000), (128256, 4096)]
+SMALL = [(1, 64), (3, 192), (9, 576), (2, 4160)]
+REAL = [(14336, 4096), (4096, 14336), (1536, 576), (1024, 4096), (63, 1024), (128256, 4096)]
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def check_write(stored: Nf4Weight, truth: torch.Tensor, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("shape", [*SMALL, (7, 100), (3, 33), (5, 7), (300, 64)])
+@pytest.mark.parametrize("shape", [*SMALL, (3, 8), (7, 72), (7, 100), (3, 33), (5, 7), (300, 64)])
 def test_reference(shape: tuple[int, int], double: bool, dtype: torch.dtype) -> None:
     stored, truth = nf4(torch.randn(shape), double)
     assert stored.shape == shape
@@ -77,16 +77,27 @@ def test_beyond_int32() -> None:
 @pytest.mark.parametrize("block_size", [32, 128, 256, 4096])
 @pytest.mark.parametrize("context", [nullcontext, interpreted])
 def test_block_sizes(block_size: int, context: type) -> None:
-    stored, truth = nf4(torch.randn(5, 1032), block_size=block_size)
+    """Blocks run across rows."""
+    stored, truth = nf4(torch.randn(5, 576), block_size=block_size)
     with context():
         check_write(stored, truth, torch.bfloat16)
 
 
-def test_a_row_that_no_word_divides_takes_the_reference(calls: list[int]) -> None:
-    stored, truth = nf4(torch.randn(7, 100))
+@pytest.mark.parametrize(("columns", "block_size"), [(100, 64), (72, 64), (64, 32)])
+def test_what_the_kernel_cannot_read_takes_the_reference(columns: int, block_size: int, calls: list[int]) -> None:
+    stored, truth = nf4(torch.randn(7, columns), block_size=block_size)
     with interpreted():
         check_write(stored, truth, torch.bfloat16)
     assert calls == []
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_of_a_unit(parts: int, monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+    monkeypatch.setattr(kernels, "PARTS", parts)
+    stored, truth = nf4(torch.randn(3, 192))
+    with interpreted():
+        check_write(stored, truth, torch.bfloat16)
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("context", [nullcontext, interpreted])

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from steep.kernels.compilation import Compilation, triton_type
-from steep.kernels.nf4 import CODES_A_WORD, absmax_of
+from steep.kernels.nf4 import absmax_of
 
 ROWS, COLUMNS = 64, 128  # of a tile
 GROUP = 8  # tiles of rows that go over the columns together, so that their pieces of B and A stay in the cache
@@ -112,7 +112,7 @@ def merge(
         a,
         out,
         num_rows,
-        num_columns // CODES_A_WORD,
+        num_columns // 8,
         b.shape[1],
         b.stride(0),
         a.stride(0),

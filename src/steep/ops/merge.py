@@ -36,7 +36,7 @@ def merge_write(weight: BaseWeight, b: torch.Tensor, a: torch.Tensor, out: torch
             f"A weight in {weight.weight.dtype} is not merged into {out.dtype}: it is rounded already, and what the "
             "adapter adds to it would be lost. Its columns and the adapter's are multiplied side by side instead."
         )
-    if isinstance(weight, Nf4Weight) and weight.is_whole_words and _has_kernel(out):
+    if isinstance(weight, Nf4Weight) and weight.has_kernel and _runs_kernel(out):
         from steep.kernels import nf4_lora
 
         nf4_lora.merge(
@@ -68,7 +68,7 @@ def merge_reference(weight: BaseWeight, b: torch.Tensor, a: torch.Tensor) -> tor
     return product(b, a, add=total, out=total)
 
 
-def _has_kernel(out: torch.Tensor) -> bool:
+def _runs_kernel(out: torch.Tensor) -> bool:
     if not uses_kernels(out):
         return False
     from steep.kernels import nf4_lora

@@ -58,7 +58,7 @@ class Nf4Weight:
         """Write the weight into `out` [out_features, in_features] of bf16, fp16 or fp32, rounded once from fp32. Its
         rows may be apart."""
         assert tuple(out.shape) == self.shape and out.stride(1) == 1, (out.shape, out.stride(), self.shape)
-        if not (uses_kernels(out) and self.is_whole_words):
+        if not (uses_kernels(out) and self.has_kernel):
             out.copy_(nf4_reference(self))
             return
         from steep.kernels import nf4
@@ -76,9 +76,10 @@ class Nf4Weight:
         )
 
     @property
-    def is_whole_words(self) -> bool:
-        """Whether the kernels can read it: eight codes at a time, of one row. Else the reference runs on a GPU too."""
-        return self.shape[1] % 8 == 0 and self.codes.data_ptr() % 4 == 0
+    def has_kernel(self) -> bool:
+        """Whether the kernels can read it, 64 codes of one row and one block at a time. Else the reference runs on a
+        GPU too; no known model's rows are so."""
+        return self.shape[1] % 64 == 0 and self.block_size % 64 == 0 and self.codes.data_ptr() % 4 == 0
 
 
 def nf4_reference(weight: Nf4Weight) -> torch.Tensor:
