@@ -202,6 +202,15 @@ def test_every_form(backend: str, lengths: Sequence[int], window: int | None, so
         check(q, k, v, dout, packing, backend, window=window, softcap=softcap)
 
 
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_a_window_one_short_of_a_document_is_one(backend: str) -> None:
+    packing, options = Packing.from_lengths([4, 2], "cpu"), {"scale": 0.3, "backend": backend}
+    q, k, v, _ = draw(6, (4, 2), 16, torch.float32)
+    whole, same, short = (attention_forward(q, k, v, packing, window=w, **options)[0] for w in (None, 4, 3))
+    assert torch.equal(whole, same)
+    assert [token for token in range(6) if not torch.equal(whole[token], short[token])] == [3]
+
+
 @pytest.mark.parametrize("tokens", [1, 63, 1000])
 def test_token_counts(tokens: int) -> None:
     lengths = [tokens] if tokens < 100 else [tokens - 301, 300, 1]
