@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from bitsandbytes import functional
 
@@ -33,6 +35,12 @@ def nf4(
         **{name: part.to(device) for name, part in parts.items()},
     )
     return stored, functional.dequantize_4bit(codes, state).view(weight.shape).to(device)
+
+
+@cache
+def nf4_on_gpu(shape: tuple[int, int], double: bool = True) -> tuple[Nf4Weight, torch.Tensor]:
+    """A random weight, kept for the next test: a CPU takes seconds to quantise one of a real size."""
+    return nf4(torch.randn(shape), double, device="cuda")
 
 
 def int8(weight: torch.Tensor, device: str = "cpu") -> tuple[Int8Weight, torch.Tensor]:

@@ -12,7 +12,7 @@ from steep.ops.backend import interpreted
 from steep.ops.base_weight import BaseWeight, DenseWeight
 from steep.ops.merge import merge_reference, merge_write
 from tests.ops.closeness import assert_as_good
-from tests.ops.quantised import int8, nf4
+from tests.ops.quantised import int8, nf4, nf4_on_gpu
 
 SMALL = [(1, 64, 1), (63, 64, 16), (65, 192, 70), (130, 320, 64)]  # no tile, no rank step divides them
 REAL = [(14336, 4096, 256), (4096, 14336, 256), (1024, 4096, 16), (1536, 576, 8), (1000, 1088, 100)]
@@ -86,7 +86,7 @@ def test_a_card_without_tensor_cores_for_it_takes_the_product(
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("shape", [*SMALL, *REAL])
 def test_kernel(shape: tuple[int, int, int], double: bool, dtype: torch.dtype, calls: list[int]) -> None:
-    weight, dense = nf4(torch.randn(shape[:2]), double, device="cuda")
+    weight, dense = nf4_on_gpu(shape[:2], double)
     check_merge(weight, dense, *adapter(shape, dtype, "cuda"), dtype)
     assert calls == [1]
 
@@ -153,7 +153,7 @@ def test_a_small_adapter_survives(path: str, calls: list[int]) -> None:
 @pytest.mark.parametrize("ratio", [1e-4, 1e-3, 1e-2, 1e-1])
 def test_a_small_adapter_survives_on_a_gpu(ratio: float) -> None:
     """Noise is 15 times the adapter at a ten-thousandth: over 58 M elements the gain is known to 0.002."""
-    gain, noise = gain_of_merge(*nf4(torch.randn(14336, 4096), device="cuda"), ratio)
+    gain, noise = gain_of_merge(*nf4_on_gpu((14336, 4096)), ratio)
     assert 0.98 < gain < 1.02, f"gain {gain:.4f}, noise {noise:.2f}"
 
 

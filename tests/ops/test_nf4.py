@@ -13,10 +13,10 @@ from steep.kernels import nf4 as kernels
 from steep.ops.backend import interpreted
 from steep.ops.nf4 import Nf4Weight, nf4_reference
 from tests.ops.closeness import assert_as_good
-from tests.ops.quantised import nf4
+from tests.ops.quantised import nf4, nf4_on_gpu
 
 SMALL = [(1, 64), (3, 192), (9, 576), (2, 4160)]
-REAL = [(14336, 4096), (4096, 14336), (1536, 576), (1024, 4096), (63, 1024), (128256, 4096)]
+REAL = [(14336, 4096), (4096, 14336), (1024, 4096), (1536, 576), (63, 1024)]
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_kernel_interpreted(shape: tuple[int, int], double: bool, dtype: torch.d
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("shape", [*SMALL, *REAL])
 def test_kernel(shape: tuple[int, int], double: bool, dtype: torch.dtype, calls: list[int]) -> None:
-    stored, truth = nf4(torch.randn(shape), double, device="cuda")
+    stored, truth = nf4_on_gpu(shape, double)
     check_write(stored, truth, dtype)
     assert calls == [1]
 
