@@ -12,6 +12,7 @@ import torch
 from steep.model.layer import Batch, Layer, rows
 from steep.ops.attention import attention_backward, attention_forward
 from steep.ops.attention_backends import table_backend
+from steep.ops.copy_rows import copy_rows
 from steep.ops.lora import LoraGroup
 from steep.ops.qk_norm import qk_norm_rope_backward, qk_norm_rope_forward
 from steep.ops.rope import rope_backward, rope_forward
@@ -65,7 +66,7 @@ class AttentionHalf:
         attention's backward needs beside them."""
         out, saved = attention_forward(*self._heads(rotated), self.batch.packing, **self._how())
         attended = rows(rotated, self.o.input_width, self.batch.dtype)
-        attended[:, self.o.x_columns] = out.flatten(1)
+        copy_rows(out.flatten(1), attended[:, self.o.x_columns])
         self.o.extend_input(attended, weights)
         return attended, saved
 
@@ -89,9 +90,16 @@ class AttentionHalf:
 
     # ---- backward
 
+    def gradient_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The gradient rows of o, still empty; and their columns where the gradient of x2 is what belongs there."""
+        d_out = rows(x, self.o.gradient_width, self.batch.dtype)
+        same = self.layer.attention_out_norm is None and x.dtype == self.batch.dtype
+        return d_out, d_out[:, : self.o.outputs] if same else None
+
     def attend_backward(
         self,
         dx2: torch.Tensor,
+        d_out: torch.Tensor,
         out: torch.Tensor | None,
         attended: torch.Tensor,
         rotated: torch.Tensor,
@@ -99,13 +107,14 @@ class AttentionHalf:
         saved: tuple[Any, ...],
         weights: torch.Tensor,
     ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """The gradient rows of qkv, from that of x2; and the gradients of o's adapters. `weights` is o's buffer."""
-        norm = self.layer.attention_out_norm
-        d_out = rows(dx2, self.o.gradient_width, self.batch.dtype)
-        if norm is None:
-            d_out[:, : self.o.outputs] = dx2
-        else:
-            norm.backward(dx2, out, out=d_out[:, : self.o.outputs])
+        """The gradient rows of qkv, from that of x2; and the gradients of o's adapters. `weights` is o's buffer,
+        `d_out` what `gradient_rows` gave."""
+        norm, columns = self.layer.attention_out_norm, d_out[:, : self.o.outputs]
+        if norm is not None:
+            assert out is not None
+            norm.backward(dx2, out, out=columns)
+        elif dx2.data_ptr() != columns.data_ptr():
+            copy_rows(dx2, columns)
         self.o.extend_gradient(d_out, weights)
         d_attended = self.o.input_gradient(d_out, weights)
         gradients = self.o.adapter_gradients(d_out, attended)

@@ -82,6 +82,7 @@ class _Block(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         kept, (first, second) = ctx.kept, ctx.halves
         assert kept is not None, "the gradients of a fused layer are written over what it kept: once only"
+        dy = dy.contiguous()
         ctx.kept = None  # nothing stays behind while the graph is alive
         with torch.autocast(x.device.type, enabled=False):
             normed = weights = None
@@ -98,12 +99,13 @@ class _Block(torch.autograd.Function):
                 kept.x2, kept.attention_out = first.add(x, kept.attended, o_weights)
             elif first.layer.attention_out_norm is not None and kept.attention_out is None:
                 kept.attention_out = first.output(kept.attended, o_weights)
-            dx2, of_mlp = second.backward(dy, kept.x2, kept.gate_up, kept.mlp_out)
+            d_out, into = first.gradient_rows(x)
+            dx2, of_mlp = second.backward(dy, kept.x2, kept.gate_up, kept.mlp_out, into)
             kept.gate_up = kept.mlp_out = kept.x2 = None
             d_qkv, of_o = first.attend_backward(
-                dx2, kept.attention_out, kept.attended, rotated, kept.qkv, kept.saved, o_weights
+                dx2, d_out, kept.attention_out, kept.attended, rotated, kept.qkv, kept.saved, o_weights
             )
-            del rotated, kept, o_weights
+            del rotated, kept, o_weights, d_out
             if normed is None or weights is None:
                 weights = first.qkv.filled_buffer(x.device)
                 normed = first.normed(x, weights)

@@ -146,7 +146,10 @@ class FusedDecoder(nn.Module):
         positions = position_ids.expand(shape)
         hidden_states, valid = embedded.flatten(0, 1), None
         if lengths is None:
-            packing = Packing.from_positions(positions)
+            try:
+                packing = Packing.from_positions(positions)
+            except ValueError as error:
+                raise Unfused(str(error)) from error
             positions = positions.reshape(1, -1)
         else:
             valid = torch.cat([torch.arange(n) + row * shape[1] for row, n in enumerate(lengths)]).to(device)

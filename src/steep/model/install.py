@@ -40,7 +40,7 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
     reason = why_not_fused(model)
     if reason is not None:
         raise UserError("model", f"it cannot be fused: {reason}", "Train it as it is, or set fused: auto.")
-    base = unwrap(model)
+    base: Any = unwrap(model)
     decoder = base.model
     num_layers = len(decoder.layers)
     if levels is not None:
@@ -57,7 +57,7 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
 
 def uninstall(model: Any) -> Any:
     """Give `model` the library's own classes back. One that has them is left as it is."""
-    base = unwrap(model)
+    base: Any = unwrap(model)
     if is_installed(model):
         for module in _modules(base):
             module.__class__ = library_class(type(module))
@@ -71,7 +71,7 @@ def is_installed(model: Any) -> bool:
 
 def why_not_fused(model: Any) -> str | None:
     """Why `install` would refuse; None: it would not."""
-    base = unwrap(model)
+    base: Any = unwrap(model)
     if is_installed(model):
         return None
     family = fused_class(type(base))

@@ -10,6 +10,7 @@ import torch
 from steep.ops.lora import Projection
 from steep.ops.packing import Packing
 from steep.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from steep.ops.swiglu import Activation
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Layer:
     gate_up: tuple[Projection, Projection]
     down: Projection
     mlp_out_norm: Norm | None
-    activation: str
+    activation: Activation
 
     def trained(self) -> list[torch.Tensor]:
         """The adapters' matrices that require a gradient, in the order in which the backward pass gives theirs."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from steep.model.layer import Batch, Layer, rows
+from steep.ops.copy_rows import copy_rows
 from steep.ops.lora import LoraGroup
 from steep.ops.swiglu import gated_backward, gated_forward
 
@@ -49,19 +50,26 @@ class MlpHalf:
         return norm.forward(out, residual=x2), out
 
     def backward(
-        self, dy: torch.Tensor, x2: torch.Tensor, gate_up: torch.Tensor | None, out: torch.Tensor | None
+        self,
+        dy: torch.Tensor,
+        x2: torch.Tensor,
+        gate_up: torch.Tensor | None,
+        out: torch.Tensor | None,
+        into: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """The gradients of x2 and of the adapters of gate, up and down.
 
         Args:
             gate_up: as `project` gave it, and overwritten; None: computed again.
             out: down's output where a norm follows it.
+            into: where the gradient of x2 goes; None: somewhere new.
         """
         norm, columns = self.layer.mlp_out_norm, self.down.x_columns
         d_out = rows(dy, self.down.gradient_width, self.batch.dtype)
         if norm is None:
-            d_out[:, : self.down.outputs] = dy
+            copy_rows(dy, d_out[:, : self.down.outputs])
         else:
+            assert out is not None
             norm.backward(dy, out, out=d_out[:, : self.down.outputs])
         of_down_weights = self.down.filled_buffer(dy.device)
         self.down.extend_gradient(d_out, of_down_weights)
@@ -78,4 +86,4 @@ class MlpHalf:
         self.gate_up.extend_gradient(gate_up, weights)
         d_normed = self.gate_up.input_gradient(gate_up, weights)
         gradients = self.gate_up.adapter_gradients(gate_up, normed) + of_down
-        return self.layer.mlp_norm.backward(d_normed, x2, add=dy), gradients
+        return self.layer.mlp_norm.backward(d_normed, x2, add=dy, out=into), gradients

@@ -8,6 +8,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import bnb as lora_over_bnb
 from torch import nn
 
 from steep.ops.base_weight import BaseWeight, DenseWeight
@@ -32,7 +33,7 @@ def projection(module: Any, name: str, *, training: bool) -> Projection:
     refuse_hooks(module, name)
     if not isinstance(module, LoraLayer):
         return Projection(base_weight(module, name), module.bias, ())
-    if type(module) not in (lora.Linear, lora.bnb.Linear4bit, lora.bnb.Linear8bitLt):
+    if type(module) not in (lora.Linear, lora_over_bnb.Linear4bit, lora_over_bnb.Linear8bitLt):
         raise Unfused(f"{name} is a {type(module).__name__} of PEFT")
     base: Any = module.get_base_layer()
     refuse_hooks(base, name)
@@ -49,8 +50,9 @@ def projection(module: Any, name: str, *, training: bool) -> Projection:
 def base_weight(module: Any, name: str) -> BaseWeight:
     """The frozen weight of a plain or quantised `nn.Linear`."""
     if isinstance(module, Linear8bitLt):
-        stored = module.state if module.weight.CB is None else module.weight
-        return Int8Weight(stored.CB, stored.SCB)  # pyright: ignore[reportArgumentType]
+        weight: Any = module.weight
+        stored: Any = module.state if weight.CB is None else weight
+        return Int8Weight(stored.CB, stored.SCB)
     if not isinstance(module, nn.Linear):
         raise Unfused(f"{name} is a {type(module).__name__}")
     if module.weight.requires_grad or (module.bias is not None and module.bias.requires_grad):

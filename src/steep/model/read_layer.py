@@ -7,9 +7,15 @@ from typing import Any
 
 from steep.model.layer import Attention, Layer, Norm
 from steep.model.projections import Unfused, projection, refuse_hooks
+from steep.ops.swiglu import Activation
 
 # transformers' classes for an MLP's activation, by what they compute.
-_ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
+_ACTIVATIONS: dict[str, Activation] = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from steep.ops import attention_flex as flex
 from steep.ops import attention_reference as reference
 from steep.ops import attention_sdpa as sdpa
 from steep.ops.attention_reference import attention_reference
+from steep.ops.copy_rows import copy_rows
 from steep.ops.packing import Packing
 
 __all__ = ["BACKENDS", "attention", "attention_backward", "attention_forward", "attention_reference"]
@@ -95,7 +96,7 @@ def attention_backward(
     if into is None:
         return gradients
     for place, gradient in zip(into, gradients, strict=True):
-        place.copy_(gradient)
+        copy_heads(gradient, place)
     return into
 
 
@@ -114,6 +115,12 @@ def attention(
     return _Attention.apply(
         q, k, v, packing, {"scale": scale, "window": window, "softcap": softcap, "backend": backend}
     )
+
+
+def copy_heads(source: torch.Tensor, target: torch.Tensor) -> None:
+    """target = source, both [T, heads, D] with the heads of a token side by side and tokens apart."""
+    dense = source if source.stride(1) == source.shape[2] and source.stride(2) == 1 else source.contiguous()
+    copy_rows(dense.flatten(1), target.flatten(1))
 
 
 class _Attention(torch.autograd.Function):
