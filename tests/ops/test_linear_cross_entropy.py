@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from steep.ops import linear_cross_entropy as op
 from steep.ops.backend import interpreted
+from steep.ops.cross_entropy import scaled
 from steep.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, token_losses
 from tests.ops.closeness import assert_as_good
 
@@ -331,6 +332,15 @@ def test_in_fp16_nothing_underflows(place: Place) -> None:
     case.weight *= 0.05  # near uniform
     for way in WAYS[1::2]:
         assert_gradients(case, way, times=2.0**16, num_items=2_000_000)
+
+
+def test_scaling_passes_over_everything(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More blocks than programs, and a last one that is not full; in place, and into another dtype."""
+    monkeypatch.setattr("steep.kernels.cross_entropy.SCALED_PROGRAMS", 2)
+    source = torch.randn(9001, device=place.device)
+    for factor, dtype in ((3.0, torch.float32), (1.0, torch.float32), (3.0, torch.float16), (1.0, torch.float16)):
+        found = scaled(source.clone(), torch.tensor(factor, device=place.device), dtype)
+        assert torch.equal(found, (source * factor).to(dtype))
 
 
 class Largest(TorchDispatchMode):
