@@ -1,12 +1,19 @@
-"""The benchmarks measure what they say: each row of an op is right, on a CPU and at a small size."""
+"""The benchmarks measure what they say: each row of an op is right, and peers do the same work. On a CPU, at small
+sizes."""
 
 from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import op_rows
 from benchmarks.ops import TOLERANCE, wrong_by
+from benchmarks.shapes import empty_model, flops_a_step
 
 SMALL = {
     "TOKENS": 48, "HIDDEN": 128, "INTERMEDIATE": 192, "VOCABULARY": 320, "RANK": 16, "HEADS": 4, "KV_HEADS": 2,
@@ -34,3 +41,38 @@ def test_each_op_is_held_against_its_reference(name: str, monkeypatch: pytest.Mo
 
 def _halved(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return (result if isinstance(result, torch.Tensor) else result[0]) / 2
+
+
+PARAMETERS = {
+    "llama-3-8b": 8.03e9, "llama-3-70b": 70.55e9, "mistral-7b": 7.25e9, "qwen3-8b": 8.19e9, "gemma-3-4b": 3.88e9,
+    "llama-3.2-1b": 1.236e9, "llama-3.2-3b": 3.213e9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", PARAMETERS)
+def test_a_shape_has_the_size_of_its_model(shape: str) -> None:
+    model = empty_model(shape)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(PARAMETERS[shape], rel=2e-3)
+
+
+def test_peers_train_the_same_model_on_the_same_tokens(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = "--peers steep-bare,hf-lean --shape tiny --device cpu --batch 2 --seq 48 --r 8 --steps 5 --packed"
+    command = [sys.executable, "-m", "benchmarks.train", *words.split(), "--weights", tmp_path / "w", "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    steep, library = map(json.loads, out.read_text().splitlines())
+    assert (steep["peer"], library["peer"]) == ("steep-bare", "hf-lean")
+    assert steep["loss_first"] == pytest.approx(library["loss_first"], abs=5e-3)
+    assert steep["loss_last"] == pytest.approx(library["loss_last"], abs=5e-3)
+    assert steep["loss_first"] != steep["loss_last"]
+    assert steep["steps_timed"] == 2 and steep["step_s_min"] <= steep["step_s"] <= steep["step_s_max"]
+    assert steep["tokens_per_second"] == pytest.approx(2 * 48 / steep["step_s"])
+
+
+def test_a_step_has_as_many_flops_as_counted_by_hand() -> None:
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # two layers: q and o, k and v, the MLP
+    adapters = 2 * 8 * (4 * 64 + 2 * (64 + 32) + 3 * (64 + 128))
+    products = 96 * (4 * linear + 6 * adapters + 6 * 384 * 64)
+    attention = 2 * 3.5 * 4 * 2 * 48**2 / 2 * 64
+    assert flops_a_step("tiny", 2, 48, 8) == products + attention

@@ -1,0 +1,215 @@
+"""The peers of `benchmarks.train`: how each makes its model trainable, and the bare loop that times them.
+
+`hf` is QLoRA as the libraries' documentation has it, `hf-lean` the same with everything that trains in bf16.
+`steep` is not here: it is timed through its own command (`benchmarks/steep_run.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.shapes import LINEAR_LAYERS
+
+ALPHA, LEARNING_RATE = 32, 5e-5
+SHORTEST, LONGEST = 128, 1024  # documents of packed rows
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every peer has to do."""
+
+    folder: str
+    batch: int
+    seq: int
+    r: int
+    steps: int
+    packed: bool
+    device: str
+
+
+@dataclass
+class Peer:
+    """A model that is ready to train.
+
+    Attributes:
+        autocast: run forward passes under torch's, in bf16.
+        isolates: documents of a packed row do not see each other.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    autocast: bool = False
+    isolates: bool = True
+
+
+def _bitsandbytes(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=LEARNING_RATE)
+
+
+def trained(model: Any) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _library_model(work: Work) -> Any:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        work.folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": work.device}
+    )
+    model.config.use_cache = False
+    return model
+
+
+def _with_adapters(model: Any, work: Work, autocast_adapters: bool) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=work.r, lora_alpha=ALPHA, use_rslora=True, target_modules=list(LINEAR_LAYERS), task_type="CAUSAL_LM",
+        modules_to_save=["embed_tokens", "lm_head"],
+        ensure_weight_tying=model.config.tie_word_embeddings,
+    )  # fmt: skip
+    return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapters)
+
+
+def hf(work: Work) -> Peer:
+    """fp32 norms, embeddings and adapters under bf16 autocast, gradient checkpointing, 8-bit AdamW."""
+    from peft import prepare_model_for_kbit_training
+
+    model = prepare_model_for_kbit_training(
+        _library_model(work), gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    model = _with_adapters(model, work, autocast_adapters=True)
+    return Peer(model, _bitsandbytes(trained(model)), autocast=True)
+
+
+def hf_lean(work: Work) -> Peer:
+    """Everything that trains in bf16, no autocast."""
+    model = _library_model(work).requires_grad_(False)
+    model = _with_adapters(model, work, autocast_adapters=False)
+    for parameter in trained(model):
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Peer(model, _bitsandbytes(trained(model)))
+
+
+def hf_liger(work: Work) -> Peer:
+    """`hf` with Liger's kernels in transformers' classes."""
+    import liger_kernel.transformers as kernels  # pyright: ignore[reportMissingImports]
+    from transformers import AutoConfig
+
+    family = AutoConfig.from_pretrained(work.folder).model_type
+    getattr(kernels, f"apply_liger_kernel_to_{family}")()
+    return hf(work)
+
+
+def unsloth(work: Work) -> Peer:
+    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
+
+    model, _ = FastLanguageModel.from_pretrained(
+        work.folder, max_seq_length=work.seq, load_in_4bit=True, dtype=torch.bfloat16
+    )
+    model = FastLanguageModel.get_peft_model(
+        model, r=work.r, lora_alpha=ALPHA, use_rslora=True, lora_dropout=0, bias="none",
+        target_modules=[*LINEAR_LAYERS, "embed_tokens", "lm_head"], use_gradient_checkpointing="unsloth",
+        max_seq_length=work.seq,
+    )  # fmt: skip
+    FastLanguageModel.for_training(model)
+    return Peer(model, _bitsandbytes(trained(model)), autocast=True, isolates=False)
+
+
+def steep_bare(work: Work) -> Peer:
+    """steep's parts in the loop of the others."""
+    from steep import add_adapters, load
+    from steep.model.install import install
+    from steep.training.adamw8bit import AdamW8bit
+
+    model, _ = load(work.folder, base="nf4", compute_dtype="bf16")
+    model = install(add_adapters(model, r=work.r, lora_alpha=ALPHA, trained_dtype="bf16"))
+    return Peer(model, AdamW8bit(trained(model), lr=LEARNING_RATE, seed=0))
+
+
+PEERS: dict[str, Callable[[Work], Peer]] = {
+    "steep-bare": steep_bare,
+    "hf": hf,
+    "hf-lean": hf_lean,
+    "hf-liger": hf_liger,
+    "unsloth": unsloth,
+}
+
+
+def batches(work: Work, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Fresh random tokens for each step, the same for every peer on such a device.
+
+    A packed row has documents of SHORTEST to LONGEST tokens, the last one cut; their positions begin at 0, and the
+    first token of each is predicted by none.
+    """
+    generator = torch.Generator(work.device).manual_seed(0)
+    lengths = random.Random(0)
+    for _ in range(work.steps):
+        shape = (work.batch, work.seq)
+        tokens = torch.randint(vocab_size, shape, generator=generator, device=work.device)
+        if not work.packed:
+            yield {"input_ids": tokens, "labels": tokens}
+            continue
+        positions = torch.empty(shape, dtype=torch.int64)
+        for row in positions:
+            start = 0
+            while start < work.seq:
+                length = min(lengths.randint(SHORTEST, LONGEST), work.seq - start)
+                row[start : start + length] = torch.arange(length)
+                start += length
+        positions = positions.to(work.device)
+        yield {
+            "input_ids": tokens,
+            "labels": tokens.masked_fill(positions == 0, -100),
+            "position_ids": positions,
+        }
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def bare_loop(peer: Peer, work: Work, begun: float) -> dict[str, Any]:
+    """Seconds of each step, losses, and seconds from `begun` (`time.time()`) to the end of the first step.
+
+    Raises:
+        ValueError: rows are packed, and this peer's documents would see each other.
+    """
+    if work.packed and not peer.isolates:
+        raise ValueError("this peer does not isolate packed documents: it would do another work")
+    model, optimizer = peer.model.train(), peer.optimizer
+    parameters = trained(model)
+    seconds, losses, first = [], [], 0.0
+    for batch in batches(work, model.config.vocab_size):
+        synchronize(work.device)
+        start = time.perf_counter()
+        with torch.autocast(work.device, torch.bfloat16) if peer.autocast else contextlib.nullcontext():
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        synchronize(work.device)
+        seconds.append(time.perf_counter() - start)
+        first = first or time.time() - begun
+        if losses[-1] != losses[-1]:
+            raise FloatingPointError(f"the loss of step {len(losses)} is not a number: no work to time")
+    return {"seconds": seconds, "losses": losses, "first_step_s": first}
