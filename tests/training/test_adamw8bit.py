@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
 import bitsandbytes
 import pytest
 import torch
 
+from steep.kernels import adamw8bit as kernels
+from steep.ops.backend import interpreted
 from steep.training import adamw8bit
 from steep.training.adamw8bit import AdamW8bit, stochastic_round_
+from tests.ops.closeness import assert_as_good
+from tests.ops.moment_codes import assert_same_codes
 
 SIZE = 8192  # two moments in 8 bit need at least 4,096 elements
 RATE = 5e-6
@@ -184,3 +191,192 @@ def test_many_tensors_take_few_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     many(2**20, monkeypatch, steps=1)
     # First group: three in 8 bit, the small one in fp32, the ragged one; second group: one, the small one, one.
     assert calls == [3, 1, 1, 1, 1, 1]
+
+
+# --- the kernel, in Triton's interpreter --------------------------------------------------------------------------
+
+
+def step_with(optimizer: AdamW8bit, parameters: list[torch.nn.Parameter], step: int) -> None:
+    """One step of the kernel; the gradients are those of `step`."""
+    for index, parameter in enumerate(parameters):
+        draw = torch.Generator().manual_seed(1000 * step + index)
+        gradient = torch.randn(parameter.numel(), generator=draw).view_as(parameter)
+        parameter.grad = gradient.to(parameter.dtype)
+    with interpreted():
+        optimizer.step()
+
+
+def mixed() -> list[torch.nn.Parameter]:
+    """A bf16 matrix with 8-bit states, a bf16 vector with fp32 ones, fp32 masters."""
+    return [
+        torch.nn.Parameter(weights(4200).view(42, 100)),
+        torch.nn.Parameter(weights(100)),
+        torch.nn.Parameter(weights(4096).float()),
+    ]
+
+
+def test_all_groups_share_the_launches_of_their_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 coded, bf16 small, fp32 coded: three launches, whatever the groups. Each group keeps its rate."""
+    launches, launch = [], kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda *args, **kind: launches.append(len(args[0])) or launch(*args, **kind))
+    parameters = [*mixed(), *mixed()]
+    optimizer = AdamW8bit([{"params": parameters[:3], "lr": 1e-2}, {"params": parameters[3:], "lr": 0.0}])
+    step_with(optimizer, parameters, 1)
+    assert launches == [2, 2, 2]
+    assert not any(torch.equal(*pair) for pair in zip(parameters[:3], mixed(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(parameters[3:], mixed(), strict=True))
+
+
+def test_kernel_is_bitsandbytes_update() -> None:
+    """Of fp32 the weights and codes, but for ties; of bf16 the states, and the weights within their rounding."""
+    ours, theirs = mixed(), [torch.nn.Parameter(p.detach().float()) for p in mixed()]
+    settings = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+    left, right = AdamW8bit(ours, **settings), bitsandbytes.optim.AdamW8bit(theirs, **settings)
+    for step in range(1, 5):
+        step_with(left, ours, step)
+        for one, other in zip(ours, theirs, strict=True):
+            other.grad = one.grad.float()  # pyright: ignore[reportOptionalMemberAccess]
+        right.step()
+    for one, other, start in zip(ours, theirs, mixed(), strict=True):
+        kept, wanted = left.state[one], right.state[other]
+        assert kept.keys() == wanted.keys() and kept["step"] == wanted["step"] == 4
+        for key in kept.keys() - {"step"}:
+            assert (kept[key].dtype, kept[key].shape) == (wanted[key].dtype, wanted[key].shape)
+            if kept[key].dtype == torch.uint8:
+                assert_same_codes(kept[key], wanted[key], int(key[-1]), steps=4)
+            else:
+                assert torch.allclose(kept[key], wanted[key], rtol=1e-4, atol=1e-7)
+        if one.dtype == torch.float32:
+            moved, meant = one.detach() - start.detach(), other.detach() - start.detach()
+            assert_as_good(moved, meant, meant, slack=5e-3)
+        else:
+            assert (one.float() - other).abs().max() < 4 * 2**-7 * 4
+
+
+def test_kernel_does_not_lose_small_updates() -> None:
+    start = weights()
+    moved, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    with interpreted():
+        run(AdamW8bit([moved], lr=RATE), moved, 5)
+    run(bitsandbytes.optim.AdamW8bit([plain], lr=RATE), plain, 5)
+    exact = torch.nn.Parameter(start.float())
+    run(bitsandbytes.optim.AdamW8bit([exact], lr=RATE), exact, 5)
+    shares = [(p.detach() != start).double().mean().item() for p in (moved, plain)]
+    # What should move: of each weight, its update over the distance to its neighbour (bits of the mantissa: 7).
+    wanted = exact.detach() - start.float()
+    due = (wanted.abs() / 2.0 ** (start.float().abs().log2().floor() - 7)).clamp(max=1).mean().item()
+    print(f"changed at {RATE}: {shares[0]:.2%}, plain bf16 {shares[1]:.2%}, due {due:.2%}")
+    assert shares[0] == pytest.approx(due, rel=0.25)
+    assert shares[1] < 0.25 * due
+    slope = ((moved.detach().float() - start.float()) * wanted.sign()).sum() / wanted.abs().sum()
+    assert slope.item() == pytest.approx(1, abs=0.5)
+
+
+def test_kernel_leaves_a_tensor_without_gradient() -> None:
+    parameters = mixed()
+    optimizer = AdamW8bit(parameters, lr=1e-2)
+    step_with(optimizer, parameters, 1)
+    kept = parameters[0].detach().clone()
+    states = {key: value.clone() for key, value in optimizer.state[parameters[0]].items() if key != "step"}
+    parameters[0].grad = None
+    with interpreted():
+        optimizer.step()
+    assert torch.equal(parameters[0], kept)
+    assert [optimizer.state[parameter]["step"] for parameter in parameters] == [1, 2, 2]
+    for key, value in states.items():
+        assert torch.equal(value, optimizer.state[parameters[0]][key])
+
+
+@pytest.mark.parametrize("route", [interpreted, nullcontext])
+def test_gradient_factor_is_of_one_step(route: type[AbstractContextManager[None]]) -> None:
+    """As if the gradients had been scaled; the kernel does not touch them."""
+    ours, theirs = mixed(), mixed()
+    left, right = AdamW8bit(ours, lr=1e-3), AdamW8bit(theirs, lr=1e-3)
+    for step, factor in enumerate((0.25, None)):
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            gradient = torch.randn(one.shape, generator=torch.Generator().manual_seed(10 * step + index))
+            one.grad = gradient.to(one.dtype)
+            other.grad = one.grad * (factor or 1)
+        before = [one.grad.clone() for one in ours if one.grad is not None]
+        left.gradient_factor = None if factor is None else torch.tensor(factor)
+        with route():
+            left.step()
+            right.step()
+        assert left.gradient_factor is None
+        if route is interpreted:
+            assert all(torch.equal(one.grad, kept) for one, kept in zip(ours, before, strict=True))  # pyright: ignore
+    for one, other in zip(ours, theirs, strict=True):  # factors are powers of two: the same to the bit, but for ties
+        assert (one != other).float().mean() < 2e-3
+        for key in ("state1", "state2"):
+            kept, wanted = left.state[one][key], right.state[other][key]
+            if kept.dtype == torch.uint8:
+                assert_same_codes(kept, wanted, int(key[-1]))
+            else:
+                assert torch.allclose(kept, wanted, rtol=1e-5, atol=1e-8)
+
+
+def test_a_bf16_weight_with_an_fp32_gradient() -> None:
+    parameter, other = torch.nn.Parameter(weights(4096)), torch.nn.Parameter(weights(4096))
+    parameter.grad_dtype = torch.float32  # pyright: ignore
+    optimizer, exact = AdamW8bit([parameter], lr=1e-3), AdamW8bit([other], lr=1e-3)
+    parameter.grad = torch.randn(4096, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    other.grad = parameter.grad.bfloat16()
+    with interpreted():
+        optimizer.step()
+        exact.step()
+    assert torch.equal(parameter, other)
+
+
+def test_kernel_resumes_to_the_bit(tmp_path: Path) -> None:
+    parameters = mixed()
+    optimizer = AdamW8bit(parameters, lr=1e-3, seed=7)
+    for step in (1, 2):
+        step_with(optimizer, parameters, step)
+    torch.save((optimizer.state_dict(), [p.detach() for p in parameters]), tmp_path / "checkpoint")
+    step_with(optimizer, parameters, 3)
+    states, values = torch.load(tmp_path / "checkpoint")
+    resumed = [torch.nn.Parameter(value) for value in values]
+    again = AdamW8bit(resumed, lr=1e-3, seed=7)
+    again.load_state_dict(states)
+    step_with(again, resumed, 3)
+    for one, other in zip(parameters, resumed, strict=True):
+        assert torch.equal(one, other)
+        for key, value in optimizer.state[one].items():
+            assert value == again.state[other][key] if key == "step" else torch.equal(value, again.state[other][key])
+
+
+@pytest.mark.parametrize("saved_by", ["bitsandbytes", "kernel"])
+def test_states_go_from_one_update_to_the_other(saved_by: str) -> None:
+    """Checkpoints of runs before there was a kernel resume with it, and a GPU's on a CPU: one format, and the next step
+    is the other's, but for its rounding noise."""
+    parameters = mixed()
+    optimizer = AdamW8bit(parameters, lr=1e-3)
+    for step in (1, 2):
+        if saved_by == "kernel":
+            step_with(optimizer, parameters, step)
+        else:
+            step_by_bitsandbytes(optimizer, parameters, step)
+    saved = optimizer.state_dict()
+    wrapped = {"qmap1", "qmap2", "absmax1", "absmax2", "state1", "state2"}
+    assert {key for state in saved["state"].values() for key in state} == {"step", "__bnb_optimizer_quant_state__"}
+    assert saved["state"][0]["__bnb_optimizer_quant_state__"].keys() == wrapped
+    assert saved["state"][1]["__bnb_optimizer_quant_state__"].keys() == {"state1", "state2"}
+    resumed = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    other = AdamW8bit(resumed, lr=1e-3)
+    other.load_state_dict(saved)
+    step_with(optimizer, parameters, 3)
+    step_by_bitsandbytes(other, resumed, 3)
+    for one, two in zip(parameters, resumed, strict=True):
+        for key in ("state1", "state2"):
+            left, right = optimizer.state[one][key], other.state[two][key]
+            if left.dtype == torch.uint8:
+                assert_same_codes(left, right, int(key[-1]))
+            else:
+                assert torch.allclose(left, right, rtol=1e-5, atol=1e-8)
+        assert torch.allclose(one.float(), two.float(), rtol=2**-6, atol=1e-5)
+
+
+def step_by_bitsandbytes(optimizer: AdamW8bit, parameters: list[torch.nn.Parameter], step: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adamw8bit, "uses_kernels", lambda tensor: False)
+        step_with(optimizer, parameters, step)

@@ -3,6 +3,9 @@
 A bf16 weight keeps 8 bits of mantissa: near 1.0 its neighbours are 0.4 % apart, so at a rate of 5e-6 nearly every
 update rounds back to the old value. Stochastic rounding keeps the update in expectation (Gupta et al. 2015; Zamirai et
 al. 2020): the update runs in fp32, and the result is rounded up or down with the probability of its distance.
+
+On a GPU `ops/adamw8bit.py` updates all tensors in a launch or a few. On a CPU bitsandbytes' own functions do. The
+states are bitsandbytes' on both, in name and format.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from typing import Any
 import torch
 from bitsandbytes import functional
 from bitsandbytes.optim import AdamW
+
+from steep.ops.adamw8bit import Update, adamw8bit, noise_key
+from steep.ops.backend import uses_kernels
 
 BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit states
 SLICE = 2**24  # elements updated at once: bounds the copies to 0.4 GiB whatever the size of a tensor
@@ -28,6 +34,22 @@ def stochastic_round_(target: torch.Tensor, values: torch.Tensor, generator: tor
     bits = values.view(torch.int32).add_(noise)
     # Little-endian: of each pair of 16-bit halves, the second is the upper one.
     target.view(torch.int16).copy_(bits.view(torch.int16)[1::2])
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A parameter that has a gradient, its state, and its place: group, number in the group, number in all groups."""
+
+    parameter: torch.Tensor
+    state: dict[str, Any]
+    gindex: int
+    pindex: int
+    index: int
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        assert self.parameter.grad is not None
+        return self.parameter.grad
 
 
 @dataclass(frozen=True)
@@ -63,19 +85,25 @@ class _Piece:
 class AdamW8bit(AdamW):
     """bitsandbytes' AdamW with 8-bit states; bf16 parameters are updated in fp32 and rounded stochastically.
 
-    fp32 and fp16 parameters take bitsandbytes' own path unchanged. Many small bf16 tensors share one update: the 448
-    adapter tensors of an 8B one by one are bound by launches. The rounding noise is drawn from a generator seeded by
-    (seed, step, group): a resumed run draws what an uninterrupted one would have drawn.
+    fp32 parameters are updated as bitsandbytes does, and fp16 ones by bitsandbytes. The rounding noise is keyed by
+    (seed, step, tensor) on a GPU, and drawn from a generator seeded by (seed, step, group) on a CPU: a resumed run
+    draws what an uninterrupted one would have drawn.
 
     Args:
         params: parameters or groups, as for every optimizer.
         seed: of the rounding noise.
         **kwargs: `bitsandbytes.optim.AdamW`'s own.
+
+    Attributes:
+        gradient_factor: fp32, one element: multiplies every gradient of the next `step`, which then forgets it. On a
+            GPU clipping so takes no pass of its own, and the gradients stay as they are; elsewhere they are scaled in
+            place.
     """
 
     def __init__(self, params: Any, *, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(params, **{**kwargs, "optim_bits": 8})
         self.seed = seed
+        self.gradient_factor: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -92,30 +120,77 @@ class AdamW8bit(AdamW):
             self.check_overrides()
             self.to_gpu()
             self.initialized = True
-        for gindex in range(len(self.param_groups)):
-            generators: dict[tuple[torch.device, int], torch.Generator] = {}
-            # One batch after the other: the GPU works on it while the next one's pieces are cut.
-            for batch in _batches(self._pieces(gindex)):
-                key = batch[0].weights.device, batch[0].step
-                if key not in generators:
-                    noise_seed = hash((self.seed, key[1], gindex)) & (2**63 - 1)
-                    generators[key] = torch.Generator(key[0]).manual_seed(noise_seed)
-                _update(batch, generators[key])
+        factor, self.gradient_factor = self.gradient_factor, None
+        by_kernel: dict[torch.device, list[_Slot]] = {}
+        for gindex, slots in enumerate(self._slots()):
+            others: list[_Slot] = []
+            for slot in slots:
+                if uses_kernels(slot.parameter) and slot.parameter.dtype in (torch.bfloat16, torch.float32):
+                    by_kernel.setdefault(slot.parameter.device, []).append(slot)
+                else:
+                    others.append(slot)
+                    if factor is not None:
+                        slot.gradient.mul_(factor.to(slot.parameter.device))
+            self._step_by_bitsandbytes(gindex, others)
+        for device, slots in by_kernel.items():
+            self._step_by_kernel(slots, None if factor is None else factor.to(device, torch.float32).view(1))
         return loss
 
-    def _pieces(self, gindex: int) -> Iterator[_Piece]:
+    def _slots(self) -> Iterator[list[_Slot]]:
+        """Of each group the parameters that have a gradient, with their states."""
+        first = 0
+        for gindex, group in enumerate(self.param_groups):
+            slots: list[_Slot] = []
+            for pindex, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                if len(self.state[parameter]) == 0:
+                    parameter.data = parameter.data.contiguous()  # the states take its strides
+                    self.init_state(group, parameter, gindex, pindex)
+                slots.append(_Slot(parameter, self.state[parameter], gindex, pindex, first + pindex))
+            first += len(group["params"])
+            yield slots
+
+    def _step_by_kernel(self, slots: list[_Slot], factor: torch.Tensor | None) -> None:
+        """Update tensors of one device."""
+        updates: list[Update] = []
+        for slot in slots:
+            state, config = slot.state, self.get_config(slot.gindex, slot.pindex, self.param_groups[slot.gindex])
+            state["step"] += 1
+            coded = state["state1"].dtype == torch.uint8
+            updates.append(
+                Update(
+                    slot.parameter, slot.gradient.contiguous(), (state["state1"], state["state2"]),
+                    (state["absmax1"], state["absmax2"]) if coded else None,
+                    state["step"], config["lr"], tuple(config["betas"][:2]), config["eps"], config["weight_decay"],
+                    noise_key(self.seed, state["step"], slot.index),
+                )
+            )  # fmt: skip
+        device = slots[0].parameter.device
+        for name in ("dynamic", "udynamic"):  # a resumed run has made no state that would have moved them
+            self.name2qmap[name] = self.name2qmap[name].to(device)
+        adamw8bit(updates, (self.name2qmap["dynamic"], self.name2qmap["udynamic"]), factor)
+
+    def _step_by_bitsandbytes(self, gindex: int, slots: list[_Slot]) -> None:
+        """Update tensors of one group. Many small bf16 tensors share one update."""
+        generators: dict[tuple[torch.device, int], torch.Generator] = {}
+        # One batch after the other: the device works on it while the next one's pieces are cut.
+        for batch in _batches(self._pieces(gindex, slots)):
+            key = batch[0].weights.device, batch[0].step
+            if key not in generators:
+                noise_seed = hash((self.seed, key[1], gindex)) & (2**63 - 1)
+                generators[key] = torch.Generator(key[0]).manual_seed(noise_seed)
+            _update(batch, generators[key])
+
+    def _pieces(self, gindex: int, slots: list[_Slot]) -> Iterator[_Piece]:
         """The bf16 tensors of a group in pieces; those of other dtypes are updated on the way, as bitsandbytes does."""
         group = self.param_groups[gindex]
-        for pindex, parameter in enumerate(group["params"]):
-            if parameter.grad is None:
+        for slot in slots:
+            if slot.parameter.dtype != torch.bfloat16:
+                self.update_step(group, slot.parameter, gindex, slot.pindex)
                 continue
-            if len(self.state[parameter]) == 0:
-                self.init_state(group, parameter, gindex, pindex)
-            if parameter.dtype != torch.bfloat16:
-                self.update_step(group, parameter, gindex, pindex)
-                continue
-            self.state[parameter]["step"] += 1
-            yield from _cut(parameter, self.state[parameter], self.get_config(gindex, pindex, group))
+            slot.state["step"] += 1
+            yield from _cut(slot.parameter, slot.state, self.get_config(gindex, slot.pindex, group))
 
 
 def _cut(parameter: torch.Tensor, state: dict[str, Any], config: dict[str, Any]) -> Iterator[_Piece]:

@@ -1,0 +1,193 @@
+"""AdamW with bitsandbytes' 8-bit states, over a list of tensors at once.
+
+Of every tensor, with its gradient g (times `factor`), moments m and v, and t the number of its updates:
+
+    m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+    w = (1 - lr decay) w - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
+
+m and v are kept as 8-bit codes, a scale to each block of 256 elements (Dettmers et al. 2022): a code stands for its
+entry of bitsandbytes' dynamic map, times the scale. Small tensors keep them in fp32. All arithmetic is in fp32. A bf16
+weight is rounded up or down with the probability of its distance, by random bits of its key and place alone.
+
+Each moment becomes the nearest code, as in bitsandbytes' CUDA kernel but for one exception of that: a negative m whose
+nearest code is zero becomes the smallest negative code there, 5.5e-7 of the scale. (On a CPU bitsandbytes looks a code
+up by 16 bits of the value, right to 2e-5 of the scale.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+
+from steep.kernels import adamw8bit as kernel
+from steep.ops.backend import uses_kernels
+
+BLOCK = kernel.BLOCK
+_WORD = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update of a tensor of N elements reads and writes; all are contiguous.
+
+    Attributes:
+        parameter: bf16 (rounded stochastically) or fp32, N elements; written.
+        gradient: bf16, fp16 or fp32, N elements.
+        moments: m and v, uint8 codes or fp32, N elements each; written.
+        scales: of codes, fp32 [ceil(N / 256)] each; written. None with fp32 moments.
+        step: of this tensor, from 1 on.
+        lr, betas, eps, weight_decay: as in AdamW.
+        key: of the rounding noise, 64 bits: `noise_key`.
+    """
+
+    parameter: torch.Tensor
+    gradient: torch.Tensor
+    moments: tuple[torch.Tensor, torch.Tensor]
+    scales: tuple[torch.Tensor, torch.Tensor] | None
+    step: int
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    key: int = 0
+
+    @property
+    def settings(self) -> tuple[float, ...]:
+        """As `kernel.SETTINGS` names them."""
+        return _settings(self.step, self.lr, self.betas, self.eps, self.weight_decay)
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """As `kernel.ADDRESSES` names them, from the parameter to the second scale."""
+        found: list[int] = []
+        for tensor in (self.parameter, self.gradient, *self.moments, *(self.scales or ())):
+            assert tensor.is_contiguous()
+            found.append(tensor.data_ptr())
+        return (*found, 0, 0) if self.scales is None else tuple(found)
+
+    @property
+    def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool]:
+        """What all tensors of one launch have in common."""
+        parameter, gradient, moment1, moment2, *_ = self.addresses
+        aligned = (parameter | gradient | moment1 | moment2) % kernel.ALIGNMENT == 0
+        return (
+            self.parameter.device, self.parameter.dtype, self.gradient.dtype, self.scales is not None, aligned
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=256)  # many tensors, few groups
+def _settings(step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> tuple[float, ...]:
+    (beta1, beta2), root = betas, math.sqrt(1 - betas[1] ** step)
+    return 1 - lr * weight_decay, lr * root / (1 - beta1**step), eps * root, beta1, 1 - beta1, beta2, 1 - beta2
+
+
+def noise_key(seed: int, step: int, index: int) -> int:
+    """The key of the noise with which tensor `index` is rounded at `step`: 64 well-mixed bits, signed."""
+    state = 0
+    for part in (seed, step, index):  # splitmix64's finaliser (Stafford's mix 13), once for each part
+        state = (state ^ part) + 0x9E3779B97F4A7C15 & (2**64 - 1)
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & (2**64 - 1)
+        state ^= state >> 31
+    return state - 2**64 if state >= 2**63 else state
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The kernel's hash of 32 bits, in int64."""
+    x = (x ^ x >> 16) * 0x7FEB352D & _WORD
+    x = (x ^ x >> 15) * 0x846CA68B & _WORD
+    return x ^ x >> 16
+
+
+def rounding_noise(key: int, numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """16 random bits for each of `numel` elements, int32, as the kernel draws them."""
+    block = torch.arange(-(-numel // BLOCK), device=device)
+    seed = _mix((block ^ key) & _WORD) ^ (key >> 32 & _WORD)
+    pair = torch.arange(BLOCK // 2, device=device) * 0x9E3779B9
+    drawn = _mix(seed[:, None] + pair & _WORD)
+    return torch.stack([drawn & 0xFFFF, drawn >> 16], -1).view(-1)[:numel].int()
+
+
+def _decode(codes: torch.Tensor, code_map: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return code_map[codes.long()] * scales.repeat_interleave(BLOCK)[: codes.numel()]
+
+
+def _encode(values: torch.Tensor, code_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest codes and the scale of each block."""
+    padded = torch.nn.functional.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
+    scales = padded.abs().amax(1)
+    parts = (padded / scales.clamp(min=1e-37)[:, None]).view(-1)[: values.numel()]
+    midpoints = (code_map[1:].double() + code_map[:-1].double()) / 2
+    return torch.searchsorted(midpoints, parts.double()).to(torch.uint8), scales
+
+
+def adamw8bit_reference(
+    updates: Sequence[Update], maps: tuple[torch.Tensor, torch.Tensor], factor: torch.Tensor | None = None
+) -> None:
+    """`adamw8bit` in plain torch."""
+    for update in updates:
+        decay, step_size, epsilon, beta1, rest1, beta2, rest2 = update.settings
+        gradient = update.gradient.view(-1).float() * (1 if factor is None else factor)
+        first, second = (moment.view(-1) for moment in update.moments)
+        if update.scales is not None:
+            first, second = map(_decode, (first, second), maps, update.scales)
+        first = first * beta1 + gradient * rest1
+        second = second * beta2 + gradient.square() * rest2
+        value = update.parameter.view(-1).float() * decay - step_size * (first / (second.sqrt() + epsilon))
+        if update.parameter.dtype == torch.bfloat16:
+            bits = value.view(torch.int32) + rounding_noise(update.key, value.numel(), value.device)
+            value = (bits & ~0xFFFF).view(torch.float32)
+        update.parameter.view(-1).copy_(value)
+        moments = [first, second]
+        if update.scales is not None:
+            for index in range(2):
+                moments[index], scales = _encode(moments[index], maps[index])
+                update.scales[index].copy_(scales)
+        for kept, moment in zip(update.moments, moments, strict=True):
+            kept.view(-1).copy_(moment)
+
+
+def adamw8bit(
+    updates: Sequence[Update], maps: tuple[torch.Tensor, torch.Tensor], factor: torch.Tensor | None = None
+) -> None:
+    """One AdamW update of every tensor, in place; on a GPU one launch for all tensors of a kind.
+
+    The host does not wait. Whether tensors are updated together or one by one, each gets the same bits.
+
+    Args:
+        updates: tensors of one device.
+        maps: bitsandbytes' dynamic maps, signed and unsigned, fp32 [256] each, on that device.
+        factor: fp32, one element on that device: multiplies every gradient (clipping, and one over a loss scale).
+    """
+    if not updates:
+        return
+    if not uses_kernels(updates[0].parameter):
+        return adamw8bit_reference(updates, maps, factor)
+    kinds: dict[tuple[torch.device, torch.dtype, torch.dtype, bool, bool], list[Update]] = {}
+    for update in updates:
+        kinds.setdefault(update.kind, []).append(update)
+    for (device, parameter, gradient, coded, aligned), members in kinds.items():
+        chunks = [-(-update.parameter.numel() // kernel.CHUNK) for update in members]
+        rows: list[tuple[int, ...]] = []
+        first = 0
+        for update, count in zip(members, chunks, strict=True):
+            rows.append((*update.addresses, update.parameter.numel(), first, update.key, count))
+            first += count
+        if first == 0:
+            continue
+        table = _upload(torch.tensor(rows, dtype=torch.int64), device)
+        settings = _upload(torch.tensor([update.settings for update in members], dtype=torch.float32), device)
+        owners = torch.repeat_interleave(table[:, -1], output_size=first)
+        kernel.launch(
+            table, settings, owners, maps, factor,
+            parameter=parameter, gradient=gradient, coded=coded, aligned=aligned,
+        )  # fmt: skip
+
+
+def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that the host does not wait for."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
