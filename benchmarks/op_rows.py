@@ -312,6 +312,25 @@ def lora_qkv() -> Iterator[Case]:
     )  # fmt: skip
 
 
+def lora_mlp() -> Iterator[Case]:
+    """Forward and backward."""
+    from steep.ops.lora_mlp import lora_mlp, lora_mlp_reference
+
+    sizes = ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
+    gate, up, down = (projection(*size) for size in sizes)
+    x, dy = random(TOKENS, HIDDEN).requires_grad_(), random(TOKENS, HIDDEN)
+    adapters = gate.tensors() + up.tensors() + down.tensors()
+
+    def ours() -> Any:
+        return torch.autograd.grad(lora_mlp(x, gate, up, down, "silu"), (x, *adapters), dy)
+
+    yield Case(
+        "lora_mlp both ways", f"{TOKENS} x {HIDDEN} x {INTERMEDIATE}, rank {RANK}", ours=ours, result=ours,
+        reference=lambda x: lora_mlp_reference(x, gate, up, down, "silu"), inputs=(x,), direction="both",
+        cotangent=dy, adapters=adapters, flops=sum(lora_flops(*size) for size in sizes),
+    )  # fmt: skip
+
+
 def attention() -> Iterator[Case]:
     """Two documents of 2,048 tokens, each backend that is fit."""
     from steep.ops.attention import attention_backward, attention_forward
@@ -355,5 +374,18 @@ def attention() -> Iterator[Case]:
 
 ROWS: dict[str, Callable[[], Iterator[Case]]] = {
     row.__name__: row
-    for row in (rms_norm, rope, qk_norm, swiglu, geglu, linear_cross_entropy, nf4, int8, merge, lora_qkv, attention)
+    for row in (
+        rms_norm,
+        rope,
+        qk_norm,
+        swiglu,
+        geglu,
+        linear_cross_entropy,
+        nf4,
+        int8,
+        merge,
+        lora_qkv,
+        lora_mlp,
+        attention,
+    )
 }

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,7 @@ def main(words: list[str] | None = None) -> None:
     ceiling = product_flops_per_second() if arguments.device == "cuda" else None
     if arguments.device == "cuda":
         torch.cuda.empty_cache()  # the peers' processes need the memory
+    call = datetime.now(UTC).isoformat(timespec="seconds")
     rows, failed = [], []
     for peer in peers:
         result = run(arguments, peer, words)
@@ -173,7 +175,7 @@ def main(words: list[str] | None = None) -> None:
             failed.append(peer)
             print(f"{peer:11} failed: {result}", flush=True)
             continue
-        rows.append(row_of(arguments, peer, result, ceiling))
+        rows.append({"call": call, **row_of(arguments, peer, result, ceiling)})
         print(shown(rows[-1]), flush=True)
         append(arguments.out or results_file("train"), rows[-1])
     off = disagreement(rows)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import op_rows
+from benchmarks import op_rows, table
 from benchmarks.ops import TOLERANCE, wrong_by
 from benchmarks.shapes import empty_model, flops_a_step
 
@@ -76,3 +76,35 @@ def test_a_step_has_as_many_flops_as_counted_by_hand() -> None:
     products = 96 * (4 * linear + 6 * adapters + 6 * 384 * 64)
     attention = 2 * 3.5 * 4 * 2 * 48**2 / 2 * 64
     assert flops_a_step("tiny", 2, 48, 8) == products + attention
+
+
+def timed(peer: str, step_s: float, call: str, **fields: object) -> dict[str, object]:
+    same = {"shape": "llama-3-8b", "batch": 2, "seq": 2048, "packed": False, "cap_gib": None, "gpu": "NVIDIA H200"}
+    return {"peer": peer, "step_s": step_s, "call": call, "peak_allocated_gib": 10.04, **same, **fields}
+
+
+def test_the_readme_is_in_step_with_the_results() -> None:
+    text = table.README.read_text(encoding="utf-8")
+    assert table.in_step(text, table.rows_of(table.RESULTS)) == text, "run python -m benchmarks.table"
+
+
+def test_a_ratio_of_the_table_is_of_one_call() -> None:
+    rows = [
+        timed("steep", 0.30, "1"),
+        timed("hf", 0.75, "1"),
+        timed("unsloth", 0.45, "1"),
+        timed("steep", 0.25, "2"),
+        timed("hf", 0.70, "2"),
+        timed("steep", 0.10, "3"),  # without the yardstick: no call to compare
+        timed("steep", 0.40, "4", cap_gib=14.0),
+        timed("hf", 0.80, "4", cap_gib=14.0),
+    ]
+    *_, first, second = table.table(rows).splitlines()
+    assert first == (
+        "| H200, llama-3-8b, 2 × 2048 | 0.250 s, 10.0 GiB | 0.700 s, 10.0 GiB (2.80×) | 0.450 s, 10.0 GiB (1.50×) |"
+    )
+    assert second == ("| H200, llama-3-8b, 2 × 2048, in 14 GiB | 0.400 s, 10.0 GiB | 0.800 s, 10.0 GiB (2.00×) | – |")
+    text = f"a\n{table.BEGIN}\nold\n{table.END}\nb"
+    assert first in table.in_step(text, rows)
+    assert table.in_step(table.in_step(text, rows), rows) == table.in_step(text, rows)
+    assert table.in_step(text, []) == f"a\n{table.BEGIN}\n{table.END}\nb"
