@@ -94,17 +94,19 @@ def assert_equal(ours: Update, theirs: Update) -> None:
 
 
 def assert_close(ours: Update, theirs: Update) -> None:
-    """Codes but for ties, and values but for the last bits of fp32; a bf16 weight one such bit from where the noise
-    turns it over may fall to the other side."""
+    """Codes but for ties, and values but for the last bits of fp32: of an update that can be 100 times the weight,
+    where v is next to nothing. A bf16 weight one such bit from where the noise turns it over may fall to the other
+    side."""
     for one, other in zip(written(ours), written(theirs), strict=True):
+        slack = 1e-3 if one is ours.parameter else 1e-7
         if one.dtype == torch.uint8:
             assert (one.int() - other.int()).abs().max() <= 1
             assert (one != other).sum() <= 2 + 1e-3 * one.numel()
         elif one.dtype == BF16:
             assert (one != other).sum() <= 1 + 1e-3 * one.numel()
-            assert torch.allclose(one.float(), other.float(), rtol=2**-7, atol=1e-6)
+            assert torch.allclose(one.float(), other.float(), rtol=2**-7, atol=slack)
         else:
-            assert torch.allclose(one, other, rtol=2e-6, atol=1e-7)
+            assert torch.allclose(one, other, rtol=2e-6, atol=slack)
 
 
 # --- codes ----------------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ def test_each_value_takes_the_nearest_code(route: str, signed: bool) -> None:
     lower = torch.minimum(found, nearest)[other]  # what is not the nearest code is a tie, but for 1e-4 bins
     assert ((values[other].double() - midpoints[lower]).abs() <= 1e-4 * width[lower]).all()
     assert other.float().mean() < 2e-3
-    assert set(found.tolist()) == set(range(256))
+    assert found.unique().numel() == 256
 
 
 # --- one launch -----------------------------------------------------------------------------------------------------
