@@ -379,15 +379,17 @@ def test_nor_do_they_in_evaluation() -> None:
 
 
 def test_default_sizes() -> None:
-    """8B's head: one tile as long as that needs less than the fp32 sum, equal tiles of about 1 GiB beyond; chunks and
-    tiles over a frozen head of 256 MiB."""
-    assert op.tile_size(4096, 128256, 4096, 2, sums=True, frozen=False) == 4096
-    assert op.tile_size(8192, 128256, 4096, 2, sums=True, frozen=False) == 8192
-    assert op.tile_size(16384, 128256, 4096, 2, sums=True, frozen=False) == 4096
-    assert op.tile_size(4096, 128256, 4096, 2, sums=False, frozen=True) == 1024
-    assert op.tile_size(0, 128256, 4096, 2, sums=True, frozen=False) == 1
-    assert op.chunk_size(4096, 128256, 2) == 32064
-    assert op.chunk_size(4096, 128263, 2) == 32128
+    """8B's head: chunks of half the vocabulary as long as all logits need less than the fp32 sum, then equal tiles of
+    about 1 GiB, or of 256 MiB over a frozen head; never the whole of a batch."""
+    assert op.faster_way(4096, 4096, 2, sums=True) == "vocabulary"
+    assert op.faster_way(16384, 4096, 2, sums=True) == "tokens"
+    assert op.faster_way(4096, 4096, 2, sums=False) == "tokens"
+    assert op.tile_size(16384, 128256, 2, frozen=False) == 4096
+    assert op.tile_size(4096, 128256, 2, frozen=False) == 2048
+    assert op.tile_size(4096, 128256, 2, frozen=True) == 1024
+    assert op.tile_size(0, 128256, 2, frozen=False) == 1
+    assert op.chunk_size(4096, 128256, 2) == 64128
+    assert op.chunk_size(4096, 128263, 2) == 64192
     assert op.chunk_size(10**6, 128256, 2) <= 1088
     assert op.chunk_size(1, 384, 2) == 384
 

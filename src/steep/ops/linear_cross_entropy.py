@@ -6,8 +6,7 @@ are, and multiplied by that of the loss in the backward: on the device, and with
 
 Two ways:
 - "tokens": a tile of tokens has its logits whole. They become their gradient in place, and three products are all there
-  is. Over several tiles dW needs an fp32 sum of the weight's size, which one tile does not: as long as the logits of
-  all tokens are smaller than that sum, one tile is both faster and leaner.
+  is. Over the tiles dW needs an fp32 sum of the weight's size.
 - "vocabulary": a chunk of the vocabulary has its logits for all tokens. A first pass over the chunks finds lse, a
   second makes the logits again (but for the last chunk, which is still there) and the gradients: a chunk of dW is one
   product straight into its place, and the sum over chunks, dx, is small. Up to four products, and the least memory.
@@ -34,7 +33,7 @@ Way = Literal["tokens", "vocabulary"]
 LIFT = 4096.0  # fp16: 1 / 128,256 is below its smallest normal number; 4096 · (p - 1) is far from its largest
 TILE_BYTES = 2**30  # logits of a tile of tokens, where every tile costs a pass over an fp32 sum of the weight's size
 LEAN_TILE_BYTES = 2**28  # and where it does not, since the weight is frozen
-CHUNK_BYTES = 2**28  # logits of a chunk of the vocabulary
+CHUNK_BYTES = 2**29  # logits of a chunk of the vocabulary: the larger, the less is made twice
 MIN_CHUNK = 1024
 
 _Made = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -94,18 +93,26 @@ def _even(total: int, largest: int, multiple: int) -> int:
     return -(-total // (max(parts, 1) * multiple)) * multiple
 
 
-def tile_size(num_tokens: int, num_columns: int, hidden: int, itemsize: int, sums: bool, frozen: bool) -> int:
+def faster_way(num_tokens: int, hidden: int, itemsize: int, sums: bool) -> Way:
+    """The way that is taken by default: by tokens, unless the batch is so short that the fp32 sum of dW would be larger
+    than all its logits.
+
+    Args:
+        itemsize: bytes of a logit.
+        sums: several tiles of tokens need an fp32 sum of the weight's size that is not the gradient itself.
+    """
+    return "vocabulary" if sums and num_tokens * itemsize <= 4 * hidden else "tokens"
+
+
+def tile_size(num_tokens: int, num_columns: int, itemsize: int, frozen: bool) -> int:
     """Tokens of a tile, by default.
 
     Args:
         itemsize: bytes of a logit.
-        sums: several tiles would need an fp32 sum of the weight's size that is not the gradient itself.
         frozen: there is no gradient by the weight.
     """
-    if sums and num_tokens * itemsize <= 4 * hidden:
-        return max(num_tokens, 1)
-    budget = LEAN_TILE_BYTES if frozen else TILE_BYTES
-    return max(_even(num_tokens, max(budget // (num_columns * itemsize), 128), 128), 1)
+    most = (LEAN_TILE_BYTES if frozen else TILE_BYTES) // (num_columns * itemsize)
+    return max(_even(num_tokens, max(min(most, -(-num_tokens // 2)), 128), 128), 1)
 
 
 def chunk_size(num_tokens: int, num_columns: int, itemsize: int) -> int:
@@ -209,7 +216,7 @@ def linear_cross_entropy_forward(
     ignore_index: int = -100,
     scale: float = 1.0,
     softcap: float | None = None,
-    way: Way = "tokens",
+    way: Way | None = None,
     tile: int | None = None,
     chunk: int | None = None,
     weight_grad_dtype: torch.dtype | None = None,
@@ -230,9 +237,10 @@ def linear_cross_entropy_forward(
     x_dtype = (torch.float32 if late else x_TH.dtype) if needs_x else None
     weight_dtype = (torch.float32 if late else weight_grad_dtype) if needs_weight else None
     (num_tokens, hidden), num_columns, itemsize = x_TH.shape, len(weight_VH), x_TH.dtype.itemsize
+    sums = weight_dtype not in (None, torch.float32)
+    way = way or faster_way(num_tokens, hidden, itemsize, sums)
     if (way == "tokens" and (needs_x or needs_weight)) or num_tokens == 0:
-        sums = weight_dtype not in (None, torch.float32)
-        tile = tile or tile_size(num_tokens, num_columns, hidden, itemsize, sums, not needs_weight)
+        tile = tile or tile_size(num_tokens, num_columns, itemsize, not needs_weight)
         made = _by_tokens(x_TH, weight_VH, labels, entropy, factor, tile, x_dtype, weight_dtype)
     else:
         chunk = chunk or chunk_size(num_tokens, num_columns, itemsize)
@@ -281,7 +289,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     scale: float = 1.0,
     softcap: float | None = None,
-    way: Way = "tokens",
+    way: Way | None = None,
     tile: int | None = None,
     chunk: int | None = None,
     weight_grad_dtype: torch.dtype | None = None,
@@ -300,7 +308,7 @@ def linear_cross_entropy(
             that are not ignored; 0 counts as 1.
         scale: factor of the logits (Cohere, Granite).
         softcap: softcap · tanh(logits / softcap), after the scale (Gemma 2).
-        way: "tokens" or "vocabulary", see the module.
+        way: "tokens" or "vocabulary", see the module; None: `faster_way`.
         tile: tokens of a tile (way "tokens"); default by the shapes, `tile_size`.
         chunk: columns of a chunk, a multiple of 64 at best (way "vocabulary"); default by the shapes, `chunk_size`.
         weight_grad_dtype: default: what autograd keeps of it (`weight.grad_dtype`, where that is set), else the

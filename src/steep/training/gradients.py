@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,13 +39,17 @@ class GradientReport:
         return [name for name, norm in zip(self.names, self.norms.tolist(), strict=True) if not math.isfinite(norm)]
 
 
-def measure_and_clip(parameters: Mapping[str, nn.Parameter], max_norm: float | None) -> GradientReport:
+def measure_and_clip(
+    parameters: Mapping[str, nn.Parameter], max_norm: float | None, optimizer: Any = None
+) -> GradientReport:
     """Measure every gradient, then scale all to a global norm of at most `max_norm` (None: leave them).
 
     Non-finite gradients are reported and left as they are. One transfer to the host.
 
     Args:
         parameters: the trainable ones by name.
+        optimizer: one that multiplies gradients as it reads them (`AdamW8bit.gradient_factor`) is told the factor, and
+            they stay as they are; for any other they are scaled here.
     """
     with_gradient = [parameter for parameter in parameters.values() if parameter.grad is not None]
     norms = torch.zeros(len(parameters))
@@ -56,5 +61,8 @@ def measure_and_clip(parameters: Mapping[str, nn.Parameter], max_norm: float | N
     total = float(torch.linalg.vector_norm(norms.double()))
     if max_norm is not None and with_gradient and math.isfinite(total):
         device = with_gradient[0].device
+        if hasattr(optimizer, "gradient_factor"):
+            optimizer.gradient_factor = torch.tensor(min(1.0, max_norm / (total + 1e-6)), device=device)
+            return GradientReport(list(parameters), norms, total)
         torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, torch.tensor(total, device=device))
     return GradientReport(list(parameters), norms, total)

@@ -248,7 +248,8 @@ class Trainer(Counting):
             self._have_no_gradients(model)
             return torch.tensor(math.nan)
         self.accelerator.unscale_gradients()
-        self._gradients = measure_and_clip(self._trainable, max_norm)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
+        self._gradients = measure_and_clip(self._trainable, max_norm, optimizer)
         own = torch.stack(self._losses_of_step).sum()
         # transformers multiplies each process's share by their number, because DDP divides the gradients by it.
         loss = float(ranks.gathered(np.array([float(own)])).mean())
