@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from steep.training.adamw8bit import AdamW8bit
 from steep.training.gradients import GradientReport
 from steep.training.gradients import measure_and_clip as measure_and_clip_named
 
@@ -54,6 +55,21 @@ def test_none_leaves_gradients_alone() -> None:
         a.grad is b.grad is None or (a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad))
         for a, b in zip(model.parameters(), same.parameters(), strict=True)
     )
+
+
+def test_an_optimizer_that_multiplies_gradients_itself_is_told_the_factor() -> None:
+    model, clipped = network(10.0), network(10.0)
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    ours, theirs = AdamW8bit(model.parameters(), lr=0.1), AdamW8bit(clipped.parameters(), lr=0.1)
+    measure_and_clip_named({n: p for n, p in model.named_parameters() if p.requires_grad}, 1.0, ours)
+    after = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    torch.nn.utils.clip_grad_norm_(clipped.parameters(), 1.0)
+    ours.step()
+    theirs.step()
+    assert ours.gradient_factor is None
+    for one, other in zip(model.parameters(), clipped.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
