@@ -5,6 +5,7 @@ A row is a function that gives its cases one by one, so that only one stands in 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from steep.ops.lora import Lora, Projection
 from steep.ops.nf4 import Nf4Weight
 
 TOKENS, HIDDEN, INTERMEDIATE, VOCABULARY, RANK = 4096, 4096, 14336, 128256, 256
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+HEADS, KV_HEADS, HEAD_DIM, LAYERS = 32, 8, 128, 32
 EPS = 1e-5
 DEVICE = "cuda"
 
@@ -331,6 +332,50 @@ def lora_mlp() -> Iterator[Case]:
     )  # fmt: skip
 
 
+def adamw8bit() -> Iterator[Case]:
+    """The embeddings' table alone, and all adapters of the model; compared is the change of a small one."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    from steep.ops.adamw8bit import Update, adamw8bit, adamw8bit_reference
+
+    maps = create_dynamic_map(signed=True).to(DEVICE), create_dynamic_map(signed=False).to(DEVICE)
+
+    def update(*shape: int) -> Update:
+        parameter, gradient = random(*shape, std=0.02), random(*shape, std=1e-3)
+        blocks = -(-parameter.numel() // 256)
+        moments = tuple(torch.randint(1, 255, shape, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+        scales = tuple(torch.full((blocks,), size, device=DEVICE) for size in (1e-3, 1e-6))
+        return Update(
+            parameter, gradient, (moments[0], moments[1]), (scales[0], scales[1]), step=3, lr=1e-2,
+            betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+        )  # fmt: skip
+
+    small = update(64, HIDDEN)
+
+    def changed(run: Callable[..., None]) -> torch.Tensor:
+        moments, scales = small.moments, small.scales
+        assert scales is not None
+        fresh = dataclasses.replace(
+            small, parameter=small.parameter.clone(), moments=(moments[0].clone(), moments[1].clone()),
+            scales=(scales[0].clone(), scales[1].clone()),
+        )  # fmt: skip
+        run([fresh], maps)
+        return fresh.parameter.float() - small.parameter.float()
+
+    sizes = [(HIDDEN, HIDDEN), (HIDDEN, KV_HEADS * HEAD_DIM), (HIDDEN, KV_HEADS * HEAD_DIM), (HIDDEN, HIDDEN)]
+    sizes += [(HIDDEN, INTERMEDIATE)] * 3
+    adapters = [(RANK, side) for _ in range(LAYERS) for size in sizes for side in size]
+    for shapes in ([(VOCABULARY, HIDDEN)], adapters):
+        updates = [update(*shape) for shape in shapes]
+        elements = sum(each.parameter.numel() for each in updates)
+        yield Case(
+            "adamw8bit", f"{elements / 1e6:.0f} M in {len(updates)} tensors",
+            ours=lambda updates=updates: adamw8bit(updates, maps), result=lambda: changed(adamw8bit),
+            reference=lambda parameter: changed(adamw8bit_reference), inputs=(small.parameter,), bytes=10 * elements,
+            times_reference=False,
+        )  # fmt: skip
+
+
 def attention() -> Iterator[Case]:
     """Two documents of 2,048 tokens, each backend that is fit."""
     from steep.ops.attention import attention_backward, attention_forward
@@ -386,6 +431,7 @@ ROWS: dict[str, Callable[[], Iterator[Case]]] = {
         merge,
         lora_qkv,
         lora_mlp,
+        adamw8bit,
         attention,
     )
 }

@@ -17,7 +17,7 @@ from benchmarks.shapes import empty_model, flops_a_step
 
 SMALL = {
     "TOKENS": 48, "HIDDEN": 128, "INTERMEDIATE": 192, "VOCABULARY": 320, "RANK": 16, "HEADS": 4, "KV_HEADS": 2,
-    "HEAD_DIM": 32, "DEVICE": "cpu",
+    "HEAD_DIM": 32, "LAYERS": 1, "DEVICE": "cpu",
 }  # fmt: skip
 
 
