@@ -19,6 +19,7 @@ from steep.model.families import FUSED, library_class
 from steep.model.install import install, is_installed, uninstall
 from steep.model.load import load
 from steep.model.unwrap import unwrap
+from steep.ops import linear_cross_entropy, lora
 from tests.ops.closeness import error
 from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny, tiny_model
 
@@ -331,3 +332,31 @@ def test_levels_are_checked() -> None:
     for levels in (4, [0], [0, 1, 2]):
         with pytest.raises(UserError, match="levels"):
             install(model, levels=levels)
+
+
+def test_no_product_may_be_summed_in_16_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the blocks and of the loss, forward and backward; torch's own setting is as before afterwards."""
+    seen: dict[str, list[bool]] = {}
+
+    def spy(module: Any) -> Any:
+        own = module.product
+
+        def product(*operands: Any, **options: Any) -> torch.Tensor:
+            seen.setdefault(module.__name__, []).append(bool(matmul.allow_bf16_reduced_precision_reduction))
+            return own(*operands, **options)
+
+        return product
+
+    matmul = torch.backends.cuda.matmul
+    assert matmul.allow_bf16_reduced_precision_reduction
+    for module in (lora, linear_cross_entropy):
+        monkeypatch.setattr(module, "product", spy(module))
+    model = adapted(tiny_model("llama"))
+    install(model)
+    loss = model(**packed()).loss
+    counts = {name: len(calls) for name, calls in seen.items()}
+    loss.backward()
+    assert set(seen) == {lora.__name__, linear_cross_entropy.__name__}
+    assert len(seen[lora.__name__]) > counts[lora.__name__] > 0
+    assert not any(any(calls) for calls in seen.values())
+    assert matmul.allow_bf16_reduced_precision_reduction

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from steep.ops.products import product
+from steep.ops.products import product, sums_in_fp32
 from tests.ops.closeness import error
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -33,3 +35,43 @@ def test_product_rounds_once(device, dtype, out_dtype, summand, scale, columns_o
     assert out is None or result is out or result.data_ptr() == out.data_ptr()
     assert result.dtype == (out_dtype or dtype)
     assert error(result, exact) < ONE_ROUNDING[result.dtype]
+
+
+_REDUCTIONS = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+
+
+def _reductions() -> list[tuple[bool, bool]]:
+    matmul = torch.backends.cuda.matmul
+    return [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in _REDUCTIONS]
+
+
+@pytest.fixture(params=[(True, True), (False, False)], ids=["allowed", "not"])
+def reductions(request: pytest.FixtureRequest) -> Iterator[tuple[bool, bool]]:
+    """Torch's settings of sums in 16 bit, both so."""
+    before = _reductions()
+    for name in _REDUCTIONS:
+        setattr(torch.backends.cuda.matmul, name, request.param)
+    yield request.param
+    for name, value in zip(_REDUCTIONS, before, strict=True):
+        setattr(torch.backends.cuda.matmul, name, value)
+
+
+def test_sums_in_fp32_leaves_torchs_settings_as_they_were(reductions: tuple[bool, bool]) -> None:
+    off = (False, reductions[1])
+    with pytest.raises(KeyError), sums_in_fp32():
+        assert _reductions() == [off, off]
+        with sums_in_fp32():
+            pass
+        assert _reductions() == [off, off]
+        raise KeyError
+    assert _reductions() == [reductions, reductions]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_long_sum_is_rounded_once(dtype: torch.dtype) -> None:
+    """Few outputs and a long K, which cuBLAS splits."""
+    a, b = (torch.randn(shape).to("cuda", dtype) for shape in ((64, 65536), (65536, 64)))
+    with sums_in_fp32():
+        result = product(a, b)
+    assert error(result, a.double() @ b.double()) < ONE_ROUNDING[dtype]

@@ -27,6 +27,7 @@ import torch
 from steep.model.attention_half import AttentionHalf
 from steep.model.layer import Batch, Layer
 from steep.model.mlp_half import MlpHalf
+from steep.ops.products import sums_in_fp32
 
 LEVELS = (0, 1, 2, 3)
 
@@ -53,7 +54,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: Layer, batch: Batch, *trained: torch.Tensor) -> torch.Tensor:
         first, second, level = AttentionHalf(layer, batch), MlpHalf(layer, batch), batch.level
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), sums_in_fp32():
             weights = first.qkv.filled_buffer(x.device)
             qkv = first.project(first.normed(x, weights), weights)
             rotated = first.rotate(qkv)
@@ -84,7 +85,7 @@ class _Block(torch.autograd.Function):
         assert kept is not None, "the gradients of a fused layer are written over what it kept: once only"
         dy = dy.contiguous()
         ctx.kept = None  # nothing stays behind while the graph is alive
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), sums_in_fp32():
             normed = weights = None
             if kept.qkv is None:
                 weights = first.qkv.filled_buffer(x.device)

@@ -26,7 +26,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from steep.ops.cross_entropy import CrossEntropy, nothing_yet, product_buffer, scaled
-from steep.ops.products import product
+from steep.ops.products import product, sums_in_fp32
 
 Way = Literal["tokens", "vocabulary"]
 
@@ -207,6 +207,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> None:
     assert labels.device == x.device == weight.device, (labels.device, x.device, weight.device)
 
 
+@sums_in_fp32()
 def linear_cross_entropy_forward(
     x_TH: torch.Tensor,
     weight_VH: torch.Tensor,
@@ -335,6 +336,7 @@ def linear_cross_entropy(
 
 
 @torch.no_grad()
+@sums_in_fp32()
 def token_losses(
     x_TH: torch.Tensor,
     weight_VH: torch.Tensor,

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+
+@contextmanager
+def sums_in_fp32() -> Iterator[None]:
+    """Products inside are summed in fp32 to the end. cuBLAS may split a long K, and torch lets it add the parts in 16
+    bit (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`, and fp16's): a second rounding.
+
+    Of the whole process, as torch's setting is: not for two threads at once. Whether K is split stays cuBLAS's choice.
+    """
+    bf16 = torch._C._get_cublas_allow_bf16_reduced_precision_reduction()
+    fp16 = torch._C._get_cublas_allow_fp16_reduced_precision_reduction()
+    torch._C._set_cublas_allow_bf16_reduced_precision_reduction(False, bf16[1])
+    torch._C._set_cublas_allow_fp16_reduced_precision_reduction(False, fp16[1])
+    try:
+        yield
+    finally:
+        torch._C._set_cublas_allow_bf16_reduced_precision_reduction(*bf16)
+        torch._C._set_cublas_allow_fp16_reduced_precision_reduction(*fp16)
 
 
 def product(
