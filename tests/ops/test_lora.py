@@ -105,6 +105,21 @@ def test_a_frozen_adapter_between_two_that_train_costs_no_gradient() -> None:
     assert gradients[0] is not None and gradients[0].untyped_storage().nbytes() == 8 * 64 * 4
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_are_in_the_dtype_that_autograd_keeps(device) -> None:
+    """fp32 for bf16 adapters that are given it: the sum as it was accumulated, not a rounded one cast up."""
+    group = LoraGroup([make_projection(64, 96, (8, 8), dtype=torch.bfloat16, device=device)], torch.bfloat16)
+    kept, own = group.projections[0].adapters
+    kept.a.grad_dtype = kept.b.grad_dtype = torch.float32
+    how = {"device": device, "dtype": torch.bfloat16}
+    xe, dye = torch.randn(63, group.input_width).to(**how), torch.randn(63, group.gradient_width).to(**how)
+    gradients, exact = group.adapter_gradients(dye, xe), group.adapter_gradients(dye, xe, torch.float32)
+    for gradient, truth, tensor in zip(gradients, exact, (kept.a, kept.b, own.a, own.b), strict=True):
+        assert gradient is not None and truth is not None
+        assert gradient.dtype == (torch.float32 if tensor is kept.a or tensor is kept.b else torch.bfloat16)
+        assert error(gradient, truth) < (1e-6 if gradient.dtype == torch.float32 else 1.8e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
 def test_filling_makes_no_temporary_of_the_weights_size(adapter_dtype) -> None:

@@ -1,4 +1,4 @@
-"""Whether an op runs its Triton kernel or its plain-torch reference."""
+"""Whether an op runs its Triton kernel or its plain-torch reference; and what autograd wants of either."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def interpreted() -> Iterator[None]:
         yield
     finally:
         _interpreting.reset(token)
+
+
+def gradient_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What autograd keeps of the gradient of `tensor`: its own dtype, or the `grad_dtype` that a leaf was given."""
+    return (tensor.grad_dtype if tensor.is_leaf else None) or tensor.dtype
 
 
 def vjp(

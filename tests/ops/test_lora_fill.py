@@ -1,0 +1,163 @@
+"""The weight buffer of a group is filled by one launch as by plain torch, to the bit, in every layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from steep.kernels import lora_fill as kernels
+from steep.ops.lora import LoraGroup
+from steep.ops.lora_fill import _launches, lora_fill_reference
+from tests.ops.lora_cases import make_projection
+from tests.ops.routes import along, cases, columns
+
+# In features, and out features and ranks of each projection.
+SHAPES = {
+    "one": (64, [(96, (8,))]),
+    "qkv": (72, [(48, (16,)), (24, (8,)), (24, (8,))]),
+    "odd": (50, [(31, (3,)), (21, (5, 1)), (9, (2,))]),
+    "stacked": (40, [(32, (8, 8)), (32, (16, 8)), (32, (8, 8))]),
+    "partial": (56, [(33, ()), (16, (8,)), (16, ())]),
+    "none": (50, [(31, ())]),
+    "bare": (64, [(96, ())]),
+    "many": (24, [(16, (8, 8, 3)), (8, (8, 8)), (8, (8, 8)), (8, (1,)), (8, ())]),
+    "wide": (296, [(144, (264,)), (24, (8,))]),
+}
+REAL = {
+    "llama qkv": (4096, [(4096, (256,)), (1024, (256,)), (1024, (256,))]),
+    "llama gate and up": (4096, [(14336, (256,)), (14336, (256,))]),
+    "llama down": (14336, [(4096, (256,))]),
+    "rank 10": (896, [(896, (10,)), (128, (10,)), (128, (10,))]),
+}
+
+
+def _group(shape: str, biases: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> LoraGroup:
+    in_features, members = (SHAPES | REAL)[shape]
+    how: dict[str, Any] = {"dtype": dtype, "adapter_dtype": adapter_dtype, "device": device}
+    with_bias = {"no biases": (), "biases": range(9), "one bias": (1,)}[biases]
+    return LoraGroup(
+        [
+            make_projection(in_features, size, ranks, bias=index in with_bias, **how)
+            for index, (size, ranks) in enumerate(members)
+        ],
+        dtype,
+    )
+
+
+def _by_reference(group: LoraGroup, device: str) -> torch.Tensor:
+    buffer = torch.full(group.buffer_shape, torch.nan, dtype=group.dtype, device=device)
+    adapters = [adapter for projection in group.projections for adapter in projection.adapters]
+    for projection, rows in zip(group.projections, group._layout.rows, strict=True):
+        projection.weight.write(buffer[rows, group.x_columns])
+    matrices = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
+    scales = [scale for adapter in adapters for scale in (1.0, adapter.scale)]
+    biases = [None if projection.bias is None else projection.bias[:, None] for projection in group.projections]
+    lora_fill_reference(buffer, group._layout.matrices, matrices, scales)
+    lora_fill_reference(buffer, group._layout.biases, biases, [1.0] * len(biases))
+    return buffer
+
+
+def _check(route: str, group: LoraGroup, before: int = 16) -> None:
+    with along(route, kernels, fill=1) as device:
+        empty = torch.full(group.buffer_shape, torch.nan, dtype=group.dtype, device=device)
+        buffer = columns(empty, before)
+        group.fill(buffer)
+    bits = torch.int32 if group.dtype == torch.float32 else torch.int16
+    assert torch.equal(buffer.contiguous().view(bits), _by_reference(group, device).view(bits))
+    whole = buffer._base
+    assert whole is not None and int((~whole.isnan()).sum()) == int((~buffer.isnan()).sum())
+
+
+def _device(route: str) -> str:
+    return "cuda" if route == "gpu" else "cpu"
+
+
+@pytest.mark.parametrize("before", [16, 3], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("biases", ["no biases", "biases", "one bias"])
+@pytest.mark.parametrize(
+    ("route", "shape", "dtype", "adapter_dtype"),
+    cases(
+        small=[(shape, torch.bfloat16, torch.bfloat16) for shape in SHAPES]
+        + [("odd", torch.bfloat16, torch.float32), ("qkv", torch.float16, torch.float32)]
+        + [("qkv", torch.float32, torch.float32), ("stacked", torch.float32, torch.bfloat16)],
+        real=[(shape, torch.bfloat16, dtype) for shape in REAL for dtype in (torch.bfloat16, torch.float32)],
+    ),
+)
+def test_every_layout(
+    route: str, shape: str, dtype: torch.dtype, adapter_dtype: torch.dtype, biases: str, before: int
+) -> None:
+    _check(route, _group(shape, biases, dtype, adapter_dtype, _device(route)), before)
+
+
+@pytest.mark.parametrize("biases", ["no biases", "biases", "one bias"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_that_is_read_is_written_and_w_is_not(shape: str, biases: str) -> None:
+    """By the pieces, each element once; no piece touches W."""
+    layout = _group(shape, biases, torch.float32, torch.float32, "cpu")._layout
+    written = torch.zeros(layout.gradient_width, layout.input_width, dtype=torch.int32)
+    for rows in layout.rows:
+        written[rows, layout.x_columns] += 1
+    for piece in (*layout.matrices, *layout.biases):
+        written[piece.rows, piece.columns] += 1
+    read = torch.zeros_like(written)
+    for part in layout.parts:
+        read[part.outputs, part.inputs] = 1
+    read[:, layout.x_columns] = 1
+    assert torch.equal(written, read)
+
+
+def test_layouts_of_one_shape_are_one() -> None:
+    groups = [_group("qkv", biases, torch.float32, torch.float32, "cpu") for biases in ("biases", "biases", "one bias")]
+    assert groups[0]._layout is groups[1]._layout is not groups[2]._layout
+
+
+@pytest.mark.parametrize(("route",), cases(small=[()]))
+def test_tensors_of_several_dtypes_and_strides(route: str) -> None:
+    """Adapters of one group, and its biases, may differ in dtype; a matrix may be the transpose of a stored one."""
+    device = _device(route)
+    first, second = _group("stacked", "biases", torch.bfloat16, torch.float32, device).projections[:2]
+    half = replace(second.adapters[0], a=second.adapters[0].a.detach().bfloat16())
+    turned = replace(second.adapters[1], b=second.adapters[1].b.detach().t().contiguous().t())
+    assert first.bias is not None
+    first = replace(first, bias=first.bias.float() + 1e-4)
+    _check(route, LoraGroup([first, replace(second, adapters=(half, turned))], torch.bfloat16))
+
+
+@pytest.mark.parametrize(("shape", "number"), [("bare", 0), ("one", 1), ("qkv", 1), ("stacked", 2), ("many", 3)])
+def test_number_of_launches(shape: str, number: int) -> None:
+    """One for three projections with an adapter each, and their biases."""
+    layout = _group(shape, "biases" if number else "no biases", torch.float32, torch.float32, "cpu")._layout
+    assert len(_launches(layout, torch.device("cpu"))) == number
+
+
+@pytest.mark.gpu
+def test_beyond_int32() -> None:
+    """Rows so far apart that those of A begin past 2^31 elements."""
+    group = LoraGroup([make_projection(64, 8, (8,), dtype=torch.bfloat16, device="cuda")], torch.bfloat16)
+    rows, width = group.buffer_shape
+    stride = 2**28 + 16
+    buffer = torch.empty((rows - 1) * stride + width, dtype=torch.bfloat16, device="cuda")
+    buffer = buffer.as_strided((rows, width), (stride, 1)).fill_(torch.nan)
+    group.fill(buffer)
+    read = ~buffer.isnan()
+    assert torch.equal(buffer[read], _by_reference(group, "cuda")[read])
+    assert bool(read[8:, 8:].all())
+
+
+@pytest.mark.gpu
+def test_a_fill_waits_for_nothing() -> None:
+    """Nor is anything copied to the device, once a layout is known there."""
+    group = _group("llama qkv", "biases", torch.bfloat16, torch.bfloat16, "cuda")
+    buffer = torch.full(group.buffer_shape, torch.nan, dtype=torch.bfloat16, device="cuda")
+    group.fill(buffer)
+    truth = buffer.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # a wait, or a copy from memory that is not pinned, is an error while one records
+        group.fill(buffer)
+    buffer.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(buffer.view(torch.int16), truth.view(torch.int16))
+    assert not torch.equal((buffer / 2).view(torch.int16), truth.view(torch.int16))
