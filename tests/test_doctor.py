@@ -109,11 +109,23 @@ def test_a_machine_where_all_is_well() -> None:
     assert all(package["imports"] for package in report["packages"].values())
     assert report["packages"]["torch"]["version"] == metadata.version("torch")
     assert re.fullmatch(r"works on (cpu|cuda), the 8-bit optimizer too", report["four_bit"])
-    assert report["fused"] == {"used": False, "why": doctor.FUSED}
+    has_card = bool(report["device"]["cards"])
+    assert report["fused"]["used"] == has_card and (
+        has_card or report["fused"]["why"].startswith("no: there is no GPU")
+    )
     assert json.loads(json.dumps(report)) == report
     lines = list(as_lines(report))
     assert lines[-1] == report["verdict"]
-    assert [line for line in lines if line.startswith("fused step")] == [f"fused step  {doctor.FUSED}"]
+    assert [line for line in lines if line.startswith("fused step")] == [f"fused step  {report['fused']['why']}"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "says"),
+    [("8.6", "3.7", None), ("7.0", "3.7", "compute capability 7.5"), ("9.0", None, "need triton")],
+)
+def test_what_a_card_can_fuse(capability: str, triton: str | None, says: str | None) -> None:
+    found = doctor._fused({"cards": [{"compute_capability": capability}]}, triton)
+    assert found == {"used": True, "why": doctor.FUSED} if says is None else says in found["why"]
 
 
 def test_every_extra_has_a_purpose() -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from steep.hand_over import export_run as export_run
     from steep.initialise import init_run as init_run
     from steep.model.adapters import add_adapters as add_adapters
+    from steep.model.install import install as install
+    from steep.model.install import uninstall as uninstall
     from steep.model.load import load as load
     from steep.model.new_tokens import grow_embeddings as grow_embeddings
     from steep.model.new_tokens import grow_tokenizer as grow_tokenizer
@@ -48,10 +50,12 @@ _PUBLIC = {
     "grow_tokenizer": "model.new_tokens",
     "heed_signals": "stopping",
     "init_run": "initialise",
+    "install": "model.install",
     "load": "model.load",
     "pack": "data.packing",
     "plan_run": "plan",
     "train_run": "run",
+    "uninstall": "model.install",
 }
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 

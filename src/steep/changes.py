@@ -55,6 +55,7 @@ CHANGEABLE = {
     "model.revision",
     "adapter.lora_dropout",
     "model.attn_implementation",  # the same attention in another order of sums
+    "model.fused",  # and so are all others
     *(f"training.{name}" for name in (
         "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_checkpointing",
         "deterministic", "full_determinism", "tf32", *_SPIKES,
@@ -80,6 +81,7 @@ _STAYS = {
     "training.dataloader_in_order": "the order of the rows follows from it",
     "training.average_tokens_across_devices": "each step's mean is taken in that way",
     "training.optim": "the states in the checkpoint are that optimizer's",
+    "training.vram": "what layers keep was chosen by it at the beginning; gradient_checkpointing may change",
     "training.": "the steps before were trained with it",
 }
 
@@ -183,7 +185,7 @@ def judge_length(before: RunConfig, now: RunConfig, *, rows: int, done: int, sta
 def _rates_of(config: RunConfig, rows: int, start: float | None) -> Callable[[int], float] | None:
     quiet = config.model_copy(deep=True)
     quiet.training.report_to = "none"  # the old run file's trackers need not be installed here
-    arguments = training_arguments(quiet, branch=start is not None)
+    arguments = training_arguments(quiet, None, branch=start is not None)  # no rate follows from the precision
     return factor_of(arguments, planned_steps(quiet, rows), start=start, section="training.")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from steep.kernels import OLDEST_CARD
 from steep.storage import cache_folder
 
 # What each extra of steep is for. Its packages stand in the metadata of the installed steep.
@@ -31,9 +32,9 @@ EXTRAS = {
 BESIDE = {
     "wandb": ("report_to: wandb", "pip install wandb"),
     "flash-attn": ("attn_implementation: flash_attention_2", "pip install flash-attn --no-build-isolation"),
-    "triton": ("torch.compile", "comes with the CUDA builds of torch"),
+    "triton": ("the fused step, torch.compile", "comes with the CUDA builds of torch"),
 }
-FUSED = "none in this version; a step's forward is the one of transformers and PEFT"
+FUSED = "Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3, without DoRA and LoRA dropout (model.fused: auto)"
 _MODULES = {"pyyaml": "yaml"}  # what a package is imported as, where that is not its name
 _HUB_SECONDS = 4
 _ROOMY = 20 * 2**30  # an 8B model in 16 bit takes 15 GiB
@@ -80,7 +81,7 @@ def examine(
         "packages": packages,
         "device": device,
         "four_bit": four_bit,
-        "fused": {"used": False, "why": FUSED},
+        "fused": _fused(device, optional["triton"]["version"]),
         "optional": optional,
         "cache": cache,
         "hub": hub,
@@ -121,6 +122,18 @@ def as_lines(report: Mapping[str, Any]) -> Iterator[str]:
     if report["findings"]:
         yield ""
     yield report["verdict"]
+
+
+def _fused(device: Mapping[str, Any], triton: str | None) -> dict[str, Any]:
+    """Whether `model.fused: auto` can fuse a step here, and which models, or why not."""
+    reason, oldest = None, ".".join(map(str, OLDEST_CARD))
+    if not device["cards"]:
+        reason = "no: there is no GPU; a step's forward is the one of transformers and PEFT"
+    elif tuple(map(int, device["cards"][0]["compute_capability"].split("."))) < OLDEST_CARD:
+        reason = f"no: its kernels need compute capability {oldest}"
+    elif triton is None:
+        reason = "no: its kernels need triton"
+    return {"used": reason is None, "why": reason or FUSED}
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:

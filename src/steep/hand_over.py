@@ -31,7 +31,6 @@ from steep.result import finished, first_and_last, load_result, plan_again
 from steep.resume import has_other_text
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
-from steep.settings import mixed_precision
 from steep.storage import published
 from steep.terminal import Terminal
 
@@ -174,7 +173,7 @@ class _Export:
             "max_length": config.data.max_length,
             "stride": config.evaluation.stride,
             "max_tokens": config.evaluation.max_tokens,
-            "autocast_dtype": mixed_precision(config),
+            "autocast_dtype": plan.precision,
         }
         terminal.say("scoring the adapter over the base of the run")
         model = load_result(config, plan.resolved, plan.tokenizer, self._folder)

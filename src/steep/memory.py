@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from steep.model.adapters import linear_shapes, targeted
 from steep.model.embeddings import is_tied
 from steep.model.names import EMBEDDINGS
@@ -17,8 +19,9 @@ WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 BASE_WIDTH = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
 # Bytes of optimizer state a trained value; others are counted like plain Adam.
 OPTIMIZER_WIDTH = {"adamw_8bit": 2 + 8 / 256, "adamw_bnb_8bit": 2 + 8 / 256, "sgd": 0.0, "adafactor": 0.01}
+ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit")  # whose update rounds bf16 weights stochastically
 
-# What the update of bf16 weights copies to fp32 at a time.
+# What the update of bf16 weights copies to fp32 at a time, where it is not a kernel of steep's.
 UPDATE_SCRATCH = round(0.4 * GIB)
 
 
@@ -82,6 +85,23 @@ def shape_of(model: Any, adapter: AdapterSection) -> Shape:
     )
 
 
+def standing(shape: Shape, *, base: str, compute: str, trained: str, optim: str) -> dict[str, int]:
+    """Bytes by item of what is there all the time."""
+    return {
+        "frozen linear weights": round(shape.linear * BASE_WIDTH[base]),
+        "frozen embeddings and norms": (shape.embeddings + shape.other) * WIDTH.get(base, WIDTH[compute]),
+        "adapters": (shape.lora + shape.lora_start) * WIDTH[trained],
+        "trained embeddings": shape.trained_embeddings * WIDTH[trained],
+        "optimizer states": round(shape.trained * OPTIMIZER_WIDTH.get(optim, 8.0)),
+    }
+
+
+def update_scratch(optim: str, trained: str) -> int:
+    """Bytes that the update of the weights needs beside them."""
+    copies = optim in ADAMW_8BIT and trained == "bf16" and not torch.cuda.is_available()
+    return UPDATE_SCRATCH if copies else 0
+
+
 def memory_by_item(
     shape: Shape,
     *,
@@ -93,7 +113,7 @@ def memory_by_item(
     checkpointing: bool,
     accumulates: bool,
 ) -> dict[str, int]:
-    """Bytes by item at the peak of a step over `tokens` tokens in one forward.
+    """Bytes by item at the peak of a step over `tokens` tokens in one forward of the library's.
 
     The peak is where the loss is differentiated, or where all gradients are there, whichever needs more. The residual
     stream has the dtype of the trained embeddings. With checkpointing each layer keeps its input, and one layer's
@@ -107,15 +127,9 @@ def memory_by_item(
     inside = tokens * (8 * shape.hidden * stream + 5 * shape.intermediate * WIDTH[compute])
     kept = shape.layers * (tokens * shape.hidden * stream if checkpointing else inside)
     gradients = shape.trained * WIDTH[trained]
-    scratch = UPDATE_SCRATCH if optim in ("adamw_8bit", "adamw_bnb_8bit") and trained == "bf16" else 0
-    fixed = {
-        "frozen linear weights": round(shape.linear * BASE_WIDTH[base]),
-        "frozen embeddings and norms": (shape.embeddings + shape.other) * WIDTH.get(base, WIDTH[compute]),
-        "adapters": (shape.lora + shape.lora_start) * WIDTH[trained],
-        "trained embeddings": shape.trained_embeddings * WIDTH[trained],
-        "optimizer states": round(shape.trained * OPTIMIZER_WIDTH.get(optim, 8.0)),
-        "16-bit copies": (shape.trained + shape.lora_start) * WIDTH[compute] if trained != compute else 0,
-    }
+    scratch = update_scratch(optim, trained)
+    copies = (shape.trained + shape.lora_start) * WIDTH[compute] if trained != compute else 0
+    fixed = {**standing(shape, base=base, compute=compute, trained=trained, optim=optim), "16-bit copies": copies}
     at_the_loss = {
         "activations": kept,
         "logits and loss": tokens * shape.vocabulary * 12,

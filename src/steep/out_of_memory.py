@@ -10,6 +10,7 @@ import torch
 
 from steep.errors import RunError
 from steep.machine_faults import PINNED, place_that_ran_out
+from steep.model.block import LEVELS
 from steep.plan import Plan
 from steep.settings import uses_checkpointing
 from steep.terminal import human_bytes
@@ -54,13 +55,15 @@ def what_to_lower(plan: Plan, *, loading: bool = False) -> list[str]:
                 f"training.per_device_train_batch_size (now {batch}; with more gradient_accumulation_steps, now "
                 f"{accumulation}, a step stays what it is)"
             )
-        if not uses_checkpointing(config):
+        if plan.fused and any(level < LEVELS[-1] for level in plan.choices.levels or ()):
+            found.append(f"training.vram (now {training.vram}), or training.gradient_checkpointing: true")
+        elif not plan.fused and not uses_checkpointing(config):
             found.append("training.gradient_checkpointing: true (now false)")
         if training.optim not in ("adamw_8bit", "adamw_bnb_8bit"):
             found.append(f"training.optim: adamw_8bit (now {training.optim})")
         found.append(f"data.max_length (now {config.data.max_length})")
-    if config.model.trained_dtype != "bf16" and plan.compute == "bf16":
-        found.append(f"model.trained_dtype: bf16 (now {config.model.trained_dtype})")
+    if plan.trained_dtype != "bf16" and plan.compute == "bf16":
+        found.append(f"model.trained_dtype: bf16 (now {plan.trained_dtype})")
     if plan.base != "nf4":
         found.append(f"model.base: nf4 (now {plan.base})")
     found.append(f"adapter.r (now {config.adapter.r})")

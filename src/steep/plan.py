@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from steep import ranks
+from steep.advice import advice, memory_advice
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
 from steep.errors import UserError
+from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
 from steep.generation import prompt_ids_of
-from steep.memory import Shape, memory_by_item, shape_of
+from steep.memory import Shape, shape_of
 from steep.model.adapters import check_embeddings, check_rank, check_start
+from steep.model.choices import Choices
 from steep.model.embeddings import is_tied, untie
 from steep.model.empty import check_computes, empty_model
 from steep.model.load import resolve_base, resolve_compute_dtype
 from steep.model.new_tokens import check_trained, rows_for
 from steep.model.positions import check_length
-from steep.model.resolve import ResolvedModel, looks_like_chat, read_tokenizer, resolve
+from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.model.stored_weights import check_stored
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.settings import (
     check_optimizer,
     embedding_rate,
+    mixed_precision,
     planned_epochs,
     planned_steps,
     rows_per_step,
     training_arguments,
-    uses_checkpointing,
 )
+from steep.sizes import memory_of, storage_of
 from steep.trackers import check_login
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
@@ -41,13 +46,7 @@ from steep.training.deterministic import prepare_cublas
 from steep.training.retention import check_best_metric
 from steep.training.schedules import Schedule, kind_of_schedule, schedule_of
 from steep.vocabulary import Vocabulary, grown, warnings
-
-# An adapter holds about 2 bits a parameter (Allen-Zhu & Li 2024), and a token of text teaches about 1 bit.
-PARAMETERS_PER_TOKEN = 0.5
-# English costs about 0.25 tokens a character, Korean in a vocabulary made for it about 0.5.
-MANY_TOKENS_PER_CHARACTER = 1.0
-ADVISED_RATES = (1e-5, 5e-4)
-ADVISED_EMBEDDING_RATIO = (2, 20)
+from steep.vram import vram_budget
 
 
 @dataclass
@@ -58,6 +57,8 @@ class Plan:
         branch: where the run leaves its parent, if it is a branch.
         schedule: the learning rates' factor by step; None where the schedule is transformers' own.
         base, compute: the automatic choices made: storage of frozen weights, dtype of products.
+        choices: those that the run keeps for good, and that a resumed one takes over.
+        not_fused: why the steps are not fused; None where they are.
         rows, steps, tokens, targets: rows an epoch, optimizer steps, tokens and targets an epoch.
         vocabulary: the grown tokenizer, where there are new tokens; `tokenizer` is then the same.
         new_tokens: its figures.
@@ -73,6 +74,8 @@ class Plan:
     shape: Shape
     base: str
     compute: str
+    choices: Choices
+    not_fused: str | None
     steps: int
     memory: dict[str, int]
     host: dict[str, int]
@@ -82,6 +85,19 @@ class Plan:
     vocabulary: Vocabulary | None = None
     new_tokens: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def fused(self) -> bool:
+        return self.choices.fused
+
+    @property
+    def trained_dtype(self) -> str:
+        return self.choices.trained_dtype
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """The dtype that autocast runs products in, or None."""
+        return mixed_precision(self.base, self.compute, self.trained_dtype)
 
     @property
     def first_step(self) -> int:
@@ -99,7 +115,11 @@ class Plan:
             "model": self.config.model.name,
             "base": self.base,
             "compute_dtype": self.compute,
-            "trained_dtype": self.config.model.trained_dtype,
+            "trained_dtype": self.trained_dtype,
+            "fused": self.fused,
+            "fused_reason": self.not_fused,
+            "levels": self.choices.levels,
+            "loss_way": self.choices.loss_way,
             "parameters": {
                 "frozen": shape.linear + shape.embeddings + shape.other,
                 "adapters": shape.lora,
@@ -132,6 +152,7 @@ def plan_run(
     branch: Branch | None = None,
     commits: Mapping[int, str] | None = None,
     grown_tokenizer: Path | None = None,
+    choices: Choices | None = None,
     to_train: bool = True,
 ) -> Plan:
     """Work out a run: check every input, tokenise the text (once, into the cache), count, and estimate memory and disk.
@@ -143,12 +164,21 @@ def plan_run(
         branch: where the run leaves its parent, if it is a branch.
         commits: of streamed sources, by number, to take in place of what their revision names today.
         grown_tokenizer: the folder of the tokenizer that a begun run has, if it has new tokens.
+        choices: what was chosen for the steps before, if the run goes on: it stays.
         to_train: whether steps are still to come, so that the disk has to hold their checkpoints.
 
     Raises:
         UserError: anything that is wrong with the model, the adapter, the data or the settings.
     """
-    work_out = partial(_work_out, config, progress, branch=branch, grown_tokenizer=grown_tokenizer, to_train=to_train)
+    work_out = partial(
+        _work_out,
+        config,
+        progress,
+        branch=branch,
+        grown_tokenizer=grown_tokenizer,
+        before=choices,
+        to_train=to_train,
+    )
     plan = work_out(commits or {}) if ranks.is_main() else None
     read = ranks.from_main(lambda: _commits(plan))
     if plan is None:
@@ -174,6 +204,7 @@ def _work_out(
     *,
     branch: Branch | None,
     grown_tokenizer: Path | None,
+    before: Choices | None,
     to_train: bool,
 ) -> Plan:
     model = config.model
@@ -185,12 +216,6 @@ def _work_out(
     resolved = resolve(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
     base = resolve_base(model.base, resolved)
     compute = resolve_compute_dtype(model.compute_dtype, base)
-    if model.trained_dtype == "bf16" and compute != "bf16":
-        raise UserError(
-            "model.trained_dtype",
-            f"bf16 cannot be trained where products run in {compute}",
-            "Set model.trained_dtype: fp32, or model.compute_dtype: bf16.",
-        )
     empty = empty_model(resolved, model.attn_implementation)
     check_computes(empty)
     stored = check_stored(resolved, empty, download=False)
@@ -200,9 +225,12 @@ def _work_out(
     _check_adapter(config, base, resolved)
     check_rank(empty, config.adapter.target_modules, config.adapter.r)
     check_length(config.data.max_length, resolved.config)
+    layer, not_fused = decide(config, empty, before)
+    trained = resolve_trained_dtype(config, layer is not None, compute, before)
     tokenizer = read_tokenizer(resolved)
     data, training = config.data, config.training
-    arguments = training_arguments(config, branch=branch is not None)
+    precision = mixed_precision(base, compute, trained)
+    arguments = training_arguments(config, precision, fused=layer is not None, branch=branch is not None)
     if to_train:
         check_login(config.training.report_to)
     check_optimizer(arguments, empty)
@@ -253,20 +281,19 @@ def _work_out(
     schedule = schedule_of(arguments, steps, start=branch.rate_factor if branch else None, section="training.")
     if branch is None:  # which begins at a rate that it has
         _check_warmup(arguments, steps)
-    tokens = training.per_device_train_batch_size * data.max_length
-    memory = memory_by_item(
-        shape, base=base, compute=compute, trained=model.trained_dtype, optim=training.optim, tokens=tokens,
-        checkpointing=uses_checkpointing(config), accumulates=training.gradient_accumulation_steps > 1,
-    )  # fmt: skip
-    twice = 2 if is_tied(empty) else 1  # PEFT's format holds a tied table under both of its names
-    result = twice * memory["trained embeddings"] + memory["adapters"]
-    interval = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
-    written = math.ceil(steps / max(interval, 1)) + (arguments.spike_action == "rollback")  # which saves the start too
-    kept = min(written, training.save_total_limit or written) + 1  # one more while the next is written
-    kept += arguments.metric_for_best_model is not None
-    checkpoint = result + memory["optimizer states"]
-    host = {"copy of a checkpoint": checkpoint}  # which is written while training goes on
-    disk = {"checkpoints": kept * checkpoint, "final": result}
+    step, budget, choices = None, vram_budget(training.vram) if to_train else None, Choices(False, trained)
+    if layer is not None:
+        step = fused_step(config, layer, shape, tied=is_tied(empty), base=base, compute=compute, trained=trained)
+        choices = settle(config, step, budget, before)
+    memory = memory_of(config, shape, step, choices, base=base, compute=compute)
+    host, disk = storage_of(
+        config,
+        memory,
+        steps,
+        tied=is_tied(empty),
+        rolls_back=arguments.spike_action == "rollback",
+        keeps_best=arguments.metric_for_best_model is not None,
+    )
     plan = Plan(
         config,
         resolved,
@@ -276,6 +303,8 @@ def _work_out(
         shape,
         base,
         compute,
+        choices,
+        not_fused,
         steps,
         memory,
         host,
@@ -283,7 +312,12 @@ def _work_out(
         branch,
         schedule,
     )
-    plan.warnings = [*stored, *_warnings(plan), *corpus.warnings]
+    plan.warnings = [
+        *stored,
+        *memory_advice(memory, budget),
+        *advice(config, resolved, tokenizer, corpus, shape, trained),
+        *corpus.warnings,
+    ]
     if vocabulary is not None:
         plan.vocabulary, plan.new_tokens = vocabulary, vocabulary.figures(corpus)
         plan.warnings += warnings(plan.new_tokens)
@@ -344,69 +378,3 @@ def _check_adapter(config: RunConfig, base: str, resolved: ResolvedModel) -> Non
             f"loftq needs the 16-bit weights, and {config.model.name} is stored quantised",
             "Give the 16-bit checkpoint as model.name.",
         )
-
-
-def _option_warnings(config: RunConfig) -> list[str]:
-    """What the options of the recipe do not go with."""
-    adapter, training, found = config.adapter, config.training, []
-    scale = adapter.lora_alpha / (adapter.r**0.5 if adapter.use_rslora else adapter.r)
-    at_odds = []
-    if adapter.init_lora_weights == "pissa" and scale != 1:
-        at_odds.append("PiSSA was published with a scale of 1 (lora_alpha: r, use_rslora: false)")
-    rate = training.loraplus_lr_ratio * training.learning_rate
-    if training.loraplus_lr_ratio > 1 and rate > ADVISED_RATES[1] and adapter.use_rslora:
-        at_odds.append(f"LoRA+ trains B at {rate:g}, and rank-stabilised scaling makes its steps larger once more")
-    if at_odds:
-        found.append(
-            f"the adapters' scale is {scale:g}: {'; '.join(at_odds)}. Lower training.learning_rate if the loss jumps."
-        )
-    if adapter.use_dora:
-        found.append("DoRA reads every weight once more in each forward: at 8B a step took 1.6 times as long.")
-    return found
-
-
-def _warnings(plan: Plan) -> list[str]:
-    config, corpus = plan.config, plan.corpus
-    found = []
-    if looks_like_chat(plan.resolved, plan.tokenizer):
-        found.append(
-            f"{config.model.name} looks like an instruct model: continued pretraining on plain text damages its "
-            "chat ability. Use the base model of the same name."
-        )
-    tokens = corpus.statistics["targets"]
-    if plan.shape.lora < tokens * PARAMETERS_PER_TOKEN:
-        found.append(
-            f"the adapters have {plan.shape.lora:,} parameters for {tokens:,} tokens, fewer than "
-            f"{PARAMETERS_PER_TOKEN} a token: they may not hold what the text teaches. Raise adapter.r."
-        )
-    if not any(source.role == "replay" for source in config.data.sources):
-        found.append(
-            "no source has the role replay: the model will forget some of what it knows. Add general text in its "
-            "old language with role: replay (5 % of the tokens; 25 % is the published advice for a new language)."
-        )
-    elif config.data.replay_share < 0.25:
-        found.append(
-            f"replay is {config.data.replay_share:.0%} of the tokens; 25 % is the published advice for a new language."
-        )
-    for source in corpus.statistics["sources"]:
-        if source["role"] == "train" and 1 / source["characters_per_token"] > MANY_TOKENS_PER_CHARACTER:
-            found.append(
-                f"the tokenizer spends {1 / source['characters_per_token']:.2f} tokens a character on "
-                f"{source['domain']}: rows hold little text. Give it new tokens (model.new_tokens), or take a "
-                "model with a vocabulary for it."
-            )
-    if config.model.trained_dtype == "bf16" and config.training.optim not in ("adamw_8bit", "adamw_bnb_8bit"):
-        found.append(
-            f"model.trained_dtype is bf16, and {config.training.optim} rounds most updates of such weights away. Use "
-            "optim: adamw_8bit, which rounds stochastically, or trained_dtype: fp32."
-        )
-    found += _option_warnings(config)
-    rate, ratio = config.training.learning_rate, config.training.learning_rate / max(embedding_rate(config), 1e-30)
-    if not ADVISED_RATES[0] <= rate <= ADVISED_RATES[1]:
-        found.append(f"learning_rate {rate:g} is far from the advice ({ADVISED_RATES[0]:g} to {ADVISED_RATES[1]:g}).")
-    if config.adapter.modules_to_save and not ADVISED_EMBEDDING_RATIO[0] <= ratio <= ADVISED_EMBEDDING_RATIO[1]:
-        found.append(
-            f"embedding_learning_rate {embedding_rate(config):g} is far from the advice "
-            f"(learning_rate / {ADVISED_EMBEDDING_RATIO[0]} to / {ADVISED_EMBEDDING_RATIO[1]})."
-        )
-    return found

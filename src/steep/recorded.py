@@ -23,6 +23,9 @@ Number = Annotated[float, Field(ge=-1e100, le=1e100)]  # of which thousands can 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
+Level = Annotated[int, Field(ge=0, le=3)]  # steep.model.block.LEVELS
+
+
 class Parameters(TypedDict):
     frozen: Count
     adapters: Count
@@ -69,6 +72,10 @@ class Plan(TypedDict):
     learning_rate: Number
     embedding_learning_rate: Number
     memory_bytes: dict[str, Count]
+    fused: NotRequired[bool]
+    fused_reason: NotRequired[str | None]
+    levels: NotRequired[list[Level] | None]
+    loss_way: NotRequired[Literal["tokens", "vocabulary"] | None]
     warnings: list[str]
 
 
@@ -223,9 +230,17 @@ class TrainingArguments(TypedDict):
     metric_for_best_model: NotRequired[str | None]
 
 
+class Choices(TypedDict):
+    fused: bool
+    trained_dtype: str
+    levels: list[Level] | None
+    loss_way: Literal["tokens", "vocabulary"] | None
+    backends: dict[str, str]
+
+
 Metrics = Mapping[str, Number | None]
 
-# By name in the run folder; the last three, of which only what is read again is here, in its checkpoints.
+# By name in the run folder; the last four, of which only what is read again is here, in its checkpoints.
 # Lines are added to those of `GROWING` one by one, so a crash can cut the last one off; others are replaced as a whole.
 SHAPES: dict[str, Any] = {
     "plan.json": Plan,
@@ -243,6 +258,7 @@ SHAPES: dict[str, Any] = {
     "format.json": CheckpointFormat,
     "trainer_state.json": TrainerState,
     "training_args.json": TrainingArguments,
+    "choices.json": Choices,
 }
 GROWING = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "incidents.jsonl")
 

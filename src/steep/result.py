@@ -16,9 +16,11 @@ from steep.evaluation.perplexity import evaluate
 from steep.evaluation.score import DomainScore
 from steep.generation import check_settings, generate_side_by_side, prompt_ids_of
 from steep.model.adapters import open_adapter
+from steep.model.choices import Choices
 from steep.model.embeddings import untie
 from steep.model.empty import empty_model
-from steep.model.load import as_folder, load_resolved
+from steep.model.install import install
+from steep.model.load import as_folder, load_resolved, resolve_base, resolve_compute_dtype
 from steep.model.new_tokens import grow_embeddings
 from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_folder, resolve
 from steep.model.stored_weights import check_finite, check_stored
@@ -70,6 +72,7 @@ def plan_again(config: RunConfig, folder: RunFolder, terminal: Terminal) -> Plan
             branch=branch_of(folder),
             commits=streamed_commits(folder),
             grown_tokenizer=folder.tokenizer,
+            choices=choices_of_run(folder),
             to_train=False,
         )
 
@@ -109,7 +112,7 @@ def evaluate_run(
             model,
             max_length=config.data.max_length,
             stride=config.evaluation.stride,
-            autocast_dtype=mixed_precision(config),
+            autocast_dtype=plan.precision,
         )
         documents, max_tokens = documents_of_the_base(plan)
         with untouched_base(model, plan):
@@ -145,6 +148,8 @@ def generate_run(
     if settings.new_tokens is not None:
         tokenizer = read_tokenizer_folder(folder.tokenizer)
     prompt_ids_of(original, prompt, rows=resolved.config.get_text_config().vocab_size)
+    base = resolve_base(settings.base, resolved)
+    compute = resolve_compute_dtype(settings.compute_dtype, base)
     with memory_told(None):
         model = load_result(config, resolved, tokenizer, folder)
         return generate_side_by_side(
@@ -155,7 +160,7 @@ def generate_run(
             stream=stream,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            autocast_dtype=mixed_precision(config),
+            autocast_dtype=mixed_precision(base, compute, choices_of_run(folder).trained_dtype),
         )
 
 
@@ -190,9 +195,18 @@ def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any
 
 
 def load_result(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, folder: RunFolder) -> Any:
-    """The model that a finished run trained: `final/` over the base."""
-    base = load_base(config, resolved, tokenizer)
-    return open_adapter(base, folder.final, trained_dtype=config.model.trained_dtype)
+    """The model that a finished run trained: `final/` over the base. It computes as it did in training."""
+    base, choices = load_base(config, resolved, tokenizer), choices_of_run(folder)
+    model = open_adapter(base, folder.final, trained_dtype=choices.trained_dtype)
+    return install(model) if choices.fused else model
+
+
+def choices_of_run(folder: RunFolder) -> Choices:
+    """What was chosen for a run, from its plan."""
+    plan = folder.read_json("plan.json")
+    return Choices(
+        plan.get("fused", False), plan.get("trained_dtype", "fp32"), plan.get("levels"), plan.get("loss_way")
+    )
 
 
 def untouched_base(model: Any, plan: Plan) -> AbstractContextManager[None]:

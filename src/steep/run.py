@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from steep.evaluation.board import board
 from steep.evaluation.score import DomainScore
 from steep.generation import sample
 from steep.model.adapters import add_adapters, load_adapter_weights
+from steep.model.choices import Choices, take_over
+from steep.model.install import install
 from steep.opening import write_readme
 from steep.out_of_memory import memory_told
 from steep.plan import Plan, plan_run
@@ -42,9 +44,9 @@ from steep.schema import RunConfig
 from steep.stopping import Stop
 from steep.storage import published
 from steep.tensor_files import system_errors
-from steep.terminal import Terminal, plan_tables
+from steep.terminal import Terminal, fused_line, plan_tables
 from steep.training.branch import Branch
-from steep.training.checkpoint import Checkpoint, choose
+from steep.training.checkpoint import Checkpoint, choose, read_choices
 from steep.training.checkpoint_writer import CheckpointCallback
 from steep.training.trainer import Trainer
 
@@ -95,7 +97,8 @@ def train_run(
     folder.refuse_data(config.data.sources)  # which nobody should be told to empty
     folder.refuse_contents(branch=parent is not None)
     commits = commits_of_parent(parent, config) if parent is not None else {}
-    plan = _plan(config, terminal, parent, begun_tokenizer(config, None, parent), commits)
+    begun = begun_tokenizer(config, None, parent)
+    plan = _plan(config, terminal, parent, begun, commits, _choices_so_far(None, parent))
     if parent is not None:
         refuse_unlike_parent(plan)
     for table in plan_tables(plan.as_dict()):
@@ -122,7 +125,9 @@ def _resume(
     parent = branch_of(folder)
     if parent is not None and found is None:
         parent.verify()
-    plan = _plan(config, terminal, parent, begun_tokenizer(config, folder, parent), streamed_commits(folder))
+    choices = _choices_so_far(found, parent)
+    plan = _plan(config, terminal, parent, begun_tokenizer(config, folder, parent), streamed_commits(folder), choices)
+    terminal.say(f"fused: {fused_line(plan.as_dict())}")
     terminal.say(f"checking the files of {config.model.name}")
     check_base(config, plan.resolved, plan.tokenizer)
     refuse_other_inputs(folder, plan)
@@ -130,11 +135,25 @@ def _resume(
         return _train(plan, folder, terminal, stop, resume=True, found=found, changes=changes)
 
 
+def _choices_so_far(found: Checkpoint | None, parent: Branch | None) -> Choices | None:
+    """What was chosen for the steps before: of this run, or where it begins at its parent's; None before the first."""
+    if found is not None:
+        return read_choices(found.path)
+    if parent is not None:  # whose batch may have been another
+        return replace(read_choices(Path(parent.checkpoint), "--branch"), levels=None)
+    return None
+
+
 def _plan(
-    config: RunConfig, terminal: Terminal, parent: Branch | None, begun: Path | None, commits: Mapping[int, str]
+    config: RunConfig,
+    terminal: Terminal,
+    parent: Branch | None,
+    begun: Path | None,
+    commits: Mapping[int, str],
+    choices: Choices | None,
 ) -> Plan:
     with terminal.tokenising() as progress:
-        return plan_run(config, progress, branch=parent, commits=commits, grown_tokenizer=begun)
+        return plan_run(config, progress, branch=parent, commits=commits, grown_tokenizer=begun, choices=choices)
 
 
 def _train(
@@ -152,12 +171,15 @@ def _train(
         terminal.warn(f"the run goes on, but not surely to the same bits: {'; '.join(ground)}")
     transformers.set_seed(config.training.seed)  # adapters are drawn at random
     terminal.say(f"loading {config.model.name}")
-    settings = {**config.adapter.model_dump(), "trained_dtype": config.model.trained_dtype}
+    settings = {**config.adapter.model_dump(), "trained_dtype": plan.trained_dtype}
     with memory_told(plan, loading=True):
         base = load_base(config, plan.resolved, plan.tokenizer)
         model = add_adapters(base, **settings, resumed=found is not None or plan.branch is not None)
     model.peft_config["default"].revision = config.model.revision  # where PEFT looks for the base's
     _check_trainable(model, plan)
+    if plan.fused:
+        install(model)
+        take_over(model, plan.choices)
     trainer = _trainer(plan, model, stop)
     if found is not None:
         refuse_other_base(trainer.model, found.path, "--resume")

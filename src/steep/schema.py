@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -18,6 +20,7 @@ Base = Literal["auto", "nf4", "int8", "bf16", "fp16", "fp32"]
 Integer = Annotated[int, Strict()]
 MOST_NEW_TOKENS = 1_000_000  # room for as many as asked is taken at once, 70 bytes each
 _LARGEST_SEED = 2**32 - 1  # numpy's
+VRAM = re.compile(r"(?P<number>\d{1,9}(\.\d{1,9})?)\s*(?P<unit>%|GiB|GB|MiB|MB)", re.IGNORECASE)
 
 
 class Section(BaseModel):
@@ -44,15 +47,21 @@ class ModelSection(Section):
         description="What the frozen weights are kept in: nf4 (4 bit, double quantised), int8, bf16, fp16, fp32; "
         "auto: nf4.",
     )
-    trained_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32",
-        description="What adapters and embeddings are trained in; bf16 halves their memory (rounded stochastically).",
+    trained_dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="What adapters and embeddings are trained in; bf16 halves their memory (rounded stochastically). "
+        "auto: bf16 in a fused run with products in bf16 and optim adamw_8bit, else fp32.",
     )
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="What products run in; auto: bf16 on cards that have it, fp16 on others, fp32 on a CPU."
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
         "auto", description="transformers' attention backend; auto: what the library chooses for the model."
+    )
+    fused: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Train and score with steep's own fused layers: faster, in less memory. auto: on a GPU where "
+        "model, options and card allow it; the plan says why not. on: or it is an error; on a CPU too, slowly.",
     )
     untie_embeddings: bool = Field(
         False, description="Train a head of its own from a checkpoint whose head is its embed_tokens."
@@ -63,6 +72,11 @@ class ModelSection(Section):
         description="Tokens that the tokenizer gets: a UTF-8 file with one a line, or auto: 2000, so many learned from "
         "the text of role train.",
     )
+
+    @field_validator("fused", mode="before")
+    @classmethod
+    def _yaml_words(cls, value: Any) -> Any:
+        return ("on" if value else "off") if isinstance(value, bool) else value  # which YAML reads bare on and off as
 
     @field_validator("new_tokens", mode="before")
     @classmethod
@@ -187,7 +201,14 @@ class TrainingSection(BaseModel):
     max_grad_norm: Number = Field(1.0, ge=0, description="Clip the global gradient norm here; 0: never.")
     optim: str = Field("adamw_8bit", description="adamw_8bit, adamw_torch or any other of transformers.")
     gradient_checkpointing: bool | None = Field(
-        None, description="Recompute activations in the backward pass: much less memory; default: on a GPU."
+        None,
+        description="Recompute activations in the backward pass: much less memory; default: on a GPU. In a fused run: "
+        "true as much as can be, false nothing that takes long, default as much as `vram` makes necessary.",
+    )
+    vram: str = Field(
+        "auto",
+        description="Memory of the card that a fused run may fill, such as 22GiB or 80%; auto: 90 % of it, less what "
+        "others hold there when the run is planned. What fits is kept, the rest computed again in the backward pass.",
     )
     deterministic: bool = Field(
         False,
@@ -225,6 +246,15 @@ class TrainingSection(BaseModel):
         le=100_000,
         description="Steps that median and deviation are taken over. With more, rarer text is trained.",
     )
+
+    @field_validator("vram")
+    @classmethod
+    def _an_amount(cls, value: str) -> str:
+        found = VRAM.fullmatch(value.strip())
+        most = 100 if found and found["unit"] == "%" else math.inf
+        if value == "auto" or (found and 0 < float(found["number"]) <= most):
+            return value
+        raise ValueError("give an amount such as 22GiB, 24GB or 20000MiB, a share of the card such as 80%, or auto")
 
     @field_validator("spike_action", mode="before")
     @classmethod

@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from steep import ranks
 from steep.errors import UserError, did_you_mean
-from steep.model.load import DTYPES, resolve_compute_dtype
+from steep.model.load import DTYPES
 from steep.schema import RunConfig
 from steep.trackers import check_trackers
 from steep.training.arguments import TrainingArguments
@@ -48,7 +48,7 @@ def rows_per_step(config: RunConfig) -> int:
 
 
 def uses_checkpointing(config: RunConfig) -> bool:
-    """Whether activations are recomputed: as asked, by default on a GPU."""
+    """Whether transformers' forward recomputes activations: as asked, by default on a GPU."""
     given = config.training.gradient_checkpointing
     return torch.cuda.is_available() if given is None else given
 
@@ -59,39 +59,45 @@ def embedding_rate(config: RunConfig) -> float:
     return config.training.learning_rate / 10 if rate is None else rate
 
 
-def mixed_precision(config: RunConfig) -> torch.dtype | None:
+def mixed_precision(base: str, compute: str, trained: str) -> torch.dtype | None:
     """The dtype that autocast runs products in, or None where all tensors have one dtype already.
 
     Trained tensors in fp32 over products in 16 bit need it; a run wholly in bf16, or wholly in fp32, does not.
+
+    Args:
+        base, compute, trained: what the frozen weights are kept in, products run in, and adapters are trained in.
     """
-    model = config.model
-    compute = resolve_compute_dtype(model.compute_dtype, model.base)
-    uniform = model.trained_dtype == compute and model.base in ("auto", "nf4", "int8", compute)
+    uniform = trained == compute and base in ("auto", "nf4", "int8", compute)
     return None if uniform or compute == "fp32" else DTYPES[compute]
 
 
-def training_arguments(config: RunConfig, *, branch: bool = False) -> TrainingArguments:
+def training_arguments(
+    config: RunConfig, precision: torch.dtype | None, *, fused: bool = False, branch: bool = False
+) -> TrainingArguments:
     """The run file's `training` section as `steep.TrainingArguments`.
 
     Args:
+        precision: of `mixed_precision`.
+        fused: the layers compute again what they do not keep, so that transformers does not.
         branch: the run goes on from another's checkpoint, at the rate that it had.
 
     Raises:
         UserError: a value that transformers does not know or cannot use; a schedule that contradicts itself.
     """
-    training, precision = config.training, mixed_precision(config)
+    training = config.training
     # Those two follow the scores of transformers' evaluation, and are no function of the step.
     schedules = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}
     _check_choice("lr_scheduler_type", training.lr_scheduler_type, schedules)
     _check_choice("optim", training.optim, {name.value for name in OptimizerNames})
     check_trackers(training.report_to)
-    given = training.model_dump(exclude={"gradient_checkpointing", *training.further})
+    given = training.model_dump(exclude={"gradient_checkpointing", "vram", *training.further})
     names = TrainingArguments.__dataclass_fields__
     # transformers 5.23 renames gradient to activation checkpointing; 5.17 knows only the old name.
     prefix = "activation" if "activation_checkpointing" in names else "gradient"
+    checkpointing = uses_checkpointing(config) and not fused
     settings = {
-        f"{prefix}_checkpointing": uses_checkpointing(config),
-        f"{prefix}_checkpointing_kwargs": {"use_reentrant": False} if uses_checkpointing(config) else None,
+        f"{prefix}_checkpointing": checkpointing,
+        f"{prefix}_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
         "embedding_learning_rate": embedding_rate(config) if config.adapter.modules_to_save else None,
         "warmup_steps": (0 if branch else WARMUP_STEPS) if training.warmup_steps is None else training.warmup_steps,
         "min_lr_rate": (

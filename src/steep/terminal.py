@@ -9,6 +9,7 @@ import logging
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -204,6 +205,7 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
         "model": f"{_last_part(plan['model'])}, frozen in {plan['base']}, computed in {plan['compute_dtype']}",
         "parameters": f"{parameters['frozen']:,} frozen, {parameters['trained']:,} trained in {plan['trained_dtype']} "
         f"({parameters['adapters']:,} adapters, {parameters['trained_embeddings']:,} embeddings)",
+        "fused": fused_line(plan),
         "rates": f"adapters {plan['learning_rate']:g}, embeddings {plan['embedding_learning_rate']:g}",
         "schedule": f"{plan['lr_scheduler_type']}{': ' + plan['schedule'] if plan['schedule'] else ''}",
         "rows": f"{data['rows']:,} of {data['max_length']} tokens, {data['targets']:,} targets",
@@ -231,6 +233,15 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
                 table.add_row(name, human_bytes(count))
         tables.append(table)
     return tables
+
+
+def fused_line(plan: Mapping[str, Any]) -> str:
+    """Whether a run's steps are fused, in a line: what layers keep for the backward pass, or why they are not."""
+    if not plan["fused"]:
+        return f"no: {plan['fused_reason']}"
+    counts = Counter(plan["levels"])
+    layers = " and ".join(f"{level} in {count} layers" for level, count in sorted(counts.items()))
+    return f"yes, at level {layers} (0 computes least again, 3 most)"
 
 
 def _new_tokens_table(figures: Mapping[str, Any]) -> Table:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import pytest
 
 from steep.errors import UserError
 from steep.manifest import Damaged, write_manifest
+from steep.model.choices import Choices
 from steep.training.checkpoint import (
+    CHOICES_FILE,
     FORMAT,
     FORMAT_FILE,
     STATES,
@@ -46,6 +49,7 @@ def write(run_dir: Path, step: int, name: str | None = None) -> Path:
     (folder / "training_args.json").write_text("{}")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (folder / FORMAT_FILE).write_text(format_text())
+    (folder / CHOICES_FILE).write_text(json.dumps(asdict(Choices(False, "fp32"))))
     write_manifest(folder)
     return folder
 
@@ -66,6 +70,7 @@ def names(run_dir: Path) -> list[str]:
         ("trainer_state.json", '{"global_step": 3, "log_history": [5]}', "log_history[0] is 5"),
         ("training_args.json", '{"metric_for_best_model": 5}', "metric_for_best_model is 5"),
         ("training_args.json", "[" * 100_000, "nested too deeply"),
+        ("choices.json", '{"fused": true}', "it has no trained_dtype"),
     ],
 )
 def test_a_file_of_another_shape_is_damage(name: str, content: str, says: str, tmp_path: Path) -> None:

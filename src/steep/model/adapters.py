@@ -151,7 +151,7 @@ def add_adapters(
     shapes = targeted(linear_shapes(model), target_modules)
     check_embeddings(model, modules_to_save)
     lowered = lowered_ranks(shapes, r)
-    if lowered:
+    if lowered and model.device.type != "meta":
         example, smallest = next(iter(lowered.items()))
         logger.info("r is lowered on %d of %d layers (%s: %d)", len(lowered), len(shapes), example, smallest)
     tied = is_tied(model)

@@ -11,7 +11,6 @@ import torch
 
 from steep.model.layer import Batch, Layer, rows
 from steep.ops.attention import attention_backward, attention_forward
-from steep.ops.attention_backends import table_backend
 from steep.ops.copy_rows import copy_rows
 from steep.ops.lora import LoraGroup
 from steep.ops.qk_norm import qk_norm_rope_backward, qk_norm_rope_forward
@@ -21,8 +20,8 @@ from steep.ops.rope import rope_backward, rope_forward
 class AttentionHalf:
     """Shapes: x, x2 [T, H]; qkv, rotated [T, (NH + 2 NK) * D]; "rows" are input or gradient rows that LoRA extends."""
 
-    def __init__(self, layer: Layer, batch: Batch) -> None:
-        self.layer, self.batch = layer, batch
+    def __init__(self, layer: Layer, batch: Batch, backend: str) -> None:
+        self.layer, self.batch, self.backend = layer, batch, backend
         self.qkv = LoraGroup(layer.qkv, batch.dtype)
         self.o = LoraGroup((layer.o,), batch.dtype)
 
@@ -158,17 +157,13 @@ class AttentionHalf:
         )
 
     def _how(self) -> dict[str, Any]:
-        attention, batch = self.layer.attention, self.batch
-        backend = batch.backend or table_backend(
-            batch.cos.device,
-            batch.dtype,
-            attention.head_dim,
-            batch.packing.uniform,
-            attention.window,
-            attention.softcap,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )
-        return {"scale": attention.scale, "window": attention.window, "softcap": attention.softcap, "backend": backend}
+        attention = self.layer.attention
+        return {
+            "scale": attention.scale,
+            "window": attention.window,
+            "softcap": attention.softcap,
+            "backend": self.backend,
+        }
 
     def _per_head(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.unflatten(1, (-1, self.layer.attention.head_dim))

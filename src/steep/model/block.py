@@ -32,9 +32,13 @@ from steep.ops.products import sums_in_fp32
 LEVELS = (0, 1, 2, 3)
 
 
-def block(x: torch.Tensor, layer: Layer, batch: Batch) -> torch.Tensor:
-    """The layer's output [T, H] for x [T, H]: differentiable in x and in the adapters that train, once."""
-    return _Block.apply(x, layer, batch, *layer.trained())  # pyright: ignore[reportReturnType]
+def block(x: torch.Tensor, layer: Layer, batch: Batch, backend: str) -> torch.Tensor:
+    """The layer's output [T, H] for x [T, H]: differentiable in x and in the adapters that train, once.
+
+    Args:
+        backend: of attention.
+    """
+    return _Block.apply(x, layer, batch, backend, *layer.trained())  # pyright: ignore[reportReturnType]
 
 
 @dataclass
@@ -52,8 +56,10 @@ class _Kept:
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: Layer, batch: Batch, *trained: torch.Tensor) -> torch.Tensor:
-        first, second, level = AttentionHalf(layer, batch), MlpHalf(layer, batch), batch.level
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: Layer, batch: Batch, backend: str, *trained: torch.Tensor
+    ) -> torch.Tensor:
+        first, second, level = AttentionHalf(layer, batch, backend), MlpHalf(layer, batch), batch.level
         with torch.autocast(x.device.type, enabled=False), sums_in_fp32():
             weights = first.qkv.filled_buffer(x.device)
             qkv = first.project(first.normed(x, weights), weights)
@@ -113,4 +119,4 @@ class _Block(torch.autograd.Function):
             dx, of_qkv = first.project_backward(d_qkv, dx2, x, normed, weights)
         gradients = [gradient for gradient in (*of_qkv, *of_o, *of_mlp) if gradient is not None]
         assert len(gradients) == ctx.num_trained, "an adapter was frozen or freed between forward and backward"
-        return (dx if ctx.needs_input_grad[0] else None, None, None, *gradients)
+        return (dx if ctx.needs_input_grad[0] else None, None, None, None, *gradients)

@@ -12,15 +12,20 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from steep.errors import UserError
+from steep.model.backends import Backends
 from steep.model.block import block
 from steep.model.layer import Batch
 from steep.model.projections import Unfused, compute_dtype, refuse_hooks
 from steep.model.read_layer import Traits, read_layer
 from steep.model.recompute import kept_bytes, levels_within
+from steep.ops.backend import gradient_dtype
+from steep.ops.embedding import embedding
+from steep.ops.linear_cross_entropy import Way
 from steep.ops.packing import Packing
 from steep.ops.rms_norm import rms_norm
 
@@ -33,14 +38,16 @@ class Fused:
 
     Attributes:
         levels: what each layer keeps (`steep.model.block`); None: chosen at the first call that trains.
-        backend: of attention; None: chosen for each layer and kind of batch.
+        loss_way: how the loss is cut (`steep.ops.linear_cross_entropy`); None: as is faster.
+        backends: of attention.
         logits: give logits beside the loss.
         calls: fused forwards of the decoder so far.
         said: reasons that were told already.
     """
 
     levels: list[int] | None = None
-    backend: str | None = None
+    loss_way: Way | None = None
+    backends: Backends = field(default_factory=Backends)
     logits: bool = False
     calls: int = 0
     said: set[str] = field(default_factory=set)
@@ -52,7 +59,7 @@ class Fused:
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer that computes as one block where it is given a `batch`."""
+    """A decoder layer that computes as one block where it is given a `batch` (and then its `backends`)."""
 
     traits = Traits()
     gradient_checkpointing: bool
@@ -64,9 +71,18 @@ class FusedLayer(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return nn.Module.__call__(self, *args, **kwargs)  # past transformers 5.17's gradient checkpointing
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, batch: Batch | None = None, **kwargs: Any) -> Any:
-        if batch is not None:
-            return block(hidden_states, read_layer(self, self.traits), batch)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        batch: Batch | None = None,
+        backends: Backends | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if batch is not None and backends is not None:
+            layer, trains = read_layer(self, self.traits), self.training and torch.is_grad_enabled()
+            backend = backends.backend(layer.attention, batch.packing, batch.dtype, trains=trains)
+            return block(hidden_states, layer, batch, backend)
         library = partial(super().forward, *args, **kwargs)
         if self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(library, hidden_states)
@@ -138,7 +154,8 @@ class FusedDecoder(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
         refuse_hooks(self.norm, "the last norm")
-        embedded: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # pyright: ignore[reportAssignmentType]
+        embedded = inputs_embeds if input_ids is None else looked_up(self.embed_tokens, input_ids)
+        assert embedded is not None
         shape, device = embedded.shape[:2], embedded.device
         lengths = _lengths(attention_mask, shape)
         if position_ids is None:
@@ -170,7 +187,8 @@ class FusedDecoder(nn.Module):
         turns = {kind: self._turns(positions, kind) for kind in set(kinds)}
         levels = self._levels(hidden_states, dtype) if torch.is_grad_enabled() else [0] * len(kinds)
         for layer, kind, level in zip(self.layers, kinds, levels, strict=True):
-            hidden_states = layer(hidden_states, batch=Batch(packing, *turns[kind], dtype, level, self.fused.backend))
+            batch = Batch(packing, *turns[kind], dtype, level)
+            hidden_states = layer(hidden_states, batch=batch, backends=self.fused.backends)
         traits = self.layers[0].traits
         eps = self.norm.eps if hasattr(self.norm, "eps") else self.norm.variance_epsilon
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -189,6 +207,20 @@ class FusedDecoder(nn.Module):
             kept = kept_bytes(read_layer(self.layers[0], self.layers[0].traits), dtype, hidden_states.dtype)
             self.fused.levels = levels_within(self, kept, hidden_states.shape[0])
         return self.fused.levels
+
+
+def looked_up(module: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """The embeddings of `input_ids`: the module's own, but with a gradient in what autograd keeps of the table's."""
+    table: Any = module
+    if isinstance(module, ModulesToSaveWrapper) and not module.disable_adapters and module.active_adapters:
+        table = module.modules_to_save[module.active_adapters[0]]
+    scale = getattr(table, "embed_scale", None)  # Gemma's own class multiplies by it
+    known = type(table) is nn.Embedding or (isinstance(table, nn.Embedding) and scale is not None)
+    hooks = [each for part in (module, table) for each in (part._forward_hooks, part._forward_pre_hooks) if each]
+    if not known or hooks or table.max_norm is not None or gradient_dtype(table.weight) == table.weight.dtype:
+        return module(input_ids)
+    rows = embedding(table.weight, input_ids, table.padding_idx)
+    return rows if scale is None else rows * scale.to(rows.dtype)
 
 
 def _refuse_outputs(config: Any, kwargs: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ Trainer, saving, merging and generate() find what they know. The fused forward r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -67,6 +67,11 @@ def uninstall(model: Any) -> Any:
 
 def is_installed(model: Any) -> bool:
     return type(unwrap(model)) in FUSED
+
+
+def fused_of(model: Any) -> Fused:
+    """How an installed model computes."""
+    return cast(Fused, unwrap(model).fused)
 
 
 def why_not_fused(model: Any) -> str | None:

@@ -88,7 +88,6 @@ class Batch:
         cos, sin: fp32 [T, R / 2], of this layer's kind.
         dtype: of products and of what lies between them.
         level: what the layer keeps for its backward pass (`steep.model.block`).
-        backend: of attention; None: by table.
     """
 
     packing: Packing
@@ -96,7 +95,6 @@ class Batch:
     sin: torch.Tensor
     dtype: torch.dtype
     level: int
-    backend: str | None
 
 
 def rows(like: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:

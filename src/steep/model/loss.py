@@ -80,6 +80,7 @@ class FusedCausalLM(nn.Module):
             num_items=num_items_in_batch,
             ignore_index=ignore_index,
             softcap=softcap,
+            way=self.fused.loss_way,
         )
         output = CausalLMOutputWithPast(
             loss=loss,  # pyright: ignore[reportArgumentType]

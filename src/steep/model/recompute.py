@@ -30,6 +30,32 @@ def kept_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype) -> list[in
     return [at_0, at_1, at_2, at_3]
 
 
+def work_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype, level: int, tokens: int) -> int:
+    """Bytes that a layer's backward pass takes beside what it kept, at its peak: weight buffers, rows that are computed
+    again, and gradients between them. In either half, whichever needs more."""
+    groups = [LoraGroup(group, dtype) for group in (layer.qkv, (layer.o,), layer.gate_up, (layer.down,))]
+    qkv, o, gate_up, down = groups
+    of_qkv, of_o, of_gate_up, of_down = (rows * columns for rows, columns in (group.buffer_shape for group in groups))
+    hidden, x = layer.o.weight.shape[0], layer.o.weight.shape[0] * stream.itemsize
+    rotated = qkv.outputs if layer.attention.q_norm else 0
+    again = rotated  # columns of rows that are there during the whole backward pass
+    if level >= 1 and layer.attention_out_norm:
+        again += hidden
+    if level >= 2:
+        again += qkv.input_width + qkv.outputs
+    if level >= 3:
+        again += o.input_width
+    residual = x * (2 if level >= 3 else 1)  # dy, and x2
+    in_mlp = of_o + (of_qkv if level >= 2 else 0) + of_gate_up + of_down
+    in_mlp += tokens * (down.gradient_width + down.input_width + gate_up.input_width)
+    in_mlp += tokens * gate_up.gradient_width if level >= 1 else 0
+    in_attention = of_o + of_qkv + tokens * (o.gradient_width + o.input_width + qkv.gradient_width + qkv.outputs)
+    sums = 4 * tokens * layer.attention.num_heads * layer.attention.head_dim  # of dq in fp32, in some backends
+    return tokens * (again * dtype.itemsize + residual) + max(
+        in_mlp * dtype.itemsize, in_attention * dtype.itemsize + sums + tokens * x
+    )
+
+
 def levels_for(kept: Sequence[int], num_layers: int, tokens: int, budget: float) -> list[int]:
     """The levels of `num_layers` layers that keep at most `budget` bytes for `tokens` tokens, as low as they can be:
     of two neighbouring levels, the lower for as many of the last layers as fit. All at level 3 where not even that

@@ -14,8 +14,9 @@ import torch
 
 from steep.data.packing import Corpus
 from steep.errors import UserError
+from steep.model.choices import take_over
 from steep.training.branch import Branch
-from steep.training.checkpoint import Checkpoint, choose, given
+from steep.training.checkpoint import Checkpoint, choose, given, read_choices
 from steep.training.ending import Ending
 from steep.training.exact_checkpoints import load_optimizer
 from steep.training.observations import load_observations, refuse_other_counts
@@ -78,6 +79,8 @@ class Branching(Ending):
             assert self.branch is not None
             begin = self.branch.verify("branch")
         self.resumed_state = None if begin is None else load_observations(begin.path)
+        if begin is not None:
+            take_over(self.model, read_choices(begin.path, field))
         return None if begin is None else str(begin.path)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:

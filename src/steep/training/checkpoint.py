@@ -19,14 +19,16 @@ from transformers import TrainerState
 from steep import ranks
 from steep.errors import UserError
 from steep.manifest import Damaged, verify
+from steep.model.choices import Choices
 from steep.recorded import parsed
 from steep.training.state_files import from_bytes, to_bytes
 
 logger = logging.getLogger("steep")
 
 STATES = ("optimizer", "schedule", "random", "observations")
-FORMAT = 2  # another number as soon as a resumed run reads what checkpoints so far lack, or reads it otherwise
+FORMAT = 3  # another number as soon as a resumed run reads what checkpoints so far lack, or reads it otherwise
 FORMAT_FILE = "format.json"
+CHOICES_FILE = "choices.json"
 _NEEDED = (
     "trainer_state.json",
     "training_args.json",
@@ -110,6 +112,10 @@ def inspect(path: Path) -> Checkpoint:
     if _NAME.fullmatch(path.name) and step != step_of(path):
         raise Damaged(f"it holds step {step}")
     written: dict[str, Any] = _read(path, FORMAT_FILE) if FORMAT_FILE in manifest.files else {"format": 0}
+    if written["format"] == FORMAT:  # older ones have none
+        if CHOICES_FILE not in manifest.files:
+            raise Damaged(f"it lacks {CHOICES_FILE}")
+        _read(path, CHOICES_FILE)
     return Checkpoint(
         path,
         step,
@@ -136,6 +142,20 @@ def _check_state(path: Path) -> None:
         TrainerState.load_from_json(str(path / "trainer_state.json"))
     except (ValueError, TypeError) as error:
         raise Damaged(f"trainer_state.json cannot be read: {error}") from error
+
+
+def read_choices(checkpoint: Path, field: str = "--resume") -> Choices:
+    """What was chosen for the model of a checkpoint that was verified.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        tree = parsed(checkpoint / CHOICES_FILE)
+    except (ValueError, OSError) as error:
+        problem = f"{checkpoint} is damaged: {CHOICES_FILE}: {error}"
+        raise UserError(field, problem, "Give another checkpoint, or delete that one.") from error
+    return Choices(**{each.name: tree[each.name] for each in fields(Choices)})
 
 
 def refuse_other_format(checkpoint: Checkpoint, field: str) -> None:

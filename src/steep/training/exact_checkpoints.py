@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 import tempfile
 import time
 from collections.abc import Collection
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,13 @@ from steep.model.adapters import (
     load_adapter_weights,
     save_adapter,
 )
+from steep.model.choices import choices_of
 from steep.recorded import parsed
 from steep.stopping import Interrupted
 from steep.storage import discard, flush, give_name, naming, stage
 from steep.tensor_files import system_errors
 from steep.training.checkpoint import (
+    CHOICES_FILE,
     FORMAT_FILE,
     format_text,
     given,
@@ -58,8 +62,8 @@ class ExactCheckpoints(transformers.Trainer):
 
     A checkpoint holds the adapter (PEFT's own files), the tokenizer, ``training_args.json``, ``trainer_state.json``,
     as pairs of ``.safetensors`` and ``.json``: ``optimizer``, ``schedule``, ``random``, ``scaler`` (fp16),
-    ``observations``; ``format.json``, by which another version knows it; and ``manifest.json``, by which it is verified
-    before anything of it is read.
+    ``observations``; ``choices.json``, by which a resumed run computes in the same way; ``format.json``, by which
+    another version knows it; and ``manifest.json``, by which it is verified before anything of it is read.
 
     Attributes:
         seconds_saving: how long training has waited for checkpoints so far.
@@ -158,6 +162,7 @@ class ExactCheckpoints(transformers.Trainer):
         snapshot = Snapshot()
         snapshot.add_text(FORMAT_FILE, format_text())
         model = self.accelerator.unwrap_model(self.model)
+        snapshot.add_text(CHOICES_FILE, json.dumps(asdict(choices_of(model))) + "\n")
         if isinstance(model, PeftModel):
             for name, content in self._files_that_stay().items():
                 snapshot.add_text(name, content)

@@ -27,6 +27,7 @@ from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
 from steep.training.counting import COUNTS, Counting
 from steep.training.deterministic import deterministic
+from steep.training.fused import check_logits, sum_gradients_in_fp32
 from steep.training.gradients import GradientReport, measure_and_clip
 from steep.training.groups import parameter_groups
 from steep.training.guard import GoBack, Guard, Outcome
@@ -87,6 +88,7 @@ class Trainer(Counting):
             data_collator = data_collator or collate
             args.remove_unused_columns = False  # a row's number travels with it, for the ledger
         parallel.settle_arguments(args)
+        check_logits(model, args, **kwargs)
         super().__init__(model, args, data_collator, rows, eval_dataset, **kwargs)
         parallel.settle_trainer(self)
         self.let_end(stop)
@@ -176,6 +178,7 @@ class Trainer(Counting):
         if self.resumed_state is None:
             parallel.draw_apart(self.args.seed)
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        sum_gradients_in_fp32(self.model, self.optimizer, self.args.gradient_accumulation_steps)
         proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
         self._begin_step()
         self._losses_of_step.clear()

@@ -1,0 +1,98 @@
+"""What a plan warns of: settings that are far from the published advice, or that do not go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steep.data.packing import Corpus
+from steep.memory import ADAMW_8BIT, Shape
+from steep.model.resolve import ResolvedModel, looks_like_chat
+from steep.schema import RunConfig
+from steep.settings import embedding_rate
+
+# An adapter holds about 2 bits a parameter (Allen-Zhu & Li 2024), and a token of text teaches about 1 bit.
+PARAMETERS_PER_TOKEN = 0.5
+# English costs about 0.25 tokens a character, Korean in a vocabulary made for it about 0.5.
+MANY_TOKENS_PER_CHARACTER = 1.0
+ADVISED_RATES = (1e-5, 5e-4)
+ADVISED_EMBEDDING_RATIO = (2, 20)
+
+
+def memory_advice(memory: dict[str, int], budget: int | None) -> list[str]:
+    """What to lower, where a step needs more than `budget` bytes of the card."""
+    needed = sum(memory.values())
+    if budget is None or needed <= budget:
+        return []
+    return [
+        f"a step needs about {needed / 2**30:.3g} GiB, and {budget / 2**30:.3g} GiB of the card may be filled "
+        "(training.vram). Lower training.per_device_train_batch_size (with more gradient_accumulation_steps), "
+        "data.max_length or adapter.r."
+    ]
+
+
+def _of_options(config: RunConfig) -> list[str]:
+    """What the options of the recipe do not go with."""
+    adapter, training, found = config.adapter, config.training, []
+    scale = adapter.lora_alpha / (adapter.r**0.5 if adapter.use_rslora else adapter.r)
+    at_odds = []
+    if adapter.init_lora_weights == "pissa" and scale != 1:
+        at_odds.append("PiSSA was published with a scale of 1 (lora_alpha: r, use_rslora: false)")
+    rate = training.loraplus_lr_ratio * training.learning_rate
+    if training.loraplus_lr_ratio > 1 and rate > ADVISED_RATES[1] and adapter.use_rslora:
+        at_odds.append(f"LoRA+ trains B at {rate:g}, and rank-stabilised scaling makes its steps larger once more")
+    if at_odds:
+        found.append(
+            f"the adapters' scale is {scale:g}: {'; '.join(at_odds)}. Lower training.learning_rate if the loss jumps."
+        )
+    if adapter.use_dora:
+        found.append("DoRA reads every weight once more in each forward: at 8B a step took 1.6 times as long.")
+    return found
+
+
+def advice(
+    config: RunConfig, resolved: ResolvedModel, tokenizer: Any, corpus: Corpus, shape: Shape, trained_dtype: str
+) -> list[str]:
+    """What a user should know of the model, the text and the settings before the run."""
+    found = []
+    if looks_like_chat(resolved, tokenizer):
+        found.append(
+            f"{config.model.name} looks like an instruct model: continued pretraining on plain text damages its "
+            "chat ability. Use the base model of the same name."
+        )
+    tokens = corpus.statistics["targets"]
+    if shape.lora < tokens * PARAMETERS_PER_TOKEN:
+        found.append(
+            f"the adapters have {shape.lora:,} parameters for {tokens:,} tokens, fewer than "
+            f"{PARAMETERS_PER_TOKEN} a token: they may not hold what the text teaches. Raise adapter.r."
+        )
+    if not any(source.role == "replay" for source in config.data.sources):
+        found.append(
+            "no source has the role replay: the model will forget some of what it knows. Add general text in its "
+            "old language with role: replay (5 % of the tokens; 25 % is the published advice for a new language)."
+        )
+    elif config.data.replay_share < 0.25:
+        found.append(
+            f"replay is {config.data.replay_share:.0%} of the tokens; 25 % is the published advice for a new language."
+        )
+    for source in corpus.statistics["sources"]:
+        if source["role"] == "train" and 1 / source["characters_per_token"] > MANY_TOKENS_PER_CHARACTER:
+            found.append(
+                f"the tokenizer spends {1 / source['characters_per_token']:.2f} tokens a character on "
+                f"{source['domain']}: rows hold little text. Give it new tokens (model.new_tokens), or take a "
+                "model with a vocabulary for it."
+            )
+    if trained_dtype == "bf16" and config.training.optim not in ADAMW_8BIT:
+        found.append(
+            f"model.trained_dtype is bf16, and {config.training.optim} rounds most updates of such weights away. Use "
+            "optim: adamw_8bit, which rounds stochastically, or trained_dtype: fp32."
+        )
+    found += _of_options(config)
+    rate, ratio = config.training.learning_rate, config.training.learning_rate / max(embedding_rate(config), 1e-30)
+    if not ADVISED_RATES[0] <= rate <= ADVISED_RATES[1]:
+        found.append(f"learning_rate {rate:g} is far from the advice ({ADVISED_RATES[0]:g} to {ADVISED_RATES[1]:g}).")
+    if config.adapter.modules_to_save and not ADVISED_EMBEDDING_RATIO[0] <= ratio <= ADVISED_EMBEDDING_RATIO[1]:
+        found.append(
+            f"embedding_learning_rate {embedding_rate(config):g} is far from the advice "
+            f"(learning_rate / {ADVISED_EMBEDDING_RATIO[0]} to / {ADVISED_EMBEDDING_RATIO[1]})."
+        )
+    return found

@@ -1,0 +1,149 @@
+"""Whether a run's steps are fused, and what follows from it: decided once, before any weight is loaded."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from steep.errors import UserError
+from steep.fused_memory import FusedStep
+from steep.kernels import OLDEST_CARD
+from steep.memory import ADAMW_8BIT, Shape
+from steep.model.adapters import add_adapters
+from steep.model.block import LEVELS
+from steep.model.choices import Choices
+from steep.model.families import fused_class
+from steep.model.install import why_not_fused
+from steep.model.layer import Layer
+from steep.model.read_layer import read_layer
+from steep.model.unwrap import unwrap
+from steep.schema import RunConfig
+
+
+def decide(config: RunConfig, empty: Any, before: Choices | None) -> tuple[Layer | None, str | None]:
+    """A layer of the fused run, on the meta device with its adapters; or None, and why the run is not fused.
+
+    Args:
+        empty: the model on the meta device.
+        before: what the run that goes on was begun with.
+
+    Raises:
+        UserError: `model.fused: on`, or the steps so far, are fused, and cannot be here.
+    """
+    asked, was_fused = config.model.fused, before is not None and before.fused
+    if asked == "off":
+        return None, "model.fused is off"
+    if asked == "auto" and not was_fused and (reason := _why_not_by_itself(config)):
+        return None, reason
+    model = adapted(config, empty)
+    reason = why_not_fused(model) or _why_not_here()
+    if asked == "auto" and before is not None and not was_fused:
+        return None, reason or "the run began so"
+    if asked == "on" and reason is not None:
+        raise UserError("model.fused", f"the run cannot be fused: {reason}", "Leave it at auto, or change that.")
+    if was_fused and reason is not None:
+        raise UserError(
+            "--resume",
+            f"the run is fused so far, and cannot be here: {reason}",
+            "Go on where it can be, or set model.fused: off, with --allow model.fused.",
+        )
+    if reason is not None:
+        return None, reason
+    layer = unwrap(model).model.layers[0]
+    family: Any = fused_class(type(layer))
+    return read_layer(layer, family.traits), None
+
+
+def adapted(config: RunConfig, empty: Any) -> Any:
+    """A copy of `empty` with the adapters that the run would train; without any where its family is not known."""
+    base = copy.deepcopy(empty).requires_grad_(False)
+    if fused_class(type(base)) is None:
+        return base
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # PEFT says them once more of the real model
+        return add_adapters(base, **config.adapter.model_dump(), resumed=True).train()
+
+
+def resolve_trained_dtype(config: RunConfig, fused: bool, compute: str, before: Choices | None) -> str:
+    """`auto` in terms of the run: bf16 where that loses nothing, which is in fused steps whose update rounds
+    stochastically.
+
+    Raises:
+        UserError: bf16 over products in another dtype.
+    """
+    asked = config.model.trained_dtype
+    if asked == "bf16" and compute != "bf16":
+        raise UserError(
+            "model.trained_dtype",
+            f"bf16 cannot be trained where products run in {compute}",
+            "Set model.trained_dtype: fp32, or model.compute_dtype: bf16.",
+        )
+    if asked != "auto":
+        return asked
+    if before is not None:
+        return before.trained_dtype
+    return "bf16" if fused and compute == "bf16" and config.training.optim in ADAMW_8BIT else "fp32"
+
+
+def fused_step(
+    config: RunConfig, layer: Layer, shape: Shape, *, tied: bool, base: str, compute: str, trained: str
+) -> FusedStep:
+    """The step of a run that is fused, as far as memory follows from it.
+
+    Args:
+        layer: of `decide`.
+        tied: whether the head is the table of the input embeddings.
+    """
+    saved, training = set(config.adapter.modules_to_save), config.training
+    stored = base if base in ("bf16", "fp16", "fp32") else compute
+    return FusedStep(
+        shape=shape,
+        layer=layer,
+        base=base,
+        compute=compute,
+        trained=trained,
+        stream=trained if "embed_tokens" in saved or (tied and saved) else stored,
+        optim=training.optim,
+        tokens=training.per_device_train_batch_size * config.data.max_length,
+        accumulates=training.gradient_accumulation_steps > 1,
+        trains_head="lm_head" in saved or (tied and bool(saved)),
+    )
+
+
+def settle(config: RunConfig, step: FusedStep, budget: int | None, before: Choices | None) -> Choices:
+    """What the layers of a fused run keep for the backward pass, and how its loss is cut: as asked, as before, or as
+    `budget` bytes of the card allow. Without a card everything is kept."""
+    layers, asked = step.shape.layers, config.training.gradient_checkpointing
+    levels, way = ([0] * layers, step.faster_way) if budget is None else step.choose(budget)
+    if asked is not None:
+        levels = [LEVELS[-1] if asked else LEVELS[0]] * layers
+    elif before is not None and before.levels is not None:
+        levels = before.levels
+    if before is not None and before.loss_way is not None:
+        way = before.loss_way
+    return Choices(True, step.trained, levels, way, {} if before is None else before.backends)
+
+
+def _why_not_by_itself(config: RunConfig) -> str | None:
+    """What `auto` heeds: it can be fused, but need not be better."""
+    if not torch.cuda.is_available():
+        return "there is no GPU, and on a CPU the library's forward is as fast"
+    if config.model.attn_implementation != "auto":
+        return f"model.attn_implementation asks for transformers' {config.model.attn_implementation}"
+    return None
+
+
+def _why_not_here() -> str | None:
+    if not torch.cuda.is_available():
+        return None  # the same in plain torch
+    if torch.version.cuda is None:
+        return "its kernels are for NVIDIA's cards"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_CARD:
+        oldest, here = (".".join(map(str, each)) for each in (OLDEST_CARD, capability))
+        return f"its kernels need compute capability {oldest}, and the card has {here}"
+    return None if find_spec("triton") else "triton is not installed"

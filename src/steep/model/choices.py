@@ -1,0 +1,58 @@
+"""What was chosen for a model and not asked for: a checkpoint keeps it, and whoever goes on from it does the same."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from steep.model.install import fused_of, is_installed
+from steep.model.load import DTYPES
+from steep.ops.linear_cross_entropy import Way
+
+logger = logging.getLogger("steep")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """`choices.json` of a checkpoint.
+
+    Attributes:
+        fused: whether the model computes with steep's fused layers.
+        trained_dtype: of what trains: fp32, bf16, or torch's name of another.
+        levels: what each fused layer keeps for its backward pass; None: not known yet.
+        loss_way: how the loss is cut, see `steep.ops.linear_cross_entropy`; None: not known.
+        backends: of attention, by kind of layer and batch.
+    """
+
+    fused: bool
+    trained_dtype: str
+    levels: list[int] | None = None
+    loss_way: Way | None = None
+    backends: dict[str, str] = field(default_factory=dict)
+
+
+def choices_of(model: Any) -> Choices:
+    """What `model` computes with now."""
+    dtypes = {dtype: name for name, dtype in DTYPES.items()}
+    trained = next((p.dtype for p in model.parameters() if p.requires_grad), torch.float32)
+    trained_dtype = dtypes.get(trained, str(trained))
+    if not is_installed(model):
+        return Choices(False, trained_dtype)
+    fused = fused_of(model)
+    return Choices(True, trained_dtype, fused.levels, fused.loss_way, dict(fused.backends.chosen))
+
+
+def take_over(model: Any, choices: Choices) -> None:
+    """Let `model` go on with `choices`, where it was not told otherwise; a difference that it cannot mend is said."""
+    if is_installed(model) != choices.fused:
+        now, before = ("fused", "not") if is_installed(model) else ("not fused", "fused")
+        logger.warning("the steps from here on are %s, and those before were %s: sums round otherwise", now, before)
+    if not (is_installed(model) and choices.fused):
+        return
+    fused = fused_of(model)
+    fused.levels = fused.levels or choices.levels
+    fused.loss_way = fused.loss_way or choices.loss_way
+    fused.backends.chosen = {**choices.backends, **fused.backends.chosen}

@@ -1,0 +1,54 @@
+"""What a run takes by item: on the card, on the host beside the model, and on the disk."""
+
+from __future__ import annotations
+
+import math
+
+from steep.fused_memory import FusedStep
+from steep.memory import Shape, memory_by_item
+from steep.model.choices import Choices
+from steep.schema import RunConfig
+from steep.settings import uses_checkpointing
+
+
+def memory_of(
+    config: RunConfig, shape: Shape, step: FusedStep | None, choices: Choices, *, base: str, compute: str
+) -> dict[str, int]:
+    """Bytes by item at the peak of a step, on the card (the host without one).
+
+    Args:
+        step: where the run is fused.
+    """
+    training = config.training
+    if step is not None:
+        assert choices.levels is not None and choices.loss_way is not None
+        return step.by_item(choices.levels, choices.loss_way)
+    return memory_by_item(
+        shape,
+        base=base,
+        compute=compute,
+        trained=choices.trained_dtype,
+        optim=training.optim,
+        tokens=training.per_device_train_batch_size * config.data.max_length,
+        checkpointing=uses_checkpointing(config),
+        accumulates=training.gradient_accumulation_steps > 1,
+    )
+
+
+def storage_of(
+    config: RunConfig, memory: dict[str, int], steps: int, *, tied: bool, rolls_back: bool, keeps_best: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes by item on the host beside the model, and on the disk.
+
+    Args:
+        memory: of `memory_of`.
+        rolls_back: the run saves its start too, to go back to.
+    """
+    training = config.training
+    result = (2 if tied else 1) * memory["trained embeddings"] + memory["adapters"]  # PEFT's format holds both names
+    interval = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
+    written = math.ceil(steps / max(interval, 1)) + rolls_back
+    kept = min(written, training.save_total_limit or written) + 1  # one more while the next is written
+    checkpoint = result + memory["optimizer states"]
+    host = {"copy of a checkpoint": checkpoint}  # which is written while training goes on
+    return host, {"checkpoints": (kept + keeps_best) * checkpoint, "final": result}

@@ -1,0 +1,55 @@
+"""What a trainer has to heed where its model computes with steep's fused layers."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from steep import ranks
+from steep.errors import UserError
+from steep.model.install import fused_of, is_installed
+from steep.training.adamw8bit import AdamW8bit
+
+logger = logging.getLogger("steep")
+
+
+def check_logits(model: Any, args: Any, **asked: Any) -> None:
+    """Check that nothing which is `asked` for needs the logits that a fused model does not give beside its loss.
+
+    Args:
+        asked: arguments of the trainer by name, or None.
+
+    Raises:
+        UserError: something does.
+    """
+    if model is None or not is_installed(model):
+        return
+    fused = fused_of(model)
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        if asked.get(name) is not None and not fused.logits:
+            raise UserError(
+                name,
+                "it needs logits, and the fused model computes its loss without those of a batch",
+                "Install it with steep.install(model, logits=True), or leave it out.",
+            )
+    for name, is_set in (
+        ("label_smoothing_factor", args.label_smoothing_factor > 0),
+        ("compute_loss_func", asked.get("compute_loss_func") is not None),
+    ):
+        if is_set:
+            logger.warning("the loss is not fused, and a batch's logits exist whole: %s needs them", name)
+
+
+def sum_gradients_in_fp32(model: Any, optimizer: Any, micro_batches: int) -> None:
+    """Let a fused model's bf16 weights have gradients in fp32 where several micro-batches are added up: each would
+    round the sum once. A single one is rounded once anyway. Other optimizers than `AdamW8bit` take gradients in their
+    weights' dtype only; so does DDP.
+    """
+    own = getattr(optimizer, "optimizer", optimizer)
+    in_fp32 = micro_batches > 1 and is_installed(model) and isinstance(own, AdamW8bit) and ranks.world_size() == 1
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.grad = None
+            parameter.grad_dtype = torch.float32 if in_fp32 else parameter.dtype

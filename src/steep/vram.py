@@ -1,0 +1,32 @@
+"""The memory of the card that a plan may fill."""
+
+from __future__ import annotations
+
+import torch
+
+from steep.schema import VRAM
+
+SHARE = 0.9  # of the card: allocations of odd sizes leave gaps
+_UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+
+
+def vram_budget(vram: str) -> int | None:
+    """Bytes that `training.vram` stands for on the card that is used; None without one.
+
+    ``auto`` leaves out what others hold on the card now.
+    """
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    if vram == "auto":
+        others = total - free - torch.cuda.memory_reserved()
+        return round(SHARE * total) - others
+    number, unit = as_amount(vram)
+    return round(number / 100 * total if unit == "%" else number * _UNITS[unit])
+
+
+def as_amount(vram: str) -> tuple[float, str]:
+    """Number and unit, in lower case, of what the schema let pass."""
+    found = VRAM.fullmatch(vram.strip())
+    assert found is not None, vram
+    return float(found["number"]), found["unit"].lower()

@@ -1,0 +1,438 @@
+"""A fused run from its file to its folder, on the CPU: the same layers in plain torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, OlmoConfig
+
+from steep import fusing, vram
+from steep.config import parse_config, read_yaml
+from steep.errors import UserError
+from steep.fused_memory import FusedStep
+from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
+from steep.memory import shape_of
+from steep.model import decoder
+from steep.model.choices import Choices
+from steep.model.install import is_installed
+from steep.model.resolve import read_tokenizer, resolve
+from steep.plan import plan_run
+from steep.result import evaluate_run, generate_run, load_result
+from steep.run import train_run
+from steep.run_folder import RunFolder
+from steep.schema import AdapterSection, RunConfig
+from steep.training.checkpoint import FORMAT, read_choices
+from steep.verify_resume import compare
+from tests.command_line import Steep
+from tests.test_run import lines, run_file
+
+
+def fused_file(model: Path, corpus: Path, folder: Path, /, **sections: dict[str, Any]) -> RunConfig:
+    return run_file(model, corpus, folder, **{**sections, "model": {"fused": "on", **sections.get("model", {})}})
+
+
+@pytest.fixture(scope="module")
+def finished(llama_folder: Path, korean_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Over NF4, two micro-batches a step."""
+    folder = tmp_path_factory.mktemp("runs") / "ko"
+    training = {"gradient_accumulation_steps": 2}
+    train_run(fused_file(llama_folder, korean_corpus, folder, model={"base": "nf4"}, training=training))
+    return folder
+
+
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+# ---- end to end
+
+
+def test_a_fused_run_ends_as_any_other(finished: Path) -> None:
+    assert read(finished / "proof.json")["ok"] and read(finished / "ledger.json")["adds_up"]
+    losses = [row["loss"] for row in lines(finished / "metrics.jsonl")]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    plan = read(finished / "plan.json")
+    assert (plan["fused"], plan["fused_reason"], plan["levels"], plan["loss_way"]) == (
+        True,
+        None,
+        [0, 0],
+        plan["loss_way"],
+    )
+    assert plan["trained_dtype"] == "fp32"  # products on a CPU run in fp32
+
+
+def test_what_was_chosen_stands_in_the_checkpoint(finished: Path) -> None:
+    choices = read_choices(finished / "checkpoint-6")
+    assert choices == Choices(True, "fp32", [0, 0], "tokens", choices.backends)
+    assert choices.backends.keys() == {"documents of uneven lengths"}
+    assert read(finished / "checkpoint-6" / "format.json")["format"] == FORMAT
+    assert read(finished / "checkpoint-6" / "choices.json").keys() == {each.name for each in fields(Choices)}
+
+
+def test_the_result_opens_in_plain_peft_with_the_same_logits(finished: Path, llama_folder: Path) -> None:
+    config = run_file(llama_folder, Path("unused"), finished)
+    resolved = resolve(str(llama_folder))
+    ours = load_result(config, resolved, read_tokenizer(resolved), RunFolder(finished)).eval()
+    assert is_installed(ours)
+    plain = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(plain, str(finished / "final")).eval()
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        logits = ours(input_ids=tokens, use_cache=False).logits
+        expected = plain(input_ids=tokens).logits
+        assert torch.allclose(logits, expected, atol=1e-4 * float(expected.abs().max()))
+        with plain.disable_adapter():
+            assert not torch.allclose(logits, plain(input_ids=tokens).logits, atol=1e-2)
+
+
+def test_evaluation_of_a_finished_run_is_fused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    block = decoder.block
+    monkeypatch.setattr(decoder, "block", lambda *given: calls.append(1) or block(*given))
+    _, trained = evaluate_run(finished)
+    assert calls
+    recorded = [row for row in lines(finished / "evaluation.jsonl") if row["step"] == 6]
+    assert [score.loss for score in trained] == pytest.approx([row["loss"] for row in recorded], rel=1e-6)
+    assert generate_run(finished, "the river", max_new_tokens=4).keys() == {"base", "trained"}
+
+
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_losses_are_those_of_the_librarys_forward(
+    base: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    training = {"max_steps": 20, "save_steps": 20, "learning_rate": 1e-3}
+    for fused in ("on", "off"):
+        model = {"fused": fused, "base": base}
+        train_run(run_file(llama_folder, korean_corpus, tmp_path / fused, model=model, training=training))
+    ours, theirs = ([row["loss"] for row in lines(tmp_path / fused / "metrics.jsonl")] for fused in ("on", "off"))
+    assert ours == pytest.approx(theirs, rel=2e-5)
+    assert ours != theirs, "the same bits: both ran the same forward"
+    assert ours[-1] < 0.995 * ours[0]
+
+
+# ---- resume
+
+
+@pytest.mark.parametrize("checkpointing", [None, True])
+def test_resumed_is_never_stopped(
+    checkpointing: bool | None, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    def config(folder: str, **training: Any) -> RunConfig:
+        training = {"gradient_accumulation_steps": 2, "gradient_checkpointing": checkpointing, **training}
+        model = {"base": "nf4", "compute_dtype": "bf16"}
+        return fused_file(llama_folder, korean_corpus, tmp_path / folder, model=model, training=training)
+
+    train_run(config("whole", save_total_limit=3))
+    assert read(tmp_path / "whole" / "plan.json")["trained_dtype"] == "bf16"
+    assert read(tmp_path / "whole" / "plan.json")["levels"] == ([3, 3] if checkpointing else [0, 0])
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "final")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoint-6")
+    train_run(config("stopped", save_total_limit=3), resume=True)
+    parts = compare(RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "stopped"))
+    assert [part.difference for part in parts] == [None] * len(parts)
+
+
+def test_choices_stay_on_resume(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where another card would choose otherwise."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(folder / "final")
+    choices = read_choices(folder / "checkpoint-6")
+    config = fused_file(Path(read(folder / "plan.json")["model"]), Path("unused"), folder)
+    config.data.sources = []
+    empty = empty_llama()
+    step = step_of(config, empty)
+    for level in (1, 2):
+        before = replace(choices, levels=[level] * 2, loss_way="vocabulary", trained_dtype="bf16")
+        settled = settle(config, step, 10**15, before)
+        assert (settled.levels, settled.loss_way) == ([level] * 2, "vocabulary")
+        assert settled.backends == choices.backends
+    config.model.fused = "auto"
+    assert decide(config, empty, choices)[0] is not None  # though a CPU would not choose it
+    not_fused = replace(choices, fused=False)
+    assert "no GPU" in (decide(config, empty, not_fused)[1] or "")
+    with monkeypatch.context() as patch:
+        patch.setattr(fusing, "_why_not_by_itself", lambda config: None)
+        assert decide(config, empty, None)[0] is not None
+        assert decide(config, empty, not_fused) == (None, "the run began so")
+    monkeypatch.setattr(fusing, "_why_not_here", lambda: "it is another card")
+    with pytest.raises(UserError, match=r"--resume: the run is fused so far, .* it is another card"):
+        decide(config, empty, choices)
+
+
+def test_fused_may_change_only_where_it_is_allowed(
+    finished: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoint-6")
+    settings: dict[str, Any] = {
+        "model": {"base": "nf4", "fused": "off"},
+        "training": {"gradient_accumulation_steps": 2},
+    }
+    config = run_file(llama_folder, korean_corpus, folder, **settings)
+    with pytest.raises(UserError, match=r"--allow model\.fused"):
+        train_run(config, resume=True)
+    train_run(config, resume=True, allow=["model.fused"])
+    assert "those before were fused" in caplog.text
+    assert not read_choices(folder / "checkpoint-6").fused
+    assert not read(folder / "plan.json")["fused"]
+
+
+def test_vram_does_not_change_within_a_run(
+    finished: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    training = {"gradient_accumulation_steps": 2, "vram": "8GiB"}
+    config = fused_file(llama_folder, korean_corpus, folder, model={"base": "nf4"}, training=training)
+    with pytest.raises(UserError, match=r"training\.vram cannot change within a run: what layers keep was chosen"):
+        train_run(config, resume=True)
+
+
+def test_a_branch_goes_on_fused(llama_folder: Path, korean_corpus: Path, finished: Path, tmp_path: Path) -> None:
+    training = {"max_steps": 2, "gradient_accumulation_steps": 2}
+    config = fused_file(llama_folder, korean_corpus, tmp_path / "b", model={"base": "nf4"}, training=training)
+    train_run(config, branch=finished / "checkpoint-3")
+    assert read_choices(tmp_path / "b" / "checkpoint-5").fused
+    assert read(tmp_path / "b" / "proof.json")["frozen_changed"] == []
+
+
+# ---- what the plan says
+
+
+def test_the_plan_says_whether_and_why(steep: Steep, finished: Path) -> None:
+    file = finished / "run.yaml"
+    said = steep("plan", file, "--training.output_dir", finished / "other")
+    assert said.code == 0 and "yes, at level 0 in 2 layers" in " ".join(said.out.split())
+    said = steep("plan", file, "--model.fused", "auto", "--training.output_dir", finished / "other")
+    assert "no: there is no GPU" in " ".join(said.out.split())
+    said = steep("plan", file, "--model.fused", "off", "--training.output_dir", finished / "other")
+    assert "no: model.fused is off" in " ".join(said.out.split())
+
+
+def test_a_run_of_the_command(steep: Steep, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(run_file(llama_folder, korean_corpus, tmp_path / "run").to_yaml(), encoding="utf-8")
+    said = steep("train", file, "--model.fused", "on", "--training.max_steps", 2)
+    assert said.code == 0, said.err
+    assert "yes, at level 0 in 2 layers" in said.out and "0 frozen ones" not in said.err
+
+
+def test_memory_stands_in_the_plan_by_item(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    plan = plan_run(fused_file(llama_folder, korean_corpus, tmp_path / "run")).as_dict()
+    library = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run")).as_dict()
+    assert set(plan["memory_bytes"]) - set(library["memory_bytes"]) == {"work of a layer"}
+    assert plan["memory_bytes"]["total"] < library["memory_bytes"]["total"]
+
+
+# ---- what is refused, before the run folder is there
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"adapter": {"r": 8, "use_dora": True}}, "Dora"),
+        ({"adapter": {"r": 8, "lora_dropout": 0.1}}, "LoRA dropout"),
+    ],
+)
+def test_on_where_it_cannot_be_is_an_error(
+    sections: dict[str, Any], reason: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"model.fused: the run cannot be fused: .*{reason}"):
+        plan_run(fused_file(llama_folder, korean_corpus, tmp_path / "run", **sections))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_family_is_named() -> None:
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(OlmoConfig(hidden_size=64, num_hidden_layers=1, intermediate_size=64))
+    with pytest.raises(UserError, match=r"model\.fused: .*OlmoForCausalLM is not one of LlamaForCausalLM, "):
+        decide(config_of(), empty, None)
+
+
+@pytest.mark.parametrize("value", ["much", "0GiB", "-3GiB", "101%", "12", "12 TB", ""])
+def test_vram_is_an_amount(value: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.vram.*Give an amount"):
+        run_file(llama_folder, korean_corpus, tmp_path / "run", training={"vram": value})
+
+
+def test_a_bare_on_is_on(finished: Path) -> None:
+    tree = read_yaml((finished / "run.yaml").read_text(encoding="utf-8"))
+    for written, meant in ((True, "on"), (False, "off"), ("auto", "auto")):
+        tree["model"]["fused"] = written
+        assert parse_config(tree).model.fused == meant
+    tree["model"]["fused"] = "yes"
+    with pytest.raises(UserError, match=r"model\.fused"):
+        parse_config(tree)
+
+
+# ---- decisions, from the shapes alone
+
+OPTIONS: dict[str, list[tuple[Any, str | None]]] = {  # of AdapterSection: a value, and why it is not fused
+    "r": [(4, None), (64, None)],
+    "lora_alpha": [(8, None)],
+    "use_rslora": [(False, None)],
+    "lora_dropout": [(0.1, "LoRA dropout")],
+    "target_modules": [("all-linear", None), (["q_proj"], None), (["down_proj", "k_proj"], None)],
+    "modules_to_save": [([], None), (["lm_head"], None), (["embed_tokens"], None)],
+    "init_lora_weights": [("pissa", None), ("loftq", None)],
+    "use_dora": [(True, "Dora")],
+}
+
+
+def empty_llama(**overrides: Any) -> Any:
+    small: dict[str, Any] = {
+        "vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, **overrides,
+    }  # fmt: skip
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**small))
+
+
+def config_of(**sections: Any) -> RunConfig:
+    given = {"model": {"name": "x", "fused": "on"}, "data": {"sources": [{"path": "x"}], "max_length": 2048}}
+    given["training"] = {"output_dir": "x", "gradient_accumulation_steps": 1}
+    return parse_config({**given, **{name: {**given.get(name, {}), **part} for name, part in sections.items()}})
+
+
+def step_of(config: RunConfig, empty: Any) -> FusedStep:
+    layer, _ = decide(config, empty, None)
+    assert layer is not None
+    shape = shape_of(empty, config.adapter)
+    return fused_step(config, layer, shape, tied=False, base="nf4", compute="bf16", trained="bf16")
+
+
+@pytest.mark.parametrize("option", AdapterSection.model_fields)
+def test_every_option_of_the_adapter_is_fused_or_named(option: str) -> None:
+    assert option in OPTIONS, "say whether it is fused"
+    for value, reason in OPTIONS[option]:
+        config = config_of(adapter={"r": 8, option: value})
+        if reason is None:
+            assert decide(config, empty_llama(), None)[1] is None
+            continue
+        with pytest.raises(UserError, match=reason):
+            decide(config, empty_llama(), None)
+
+
+def test_auto_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, empty = config_of(model={"fused": "auto"}), empty_llama()
+    assert "no GPU" in (decide(config, empty, None)[1] or "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    assert "compute capability 7.5" in (decide(config, empty, None)[1] or "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert decide(config, empty, None)[1] is None
+    config.model.attn_implementation = "eager"
+    assert "asks for transformers' eager" in (decide(config, empty, None)[1] or "")
+    config.model.attn_implementation = "auto"
+    monkeypatch.setattr(fusing, "find_spec", lambda name: None)
+    assert decide(config, empty, None)[1] == "triton is not installed"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "NVIDIA" in (decide(config, empty, None)[1] or "")
+
+
+@pytest.mark.parametrize(
+    ("asked", "optim", "fused", "compute", "found"),
+    [
+        ("auto", "adamw_8bit", True, "bf16", "bf16"),
+        ("auto", "adamw_8bit", False, "bf16", "fp32"),
+        ("auto", "adamw_8bit", True, "fp16", "fp32"),
+        ("auto", "adamw_torch", True, "bf16", "fp32"),
+        ("fp32", "adamw_8bit", True, "bf16", "fp32"),
+        ("bf16", "adamw_torch", False, "bf16", "bf16"),
+    ],
+)
+def test_the_dtype_of_what_trains(asked: str, optim: str, fused: bool, compute: str, found: str) -> None:
+    config = config_of(model={"trained_dtype": asked}, training={"optim": optim})
+    assert resolve_trained_dtype(config, fused, compute, None) == found
+    if asked == "auto":
+        assert resolve_trained_dtype(config, fused, compute, Choices(fused, "bf16")) == "bf16"
+
+
+def test_bf16_is_not_trained_where_products_run_in_another_dtype() -> None:
+    with pytest.raises(UserError, match=r"model\.trained_dtype: bf16 cannot be trained where products run in fp16"):
+        resolve_trained_dtype(config_of(model={"trained_dtype": "bf16"}), True, "fp16", None)
+
+
+@pytest.mark.parametrize("accumulation", [1, 8])
+def test_layers_keep_what_the_budget_allows(accumulation: int) -> None:
+    """Within it, and as much as can be: a level lower in one layer more would not fit."""
+    empty = empty_llama(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, num_attention_heads=32,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    config = config_of(training={"gradient_accumulation_steps": accumulation})
+    step = step_of(config, empty)
+    peaks = {level: sum(step.by_item([level] * 4, "vocabulary").values()) for level in range(4)}
+    assert sorted(peaks.values(), reverse=True) == list(peaks.values())
+    seen: list[int] = []
+    for budget in range(round(0.98 * peaks[3]), round(1.1 * peaks[0]), 2**26):
+        levels, way = step.choose(budget)
+        peak = sum(step.by_item(levels, way).values())
+        assert levels == sorted(levels, reverse=True) and max(levels) - min(levels) <= 1
+        assert peak <= budget or peaks[3] > budget
+        if sum(levels):
+            lower = [*levels]
+            lower[max(index for index, level in enumerate(levels) if level == max(levels))] -= 1
+            slack = 2**29  # what layers need beside what they keep is counted at the higher level
+            assert sum(step.by_item(lower, way).values()) > budget - slack
+        seen.append(sum(levels))
+    assert seen == sorted(seen, reverse=True) and seen[-1] == 0 and len(set(seen)) > 4
+    assert settle(config, step, None, None).levels == [0] * 4  # without a card
+    for asked, level in ((True, 3), (False, 0)):
+        config.training.gradient_checkpointing = asked
+        assert settle(config, step, peaks[2], None).levels == [level] * 4
+        assert settle(config, step, peaks[2], Choices(True, "bf16", [1] * 4)).levels == [level] * 4
+
+
+def test_the_peak_is_that_of_a_measured_prototype() -> None:
+    """The shape of Llama-3-8B, 2 x 2048, measured on a card with the update inside the backward pass, which saves the
+    gradients of the update: 24.1 GiB at level 0, about 12.6 GiB at level 3."""
+    empty = empty_llama(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    step = step_of(config_of(adapter={"r": 256}, training={"per_device_train_batch_size": 2}), empty)
+    gradients = step.shape.trained * 2
+    assert sum(step.by_item([0] * 32, step.faster_way).values()) / 2**30 == pytest.approx(25.1, abs=1)
+    assert (sum(step.by_item([3] * 32, step.faster_way).values()) - gradients) / 2**30 == pytest.approx(12.4, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [("auto", 0.9 * 80e9 - 20e9), ("22GiB", 22 * 2**30), ("24gb", 24e9), ("20000 MiB", 20000 * 2**20), ("80%", 64e9)],
+)
+def test_the_budget(asked: str, found: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert vram.vram_budget(asked) is None  # without a card
+    fake = SimpleNamespace(
+        is_available=lambda: True, mem_get_info=lambda: (50 * 10**9, 80 * 10**9), memory_reserved=lambda: 10 * 10**9
+    )
+    monkeypatch.setattr(vram.torch, "cuda", fake)
+    assert vram.vram_budget(asked) == pytest.approx(found)
+
+
+def test_a_plan_beyond_the_budget_warns(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steep.plan.vram_budget", lambda vram: 2**20)
+    plan = plan_run(fused_file(llama_folder, korean_corpus, tmp_path / "run"))
+    assert plan.choices.levels == [3, 3]
+    assert any("training.vram" in warning for warning in plan.warnings)
+
+
+def test_a_broken_choices_file_is_named(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished / "checkpoint-6", tmp_path / "checkpoint-6")
+    (folder / "choices.json").write_text('{"fused": 3}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"choices\.json: fused is 3"):
+        read_choices(folder)
+    with pytest.raises(UserError, match="damaged"):
+        read_choices(tmp_path)

@@ -1,0 +1,208 @@
+"""The trainer over a model that computes with steep's fused layers, as a script installs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from steep.data.packing import Corpus
+from steep.errors import UserError
+from steep.model.attention_half import AttentionHalf
+from steep.model.choices import choices_of
+from steep.model.install import fused_of, install
+from steep.training.arguments import TrainingArguments
+from steep.training.checkpoint import read_choices
+from steep.training.trainer import Trainer
+from tests.training.helpers import adapted, arguments, losses, trainer_for
+
+BF16 = torch.bfloat16
+
+
+def fused(**settings: Any) -> Any:
+    given = {name: settings.pop(name) for name in ("levels", "logits") if name in settings}
+    return install(adapted(**settings), **given)
+
+
+# ---- what needs logits
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics"])
+def test_what_needs_logits_is_refused_by_name(name: str, corpus: Corpus, tmp_path: Path) -> None:
+    def make(model: Any) -> Trainer:
+        asked: dict[str, Any] = {name: lambda *given: {}}
+        return Trainer(model=model, args=arguments(tmp_path), train_dataset=corpus, **asked)
+
+    with pytest.raises(UserError, match=rf"{name}: it needs logits.*logits=True"):
+        make(fused())
+    make(adapted())
+    make(fused(logits=True))
+
+
+def test_label_smoothing_falls_back_by_name(corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers makes that loss from whole logits, which the fused model gives where there are no labels."""
+    seen = []
+    for model in (fused(), adapted()):
+        trainer = trainer_for(model, corpus, tmp_path, label_smoothing_factor=0.1, max_steps=3)
+        trainer.train()
+        seen.append([*losses(trainer).values()])
+    assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+    assert [record.message for record in caplog.records if "label_smoothing_factor needs them" in record.message]
+
+
+# ---- gradients of several micro-batches
+
+
+def gradients_of_a_step(model: Any, corpus: Corpus, folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
+    given = {"optim": "adamw_8bit", "max_steps": 1, "max_grad_norm": 0.0, "per_device_train_batch_size": 1, **settings}
+    trainer = trainer_for(model, corpus, folder, **given)
+    found: dict[str, torch.Tensor] = {}
+
+    class Look(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    trainer.add_callback(Look())
+    trainer.train()
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_micro_batches_of_bf16_weights_add_up_in_fp32(family: str, corpus: Corpus, tmp_path: Path) -> None:
+    """As exact as one micro-batch of all rows in fp32 sums, embeddings too; in bf16 they would not be."""
+
+    def model() -> Any:
+        made = adapted(family, trained_dtype="bf16").to(BF16)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:  # zero, A would have no gradient
+                parameter.data.normal_(0, 0.05, generator=generator)
+        return install(made)
+
+    summed = gradients_of_a_step(model(), corpus, tmp_path, gradient_accumulation_steps=4)
+    assert {gradient.dtype for gradient in summed.values()} == {torch.float32}
+    assert any("embed_tokens" in name for name in summed) and any("lora_A" in name for name in summed)
+    for name, gradient in summed.items():
+        rounded = gradient.to(BF16).float()
+        assert not torch.equal(rounded, gradient), f"{name} was rounded"
+    single = gradients_of_a_step(model(), corpus, tmp_path, per_device_train_batch_size=4)
+    assert {gradient.dtype for gradient in single.values()} == {BF16}
+    for name, gradient in single.items():
+        difference = (gradient.float() - summed[name]).norm() / summed[name].norm()
+        assert difference < 0.02, f"{name}: {difference:.3f}"
+
+
+def test_two_micro_batches_are_their_sum_rounded_once(corpus: Corpus, tmp_path: Path) -> None:
+    """Each micro-batch's own gradients, added up outside, are to the bit what autograd keeps."""
+
+    def parts(model: Any, rows: list[int]) -> list[dict[str, torch.Tensor]]:
+        found = []
+        for row in rows:
+            model.zero_grad(set_to_none=True)
+            batch = {name: value[None] for name, value in corpus.train[row].items() if name != "row"}
+            model(**batch, use_cache=False, num_items_in_batch=torch.tensor(100)).loss.backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        return found
+
+    model = install(adapted(trained_dtype="bf16").to(BF16)).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad_dtype = torch.float32
+    one, other = parts(model, [0, 1])
+    model.zero_grad(set_to_none=True)
+    for row in (0, 1):
+        batch = {name: value[None] for name, value in corpus.train[row].items() if name != "row"}
+        model(**batch, use_cache=False, num_items_in_batch=torch.tensor(100)).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, one[name] + other[name]), name
+
+
+@pytest.mark.parametrize(("optim", "accumulation"), [("adamw_8bit", 1), ("adamw_torch", 2)])
+def test_else_gradients_have_the_dtype_of_their_weights(
+    optim: str, accumulation: int, corpus: Corpus, tmp_path: Path
+) -> None:
+    model = install(adapted(trained_dtype="bf16").to(BF16))
+    found = gradients_of_a_step(
+        model, corpus, tmp_path, optim=optim, gradient_accumulation_steps=accumulation
+    )  # adamw_torch takes gradients of its weights' dtype only
+    assert {gradient.dtype for gradient in found.values()} == {BF16}
+
+
+# ---- recomputation
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_transformers_checkpointing_makes_no_double_recomputation(
+    level: int, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    project = AttentionHalf.project
+    monkeypatch.setattr(AttentionHalf, "project", lambda self, *given: calls.append(1) or project(self, *given))
+    for checkpointing in (False, True):
+        calls.clear()
+        model = fused(levels=level)
+        prefix = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
+        asked = {f"{prefix}_checkpointing": True, f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}}
+        trainer_for(model, corpus, tmp_path, max_steps=2, **(asked if checkpointing else {})).train()
+        forward = 2 * 2  # steps and layers
+        assert len(calls) == forward + (forward if level >= 2 else 0)
+        assert fused_of(model).calls == 2
+
+
+# ---- checkpoints
+
+
+def test_a_script_goes_on_with_what_was_chosen(corpus: Corpus, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+    whole = trainer_for(fused(), corpus, tmp_path / "whole", **settings)
+    fused_of(whole.model).loss_way = "vocabulary"
+    whole.train()
+    choices = read_choices(tmp_path / "whole" / "checkpoint-3")
+    assert (choices.fused, choices.trained_dtype, choices.levels) == (True, "fp32", [0, 0])
+    assert choices.loss_way == "vocabulary" and choices.backends
+    resumed = trainer_for(fused(), corpus, tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert choices_of(resumed.model) == choices_of(whole.model)
+    for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    told = trainer_for(fused(levels=[3, 1]), corpus, tmp_path / "told", **settings)
+    told.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert choices_of(told.model).levels == [3, 1]
+
+
+def test_a_checkpoint_of_another_forward_is_said(
+    corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer_for(adapted(), corpus, tmp_path, save_strategy="steps", save_steps=3).train()
+    assert not read_choices(tmp_path / "checkpoint-3").fused
+    resumed = trainer_for(fused(), corpus, tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "the steps from here on are fused, and those before were not" in caplog.text
+
+
+def test_an_unusable_backend_is_chosen_anew(corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = fused()
+    backends = fused_of(model).backends
+    backends.chosen["documents of uneven lengths"] = "cudnn"
+    trainer_for(model, corpus, tmp_path, max_steps=1).train()
+    assert backends.chosen["documents of uneven lengths"] != "cudnn"
+    assert "attention ran on cudnn so far" in caplog.text
+
+
+def test_a_chosen_backend_is_taken(corpus: Corpus, tmp_path: Path) -> None:
+    model, seen = fused(), set()
+    fused_of(model).backends.chosen["documents of uneven lengths"] = "reference"
+    original = AttentionHalf.attend
+
+    def attend(self: Any, *given: Any) -> Any:
+        seen.add(self.backend)
+        return original(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AttentionHalf, "attend", attend)
+        trainer_for(model, corpus, tmp_path, max_steps=1).train()
+    assert seen == {"reference"}
