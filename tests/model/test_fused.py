@@ -360,3 +360,13 @@ def test_no_product_may_be_summed_in_16_bit(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(seen[lora.__name__]) > counts[lora.__name__] > 0
     assert not any(any(calls) for calls in seen.values())
     assert matmul.allow_bf16_reduced_precision_reduction
+
+
+def test_document_lengths_stand_for_positions() -> None:
+    model, batch = install(adapted(tiny_model("llama"))), packed()
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).loss
+        lengths = [n for row in LENGTHS for n in row]
+        assert torch.equal(model(**batch, use_cache=False, document_lengths=lengths).loss, expected)
+        lengths = [64, 64]  # another packing shows: they are what attention goes by
+        assert not torch.equal(model(**batch, use_cache=False, document_lengths=lengths).loss, expected)

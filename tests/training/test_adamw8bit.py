@@ -380,3 +380,29 @@ def step_by_bitsandbytes(optimizer: AdamW8bit, parameters: list[torch.nn.Paramet
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adamw8bit, "uses_kernels", lambda tensor: False)
         step_with(optimizer, parameters, step)
+
+
+def test_a_prepared_step_is_the_step_and_another_is_worked_out_anew() -> None:
+    def updated(prepare: bool, change: str = "") -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        weights = [torch.nn.Parameter(torch.randn(5000).bfloat16()), torch.nn.Parameter(torch.randn(300).bfloat16())]
+        optimizer = AdamW8bit(weights, lr=1e-2, seed=5)
+        with interpreted():
+            for step in range(2):
+                for weight in weights:
+                    weight.grad = torch.randn_like(weight)
+                if prepare:
+                    optimizer.prepare()
+                if step == 1 and change == "rate":
+                    optimizer.param_groups[0]["lr"] = 1e-3
+                if step == 1 and change == "gradients":
+                    weights[0].grad = torch.ones_like(weights[0])
+                    weights[1].grad = None
+                optimizer.step()
+        assert [optimizer.state[weight]["step"] for weight in weights] == [2, 1 if change == "gradients" else 2]
+        return [weight.detach() for weight in weights]
+
+    for change in ("", "rate", "gradients"):
+        for one, other in zip(updated(True, change), updated(False, change), strict=True):
+            assert torch.equal(one, other), change
+    assert not torch.equal(updated(True)[0], updated(True, "rate")[0])

@@ -333,7 +333,10 @@ def test_a_row_that_comes_twice_in_a_step_does_not_add_up(
 def test_the_rows_of_a_batch_stay_on_the_cpu(corpus: Corpus) -> None:
     batch = collate([corpus.train[3], corpus.train[1]])
     assert isinstance(batch["row"], np.ndarray) and batch["row"].tolist() == [3, 1]
-    length = corpus.train.max_length
+    length, lengths = corpus.train.max_length, batch.pop("document_lengths")
+    assert isinstance(lengths, np.ndarray) and lengths.sum() == 2 * length
+    starts = batch["position_ids"].flatten()[[0, *lengths.cumsum()[:-1]]]
+    assert not starts.any() and int((batch["position_ids"] == 0).sum()) == len(lengths)
     assert {name: tuple(value.shape) for name, value in batch.items() if name != "row"} == dict.fromkeys(
         ("input_ids", "labels", "position_ids"), (2, length)
     )

@@ -89,9 +89,12 @@ class PackedDataset(Dataset[dict[str, Any]]):
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A batch of rows: tensors [rows, max_length], and the rows' numbers `row`, int64 [rows].
+    """A batch of rows: tensors [rows, max_length], the rows' numbers `row`, int64 [rows], and `document_lengths`, the
+    tokens of each document, row after row, int64.
 
-    The numbers are an array, which stays on the CPU: reading them back from a GPU would wait for all that it has to do.
+    The latter two are arrays, which stay on the CPU: reading them back from a GPU would wait for all that it has to do.
     """
     tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "row"}
-    return {**tensors, "row": np.array([row["row"] for row in rows], np.int64)}
+    starts = np.flatnonzero(tensors["position_ids"].numpy() == 0)
+    lengths = np.diff(starts, append=tensors["position_ids"].numel())
+    return {**tensors, "row": np.array([row["row"] for row in rows], np.int64), "document_lengths": lengths}

@@ -7,6 +7,7 @@ one line that names the reason any other.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -107,16 +108,24 @@ class FusedDecoder(nn.Module):
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        document_lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' arguments, and its output."""
+        """transformers' arguments, and its output.
+
+        Args:
+            document_lengths: tokens of each document, row after row, as `position_ids` have them: without it the host
+                reads those back, and so waits for all that the GPU has to do.
+        """
         if self._wants_cache(past_key_values, use_cache):
             fused = False
         else:
             use_cache = False
             try:
                 _refuse_outputs(self.config, kwargs)
-                hidden_states = self._fused_forward(input_ids, attention_mask, position_ids, inputs_embeds)
+                hidden_states = self._fused_forward(
+                    input_ids, attention_mask, position_ids, inputs_embeds, document_lengths
+                )
                 fused = True
             except Unfused as reason:
                 self.fused.say_once(str(reason))
@@ -149,6 +158,7 @@ class FusedDecoder(nn.Module):
         attention_mask: Any,
         position_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
+        document_lengths: Sequence[int] | None,
     ) -> torch.Tensor:
         """The last hidden states [B, L, H], zero where a row is padded."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -160,13 +170,11 @@ class FusedDecoder(nn.Module):
         lengths = _lengths(attention_mask, shape)
         if position_ids is None:
             position_ids = torch.arange(shape[1], device=device)[None]
+            document_lengths = [shape[1]] * shape[0]
         positions = position_ids.expand(shape)
         hidden_states, valid = embedded.flatten(0, 1), None
         if lengths is None:
-            try:
-                packing = Packing.from_positions(positions)
-            except ValueError as error:
-                raise Unfused(str(error)) from error
+            packing = _packing(positions, document_lengths)
             positions = positions.reshape(1, -1)
         else:
             valid = torch.cat([torch.arange(n) + row * shape[1] for row, n in enumerate(lengths)]).to(device)
@@ -221,6 +229,15 @@ def looked_up(module: Any, input_ids: torch.Tensor) -> torch.Tensor:
         return module(input_ids)
     rows = embedding(table.weight, input_ids, table.padding_idx)
     return rows if scale is None else rows * scale.to(rows.dtype)
+
+
+def _packing(positions: torch.Tensor, document_lengths: Sequence[int] | None) -> Packing:
+    if document_lengths is not None:
+        return Packing.from_lengths(document_lengths, positions.device)
+    try:
+        return Packing.from_positions(positions)
+    except ValueError as error:
+        raise Unfused(str(error)) from error
 
 
 def _refuse_outputs(config: Any, kwargs: dict[str, Any]) -> None:

@@ -151,6 +151,48 @@ def adamw8bit_reference(
             kept.view(-1).copy_(moment)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """The update of all tensors of a kind, up to the one call that is left. It holds their addresses, and so the
+    tensors themselves: they stay where they are until then."""
+
+    updates: Sequence[Update]
+    tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    maps: tuple[torch.Tensor, torch.Tensor]
+    parameter: torch.dtype
+    gradient: torch.dtype
+    coded: bool
+    aligned: bool
+
+    def run(self, factor: torch.Tensor | None = None) -> None:
+        kernel.launch(
+            *self.tables, self.maps, factor,
+            parameter=self.parameter, gradient=self.gradient, coded=self.coded, aligned=self.aligned,
+        )  # fmt: skip
+
+
+def launches(updates: Sequence[Update], maps: tuple[torch.Tensor, torch.Tensor]) -> list[Launch]:
+    """`adamw8bit` on a GPU without its launches: what is to be worked out on the host before."""
+    kinds: dict[tuple[torch.device, torch.dtype, torch.dtype, bool, bool], list[Update]] = {}
+    for update in updates:
+        kinds.setdefault(update.kind, []).append(update)
+    found: list[Launch] = []
+    for (device, parameter, gradient, coded, aligned), members in kinds.items():
+        chunks = [-(-update.parameter.numel() // kernel.CHUNK) for update in members]
+        rows: list[tuple[int, ...]] = []
+        first = 0
+        for update, count in zip(members, chunks, strict=True):
+            rows.append((*update.addresses, update.parameter.numel(), first, update.key, count))
+            first += count
+        if first == 0:
+            continue
+        table = _upload(torch.tensor(rows, dtype=torch.int64), device)
+        settings = _upload(torch.tensor([update.settings for update in members], dtype=torch.float32), device)
+        owners = torch.repeat_interleave(table[:, -1], output_size=first)
+        found.append(Launch(members, (table, settings, owners), maps, parameter, gradient, coded, aligned))
+    return found
+
+
 def adamw8bit(
     updates: Sequence[Update], maps: tuple[torch.Tensor, torch.Tensor], factor: torch.Tensor | None = None
 ) -> None:
@@ -167,25 +209,8 @@ def adamw8bit(
         return
     if not uses_kernels(updates[0].parameter):
         return adamw8bit_reference(updates, maps, factor)
-    kinds: dict[tuple[torch.device, torch.dtype, torch.dtype, bool, bool], list[Update]] = {}
-    for update in updates:
-        kinds.setdefault(update.kind, []).append(update)
-    for (device, parameter, gradient, coded, aligned), members in kinds.items():
-        chunks = [-(-update.parameter.numel() // kernel.CHUNK) for update in members]
-        rows: list[tuple[int, ...]] = []
-        first = 0
-        for update, count in zip(members, chunks, strict=True):
-            rows.append((*update.addresses, update.parameter.numel(), first, update.key, count))
-            first += count
-        if first == 0:
-            continue
-        table = _upload(torch.tensor(rows, dtype=torch.int64), device)
-        settings = _upload(torch.tensor([update.settings for update in members], dtype=torch.float32), device)
-        owners = torch.repeat_interleave(table[:, -1], output_size=first)
-        kernel.launch(
-            table, settings, owners, maps, factor,
-            parameter=parameter, gradient=gradient, coded=coded, aligned=aligned,
-        )  # fmt: skip
+    for launch in launches(updates, maps):
+        launch.run(factor)
 
 
 def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.optim import AdamW
 
-from steep.ops.adamw8bit import Update, adamw8bit, noise_key
+from steep.ops.adamw8bit import Launch, Update, launches, noise_key
 from steep.ops.backend import uses_kernels
 
 BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit states
@@ -82,6 +82,12 @@ class _Piece:
         return same_place and same_kind and len(self.weights) % BLOCK == 0
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    key: list[Any]
+    launches: dict[torch.device, list[Launch]]
+
+
 class AdamW8bit(AdamW):
     """bitsandbytes' AdamW with 8-bit states; bf16 parameters are updated in fp32 and rounded stochastically.
 
@@ -104,6 +110,15 @@ class AdamW8bit(AdamW):
         super().__init__(params, **{**kwargs, "optim_bits": 8})
         self.seed = seed
         self.gradient_factor: torch.Tensor | None = None
+        self._prepared: _Prepared | None = None
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Work out the next `step` as far as the host has to, while the GPU still computes the gradients that there are
+        now. A step over other gradients, or at other rates, works it out anew."""
+        self._initialise()
+        slots, _ = self._divided()
+        self._prepared = self._ready(slots)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -116,25 +131,56 @@ class AdamW8bit(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._initialise()
+        factor, self.gradient_factor = self.gradient_factor, None
+        slots, others = self._divided()
+        for gindex, group in others:
+            if factor is not None:
+                for slot in group:
+                    slot.gradient.mul_(factor.to(slot.parameter.device))
+            self._step_by_bitsandbytes(gindex, group)
+        prepared, self._prepared = self._prepared, None
+        if prepared is None or prepared.key != self._key(slots):
+            prepared = self._ready(slots)
+        for slot in slots:
+            slot.state["step"] += 1
+        for device, launches_there in prepared.launches.items():
+            on_device = None if factor is None else factor.to(device, torch.float32).view(1)
+            for launch in launches_there:
+                launch.run(on_device)
+        return loss
+
+    def _initialise(self) -> None:
         if not self.initialized:
             self.check_overrides()
             self.to_gpu()
             self.initialized = True
-        factor, self.gradient_factor = self.gradient_factor, None
-        by_kernel: dict[torch.device, list[_Slot]] = {}
+
+    def _ready(self, slots: list[_Slot]) -> _Prepared:
+        by_device: dict[torch.device, list[_Slot]] = {}
+        for slot in slots:
+            by_device.setdefault(slot.parameter.device, []).append(slot)
+        return _Prepared(
+            self._key(slots), {device: self._launches(members) for device, members in by_device.items()}
+        )  # fmt: skip
+
+    def _key(self, slots: list[_Slot]) -> list[Any]:
+        """What launches that were worked out depend on."""
+        rates = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
+        tensors = ((slot.parameter, slot.gradient, slot.state["state1"], slot.state["step"]) for slot in slots)
+        return rates + [(p.data_ptr(), g.data_ptr(), m.data_ptr(), step) for p, g, m, step in tensors]
+
+    def _divided(self) -> tuple[list[_Slot], list[tuple[int, list[_Slot]]]]:
+        """What the kernel updates, and by group what bitsandbytes does."""
+        by_kernel: list[_Slot] = []
+        others: list[tuple[int, list[_Slot]]] = []
         for gindex, slots in enumerate(self._slots()):
-            others: list[_Slot] = []
+            rest: list[_Slot] = []
             for slot in slots:
-                if uses_kernels(slot.parameter) and slot.parameter.dtype in (torch.bfloat16, torch.float32):
-                    by_kernel.setdefault(slot.parameter.device, []).append(slot)
-                else:
-                    others.append(slot)
-                    if factor is not None:
-                        slot.gradient.mul_(factor.to(slot.parameter.device))
-            self._step_by_bitsandbytes(gindex, others)
-        for device, slots in by_kernel.items():
-            self._step_by_kernel(slots, None if factor is None else factor.to(device, torch.float32).view(1))
-        return loss
+                fit = uses_kernels(slot.parameter) and slot.parameter.dtype in (torch.bfloat16, torch.float32)
+                (by_kernel if fit else rest).append(slot)
+            others.append((gindex, rest))
+        return by_kernel, others
 
     def _slots(self) -> Iterator[list[_Slot]]:
         """Of each group the parameters that have a gradient, with their states."""
@@ -151,25 +197,24 @@ class AdamW8bit(AdamW):
             first += len(group["params"])
             yield slots
 
-    def _step_by_kernel(self, slots: list[_Slot], factor: torch.Tensor | None) -> None:
-        """Update tensors of one device."""
+    def _launches(self, slots: list[_Slot]) -> list[Launch]:
+        """The next update of tensors of one device."""
         updates: list[Update] = []
         for slot in slots:
             state, config = slot.state, self.get_config(slot.gindex, slot.pindex, self.param_groups[slot.gindex])
-            state["step"] += 1
-            coded = state["state1"].dtype == torch.uint8
+            step, coded = state["step"] + 1, state["state1"].dtype == torch.uint8
             updates.append(
                 Update(
                     slot.parameter, slot.gradient.contiguous(), (state["state1"], state["state2"]),
                     (state["absmax1"], state["absmax2"]) if coded else None,
-                    state["step"], config["lr"], tuple(config["betas"][:2]), config["eps"], config["weight_decay"],
-                    noise_key(self.seed, state["step"], slot.index),
+                    step, config["lr"], tuple(config["betas"][:2]), config["eps"], config["weight_decay"],
+                    noise_key(self.seed, step, slot.index),
                 )
             )  # fmt: skip
         device = slots[0].parameter.device
         for name in ("dynamic", "udynamic"):  # a resumed run has made no state that would have moved them
             self.name2qmap[name] = self.name2qmap[name].to(device)
-        adamw8bit(updates, (self.name2qmap["dynamic"], self.name2qmap["udynamic"]), factor)
+        return launches(updates, (self.name2qmap["dynamic"], self.name2qmap["udynamic"]))
 
     def _step_by_bitsandbytes(self, gindex: int, slots: list[_Slot]) -> None:
         """Update tensors of one group. Many small bf16 tensors share one update."""

@@ -48,8 +48,8 @@ def measure_and_clip(
 
     Args:
         parameters: the trainable ones by name.
-        optimizer: one that multiplies gradients as it reads them (`AdamW8bit.gradient_factor`) is told the factor, and
-            they stay as they are; for any other they are scaled here.
+        optimizer: `AdamW8bit` works its step out while the norms are awaited, and multiplies gradients as it reads
+            them, so that they stay as they are; for any other they are scaled here.
     """
     with_gradient = [parameter for parameter in parameters.values() if parameter.grad is not None]
     norms = torch.zeros(len(parameters))
@@ -57,6 +57,8 @@ def measure_and_clip(
         gradients = [parameter.grad for parameter in with_gradient]
         # fp32 per tensor whatever its own dtype: the sum of squares of a bf16 tensor would be rounded to 8 bits.
         measured = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))  # pyright: ignore
+        if hasattr(optimizer, "prepare"):
+            optimizer.prepare()  # while the GPU still works on what the next line waits for
         norms[[parameter.grad is not None for parameter in parameters.values()]] = measured.cpu()
     total = float(torch.linalg.vector_norm(norms.double()))
     if max_norm is not None and with_gradient and math.isfinite(total):

@@ -19,6 +19,7 @@ from steep.data.packing import Corpus
 from steep.data.sampler import EpochSampler
 from steep.errors import RunError, UserError
 from steep.evaluation.perplexity import DomainScore, evaluate
+from steep.model.install import is_installed
 from steep.model.unwrap import unwrap
 from steep.stopping import Stop
 from steep.training import parallel
@@ -217,7 +218,7 @@ class Trainer(Counting):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch. The loss that goes back to transformers is zero where it is not finite, since its running
         sum would stay NaN for ever; what is reported is counted here."""
-        rows = inputs.pop("row", None)
+        rows, lengths = inputs.pop("row", None), inputs.pop("document_lengths", None)
         if self.corpus is not None and rows is not None:
             self._note_rows(rows)
             inputs = self._as_packed(inputs)
@@ -225,6 +226,8 @@ class Trainer(Counting):
             return torch.zeros((), device=self.args.device)
         if self.corpus is None or rows is None:
             self._note_tokens(inputs)
+        if lengths is not None and is_installed(self.model):
+            inputs["document_lengths"] = lengths.tolist()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses_of_step.append(loss)
         return torch.where(torch.isfinite(loss), loss, 0.0)
