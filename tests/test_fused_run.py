@@ -19,6 +19,7 @@ from steep.config import parse_config, read_yaml
 from steep.errors import UserError
 from steep.fused_memory import FusedStep
 from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
+from steep.hand_over import export_run
 from steep.memory import shape_of
 from steep.model import decoder
 from steep.model.choices import Choices
@@ -116,6 +117,12 @@ def test_losses_are_those_of_the_librarys_forward(
     assert ours == pytest.approx(theirs, rel=2e-5)
     assert ours != theirs, "the same bits: both ran the same forward"
     assert ours[-1] < 0.995 * ours[0]
+
+
+def test_the_result_is_exported(finished: Path, tmp_path: Path) -> None:
+    """Merged, opened with plain transformers, and scored against the fused result."""
+    export_run(finished, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 # ---- resume

@@ -9,8 +9,8 @@ from steep.memory import ADAMW_8BIT, WIDTH, Shape, standing, update_scratch
 from steep.model.block import LEVELS
 from steep.model.layer import Layer
 from steep.model.load import DTYPES
-from steep.model.recompute import kept_bytes, levels_for, work_bytes
-from steep.ops.linear_cross_entropy import Way, chunk_size, faster_way, tile_size
+from steep.model.recompute import kept_bytes, levels_for, loss_bytes, work_bytes
+from steep.ops.linear_cross_entropy import Way, faster_way
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class FusedStep:
     @property
     def faster_way(self) -> Way:
         """How the loss is cut where memory is no matter."""
-        return faster_way(self.tokens, self.shape.hidden, WIDTH[self.compute], self._sums_head)
+        sums = self.trains_head and self.gradient_width != 4
+        return faster_way(self.tokens, self.shape.hidden, WIDTH[self.compute], sums)
 
     @property
     def gradient_width(self) -> int:
@@ -117,25 +118,11 @@ class FusedStep:
     def _of_head(self) -> int:
         return self.shape.vocabulary * self.shape.hidden * self.gradient_width if self.trains_head else 0
 
-    @property
-    def _sums_head(self) -> bool:
-        """Whether tiles of the head's gradient are added up in fp32 beside it."""
-        return self.trains_head and self.gradient_width != 4
-
     def _loss(self, way: Way) -> int:
-        """The last hidden states and their gradient, logits, and what is summed or converted; the head's gradient not
-        counted. See `steep.ops.linear_cross_entropy`."""
-        shape, width = self.shape, WIDTH[self.compute]
-        table, hidden = shape.vocabulary * shape.hidden, self.tokens * shape.hidden
+        shape, gradient = self.shape, self.gradient_width if self.trains_head else 0
         converts = self.trains_head and self.trained != self.compute
-        if way == "vocabulary":
-            chunk = chunk_size(self.tokens, shape.vocabulary, width)
-            copy = chunk * shape.hidden * width if converts else 0
-            return hidden * (2 * width + 4) + self.tokens * chunk * width + copy
-        tile = tile_size(self.tokens, shape.vocabulary, width, not self.trains_head)
-        copy = table * width if converts else 0
-        added_up = 4 * table if self._sums_head and tile < self.tokens else 0
-        return 2 * hidden * width + min(tile, self.tokens) * shape.vocabulary * width + copy + added_up
+        width = WIDTH[self.compute]
+        return loss_bytes(self.tokens, shape.vocabulary, shape.hidden, width, gradient, way, converts=converts)
 
 
 def _items(activations: int, work: int, loss: int, gradients: int) -> dict[str, int]:

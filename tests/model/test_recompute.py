@@ -10,7 +10,7 @@ import torch
 from steep.model import decoder
 from steep.model.install import fused_of, install
 from steep.model.read_layer import read_layer
-from steep.model.recompute import kept_bytes, levels_for, work_bytes
+from steep.model.recompute import kept_bytes, levels_for, loss_bytes, training_bytes, work_bytes
 from steep.model.unwrap import unwrap
 from tests.model.test_fused import adapted, packed
 from tests.tiny import FAMILIES, tiny_model
@@ -64,6 +64,24 @@ def test_more_is_needed_where_more_is_computed_again() -> None:
     assert levels_for(kept, 2, 1000, 2000 * kept[0]) == [0, 0]
     assert levels_for(kept, 2, 1000, 0) == [3, 3]
     assert fused_of(model).levels is None  # chosen at the first call that trains
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_script_leaves_room_for_the_head(tied: bool) -> None:
+    model = install(adapted(tiny_model("llama", tied=tied)))
+    batch = packed()
+    model(**batch, use_cache=False)
+    tokens, (vocabulary, hidden) = batch["input_ids"].numel(), model.get_input_embeddings().weight.shape
+    own = 0 if tied else vocabulary * hidden * (4 + 2)
+    logits = loss_bytes(tokens, vocabulary, hidden, 2, 4, None, converts=True)
+    assert fused_of(model).beside == own + logits
+    assert logits > tokens * vocabulary * 2 / 2  # two tiles
+    with_sum = loss_bytes(10**5, 128_256, 4096, 2, 2, "tokens", converts=False)
+    assert with_sum > 4 * 128_256 * 4096 + 2**29
+    assert loss_bytes(10**5, 128_256, 4096, 2, 2, "vocabulary", converts=False) < with_sum
+    base = unwrap(model).model
+    counted = training_bytes([*base.parameters(), *base.parameters()])
+    assert counted == sum(p.numel() * 6 for p in base.parameters() if p.requires_grad)
 
 
 @pytest.mark.gpu

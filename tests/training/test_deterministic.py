@@ -90,9 +90,10 @@ def test_cublas_has_to_know_before_its_first_product(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fused", ["on", "off"])
 @pytest.mark.parametrize("trained_dtype", ["fp32", "bf16"])
 def test_on_a_card_the_bits_are_the_same(
-    trained_dtype: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+    trained_dtype: str, fused: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path
 ) -> None:
     """Twice from the start, and once stopped and resumed, each in a process of its own."""
 
@@ -102,8 +103,8 @@ def test_on_a_card_the_bits_are_the_same(
             llama_folder,
             korean_corpus,
             folder,
-            model={"base": "nf4", "trained_dtype": trained_dtype},
-            adapter={"lora_dropout": 0.1},
+            model={"base": "nf4", "trained_dtype": trained_dtype, "fused": fused},
+            adapter={"lora_dropout": 0.0 if fused == "on" else 0.1},
             training={"deterministic": True, "gradient_accumulation_steps": 3, "save_total_limit": None},
         )
         (tmp_path / f"{name}.yaml").write_text(config.to_yaml(), encoding="utf-8")

@@ -23,7 +23,7 @@ from steep.model.block import block
 from steep.model.layer import Batch
 from steep.model.projections import Unfused, compute_dtype, refuse_hooks
 from steep.model.read_layer import Traits, read_layer
-from steep.model.recompute import kept_bytes, levels_within
+from steep.model.recompute import levels_within
 from steep.ops.backend import gradient_dtype
 from steep.ops.embedding import embedding
 from steep.ops.linear_cross_entropy import Way
@@ -42,6 +42,7 @@ class Fused:
         loss_way: how the loss is cut (`steep.ops.linear_cross_entropy`); None: as is faster.
         backends: of attention.
         logits: give logits beside the loss.
+        beside: bytes that the head takes with its loss, for the choice of levels.
         calls: fused forwards of the decoder so far.
         said: reasons that were told already.
     """
@@ -50,6 +51,7 @@ class Fused:
     loss_way: Way | None = None
     backends: Backends = field(default_factory=Backends)
     logits: bool = False
+    beside: int = 0
     calls: int = 0
     said: set[str] = field(default_factory=set)
 
@@ -212,8 +214,8 @@ class FusedDecoder(nn.Module):
 
     def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:
         if self.fused.levels is None:
-            kept = kept_bytes(read_layer(self.layers[0], self.layers[0].traits), dtype, hidden_states.dtype)
-            self.fused.levels = levels_within(self, kept, hidden_states.shape[0])
+            layer, (tokens, _) = read_layer(self.layers[0], self.layers[0].traits), hidden_states.shape
+            self.fused.levels = levels_within(self, layer, dtype, hidden_states.dtype, tokens, self.fused.beside)
         return self.fused.levels
 
 

@@ -13,6 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from steep.model.decoder import Fused
 from steep.model.projections import Unfused, refuse_hooks
+from steep.model.recompute import loss_bytes, training_bytes
+from steep.ops.backend import gradient_dtype
 from steep.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORED = -100
@@ -67,6 +69,8 @@ class FusedCausalLM(nn.Module):
             if ignore_index != IGNORED:
                 kwargs["ignore_index"] = ignore_index
             return super().forward(logits_to_keep=logits_to_keep, return_dict=return_dict, **kwargs)
+        if self.fused.levels is None:
+            self.fused.beside = self._bytes_of_head(head, labels if shift_labels is None else shift_labels)
         outputs = self.model(**kwargs)
         hidden_states = outputs.last_hidden_state
         if shift_labels is None:
@@ -90,6 +94,17 @@ class FusedCausalLM(nn.Module):
             attentions=outputs.attentions,
         )
         return output if self.config.return_dict in (None, True) and return_dict is not False else output.to_tuple()
+
+    def _bytes_of_head(self, head: torch.Tensor, labels: Any) -> int:
+        """What the head takes with its loss over 16-bit hidden states: gradient and state, where the decoder does not
+        count them as its table's, and what lives during the loss."""
+        of_decoder = {id(parameter) for parameter in self.model.parameters()}
+        own = training_bytes([] if id(head) in of_decoder else [head])
+        gradient = gradient_dtype(head).itemsize if head.requires_grad else 0
+        width = min(head.dtype.itemsize, 2)
+        converts = head.dtype.itemsize != width
+        (vocabulary, hidden), way = head.shape, self.fused.loss_way
+        return own + loss_bytes(labels.numel(), vocabulary, hidden, width, gradient, way, converts=converts)
 
     def _head_of_the_loss(self) -> torch.Tensor | None:
         """The head's weight [V, H]; None, and a line says why, where the loss is not one of these alone."""

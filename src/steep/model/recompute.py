@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from steep.model.block import LEVELS
 from steep.model.layer import Layer
+from steep.ops.backend import gradient_dtype
+from steep.ops.linear_cross_entropy import Way, chunk_size, faster_way, tile_size
 from steep.ops.lora import LoraGroup
 
 # Of what the card has free at the first step: allocations of odd sizes leave gaps.
 USED_SHARE = 0.92
-HEAD_TILE_BYTES = 2**30  # what the loss needs beside the head's gradient
 
 
 def kept_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype) -> list[int]:
@@ -69,18 +70,49 @@ def levels_for(kept: Sequence[int], num_layers: int, tokens: int, budget: float)
     return [LEVELS[-1]] * num_layers
 
 
-def levels_within(decoder: Any, kept: Sequence[int], tokens: int) -> list[int]:
+def loss_bytes(
+    tokens: int, vocabulary: int, hidden: int, width: int, gradient: int, way: Way | None, *, converts: bool
+) -> int:
+    """Bytes that the head's loss takes at its peak, the head's gradient not counted: the last hidden states and their
+    gradient, logits, and what is summed or converted. See `steep.ops.linear_cross_entropy`.
+
+    Args:
+        width: bytes of a hidden state.
+        gradient: bytes of a value of the head's gradient; 0: it has none.
+        converts: the head is kept in another dtype than the hidden states.
+    """
+    table, sums = vocabulary * hidden, gradient not in (0, 4)
+    if (way or faster_way(tokens, hidden, width, sums)) == "vocabulary":
+        chunk = chunk_size(tokens, vocabulary, width)
+        copy = chunk * hidden * width if converts else 0
+        return tokens * hidden * (2 * width + 4) + tokens * chunk * width + copy
+    tile = min(tile_size(tokens, vocabulary, width, not gradient), tokens)
+    copy = table * width if converts else 0
+    return 2 * tokens * hidden * width + tile * vocabulary * width + copy + (4 * table if sums and tile < tokens else 0)
+
+
+def training_bytes(parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of a gradient for each value that trains, and two for an optimizer's state, which it may not have yet."""
+    trained = {id(parameter): parameter for parameter in parameters if parameter.requires_grad}
+    return sum(parameter.numel() * (gradient_dtype(parameter).itemsize + 2) for parameter in trained.values())
+
+
+def levels_within(
+    decoder: Any, layer: Layer, dtype: torch.dtype, stream: torch.dtype, tokens: int, beside: int
+) -> list[int]:
     """`levels_for` the memory of the card that is free now, before the first backward pass; level 0 without a card.
 
-    Left free are a gradient for each value that trains, two bytes of optimizer state for one that has none yet, and
-    what the loss and a layer's own work need.
+    Left free are gradients and states of what trains (`training_bytes`), a layer's own work, and what the head takes.
+
+    Args:
+        layer: one of the decoder's.
+        beside: bytes that the head takes, with its loss.
     """
     device = decoder.norm.weight.device
     num_layers = len(decoder.layers)
     if device.type != "cuda":
-        return [0] * num_layers
+        return [LEVELS[0]] * num_layers
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    trained = sum(p.numel() * (p.element_size() + 2) for p in decoder.parameters() if p.requires_grad)
-    inside = tokens * (kept[0] + kept[3])
-    return levels_for(kept, num_layers, tokens, USED_SHARE * free - trained - inside - HEAD_TILE_BYTES)
+    needed = training_bytes(decoder.parameters()) + work_bytes(layer, dtype, stream, LEVELS[-1], tokens) + beside
+    return levels_for(kept_bytes(layer, dtype, stream), num_layers, tokens, USED_SHARE * free - needed)
