@@ -88,6 +88,7 @@ class Trainer(Counting):
             eval_dataset = self.corpus.heldout if eval_dataset is None else eval_dataset
             data_collator = data_collator or collate
             args.remove_unused_columns = False  # a row's number travels with it, for the ledger
+            args.accelerator_config.non_blocking = args.dataloader_pin_memory  # a copy need not wait for the GPU's work
         parallel.settle_arguments(args)
         check_logits(model, args, **kwargs)
         super().__init__(model, args, data_collator, rows, eval_dataset, **kwargs)
@@ -388,13 +389,16 @@ class Trainer(Counting):
             logs = {**logs, "train_loss": self._meter.mean_loss}
         super().log({k: v for k, v in logs.items() if not (isinstance(v, float) and not math.isfinite(v))}, start_time)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         if self.epoch_end_follows:
             return
+        if ranks.world_size() == 1:
+            # What is logged is the meter's; to read this sum would be to wait for the update of the weights.
+            tr_loss = torch.zeros(())
         pauses = self.control.should_evaluate or self.control.should_save
         if self.control.should_evaluate:
             logger.info("scoring held-out text at step %d", self.state.global_step)
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
         if pauses:
             self._meter.restart()  # evaluating and saving are not part of a step's time
 
