@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from steep.model.load import load as load
     from steep.model.new_tokens import grow_embeddings as grow_embeddings
     from steep.model.new_tokens import grow_tokenizer as grow_tokenizer
+    from steep.model.original_module import offload_originals as offload_originals
     from steep.model.text_model import extract_text_model as extract_text_model
     from steep.plan import plan_run as plan_run
     from steep.result import evaluate_run as evaluate_run
@@ -52,6 +53,7 @@ _PUBLIC = {
     "init_run": "initialise",
     "install": "model.install",
     "load": "model.load",
+    "offload_originals": "model.original_module",
     "pack": "data.packing",
     "plan_run": "plan",
     "train_run": "run",

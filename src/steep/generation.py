@@ -60,7 +60,7 @@ def generate(
     """
     check_settings(max_new_tokens, temperature, top_p, repetition_penalty)
     base = unwrap(model)
-    prompt_ids = prompt_ids_of(tokenizer, prompt, rows=cast(Any, base).get_input_embeddings().weight.shape[0])
+    prompt_ids = prompt_ids_of(tokenizer, prompt, rows=cast(Any, base).get_input_embeddings().num_embeddings)
     device = input_device(model)
     input_ids = torch.tensor([prompt_ids], dtype=torch.int64, device=device)
     config = _generation_config(base, tokenizer, max_new_tokens, temperature, top_p, repetition_penalty)

@@ -86,10 +86,12 @@ def shape_of(model: Any, adapter: AdapterSection) -> Shape:
 
 
 def standing(shape: Shape, *, base: str, compute: str, trained: str, optim: str) -> dict[str, int]:
-    """Bytes by item of what is there all the time."""
+    """Bytes by item of what is there all the time. The frozen originals of trained embeddings are not
+    (`steep.model.original_module`); the base is scored with its head in the place of gradients."""
+    untrained = shape.embeddings - shape.trained_embeddings + shape.other
     return {
         "frozen linear weights": round(shape.linear * BASE_WIDTH[base]),
-        "frozen embeddings and norms": (shape.embeddings + shape.other) * WIDTH.get(base, WIDTH[compute]),
+        "frozen embeddings and norms": untrained * WIDTH.get(base, WIDTH[compute]),
         "adapters": (shape.lora + shape.lora_start) * WIDTH[trained],
         "trained embeddings": shape.trained_embeddings * WIDTH[trained],
         "optimizer states": round(shape.trained * OPTIMIZER_WIDTH.get(optim, 8.0)),

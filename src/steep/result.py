@@ -22,6 +22,7 @@ from steep.model.empty import empty_model
 from steep.model.install import install
 from steep.model.load import as_folder, load_resolved, resolve_base, resolve_compute_dtype
 from steep.model.new_tokens import grow_embeddings
+from steep.model.original_module import offload_originals
 from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_folder, resolve
 from steep.model.stored_weights import check_finite, check_stored
 from steep.out_of_memory import memory_told
@@ -197,7 +198,7 @@ def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any
 def load_result(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, folder: RunFolder) -> Any:
     """The model that a finished run trained: `final/` over the base. It computes as it did in training."""
     base, choices = load_base(config, resolved, tokenizer), choices_of_run(folder)
-    model = open_adapter(base, folder.final, trained_dtype=choices.trained_dtype)
+    model = offload_originals(open_adapter(base, folder.final, trained_dtype=choices.trained_dtype))
     return install(model) if choices.fused else model
 
 

@@ -21,6 +21,7 @@ from steep.generation import sample
 from steep.model.adapters import add_adapters, load_adapter_weights
 from steep.model.choices import Choices, take_over
 from steep.model.install import install
+from steep.model.original_module import offload_originals
 from steep.opening import write_readme
 from steep.out_of_memory import memory_told
 from steep.plan import Plan, plan_run
@@ -175,6 +176,7 @@ def _train(
     with memory_told(plan, loading=True):
         base = load_base(config, plan.resolved, plan.tokenizer)
         model = add_adapters(base, **settings, resumed=found is not None or plan.branch is not None)
+        offload_originals(model)
     model.peft_config["default"].revision = config.model.revision  # where PEFT looks for the base's
     _check_trainable(model, plan)
     if plan.fused:

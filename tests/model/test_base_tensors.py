@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from steep.errors import UserError
 from steep.model.base_tensors import BaseTensors
@@ -36,3 +37,15 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x10" * 20)
     with pytest.raises(UserError, match="is damaged"):
         BaseTensors(str(tmp_path))
+
+
+def test_says_which_file_a_tensor_is_in(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="60KB")
+    tensors = BaseTensors(str(tmp_path))
+    assert len({tensors.file(name) for name in tensors}) == len([*tmp_path.glob("*.safetensors")]) > 1
+    with safe_open(tensors.file("lm_head.weight"), framework="pt") as file:
+        assert "lm_head.weight" in file.keys()  # noqa: SIM118
+
+
+def test_without_a_download_a_model_that_is_not_there_has_no_tensors() -> None:
+    assert len(BaseTensors("nobody/has-this", download=False)) == 0

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from steep.errors import RunError
-from steep.training.proof import MAX_SAMPLED, MIN_UPDATES, Proof, checksum
+from steep.model.checksum import checksum
+from steep.training.proof import MAX_SAMPLED, MIN_UPDATES, Proof
 from steep.training.state_files import load_state
 from tests.training.helpers import save_state
 
@@ -167,9 +168,7 @@ def test_checksum_sees_two_signs_flipped(distance: int) -> None:
 
 
 def test_checksum_does_not_depend_on_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from steep.training import proof
-
     tensor = torch.randn(1001)
     first = checksum(tensor)
-    monkeypatch.setattr(proof, "_CHUNK", 64)
+    monkeypatch.setattr("steep.model.checksum._CHUNK", 64)
     assert checksum(tensor) == first

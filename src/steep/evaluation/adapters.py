@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from steep.errors import UserError
+from steep.model.original_module import OriginalModule
 from steep.model.unwrap import unwrap
 
 
@@ -50,7 +51,12 @@ def _only_the_first(model: nn.Module, vocabulary: int | None) -> Iterator[None]:
         yield
         return
     head: Any = unwrap(model).get_output_embeddings()
-    weight = getattr(head, "original_module", head).weight
+    original: Any = getattr(head, "original_module", head)
+    if isinstance(original, OriginalModule):
+        with original.only_the_first(vocabulary):
+            yield
+        return
+    weight = original.weight
     whole = weight.data
     weight.data = whole[:vocabulary]
     try:

@@ -15,7 +15,7 @@ from steep.model.unwrap import unwrap
 def input_device(model: nn.Module) -> torch.device:
     """Where token ids go: the device of the input embeddings, which is not the head's if the model is spread out."""
     embeddings: Any = unwrap(model).get_input_embeddings()
-    return embeddings.weight.device  # through PEFT's wrapper this is the copy in use
+    return next(embeddings.parameters()).device
 
 
 @contextmanager

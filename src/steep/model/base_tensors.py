@@ -19,21 +19,28 @@ class BaseTensors(Mapping[str, torch.Tensor]):
         name: folder or hub name of a model in safetensors (what `steep.model.load.as_folder` makes of a GGUF file).
         revision: commit, tag or branch on the hub.
         field: named in errors.
+        download: whether a hub model may be downloaded. If not, one that is not in the cache has no tensors.
 
     Raises:
         UserError: the checkpoint has no safetensors, or a shard is missing or damaged.
     """
 
-    def __init__(self, name: str, *, revision: str | None = None, field: str = "model.name") -> None:
+    def __init__(
+        self, name: str, *, revision: str | None = None, field: str = "model.name", download: bool = True
+    ) -> None:
         self._field = field
         self._files: dict[str, Path] = {}
-        for file in weight_files(name, revision=revision, field=field):
+        for file in weight_files(name, revision=revision, field=field, download=download):
             with self._opened(file) as tensors:
                 self._files |= dict.fromkeys(tensors.keys(), file)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with self._opened(self._files[name]) as tensors:
             return tensors.get_tensor(name)
+
+    def file(self, name: str) -> Path:
+        """Where `name` is read from."""
+        return self._files[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of `name`, without reading it."""

@@ -12,6 +12,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from steep.model.decoder import Fused
+from steep.model.original_module import OriginalHead
 from steep.model.projections import Unfused, refuse_hooks
 from steep.model.recompute import loss_bytes, training_bytes
 from steep.ops.backend import gradient_dtype
@@ -130,6 +131,8 @@ def _head_weight(head: Any) -> torch.Tensor:
         )
         head = head.modules_to_save[active[0]] if active else head.original_module
         refuse_hooks(head, "lm_head")
+    if isinstance(head, OriginalHead):
+        return head.weight
     if isinstance(head, LoraLayer):
         raise Unfused("lm_head has LoRA")
     if type(head) is not nn.Linear:

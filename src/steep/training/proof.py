@@ -15,10 +15,10 @@ from bitsandbytes.nn import Linear8bitLt
 from torch import nn
 
 from steep.errors import RunError
+from steep.model.checksum import checksum
+from steep.model.original_module import OriginalModule
 
 MIN_UPDATES = 3  # LoRA's A has no gradient until B has moved, and a warm-up starts at a rate of zero
-_CHUNK = 2**25  # bytes that one pass of a checksum reads
-_MIX = 0x1E3779B97F4A7C15  # odd: spreads a word over all 64 bits (multiplicative hashing)
 _FIRST_FREQUENCIES = "original_inv_freq"  # transformers' buffer beside `inv_freq`; a layer's kind may stand before
 MAX_SAMPLED = 2**14  # elements of one tensor that are watched: a share is then known to ±0.8 %
 
@@ -48,26 +48,10 @@ class TensorRecord:
         return self.nonzero_gradient and self.changed_share > 0
 
 
-def checksum(tensor: torch.Tensor) -> str:
-    """Digest of a tensor's bytes, computed where it lives: 8 GB take a moment on a GPU, and minutes through a hash.
-
-    A sum modulo 2^64 of its 64-bit words, each mixed with its position (xor, multiply, shift, multiply, as splitmix64
-    does): any single change alters it, and changes of the same bit in several words do not cancel.
-    """
-    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    total = torch.zeros((), dtype=torch.int64, device=raw.device)
-    for start in range(0, raw.numel(), _CHUNK):
-        piece = raw[start : start + _CHUNK]
-        words = torch.nn.functional.pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
-        position = torch.arange(start // 8, start // 8 + words.numel(), device=raw.device)
-        words = (words ^ (position * _MIX)) * _MIX
-        total += ((words ^ (words >> 31)) * _MIX).sum()
-    return f"{int(total) & (2**64 - 1):016x} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
 def frozen_checksums(model: nn.Module) -> dict[str, str]:
     """Checksums of every parameter that does not train and of every buffer of `model`, and of the scales that
-    bitsandbytes keeps beside its codes, outside parameters and buffers.
+    bitsandbytes keeps beside its codes, outside parameters and buffers; also of the originals of trained embeddings,
+    as the base's files hold them now, by the names that they had as parameters.
 
     The frequencies of rotary embeddings are taken as they were first. With LongRoPE (Phi-3, Phi-4-mini) each forward
     puts those for short or for long rows in their place.
@@ -85,7 +69,13 @@ def frozen_checksums(model: nn.Module) -> dict[str, str]:
             weight: Any = module.weight
             holder: Any = module.state if weight.SCB is None else weight  # the first forward moves it to the state
             frozen[f"{name}.SCB"] = holder.SCB
-    return {name: checksum(tensor) for name, tensor in frozen.items()}
+    checksums = {name: checksum(tensor) for name, tensor in frozen.items()}
+    known = set()
+    for name, module in model.named_modules():
+        if isinstance(module, OriginalModule) and module.matrix not in known:  # a tied pair is one matrix
+            known.add(module.matrix)
+            checksums[f"{name}.weight"] = module.matrix.checksum(module.device)
+    return checksums
 
 
 def other_tensors(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
