@@ -402,16 +402,15 @@ def test_layers_keep_what_the_budget_allows(accumulation: int) -> None:
 
 
 def test_the_peak_is_that_of_a_measured_prototype() -> None:
-    """The shape of Llama-3-8B, 2 x 2048, measured on a card with the update inside the backward pass, which saves the
-    gradients of the update: 24.1 GiB at level 0, about 12.6 GiB at level 3."""
+    """The shape of Llama-3-8B, 2 x 2048, measured on a card without the frozen originals: 23.9 GiB at level 0, where an
+    update inside the backward pass saves nothing at the peak, and 13.8 GiB at level 3 with the update at the end."""
     empty = empty_llama(
         vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8,
     )  # fmt: skip
     step = step_of(config_of(adapter={"r": 256}, training={"per_device_train_batch_size": 2}), empty)
-    gradients = step.shape.trained * 2
-    assert sum(step.by_item([0] * 32, step.faster_way).values()) / 2**30 == pytest.approx(25.1, abs=1)
-    assert (sum(step.by_item([3] * 32, step.faster_way).values()) - gradients) / 2**30 == pytest.approx(12.4, abs=1)
+    assert sum(step.by_item([0] * 32, step.faster_way).values()) / 2**30 == pytest.approx(23.9, abs=1)
+    assert sum(step.by_item([3] * 32, step.faster_way).values()) / 2**30 == pytest.approx(13.8, abs=1)
 
 
 @pytest.mark.parametrize(
