@@ -20,9 +20,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from steep.errors import UserError
 from steep.model.backends import Backends
 from steep.model.block import block
-from steep.model.layer import Batch
+from steep.model.layer import Batch, Layer
 from steep.model.projections import Unfused, compute_dtype, refuse_hooks
-from steep.model.read_layer import Traits, read_layer
+from steep.model.read_layer import Traits
+from steep.model.reading import Reading
 from steep.model.recompute import levels_within
 from steep.ops.backend import gradient_dtype
 from steep.ops.embedding import embedding
@@ -54,6 +55,17 @@ class Fused:
     beside: int = 0
     calls: int = 0
     said: set[str] = field(default_factory=set)
+    _readings: dict[int, Reading] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readings": {}}  # of these modules, not of a copy's
+
+    def layer(self, module: FusedLayer) -> Layer:
+        """The tensors of a decoder layer as they are now: PEFT may switch adapters on and off between two calls."""
+        reading = self._readings.get(id(module))
+        if reading is None or not reading.holds(module):
+            reading = self._readings[id(module)] = Reading(module, module.traits)
+        return reading.layer
 
     def say_once(self, reason: str) -> None:
         if reason not in self.said:
@@ -62,7 +74,7 @@ class Fused:
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer that computes as one block where it is given a `batch` (and then its `backends`)."""
+    """A decoder layer that computes as one block where it is given a `batch` (and then its model's `fused`)."""
 
     traits = Traits()
     gradient_checkpointing: bool
@@ -79,12 +91,12 @@ class FusedLayer(nn.Module):
         hidden_states: torch.Tensor,
         *args: Any,
         batch: Batch | None = None,
-        backends: Backends | None = None,
+        fused: Fused | None = None,
         **kwargs: Any,
     ) -> Any:
-        if batch is not None and backends is not None:
-            layer, trains = read_layer(self, self.traits), self.training and torch.is_grad_enabled()
-            backend = backends.backend(layer.attention, batch.packing, batch.dtype, trains=trains)
+        if batch is not None and fused is not None:
+            layer, trains = fused.layer(self), self.training and torch.is_grad_enabled()
+            backend = fused.backends.backend(layer.attention, batch.packing, batch.dtype, trains=trains)
             return block(hidden_states, layer, batch, backend)
         library = partial(super().forward, *args, **kwargs)
         if self.gradient_checkpointing and self.training:
@@ -198,7 +210,7 @@ class FusedDecoder(nn.Module):
         levels = self._levels(hidden_states, dtype) if torch.is_grad_enabled() else [0] * len(kinds)
         for layer, kind, level in zip(self.layers, kinds, levels, strict=True):
             batch = Batch(packing, *turns[kind], dtype, level)
-            hidden_states = layer(hidden_states, batch=batch, backends=self.fused.backends)
+            hidden_states = layer(hidden_states, batch=batch, fused=self.fused)
         traits = self.layers[0].traits
         eps = self.norm.eps if hasattr(self.norm, "eps") else self.norm.variance_epsilon
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -214,7 +226,7 @@ class FusedDecoder(nn.Module):
 
     def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:
         if self.fused.levels is None:
-            layer, (tokens, _) = read_layer(self.layers[0], self.layers[0].traits), hidden_states.shape
+            layer, (tokens, _) = self.fused.layer(self.layers[0]), hidden_states.shape
             self.fused.levels = levels_within(self, layer, dtype, hidden_states.dtype, tokens, self.fused.beside)
         return self.fused.levels
 

@@ -1,0 +1,59 @@
+"""What was read of a decoder layer, kept until something of it changes: reading takes ten times as long as looking."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from steep.model.layer import Layer
+from steep.model.read_layer import Traits, read_layer
+
+
+class Reading:
+    """A `Layer`, and everything that it was read from.
+
+    Raises:
+        Unfused: see `read_layer`.
+    """
+
+    def __init__(self, module: Any, traits: Traits) -> None:
+        self.layer: Layer = read_layer(module, traits)
+        parts = list(module.modules())[1:]  # a hook on the layer itself is called
+        self._hooks = [
+            hooks
+            for part in parts
+            for hooks in (
+                part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
+            )
+        ]  # fmt: skip
+        self._names = [part.__dict__ for part in parts]
+        self._adapted = [part for part in parts if isinstance(part, LoraLayer)]
+        self._holders = [part for part in parts if part._parameters]
+        self._state = self._now(module)
+
+    def holds(self, module: Any) -> bool:
+        """Whether reading `module` again would give the same tensors and numbers."""
+        if any(self._hooks) or any("forward" in names for names in self._names):
+            return False
+        return self._now(module) == self._state
+
+    def _now(self, module: Any) -> list[Any]:
+        # Past nn.Module's own look-up of names, which takes most of the time of a reading.
+        state: list[Any] = [module.training]
+        for adapted in self._adapted:
+            names, modules = adapted.__dict__, adapted._modules
+            state += [names["_disable_adapters"], list(adapted.active_adapters), list(names["merged_adapters"])]
+            state += [*names["scaling"].values(), id(modules["base_layer"])]
+            for side in ("lora_A", "lora_B", "lora_dropout"):
+                state += map(id, _members(modules[side]))
+        for holder in self._holders:
+            for parameter in holder._parameters.values():
+                if parameter is not None:
+                    state += (id(parameter), parameter.data_ptr(), parameter.requires_grad)
+        return state
+
+
+def _members(modules: Any) -> list[nn.Module]:
+    return list(modules._modules.values())
