@@ -1,7 +1,8 @@
 """`steep train` as it is, timed: its command in this process, on text whose rows are documents of the length asked for.
 
-The time of a step is that between two ends of an optimizer step, with the device waited for: data, logging and
-clipping are in it. The first of them is counted from the start of the process, with planning and scoring of the base.
+The time of a step is that between two ends of an optimizer step: data, logging and clipping are in it. Nothing is waited
+for that the command does not wait for (each step reads its gradients' norms), but at the first end, which is counted
+from the start of the process, with planning and scoring of the base.
 """
 
 from __future__ import annotations
@@ -63,14 +64,15 @@ def steep_train(work: Work, vocab_size: int, temporary: Path, begun: float, word
     def after(self: Trainer) -> None:
         nonlocal first
         stepped(self)
-        synchronize(work.device)
+        if not ends:
+            synchronize(work.device)
+            first = time.time() - begun
         ends.append(time.perf_counter())
-        first = first or time.time() - begun
 
     def log(self: Trainer, logs: dict[str, Any], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            losses.append(float(logs["loss"]))
         logged(self, logs, start_time)
+        if "loss" in logs:  # steep puts its own in the place of what transformers gives
+            losses.append(float(self.state.log_history[-1]["loss"]))
 
     Trainer._after_optimizer_step, Trainer.log = after, log
     sys.argv = ["steep", "train", str(file), *words]
