@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from steep.ops import lora
 from steep.ops.base_weight import DenseWeight
 from steep.ops.lora import Lora, Projection
+from steep.ops.products import product
 from tests.ops.closeness import SLACK, assert_as_good
 from tests.ops.quantised import int8, nf4
 
@@ -91,6 +93,23 @@ def fill_new_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", filled(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
+
+
+def assert_summed_in_fp32(monkeypatch: pytest.MonkeyPatch, op: Function, projections: Sequence[Projection]) -> None:
+    """In no product of the op, forward or backward, may cuBLAS add in 16 bit; afterwards it may as before."""
+    matmul, allowed = torch.backends.cuda.matmul, []
+
+    def spy(*operands: torch.Tensor, **options) -> torch.Tensor:
+        allowed.append(matmul.allow_bf16_reduced_precision_reduction or matmul.allow_fp16_reduced_precision_reduction)
+        return product(*operands, **options)
+
+    monkeypatch.setattr(lora, "product", spy)
+    y = op(torch.randn(5, projections[0].weight.shape[1], requires_grad=True), projections)
+    forward = len(allowed)
+    assert forward and matmul.allow_bf16_reduced_precision_reduction
+    y.sum().backward()
+    assert len(allowed) > forward and not any(allowed)
+    assert matmul.allow_bf16_reduced_precision_reduction
 
 
 def assert_op_as_good(op: Function, reference: Function, x: torch.Tensor, projections: Sequence[Projection]) -> None:

@@ -11,7 +11,13 @@ from steep.ops.backend import interpreted
 from steep.ops.lora import Lora
 from steep.ops.lora_linear import lora_linear, lora_linear_reference
 from steep.ops.lora_qkv import lora_qkv, lora_qkv_reference
-from tests.ops.lora_cases import assert_op_as_good, fill_new_tensors, make_projection, stored_as
+from tests.ops.lora_cases import (
+    assert_op_as_good,
+    assert_summed_in_fp32,
+    fill_new_tensors,
+    make_projection,
+    stored_as,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -131,6 +137,10 @@ def test_an_input_that_needs_no_gradient() -> None:
     projection = make_projection(64, 96)
     lora_linear(torch.randn(63, 64), projection).sum().backward()
     assert projection.adapters[0].b.grad is not None
+
+
+def test_no_product_of_q_k_and_v_is_summed_in_16_bit(monkeypatch) -> None:
+    assert_summed_in_fp32(monkeypatch, lora_qkv, [make_projection(64, size) for size in (96, 32, 32)])
 
 
 @pytest.mark.parametrize(("rank", "rows"), [(8, 24), (4, 20)])  # 4 is padded to 8

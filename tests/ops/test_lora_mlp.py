@@ -10,7 +10,13 @@ from steep.kernels import swiglu
 from steep.ops.backend import interpreted
 from steep.ops.lora import Projection
 from steep.ops.lora_mlp import lora_mlp, lora_mlp_reference
-from tests.ops.lora_cases import assert_op_as_good, fill_new_tensors, make_projection, stored_as
+from tests.ops.lora_cases import (
+    assert_op_as_good,
+    assert_summed_in_fp32,
+    fill_new_tensors,
+    make_projection,
+    stored_as,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -70,6 +76,10 @@ def test_lora_mlp_over_the_kernels(monkeypatch, activation) -> None:
 def test_lora_mlp_at_full_size() -> None:
     projections = _mlp(4096, 14336, ((256,), (256,), (256,)), dtype=torch.bfloat16, device="cuda")
     assert_op_as_good(*_ops("silu"), torch.randn(2048, 4096).to("cuda", torch.bfloat16), projections)
+
+
+def test_no_product_of_the_mlp_is_summed_in_16_bit(monkeypatch) -> None:
+    assert_summed_in_fp32(monkeypatch, _ops("silu")[0], _mlp(64, 160, ((8,), (8,), (8,))))
 
 
 def test_the_graph_may_be_gone_through_twice() -> None:

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from steep.ops.lora import LoraGroup, Projection
+from steep.ops.products import sums_in_fp32
 
 
 def lora_linear_reference(x: torch.Tensor, projection: Projection) -> torch.Tensor:
@@ -56,6 +57,7 @@ def extended_gradient(dy: torch.Tensor, group: LoraGroup, buffer: torch.Tensor) 
 
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
+    @sums_in_fp32()
     def forward(ctx: Any, x: torch.Tensor, projections: tuple[Projection, ...], *tensors: torch.Tensor) -> torch.Tensor:
         group = LoraGroup(projections, x.dtype)
         buffer = group.filled_buffer(x.device)
@@ -67,6 +69,7 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @sums_in_fp32()
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dy,), x, group = gradients, ctx.saved_tensors[0], ctx.group
         buffer = group.filled_buffer(x.device)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from steep.ops.lora import LoraGroup, Projection
 from steep.ops.lora_linear import extended, extended_gradient, lora_linear_reference
+from steep.ops.products import sums_in_fp32
 from steep.ops.swiglu import Activation, gated_backward, gated_forward, gated_reference
 
 
@@ -36,6 +37,7 @@ def lora_mlp(
 
 class _LoraMlp(torch.autograd.Function):
     @staticmethod
+    @sums_in_fp32()
     def forward(
         ctx: Any,
         x: torch.Tensor,
@@ -64,6 +66,7 @@ class _LoraMlp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @sums_in_fp32()
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dy,), (x, gate_up, *_), (first, second) = gradients, ctx.saved_tensors, ctx.groups
         buffer = second.filled_buffer(x.device)

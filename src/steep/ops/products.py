@@ -37,6 +37,8 @@ def product(
 ) -> torch.Tensor:
     """add + scale * (a @ b), accumulated in fp32 and rounded once into `out_dtype`.
 
+    Of 16 bit on a GPU that holds inside `sums_in_fp32`: outside, parts of the sum and `add` may be added in 16 bit.
+
     Args:
         a, b: [M, K] and [K, N] of one dtype; transposed views and columns of wider buffers are read in place.
         add: [M, N] or [N], of `out_dtype`; may be `out`.
