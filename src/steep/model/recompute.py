@@ -83,7 +83,7 @@ def loss_bytes(
     """
     table, sums = vocabulary * hidden, gradient not in (0, 4)
     if (way or faster_way(tokens, hidden, width, sums)) == "vocabulary":
-        chunk = chunk_size(tokens, vocabulary, width)
+        chunk = chunk_size(tokens, vocabulary, width, gradients=True)
         copy = chunk * hidden * width if converts else 0
         return tokens * hidden * (2 * width + 4) + tokens * chunk * width + copy
     tile = min(tile_size(tokens, vocabulary, width, not gradient), tokens)

@@ -34,6 +34,7 @@ LIFT = 4096.0  # fp16: 1 / 128,256 is below its smallest normal number; 4096 · 
 TILE_BYTES = 2**30  # logits of a tile of tokens, where every tile costs a pass over an fp32 sum of the weight's size
 LEAN_TILE_BYTES = 2**28  # and where it does not, since the weight is frozen
 CHUNK_BYTES = 2**29  # logits of a chunk of the vocabulary: the larger, the less is made twice
+LEAN_CHUNK_BYTES = 2**28  # and where there are no gradients, so that nothing is
 MIN_CHUNK = 1024
 
 _Made = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -115,9 +116,15 @@ def tile_size(num_tokens: int, num_columns: int, itemsize: int, frozen: bool) ->
     return max(_even(num_tokens, max(min(most, -(-num_tokens // 2)), 128), 128), 1)
 
 
-def chunk_size(num_tokens: int, num_columns: int, itemsize: int) -> int:
-    """Columns of a chunk of the vocabulary, by default."""
-    return _even(num_columns, max(CHUNK_BYTES // (max(num_tokens, 1) * itemsize), MIN_CHUNK), 64)
+def chunk_size(num_tokens: int, num_columns: int, itemsize: int, gradients: bool) -> int:
+    """Columns of a chunk of the vocabulary, by default.
+
+    Args:
+        itemsize: bytes of a logit.
+        gradients: they are made too, in a second pass over the chunks.
+    """
+    most = (CHUNK_BYTES if gradients else LEAN_CHUNK_BYTES) // (max(num_tokens, 1) * itemsize)
+    return _even(num_columns, max(most, MIN_CHUNK), 64)
 
 
 def _into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -244,7 +251,7 @@ def linear_cross_entropy_forward(
         tile = tile or tile_size(num_tokens, num_columns, itemsize, not needs_weight)
         made = _by_tokens(x_TH, weight_VH, labels, entropy, factor, tile, x_dtype, weight_dtype)
     else:
-        chunk = chunk or chunk_size(num_tokens, num_columns, itemsize)
+        chunk = chunk or chunk_size(num_tokens, num_columns, itemsize, gradients=needs_x or needs_weight)
         made = _by_vocabulary(x_TH, weight_VH, labels, entropy, factor, chunk, x_dtype, weight_dtype)
     losses, dx, dw = made
     left = scale / (LIFT * number) if late else None
@@ -353,7 +360,7 @@ def token_losses(
     `linear_cross_entropy`.
     """
     _check(x_TH, weight_VH, labels_T)
-    chunk = chunk or chunk_size(len(x_TH), len(weight_VH), x_TH.dtype.itemsize)
+    chunk = chunk or chunk_size(len(x_TH), len(weight_VH), x_TH.dtype.itemsize, gradients=False)
     labels, entropy = labels_T.contiguous(), CrossEntropy(ignore_index, scale, softcap)
     factor = torch.ones((), device=x_TH.device)
     with torch.autocast(x_TH.device.type, enabled=False):
