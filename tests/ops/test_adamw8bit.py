@@ -210,7 +210,9 @@ def test_nothing_to_do() -> None:
 
 @pytest.mark.parametrize(("route", "size", "steps"), cases([(4096 + 7, 20), (100, 20)], real=[(2**20 + 3, 50)]))
 def test_fp32_is_bitsandbytes_update(route: str, size: int, steps: int) -> None:
-    """Its update on a CPU: codes but for ties, weights but for what a tie moves."""
+    """Its update on a CPU, step by step from the same weights and states: weights but for their last bits, codes but
+    for ties. (Its kernel on a GPU has the smallest negative code where ours is that of zero: `steep.ops.adamw8bit`.)
+    """
     draw = torch.Generator().manual_seed(2)
     weights, coded = torch.randn(size, generator=draw), size >= 4096
     kept = [torch.zeros(size, dtype=torch.uint8 if coded else FP32) for _ in range(2)]
@@ -219,8 +221,9 @@ def test_fp32_is_bitsandbytes_update(route: str, size: int, steps: int) -> None:
         kept += [torch.zeros(-(-size // 256)) for _ in range(2)]
     signed, unsigned = maps()
     with along(route, kernels, launch=steps) as device:
-        ours, states = weights.to(device), [state.to(device) for state in kept]
         for step in range(1, steps + 1):
+            before = weights.clone()
+            ours, *states = (tensor.to(device, copy=True) for tensor in (weights, *kept))
             gradient = torch.randn(size, generator=draw) * torch.logspace(-6, 0, size)
             if coded:
                 functional.optimizer_update_8bit_blockwise(
@@ -236,13 +239,14 @@ def test_fp32_is_bitsandbytes_update(route: str, size: int, steps: int) -> None:
                 ours, gradient.to(device), (states[0], states[1]), scales, step, 1e-3, (0.9, 0.95), 1e-8, 0.1
             )
             adamw8bit([update], maps(device))
-    start = torch.randn(size, generator=torch.Generator().manual_seed(2))
-    assert_as_good(ours.cpu() - start, weights - start, weights - start, slack=1e-3)
-    for place, (state, wanted) in enumerate(zip(states, kept, strict=True)):
-        if state.dtype == torch.uint8:
-            assert_same_codes(state, wanted, place + 1, steps)
-        else:
-            assert torch.allclose(state.cpu(), wanted, rtol=1e-2, atol=1e-12)
+            assert_as_good(ours.cpu() - before, weights - before, weights - before, slack=1e-3)  # a last bit is 2e-4
+            for place, (state, wanted) in enumerate(zip(states, kept, strict=True)):
+                if state.dtype == torch.uint8:
+                    # the first v is of one gradient: more of it is near zero
+                    assert_same_codes(state, wanted, place + 1, most=5e-2 if step == 1 else 1e-2)
+                else:
+                    assert_as_good(state.cpu(), wanted, wanted, slack=1e-6)
+                    assert torch.allclose(state.cpu(), wanted, rtol=1e-2, atol=1e-12)
 
 
 # --- rounding -------------------------------------------------------------------------------------------------------
