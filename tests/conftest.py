@@ -45,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """The tests are of the CPU, so that they say the same everywhere; `-m gpu` asks for the card."""
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when it first asks for a card
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once; deterministic tests need it
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in a shell's background; steep would leave it so
