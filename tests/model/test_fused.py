@@ -35,7 +35,7 @@ def adapted(model: Any, **settings: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data.normal_(0, 0.05, generator=generator)
+            parameter.data.copy_(torch.empty(parameter.shape).normal_(0, 0.05, generator=generator))
     return model.train()
 
 
