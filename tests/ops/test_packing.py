@@ -64,6 +64,7 @@ def test_what_is_derived_is_made_once() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # of the one cycle that there is
 def test_positions_on_the_card_take_one_transfer() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1]], device="cuda")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
