@@ -7,7 +7,7 @@ import torch
 
 from steep.kernels import copy_rows as kernels
 from steep.ops.copy_rows import copy_rows
-from tests.ops.routes import along, assert_nothing_beside, cases, columns
+from tests.ops.routes import along, assert_nothing_beside, cases, columns, far_apart
 
 CASES = cases(
     small=[(1, 8), (63, 100), (9, 5000)], large=[(1000, 576)], real=[(4096, 4096), (16384, 1024), (7, 128256)]
@@ -24,3 +24,14 @@ def test_every_element(route: str, rows: int, width: int, source_dtype: torch.dt
         copy_rows(source, target)
     assert torch.equal(target, source.to(target_dtype))
     assert_nothing_beside(target)
+
+
+@pytest.mark.gpu
+def test_rows_far_apart() -> None:
+    """The third begins beyond 2^31 elements, in the source or in the target."""
+    source = torch.randn(3, 100, device="cuda").bfloat16()
+    for given in (source, far_apart(source)):
+        for target in (torch.empty_like(source), far_apart(torch.full_like(source, torch.nan))):
+            with along("gpu", kernels, copy_rows=1):
+                copy_rows(given, target)
+            assert torch.equal(target, source)

@@ -9,6 +9,7 @@ from steep.kernels import int8 as kernels
 from steep.ops.backend import interpreted
 from steep.ops.int8 import Int8Weight
 from tests.ops.quantised import int8
+from tests.ops.routes import far_apart
 
 SMALL = [(1, 1), (3, 100), (9, 576), (2, 2050)]
 REAL = [(14336, 4096), (4096, 14336), (1536, 576), (63, 1000)]
@@ -52,6 +53,16 @@ def test_kernel_interpreted(shape: tuple[int, int], dtype: torch.dtype, calls: l
 @pytest.mark.parametrize("shape", [*SMALL, *REAL])
 def test_kernel(shape: tuple[int, int], dtype: torch.dtype, calls: list[int]) -> None:
     check_write(*int8(torch.randn(shape), "cuda"), dtype)
+    assert calls == [1]
+
+
+@pytest.mark.gpu
+def test_rows_far_apart(calls: list[int]) -> None:
+    """The third begins beyond 2^31 elements."""
+    stored, truth = int8(torch.randn(3, 100), "cuda")
+    out = far_apart(torch.full((3, 100), torch.nan, dtype=torch.bfloat16, device="cuda"))
+    stored.write(out)
+    assert torch.equal(out, truth.bfloat16())
     assert calls == [1]
 
 

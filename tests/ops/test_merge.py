@@ -13,6 +13,7 @@ from steep.ops.base_weight import BaseWeight, DenseWeight
 from steep.ops.merge import merge_reference, merge_write
 from tests.ops.closeness import assert_as_good
 from tests.ops.quantised import int8, nf4, nf4_on_gpu
+from tests.ops.routes import far_apart
 
 SMALL = [(1, 64, 1), (63, 64, 16), (65, 192, 70), (130, 320, 64)]  # no tile, no rank step divides them
 REAL = [(14336, 4096, 256), (4096, 14336, 256), (1024, 4096, 16), (1536, 576, 8), (1000, 1088, 100)]
@@ -68,6 +69,18 @@ def test_groups_of_row_tiles(calls: list[int]) -> None:
     weight, dense = nf4(torch.randn(shape[:2]))
     with interpreted():
         check_merge(weight, dense, *adapter(shape, torch.bfloat16), torch.bfloat16)
+    assert calls == [1]
+
+
+@pytest.mark.gpu
+def test_rows_far_apart(calls: list[int]) -> None:
+    """The third begins beyond 2^31 elements: of B, of A, of the sum."""
+    weight, dense = nf4(torch.randn(3, 64), device="cuda")
+    b, a = (far_apart(torch.randn(shape, device="cuda").bfloat16()) for shape in ((3, 3), (3, 64)))
+    out = far_apart(torch.full((3, 64), torch.nan, dtype=torch.bfloat16, device="cuda"))
+    merge_write(weight, b, a, out)
+    truth = (dense.double() + b.double() @ a.double()).float()
+    assert_as_good(out, truth.bfloat16(), truth, slack=1e-5)
     assert calls == [1]
 
 
