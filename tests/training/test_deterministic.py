@@ -93,9 +93,15 @@ def test_cublas_has_to_know_before_its_first_product(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("fused", ["on", "off"])
 @pytest.mark.parametrize("trained_dtype", ["fp32", "bf16"])
 def test_on_a_card_the_bits_are_the_same(
-    trained_dtype: str, fused: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+    trained_dtype: str,
+    fused: str,
+    llama_folder: Path,
+    korean_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Twice from the start, and once stopped and resumed, each in a process of its own."""
+    """Twice from the start, and once stopped and resumed, each in a process of its own, which tells cuBLAS itself."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
 
     def train(name: str, *more: str) -> Path:
         folder = tmp_path / name
