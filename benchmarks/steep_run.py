@@ -1,8 +1,8 @@
 """`steep train` as it is, timed: its command in this process, on text whose rows are documents of the length asked for.
 
-The time of a step is that between two ends of an optimizer step: data, logging and clipping are in it. Nothing is waited
-for that the command does not wait for (each step reads its gradients' norms), but at the first end, which is counted
-from the start of the process, with planning and scoring of the base.
+The time of a step is that between two ends of an optimizer step: data, logging and clipping are in it. The device is
+waited for by the command alone (each step reads its gradients' norms), but at the first end, which is counted from the
+start of the process, with planning and scoring of the base.
 """
 
 from __future__ import annotations
