@@ -21,10 +21,12 @@ from transformers import (
 from steep import run
 from steep.config import parse_config
 from steep.errors import RunError, UserError
+from steep.evaluation.perplexity import evaluate
 from steep.model.adapters import add_adapters
 from steep.model.load import keep_4bit_layout
+from steep.model.original_module import OriginalModule
 from steep.plan import plan_run
-from steep.result import evaluate_run, generate_run
+from steep.result import evaluate_run, generate_run, load_result
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
@@ -617,3 +619,66 @@ def test_what_is_said_of_a_step_without_a_loss(
     with Terminal().training(1, 0) as show:
         show({**row, "tokens_per_second": speed})
     assert f"step 1/1 · {said} · " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_originals_of_embeddings_are_in_no_memory(
+    tied: bool, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the run's nor in that of `steep eval`; and the base scores what it does with plain transformers."""
+    base = save_tiny("llama", tmp_path / "base", tied=tied)
+    models: list[Any] = []
+    monkeypatch.setattr(run, "Trainer", lambda **given: models.append(given["model"]) or Trainer(**given))
+    config = run_file(base, korean_corpus, tmp_path / "run")
+    train_run(config)
+    plan = plan_run(config)
+    models.append(load_result(config, plan.resolved, plan.tokenizer, RunFolder(tmp_path / "run")))
+    for model in models:
+        assert not [name for name, _ in model.named_parameters() if "original_module" in name]
+        originals = [module for module in model.modules() if isinstance(module, OriginalModule)]
+        assert [module.matrix.file for module in originals] == [base / "model.safetensors"] * 2
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = evaluate(stock, plan.corpus.heldout, max_length=64, max_tokens=config.evaluation.max_tokens)
+    rows = lines(tmp_path / "run" / "evaluation.jsonl")
+    before = {row["domain"]: row["loss"] for row in rows if row["step"] == 0}
+    assert before == {score.domain: pytest.approx(score.loss, rel=1e-6) for score in expected}
+    frozen = {name for name, _ in stock.named_parameters()}  # all of it, and the buffers of rotary embeddings
+    assert json.loads((tmp_path / "run" / "proof.json").read_text())["frozen_tensors"] >= len(frozen)
+
+
+@pytest.mark.parametrize("when", ["before it is scored", "while it trains"])
+def test_a_base_that_changes_under_a_run(
+    when: str, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_tiny("llama", tmp_path / "base", tied=False)
+    file = base / "model.safetensors"
+    shutil.copyfile(file, tmp_path / "before")
+
+    def change() -> None:
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        tensors["lm_head.weight"][7] += 1
+        save_file(tensors, file, {"format": "pt"})
+
+    def changed(**given: Any) -> Trainer:
+        if when == "before it is scored":
+            change()
+        else:
+            monkeypatch.setattr(Trainer, "training_step", lambda *given: change() or step(*given))
+        return Trainer(**given)
+
+    step = Trainer.training_step
+    monkeypatch.setattr(run, "Trainer", changed)
+    config = run_file(base, korean_corpus, tmp_path / "run")
+    if when == "before it is scored":
+        with pytest.raises(RunError, match=f"{file} was changed while it is in use: lm_head.weight"):
+            train_run(config)
+        return
+    named = f"changed during training, .* base_model.model.lm_head.original_module.weight in {file}"
+    with pytest.raises(RunError, match=named):
+        train_run(config)
+    proof = json.loads((tmp_path / "run" / "proof.json").read_text())
+    assert proof["frozen_changed"] == ["base_model.model.lm_head.original_module.weight"] and not proof["ok"]
+    monkeypatch.undo()
+    shutil.copyfile(tmp_path / "before", file)
+    train_run(config, resume=True)
+    assert json.loads((tmp_path / "run" / "proof.json").read_text())["ok"]

@@ -15,8 +15,10 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
 from steep.errors import UserError
 from steep.model import look_up
+from steep.model.adapters import add_adapters
 from steep.model.load import load
 from steep.model.look_up import find
+from steep.model.original_module import OriginalModule, offload_originals
 from steep.model.resolve import read_tokenizer, resolve
 from steep.model.safety import check_weights_in_safetensors
 from steep.model.weight_files import weight_files
@@ -131,3 +133,15 @@ def test_nothing_is_asked_where_nothing_may_be_downloaded(snapshot: Path) -> Non
     assert find("a/b", "README.md", download=False) is None
     (snapshot / "model.safetensors").unlink()
     assert weight_files("a/b", download=False) == []
+
+
+def test_the_originals_of_a_cached_model_are_read_from_the_cache(
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = add_adapters(load("a/b", base="fp32")[0], r=4)
+    waited: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waited.append)
+    offload_originals(model)
+    originals = [module for module in model.modules() if isinstance(module, OriginalModule)]
+    assert [module.matrix.file for module in originals] == [snapshot / "model.safetensors"] * len(originals)
+    assert originals and not waited

@@ -48,13 +48,16 @@ class TensorRecord:
         return self.nonzero_gradient and self.changed_share > 0
 
 
-def frozen_checksums(model: nn.Module) -> dict[str, str]:
+def frozen_checksums(model: nn.Module, *, of_files: bool = False) -> dict[str, str]:
     """Checksums of every parameter that does not train and of every buffer of `model`, and of the scales that
     bitsandbytes keeps beside its codes, outside parameters and buffers; also of the originals of trained embeddings,
-    as the base's files hold them now, by the names that they had as parameters.
+    by the names that they had as parameters.
 
     The frequencies of rotary embeddings are taken as they were first. With LongRoPE (Phi-3, Phi-4-mini) each forward
     puts those for short or for long rows in their place.
+
+    Args:
+        of_files: read those originals again, from the base's files; else they are as they were when they left memory.
     """
     frozen = {name: tensor for name, tensor in model.named_parameters() if not tensor.requires_grad}
     buffers = dict(model.named_buffers(remove_duplicate=False))  # after a short row both are one in transformers 5.17
@@ -74,7 +77,8 @@ def frozen_checksums(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if isinstance(module, OriginalModule) and module.matrix not in known:  # a tied pair is one matrix
             known.add(module.matrix)
-            checksums[f"{name}.weight"] = module.matrix.checksum(module.device)
+            matrix = module.matrix
+            checksums[f"{name}.weight"] = matrix.checksum(module.device) if of_files else matrix.recorded
     return checksums
 
 
@@ -92,6 +96,10 @@ class Proof:
         model: the model, as it is before the first step of this process.
         groups: name of the parameter group of each trainable parameter, by parameter name.
         seed: chooses the elements that are watched in large tensors.
+
+    Attributes:
+        records: what was seen of each trained tensor, by name.
+        files: frozen tensor → the file that it is read from, of those that are not in memory.
     """
 
     def __init__(self, model: nn.Module, groups: dict[str, str], seed: int = 0) -> None:
@@ -106,6 +114,11 @@ class Proof:
         self._frozen = frozen_checksums(model)
         self._changed: list[str] | None = None
         self._model = model
+        self.files = {
+            f"{name}.weight": module.matrix.file
+            for name, module in model.named_modules()
+            if isinstance(module, OriginalModule)
+        }
 
     def _sample(self, parameter: torch.Tensor) -> torch.Tensor:
         flat = parameter.detach().reshape(-1)
@@ -178,7 +191,7 @@ class Proof:
 
     def changed_frozen(self) -> list[str]:
         """Names of the frozen tensors whose bytes differ from the start."""
-        now = frozen_checksums(self._model)
+        now = frozen_checksums(self._model, of_files=True)
         self._changed = sorted(
             name for name in self._frozen.keys() | now.keys() if self._frozen.get(name) != now.get(name)
         )

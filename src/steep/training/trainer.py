@@ -328,7 +328,11 @@ class Trainer(Counting):
         self.proof.judge()
         changed = self.proof.changed_frozen()
         if changed:
-            raise RunError(f"{len(changed)} frozen tensors changed during training, the first of them {changed[0]}")
+            file = self.proof.files.get(changed[0])
+            place = f" in {file}. Put it back, and resume" if file else ""
+            raise RunError(
+                f"{len(changed)} frozen tensors changed during training, the first of them {changed[0]}{place}"
+            )
         return output._replace(training_loss=self._meter.mean_loss)
 
     # ---- evaluation and logs
