@@ -29,7 +29,7 @@ class Reading:
             )
         ]  # fmt: skip
         self._names = [part.__dict__ for part in parts]
-        self._adapted = [part for part in parts if isinstance(part, LoraLayer)]
+        self._adapted: list[Any] = [part for part in parts if isinstance(part, LoraLayer)]
         self._holders = [part for part in parts if part._parameters]
         self._state = self._now(module)
 

@@ -88,7 +88,8 @@ class Trainer(Counting):
             eval_dataset = self.corpus.heldout if eval_dataset is None else eval_dataset
             data_collator = data_collator or collate
             args.remove_unused_columns = False  # a row's number travels with it, for the ledger
-            args.accelerator_config.non_blocking = args.dataloader_pin_memory  # a copy need not wait for the GPU's work
+            accelerator: Any = args.accelerator_config
+            accelerator.non_blocking = args.dataloader_pin_memory  # a batch's copy need not wait for the GPU's work
         parallel.settle_arguments(args)
         check_logits(model, args, **kwargs)
         super().__init__(model, args, data_collator, rows, eval_dataset, **kwargs)
