@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import steep.kernels
-from steep.kernels.compilation import Compilation
+from steep.kernels.compilation import Compilation, Type
 
 # Compute capability: KiB of shared memory that a block can have.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -59,6 +59,15 @@ def compilations(capability: int) -> list[Compilation]:
     return [compilation for module in kernel_modules() for compilation in module.compilations(dtype)]
 
 
+def pointers(kinds: tuple[Type, ...], before: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    """Where they stand among arguments and in tuples of them."""
+    for place, kind in enumerate(kinds):
+        if isinstance(kind, tuple):
+            yield from pointers(kind, (*before, place))
+        elif kind.startswith("*"):
+            yield (*before, place)
+
+
 def build(compilation: Compilation, capability: int) -> dict[str, object]:
     """Shared memory, registers a thread and bytes spilled, or the error, of one build."""
     kernel = compilation.kernel
@@ -66,9 +75,7 @@ def build(compilation: Compilation, capability: int) -> dict[str, object]:
         name: "constexpr" if name in compilation.constants else compilation.signature[name] for name in kernel.arg_names
     }
     # A launch specialises on pointers that are multiples of 16 bytes, as those of torch's tensors are.
-    attributes = {
-        (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")
-    }
+    attributes = {place: [["tt.divisibility", 16]] for place in pointers(tuple(signature.values()))}
     source = ASTSource(kernel, signature, dict(compilation.constants), attributes)
     options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
     log = io.StringIO()

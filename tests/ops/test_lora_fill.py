@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from steep.kernels import lora_fill as kernels
+from steep.kernels import nf4 as nf4_kernels
 from steep.ops.lora import LoraGroup
 from steep.ops.lora_fill import _launches, lora_fill_reference
-from tests.ops.lora_cases import make_projection
+from tests.ops.lora_cases import make_projection, stored_as
 from tests.ops.routes import along, cases, columns
 
 # In features, and out features and ranks of each projection.
@@ -131,6 +132,29 @@ def test_number_of_launches(shape: str, number: int) -> None:
     """One for three projections with an adapter each, and their biases."""
     layout = _group(shape, "biases" if number else "no biases", torch.float32, torch.float32, "cpu")._layout
     assert len(_launches(layout, torch.device("cpu"))) == number
+
+
+@pytest.mark.parametrize(
+    ("storages", "number"),
+    [
+        (("nf4", "nf4", "nf4"), 1),
+        (("nf4",), 1),
+        (("nf4", None, "nf4"), 2),
+        ((None, "int8"), 0),
+        (("int8", "nf4", "nf4"), 1),
+    ],
+)
+def test_neighbours_in_nf4_are_written_by_one_launch(storages: tuple[str | None, ...], number: int) -> None:
+    projections = [make_projection(128, size, (8,), dtype=torch.bfloat16) for size in (48, 24, 24)]
+    projections = [
+        projection if storage is None else stored_as(storage, projection)
+        for storage, projection in zip(storages, projections, strict=False)
+    ]
+    group = LoraGroup(projections, torch.bfloat16)
+    buffer = torch.full(group.buffer_shape, torch.nan, dtype=torch.bfloat16)
+    with along("interpreter", nf4_kernels, write=number):
+        group.fill(buffer)
+    assert torch.equal(buffer.view(torch.int16), _by_reference(group, "cpu").view(torch.int16))
 
 
 @pytest.mark.gpu

@@ -11,7 +11,8 @@ import torch
 
 from steep.kernels import nf4 as kernels
 from steep.ops.backend import interpreted
-from steep.ops.nf4 import Nf4Weight, nf4_reference
+from steep.ops.base_weight import DenseWeight
+from steep.ops.nf4 import Nf4Stack, Nf4Weight, nf4_reference, stacked
 from tests.ops.closeness import assert_as_good
 from tests.ops.quantised import nf4, nf4_on_gpu
 
@@ -133,3 +134,64 @@ def test_another_storage_is_refused_by_name(change: dict[str, object], named: st
     assert nf4_reference(stored).shape == (2, 64)
     with pytest.raises(ValueError, match=named):
         dataclasses.replace(stored, **change)
+
+
+def check_stack(stored: list[tuple[Nf4Weight, torch.Tensor]], before: int = 8) -> None:
+    """Written as each is written alone, into columns of a wider buffer, whose other columns stay as they are."""
+    truth = torch.cat([weight for _, weight in stored]).bfloat16()
+    rows, columns = truth.shape
+    buffer = torch.full((rows, columns + 24), torch.nan, dtype=torch.bfloat16, device=truth.device)
+    inside = buffer[:, before : before + columns]
+    Nf4Stack([weight for weight, _ in stored]).write(inside)
+    assert torch.equal(inside, truth)
+    assert int(buffer.isnan().sum()) == 24 * rows
+
+
+@pytest.mark.parametrize("before", [8, 3])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("rows", [(3,), (9, 4), (7, 5, 1), (40, 16, 16)])
+@pytest.mark.parametrize("context", [nullcontext, interpreted])
+def test_one_launch_writes_a_stack(
+    context: type, rows: tuple[int, ...], double: bool, before: int, calls: list[int]
+) -> None:
+    """Weights end within a program's share, or where the next begins."""
+    with context():
+        check_stack([nf4(torch.randn(height, 192), double) for height in rows], before)
+    assert calls == ([1] if context is interpreted else [])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("before", [8, 3])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [((7, 5, 1), 192), ((1, 1, 1), 64), ((4096, 1024, 1024), 4096), ((14336, 14336), 4096), ((576, 192, 192), 576)],
+)
+def test_one_launch_writes_a_stack_on_a_gpu(
+    rows: tuple[int, ...], columns: int, double: bool, before: int, calls: list[int]
+) -> None:
+    check_stack([nf4_on_gpu((height, columns), double) for height in rows], before)
+    assert calls == [1]
+
+
+def test_what_is_stacked() -> None:
+    """Neighbours of one kind, three at most; what is stored otherwise stays as it is."""
+    dense = DenseWeight(torch.randn(2, 64))
+    double = [nf4(torch.randn(height, 64))[0] for height in (2, 3, 4, 5)]
+    plain, wide = nf4(torch.randn(2, 64), double=False)[0], nf4(torch.randn(2, 64), block_size=128)[0]
+    odd = nf4(torch.randn(2, 64), block_size=32)[0]
+    stacks = stacked([*double, dense, double[0], plain, wide, odd, plain])
+    assert [stack.shape[0] for stack in stacks] == [2 + 3 + 4, 5, 2, 2, 2, 2, 2, 2]
+    assert stacks[2] is dense
+    buffer = torch.full((26, 64), torch.nan)
+    truth = torch.full((26, 64), torch.nan)
+    start = 0
+    for weight in (*double, dense, double[0], plain, wide, odd, plain):
+        weight.write(truth[start : start + weight.shape[0]])
+        start += weight.shape[0]
+    start = 0
+    with interpreted():
+        for stack in stacks:
+            stack.write(buffer[start : start + stack.shape[0]])
+            start += stack.shape[0]
+    assert torch.equal(buffer, truth)

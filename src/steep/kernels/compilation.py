@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 OLDEST_CAPABILITY = (7, 5)  # ptxas of CUDA 13 knows nothing older
 OLDEST_CAPABILITY_FOR_BFLOAT16 = (8, 0)
 
+Type: TypeAlias = "str | tuple[Type, ...]"
+
 
 @dataclass(frozen=True)
 class Compilation:
@@ -25,13 +27,14 @@ class Compilation:
 
     Attributes:
         kernel: the function under @triton.jit.
-        signature: Triton's type of each argument that is not a constant: "*bf16", "*u8", "i32", "i64", "fp32" ...
+        signature: Triton's type of each argument that is not a constant: "*bf16", "*u8", "i32", "i64", "fp32" ...; of
+            a tuple, those of its members.
         constants: the value of each `tl.constexpr` argument.
         num_warps, num_stages: as launched; the defaults are Triton's.
     """
 
     kernel: JITFunction
-    signature: Mapping[str, str]
+    signature: Mapping[str, Type]
     constants: Mapping[str, object]
     num_warps: int = 4
     num_stages: int = 3

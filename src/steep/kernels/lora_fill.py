@@ -60,21 +60,9 @@ def fill_kernel(
     out,
     out_stride,  # in units of 8 elements where ALIGNED
     table,
-    matrix_0,
-    matrix_1,
-    matrix_2,
-    matrix_3,
-    matrix_4,
-    matrix_5,
-    scale_0,
-    scale_1,
-    scale_2,
-    scale_3,
-    scale_4,
-    scale_5,
-    bias_0,
-    bias_1,
-    bias_2,
+    matrices,
+    scales,
+    biases,  # or None where nothing is written for them
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -85,20 +73,17 @@ def fill_kernel(
     piece = table + place * 8
     if ALIGNED:
         out_stride = out_stride * 8
-    if place < 6:
-        matrices = (matrix_0, matrix_1, matrix_2, matrix_3, matrix_4, matrix_5)
-        scales = (scale_0, scale_1, scale_2, scale_3, scale_4, scale_5)
-        matrix, scale = matrix_0, scale_0
-        for i in tl.static_range(1, 6):
+    if place < len(matrices):
+        matrix, scale = matrices[0], scales[0]
+        for i in tl.static_range(1, len(matrices)):
             if place == i:
                 matrix, scale = matrices[i], scales[i]
         _write_tile(piece, matrix, scale, out, out_stride, ALIGNED, ROWS, COLUMNS)
-    else:
-        bias = bias_0
-        if place == 7:
-            bias = bias_1
-        if place == 8:
-            bias = bias_2
+    elif biases is not None:
+        bias = biases[0]
+        for i in tl.static_range(1, len(biases)):
+            if place == len(matrices) + i:
+                bias = biases[i]
         _write_tile(piece, bias, 1.0, out, out_stride, False, BIAS_ROWS, BIAS_COLUMNS)
 
 
@@ -141,8 +126,8 @@ def _launch(matrices: Sequence[Piece], biases: Sequence[Piece], device: torch.de
     )
 
 
-def _padded(values: Sequence, length: int, padding: object) -> list:
-    return [*values, *[padding] * (length - len(values))]
+def _padded(values: Sequence, length: int, padding: object) -> tuple:
+    return (*values, *[padding] * (length - len(values)))
 
 
 def fill(
@@ -165,31 +150,28 @@ def fill(
             out,
             out_stride // ALIGNMENT if aligned else out_stride,
             launch.table,
-            *_padded(matrices[of_matrices], MATRICES, matrices[0] if matrices else out),
-            *_padded(scales[of_matrices], MATRICES, 1.0),
-            *_padded(biases[BIASES * index : BIASES * (index + 1)], BIASES, biases[0] if biases else out),
-            ALIGNED=aligned,
-            ROWS=TILE[0],
-            COLUMNS=TILE[1],
-            BIAS_ROWS=BIAS_TILE[0],
-            BIAS_COLUMNS=BIAS_TILE[1],
+            _padded(matrices[of_matrices], MATRICES, matrices[0] if matrices else out),
+            _padded(scales[of_matrices], MATRICES, 1.0),
+            _padded(biases[BIASES * index : BIASES * (index + 1)], BIASES, biases[0]) if biases else None,
+            aligned,
+            *TILE,
+            *BIAS_TILE,
             num_warps=NUM_WARPS,
         )
 
 
 def compilations(dtype: torch.dtype) -> list[Compilation]:
-    """How the kernel is launched over adapters of `dtype` and of fp32, at aligned columns and not."""
-    signature = {"out": triton_type(dtype), "out_stride": "i32", "table": "*i32"}
-    signature |= {f"scale_{place}": "fp32" for place in range(MATRICES)}
-    signature |= {f"bias_{place}": triton_type(dtype) for place in range(BIASES)}
+    """How the kernel is launched over adapters of `dtype` and of fp32: aligned, with and without biases, and not."""
+    signature = {"out": triton_type(dtype), "out_stride": "i32", "table": "*i32", "scales": ("fp32",) * MATRICES}
+    biases = {"biases": (triton_type(dtype),) * BIASES}
     constants = dict(zip(("ROWS", "COLUMNS", "BIAS_ROWS", "BIAS_COLUMNS"), TILE + BIAS_TILE, strict=True))
     return [
         Compilation(
             fill_kernel,
-            signature | {f"matrix_{place}": triton_type(adapter) for place in range(MATRICES)},
-            constants | {"ALIGNED": aligned},
+            signature | {"matrices": (triton_type(adapter),) * MATRICES} | written,
+            constants | {"ALIGNED": aligned} | missing,
             NUM_WARPS,
         )
         for adapter in (dtype, torch.float32)
-        for aligned in (True, False)
+        for aligned, written, missing in ((True, biases, {}), (True, {}, {"biases": None}), (False, biases, {}))
     ]

@@ -3,12 +3,16 @@
 A thread takes some of the eight words of a block of 64, each a word of eight codes: it reads 4 bytes and writes 16 (in
 16 bit) beside its neighbour's, and has the absmax and the place in the matrix once for all of them. The table's 16
 values stay in the first-level cache.
+
+Weights that stand one below the other are written by one launch; a program stays within one of them.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (a launch takes options, and constants as plain numbers; static_range unrolls)
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -31,31 +35,45 @@ def absmax_of(block, inside, absmax, code_book, nested_absmax, offset, NESTED_BL
     return stored
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["out_stride", "units_a_row"])
 def write_kernel(
-    words,
-    absmax,
-    code_book,  # with nested_absmax and offset, or all None
-    nested_absmax,
-    offset,
-    table,
+    weights,
+    units,  # of each weight
     out,
-    num_units,
+    out_stride,  # in units of 8 elements where ALIGNED
     units_a_row,
-    out_stride,
+    ALIGNED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NESTED_BLOCK_SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     THREADS: tl.constexpr,
 ):
     APART: tl.constexpr = 8 // PARTS
-    thread = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
-    unit, word = thread // APART, thread % APART
+    UNITS: tl.constexpr = THREADS // APART  # of a program, all of one weight
+    program = tl.program_id(0)
+    weight, num_units = weights[0], units[0]
+    first, before = 0, 0  # program and unit where the weight begins
+    next_first, next_before = 0, 0
+    for i in tl.static_range(1, len(weights)):
+        next_first += tl.cdiv(units[i - 1], UNITS)
+        next_before += units[i - 1]
+        if program >= next_first:
+            weight, num_units, first, before = weights[i], units[i], next_first, next_before
+    words, table, absmax = weight[0], weight[1], weight[2]
+    code_book, nested_absmax, offset = None, None, None
+    if len(weight) > 3:
+        code_book, nested_absmax, offset = weight[3], weight[4], weight[5]
+    if ALIGNED:
+        out_stride = out_stride * 8
+
+    thread = tl.arange(0, THREADS)
+    unit, word = (program - first) * UNITS + thread // APART, thread % APART
     inside = unit < num_units
     block = unit // (BLOCK_SIZE // 64)
     scale = absmax_of(block, inside, absmax, code_book, nested_absmax, offset, NESTED_BLOCK_SIZE)
-    row = unit // units_a_row
-    start = row.to(tl.int64) * out_stride + (unit - row * units_a_row) * 64 + word * 8
+    in_all = before + unit
+    row = in_all // units_a_row
+    start = row.to(tl.int64) * out_stride + (in_all - row * units_a_row) * 64 + word * 8
     place = tl.arange(0, 8)
     shift = (place ^ 1) * 4  # a byte's high half comes first
     for part in tl.static_range(PARTS):
@@ -66,50 +84,51 @@ def write_kernel(
         tl.store(out_at, value.to(out.dtype.element_ty), mask=inside[:, None])
 
 
+# words (int32, flat), table and absmax of a weight; code book, nested absmax and offset where that is quantised again
+Stored = tuple[torch.Tensor, ...]
+
+
 def write(
-    codes: torch.Tensor,
-    absmax: torch.Tensor,
-    code_book: torch.Tensor | None,
-    nested_absmax: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    table: torch.Tensor,
-    block_size: int,
-    nested_block_size: int,
-    out: torch.Tensor,
+    weights: tuple[Stored, ...], rows: Sequence[int], block_size: int, nested_block_size: int, out: torch.Tensor
 ) -> None:
-    """out [out_features, in_features] = the weight. in_features and the block size are multiples of UNIT, `codes` is
-    flat and aligned to 4 bytes."""
+    """out [out_features of all, in_features] = weights, one below the other. in_features and the block
+    size are multiples of UNIT. All have an absmax that is quantised again, or none.
+
+    Args:
+        rows: out_features of each.
+    """
     units_a_row = out.shape[1] // UNIT
-    num_units = out.shape[0] * units_a_row
-    threads = 32 * NUM_WARPS
-    write_kernel[(triton.cdiv(num_units * 8, threads * PARTS),)](
-        codes.view(torch.int32),
-        absmax,
-        code_book,
-        nested_absmax,
-        offset,
-        table,
+    units = tuple([height * units_a_row for height in rows])
+    a_program = 32 * NUM_WARPS * PARTS // 8
+    out_stride = out.stride(0)
+    aligned = out_stride % 8 == 0
+    write_kernel[(sum([-(-of_weight // a_program) for of_weight in units]),)](
+        weights,
+        units,
         out,
-        num_units,
+        out_stride // 8 if aligned else out_stride,
         units_a_row,
-        out.stride(0),
-        BLOCK_SIZE=block_size,
-        NESTED_BLOCK_SIZE=nested_block_size,
-        PARTS=PARTS,
-        THREADS=threads,
+        aligned,
+        block_size,
+        nested_block_size,
+        PARTS,
+        32 * NUM_WARPS,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,  # the absmax is a product, rounded, and a sum, rounded, as bitsandbytes has it
     )
 
 
 def compilations(dtype: torch.dtype) -> list[Compilation]:
-    """How the kernel is launched to write a weight in `dtype`: its absmax quantised again, or in fp32."""
-    signature = {"words": "*i32", "table": "*fp32", "out": triton_type(dtype)}
-    signature |= {"num_units": "i32", "units_a_row": "i32", "out_stride": "i32"}
+    """How the kernel is launched to write up to three weights in `dtype`: their absmax quantised again, or in fp32."""
     constants = {"BLOCK_SIZE": 64, "NESTED_BLOCK_SIZE": 256, "PARTS": PARTS, "THREADS": 32 * NUM_WARPS}
-    nested = {"absmax": "*u8", "code_book": "*fp32", "nested_absmax": "*fp32", "offset": "*fp32"}
-    plain = {"code_book": None, "nested_absmax": None, "offset": None}
+    numbers = {"out_stride": "i32", "units_a_row": "i32"}
+    nested, plain = ("*i32", "*fp32", "*u8", "*fp32", "*fp32", "*fp32"), ("*i32", "*fp32", "*fp32")
     return [
-        Compilation(write_kernel, signature | nested, constants, NUM_WARPS),
-        Compilation(write_kernel, signature | {"absmax": "*fp32"}, constants | plain, NUM_WARPS),
+        Compilation(
+            write_kernel,
+            {"weights": (stored,) * number, "units": ("i32",) * number, "out": triton_type(dtype)} | numbers,
+            constants | {"ALIGNED": aligned},
+            NUM_WARPS,
+        )
+        for number, stored, aligned in ((1, nested, True), (2, nested, True), (3, nested, True), (3, plain, False))
     ]

@@ -31,13 +31,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 
 from steep.ops.backend import gradient_dtype
 from steep.ops.base_weight import BaseWeight
-from steep.ops.lora_fill import lora_fill
+from steep.ops.lora_fill import LoraFill
 from steep.ops.lora_layout import ALIGNMENT, Member, layout_of
+from steep.ops.nf4 import stacked
 from steep.ops.products import product
 
 
@@ -102,12 +105,23 @@ class LoraGroup:
     def fill(self, buffer: torch.Tensor) -> None:
         """Write W, s·B (multiplied in fp32, rounded once), A and the zeros into `buffer`, of `buffer_shape`."""
         assert buffer.shape == self.buffer_shape and buffer.dtype == self.dtype, (buffer.shape, buffer.dtype)
-        for projection, rows in zip(self.projections, self._layout.rows, strict=True):
-            projection.weight.write(buffer[rows, self.x_columns])
+        for weight, rows in self._weights:
+            weight.write(buffer[rows, self.x_columns])
+        self._beside.write(buffer)
+
+    @cached_property
+    def _weights(self) -> list[tuple[BaseWeight, slice]]:
+        """What stands in the column of W, and its rows."""
+        weights = stacked([projection.weight for projection in self.projections])
+        ends = accumulate((weight.shape[0] for weight in weights), initial=0)
+        return [(weight, slice(*rows)) for weight, rows in zip(weights, pairwise(ends), strict=True)]
+
+    @cached_property
+    def _beside(self) -> LoraFill:
+        """What stands beside it."""
         matrices = [tensor for adapter in self._adapters for tensor in (adapter.a, adapter.b)]
         scales = [scale for adapter in self._adapters for scale in (1.0, adapter.scale)]
-        biases = [projection.bias for projection in self.projections]
-        lora_fill(buffer, self._layout, matrices, scales, biases)
+        return LoraFill(self._layout, matrices, scales, [projection.bias for projection in self.projections])
 
     def filled_buffer(self, device: torch.device) -> torch.Tensor:
         """A new weight buffer, filled."""
@@ -192,10 +206,10 @@ class LoraGroup:
         for run in runs:
             rows = slice(places[run[0]].low_rows.start, places[run[-1]].low_rows.stop)
             dtype = out_dtype or gradient_dtype(adapters[run[0]].a)
-            stacked = self._gradient(dye[:, rows].t(), xe[:, self.x_columns], dtype)
+            all_of_run = self._gradient(dye[:, rows].t(), xe[:, self.x_columns], dtype)
             for index in run:
                 low_rows = places[index].low_rows
-                gradients[2 * index] = stacked[low_rows.start - rows.start : low_rows.stop - rows.start]
+                gradients[2 * index] = all_of_run[low_rows.start - rows.start : low_rows.stop - rows.start]
         return gradients
 
     def _gradient(self, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:

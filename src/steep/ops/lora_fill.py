@@ -18,35 +18,45 @@ if TYPE_CHECKING:
     from steep.kernels.lora_fill import Launch
 
 
-def lora_fill(
-    buffer: torch.Tensor,
-    layout: Layout,
-    matrices: Sequence[torch.Tensor],
-    scales: Sequence[float],
-    biases: Sequence[torch.Tensor | None],
-) -> None:
-    """Write all pieces of `layout` into `buffer` [gradient_width, input_width] of bf16, fp16 or fp32, whose rows may be
-    apart; nothing else is touched, W neither.
+class LoraFill:
+    """What stands beside W in the weight buffers of a group.
 
     Args:
         matrices: a and b of each adapter in turn, and scales their factors.
         biases: of each projection.
     """
-    assert buffer.stride(1) == 1, buffer.stride()
-    columns = [None if bias is None else bias[:, None] for bias in biases]
-    if not uses_kernels(buffer):
-        lora_fill_reference(buffer, layout.matrices, matrices, scales)
-        lora_fill_reference(buffer, layout.biases, columns, [1.0] * len(biases))
-        return
-    from steep.kernels import lora_fill
 
-    lora_fill.fill(
-        buffer,
-        _launches(layout, buffer.device),
-        _of_pieces(layout.matrices, matrices, buffer),
-        [1.0 if piece.source is None else scales[piece.source] for piece in layout.matrices],
-        _of_pieces(layout.biases, columns, buffer),
-    )
+    def __init__(
+        self,
+        layout: Layout,
+        matrices: Sequence[torch.Tensor],
+        scales: Sequence[float],
+        biases: Sequence[torch.Tensor | None],
+    ) -> None:
+        self._layout, self._matrices, self._scales, self._biases = layout, matrices, scales, biases
+        self._of_pieces = [None if piece.source is None else matrices[piece.source] for piece in layout.matrices]
+        self._scales_of_pieces = [1.0 if piece.source is None else scales[piece.source] for piece in layout.matrices]
+        self._biases_of_pieces = [None if piece.source is None else biases[piece.source] for piece in layout.biases]
+
+    def write(self, buffer: torch.Tensor) -> None:
+        """Write all pieces into `buffer` [gradient_width, input_width] of bf16, fp16 or fp32, whose rows may be apart;
+        nothing else is touched, W neither."""
+        assert buffer.stride(1) == 1, buffer.stride()
+        layout = self._layout
+        if not uses_kernels(buffer):
+            columns = [None if bias is None else bias[:, None] for bias in self._biases]
+            lora_fill_reference(buffer, layout.matrices, self._matrices, self._scales)
+            lora_fill_reference(buffer, layout.biases, columns, [1.0] * len(columns))
+            return
+        from steep.kernels import lora_fill
+
+        lora_fill.fill(
+            buffer,
+            _launches(layout, buffer.device),
+            _as_read(self._of_pieces, buffer),
+            self._scales_of_pieces,
+            _as_read(self._biases_of_pieces, buffer),
+        )
 
 
 def lora_fill_reference(
@@ -68,13 +78,12 @@ def _launches(layout: Layout, device: torch.device) -> tuple[Launch, ...]:
     return lora_fill.launches(matrices, biases, device)
 
 
-def _of_pieces(
-    pieces: Sequence[Piece], tensors: Sequence[torch.Tensor | None], buffer: torch.Tensor
-) -> list[torch.Tensor]:
-    """The tensor of each piece as the kernel reads it: contiguous, all in one dtype; some other where it has none."""
+def _as_read(tensors: Sequence[torch.Tensor | None], some: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors as the kernel reads them: contiguous, all in one dtype. Where there is none, one of them, or `some`."""
     given = [tensor for tensor in tensors if tensor is not None]
     if len({tensor.dtype for tensor in given}) > 1:
         tensors = [None if tensor is None else tensor.float() for tensor in tensors]
-    some = next((tensor for tensor in tensors if tensor is not None), buffer)
-    own = [None if piece.source is None else tensors[piece.source] for piece in pieces]
-    return [some if tensor is None else tensor.contiguous() for tensor in own]
+        given = [tensor for tensor in tensors if tensor is not None]
+    if given:
+        some = given[0]
+    return [(some if tensor is None else tensor).contiguous() for tensor in tensors]

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from steep.ops.backend import uses_kernels
+from steep.ops.base_weight import BaseWeight
+
+if TYPE_CHECKING:
+    from steep.kernels.nf4 import Stored
+
+HEIGHT = 3  # weights of a stack, at most: those of q, k and v
 
 
 @dataclass(frozen=True)
@@ -57,29 +67,60 @@ class Nf4Weight:
     def write(self, out: torch.Tensor) -> None:
         """Write the weight into `out` [out_features, in_features] of bf16, fp16 or fp32, rounded once from fp32. Its
         rows may be apart."""
-        assert tuple(out.shape) == self.shape and out.stride(1) == 1, (out.shape, out.stride(), self.shape)
-        if not (uses_kernels(out) and self.has_kernel):
-            out.copy_(nf4_reference(self))
-            return
-        from steep.kernels import nf4
+        Nf4Stack((self,)).write(out)
 
-        nf4.write(
-            self.codes.flatten(),
-            self.absmax,
-            self.code_book,
-            self.nested_absmax,
-            self.offset,
-            self.table,
-            self.block_size,
-            self.nested_block_size,
-            out,
-        )
-
-    @property
+    @cached_property
     def has_kernel(self) -> bool:
         """Whether the kernels can read it, 64 codes of one row and one block at a time. Else the reference runs on a
         GPU too; no known model's rows are so."""
         return self.shape[1] % 64 == 0 and self.block_size % 64 == 0 and self.codes.data_ptr() % 4 == 0
+
+    @cached_property
+    def stored(self) -> Stored:
+        """Its tensors as the kernels read them."""
+        stored = (self.codes.flatten().view(torch.int32), self.table, self.absmax)
+        if self.code_book is None or self.nested_absmax is None or self.offset is None:
+            return stored
+        return (*stored, self.code_book, self.nested_absmax, self.offset)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What is the same of weights that one launch can write."""
+        return self.has_kernel, self.shape[1], self.block_size, self.nested_block_size, self.absmax.dtype
+
+
+class Nf4Stack:
+    """Weights of one kind that stand one below the other: written by one launch."""
+
+    def __init__(self, weights: Sequence[Nf4Weight]) -> None:
+        self._weights = weights
+        self._rows = [weight.shape[0] for weight in weights]
+        self.shape = (sum(self._rows), weights[0].shape[1])
+
+    def write(self, out: torch.Tensor) -> None:
+        """As that of `Nf4Weight`, into `out` [out_features of all, in_features]."""
+        assert tuple(out.shape) == self.shape and out.stride(1) == 1, (out.shape, out.stride(), self.shape)
+        first = self._weights[0]
+        if not (uses_kernels(out) and first.has_kernel):
+            for weight, rows in zip(self._weights, out.split(self._rows), strict=True):
+                rows.copy_(nf4_reference(weight))
+            return
+        from steep.kernels import nf4
+
+        nf4.write(self._stored, self._rows, first.block_size, first.nested_block_size, out)
+
+    @cached_property
+    def _stored(self) -> tuple[Stored, ...]:
+        return tuple([weight.stored for weight in self._weights])
+
+
+def stacked(weights: Sequence[BaseWeight]) -> list[BaseWeight]:
+    """The same weights from top to bottom, neighbours that one launch can write as one."""
+    stacks: list[BaseWeight] = []
+    for kind, run in groupby(weights, lambda weight: weight.kind if isinstance(weight, Nf4Weight) else None):
+        alike: list[Any] = list(run)
+        stacks += alike if kind is None else [Nf4Stack(alike[at : at + HEIGHT]) for at in range(0, len(alike), HEIGHT)]
+    return stacks
 
 
 def nf4_reference(weight: Nf4Weight) -> torch.Tensor:
