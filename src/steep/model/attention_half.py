@@ -12,7 +12,6 @@ import torch
 from steep.model.layer import Batch, Layer, rows
 from steep.ops.attention import attention_backward, attention_forward
 from steep.ops.copy_rows import copy_rows
-from steep.ops.lora import LoraGroup
 from steep.ops.qk_norm import qk_norm_rope_backward, qk_norm_rope_forward
 from steep.ops.rope import rope_backward, rope_forward
 
@@ -22,8 +21,8 @@ class AttentionHalf:
 
     def __init__(self, layer: Layer, batch: Batch, backend: str) -> None:
         self.layer, self.batch, self.backend = layer, batch, backend
-        self.qkv = LoraGroup(layer.qkv, batch.dtype)
-        self.o = LoraGroup((layer.o,), batch.dtype)
+        groups = layer.groups(batch.dtype)
+        self.qkv, self.o = groups.qkv, groups.o
 
     # ---- forward
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
-from steep.ops.lora import Projection
+from steep.ops.lora import LoraGroup, Projection
 from steep.ops.packing import Packing
 from steep.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from steep.ops.swiglu import Activation
@@ -52,6 +52,15 @@ class Attention:
         return self.num_heads, self.num_kv_heads, self.head_dim
 
 
+class Groups(NamedTuple):
+    """The projections of a layer, by the input that they read."""
+
+    qkv: LoraGroup
+    o: LoraGroup
+    gate_up: LoraGroup
+    down: LoraGroup
+
+
 @dataclass(frozen=True)
 class Layer:
     """The tensors of one decoder layer.
@@ -71,6 +80,15 @@ class Layer:
     down: Projection
     mlp_out_norm: Norm | None
     activation: Activation
+    _groups: dict[torch.dtype, Groups] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def groups(self, dtype: torch.dtype) -> Groups:
+        """For products in `dtype`. Kept with the layer: what a launch needs of them is put together once."""
+        groups = self._groups.get(dtype)
+        if groups is None:
+            members = self.qkv, (self.o,), self.gate_up, (self.down,)
+            groups = self._groups[dtype] = Groups(*[LoraGroup(group, dtype) for group in members])
+        return groups
 
     def trained(self) -> list[torch.Tensor]:
         """The adapters' matrices that require a gradient, in the order in which the backward pass gives theirs."""

@@ -9,7 +9,6 @@ import torch
 
 from steep.model.layer import Batch, Layer, rows
 from steep.ops.copy_rows import copy_rows
-from steep.ops.lora import LoraGroup
 from steep.ops.swiglu import gated_backward, gated_forward
 
 
@@ -18,8 +17,8 @@ class MlpHalf:
 
     def __init__(self, layer: Layer, batch: Batch) -> None:
         self.layer, self.batch = layer, batch
-        self.gate_up = LoraGroup(layer.gate_up, batch.dtype)
-        self.down = LoraGroup((layer.down,), batch.dtype)
+        groups = layer.groups(batch.dtype)
+        self.gate_up, self.down = groups.gate_up, groups.down
         self.intermediate = self.gate_up.outputs // 2
 
     def normed(self, x2: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
