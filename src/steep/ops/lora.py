@@ -101,6 +101,8 @@ class LoraGroup:
         self.input_width = layout.input_width
         self.x_columns = layout.x_columns
         self.buffer_shape = (layout.gradient_width, layout.input_width)
+        self._with_low = [part for part in layout.parts if not _is_empty(part.low)]
+        self._has_bias = any(projection.bias is not None for projection in projections)
 
     def fill(self, buffer: torch.Tensor) -> None:
         """Write W, s·B (multiplied in fp32, rounded once), A and the zeros into `buffer`, of `buffer_shape`."""
@@ -134,12 +136,11 @@ class LoraGroup:
         padding = self._layout.padding
         if not _is_empty(padding):
             xe[:, padding].zero_()
-        if any(projection.bias is not None for projection in self.projections):
+        if self._has_bias:
             xe[:, padding.start].fill_(1.0)
         x = xe[:, self.x_columns]
-        for part in self._layout.parts:
-            if not _is_empty(part.low):
-                product(x, buffer[part.low_rows, self.x_columns].t(), out=xe[:, part.low])
+        for part in self._with_low:
+            product(x, _turned(buffer, part.low_rows, self.x_columns), out=xe[:, part.low])
 
     def forward(
         self, xe: torch.Tensor, buffer: torch.Tensor, out: torch.Tensor, add: torch.Tensor | None = None
@@ -148,10 +149,14 @@ class LoraGroup:
 
         `out` and `add` are of one dtype, `dtype` or fp32; they may be the same tensor.
         """
-        for part in self._layout.parts:
+        parts = self._layout.parts
+        if len(parts) == 1:
+            product(xe[:, parts[0].inputs], _turned(buffer, parts[0].outputs, parts[0].inputs), add=add, out=out)
+            return
+        for part in parts:
             product(
                 xe[:, part.inputs],
-                buffer[part.outputs, part.inputs].t(),
+                _turned(buffer, part.outputs, part.inputs),
                 add=None if add is None else add[:, part.outputs],
                 out=out[:, part.outputs],
             )
@@ -161,9 +166,8 @@ class LoraGroup:
         start = self._layout.parts[0].low_rows.start
         if self.outputs < start:
             dye[:, self.outputs : start].zero_()
-        for part in self._layout.parts:
-            if not _is_empty(part.low):
-                product(dye[:, part.outputs], buffer[part.outputs, part.low], out=dye[:, part.low_rows])
+        for part in self._with_low:
+            product(dye[:, part.outputs], buffer[part.outputs, part.low], out=dye[:, part.low_rows])
 
     def input_gradient(
         self,
@@ -184,15 +188,14 @@ class LoraGroup:
         Each is contiguous, in `out_dtype` or else in what autograd keeps of it (`gradient_dtype`), straight from the
         fp32 accumulation where the dtype is fp32 or that of the group. Those of a are rows of one tensor.
         """
-        places, adapters = self._layout.places, self._adapters
+        places, adapters, dye_T = self._layout.places, self._adapters, dye.t()
         gradients: list[torch.Tensor | None] = [None] * (2 * len(places))
         runs: list[list[int]] = []  # of neighbours: one product each; what pads them is computed with them
         for index, place in enumerate(places):
             lora = adapters[index]
             if lora.b.requires_grad:
-                dy_T = dye[:, place.outputs].t()
                 dtype = out_dtype or gradient_dtype(lora.b)
-                gradients[2 * index + 1] = self._gradient(dy_T, xe[:, place.low], dtype, lora.scale)
+                gradients[2 * index + 1] = self._gradient(dye_T[place.outputs], xe[:, place.low], dtype, lora.scale)
             if lora.a.requires_grad:
                 before = runs[-1][-1] if runs else None
                 if (
@@ -206,7 +209,7 @@ class LoraGroup:
         for run in runs:
             rows = slice(places[run[0]].low_rows.start, places[run[-1]].low_rows.stop)
             dtype = out_dtype or gradient_dtype(adapters[run[0]].a)
-            all_of_run = self._gradient(dye[:, rows].t(), xe[:, self.x_columns], dtype)
+            all_of_run = self._gradient(dye_T[rows], xe[:, self.x_columns], dtype)
             for index in run:
                 low_rows = places[index].low_rows
                 gradients[2 * index] = all_of_run[low_rows.start - rows.start : low_rows.stop - rows.start]
@@ -215,6 +218,16 @@ class LoraGroup:
     def _gradient(self, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
         # A product comes in its operands' dtype or in fp32.
         return product(a, b, out_dtype=dtype if dtype == self.dtype else torch.float32, scale=scale).to(dtype)
+
+
+def _turned(buffer: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+    """buffer[rows, columns].t(), in one step: the host makes many of them."""
+    stride = buffer.stride(0)
+    return buffer.as_strided(
+        (columns.stop - columns.start, rows.stop - rows.start),
+        (1, stride),
+        buffer.storage_offset() + rows.start * stride + columns.start,
+    )
 
 
 def _is_empty(part: slice) -> bool:
