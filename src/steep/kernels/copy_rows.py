@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ ELEMENTS = 4096  # of a program: 32 a thread
 WARPS = 4
 
 
+@cache
 def configuration(columns: int) -> tuple[int, int]:
     """(ROWS_BLOCK, COLUMNS_BLOCK)."""
     block = min(triton.next_power_of_2(columns), ELEMENTS)
@@ -43,7 +46,7 @@ def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:
     """target = source, both [rows, columns] with rows apart, each in its own dtype."""
     rows, columns = source.shape
     rows_block, columns_block = configuration(columns)
-    grid = (triton.cdiv(rows, rows_block), triton.cdiv(columns, columns_block))
+    grid = (-(-rows // rows_block), -(-columns // columns_block))
     copy_rows_kernel[grid](
         source,
         target,

@@ -28,7 +28,7 @@ def write_kernel(codes, absmax, out, num_columns, codes_stride, out_stride, COLU
 def write(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
     """out [out_features, in_features] = codes · absmax / 127. Rows may be apart."""
     rows, columns = out.shape
-    write_kernel[(rows, triton.cdiv(columns, COLUMNS))](
+    write_kernel[(rows, -(-columns // COLUMNS))](
         codes, absmax, out, columns, codes.stride(0), out.stride(0), COLUMNS=COLUMNS, num_warps=NUM_WARPS
     )
 

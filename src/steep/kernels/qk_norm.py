@@ -8,6 +8,8 @@ A head is handled as what is rotated against each other, its first R/2 and next 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ import triton.language as tl
 from steep.kernels.compilation import Compilation, triton_type
 
 
+@cache
 def configuration(num_heads: int, half: int) -> tuple[int, int, int]:
     """(HEADS_BLOCK, HALF_BLOCK, num_warps) for `num_heads` heads of `half` angles: 16 pairs a thread."""
     heads_block, half_block = triton.next_power_of_2(num_heads), triton.next_power_of_2(half)

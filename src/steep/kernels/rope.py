@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ import triton.language as tl
 from steep.kernels.compilation import Compilation, triton_type
 
 
+@cache
 def configuration(num_heads: int, half: int) -> tuple[int, int, int]:
     """(HEADS_BLOCK, HALF_BLOCK, num_warps) to rotate `num_heads` heads by `half` angles: 32 pairs a thread."""
     heads_block, half_block = triton.next_power_of_2(num_heads), triton.next_power_of_2(half)

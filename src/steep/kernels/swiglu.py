@@ -82,7 +82,7 @@ def backward_kernel(
 
 def forward(gate_up: torch.Tensor, intermediate: int, is_gelu: bool, h: torch.Tensor) -> None:
     """h [T, I] = activation(gate) · up, of gate_up [T, >= 2·I]."""
-    forward_kernel[(gate_up.shape[0] * triton.cdiv(intermediate, FORWARD_BLOCK),)](
+    forward_kernel[(gate_up.shape[0] * -(-intermediate // FORWARD_BLOCK),)](
         gate_up,
         h,
         gate_up.stride(0),
@@ -96,7 +96,7 @@ def forward(gate_up: torch.Tensor, intermediate: int, is_gelu: bool, h: torch.Te
 
 def backward(dh: torch.Tensor, gate_up: torch.Tensor, intermediate: int, is_gelu: bool) -> None:
     """In place: dh becomes h, gate and up become their gradients."""
-    backward_kernel[(gate_up.shape[0] * triton.cdiv(intermediate, BACKWARD_BLOCK),)](
+    backward_kernel[(gate_up.shape[0] * -(-intermediate // BACKWARD_BLOCK),)](
         dh,
         gate_up,
         dh.stride(0),

@@ -217,7 +217,9 @@ class LoraGroup:
 
     def _gradient(self, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
         # A product comes in its operands' dtype or in fp32.
-        return product(a, b, out_dtype=dtype if dtype == self.dtype else torch.float32, scale=scale).to(dtype)
+        if dtype in (self.dtype, torch.float32):
+            return product(a, b, out_dtype=dtype, scale=scale)
+        return product(a, b, out_dtype=torch.float32, scale=scale).to(dtype)
 
 
 def _turned(buffer: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
