@@ -111,6 +111,35 @@ def test_a_right_import_is_let_pass(module: str, source: str) -> None:
     assert import_violations(module, source) == []
 
 
+# --- kernels are imported where they are launched -----------------------------------------------------------------
+
+
+def early_kernel_imports(module: str, source: str) -> list[str]:
+    """Imports at the top of a module that need Triton, which a CPU build of torch comes without."""
+    if layer_of(module) == "kernels":
+        return []
+    top = ast.Module([node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+    found = [(line, name) for line, name in imported_modules(module, top) if name.startswith("steep.kernels.")]
+    for node in top.body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]  # pyright: ignore[reportAttributeAccessIssue]
+        found += [(node.lineno, name) for name in names if name.split(".")[0] == "triton"]
+    small = ("steep.kernels.OLDEST_CARD", "steep.kernels.compilation")
+    return [f"{module}:{line} imports {name} at its top" for line, name in found if not name.startswith(small)]
+
+
+def test_kernels_are_imported_where_they_are_launched() -> None:
+    assert [fault for module, source in sources().items() for fault in early_kernel_imports(module, source)] == []
+
+
+@pytest.mark.parametrize(
+    "source", ["from steep.kernels import rope", "import steep.kernels.rope", "import triton", "from triton import jit"]
+)
+def test_an_early_import_of_a_kernel_is_found(source: str) -> None:
+    assert len(early_kernel_imports("steep.ops.rope", source)) >= 1
+    assert early_kernel_imports("steep.ops.rope", f"def f():\n    {source}") == []
+    assert early_kernel_imports("steep.kernels.rope", source) == []
+
+
 # --- nothing runs at import -----------------------------------------------------------------------------------
 
 

@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from steep.kernels.compilation import OLDEST_CAPABILITY, buildable
+from steep.kernels import OLDEST_CARD
+from steep.kernels.compilation import buildable
 from tests.kernels.machine_code import SHARED_KIB, compilations, dtype_on, kernel_modules, launched
 
 REGISTERS = 255
@@ -61,7 +62,7 @@ def test_a_kernel_with_too_much_shared_memory_fails() -> None:
 def test_a_card_that_is_built_for_is_told_as_such() -> None:
     """The launching code asks `buildable`, so it may name no card that is not tried here."""
     assert all(buildable(divmod(capability, 10), dtype_on(capability)) for capability in SHARED_KIB)
-    assert min(SHARED_KIB) == 10 * OLDEST_CAPABILITY[0] + OLDEST_CAPABILITY[1]
+    assert min(SHARED_KIB) == 10 * OLDEST_CARD[0] + OLDEST_CARD[1]
     assert not buildable((7, 0), torch.float16)
     assert not buildable((7, 5), torch.bfloat16)
 

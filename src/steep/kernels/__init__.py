@@ -1,3 +1,3 @@
 """Triton kernels. Each has a plain-torch reference and its autograd in the module of the same name in `steep.ops`."""
 
-OLDEST_CARD = (7, 5)  # compute capability; for older ones nothing is built
+OLDEST_CARD = (7, 5)  # compute capability; ptxas of CUDA 13 knows nothing older

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from steep.kernels import OLDEST_CARD
+
 if TYPE_CHECKING:
     from triton import JITFunction
 
-OLDEST_CAPABILITY = (7, 5)  # ptxas of CUDA 13 knows nothing older
 OLDEST_CAPABILITY_FOR_BFLOAT16 = (8, 0)
 
 Type: TypeAlias = "str | tuple[Type, ...]"
@@ -43,7 +44,7 @@ class Compilation:
 def buildable(capability: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether the kernels can be built for a card of this compute capability, with activations of this dtype. Where
     they cannot, nothing is fused."""
-    return capability >= (OLDEST_CAPABILITY_FOR_BFLOAT16 if dtype == torch.bfloat16 else OLDEST_CAPABILITY)
+    return capability >= (OLDEST_CAPABILITY_FOR_BFLOAT16 if dtype == torch.bfloat16 else OLDEST_CARD)
 
 
 def triton_type(dtype: torch.dtype) -> str:

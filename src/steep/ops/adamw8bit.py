@@ -23,10 +23,9 @@ from functools import cached_property, lru_cache
 
 import torch
 
-from steep.kernels import adamw8bit as kernel
 from steep.ops.backend import uses_kernels
 
-BLOCK = kernel.BLOCK
+BLOCK = 256  # elements that share one scale; the kernel's too
 _WORD = 2**32 - 1
 
 
@@ -69,11 +68,10 @@ class Update:
             found.append(tensor.data_ptr())
         return (*found, 0, 0) if self.scales is None else tuple(found)
 
-    @property
-    def kind(self) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool]:
-        """What all tensors of one launch have in common."""
+    def kind(self, alignment: int) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool]:
+        """What all tensors of one launch have in common; the last is whether they begin at multiples of `alignment`."""
         parameter, gradient, moment1, moment2, *_ = self.addresses
-        aligned = (parameter | gradient | moment1 | moment2) % kernel.ALIGNMENT == 0
+        aligned = (parameter | gradient | moment1 | moment2) % alignment == 0
         return (
             self.parameter.device, self.parameter.dtype, self.gradient.dtype, self.scales is not None, aligned
         )  # fmt: skip
@@ -165,6 +163,8 @@ class Launch:
     aligned: bool
 
     def run(self, factor: torch.Tensor | None = None) -> None:
+        from steep.kernels import adamw8bit as kernel
+
         kernel.launch(
             *self.tables, self.maps, factor,
             parameter=self.parameter, gradient=self.gradient, coded=self.coded, aligned=self.aligned,
@@ -173,9 +173,12 @@ class Launch:
 
 def launches(updates: Sequence[Update], maps: tuple[torch.Tensor, torch.Tensor]) -> list[Launch]:
     """`adamw8bit` on a GPU without its launches: what is to be worked out on the host before."""
+    from steep.kernels import adamw8bit as kernel
+
+    assert kernel.BLOCK == BLOCK
     kinds: dict[tuple[torch.device, torch.dtype, torch.dtype, bool, bool], list[Update]] = {}
     for update in updates:
-        kinds.setdefault(update.kind, []).append(update)
+        kinds.setdefault(update.kind(kernel.ALIGNMENT), []).append(update)
     found: list[Launch] = []
     for (device, parameter, gradient, coded, aligned), members in kinds.items():
         chunks = [-(-update.parameter.numel() // kernel.CHUNK) for update in members]
