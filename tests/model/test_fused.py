@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from bitsandbytes.functional import int8_vectorwise_dequant
 from bitsandbytes.nn import Linear8bitLt
 from torch import nn
+from transformers.utils import find_labels
 
 from steep.errors import UserError
 from steep.model.adapters import add_adapters
@@ -20,6 +22,8 @@ from steep.model.install import install, is_installed, uninstall
 from steep.model.load import load
 from steep.model.unwrap import unwrap
 from steep.ops import linear_cross_entropy, lora
+from steep.training.arguments import TrainingArguments
+from steep.training.trainer import Trainer
 from tests.ops.closeness import error
 from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny, tiny_model
 
@@ -370,3 +374,56 @@ def test_document_lengths_stand_for_positions() -> None:
         assert torch.equal(model(**batch, use_cache=False, document_lengths=lengths).loss, expected)
         lengths = [64, 64]  # another packing shows: they are what attention goes by
         assert not torch.equal(model(**batch, use_cache=False, document_lengths=lengths).loss, expected)
+
+
+def test_trainer_finds_the_same_labels() -> None:
+    for fused in FUSED:
+        if fused.__name__.endswith("ForCausalLM"):
+            assert find_labels(fused) == find_labels(library_class(fused)) == ["labels"]
+
+
+def test_labels_alone_make_no_cache() -> None:
+    model, batch = adapted(tiny_model("llama")).eval(), packed()
+    model.config.use_cache = True
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).loss
+        assert abs(install(model)(**batch).loss - expected) < EXACT
+    assert unwrap(model).fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_disabled_adapter_that_was_merged_is_taken_out() -> None:
+    model, batch = install(adapted(tiny_model("llama"))), packed()
+    with torch.no_grad():
+        with model.disable_adapter():
+            base = model(**batch, use_cache=False).loss
+        model.merge_adapter()
+        with model.disable_adapter():
+            assert abs(model(**batch, use_cache=False).loss - base) < EXACT
+
+
+def test_labels_at_padded_places_are_left_out_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = install(adapted(tiny_model("llama")))
+    tokens = torch.randint(3, VOCAB_SIZE, (2, 20))
+    mask = torch.arange(20) < torch.tensor([20, 12])[:, None]
+    batch = {"input_ids": tokens, "attention_mask": mask.long(), "use_cache": False}
+    right = tokens.clone()
+    right[1, 13:] = -100  # what is predicted from the last token that is there still counts
+    expected = model(**batch, labels=right).loss
+    assert caplog.text == ""
+    assert torch.equal(model(**batch, labels=tokens).loss, expected)
+    assert "padded" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [transformers.Trainer, Trainer])
+def test_trainer_evaluates_an_installed_model(kind: Any, tmp_path: Path) -> None:
+    arguments = TrainingArguments if kind is Trainer else transformers.TrainingArguments
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, VOCAB_SIZE, (4, 16))]
+    model = install(adapted(tiny_model("llama")))
+    args = arguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    scores = kind(model=model, args=args, eval_dataset=rows).evaluate()
+    with torch.no_grad():
+        loss = model(
+            input_ids=torch.stack([row["input_ids"] for row in rows]),
+            labels=torch.stack([row["labels"] for row in rows]),
+        ).loss
+    assert abs(scores["eval_loss"] - loss) < 1e-3

@@ -44,6 +44,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "merged": lambda model: model.merge_adapter(),
     "a hook on A": lambda model: layer_of(model).mlp.up_proj.lora_A["default"].register_forward_hook(lambda *_: None),
     "a hook on attention": lambda model: layer_of(model).self_attn.register_forward_pre_hook(lambda *_: None),
+    "the adapters unloaded": lambda model: model.unload(),
+    "another activation": lambda model: setattr(layer_of(model).mlp, "act_fn", nn.SiLU()),
     "another forward": lambda model: setattr(layer_of(model).mlp, "forward", nn.Identity().forward),
 }  # fmt: skip
 
@@ -65,6 +67,25 @@ def test_a_change_is_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     except Unfused:
         assert change in ("a trained norm", "merged", "a hook on A", "a hook on attention", "another forward")
     assert len(read) == 2
+
+
+def test_dropout_that_begins_later_is_seen() -> None:
+    model = install(adapted(tiny_model("llama"), lora_dropout=0.2).eval())
+    fused: Any = unwrap(model).fused
+    fused.layer(layer_of(model))
+    layer_of(model).mlp.up_proj.lora_dropout.train()
+    layer_of(model).training = True
+    with pytest.raises(Unfused, match="dropout"):
+        fused.layer(layer_of(model))
+
+
+def test_adapters_that_come_later_are_seen() -> None:
+    model, batch = install(tiny_model("llama").requires_grad_(False)), packed()
+    with torch.no_grad():
+        base = model(**batch, use_cache=False).loss
+        model = adapted(model)
+        assert not torch.equal(model(**batch, use_cache=False).loss, base)
+        assert torch.equal(model.unload()(**batch, use_cache=False).loss, base)
 
 
 def test_copies_read_their_own() -> None:

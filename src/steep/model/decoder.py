@@ -67,10 +67,10 @@ class Fused:
             reading = self._readings[id(module)] = Reading(module, module.traits)
         return reading.layer
 
-    def say_once(self, reason: str) -> None:
+    def say_once(self, reason: str, *, fused: bool = False) -> None:
         if reason not in self.said:
             self.said.add(reason)
-            logger.warning("not fused, so slower and with more memory: %s", reason)
+            logger.warning("%s" if fused else "not fused, so slower and with more memory: %s", reason)
 
 
 class FusedLayer(nn.Module):

@@ -41,20 +41,23 @@ class FusedCausalLM(nn.Module):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         *,
-        shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         ignore_index: int = IGNORED,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' arguments (Trainer reads their names), and its output, in which `logits` is None where there
-        are labels.
+        """transformers' arguments (Trainer reads their names: one with "label" in it is taken for a column of labels),
+        and its output, in which `logits` is None where there are labels.
 
         Args:
             labels: [B, L], not shifted. The loss is the mean over those that are not `ignore_index`, or their sum over
                 `num_items_in_batch`.
-            shift_labels: [B, L], shifted already, in place of `labels`.
+            **kwargs: also `shift_labels` [B, L], shifted already, in place of `labels`.
         """
+        shift_labels: torch.Tensor | None = kwargs.pop("shift_labels", None)
+        learns = labels is not None or shift_labels is not None
+        if learns and past_key_values is None and use_cache is None:
+            use_cache = False  # nothing is generated, and documents would see each other
         kwargs |= {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -63,7 +66,7 @@ class FusedCausalLM(nn.Module):
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
-        head = self._head_of_the_loss() if labels is not None or shift_labels is not None else None
+        head = self._head_of_the_loss() if learns else None
         if head is None:
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             kwargs |= {name: value for name, value in given.items() if value is not None}
@@ -72,11 +75,17 @@ class FusedCausalLM(nn.Module):
             return super().forward(logits_to_keep=logits_to_keep, return_dict=return_dict, **kwargs)
         if self.fused.levels is None:
             self.fused.beside = self._bytes_of_head(head, labels if shift_labels is None else shift_labels)
+        calls = self.fused.calls
         outputs = self.model(**kwargs)
         hidden_states = outputs.last_hidden_state
         if shift_labels is None:
             assert labels is not None
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        if attention_mask is not None and self.fused.calls > calls:
+            shift_labels = self._without_padding(shift_labels, attention_mask, ignore_index)
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):  # the library's forward may have given fp32
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         softcap = getattr(self.config, "final_logit_softcapping", None)
         loss = linear_cross_entropy(
             hidden_states.flatten(0, 1),
@@ -95,6 +104,13 @@ class FusedCausalLM(nn.Module):
             attentions=outputs.attentions,
         )
         return output if self.config.return_dict in (None, True) and return_dict is not False else output.to_tuple()
+
+    def _without_padding(self, labels: torch.Tensor, attention_mask: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        """Padded places have no hidden states here: what is to be predicted from there is ignored, and said."""
+        padded = ~attention_mask.to(labels.device).bool()
+        if bool((padded & (labels != ignore_index)).any()):
+            self.fused.say_once("labels at padded places are left out of the loss (give them -100)", fused=True)
+        return labels.masked_fill(padded, ignore_index)
 
     def _bytes_of_head(self, head: torch.Tensor, labels: Any) -> int:
         """What the head takes with its loss over 16-bit hidden states: gradient and state, where the decoder does not

@@ -38,9 +38,9 @@ def projection(module: Any, name: str, *, training: bool) -> Projection:
     base: Any = module.get_base_layer()
     refuse_hooks(base, name)
     adapters: tuple[Lora, ...] = ()
+    if module.merged:  # with adapters off too: PEFT takes it out of the weight then
+        raise Unfused(f"{name} has an adapter merged into it")
     if not module.disable_adapters:
-        if module.merged:
-            raise Unfused(f"{name} has an adapter merged into it")
         adapters = tuple(
             _lora(module, adapter, name, training) for adapter in module.active_adapters if adapter in module.lora_A
         )

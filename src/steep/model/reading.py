@@ -29,6 +29,8 @@ class Reading:
             )
         ]  # fmt: skip
         self._names = [part.__dict__ for part in parts]
+        self._members = [part._modules for part in [module, *parts] if part._modules]
+        self._dropouts: list[Any] = [part for part in parts if isinstance(part, nn.Dropout)]
         self._adapted: list[Any] = [part for part in parts if isinstance(part, LoraLayer)]
         self._holders = [part for part in parts if part._parameters]
         self._state = self._now(module)
@@ -42,18 +44,16 @@ class Reading:
     def _now(self, module: Any) -> list[Any]:
         # Past nn.Module's own look-up of names, which takes most of the time of a reading.
         state: list[Any] = [module.training]
+        for members in self._members:
+            state += map(id, members.values())
+        for dropout in self._dropouts:
+            state += (dropout.p, dropout.training)
         for adapted in self._adapted:
-            names, modules = adapted.__dict__, adapted._modules
+            names = adapted.__dict__
             state += [names["_disable_adapters"], list(adapted.active_adapters), list(names["merged_adapters"])]
-            state += [*names["scaling"].values(), id(modules["base_layer"])]
-            for side in ("lora_A", "lora_B", "lora_dropout"):
-                state += map(id, _members(modules[side]))
+            state += names["scaling"].values()
         for holder in self._holders:
             for parameter in holder._parameters.values():
                 if parameter is not None:
                     state += (id(parameter), parameter.data_ptr(), parameter.requires_grad)
         return state
-
-
-def _members(modules: Any) -> list[nn.Module]:
-    return list(modules._modules.values())
