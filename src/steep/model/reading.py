@@ -20,6 +20,7 @@ class Reading:
 
     def __init__(self, module: Any, traits: Traits) -> None:
         self.layer: Layer = read_layer(module, traits)
+        self._module = module
         parts = list(module.modules())[1:]  # a hook on the layer itself is called
         self._hooks = [
             hooks
@@ -37,7 +38,7 @@ class Reading:
 
     def holds(self, module: Any) -> bool:
         """Whether reading `module` again would give the same tensors and numbers."""
-        if any(self._hooks) or any("forward" in names for names in self._names):
+        if module is not self._module or any(self._hooks) or any("forward" in names for names in self._names):
             return False
         return self._now(module) == self._state
 
