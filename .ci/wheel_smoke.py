@@ -78,8 +78,10 @@ def refused(*arguments: str | Path, says: str) -> None:
 
 
 def import_everything() -> None:
-    """Every file of the package came with the wheel, and no module needs an extra to be imported, nor Triton, which a CPU
-    build of torch comes without; only the kernels do."""
+    """Every file of the package came with the wheel, and no module needs an extra to be imported.
+
+    Nor Triton, which a CPU build of torch comes without; only the kernels do.
+    """
     files = [Path(str(file)) for file in metadata.files("steep") or [] if str(file).startswith("steep/")]
     assert {".css", ".j2", ".js"} <= {file.suffix for file in files}, "the report's page is not in the wheel"
     modules = [".".join(file.with_suffix("").parts) for file in files if file.suffix == ".py"]
