@@ -427,3 +427,20 @@ def test_trainer_evaluates_an_installed_model(kind: Any, tmp_path: Path) -> None
             labels=torch.stack([row["labels"] for row in rows]),
         ).loss
     assert abs(scores["eval_loss"] - loss) < 1e-3
+
+
+def test_an_adapter_changed_before_the_backward_pass_is_an_error() -> None:
+    model = install(adapted(tiny_model("llama")))
+    loss = model(**packed(), use_cache=False).loss
+    with torch.no_grad():
+        unwrap(model).model.layers[0].mlp.up_proj.lora_B["default"].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_graph_is_gone_through_once() -> None:
+    model = install(adapted(tiny_model("llama")))
+    loss = model(**packed(), use_cache=False).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once|second time"):
+        loss.backward()

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from steep.model.attention_half import AttentionHalf
 from steep.model.layer import Batch, Layer
@@ -80,13 +81,14 @@ class _Block(torch.autograd.Function):
                 kept.qkv = qkv
             if level == 0:
                 kept.gate_up, kept.attention_out = gate_up, attention_out
-            ctx.save_for_backward(x)
+            ctx.save_for_backward(x, *trained)  # an adapter that is changed before the backward pass is an error
             ctx.halves, ctx.kept, ctx.num_trained = (first, second), kept, len(trained)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x,) = ctx.saved_tensors
+        x, *_ = ctx.saved_tensors
         kept, (first, second) = ctx.kept, ctx.halves
         assert kept is not None, "the gradients of a fused layer are written over what it kept: once only"
         dy = dy.contiguous()
