@@ -18,7 +18,7 @@ from transformers.utils import find_labels
 from steep.errors import UserError
 from steep.model.adapters import add_adapters
 from steep.model.families import FUSED, library_class
-from steep.model.install import install, is_installed, uninstall
+from steep.model.install import fused_of, install, is_installed, uninstall
 from steep.model.load import load
 from steep.model.unwrap import unwrap
 from steep.ops import linear_cross_entropy, lora
@@ -164,6 +164,7 @@ def test_gradients_add_up_over_micro_batches() -> None:
     library = summed()
     install(model)
     fused = summed()
+    assert fused_of(model).calls == 2
     assert fused.keys() == library.keys()
     assert max(error(fused[name], library[name]) for name in library) < EXACT
 
@@ -186,6 +187,7 @@ def test_a_neighbour_changes_nothing_to_the_bit(family: str) -> None:
         return torch.cat([embedded.grad[0, :5], embedded.grad[0, 45:]])
 
     one, other = gradients(3), gradients(4)
+    assert fused_of(model).calls == 2
     assert one.abs().sum() > 0
     assert torch.equal(one, other)
 

@@ -10,7 +10,7 @@ import torch
 from steep.model import decoder
 from steep.model.install import fused_of, install
 from steep.model.read_layer import read_layer
-from steep.model.recompute import kept_bytes, levels_for, loss_bytes, training_bytes, work_bytes
+from steep.model.recompute import kept_bytes, levels_for, levels_within, loss_bytes, training_bytes, work_bytes
 from steep.model.unwrap import unwrap
 from tests.model.test_fused import adapted, packed
 from tests.tiny import FAMILIES, tiny_model
@@ -72,7 +72,7 @@ def test_a_script_leaves_room_for_the_head(tied: bool) -> None:
     batch = packed()
     model(**batch, use_cache=False)
     tokens, (vocabulary, hidden) = batch["input_ids"].numel(), model.get_input_embeddings().weight.shape
-    own = 0 if tied else vocabulary * hidden * (4 + 2)
+    own = 0 if tied else vocabulary * hidden * (4 + 8)  # gradient, moments
     logits = loss_bytes(tokens, vocabulary, hidden, 2, 4, None, converts=True)
     assert fused_of(model).beside == own + logits
     assert logits > tokens * vocabulary * 2 / 2  # two tiles
@@ -80,8 +80,59 @@ def test_a_script_leaves_room_for_the_head(tied: bool) -> None:
     assert with_sum > 4 * 128_256 * 4096 + 2**29
     assert loss_bytes(10**5, 128_256, 4096, 2, 2, "vocabulary", converts=False) < with_sum
     base = unwrap(model).model
+    assert all(p.dtype == torch.float32 for p in base.parameters() if p.requires_grad)
     counted = training_bytes([*base.parameters(), *base.parameters()])
-    assert counted == sum(p.numel() * 6 for p in base.parameters() if p.requires_grad)
+    assert counted == sum(p.numel() * 12 for p in base.parameters() if p.requires_grad)
+
+
+def test_16_bit_parameters_have_8_bit_moments() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(10, dtype=torch.bfloat16))
+    assert training_bytes([parameter]) == 10 * (2 + 2)
+    parameter.grad_dtype = torch.float32
+    assert training_bytes([parameter]) == 10 * (4 + 2)
+
+
+def test_a_longer_batch_chooses_levels_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if on a card whose room holds the first batch, at level 0, and no more."""
+    model = install(adapted(tiny_model("llama")))
+    fused, layer = fused_of(model), unwrap(model).model.layers[0]
+    read, fp32 = read_layer(layer, layer.traits), torch.float32
+    table = model.get_output_embeddings().weight
+    rooms: list[float] = []
+
+    def head(tokens: int) -> int:
+        (vocabulary, hidden), width = table.shape, table.itemsize
+        assert width == 4
+        return table.numel() * 12 + loss_bytes(tokens, vocabulary, hidden, 2, 4, None, converts=True)
+
+    def room_on_card(_: Any) -> float:
+        work = work_bytes(read, fp32, fp32, 3, 128)
+        rooms.append(work + head(128) + 2 * 128 * kept_bytes(read, fp32, fp32)[0])
+        return rooms[-1]
+
+    monkeypatch.setattr(decoder, "room_on_card", room_on_card)
+    short, first, long = ([[n, 64 - n]] * rows for n, rows in ((20, 1), (5, 2), (40, 3)))
+    chosen: list[tuple[int, Any, int]] = []
+    for lengths in (first, short, long, first):
+        model(**packed(lengths), use_cache=False).loss.backward()
+        chosen.append((fused.chosen_for, fused.levels, fused.beside))
+    expected = levels_within(rooms[0], 2, read, fp32, fp32, 192, head(192))
+    assert chosen == [(128, [0, 0], head(128))] * 2 + [(192, expected, head(192))] * 2
+    assert max(expected) > 0
+    assert len(rooms) == 1  # measured before there are gradients and states
+
+    given = install(adapted(tiny_model("llama")), levels=1)
+    for lengths in (first, long):
+        given(**packed(lengths), use_cache=False).loss.backward()
+        assert fused_of(given).levels == [1, 1] and fused_of(given).chosen_for == 0
+    assert len(rooms) == 1
+
+
+def test_evaluation_chooses_no_levels() -> None:
+    model = install(adapted(tiny_model("llama")))
+    with torch.no_grad():
+        model(**packed(), use_cache=False)
+    assert (fused_of(model).levels, fused_of(model).beside) == (None, 0)
 
 
 @pytest.mark.gpu

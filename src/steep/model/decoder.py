@@ -24,7 +24,7 @@ from steep.model.layer import Batch, Layer
 from steep.model.projections import Unfused, compute_dtype, refuse_hooks
 from steep.model.read_layer import Traits
 from steep.model.reading import Reading
-from steep.model.recompute import levels_within
+from steep.model.recompute import levels_within, room_on_card
 from steep.ops.backend import gradient_dtype
 from steep.ops.embedding import embedding
 from steep.ops.linear_cross_entropy import Way
@@ -40,19 +40,25 @@ class Fused:
 
     Attributes:
         levels: what each layer keeps (`steep.model.block`); None: chosen at the first call that trains.
+        chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given.
+        room: bytes of the card that the choice is within; None: there is no card.
         loss_way: how the loss is cut (`steep.ops.linear_cross_entropy`); None: as is faster.
         backends: of attention.
         logits: give logits beside the loss.
         beside: bytes that the head takes with its loss, for the choice of levels.
+        beside_for: tokens of the batch that this was computed for: the longest that trained.
         calls: fused forwards of the decoder so far.
         said: reasons that were told already.
     """
 
     levels: list[int] | None = None
+    chosen_for: int = 0
+    room: float | None = None
     loss_way: Way | None = None
     backends: Backends = field(default_factory=Backends)
     logits: bool = False
     beside: int = 0
+    beside_for: int = 0
     calls: int = 0
     said: set[str] = field(default_factory=set)
     _readings: dict[int, Reading] = field(default_factory=dict, repr=False)
@@ -225,10 +231,14 @@ class FusedDecoder(nn.Module):
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
     def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:
-        if self.fused.levels is None:
-            layer, (tokens, _) = self.fused.layer(self.layers[0]), hidden_states.shape
-            self.fused.levels = levels_within(self, layer, dtype, hidden_states.dtype, tokens, self.fused.beside)
-        return self.fused.levels
+        fused, tokens = self.fused, len(hidden_states)
+        if fused.levels is None:
+            fused.room = room_on_card(self)  # later, states of the optimizer would be counted twice
+        if fused.levels is None or 0 < fused.chosen_for < tokens:
+            layer, stream = fused.layer(self.layers[0]), hidden_states.dtype
+            fused.levels = levels_within(fused.room, len(self.layers), layer, dtype, stream, tokens, fused.beside)
+            fused.chosen_for = tokens
+        return fused.levels
 
 
 def looked_up(module: Any, input_ids: torch.Tensor) -> torch.Tensor:

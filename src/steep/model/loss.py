@@ -73,8 +73,9 @@ class FusedCausalLM(nn.Module):
             if ignore_index != IGNORED:
                 kwargs["ignore_index"] = ignore_index
             return super().forward(logits_to_keep=logits_to_keep, return_dict=return_dict, **kwargs)
-        if self.fused.levels is None:
-            self.fused.beside = self._bytes_of_head(head, labels if shift_labels is None else shift_labels)
+        tokens = (labels if shift_labels is None else shift_labels).numel()  # pyright: ignore[reportOptionalMemberAccess]
+        if torch.is_grad_enabled() and tokens > self.fused.beside_for:
+            self.fused.beside, self.fused.beside_for = self._bytes_of_head(head, tokens), tokens
         calls = self.fused.calls
         outputs = self.model(**kwargs)
         hidden_states = outputs.last_hidden_state
@@ -112,7 +113,7 @@ class FusedCausalLM(nn.Module):
             self.fused.say_once("labels at padded places are left out of the loss (give them -100)", fused=True)
         return labels.masked_fill(padded, ignore_index)
 
-    def _bytes_of_head(self, head: torch.Tensor, labels: Any) -> int:
+    def _bytes_of_head(self, head: torch.Tensor, tokens: int) -> int:
         """What the head takes with its loss over 16-bit hidden states: gradient and state, where the decoder does not
         count them as its table's, and what lives during the loss."""
         of_decoder = {id(parameter) for parameter in self.model.parameters()}
@@ -121,7 +122,7 @@ class FusedCausalLM(nn.Module):
         width = min(head.dtype.itemsize, 2)
         converts = head.dtype.itemsize != width
         (vocabulary, hidden), way = head.shape, self.fused.loss_way
-        return own + loss_bytes(labels.numel(), vocabulary, hidden, width, gradient, way, converts=converts)
+        return own + loss_bytes(tokens, vocabulary, hidden, width, gradient, way, converts=converts)
 
     def _head_of_the_loss(self) -> torch.Tensor | None:
         """The head's weight [V, H]; None, and a line says why, where the loss is not one of these alone."""

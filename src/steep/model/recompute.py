@@ -92,27 +92,42 @@ def loss_bytes(
 
 
 def training_bytes(parameters: Iterable[torch.Tensor]) -> int:
-    """Bytes of a gradient for each value that trains, and two for an optimizer's state, which it may not have yet."""
+    """Bytes of what trains: of each value its gradient and an optimizer's two moments, which may not be there yet. They
+    are counted as fp32 for an fp32 parameter, as torch's own AdamW keeps them, and else as 8-bit codes."""
     trained = {id(parameter): parameter for parameter in parameters if parameter.requires_grad}
-    return sum(parameter.numel() * (gradient_dtype(parameter).itemsize + 2) for parameter in trained.values())
+    return sum(
+        parameter.numel() * (gradient_dtype(parameter).itemsize + (8 if parameter.dtype == torch.float32 else 2))
+        for parameter in trained.values()
+    )
+
+
+def room_on_card(decoder: Any) -> float | None:
+    """Bytes of the card that training may use beside the weights: most of what is free now, before the first backward
+    pass, less gradients and states of what trains in the decoder. None: its weights are on no card."""
+    device = decoder.norm.weight.device
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return USED_SHARE * free - training_bytes(decoder.parameters())
 
 
 def levels_within(
-    decoder: Any, layer: Layer, dtype: torch.dtype, stream: torch.dtype, tokens: int, beside: int
+    room: float | None,
+    num_layers: int,
+    layer: Layer,
+    dtype: torch.dtype,
+    stream: torch.dtype,
+    tokens: int,
+    beside: int,
 ) -> list[int]:
-    """`levels_for` the memory of the card that is free now, before the first backward pass; level 0 without a card.
-
-    Left free are gradients and states of what trains (`training_bytes`), a layer's own work, and what the head takes.
+    """`levels_for` a room (`room_on_card`), less a layer's own work and what the head takes; level 0 without a card.
 
     Args:
         layer: one of the decoder's.
         beside: bytes that the head takes, with its loss.
     """
-    device = decoder.norm.weight.device
-    num_layers = len(decoder.layers)
-    if device.type != "cuda":
+    if room is None:
         return [LEVELS[0]] * num_layers
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    needed = training_bytes(decoder.parameters()) + work_bytes(layer, dtype, stream, LEVELS[-1], tokens) + beside
-    return levels_for(kept_bytes(layer, dtype, stream), num_layers, tokens, USED_SHARE * free - needed)
+    needed = work_bytes(layer, dtype, stream, LEVELS[-1], tokens) + beside
+    return levels_for(kept_bytes(layer, dtype, stream), num_layers, tokens, room - needed)
