@@ -28,7 +28,8 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
 
     Args:
         levels: what layers keep for the backward pass, from 0 (most memory, fastest) to 3, for all or for each; see
-            `steep.model.block`. None: chosen for the free memory at the first call that trains.
+            `steep.model.block`. None: chosen for the free memory at the first call that trains, and again for a
+            longer batch.
         logits: give logits too where there are labels, without a gradient (for `compute_metrics`).
 
     Returns:
