@@ -165,10 +165,11 @@ class Launch:
     def run(self, factor: torch.Tensor | None = None) -> None:
         from steep.kernels import adamw8bit as kernel
 
-        kernel.launch(
-            *self.tables, self.maps, factor,
-            parameter=self.parameter, gradient=self.gradient, coded=self.coded, aligned=self.aligned,
-        )  # fmt: skip
+        with torch.cuda.device_of(self.tables[0]):  # Triton launches on the current device
+            kernel.launch(
+                *self.tables, self.maps, factor,
+                parameter=self.parameter, gradient=self.gradient, coded=self.coded, aligned=self.aligned,
+            )  # fmt: skip
 
 
 def launches(updates: Sequence[Update], maps: tuple[torch.Tensor, torch.Tensor]) -> list[Launch]:
