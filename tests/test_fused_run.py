@@ -21,7 +21,7 @@ from steep.fused_memory import FusedStep
 from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
 from steep.hand_over import export_run
 from steep.memory import shape_of
-from steep.model import decoder
+from steep.model import decoder, install
 from steep.model.choices import Choices
 from steep.model.install import is_installed
 from steep.model.resolve import read_tokenizer, resolve
@@ -170,7 +170,7 @@ def test_choices_stay_on_resume(finished: Path, tmp_path: Path, monkeypatch: pyt
         patch.setattr(fusing, "_why_not_by_itself", lambda config: None)
         assert decide(config, empty, None)[0] is not None
         assert decide(config, empty, not_fused) == (None, "the run began so")
-    monkeypatch.setattr(fusing, "_why_not_here", lambda: "it is another card")
+    monkeypatch.setattr(install, "why_not_here", lambda: "it is another card")
     with pytest.raises(UserError, match=r"--resume: the run is fused so far, .* it is another card"):
         decide(config, empty, choices)
 

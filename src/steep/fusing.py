@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from steep.errors import UserError
 from steep.fused_memory import FusedStep
-from steep.kernels import OLDEST_CARD
 from steep.memory import ADAMW_8BIT, Shape
 from steep.model.adapters import add_adapters
 from steep.model.block import LEVELS
@@ -40,7 +38,7 @@ def decide(config: RunConfig, empty: Any, before: Choices | None) -> tuple[Layer
     if asked == "auto" and not was_fused and (reason := _why_not_by_itself(config)):
         return None, reason
     model = adapted(config, empty)
-    reason = why_not_fused(model) or _why_not_here()
+    reason = why_not_fused(model)
     if asked == "auto" and before is not None and not was_fused:
         return None, reason or "the run began so"
     if asked == "on" and reason is not None:
@@ -135,15 +133,3 @@ def _why_not_by_itself(config: RunConfig) -> str | None:
     if config.model.attn_implementation != "auto":
         return f"model.attn_implementation asks for transformers' {config.model.attn_implementation}"
     return None
-
-
-def _why_not_here() -> str | None:
-    if not torch.cuda.is_available():
-        return None  # the same in plain torch
-    if torch.version.cuda is None:
-        return "its kernels are for NVIDIA's cards"
-    capability = torch.cuda.get_device_capability()
-    if capability < OLDEST_CARD:
-        oldest, here = (".".join(map(str, each)) for each in (OLDEST_CARD, capability))
-        return f"its kernels need compute capability {oldest}, and the card has {here}"
-    return None if find_spec("triton") else "triton is not installed"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from steep.model.projections import Unfused, compute_dtype, refuse_hooks
 from steep.model.read_layer import Traits
 from steep.model.reading import Reading
 from steep.model.recompute import levels_within, room_on_card
+from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_outputs, row_lengths
 from steep.ops.backend import gradient_dtype
 from steep.ops.embedding import embedding
 from steep.ops.linear_cross_entropy import Way
@@ -104,10 +104,10 @@ class FusedLayer(nn.Module):
             layer, trains = fused.layer(self), self.training and torch.is_grad_enabled()
             backend = fused.backends.backend(layer.attention, batch.packing, batch.dtype, trains=trains)
             return block(hidden_states, layer, batch, backend)
-        library = partial(super().forward, *args, **kwargs)
+        library = super().forward
         if self.gradient_checkpointing and self.training:
-            return self._gradient_checkpointing_func(library, hidden_states)
-        return library(hidden_states)
+            return self._gradient_checkpointing_func(lambda given: library(given, *args, **kwargs), hidden_states)
+        return library(hidden_states, *args, **kwargs)
 
 
 class FusedDecoder(nn.Module):
@@ -136,16 +136,30 @@ class FusedDecoder(nn.Module):
         Args:
             document_lengths: tokens of each document, row after row, as `position_ids` have them: without it the host
                 reads those back, and so waits for all that the GPU has to do.
+
+        Raises:
+            UserError: a key-value cache in training, or a replica of `nn.DataParallel`.
+            ValueError: `document_lengths` without `position_ids`.
         """
+        if getattr(self, "_is_replica", False):
+            raise UserError(
+                "model",
+                "nn.DataParallel copies it for each card, and a fused model is computed by its own modules",
+                "Start one process for each card (torchrun), or uninstall the fused forward.",
+            )
+        if document_lengths is not None and position_ids is None:
+            raise ValueError("document_lengths need position_ids, which begin with 0 at each document")
         if self._wants_cache(past_key_values, use_cache):
             fused = False
         else:
             use_cache = False
             try:
-                _refuse_outputs(self.config, kwargs)
-                hidden_states = self._fused_forward(
-                    input_ids, attention_mask, position_ids, inputs_embeds, document_lengths
-                )
+                refuse_config(self.config, self.layers)
+                refuse_outputs(self.config, kwargs)
+                if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+                    raise Unfused("cu_seq_lens_q came without position_ids")
+                given = input_ids, attention_mask, position_ids, inputs_embeds, document_lengths
+                hidden_states = self._fused_forward(*given)  # pyright: ignore[reportCallIssue]
                 fused = True
             except Unfused as reason:
                 self.fused.say_once(str(reason))
@@ -172,6 +186,7 @@ class FusedDecoder(nn.Module):
             return past_key_values is not None
         return bool(self.config.use_cache if use_cache is None else use_cache)
 
+    @torch.compiler.disable  # kernels, and settings of torch's that hold while it runs
     def _fused_forward(
         self,
         input_ids: torch.Tensor | None,
@@ -187,32 +202,35 @@ class FusedDecoder(nn.Module):
         embedded = inputs_embeds if input_ids is None else looked_up(self.embed_tokens, input_ids)
         assert embedded is not None
         shape, device = embedded.shape[:2], embedded.device
-        lengths = _lengths(attention_mask, shape)
+        lengths = row_lengths(attention_mask, position_ids, shape)
         if position_ids is None:
             position_ids = torch.arange(shape[1], device=device)[None]
             document_lengths = [shape[1]] * shape[0]
         positions = position_ids.expand(shape)
         hidden_states, valid = embedded.flatten(0, 1), None
-        if lengths is None:
-            packing = _packing(positions, document_lengths)
-            positions = positions.reshape(1, -1)
-        else:
+        if hidden_states.stride(-1) != 1:
+            hidden_states = hidden_states.contiguous()
+        packing = _packing(positions, document_lengths) if lengths is None else Packing.from_lengths(lengths, device)
+        if packing.num_tokens < len(hidden_states) and lengths is not None:
             valid = torch.cat([torch.arange(n) + row * shape[1] for row, n in enumerate(lengths)]).to(device)
-            packing = Packing.from_lengths(lengths, device)
-            hidden_states, positions = hidden_states[valid], positions.reshape(1, -1)[:, valid]
-        hidden_states = self._layers(hidden_states, positions, packing)
+            hidden_states = hidden_states[valid]
+        with torch.cuda.device_of(hidden_states):  # Triton launches on the current device
+            hidden_states = self._layers(hidden_states, positions, valid, packing)
         if valid is not None:
             padded = hidden_states.new_zeros(shape.numel(), hidden_states.shape[1])
             hidden_states = padded.index_copy(0, valid, hidden_states)
         self.fused.calls += 1
         return hidden_states.view(*shape, -1)
 
-    def _layers(self, hidden_states: torch.Tensor, positions: torch.Tensor, packing: Packing) -> torch.Tensor:
+    def _layers(
+        self, hidden_states: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor | None, packing: Packing
+    ) -> torch.Tensor:
+        self._read()
         dtype = compute_dtype(self.layers[0].mlp.down_proj, hidden_states)
         if self.norm.weight.requires_grad:
             raise Unfused("the last norm is trained")
         kinds = [getattr(layer.self_attn, "layer_type", None) for layer in self.layers]
-        turns = {kind: self._turns(positions, kind) for kind in set(kinds)}
+        turns = {kind: self._turns(positions, kind, valid) for kind in set(kinds)}
         levels = self._levels(hidden_states, dtype) if torch.is_grad_enabled() else [0] * len(kinds)
         for layer, kind, level in zip(self.layers, kinds, levels, strict=True):
             batch = Batch(packing, *turns[kind], dtype, level)
@@ -222,13 +240,31 @@ class FusedDecoder(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             return rms_norm(hidden_states, self.norm.weight, eps, unit_offset=traits.unit_offset).to(dtype)
 
-    def _turns(self, positions: torch.Tensor, kind: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, fp32 [T, R / 2], of the layers of one kind: the model's own, which knows of scaled forms."""
+    def _read(self) -> None:
+        """Every layer, before any is computed: what refuses one of them must not find others called already."""
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, FusedLayer):
+                refuse_hooks_of_layer(layer, f"layer {number}")
+                self.fused.layer(layer)
+            elif not type(layer).__module__.startswith("torch.distributed"):  # FSDP's wrapper, which reads when called
+                raise Unfused(f"layer {number} is a {type(layer).__name__}")
+
+    def _turns(
+        self, positions: torch.Tensor, kind: str | None, valid: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, fp32 [T, R / 2], of the layers of one kind: the model's own, which knows of scaled forms. Some
+        of those go by the longest row, its padding included.
+
+        Args:
+            positions: [B, L].
+            valid: which of those B L are computed; None: all.
+        """
         like = torch.empty(0, dtype=torch.float32, device=positions.device)  # cos and sin come in its dtype
         by_kind = (kind,) if hasattr(self.rotary_emb, "layer_types") else ()
-        cos, sin = self.rotary_emb(like, positions, *by_kind)
+        cos, sin = self.rotary_emb(like, positions.reshape(1, -1), *by_kind)
         half = cos.shape[-1] // 2
-        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        cos, sin = cos[0, :, :half], sin[0, :, :half]
+        return (cos.contiguous(), sin.contiguous()) if valid is None else (cos[valid], sin[valid])
 
     def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:
         fused, tokens = self.fused, len(hidden_states)
@@ -262,27 +298,3 @@ def _packing(positions: torch.Tensor, document_lengths: Sequence[int] | None) ->
         return Packing.from_positions(positions)
     except ValueError as error:
         raise Unfused(str(error)) from error
-
-
-def _refuse_outputs(config: Any, kwargs: dict[str, Any]) -> None:
-    for name in ("output_hidden_states", "output_attentions"):
-        asked = kwargs.get(name)
-        if getattr(config, name, False) if asked is None else asked:
-            raise Unfused(f"{name} was asked for")
-
-
-def _lengths(attention_mask: Any, shape: torch.Size) -> list[int] | None:
-    """Tokens of each row before its padding on the right; None: no row is padded.
-
-    Raises:
-        Unfused: the mask says something else.
-    """
-    if attention_mask is None:
-        return None
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != shape:
-        raise Unfused("its attention mask is not one value for each token")
-    mask = attention_mask.bool().cpu()
-    lengths = mask.sum(1)
-    if not torch.equal(mask, torch.arange(shape[1]) < lengths[:, None]):
-        raise Unfused("its attention mask is neither causal nor right padding")
-    return None if bool(mask.all()) else lengths.tolist()

@@ -15,8 +15,11 @@ from steep.errors import UserError
 from steep.model.block import LEVELS
 from steep.model.decoder import Fused
 from steep.model.families import FUSED, fused_class, library_class
+from steep.model.loss import FusedCausalLM
+from steep.model.machine import why_not_here
 from steep.model.projections import Unfused
 from steep.model.read_layer import read_layer
+from steep.model.refusals import refuse_config, refuse_hooks_of_layer
 from steep.model.unwrap import unwrap
 
 
@@ -57,9 +60,17 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
 
 
 def uninstall(model: Any) -> Any:
-    """Give `model` the library's own classes back. One that has them is left as it is."""
+    """Give `model` the library's own classes back. One that has them is left as it is.
+
+    Raises:
+        UserError: a wrapper (FSDP) has put classes of its own over the fused ones.
+    """
     base: Any = unwrap(model)
     if is_installed(model):
+        for module in _modules(base):
+            if type(module) not in FUSED:
+                problem = f"the fused forward cannot be taken off a {type(module).__name__}"
+                raise UserError("model", problem, "Take it off before the model is wrapped.")
         for module in _modules(base):
             module.__class__ = library_class(type(module))
         del base.fused, base.model.fused
@@ -67,7 +78,7 @@ def uninstall(model: Any) -> Any:
 
 
 def is_installed(model: Any) -> bool:
-    return type(unwrap(model)) in FUSED
+    return isinstance(unwrap(model), FusedCausalLM)
 
 
 def fused_of(model: Any) -> Fused:
@@ -86,14 +97,16 @@ def why_not_fused(model: Any) -> str | None:
         known = ", ".join(fused.__name__ for fused in FUSED if fused.__name__.endswith("ForCausalLM"))
         return f"{type(base).__name__} is not one of {known}"
     try:
-        for layer in decoder.layers:
+        refuse_config(decoder.config, decoder.layers)
+        for number, layer in enumerate(decoder.layers):
             fused = fused_class(type(layer))
             if fused is None:
                 raise Unfused(f"it has a {type(layer).__name__}")
+            refuse_hooks_of_layer(layer, f"layer {number}")
             read_layer(layer, fused.traits)
     except Unfused as reason:
         return str(reason)
-    return None
+    return why_not_here()
 
 
 def _modules(base: Any) -> Iterator[torch.nn.Module]:

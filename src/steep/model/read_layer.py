@@ -39,12 +39,28 @@ def read_layer(module: Any, traits: Traits) -> Layer:
     Raises:
         Unfused: the layer holds what the block does not compute.
     """
+    try:
+        return _read(module, traits)
+    except (AttributeError, ValueError) as error:  # of a module, or a weight, of another make
+        raise Unfused(f"a {type(module).__name__} cannot be read: {error}") from error
+
+
+def _read(module: Any, traits: Traits) -> Layer:
     attention, mlp, training = module.self_attn, module.mlp, module.training
+    own = next(cls.__module__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers."))
+
+    def of_family(part: Any) -> None:
+        if type(part).__module__ != own:
+            raise Unfused(f"it has a {type(part).__name__} of {type(part).__module__}")
+
+    for part in (attention, mlp):
+        of_family(part)
     name = f"layer {attention.layer_idx}"
     for part in (attention, mlp):
         refuse_hooks(part, name)
 
     def norm(part: Any) -> Norm:
+        of_family(part)
         refuse_hooks(part, name)
         if part.weight.requires_grad:
             raise Unfused(f"{name} trains its norms")

@@ -288,6 +288,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *linear_cross_entropy_backward(gradients, grad_output), None, None
 
 
+@torch.compiler.disable  # kernels, and settings of torch's that hold while it runs
 def linear_cross_entropy(
     x_TH: torch.Tensor,
     weight_VH: torch.Tensor,
@@ -338,7 +339,7 @@ def linear_cross_entropy(
         "needs_x": recording and x_TH.requires_grad,
         "needs_weight": recording and weight_VH.requires_grad,
     }
-    with torch.autocast(x_TH.device.type, enabled=False):
+    with torch.cuda.device_of(x_TH), torch.autocast(x_TH.device.type, enabled=False):
         return _LinearCrossEntropy.apply(x_TH, weight_VH, labels_T, options)  # pyright: ignore[reportReturnType]
 
 
@@ -363,5 +364,5 @@ def token_losses(
     chunk = chunk or chunk_size(len(x_TH), len(weight_VH), x_TH.dtype.itemsize, gradients=False)
     labels, entropy = labels_T.contiguous(), CrossEntropy(ignore_index, scale, softcap)
     factor = torch.ones((), device=x_TH.device)
-    with torch.autocast(x_TH.device.type, enabled=False):
+    with torch.cuda.device_of(x_TH), torch.autocast(x_TH.device.type, enabled=False):
         return _by_vocabulary(x_TH, weight_VH, labels, entropy, factor, chunk, None, None)[0]

@@ -1,0 +1,22 @@
+"""Whether the kernels of the fused forward run on this machine."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from steep.kernels import OLDEST_CARD
+
+
+def why_not_here() -> str | None:
+    """Why they do not; None: they do, or there is no card, where plain torch computes the same."""
+    if not torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return "its kernels are for NVIDIA's cards"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_CARD:
+        oldest, here = (".".join(map(str, each)) for each in (OLDEST_CARD, capability))
+        return f"its kernels need compute capability {oldest}, and the card has {here}"
+    return None if find_spec("triton") else "triton is not installed"

@@ -1,0 +1,317 @@
+"""What the fused forward leaves to the library: the answer is the library's own, and one line names the reason."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaptionPromptConfig, get_peft_model
+from torch import nn
+from transformers import AttentionInterface
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from steep.errors import UserError
+from steep.model import install as installing
+from steep.model.families import fused_class
+from steep.model.install import install, is_installed, uninstall, why_not_fused
+from steep.model.unwrap import unwrap
+from tests.model.test_fused import EXACT, adapted, assert_same, loss_and_gradients, packed
+from tests.ops.closeness import error
+from tests.tiny import VOCAB_SIZE, tiny_model
+
+Batch = dict[str, Any]
+
+
+def rows(*lengths: int, width: int = 64) -> Batch:
+    """Rows of these lengths, padded on the right."""
+    tokens = torch.randint(3, VOCAB_SIZE, (len(lengths), width), generator=torch.Generator().manual_seed(2))
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    return {"input_ids": tokens, "attention_mask": mask.long(), "labels": tokens.masked_fill(~mask, -100)}
+
+
+def assert_left_to_the_library(model: Any, batch: Batch, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    """`model` is installed. What it gives is what it gives once uninstalled, and nothing was computed fused."""
+    loss, gradients = loss_and_gradients(model, batch)
+    assert unwrap(model).fused.calls == 0  # pyright: ignore[reportAttributeAccessIssue]
+    said = [record.message for record in caplog.records if "not fused" in record.message]
+    assert len(said) == 1 and reason in said[0], said
+    uninstall(model)
+    expected, truth = loss_and_gradients(model, batch)
+    assert abs(loss - expected) <= EXACT * expected
+    assert max(error(gradients[name], truth[name]) for name in truth) <= EXACT
+
+
+# ---- a model that changed after it was installed
+
+
+def another_attention(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    groups = query.shape[1] // value.shape[1]
+    key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
+    return (query + key + value).transpose(1, 2).contiguous(), None
+
+
+def set_attention(model: Any) -> None:
+    AttentionInterface.register("mine", another_attention)
+    model.config._attn_implementation = "mine"
+
+
+def fewer_layers(model: Any) -> None:
+    model.config.num_hidden_layers = 1
+
+
+def not_causal(model: Any) -> None:
+    model.config.is_causal = False
+
+
+def bidirectional(model: Any) -> None:
+    model.config.use_bidirectional_attention = True
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "reason"),
+    [
+        ("llama", set_attention, "its attention is mine"),
+        ("llama", fewer_layers, "num_hidden_layers is 1"),
+        ("llama", not_causal, "is_causal"),
+        ("gemma3", bidirectional, "use_bidirectional_attention"),
+    ],
+)
+def test_a_config_that_says_otherwise(
+    family: str, change: Callable[[Any], None], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(family)
+    if change is fewer_layers:  # the last gets no gradient then
+        model.model.layers[1].requires_grad_(False)  # pyright: ignore[reportAttributeAccessIssue]
+    model = adapted(model)
+    if change is fewer_layers:
+        for parameter in unwrap(model).model.layers[1].parameters():
+            parameter.requires_grad_(False)
+    install(model)
+    change(unwrap(model))
+    assert_left_to_the_library(model, packed(), reason, caplog)
+    with pytest.raises(UserError, match=reason):
+        install(model)
+
+
+class TwiceTheNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(hidden_states)
+
+
+class TwiceTheMlp(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(("part", "cls"), [("input_layernorm", TwiceTheNorm), ("mlp", TwiceTheMlp)])
+def test_a_part_of_another_class_is_refused_by_name(part: str, cls: type) -> None:
+    model = adapted(tiny_model("llama"))
+    getattr(unwrap(model).model.layers[1], part).__class__ = cls
+    with pytest.raises(UserError, match=cls.__name__):
+        install(model)
+
+
+def test_adapters_of_another_kind_are_refused_by_name() -> None:
+    model = get_peft_model(
+        tiny_model("llama"),
+        AdaptionPromptConfig(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM"),  # pyright: ignore[reportArgumentType]
+    )
+    with pytest.raises(UserError, match="AdaptedAttention"):
+        install(model)
+
+
+def test_a_weight_that_cannot_be_read_is_refused_by_name() -> None:
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for linear in (Linear4bit(128, 64, bias=False), Linear8bitLt(128, 64, bias=False, has_fp16_weights=True)):
+        model = tiny_model("llama").requires_grad_(False)
+        model.model.layers[0].mlp.down_proj = linear.requires_grad_(False)  # pyright: ignore[reportAttributeAccessIssue]
+        with pytest.raises(UserError, match="cannot be fused"):
+            install(model)
+
+
+# ---- hooks
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+def test_a_hook_on_a_decoder_layer_sees_the_librarys_shapes_once(
+    number: int, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, seen = install(adapted(tiny_model("llama"))), []
+
+    def hook(module: nn.Module, first: Any, *_: Any) -> None:
+        seen.append(first[0].shape)
+
+    getattr(unwrap(model).model.layers[number], f"register_{kind}_hook")(hook)
+    loss_and_gradients(model, packed())
+    assert seen == [(2, 64, 64)]
+    assert f"layer {number} has hooks" in caplog.text
+    seen.clear()
+    with pytest.raises(UserError, match="has hooks"):
+        install(uninstall(model))
+
+
+def test_no_layer_is_called_before_all_are_read(caplog: pytest.LogCaptureFixture) -> None:
+    """FSDP's hooks are let be: they look at no shapes. Here one counts, and the layer behind it cannot be fused."""
+    model, seen = install(adapted(tiny_model("llama"))), []
+
+    def hook(*_: Any) -> None:
+        seen.append(1)
+
+    hook.__module__ = "torch.distributed.fsdp"
+    first, second = unwrap(model).model.layers
+    first.register_forward_pre_hook(hook)
+    loss_and_gradients(model, packed())
+    assert unwrap(model).fused.calls == 1 and seen == [1]  # pyright: ignore[reportAttributeAccessIssue]
+    second.mlp.register_forward_hook(lambda *_: None)
+    loss_and_gradients(model, packed())
+    assert unwrap(model).fused.calls == 1 and seen == [1, 1]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_outputs_that_were_asked_for_once_leave_no_hook_that_is_refused() -> None:
+    model = install(adapted(tiny_model("llama")).eval())
+    with torch.no_grad():
+        model(**packed(), use_cache=False, output_hidden_states=True)
+        assert unwrap(model).fused.calls == 0  # pyright: ignore[reportAttributeAccessIssue]
+        model(**packed(), use_cache=False)
+    assert unwrap(model).fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# ---- masks, positions, documents
+
+
+def test_packed_positions_with_a_mask(caplog: pytest.LogCaptureFixture) -> None:
+    for mask in (torch.ones(2, 64), rows(64, 62)["attention_mask"]):
+        caplog.clear()
+        model = install(adapted(tiny_model("llama")))
+        assert_left_to_the_library(model, {**packed(), "attention_mask": mask}, "start anew", caplog)
+
+
+def test_a_mask_without_padding_is_fused() -> None:
+    model = adapted(tiny_model("llama"))
+    assert_same(model, rows(64, 64))
+    assert_same(model, {**rows(64, 40), "position_ids": 3 + torch.arange(64)[None]})
+
+
+def test_a_row_without_a_token(caplog: pytest.LogCaptureFixture) -> None:
+    model = install(adapted(tiny_model("llama")))
+    assert_left_to_the_library(model, rows(64, 0), "without a token", caplog)
+
+
+def test_cumulated_lengths_without_positions(caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = install(adapted(tiny_model("llama"))), packed()
+    del batch["position_ids"]
+    ends = torch.tensor([0, 5, 45, 64, 65, 125, 128], dtype=torch.int32)
+    assert_left_to_the_library(model, {**batch, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}, "cu_seq_lens", caplog)
+
+
+def test_document_lengths_without_positions_are_an_error() -> None:
+    model, batch = install(adapted(tiny_model("llama"))), packed()
+    del batch["position_ids"]
+    with pytest.raises(ValueError, match="position_ids"):
+        model(**batch, use_cache=False, document_lengths=[64, 64])
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+@pytest.mark.parametrize("longest", [30, 64])
+def test_rotations_that_go_by_the_longest_row_count_its_padding(rope: dict[str, Any], longest: int) -> None:
+    rope = {**rope, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    limit = 32 if rope["rope_type"] == "dynamic" else 128
+    model = tiny_model("llama", rope_parameters=rope, max_position_embeddings=limit)
+    batch = rows(longest, 17)
+    fused = adapted(model)
+    library = loss_and_gradients(copy.deepcopy(fused), batch)
+    install(fused)
+    loss, gradients = loss_and_gradients(fused, batch)
+    assert unwrap(fused).fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
+    assert abs(loss - library[0]) <= EXACT * loss
+    assert max(error(gradients[name], library[1][name]) for name in gradients) <= EXACT
+
+
+def test_embeddings_may_lie_in_any_order() -> None:
+    model, batch = adapted(tiny_model("llama")).eval(), packed([[5, 40, 19]])
+    embedded = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+    apart = embedded.transpose(1, 2).contiguous().transpose(1, 2)
+    with torch.no_grad():
+        expected = model(**batch, inputs_embeds=embedded, use_cache=False).loss
+        install(model)
+        assert abs(model(**batch, inputs_embeds=apart, use_cache=False).loss - expected) < EXACT
+    assert unwrap(model).fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# ---- how it is called and wrapped
+
+
+def test_hidden_states_come_first_among_positional_arguments() -> None:
+    model = tiny_model("llama").requires_grad_(False).eval()
+    layer, hidden = model.model.layers[0], torch.randn(1, 8, 64)  # pyright: ignore[reportAttributeAccessIssue]
+    positions = torch.arange(8)[None]
+    turns = model.model.rotary_emb(hidden, positions)  # pyright: ignore[reportAttributeAccessIssue]
+    mask = torch.zeros(1, 1, 8, 8)
+    expected = layer(hidden, mask, position_ids=positions, position_embeddings=turns)
+    install(model)
+    assert torch.equal(layer(hidden, mask, position_ids=positions, position_embeddings=turns), expected)
+
+
+def test_replicas_of_data_parallel_are_refused_by_name() -> None:
+    model = install(adapted(tiny_model("llama")))
+    unwrap(model).model._is_replica = True
+    with pytest.raises(UserError, match="DataParallel"):
+        model(**packed(), use_cache=False)
+
+
+def test_a_class_of_fsdp_over_a_fused_one_is_installed() -> None:
+    model, batch = install(tiny_model("llama").requires_grad_(False).eval()), packed()
+    for module in (model.model.layers[0], model):
+        module.__class__ = type(f"FSDP{type(module).__name__}", (type(module),), {})
+    assert is_installed(model) and why_not_fused(model) is None
+    model(**batch, use_cache=False)
+    assert model.fused.calls == 1
+    with pytest.raises(UserError, match="FSDPLlamaForCausalLM"):
+        uninstall(model)
+    assert fused_class(type(model)) is None
+
+
+def test_a_machine_without_its_kernels_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    assert why_not_fused(tiny_model("llama").requires_grad_(False)) == installing.why_not_here()
+    with pytest.raises(UserError, match=r"compute capability 7\.5, and the card has 7\.0"):
+        install(tiny_model("llama").requires_grad_(False))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_an_installed_model_may_be_compiled() -> None:
+    model, batch = install(adapted(tiny_model("llama"))), packed()
+    expected = loss_and_gradients(model, batch)
+    torch._dynamo.reset()
+    loss, gradients = loss_and_gradients(torch.compile(model, backend="eager"), batch)
+    assert torch.equal(loss, expected[0])
+    assert unwrap(model).fused.calls == 2  # pyright: ignore[reportAttributeAccessIssue]
+    for name, gradient in expected[1].items():
+        assert torch.equal(gradients[f"_orig_mod.{name}"], gradient)
+
+
+def test_launches_happen_on_the_card_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded: list[torch.Size] = []
+    own = torch.cuda.device_of
+
+    def spy(tensor: torch.Tensor) -> Any:
+        guarded.append(tensor.shape)
+        return own(tensor)
+
+    monkeypatch.setattr(torch.cuda, "device_of", spy)
+    install(adapted(tiny_model("llama")))(**packed(), use_cache=False)
+    assert guarded == [(128, 64), (128, 64)]  # of the decoder, and of the loss
