@@ -21,7 +21,7 @@ from steep.fused_memory import FusedStep
 from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
 from steep.hand_over import export_run
 from steep.memory import shape_of
-from steep.model import decoder, install
+from steep.model import decoder, install, machine
 from steep.model.choices import Choices
 from steep.model.install import is_installed
 from steep.model.resolve import read_tokenizer, resolve
@@ -341,7 +341,7 @@ def test_auto_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     config.model.attn_implementation = "eager"
     assert "asks for transformers' eager" in (decide(config, empty, None)[1] or "")
     config.model.attn_implementation = "auto"
-    monkeypatch.setattr(fusing, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
     assert decide(config, empty, None)[1] == "triton is not installed"
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "NVIDIA" in (decide(config, empty, None)[1] or "")
