@@ -162,7 +162,7 @@ def test_no_layer_is_called_before_all_are_read(caplog: pytest.LogCaptureFixture
     def hook(*_: Any) -> None:
         seen.append(1)
 
-    hook.__module__ = "torch.distributed.fsdp"
+    hook.__module__ = "torch.distributed.fsdp._fully_shard"
     first, second = unwrap(model).model.layers
     first.register_forward_pre_hook(hook)
     loss_and_gradients(model, packed())
@@ -172,13 +172,18 @@ def test_no_layer_is_called_before_all_are_read(caplog: pytest.LogCaptureFixture
     assert unwrap(model).fused.calls == 1 and seen == [1, 1]  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_outputs_that_were_asked_for_once_leave_no_hook_that_is_refused() -> None:
-    model = install(adapted(tiny_model("llama")).eval())
+@pytest.mark.parametrize("asked", ["hidden_states", "attentions"])
+def test_outputs_between_layers_are_the_librarys(asked: str) -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    model = adapted(model).eval()
     with torch.no_grad():
-        model(**packed(), use_cache=False, output_hidden_states=True)
-        assert unwrap(model).fused.calls == 0  # pyright: ignore[reportAttributeAccessIssue]
-        model(**packed(), use_cache=False)
-    assert unwrap(model).fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
+        expected = copy.deepcopy(model)(**packed(), use_cache=False, **{f"output_{asked}": True})[asked]
+        install(model)
+        found = model(**packed(), use_cache=False, **{f"output_{asked}": True})[asked]
+    assert unwrap(model).fused.calls == 0  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(found) == len(expected) >= 2
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 # ---- masks, positions, documents

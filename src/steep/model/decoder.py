@@ -15,6 +15,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from steep.errors import UserError
 from steep.model.backends import Backends
@@ -119,6 +120,7 @@ class FusedDecoder(nn.Module):
     layers: Any
     norm: Any
     rotary_emb: Any
+    _can_record_outputs: Any
 
     def forward(
         self,
@@ -166,6 +168,8 @@ class FusedDecoder(nn.Module):
                 fused = False
         if fused:
             return BaseModelOutputWithPast(last_hidden_state=hidden_states)  # pyright: ignore[reportPossiblyUnboundVariable]
+        # transformers records hidden states and attentions of the classes that are known to it by name.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(self)), self._can_record_outputs)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -9,6 +9,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from steep.model.projections import Unfused
 
+_HARMLESS = ("torch.distributed.", "transformers.utils.output_capturing")  # modules of hooks
+
 
 def refuse_config(config: Any, layers: Any) -> None:
     """Settings that transformers reads at each call, so that they count as they are now.
@@ -32,14 +34,15 @@ def refuse_config(config: Any, layers: Any) -> None:
 def refuse_hooks_of_layer(layer: Any, name: str) -> None:
     """A fused layer is called, but with the tokens of all rows in one dimension: a hook would see other shapes.
 
-    FSDP's own look at no shape.
+    FSDP's own look at no shape, and those that transformers leaves behind once hidden states were asked for do nothing
+    in a call that asks for none.
 
     Raises:
         Unfused: the layer has another hook, or another forward.
     """
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     for hook in (hook for each in hooks for hook in each.values()):
-        if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed"):
+        if not (getattr(hook, "__module__", None) or "").startswith(_HARMLESS):
             raise Unfused(f"{name} has hooks")
     if "forward" in layer.__dict__:
         raise Unfused(f"the forward of {name} was replaced")
