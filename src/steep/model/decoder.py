@@ -168,8 +168,9 @@ class FusedDecoder(nn.Module):
                 fused = False
         if fused:
             return BaseModelOutputWithPast(last_hidden_state=hidden_states)  # pyright: ignore[reportPossiblyUnboundVariable]
-        # transformers records hidden states and attentions of the classes that are known to it by name.
-        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(self)), self._can_record_outputs)
+        # transformers records hidden states and attentions of the classes that are known to it by name; an instance that
+        # it makes enters its class itself.
+        _CAN_RECORD_REGISTRY[str(type(self))] = self._can_record_outputs
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
