@@ -168,9 +168,9 @@ class FusedDecoder(nn.Module):
                 fused = False
         if fused:
             return BaseModelOutputWithPast(last_hidden_state=hidden_states)  # pyright: ignore[reportPossiblyUnboundVariable]
-        # transformers records hidden states and attentions of the classes that are known to it by name; an instance that
-        # it makes enters its class itself.
-        _CAN_RECORD_REGISTRY[str(type(self))] = self._can_record_outputs
+        # transformers records hidden states and attentions of classes that have entered themselves by name: each does
+        # so when it makes an instance, and this one was set on one.
+        _CAN_RECORD_REGISTRY.update({str(type(self)): self._can_record_outputs})  # pyright: ignore[reportArgumentType]
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
