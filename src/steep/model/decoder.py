@@ -26,7 +26,7 @@ from steep.model.read_layer import Traits
 from steep.model.reading import Reading
 from steep.model.recompute import levels_within, room_on_card
 from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_outputs, row_lengths
-from steep.ops.backend import gradient_dtype
+from steep.ops.backend import gradient_dtype, not_compiled
 from steep.ops.embedding import embedding
 from steep.ops.linear_cross_entropy import Way
 from steep.ops.packing import Packing
@@ -161,7 +161,7 @@ class FusedDecoder(nn.Module):
                 if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
                     raise Unfused("cu_seq_lens_q came without position_ids")
                 given = input_ids, attention_mask, position_ids, inputs_embeds, document_lengths
-                hidden_states = self._fused_forward(*given)  # pyright: ignore[reportCallIssue]
+                hidden_states = self._fused_forward(*given)
                 fused = True
             except Unfused as reason:
                 self.fused.say_once(str(reason))
@@ -191,7 +191,7 @@ class FusedDecoder(nn.Module):
             return past_key_values is not None
         return bool(self.config.use_cache if use_cache is None else use_cache)
 
-    @torch.compiler.disable  # kernels, and settings of torch's that hold while it runs
+    @not_compiled
     def _fused_forward(
         self,
         input_ids: torch.Tensor | None,

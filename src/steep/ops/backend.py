@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +31,15 @@ def interpreted() -> Iterator[None]:
 def gradient_dtype(tensor: torch.Tensor) -> torch.dtype:
     """What autograd keeps of the gradient of `tensor`: its own dtype, or the `grad_dtype` that a leaf was given."""
     return (tensor.grad_dtype if tensor.is_leaf else None) or tensor.dtype
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def not_compiled(function: Function) -> Function:
+    """Let torch.compile call `function` as it is: what is fused gains nothing, and changes settings that a trace may
+    not."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 def vjp(

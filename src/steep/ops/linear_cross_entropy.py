@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
+from steep.ops.backend import not_compiled
 from steep.ops.cross_entropy import CrossEntropy, nothing_yet, product_buffer, scaled
 from steep.ops.products import product, sums_in_fp32
 
@@ -288,7 +289,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *linear_cross_entropy_backward(gradients, grad_output), None, None
 
 
-@torch.compiler.disable  # kernels, and settings of torch's that hold while it runs
+@not_compiled
 def linear_cross_entropy(
     x_TH: torch.Tensor,
     weight_VH: torch.Tensor,
