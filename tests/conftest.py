@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,6 +129,16 @@ def _interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         repair(patch)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that a signal ends leaves at once if a thread would hold it up, and the tests' process with it. Threads
+    that a library started for another test are not the command's."""
+    from steep import cli
+
+    before, is_waited_for = set(threading.enumerate()), cli._is_waited_for
+    monkeypatch.setattr(cli, "_is_waited_for", lambda thread: thread not in before and is_waited_for(thread))
 
 
 @pytest.fixture(scope="session")
