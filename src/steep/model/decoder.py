@@ -22,7 +22,7 @@ from steep.model.backends import Backends
 from steep.model.block import block
 from steep.model.layer import Batch, Layer
 from steep.model.projections import Unfused, compute_dtype, refuse_hooks
-from steep.model.read_layer import Traits
+from steep.model.read_layer import Traits, eps_of
 from steep.model.reading import Reading
 from steep.model.recompute import levels_within, room_on_card
 from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_outputs, row_lengths
@@ -151,9 +151,7 @@ class FusedDecoder(nn.Module):
             )
         if document_lengths is not None and position_ids is None:
             raise ValueError("document_lengths need position_ids, which begin with 0 at each document")
-        if self._wants_cache(past_key_values, use_cache):
-            fused = False
-        else:
+        if not self._wants_cache(past_key_values, use_cache):
             use_cache = False
             try:
                 refuse_config(self.config, self.layers)
@@ -161,13 +159,9 @@ class FusedDecoder(nn.Module):
                 if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
                     raise Unfused("cu_seq_lens_q came without position_ids")
                 given = input_ids, attention_mask, position_ids, inputs_embeds, document_lengths
-                hidden_states = self._fused_forward(*given)
-                fused = True
+                return BaseModelOutputWithPast(last_hidden_state=self._fused_forward(*given))  # pyright: ignore[reportArgumentType]
             except Unfused as reason:
                 self.fused.say_once(str(reason))
-                fused = False
-        if fused:
-            return BaseModelOutputWithPast(last_hidden_state=hidden_states)  # pyright: ignore[reportPossiblyUnboundVariable]
         # transformers records hidden states and attentions of classes that have entered themselves by name: each does
         # so when it makes an instance, and this one was set on one.
         _CAN_RECORD_REGISTRY.update({str(type(self)): self._can_record_outputs})  # pyright: ignore[reportArgumentType]
@@ -241,9 +235,10 @@ class FusedDecoder(nn.Module):
             batch = Batch(packing, *turns[kind], dtype, level)
             hidden_states = layer(hidden_states, batch=batch, fused=self.fused)
         traits = self.layers[0].traits
-        eps = self.norm.eps if hasattr(self.norm, "eps") else self.norm.variance_epsilon
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return rms_norm(hidden_states, self.norm.weight, eps, unit_offset=traits.unit_offset).to(dtype)
+            return rms_norm(hidden_states, self.norm.weight, eps_of(self.norm), unit_offset=traits.unit_offset).to(
+                dtype
+            )
 
     def _read(self) -> None:
         """Every layer, before any is computed: what refuses one of them must not find others called already."""

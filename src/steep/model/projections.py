@@ -64,12 +64,17 @@ def base_weight(module: Any, name: str) -> BaseWeight:
     return DenseWeight(module.weight)
 
 
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """The hooks that a call of `module` runs, in the dictionaries that hold them from now on."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def refuse_hooks(module: nn.Module, name: str) -> None:
     """The fused forward reads a module's tensors and never calls it: a hook on it would be passed over in silence.
 
     PEFT's `adapter_names`, one adapter for each row, works by such hooks.
     """
-    if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if any(hooks_of(module)):
         raise Unfused(f"{name} has hooks")
     if "forward" in module.__dict__:
         raise Unfused(f"the forward of {name} was replaced")

@@ -33,6 +33,11 @@ class Traits:
     softcap: bool = False
 
 
+def eps_of(norm: Any) -> float:
+    """Families name it differently."""
+    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+
+
 def read_layer(module: Any, traits: Traits) -> Layer:
     """The tensors of a decoder layer as they are now: PEFT may switch adapters on and off between two calls.
 
@@ -64,8 +69,7 @@ def _read(module: Any, traits: Traits) -> Layer:
         refuse_hooks(part, name)
         if part.weight.requires_grad:
             raise Unfused(f"{name} trains its norms")
-        eps = part.eps if hasattr(part, "eps") else part.variance_epsilon
-        return Norm(part.weight, eps, traits.unit_offset)
+        return Norm(part.weight, eps_of(part), traits.unit_offset)
 
     def linear(part: Any, last: str) -> Any:
         return projection(getattr(part, last), f"{last} of {name}", training=training)

@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from steep.model.layer import Layer
+from steep.model.projections import hooks_of
 from steep.model.read_layer import Traits, read_layer
 
 
@@ -22,13 +23,7 @@ class Reading:
         self.layer: Layer = read_layer(module, traits)
         self._module = module
         parts = list(module.modules())[1:]  # a hook on the layer itself is called
-        self._hooks = [
-            hooks
-            for part in parts
-            for hooks in (
-                part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
-            )
-        ]  # fmt: skip
+        self._hooks = [hooks for part in parts for hooks in hooks_of(part)]
         self._names = [part.__dict__ for part in parts]
         self._members = [part._modules for part in [module, *parts] if part._modules]
         self._dropouts: list[Any] = [part for part in parts if isinstance(part, nn.Dropout)]

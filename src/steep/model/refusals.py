@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from steep.model.projections import Unfused
+from steep.model.projections import Unfused, hooks_of
 
 _HARMLESS = ("torch.distributed.", "transformers.utils.output_capturing")  # modules of hooks
 
@@ -40,8 +40,7 @@ def refuse_hooks_of_layer(layer: Any, name: str) -> None:
     Raises:
         Unfused: the layer has another hook, or another forward.
     """
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    for hook in (hook for each in hooks for hook in each.values()):
+    for hook in (hook for each in hooks_of(layer) for hook in each.values()):
         if not (getattr(hook, "__module__", None) or "").startswith(_HARMLESS):
             raise Unfused(f"{name} has hooks")
     if "forward" in layer.__dict__:
