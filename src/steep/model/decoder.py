@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -21,7 +20,7 @@ from steep.errors import UserError
 from steep.model.backends import Backends
 from steep.model.block import block
 from steep.model.layer import Batch, Layer
-from steep.model.projections import Unfused, compute_dtype, refuse_hooks
+from steep.model.projections import Unfused, compute_dtype, in_use, refuse_hooks
 from steep.model.read_layer import Traits, eps_of
 from steep.model.reading import Reading
 from steep.model.recompute import levels_within, room_on_card
@@ -279,9 +278,7 @@ class FusedDecoder(nn.Module):
 
 def looked_up(module: Any, input_ids: torch.Tensor) -> torch.Tensor:
     """The embeddings of `input_ids`: the module's own, but with a gradient in what autograd keeps of the table's."""
-    table: Any = module
-    if isinstance(module, ModulesToSaveWrapper) and not module.disable_adapters and module.active_adapters:
-        table = module.modules_to_save[module.active_adapters[0]]
+    table = in_use(module)
     scale = getattr(table, "embed_scale", None)  # Gemma's own class multiplies by it
     known = type(table) is nn.Embedding or (isinstance(table, nn.Embedding) and scale is not None)
     hooks = [each for part in (module, table) for each in (part._forward_hooks, part._forward_pre_hooks) if each]

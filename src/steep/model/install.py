@@ -1,7 +1,7 @@
 """The fused forward put on a model, and taken off: the classes of its own decoder, layers and causal LM are set.
 
 Nothing else changes, and no other model: parameters, their names and their adapters stay where they are, so PEFT,
-Trainer, saving, merging and generate() find what they know. The fused forward reads all of it anew at each call.
+Trainer, saving, merging and generate() find what they know. The fused forward looks at all of it at each call.
 """
 
 from __future__ import annotations

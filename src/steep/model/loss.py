@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from steep.model.decoder import Fused
 from steep.model.original_module import OriginalHead
-from steep.model.projections import Unfused, refuse_hooks
+from steep.model.projections import Unfused, in_use, refuse_hooks
 from steep.model.recompute import loss_bytes, training_bytes
 from steep.ops.backend import gradient_dtype
 from steep.ops.linear_cross_entropy import linear_cross_entropy
@@ -141,13 +140,9 @@ class FusedCausalLM(nn.Module):
 
 
 def _head_weight(head: Any) -> torch.Tensor:
-    refuse_hooks(head, "lm_head")
-    if isinstance(head, ModulesToSaveWrapper):
-        active = (
-            [] if head.disable_adapters else [name for name in head.active_adapters if name in head.modules_to_save]
-        )
-        head = head.modules_to_save[active[0]] if active else head.original_module
-        refuse_hooks(head, "lm_head")
+    for part in (head, in_use(head)):
+        refuse_hooks(part, "lm_head")
+    head = in_use(head)
     if isinstance(head, OriginalHead):
         return head.weight
     if isinstance(head, LoraLayer):

@@ -9,6 +9,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import bnb as lora_over_bnb
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from steep.ops.base_weight import BaseWeight, DenseWeight
@@ -62,6 +63,17 @@ def base_weight(module: Any, name: str) -> BaseWeight:
     if type(module) is not nn.Linear:
         raise Unfused(f"{name} is a {type(module).__name__}")
     return DenseWeight(module.weight)
+
+
+def in_use(module: Any) -> Any:
+    """What PEFT's wrapper around a module that is trained whole calls now: the trained copy, or the original. Any other
+    module is itself."""
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module
+    active = (
+        [] if module.disable_adapters else [each for each in module.active_adapters if each in module.modules_to_save]
+    )
+    return module.modules_to_save[active[0]] if active else module.original_module
 
 
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:
