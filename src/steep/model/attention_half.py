@@ -114,9 +114,7 @@ class AttentionHalf:
         elif dx2.data_ptr() != columns.data_ptr():
             copy_rows(dx2, columns)
         self.o.extend_gradient(d_out, weights)
-        # In rows like those of the output that it belongs to: cuDNN copies what lies in memory in another way.
-        d_attended = rows(dx2, self.o.input_width, self.batch.dtype)[:, self.o.x_columns]
-        self.o.input_gradient(d_out, weights, out=d_attended)
+        d_attended = self.o.input_gradient(d_out, weights)
         gradients = self.o.adapter_gradients(d_out, attended)
         d_qkv = rows(dx2, self.qkv.gradient_width, self.batch.dtype)
         attention_backward(

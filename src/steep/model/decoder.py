@@ -25,6 +25,7 @@ from steep.model.read_layer import Traits, eps_of
 from steep.model.reading import Reading
 from steep.model.recompute import levels_within, room_on_card
 from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_outputs, row_lengths
+from steep.model.walked import Walk
 from steep.ops.backend import gradient_dtype, not_compiled
 from steep.ops.embedding import embedding
 from steep.ops.linear_cross_entropy import Way
@@ -62,9 +63,10 @@ class Fused:
     calls: int = 0
     said: set[str] = field(default_factory=set)
     _readings: dict[int, Reading] = field(default_factory=dict, repr=False)
+    _walks: dict[int, Walk] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readings": {}}  # of these modules, not of a copy's
+        return {**self.__dict__, "_readings": {}, "_walks": {}}  # of these modules, not of a copy's
 
     def layer(self, module: FusedLayer) -> Layer:
         """The tensors of a decoder layer as they are now: PEFT may switch adapters on and off between two calls."""
@@ -73,6 +75,13 @@ class Fused:
             reading = self._readings[id(module)] = Reading(module, module.traits)
         return reading.layer
 
+    def walk(self, module: nn.Module) -> Walk:
+        """What is in `module`, a model that computes so, or PEFT's wrapper around it."""
+        walk = self._walks.get(id(module))
+        if walk is None or not walk.holds():
+            walk = self._walks[id(module)] = Walk(module)
+        return walk
+
     def say_once(self, reason: str, *, fused: bool = False) -> None:
         if reason not in self.said:
             self.said.add(reason)
@@ -80,7 +89,8 @@ class Fused:
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer that computes as one block where it is given a `batch` (and then its model's `fused`)."""
+    """A decoder layer that computes as one block where it is given a `batch` (and then its model's `fused`, and its
+    own tensors where they are read already)."""
 
     traits = Traits()
     gradient_checkpointing: bool
@@ -98,10 +108,11 @@ class FusedLayer(nn.Module):
         *args: Any,
         batch: Batch | None = None,
         fused: Fused | None = None,
+        layer: Layer | None = None,
         **kwargs: Any,
     ) -> Any:
         if batch is not None and fused is not None:
-            layer, trains = fused.layer(self), self.training and torch.is_grad_enabled()
+            layer, trains = layer or fused.layer(self), self.training and torch.is_grad_enabled()
             backend = fused.backends.backend(layer.attention, batch.packing, batch.dtype, trains=trains)
             return block(hidden_states, layer, batch, backend)
         library = super().forward
@@ -223,30 +234,35 @@ class FusedDecoder(nn.Module):
     def _layers(
         self, hidden_states: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor | None, packing: Packing
     ) -> torch.Tensor:
-        self._read()
+        layers = self._read()
         dtype = compute_dtype(self.layers[0].mlp.down_proj, hidden_states)
         if self.norm.weight.requires_grad:
             raise Unfused("the last norm is trained")
         kinds = [getattr(layer.self_attn, "layer_type", None) for layer in self.layers]
         turns = {kind: self._turns(positions, kind, valid) for kind in set(kinds)}
         levels = self._levels(hidden_states, dtype) if torch.is_grad_enabled() else [0] * len(kinds)
-        for layer, kind, level in zip(self.layers, kinds, levels, strict=True):
+        for module, layer, kind, level in zip(self.layers, layers, kinds, levels, strict=True):
             batch = Batch(packing, *turns[kind], dtype, level)
-            hidden_states = layer(hidden_states, batch=batch, fused=self.fused)
+            hidden_states = module(hidden_states, batch=batch, fused=self.fused, layer=layer)
         traits = self.layers[0].traits
         with torch.autocast(hidden_states.device.type, enabled=False):
             return rms_norm(hidden_states, self.norm.weight, eps_of(self.norm), unit_offset=traits.unit_offset).to(
                 dtype
             )
 
-    def _read(self) -> None:
-        """Every layer, before any is computed: what refuses one of them must not find others called already."""
+    def _read(self) -> list[Layer | None]:
+        """Every layer, before any is computed: what refuses one of them must not find others called already. None: its
+        tensors are other ones when it is called (FSDP gathers them then)."""
+        read: list[Layer | None] = []
         for number, layer in enumerate(self.layers):
+            known = None
             if isinstance(layer, FusedLayer):
                 refuse_hooks_of_layer(layer, f"layer {number}")
-                self.fused.layer(layer)
+                known = self.fused.layer(layer)
             elif not type(layer).__module__.startswith("torch.distributed"):  # FSDP's wrapper, which reads when called
                 raise Unfused(f"layer {number} is a {type(layer).__name__}")
+            read.append(None if layer._forward_pre_hooks else known)
+        return read
 
     def _turns(
         self, positions: torch.Tensor, kind: str | None, valid: torch.Tensor | None

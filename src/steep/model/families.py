@@ -6,6 +6,7 @@ accelerate, FSDP and device maps, which match layers by name, find what they loo
 
 from __future__ import annotations
 
+import peft
 from transformers.models.gemma import modeling_gemma as gemma
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
@@ -17,6 +18,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from steep.model.decoder import FusedDecoder, FusedLayer
 from steep.model.loss import FusedCausalLM
 from steep.model.read_layer import Traits
+from steep.model.walked import Walked
 
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 
@@ -105,7 +107,15 @@ class Gemma3ForCausalLM(FusedCausalLM, gemma3.Gemma3ForCausalLM):
     pass
 
 
-# Causal LMs, decoders and layers, each behind its family's config.
+class PeftModel(Walked, peft.PeftModel):
+    pass
+
+
+class PeftModelForCausalLM(Walked, peft.PeftModelForCausalLM):
+    pass
+
+
+# Causal LMs, decoders and layers, each behind its family's config; and PEFT's wrappers around them.
 FUSED = (
     LlamaForCausalLM, LlamaModel, LlamaDecoderLayer,
     MistralForCausalLM, MistralModel, MistralDecoderLayer,
@@ -114,14 +124,15 @@ FUSED = (
     GemmaForCausalLM, GemmaModel, GemmaDecoderLayer,
     Gemma2ForCausalLM, Gemma2Model, Gemma2DecoderLayer,
     Gemma3ForCausalLM, Gemma3TextModel, Gemma3DecoderLayer,
+    PeftModel, PeftModelForCausalLM,
 )  # fmt: skip
 
 
 def library_class(fused: type) -> type:
-    """The class of transformers that a fused class stands for."""
+    """The class of transformers, or of PEFT, that a fused class stands for."""
     return fused.__bases__[1]
 
 
 def fused_class(library: type) -> type | None:
-    """The fused class that stands for a class of transformers; None: there is none."""
+    """The fused class that stands for a class of transformers or of PEFT; None: there is none."""
     return next((fused for fused in FUSED if library_class(fused) is library), None)

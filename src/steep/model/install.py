@@ -1,4 +1,5 @@
-"""The fused forward put on a model, and taken off: the classes of its own decoder, layers and causal LM are set.
+"""The fused forward put on a model, and taken off: the classes of its own decoder, layers and causal LM, and of
+PEFT's wrapper, are set.
 
 Nothing else changes, and no other model: parameters, their names and their adapters stay where they are, so PEFT,
 Trainer, saving, merging and generate() find what they know. The fused forward looks at all of it at each call.
@@ -54,7 +55,7 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
                 "levels", f"{levels} are no levels of {num_layers} layers", "Give one from 0 to 3, or one for each."
             )
     base.fused = decoder.fused = Fused(levels=levels, logits=logits)
-    for module in _modules(base):
+    for module in (*_modules(base), model):
         module.__class__ = fused_class(type(module)) or type(module)
     return model
 
@@ -71,8 +72,8 @@ def uninstall(model: Any) -> Any:
             if type(module) not in FUSED:
                 problem = f"the fused forward cannot be taken off a {type(module).__name__}"
                 raise UserError("model", problem, "Take it off before the model is wrapped.")
-        for module in _modules(base):
-            module.__class__ = library_class(type(module))
+        for module in {*_modules(base), model}:  # one that PEFT wrapped later has PEFT's own class
+            module.__class__ = library_class(type(module)) if type(module) in FUSED else type(module)
         del base.fused, base.model.fused
     return model
 
@@ -94,7 +95,7 @@ def why_not_fused(model: Any) -> str | None:
     family = fused_class(type(base))
     decoder = getattr(base, "model", None)
     if family is None or decoder is None or fused_class(type(decoder)) is None:
-        known = ", ".join(fused.__name__ for fused in FUSED if fused.__name__.endswith("ForCausalLM"))
+        known = ", ".join(fused.__name__ for fused in FUSED if issubclass(fused, FusedCausalLM))
         return f"{type(base).__name__} is not one of {known}"
     try:
         refuse_config(decoder.config, decoder.layers)

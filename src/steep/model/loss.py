@@ -14,13 +14,14 @@ from steep.model.decoder import Fused
 from steep.model.original_module import OriginalHead
 from steep.model.projections import Unfused, in_use, refuse_hooks
 from steep.model.recompute import loss_bytes, training_bytes
+from steep.model.walked import Walked
 from steep.ops.backend import gradient_dtype
 from steep.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORED = -100
 
 
-class FusedCausalLM(nn.Module):
+class FusedCausalLM(Walked):
     """A causal LM whose decoder is a `FusedDecoder`: given labels it gives a loss, and no logits unless asked to."""
 
     fused: Fused

@@ -84,7 +84,11 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Prepared:
+    """A step up to its launches: the slots that the kernel updates, by group those that bitsandbytes does."""
+
     key: list[Any]
+    slots: list[_Slot]
+    others: list[tuple[int, list[_Slot]]]
     launches: dict[torch.device, list[Launch]]
 
 
@@ -116,9 +120,7 @@ class AdamW8bit(AdamW):
     def prepare(self) -> None:
         """Work out the next `step` as far as the host has to, while the GPU still computes the gradients that there are
         now. A step over other gradients, or at other rates, works it out anew."""
-        self._initialise()
-        slots, _ = self._divided()
-        self._prepared = self._ready(slots)
+        self._prepared = self._ready()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -131,44 +133,46 @@ class AdamW8bit(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._initialise()
         factor, self.gradient_factor = self.gradient_factor, None
-        slots, others = self._divided()
-        for gindex, group in others:
+        ready, self._prepared = self._prepared, None
+        if ready is None or ready.key != self._key():
+            ready = self._ready()
+        for gindex, group in ready.others:
             if factor is not None:
                 for slot in group:
                     slot.gradient.mul_(factor.to(slot.parameter.device))
             self._step_by_bitsandbytes(gindex, group)
-        prepared, self._prepared = self._prepared, None
-        if prepared is None or prepared.key != self._key(slots):
-            prepared = self._ready(slots)
-        for slot in slots:
+        for slot in ready.slots:
             slot.state["step"] += 1
-        for device, launches_there in prepared.launches.items():
+        for device, launches_there in ready.launches.items():
             on_device = None if factor is None else factor.to(device, torch.float32).view(1)
             for launch in launches_there:
                 launch.run(on_device)
         return loss
 
-    def _initialise(self) -> None:
+    def _ready(self) -> _Prepared:
         if not self.initialized:
             self.check_overrides()
             self.to_gpu()
             self.initialized = True
-
-    def _ready(self, slots: list[_Slot]) -> _Prepared:
+        slots, others = self._divided()
         by_device: dict[torch.device, list[_Slot]] = {}
         for slot in slots:
             by_device.setdefault(slot.parameter.device, []).append(slot)
-        return _Prepared(
-            self._key(slots), {device: self._launches(members) for device, members in by_device.items()}
-        )  # fmt: skip
+        launches_by_device = {device: self._launches(members) for device, members in by_device.items()}
+        return _Prepared(self._key(), slots, others, launches_by_device)
 
-    def _key(self, slots: list[_Slot]) -> list[Any]:
-        """What launches that were worked out depend on."""
-        rates = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
-        tensors = ((slot.parameter, slot.gradient, slot.state["state1"], slot.state["step"]) for slot in slots)
-        return rates + [(p.data_ptr(), g.data_ptr(), m.data_ptr(), step) for p, g, m, step in tensors]
+    def _key(self) -> list[Any]:
+        """What a step that was worked out depends on: the host compares it with the GPU waiting."""
+        key: list[Any] = []
+        for group in self.param_groups:
+            key += group["lr"], group["weight_decay"]
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is not None:
+                    state = self.state[parameter]
+                    key += parameter.data_ptr(), gradient.data_ptr(), id(state.get("state1")), state.get("step")
+        return key
 
     def _divided(self) -> tuple[list[_Slot], list[tuple[int, list[_Slot]]]]:
         """What the kernel updates, and by group what bitsandbytes does."""

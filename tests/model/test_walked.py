@@ -1,0 +1,136 @@
+"""An installed model finds its modules again when one came or went, and is walked through no more often."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from steep.model import walked
+from steep.model.install import install, uninstall
+from steep.model.unwrap import unwrap
+from tests.model.test_fused import adapted, loss_and_gradients, packed
+from tests.tiny import tiny_model
+
+
+def give_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True).grad = torch.ones_like(parameter)
+
+
+def have_gradients(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+
+
+def modes(model: nn.Module) -> set[bool]:
+    return {module.training for module in model.modules()}
+
+
+@pytest.fixture
+def walks(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    begin = walked.Walk.__init__
+    monkeypatch.setattr(walked.Walk, "__init__", lambda self, model: (found.append(model), begin(self, model))[1])
+    return found
+
+
+@pytest.mark.parametrize("peft_is_around", [True, False])
+def test_steps_walk_once(peft_is_around: bool, walks: list[nn.Module]) -> None:
+    model: Any = tiny_model("llama", tied=False).requires_grad_(False)
+    if peft_is_around:
+        model = adapted(model)
+    else:
+        model.lm_head.requires_grad_(True)
+    install(model).eval()
+    for _ in range(3):
+        model.train()
+        loss_and_gradients(model, packed())
+        assert have_gradients(model)
+        model.zero_grad()
+        assert not have_gradients(model) and modes(model) == {True}
+    # train() goes on to the causal LM inside, when it does anything; and that one has not been asked since.
+    assert walks in ([model], [model, unwrap(model)]), walks
+
+
+@pytest.mark.parametrize("part", [lambda model: model, lambda model: unwrap(model).model.layers[1].mlp])
+def test_a_mode_that_changed_in_part_is_set_in_all(part: Callable[[Any], nn.Module]) -> None:
+    model = install(adapted(tiny_model("llama")))
+    for mode in (True, False, True, False):
+        part(model).train(not mode)
+        assert model.train(mode) is model
+        assert modes(model) == {mode}
+    assert modes(model.train().eval()) == {False}
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "another adapter": lambda model: model.add_adapter("other", model.peft_config["default"]),
+    "a module put in": lambda model: setattr(unwrap(model).model.layers[1].mlp, "more", nn.Linear(2, 2)),
+    "a module replaced": lambda model: setattr(unwrap(model).model, "norm", copy.deepcopy(unwrap(model).model.norm)),
+    "a parameter replaced": lambda model: setattr(unwrap(model).lm_head, "bias", nn.Parameter(torch.zeros(2))),
+    "a parameter put in": lambda model: unwrap(model).model.register_parameter("more", nn.Parameter(torch.zeros(2))),
+    "adapters unloaded": lambda model: model.unload(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_came_later_is_found(change: str, walks: list[nn.Module]) -> None:
+    model = install(adapted(tiny_model("llama", tied=False), modules_to_save=[]))
+    model.eval()
+    model.zero_grad()
+    walks.clear()
+    CHANGES[change](model)
+    give_gradients(model)
+    for module in model.modules():
+        module.training = False
+    model.train()
+    model.zero_grad()
+    assert modes(model) == {True} and not have_gradients(model)
+    assert walks
+
+
+def test_gradients_can_be_set_to_zero() -> None:
+    model = install(adapted(tiny_model("llama")))
+    give_gradients(model)
+    number = len(have_gradients(model))
+    model.zero_grad(set_to_none=False)
+    assert len(have_gradients(model)) == number > 0
+    assert all(parameter.grad.count_nonzero() == 0 for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_modules_of_its_own(copied: Callable[[Any], Any]) -> None:
+    model = install(adapted(tiny_model("llama")))
+    model.zero_grad()
+    other = copied(model)
+    for each in (model, other):
+        give_gradients(each)
+    other.zero_grad()
+    other.eval()
+    assert not have_gradients(other) and have_gradients(model)
+    assert modes(other) == {False} and modes(model) == {True}
+
+
+def test_the_wrapper_is_pefts_own_again() -> None:
+    model = adapted(tiny_model("llama"))
+    assert type(model) is peft.PeftModelForCausalLM
+    install(model)
+    assert type(model) is not peft.PeftModelForCausalLM and isinstance(model, peft.PeftModelForCausalLM)
+    assert type(model).__name__ == "PeftModelForCausalLM"
+    assert type(uninstall(model)) is peft.PeftModelForCausalLM
+
+
+def test_a_wrapper_put_around_later_stays() -> None:
+    inside = install(tiny_model("llama").requires_grad_(False))
+    model: Any = peft.get_peft_model(inside, peft.LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM"))
+    loss_and_gradients(model, packed())
+    model.train()
+    model.zero_grad()
+    assert modes(model) == {True} and not have_gradients(model)
+    assert type(uninstall(model)) is peft.PeftModelForCausalLM
