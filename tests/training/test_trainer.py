@@ -341,3 +341,11 @@ def test_the_rows_of_a_batch_stay_on_the_cpu(corpus: Corpus) -> None:
         ("input_ids", "labels", "position_ids"), (2, length)
     )
     assert torch.equal(batch["input_ids"][1], corpus.train[1]["input_ids"])
+
+
+def test_operations_are_transformers_own_estimate(corpus: Corpus, tmp_path: Path) -> None:
+    trainer = trainer_for(adapted(), corpus, tmp_path)
+    for rows in (1, 3, 2):
+        batch = {"input_ids": torch.zeros(rows, 64, dtype=torch.int64)}
+        expected = transformers.Trainer.floating_point_ops(trainer, batch)
+        assert trainer.floating_point_ops(batch) == expected > 0

@@ -109,6 +109,7 @@ class Trainer(Counting):
         self._outcome = Outcome.APPLIED
         self._meter = Meter()
         self._seconds_logged = 0.0
+        self._operations_a_token: float | None = None
 
     # ---- optimizer and schedule
 
@@ -233,6 +234,15 @@ class Trainer(Counting):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses_of_step.append(loss)
         return torch.where(torch.isfinite(loss), loss, 0.0)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """transformers' estimate, which is by the token, without counting all parameters at each step."""
+        tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
+        if not tokens:
+            return super().floating_point_ops(inputs)
+        if self._operations_a_token is None:
+            self._operations_a_token = super().floating_point_ops(inputs) / tokens
+        return self._operations_a_token * tokens
 
     def _as_packed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Several rows as a single one where attention is flash: transformers reads restarting positions as document
