@@ -10,6 +10,7 @@ import bitsandbytes
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from steep.data.packed_dataset import collate
 from steep.data.packing import Corpus
