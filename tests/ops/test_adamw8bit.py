@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -288,6 +289,20 @@ def test_rounding_is_unbiased(route: str, size: int, share: float) -> None:
     assert ((weights == 1.5) | (weights == 1.5 - 2**-7)).all()
     spread = math.sqrt(share * (1 - share) / size)
     assert abs((weights != 1.5).double().mean().item() - share) <= 5 * spread
+
+
+@pytest.mark.parametrize(("route", "size"), cases([(4096 + 100,), (100,)]))
+def test_a_nan_stays_one(route: str, size: int) -> None:
+    """Also one whose bits are all ones, as a GPU makes them: in a gradient here, and in what becomes of a weight."""
+    with along(route, kernels, launch=1) as device, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of the interpreter
+        (update,) = tensors((size,), BF16, FP32, device)
+        before = update.parameter.float().isnan()
+        update.gradient[::3] = torch.tensor(0x7FFFFFFF, dtype=torch.int32, device=device).view(FP32)
+        update.parameter[1::3] = torch.tensor(0x7FFF, dtype=torch.int16, device=device).view(BF16)
+        adamw8bit([update], maps(device))
+    expected = torch.arange(size, device=device) % 3 != 2
+    assert not before.any() and torch.equal(update.parameter.isnan(), expected)
 
 
 # --- size -----------------------------------------------------------------------------------------------------------

@@ -59,6 +59,14 @@ def test_rounding_keeps_infinities() -> None:
     assert not torch.isfinite(target).any()
 
 
+def test_rounding_keeps_nans() -> None:
+    """A GPU's have bits that are all ones: noise would carry, and make them -0."""
+    values = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32, device=DEVICE).view(torch.float32)
+    target = torch.empty(3, dtype=torch.bfloat16, device=DEVICE)
+    stochastic_round_(target, values, torch.Generator(DEVICE).manual_seed(0))
+    assert target.isnan().all()
+
+
 @pytest.mark.parametrize("size", [SIZE, SIZE - 3, 100])  # 100: the states stay in fp32
 def test_bf16_is_the_fp32_update_rounded(size: int) -> None:
     exact = torch.nn.Parameter(weights(size).float())

@@ -159,6 +159,7 @@ def _update(
             seed = _mix((first_block + block) ^ key1) ^ key2
             drawn = _mix(seed + tl.arange(0, BLOCK // 2).to(tl.uint32) * 0x9E3779B9)
             noise = tl.reshape(tl.join(drawn & 0xFFFF, drawn >> 16), (BLOCK,))
+            noise = tl.where(value == value, noise, 0)  # a GPU's NaN is all ones: a carry would make it -0
             bits = (value.to(tl.uint32, bitcast=True) + noise) >> 16
             _write(parameters + inside, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), there, WHOLE)
         else:

@@ -137,7 +137,8 @@ def adamw8bit_reference(
         second = second * beta2 + gradient.square() * rest2
         value = update.parameter.view(-1).float() * decay - step_size * (first / (second.sqrt() + epsilon))
         if update.parameter.dtype == torch.bfloat16:
-            bits = value.view(torch.int32) + rounding_noise(update.key, value.numel(), value.device)
+            noise = rounding_noise(update.key, value.numel(), value.device)
+            bits = value.view(torch.int32) + noise.masked_fill(value.isnan(), 0)  # a carry could make a NaN -0
             value = (bits & ~0xFFFF).view(torch.float32)
         update.parameter.view(-1).copy_(value)
         moments = [first, second]

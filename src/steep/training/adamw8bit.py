@@ -31,6 +31,7 @@ def stochastic_round_(target: torch.Tensor, values: torch.Tensor, generator: tor
     bf16 is the upper half of fp32's bits: adding 16 random bits below it carries into it as often as it should.
     """
     noise = torch.empty(values.shape, dtype=torch.int32, device=values.device).random_(0, 2**16, generator=generator)
+    noise.masked_fill_(values.isnan(), 0)  # a NaN's bits may all be ones: a carry would make it -0
     bits = values.view(torch.int32).add_(noise)
     # Little-endian: of each pair of 16-bit halves, the second is the upper one.
     target.view(torch.int16).copy_(bits.view(torch.int16)[1::2])
