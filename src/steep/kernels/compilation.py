@@ -1,4 +1,4 @@
-"""What the kernels are compiled for: the cards on which they can be built, and the configurations that are launched.
+"""What the kernels are compiled for: the configurations that are launched.
 
 `kernels/x.py` names its own in `compilations(dtype)`, from the constants that its launchers use.
 `tests/kernels/test_machine_code.py` builds each for every card, without one.
@@ -12,12 +12,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from steep.kernels import OLDEST_CARD
-
 if TYPE_CHECKING:
     from triton import JITFunction
-
-OLDEST_CAPABILITY_FOR_BFLOAT16 = (8, 0)
 
 Type: TypeAlias = "str | tuple[Type, ...]"
 
@@ -39,12 +35,6 @@ class Compilation:
     constants: Mapping[str, object]
     num_warps: int = 4
     num_stages: int = 3
-
-
-def buildable(capability: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Whether the kernels can be built for a card of this compute capability, with activations of this dtype. Where
-    they cannot, nothing is fused."""
-    return capability >= (OLDEST_CAPABILITY_FOR_BFLOAT16 if dtype == torch.bfloat16 else OLDEST_CARD)
 
 
 def triton_type(dtype: torch.dtype) -> str:
