@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from steep.evaluation.logits import TILE, agrees, find_head, losses_from_hidden
+from steep.evaluation import logits
+from steep.evaluation.logits import agrees, find_head, losses_from_hidden, tile_size
 from steep.evaluation.perplexity import evaluate
+from steep.ops import linear_cross_entropy
 from tests.evaluation.oracle import oracle, random_document, random_documents
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_config, tiny_model
 
@@ -117,14 +119,15 @@ def test_parts_under_other_names_go_through_the_models_own_forward(monkeypatch: 
 
 def test_no_logits_are_larger_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the head's output nor what cross-entropy reads; and only scored positions pass through the head."""
+    monkeypatch.setattr(logits, "TILE_BYTES", 4 * VOCAB_SIZE * (1024 + 63))
     model = tiny_model("llama", tied=False)
     head_rows: list[int] = []
     loss_rows: list[tuple[int, torch.dtype]] = []
     own_cross_entropy = F.cross_entropy
 
-    def cross_entropy(logits: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        loss_rows.append((len(logits), logits.dtype))
-        return own_cross_entropy(logits, *args, **kwargs)
+    def cross_entropy(values: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        loss_rows.append((len(values), values.dtype))
+        return own_cross_entropy(values, *args, **kwargs)
 
     def spy(_: nn.Module, __: object, output: torch.Tensor) -> None:
         head_rows.append(output.shape[:-1].numel())
@@ -136,6 +139,13 @@ def test_no_logits_are_larger_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> No
     scored = 9 * 499 + 299
     assert score.tokens == scored
     assert head_rows[:2] == [32, 32]  # the probe, both ways
-    assert max(head_rows) == TILE == 1024
+    assert max(head_rows) == tile_size(VOCAB_SIZE) == 1024
     assert sum(head_rows[2:]) == scored
     assert loss_rows == [(rows, torch.float32) for rows in head_rows[2:]]
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 128_256, 262_208])
+def test_a_tile_takes_no_more_than_a_trainings_loss(vocabulary: int) -> None:
+    size = tile_size(vocabulary)
+    assert size * vocabulary * 4 <= min(linear_cross_entropy.TILE_BYTES, linear_cross_entropy.CHUNK_BYTES) / 2
+    assert size >= 192

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from steep.ops import linear_cross_entropy as op
 from steep.ops.backend import interpreted
 from steep.ops.cross_entropy import scaled
-from steep.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, token_losses
+from steep.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from tests.ops.closeness import assert_as_good
 
 IGNORE = -100
@@ -228,9 +228,7 @@ def test_what_is_not_finite_shows(place: Place, value: float, softcap: float | N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of the interpreter
         loss, dx, _ = gradients(linear_cross_entropy, case, softcap=softcap, **way)
-        losses = token_losses(case.x, case.weight, case.labels, softcap=softcap, chunk=320)
     assert loss.isnan()
-    assert losses.isnan().nonzero().flatten().tolist() == [17]
     assert dx.isnan().any(1).nonzero().flatten().tolist() == [17]
 
 
@@ -242,8 +240,6 @@ def test_a_label_outside_of_the_vocabulary_is_nan(place: Place, label: int, way:
     loss, dx, dw = gradients(linear_cross_entropy, case, **way)
     assert loss.isnan() and dw.isnan().all()
     assert dx.isnan().any(1).nonzero().flatten().tolist() == [17]
-    losses = token_losses(case.x, case.weight, case.labels, chunk=320)
-    assert losses.isnan().nonzero().flatten().tolist() == [17]
 
 
 def test_another_index_is_ignored(place: Place) -> None:
@@ -252,24 +248,6 @@ def test_another_index_is_ignored(place: Place) -> None:
     case.labels[case.labels == IGNORE] = 3
     for way in WAYS[1::2]:
         assert_gradients(case, way, ignore_index=3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (2.0, 5.0)])
-def test_token_losses(place: Place, dtype: torch.dtype, scale: float, softcap: float | None) -> None:
-    case = case_of(place, 63, 1007, 64, dtype)
-
-    def expected(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        logits = (x @ weight.t()).float() * scale
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        return torch.nn.functional.cross_entropy(logits, case.labels, reduction="none")
-
-    truth, reference = expected(case.x.float(), case.weight.float()), expected(case.x, case.weight)
-    for chunk in (None, 320):
-        ours = token_losses(case.x, case.weight, case.labels, scale=scale, softcap=softcap, chunk=chunk)
-        assert ours.dtype == torch.float32 and not ours[case.labels == IGNORE].any()
-        slack = 1e-5 if dtype == torch.float32 and not case.x.is_cuda else 2e-3
-        assert_as_good(ours, reference, truth, slack=slack, name="losses")
 
 
 def test_only_what_is_needed_is_made(place: Place) -> None:
@@ -380,8 +358,8 @@ def test_logits_of_the_whole_batch_never_exist(way: dict[str, Any]) -> None:
 
 def test_nor_do_they_in_evaluation() -> None:
     case = case_of(Place("torch", torch.device("cpu")), 600, 4000, 16, torch.bfloat16)
-    with Largest() as seen:
-        token_losses(case.x, case.weight, case.labels, chunk=320)
+    with Largest() as seen, torch.no_grad():
+        linear_cross_entropy(case.x, case.weight, case.labels, chunk=320)
     assert 0 < seen.elements <= 600 * 320
 
 
@@ -442,7 +420,8 @@ def test_peak_memory_on_a_card(way: dict[str, Any]) -> None:
 
     x.grad = weight.grad = None
     torch.cuda.reset_peak_memory_stats()
-    token_losses(x, weight, labels)
+    with torch.no_grad():
+        linear_cross_entropy(x, weight, labels)
     logits = 4096 * op.chunk_size(4096, 128256, 2, gradients=False) * 2
     assert torch.cuda.max_memory_allocated() - before <= logits + 2**26
 
@@ -459,6 +438,7 @@ def test_nothing_waits_for_the_card() -> None:
             for way in WAYS:
                 linear_cross_entropy(x, weight, case.labels, num_items=number, **way).backward()
                 linear_cross_entropy(x, weight, case.labels, **way).backward()
-            token_losses(x, weight, case.labels)
+            with torch.no_grad():
+                linear_cross_entropy(x, weight, case.labels)
         finally:
             torch.cuda.set_sync_debug_mode("default")

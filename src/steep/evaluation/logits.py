@@ -1,8 +1,9 @@
 """From hidden states to the loss of single tokens, without ever holding a batch's logits.
 
 A vocabulary of 128,000 makes 4 GiB of fp32 logits of 8,192 tokens. So the decoder runs once, and the head runs on tiles
-of at most `TILE` scored positions. For that one must know what the model does to its head's output; three families'
-habits are known here, and `agrees` finds out whether they are all.
+of scored positions with at most `TILE_BYTES` of fp32 logits: an evaluation must not run out of memory where training
+fits, whose loss holds as much. For that one must know what the model does to its head's output; three families' habits
+are known here, and `agrees` finds out whether they are all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 
 from steep.model.unwrap import unwrap
 
-TILE = 1024
+TILE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Head:
     Attributes:
         decoder: gives `last_hidden_state` [B, L, D].
         projection: the output embeddings with their adapters or trained copy, D -> V.
+        vocabulary: V.
         scale: Cohere's `logit_scale`, one over Granite's `logits_scaling`, else 1.
         softcap: Gemma 2's `final_logit_softcapping`, else None.
     """
 
     decoder: nn.Module
     projection: nn.Module
+    vocabulary: int
     scale: float
     softcap: float | None
 
@@ -56,7 +59,7 @@ def find_head(model: nn.Module) -> Head | None:
     config: Any = base.config.get_text_config(decoder=True)
     multiplier, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
     scale = (1.0 if multiplier is None else multiplier) / (1.0 if divisor is None else divisor)
-    return Head(decoder, projection, scale, getattr(config, "final_logit_softcapping", None))
+    return Head(decoder, projection, config.vocab_size, scale, getattr(config, "final_logit_softcapping", None))
 
 
 def agrees(head: Head, model: nn.Module, tokens: torch.Tensor) -> bool:
@@ -78,14 +81,21 @@ def agrees(head: Head, model: nn.Module, tokens: torch.Tensor) -> bool:
 
 def losses_from_hidden(head: Head, hidden: torch.Tensor, where: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Nats of each scored token, fp32 [N], from hidden states [M, D] at the positions `where` [N] of M."""
-    tiles = zip(where.split(TILE), targets.split(TILE), strict=True)
+    size = tile_size(head.vocabulary)
+    tiles = zip(where.split(size), targets.split(size), strict=True)
     return torch.cat([_nats(head.logits(hidden[tile]), tile_targets) for tile, tile_targets in tiles])
 
 
 def losses_from_logits(logits: torch.Tensor, where: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Nats of each scored token, fp32 [N], from the logits [M, V] of one row; fp32 copies are made tile by tile."""
-    tiles = zip(where.split(TILE), targets.split(TILE), strict=True)
+    size = tile_size(logits.shape[1])
+    tiles = zip(where.split(size), targets.split(size), strict=True)
     return torch.cat([_nats(logits[tile].float(), tile_targets) for tile, tile_targets in tiles])
+
+
+def tile_size(vocabulary: int) -> int:
+    """Positions of a tile: a multiple of 64, as products are cut, and no fewer."""
+    return max(TILE_BYTES // (4 * vocabulary) // 64, 1) * 64
 
 
 def _nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -342,28 +342,3 @@ def linear_cross_entropy(
     }
     with torch.cuda.device_of(x_TH), torch.autocast(x_TH.device.type, enabled=False):
         return _LinearCrossEntropy.apply(x_TH, weight_VH, labels_T, options)  # pyright: ignore[reportReturnType]
-
-
-@torch.no_grad()
-@sums_in_fp32()
-def token_losses(
-    x_TH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    labels_T: torch.Tensor,
-    *,
-    ignore_index: int = -100,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    chunk: int | None = None,
-) -> torch.Tensor:
-    """Every token's loss in nats, fp32 [T], 0 where ignored: for evaluation, without gradients.
-
-    Beside x and the weight it needs the logits of one chunk of the vocabulary (`chunk_size`). Arguments are those of
-    `linear_cross_entropy`.
-    """
-    _check(x_TH, weight_VH, labels_T)
-    chunk = chunk or chunk_size(len(x_TH), len(weight_VH), x_TH.dtype.itemsize, gradients=False)
-    labels, entropy = labels_T.contiguous(), CrossEntropy(ignore_index, scale, softcap)
-    factor = torch.ones((), device=x_TH.device)
-    with torch.cuda.device_of(x_TH), torch.autocast(x_TH.device.type, enabled=False):
-        return _by_vocabulary(x_TH, weight_VH, labels, entropy, factor, chunk, None, None)[0]
