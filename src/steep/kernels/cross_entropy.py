@@ -49,7 +49,8 @@ def _read(row, columns, width, num_columns, scale, softcap, SOFTCAP: tl.constexp
 
 @triton.jit
 def _statistics(row, maximum, total, width, num_columns, scale, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """The running (maximum, sum of exp(v - maximum)). A NaN, or an infinite v, makes the sum a NaN."""
+    """The running (maximum, sum of exp(v - maximum)). A NaN or +inf among v makes the sum a NaN,
+    as does a first pass of -inf alone; any other -inf adds 0."""
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         values, _ = _read(row, columns, width, num_columns, scale, softcap, SOFTCAP)

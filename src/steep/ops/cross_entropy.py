@@ -4,8 +4,8 @@ The logit is v = scale · z, or v = softcap · tanh(scale · z / softcap), the l
 lse = log(sum(exp(v))), and its gradient by z is g = (softmax(v) - one-hot(label)) · dv/dz. All arithmetic is in fp32.
 
 A token whose label is `ignore_index` has loss and gradient 0. Any other label outside of the vocabulary makes its loss
-and gradient NaN: nothing is read out of bounds, and nobody has to wait for the device to be told. So does a NaN or an
-overflow among the products.
+and gradient NaN: nothing is read out of bounds, and nobody has to wait for the device to be told. So does a NaN or +inf
+among the products. A product of -inf is a probability of 0, but under a cap, which would hide it, a NaN too.
 """
 
 from __future__ import annotations
