@@ -23,6 +23,27 @@ EPS = 1e-5
 DEVICE = "cuda"
 
 
+def first(result: Any) -> torch.Tensor:
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+@dataclass
+class Rival:
+    """Another library's function, on what its own users give it.
+
+    Attributes:
+        wrt: as a case's.
+        as_reference: its result as the reference's first.
+        note: what it does beside.
+    """
+
+    function: Callable[..., Any]
+    inputs: tuple[torch.Tensor, ...]
+    wrt: tuple[int, ...] = (0,)
+    as_reference: Callable[[Any], torch.Tensor] = first
+    note: str = ""
+
+
 @dataclass
 class Case:
     """One line of the table.
@@ -32,7 +53,7 @@ class Case:
         result: our result of fresh inputs, which is compared with the reference's first output or gradient.
         reference: differentiable function of `inputs`; None: there is nothing to compare with.
         bytes, flops: that the op has to move or do.
-        direction: of reference and Liger: what of `function(*inputs)` is timed.
+        direction: of reference and rival: what of `function(*inputs)` is timed.
         wrt: places of the inputs whose gradients are asked for.
         adapters: tensors that the reference closes over, whose gradients are asked for too.
         times_reference: False where the reference would take too long or too much memory.
@@ -50,7 +71,7 @@ class Case:
     wrt: tuple[int, ...] = (0,)
     adapters: tuple[torch.Tensor, ...] = ()
     cotangent: torch.Tensor | None = None
-    liger: Callable[..., Any] | None = None
+    liger: Rival | None = None
     times_reference: bool = True
 
 
@@ -76,8 +97,10 @@ def rms_norm() -> Iterator[Case]:
         "shape": shape,
         "inputs": inputs,
         "reference": lambda x, weight: rms_norm_reference(x, weight, EPS),
-        "liger": theirs and (lambda x, weight: theirs(x, weight, EPS, in_place=False)),
     }
+
+    def rival(note: str) -> Rival | None:
+        return theirs and Rival(lambda x, weight: theirs(x, weight, EPS, in_place=False), inputs, note=note)
 
     def forward() -> torch.Tensor:
         return rms_norm_forward(x, weight, EPS, out=out)
@@ -85,10 +108,12 @@ def rms_norm() -> Iterator[Case]:
     def backward() -> torch.Tensor:
         return rms_norm_backward(dy, x, weight, EPS, out=out)
 
-    yield Case("rms_norm forward", ours=forward, result=forward, bytes=2 * 2 * x.numel(), **common)
+    yield Case(
+        "rms_norm forward", ours=forward, result=forward, bytes=2 * 2 * x.numel(), liger=rival(""), **common
+    )  # fmt: skip
     yield Case(
         "rms_norm backward", ours=backward, result=backward, bytes=3 * 2 * x.numel(), direction="backward",
-        cotangent=dy, **common,
+        cotangent=dy, liger=rival("also makes dW"), **common,
     )  # fmt: skip
 
 
@@ -108,10 +133,12 @@ def rope() -> Iterator[Case]:
     function = liger("rope")
     wide_cos, wide_sin = (torch.cat([part, part], dim=-1).to(qkv.dtype)[None] for part in (cos, sin))
 
-    def theirs(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
-        assert function is not None
-        heads = qkv.view(1, TOKENS, -1, HEAD_DIM).transpose(1, 2)
-        return function(heads[:, :HEADS], heads[:, HEADS : HEADS + KV_HEADS], wide_cos, wide_sin)
+    # q and k as transformers has them: of a projection each, the heads in front
+    heads = qkv.view(1, TOKENS, -1, HEAD_DIM)
+    q, k, v = (part.contiguous().transpose(1, 2) for part in heads.split([HEADS, KV_HEADS, KV_HEADS], dim=2))
+
+    def joined(rotated: Any) -> torch.Tensor:
+        return torch.cat([*rotated, v], dim=1).transpose(1, 2).reshape(TOKENS, -1)
 
     moved = 2 * 2 * TOKENS * (HEADS + KV_HEADS) * HEAD_DIM + 2 * 4 * cos.numel()
     yield Case(
@@ -119,7 +146,8 @@ def rope() -> Iterator[Case]:
         ours=lambda: rope_forward(mine, cos, sin, HEADS, KV_HEADS, HEAD_DIM),
         result=lambda: rope_forward(qkv.clone(), cos, sin, HEADS, KV_HEADS, HEAD_DIM),
         reference=lambda qkv, cos, sin: rope_reference(qkv, cos, sin, HEADS, KV_HEADS, HEAD_DIM),
-        inputs=(qkv, cos, sin), bytes=moved, liger=function and theirs,
+        inputs=(qkv, cos, sin), bytes=moved,
+        liger=function and Rival(function, (q, k, wide_cos, wide_sin), as_reference=joined),
     )  # fmt: skip
 
 
@@ -165,12 +193,11 @@ def _gated(name: str, activation: Any) -> Iterator[Case]:
 
     gate_up, dh = random(TOKENS, 2 * INTERMEDIATE), random(TOKENS, INTERMEDIATE)
     out, mine, my_dh = torch.empty_like(dh), gate_up.clone(), dh.clone()
-    function = liger(name)
+    function, halves = liger(name), tuple(half.contiguous() for half in gate_up.chunk(2, 1))
     common: dict[str, Any] = {
         "shape": f"{TOKENS} x {INTERMEDIATE}",
         "inputs": (gate_up,),
         "reference": lambda gate_up: gated_reference(gate_up, INTERMEDIATE, activation),
-        "liger": function and (lambda gate_up: function(*gate_up.chunk(2, 1))),
     }
 
     def forward() -> torch.Tensor:
@@ -181,15 +208,19 @@ def _gated(name: str, activation: Any) -> Iterator[Case]:
         gated_backward(dh.clone(), both, INTERMEDIATE, activation)
         return both
 
-    yield Case(f"{name} forward", ours=forward, result=forward, bytes=3 * 2 * out.numel(), **common)
+    yield Case(
+        f"{name} forward", ours=forward, result=forward, bytes=3 * 2 * out.numel(),
+        liger=function and Rival(function, halves), **common,
+    )  # fmt: skip
     yield Case(
         f"{name} backward", ours=lambda: gated_backward(my_dh, mine, INTERMEDIATE, activation), result=gradient,
-        bytes=6 * 2 * out.numel(), direction="backward", cotangent=dh, **common,
+        bytes=6 * 2 * out.numel(), direction="backward", cotangent=dh,
+        liger=function and Rival(function, halves, (0, 1), lambda both: torch.cat(both, dim=1)), **common,
     )  # fmt: skip
 
 
 def linear_cross_entropy() -> Iterator[Case]:
-    """Loss and both gradients. By vocabulary chunks the logits are multiplied twice: four products, not three."""
+    """Loss and both gradients: three products. By chunks of the vocabulary more are done, and none is needed."""
     from steep.ops.linear_cross_entropy import (
         linear_cross_entropy_backward,
         linear_cross_entropy_forward,
@@ -200,7 +231,7 @@ def linear_cross_entropy() -> Iterator[Case]:
     labels = torch.randint(VOCABULARY, (TOKENS,), device=DEVICE)
     one = torch.ones((), device=DEVICE)
     function = liger("fused_linear_cross_entropy")
-    for way, products in (("tokens", 3), ("vocabulary", 4)):
+    for way in ("tokens", "vocabulary"):
 
         def ours(way: Any = way) -> Any:
             return linear_cross_entropy_forward(x, weight, labels, way=way)
@@ -208,9 +239,10 @@ def linear_cross_entropy() -> Iterator[Case]:
         yield Case(
             f"linear_ce by {way}", f"{TOKENS} x {HIDDEN} -> {VOCABULARY}", ours=ours,
             result=lambda ours=ours: linear_cross_entropy_backward(ours()[1], one)[0],
-            flops=products * 2 * x.numel() * VOCABULARY,
+            flops=3 * 2 * x.numel() * VOCABULARY,
             reference=lambda x, weight: linear_cross_entropy_reference(x, weight, labels), inputs=(x, weight),
-            direction="both", wrt=(0, 1), cotangent=one, liger=function and (lambda x, w: function(x, w, labels)),
+            direction="both", wrt=(0, 1), cotangent=one,
+            liger=function and Rival(lambda x, weight: function(x, weight, labels), (x, weight), (0, 1)),
         )  # fmt: skip
 
 
