@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -123,7 +124,8 @@ def settle(config: RunConfig, step: FusedStep, budget: int | None, before: Choic
         levels = before.levels
     if before is not None and before.loss_way is not None:
         way = before.loss_way
-    return Choices(True, step.trained, levels, way, {} if before is None else before.backends)
+    before = before or Choices(True, step.trained)
+    return replace(before, fused=True, trained_dtype=step.trained, levels=levels, loss_way=way)
 
 
 def _why_not_by_itself(config: RunConfig) -> str | None:

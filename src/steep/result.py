@@ -206,7 +206,10 @@ def choices_of_run(folder: RunFolder) -> Choices:
     """What was chosen for a run, from its plan."""
     plan = folder.read_json("plan.json")
     return Choices(
-        plan.get("fused", False), plan.get("trained_dtype", "fp32"), plan.get("levels"), plan.get("loss_way")
+        plan.get("fused", False),
+        plan.get("trained_dtype", "fp32"),
+        levels=plan.get("levels"),
+        loss_way=plan.get("loss_way"),
     )
 
 

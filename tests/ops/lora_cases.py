@@ -70,8 +70,8 @@ def copied(projection: Projection) -> Projection:
 def device_of(projection: Projection) -> torch.device:
     if projection.adapters:
         return projection.adapters[0].a.device
-    assert isinstance(projection.weight, DenseWeight)
-    return projection.weight.weight.device
+    weight = projection.weight
+    return (weight.weight if isinstance(weight, DenseWeight) else weight.codes).device  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _leaves(projection: Projection, dtype: torch.dtype | None) -> tuple[Lora, ...]:

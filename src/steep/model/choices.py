@@ -23,6 +23,7 @@ class Choices:
         fused: whether the model computes with steep's fused layers.
         trained_dtype: of what trains: fp32, bf16, or torch's name of another.
         levels: what each fused layer keeps for its backward pass; None: not known yet.
+        merges_from: tokens from which on adapters are merged; 0: at none. None: not known.
         loss_way: how the loss is cut, see `steep.ops.linear_cross_entropy`; None: not known.
         backends: of attention, by kind of layer and batch.
     """
@@ -30,6 +31,7 @@ class Choices:
     fused: bool
     trained_dtype: str
     levels: list[int] | None = None
+    merges_from: int | None = None
     loss_way: Way | None = None
     backends: dict[str, str] = field(default_factory=dict)
 
@@ -42,7 +44,7 @@ def choices_of(model: Any) -> Choices:
     if not is_installed(model):
         return Choices(False, trained_dtype)
     fused = fused_of(model)
-    return Choices(True, trained_dtype, fused.levels, fused.loss_way, dict(fused.backends.chosen))
+    return Choices(True, trained_dtype, fused.levels, fused.merges_from, fused.loss_way, dict(fused.backends.chosen))
 
 
 def take_over(model: Any, choices: Choices) -> None:
@@ -54,5 +56,6 @@ def take_over(model: Any, choices: Choices) -> None:
         return
     fused = fused_of(model)
     fused.levels = fused.levels or choices.levels
+    fused.merges_from = choices.merges_from if fused.merges_from is None else fused.merges_from
     fused.loss_way = fused.loss_way or choices.loss_way
     fused.backends.chosen = {**choices.backends, **fused.backends.chosen}

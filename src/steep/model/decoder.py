@@ -29,6 +29,7 @@ from steep.model.walked import Walk
 from steep.ops.backend import gradient_dtype, not_compiled
 from steep.ops.embedding import embedding
 from steep.ops.linear_cross_entropy import Way
+from steep.ops.lora_merged import merges_from
 from steep.ops.packing import Packing
 from steep.ops.rms_norm import rms_norm
 
@@ -43,6 +44,8 @@ class Fused:
         levels: what each layer keeps (`steep.model.block`); None: chosen at the first call that trains.
         chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given.
         room: bytes of the card that the choice is within; None: there is no card.
+        merges_from: tokens from which on adapters are merged into their weights (`steep.ops.lora_merged`); 0: at none.
+            None: chosen at the first call that trains.
         loss_way: how the loss is cut (`steep.ops.linear_cross_entropy`); None: as is faster.
         backends: of attention.
         logits: give logits beside the loss.
@@ -55,6 +58,7 @@ class Fused:
     levels: list[int] | None = None
     chosen_for: int = 0
     room: float | None = None
+    merges_from: int | None = None
     loss_way: Way | None = None
     backends: Backends = field(default_factory=Backends)
     logits: bool = False
@@ -241,8 +245,9 @@ class FusedDecoder(nn.Module):
         kinds = [getattr(layer.self_attn, "layer_type", None) for layer in self.layers]
         turns = {kind: self._turns(positions, kind, valid) for kind in set(kinds)}
         levels = self._levels(hidden_states, dtype) if torch.is_grad_enabled() else [0] * len(kinds)
+        merged = self._merges(layers, packing.num_tokens)
         for module, layer, kind, level in zip(self.layers, layers, kinds, levels, strict=True):
-            batch = Batch(packing, *turns[kind], dtype, level)
+            batch = Batch(packing, *turns[kind], dtype, level, merged)
             hidden_states = module(hidden_states, batch=batch, fused=self.fused, layer=layer)
         traits = self.layers[0].traits
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -280,6 +285,15 @@ class FusedDecoder(nn.Module):
         half = cos.shape[-1] // 2
         cos, sin = cos[0, :, :half], sin[0, :, :half]
         return (cos.contiguous(), sin.contiguous()) if valid is None else (cos[valid], sin[valid])
+
+    def _merges(self, layers: Sequence[Layer | None], tokens: int) -> bool:
+        fused = self.fused
+        if fused.merges_from is None and self.training and torch.is_grad_enabled():
+            known = [layer for layer in layers if layer is not None]
+            projections = [each for layer in known for each in layer.projections]
+            all_known = len(known) == len(layers)
+            fused.merges_from = (all_known and merges_from(projections, self.norm.weight.device)) or 0
+        return 0 < (fused.merges_from or 0) <= tokens
 
     def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:
         fused, tokens = self.fused, len(hidden_states)

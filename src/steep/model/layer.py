@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from steep.ops.lora import LoraGroup, Projection
+from steep.ops.lora_merged import MergedGroup
 from steep.ops.packing import Packing
 from steep.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from steep.ops.swiglu import Activation
@@ -80,20 +81,24 @@ class Layer:
     down: Projection
     mlp_out_norm: Norm | None
     activation: Activation
-    _groups: dict[torch.dtype, Groups] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _groups: dict[tuple[torch.dtype, bool], Groups] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def groups(self, dtype: torch.dtype) -> Groups:
+    def groups(self, dtype: torch.dtype, merged: bool) -> Groups:
         """For products in `dtype`. Kept with the layer: what a launch needs of them is put together once."""
-        groups = self._groups.get(dtype)
+        groups = self._groups.get((dtype, merged))
         if groups is None:
+            kind = MergedGroup if merged else LoraGroup
             members = self.qkv, (self.o,), self.gate_up, (self.down,)
-            groups = self._groups[dtype] = Groups(*[LoraGroup(group, dtype) for group in members])
+            groups = self._groups[dtype, merged] = Groups(*[kind(group, dtype) for group in members])
         return groups
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return (*self.qkv, self.o, *self.gate_up, self.down)
 
     def trained(self) -> list[torch.Tensor]:
         """The adapters' matrices that require a gradient, in the order in which the backward pass gives theirs."""
-        projections = (*self.qkv, self.o, *self.gate_up, self.down)
-        matrices = (matrix for each in projections for lora in each.adapters for matrix in (lora.a, lora.b))
+        matrices = (matrix for each in self.projections for lora in each.adapters for matrix in (lora.a, lora.b))
         return [matrix for matrix in matrices if matrix.requires_grad]
 
 
@@ -106,6 +111,7 @@ class Batch:
         cos, sin: fp32 [T, R / 2], of this layer's kind.
         dtype: of products and of what lies between them.
         level: what the layer keeps for its backward pass (`steep.model.block`).
+        merged: multiply by W + s·B·A (`steep.ops.lora_merged`).
     """
 
     packing: Packing
@@ -113,6 +119,7 @@ class Batch:
     sin: torch.Tensor
     dtype: torch.dtype
     level: int
+    merged: bool
 
 
 def rows(like: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:

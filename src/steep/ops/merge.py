@@ -68,6 +68,15 @@ def merge_reference(weight: BaseWeight, b: torch.Tensor, a: torch.Tensor) -> tor
     return product(b, a, add=total, out=total)
 
 
+def merges_fast(weight: BaseWeight, device: torch.device) -> bool:
+    """Whether a kernel merges `weight` on this device."""
+    if not isinstance(weight, Nf4Weight) or not weight.has_kernel or device.type != "cuda":
+        return False
+    from steep.kernels import nf4_lora
+
+    return nf4_lora.runs_on(device)
+
+
 def _runs_kernel(out: torch.Tensor) -> bool:
     if not uses_kernels(out):
         return False
