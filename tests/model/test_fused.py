@@ -68,7 +68,7 @@ def assert_same(
     """The fused model's loss and gradients are the library's; and it was the fused forward that gave them."""
     uninstall(model)
     loss, gradients = loss_and_gradients(model, batch)
-    unwrap(install(model, levels=levels)).fused.merges_from = merges_from  # pyright: ignore[reportAttributeAccessIssue]
+    fused_of(install(model, levels=levels)).merges_from = merges_from
     fused_loss, fused = loss_and_gradients(model, batch)
     assert unwrap(model).fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
     assert abs(fused_loss - loss) <= bound * loss, (fused_loss, loss)

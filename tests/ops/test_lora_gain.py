@@ -114,7 +114,7 @@ def test_gain(path, exact, of_gradient, ratio) -> None:
     ids=["forward", "gradient"],
 )
 def test_gain_of_merging(path, exact, of_gradient, ratio) -> None:
-    """Into NF4, whose values lie anywhere between two of bf16: rounding them with the adapter keeps it on average."""
+    """Into NF4, most of whose values lie anywhere between two of bf16: rounded with the adapter, they keep it."""
     projection, x, dy = _case(2048, 2048, 1024, 64, ratio, "cpu")
     gain, noise = _gain_and_noise(path, exact, dy if of_gradient else x, stored_as("nf4", projection))
     print(f"ratio {ratio:.0e}: gain {gain:.4f}, noise {noise:.3f}")

@@ -17,6 +17,7 @@ from steep.ops.lora_merged import MergedGroup, merges_from
 from steep.ops.products import product
 from tests.ops.closeness import assert_as_good
 from tests.ops.lora_cases import exact, make_projection, stored_as
+from tests.ops.quantised import nf4
 
 CASES = {
     "q, k, v": [(96, (8,)), (32, (8,)), (32, (8,))],
@@ -126,5 +127,7 @@ def test_from_how_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     large = [stored_as("nf4", make_projection(256, 256))]
     assert (merges_from(large, card) or 0) > few
     assert merges_from([*own, make_projection(64, 64)], card) is None  # a weight in 16 or 32 bit: never
+    single = replace(own[0], weight=nf4(torch.randn(64, 64), double=False)[0])
+    assert merges_from([*own, single], card) is None
     assert merges_from([replace(each, adapters=()) for each in own], card) is None
     assert isinstance(make_projection(64, 64).weight, DenseWeight)
