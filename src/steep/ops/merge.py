@@ -71,8 +71,8 @@ def merge_reference(weight: BaseWeight, b: torch.Tensor, a: torch.Tensor) -> tor
 def merges_well(weight: BaseWeight, device: torch.device) -> bool:
     """Whether a kernel merges `weight` on this device, and keeps what a small adapter adds.
 
-    The largest element of an NF4 block is its absmax. Of weights that were in bf16 once, that is a number of bf16 itself
-    unless it was quantised again: a small adapter would be lost on one element in thirty.
+    The largest element of an NF4 block is its absmax. Of weights that were in bf16 once, that is a number of bf16
+    itself, unless it was quantised again: a small adapter would be lost on one element in thirty.
     """
     if not isinstance(weight, Nf4Weight) or not weight.has_kernel or weight.code_book is None:
         return False
