@@ -246,8 +246,8 @@ def test_memory_stands_in_the_plan_by_item(llama_folder: Path, korean_corpus: Pa
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
-        ({"adapter": {"r": 8, "use_dora": True}}, "Dora"),
-        ({"adapter": {"r": 8, "lora_dropout": 0.1}}, "LoRA dropout"),
+        ({"adapter": {"r": 8, "use_dora": True}}, "adapter.use_dora is true"),
+        ({"adapter": {"r": 8, "lora_dropout": 0.1}}, r"adapter\.lora_dropout is 0\.1"),
     ],
 )
 def test_on_where_it_cannot_be_is_an_error(
@@ -265,8 +265,8 @@ def test_an_unknown_family_is_named() -> None:
         decide(config_of(), empty, None)
 
 
-@pytest.mark.parametrize("value", ["much", "0GiB", "-3GiB", "101%", "12", "12 TB", ""])
-def test_vram_is_an_amount(value: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["much", "0GiB", "-3GiB", "101%", "12", "12 TB", "", 12, 0.8, None, True, ["8GiB"]])
+def test_vram_is_an_amount(value: Any, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"training\.vram.*Give an amount"):
         run_file(llama_folder, korean_corpus, tmp_path / "run", training={"vram": value})
 
@@ -287,11 +287,11 @@ OPTIONS: dict[str, list[tuple[Any, str | None]]] = {  # of AdapterSection: a val
     "r": [(4, None), (64, None)],
     "lora_alpha": [(8, None)],
     "use_rslora": [(False, None)],
-    "lora_dropout": [(0.1, "LoRA dropout")],
+    "lora_dropout": [(0.1, "adapter.lora_dropout is 0.1")],
     "target_modules": [("all-linear", None), (["q_proj"], None), (["down_proj", "k_proj"], None)],
     "modules_to_save": [([], None), (["lm_head"], None), (["embed_tokens"], None)],
     "init_lora_weights": [("pissa", None), ("loftq", None)],
-    "use_dora": [(True, "Dora")],
+    "use_dora": [(True, "adapter.use_dora is true")],
 }
 
 
@@ -418,7 +418,8 @@ def test_the_peak_is_that_of_a_measured_prototype() -> None:
     [("auto", 0.9 * 80e9 - 20e9), ("22GiB", 22 * 2**30), ("24gb", 24e9), ("20000 MiB", 20000 * 2**20), ("80%", 64e9)],
 )
 def test_the_budget(asked: str, found: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert vram.vram_budget(asked) is None  # without a card
+    without_a_card = vram.vram_budget(asked)
+    assert without_a_card == (None if asked in ("auto", "80%") else pytest.approx(found))
     fake = SimpleNamespace(
         is_available=lambda: True, mem_get_info=lambda: (50 * 10**9, 80 * 10**9), memory_reserved=lambda: 10 * 10**9
     )
@@ -442,3 +443,12 @@ def test_a_broken_choices_file_is_named(finished: Path, tmp_path: Path) -> None:
         read_choices(folder)
     with pytest.raises(UserError, match="damaged"):
         read_choices(tmp_path)
+
+
+def test_an_amount_of_vram_is_planned_for_without_a_card(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    training = {"vram": "1MiB"}
+    plan = plan_run(fused_file(llama_folder, korean_corpus, tmp_path / "run", training=training))
+    assert plan.choices.levels == [3, 3]
+    assert any("training.vram" in warning for warning in plan.warnings)

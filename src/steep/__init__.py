@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from steep.hand_over import export_run as export_run
     from steep.initialise import init_run as init_run
     from steep.model.adapters import add_adapters as add_adapters
+    from steep.model.install import fused_of as fused_of
     from steep.model.install import install as install
     from steep.model.install import uninstall as uninstall
     from steep.model.load import load as load
@@ -45,6 +46,7 @@ _PUBLIC = {
     "evaluate_run": "result",
     "export_run": "hand_over",
     "extract_text_model": "model.text_model",
+    "fused_of": "model.install",
     "generate": "generation",
     "generate_run": "result",
     "grow_embeddings": "model.new_tokens",

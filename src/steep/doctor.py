@@ -128,7 +128,7 @@ def _fused(device: Mapping[str, Any], triton: str | None) -> dict[str, Any]:
     """Whether `model.fused: auto` can fuse a step here, and which models, or why not."""
     reason, oldest = None, ".".join(map(str, OLDEST_CARD))
     if not device["cards"]:
-        reason = "no: there is no GPU; a step's forward is the one of transformers and PEFT"
+        reason = "no: there is no GPU (model.fused: on computes in plain torch, to try it out)"
     elif tuple(map(int, device["cards"][0]["compute_capability"].split("."))) < OLDEST_CARD:
         reason = f"no: its kernels need compute capability {oldest}"
     elif triton is None:

@@ -39,7 +39,7 @@ def decide(config: RunConfig, empty: Any, before: Choices | None) -> tuple[Layer
     if asked == "auto" and not was_fused and (reason := _why_not_by_itself(config)):
         return None, reason
     model = adapted(config, empty)
-    reason = why_not_fused(model)
+    reason = _why_not_with_options(config) or why_not_fused(model)
     if asked == "auto" and before is not None and not was_fused:
         return None, reason or "the run began so"
     if asked == "on" and reason is not None:
@@ -126,6 +126,13 @@ def settle(config: RunConfig, step: FusedStep, budget: int | None, before: Choic
         way = before.loss_way
     before = before or Choices(True, step.trained)
     return replace(before, fused=True, trained_dtype=step.trained, levels=levels, loss_way=way)
+
+
+def _why_not_with_options(config: RunConfig) -> str | None:
+    adapter = config.adapter
+    if adapter.lora_dropout > 0:
+        return f"adapter.lora_dropout is {adapter.lora_dropout:g}"
+    return "adapter.use_dora is true" if adapter.use_dora else None
 
 
 def _why_not_by_itself(config: RunConfig) -> str | None:

@@ -247,10 +247,10 @@ class TrainingSection(BaseModel):
         description="Steps that median and deviation are taken over. With more, rarer text is trained.",
     )
 
-    @field_validator("vram")
+    @field_validator("vram", mode="before")
     @classmethod
-    def _an_amount(cls, value: str) -> str:
-        found = VRAM.fullmatch(value.strip())
+    def _an_amount(cls, value: Any) -> Any:
+        found = VRAM.fullmatch(value.strip()) if isinstance(value, str) else None
         most = 100 if found and found["unit"] == "%" else math.inf
         if value == "auto" or (found and 0 < float(found["number"]) <= most):
             return value

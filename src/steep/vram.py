@@ -11,18 +11,18 @@ _UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
 
 def vram_budget(vram: str) -> int | None:
-    """Bytes that `training.vram` stands for on the card that is used; None without one.
+    """Bytes that `training.vram` stands for, on the card that is used where it depends on that; None without one.
 
-    ``auto`` leaves out what others hold on the card now.
+    ``auto`` leaves out what others hold on the card now. An amount can be planned for without a card.
     """
+    number, unit = (SHARE * 100, "%") if vram == "auto" else as_amount(vram)
+    if unit != "%":
+        return round(number * _UNITS[unit])
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info()
-    if vram == "auto":
-        others = total - free - torch.cuda.memory_reserved()
-        return round(SHARE * total) - others
-    number, unit = as_amount(vram)
-    return round(number / 100 * total if unit == "%" else number * _UNITS[unit])
+    others = total - free - torch.cuda.memory_reserved() if vram == "auto" else 0
+    return round(number / 100 * total) - others
 
 
 def as_amount(vram: str) -> tuple[float, str]:
