@@ -15,8 +15,7 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 LAUNCHES = 20
 _PACKAGES = (
-    "steep", "torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "unsloth",
-    "flash-attn", "flash-attn-3",
+    "steep", "torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "unsloth"
 )  # fmt: skip
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from steep.model import reading
-from steep.model.install import install
+from steep.model.install import install, uninstall
 from steep.model.projections import Unfused
 from steep.model.unwrap import unwrap
-from tests.model.test_fused import adapted, packed
-from tests.tiny import tiny_model
+from tests.model.test_fused import EXACT, adapted, packed
+from tests.tiny import tiny_config, tiny_model
 
 
 def layer_of(model: Any) -> Any:
@@ -31,6 +34,7 @@ def move_base(model: Any) -> None:
     weight.data = weight.data.clone()
 
 
+OTHER_CONFIG = tiny_config("llama", num_key_value_heads=4)
 CHANGES: dict[str, Callable[[Any], object]] = {
     "adapters off": lambda model: model.base_model.disable_adapter_layers(),
     "another scale": lambda model: layer_of(model).mlp.up_proj.set_scale("default", 5.0),
@@ -47,6 +51,17 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "the adapters unloaded": lambda model: model.unload(),
     "another activation": lambda model: setattr(layer_of(model).mlp, "act_fn", nn.SiLU()),
     "another forward": lambda model: setattr(layer_of(model).mlp, "forward", nn.Identity().forward),
+    "a hook on the activation": lambda model: layer_of(model).mlp.act_fn.register_forward_hook(lambda *_: None),
+    "attention that is not causal": lambda model: setattr(layer_of(model).self_attn, "is_causal", False),
+    "another scale of attention": lambda model: setattr(layer_of(model).self_attn, "scaling", 0.5),
+    "another eps": lambda model: setattr(layer_of(model).input_layernorm, "variance_epsilon", 1.0),
+    "dropout in attention": lambda model: setattr(layer_of(model).self_attn, "attention_dropout", 0.5),
+    "no scale of attention": lambda model: delattr(layer_of(model).self_attn, "scaling"),
+    "another config": lambda model: setattr(layer_of(model).self_attn, "config", OTHER_CONFIG),
+}  # fmt: skip
+REFUSED = {
+    "a trained norm", "merged", "a hook on A", "a hook on attention", "another forward", "a hook on the activation",
+    "attention that is not causal", "dropout in attention", "no scale of attention",
 }  # fmt: skip
 
 
@@ -64,9 +79,92 @@ def test_a_change_is_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         again = fused.layer(layer_of(model))
         assert again is fused.layer(layer_of(model))
+        assert change not in REFUSED
     except Unfused:
-        assert change in ("a trained norm", "merged", "a hook on A", "a hook on attention", "another forward")
+        assert change in REFUSED
     assert len(read) == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("mistral", lambda model: setattr(model.config, "sliding_window", None)),
+        ("gemma2", lambda model: setattr(layer_of(model).self_attn, "attn_logit_softcapping", 0.1)),
+        ("gemma3", lambda model: setattr(layer_of(model).self_attn, "scaling", 2.0)),
+        ("gemma3", lambda model: setattr(layer_of(model).post_feedforward_layernorm, "eps", 1.0)),
+        ("llama", lambda model: setattr(layer_of(model).post_attention_layernorm, "variance_epsilon", 1.0)),
+    ],
+    ids=["window", "soft cap", "scale", "eps of Gemma", "eps"],
+)
+def test_a_number_that_changed_counts(family: str, change: Callable[[Any], object]) -> None:
+    model, batch = tiny_model(family, sliding_window=4) if family == "mistral" else tiny_model(family), packed()
+    model = adapted(model)
+    with torch.no_grad():
+        before = install(model)(**batch, use_cache=False).loss
+        change(unwrap(model))
+        changed = model(**batch, use_cache=False).loss
+        assert unwrap(model).fused.calls == 2  # pyright: ignore[reportAttributeAccessIssue]
+        expected = uninstall(model)(**batch, use_cache=False).loss
+    assert abs(changed - expected) <= EXACT * expected < 0.1 * abs(before - expected)
+
+
+def test_a_class_whose_forward_is_replaced_later_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = install(adapted(tiny_model("llama")))
+    fused: Any = unwrap(model).fused
+    fused.layer(layer_of(model))
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: x)
+    with pytest.raises(Unfused, match="the forward of every LlamaMLP was replaced by one of"):
+        fused.layer(layer_of(model))
+    monkeypatch.undo()
+    fused.layer(layer_of(model))
+
+
+MEMORY: dict[str, Callable[[Any], object]] = {
+    "merged and unloaded": lambda model: model.merge_and_unload(),
+    "unloaded": lambda model: model.unload(),
+    "elsewhere": lambda model: model.to(torch.float64),
+    "replaced": lambda model: setattr(layer_of(model).mlp, "up_proj", nn.Linear(64, 128, bias=False)),
+    "merged": lambda model: (model.merge_adapter(), model(**packed(), use_cache=False)),
+}
+
+
+@pytest.mark.parametrize("change", MEMORY)
+def test_nothing_holds_what_the_model_let_go(change: str) -> None:
+    """One reading and one walk do not outlive what they are of."""
+    model = install(adapted(tiny_model("llama"), modules_to_save=[]))
+    base: Any = unwrap(model)
+    with torch.no_grad():
+        model(**packed(), use_cache=False)
+    model.train()
+    model.zero_grad()
+    up = layer_of(model).mlp.up_proj
+    held = [weakref.ref(base.fused._readings[id(layer_of(model))].layer)]
+    if change in ("merged and unloaded", "unloaded", "replaced"):
+        held += [weakref.ref(up), weakref.ref(up.lora_A["default"].weight)]
+    if change in ("merged and unloaded", "unloaded"):
+        held.append(weakref.ref(model))
+    del up
+    with torch.no_grad():
+        MEMORY[change](model)
+    del model
+    gc.collect()
+    assert [each() for each in held] == [None] * len(held)
+
+
+def test_a_model_goes_without_the_garbage_collector() -> None:
+    model = install(tiny_model("llama").requires_grad_(False))
+    fused: Any = model.fused
+    with torch.no_grad():
+        model(**packed(), use_cache=False)
+    model.eval()
+    layer = weakref.ref(fused.layer(layer_of(model)))
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert layer() is None and not fused._readings and not fused._walks
+    finally:
+        gc.enable()
 
 
 def test_dropout_that_begins_later_is_seen() -> None:

@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaptionPromptConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AttentionInterface
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers import AttentionInterface, LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from steep.errors import UserError
 from steep.model import install as installing
 from steep.model.families import fused_class
-from steep.model.install import install, is_installed, uninstall, why_not_fused
+from steep.model.install import fused_of, install, is_installed, uninstall, why_not_fused
 from steep.model.unwrap import unwrap
 from tests.model.test_fused import EXACT, adapted, assert_same, loss_and_gradients, packed
 from tests.ops.closeness import error
@@ -114,6 +117,38 @@ def test_a_part_of_another_class_is_refused_by_name(part: str, cls: type) -> Non
         install(model)
 
 
+def test_a_last_norm_of_another_class_is_refused_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    model = install(adapted(tiny_model("llama")))
+    unwrap(model).model.norm.__class__ = TwiceTheNorm
+    assert_left_to_the_library(model, packed(), "TwiceTheNorm", caplog)
+    with pytest.raises(UserError, match="TwiceTheNorm"):
+        install(model)
+
+
+@pytest.mark.parametrize("cls", [LlamaMLP, LlamaAttention, LlamaRMSNorm, LlamaDecoderLayer, LlamaModel, LoraLinear])
+def test_a_class_whose_forward_was_replaced(
+    cls: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As liger's and unsloth's functions do it, for every model of the process."""
+    model, own, calls = install(adapted(tiny_model("llama"))), cls.forward, []
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(cls, "forward", forward)
+    assert_left_to_the_library(model, packed(), f"every {cls.__name__} was replaced by one of {__name__}", caplog)
+    assert calls
+    with pytest.raises(UserError, match="was replaced"):
+        install(model)
+
+
+def test_a_causal_lm_whose_forward_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = install(adapted(tiny_model("llama")))
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda self, **kwargs: "mine")
+    assert unwrap(model)(**packed()) == "mine"
+
+
 def test_adapters_of_another_kind_are_refused_by_name() -> None:
     model = get_peft_model(
         tiny_model("llama"),
@@ -133,7 +168,76 @@ def test_a_weight_that_cannot_be_read_is_refused_by_name() -> None:
             install(model)
 
 
+def test_layers_of_another_kind_than_the_configs(caplog: pytest.LogCaptureFixture) -> None:
+    model = install(adapted(tiny_model("gemma3")))
+    model.config.layer_types = model.config.layer_types[::-1]
+    assert_left_to_the_library(model, packed(), "layer_types", caplog)
+
+
+def test_heads_whose_norms_differ(caplog: pytest.LogCaptureFixture) -> None:
+    model = install(adapted(tiny_model("qwen3")))
+    unwrap(model).model.layers[1].self_attn.k_norm.variance_epsilon = 1.0
+    assert_left_to_the_library(model, packed(), "another eps", caplog)
+
+
+def test_a_window_that_is_not_the_configs(caplog: pytest.LogCaptureFixture) -> None:
+    model = install(adapted(tiny_model("gemma3")))
+    model.config.sliding_window = 4
+    assert_left_to_the_library(model, packed(), "another window", caplog)
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_dropout_goes_by_its_own_mode(drops: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """In evaluation with dropout switched on each call is another draw; in training with it switched off, none is."""
+    model = install(adapted(tiny_model("llama")))
+    for layer in unwrap(model).model.layers:
+        for part in layer.modules():
+            if isinstance(part, LoraLayer):
+                part.lora_dropout["default"] = nn.Dropout(0.5)
+    model.train(not drops)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train(drops)
+    with torch.no_grad():
+        losses = {float(model(**packed(), use_cache=False).loss) for _ in range(3)}
+    assert len(losses) == (3 if drops else 1)
+    assert fused_of(model).calls == (0 if drops else 3) and ("LoRA dropout" in caplog.text) == drops
+
+
 # ---- hooks
+
+
+@pytest.mark.parametrize("path", ["mlp.act_fn", "mlp.up_proj.lora_dropout.default", "self_attn.q_proj.base_layer"])
+def test_a_hook_anywhere_in_a_layer_is_called(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, seen = install(adapted(tiny_model("llama"))), []
+    part = unwrap(model).model.layers[1].get_submodule(path)
+    part.register_forward_hook(lambda *_: seen.append(1))
+    assert_left_to_the_library(model, packed(), f"{path} of layer 1 has hooks", caplog)
+    assert seen == [1, 1]
+    with pytest.raises(UserError, match="has hooks"):
+        install(model)
+
+
+def test_hooks_on_every_module(caplog: pytest.LogCaptureFixture) -> None:
+    model, seen = install(adapted(tiny_model("llama"))), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(type(module)))
+    try:
+        assert_left_to_the_library(model, packed(), "hooks on every module", caplog)
+    finally:
+        handle.remove()
+    assert {LlamaMLP, LlamaAttention, LlamaRMSNorm} <= seen
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")  # token ids have no gradient
+@pytest.mark.parametrize("grad_dtype", [None, torch.float32])
+def test_hooks_on_the_embeddings_are_called(grad_dtype: torch.dtype | None) -> None:
+    model, seen = tiny_model("llama", tied=False).requires_grad_(False).bfloat16().train(), []
+    table: Any = model.get_input_embeddings()
+    table.weight.requires_grad_(True).grad_dtype = grad_dtype or torch.bfloat16
+    table.register_full_backward_hook(lambda *_: seen.append("backward"))
+    table.register_full_backward_pre_hook(lambda *_: seen.append("before it"))
+    install(model)(**packed(), use_cache=False).loss.backward()
+    assert seen == ["before it", "backward"] and model.fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -186,7 +290,33 @@ def test_outputs_between_layers_are_the_librarys(asked: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("of_config", [True, False])
+def test_a_tuple_is_given_where_one_is_asked_for(of_config: bool) -> None:
+    model, batch = tiny_model("llama").requires_grad_(False).eval(), packed()
+    of_decoder = {name: batch[name] for name in ("input_ids", "position_ids")} | {"use_cache": False}
+    asked = {} if of_config else {"return_dict": False}
+    expected = model(**batch, use_cache=False).loss  # with this config, the library's own falls over its decoder's
+    model.config.return_dict = not of_config
+    (hidden,) = model.model(**of_decoder, **asked)  # pyright: ignore[reportCallIssue]
+    install(model)
+    given = model.model(**of_decoder, **asked)  # pyright: ignore[reportCallIssue]
+    assert type(given) is tuple and len(given) == 1 and error(given[0], hidden) < EXACT
+    assert type(model.model(**of_decoder, return_dict=True)) is BaseModelOutputWithPast  # pyright: ignore[reportCallIssue]
+    loss = model(**batch, use_cache=False, **asked)
+    assert type(loss) is tuple and abs(loss[0] - expected) < EXACT * expected
+    assert model(**batch, use_cache=False, return_dict=True).loss == loss[0]
+    assert model.fused.calls == 4  # pyright: ignore[reportAttributeAccessIssue]
+
+
 # ---- masks, positions, documents
+
+
+def test_positions_that_are_no_documents_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = install(adapted(tiny_model("llama"))), packed()
+    for first in (5, 6):
+        model(**{**batch, "position_ids": first + torch.arange(64)[None]}, use_cache=False)
+    assert caplog.text.count("not fused") == 1 and "do not start at 0 with each document" in caplog.text
+    assert len(fused_of(model).said) == 1
 
 
 def test_packed_positions_with_a_mask(caplog: pytest.LogCaptureFixture) -> None:

@@ -20,11 +20,11 @@ from steep.errors import UserError
 from steep.model.backends import Backends
 from steep.model.block import block
 from steep.model.layer import Batch, Layer
-from steep.model.projections import Unfused, compute_dtype, in_use, refuse_hooks
+from steep.model.projections import Unfused, compute_dtype, hooks_of, in_use
 from steep.model.read_layer import Traits, eps_of
 from steep.model.reading import Reading
 from steep.model.recompute import levels_within, room_on_card
-from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_outputs, row_lengths
+from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_last_norm, refuse_outputs, row_lengths
 from steep.model.walked import Walk
 from steep.ops.backend import gradient_dtype, not_compiled
 from steep.ops.embedding import embedding
@@ -74,17 +74,24 @@ class Fused:
 
     def layer(self, module: FusedLayer) -> Layer:
         """The tensors of a decoder layer as they are now: PEFT may switch adapters on and off between two calls."""
-        reading = self._readings.get(id(module))
+        readings, key = self._readings, id(module)
+        reading = readings.get(key)
         if reading is None or not reading.holds(module):
-            reading = self._readings[id(module)] = Reading(module, module.traits)
+            readings.pop(key, None)
+            reading = readings[key] = Reading(module, module.traits, lambda _: readings.pop(key, None))
         return reading.layer
 
     def walk(self, module: nn.Module) -> Walk:
         """What is in `module`, a model that computes so, or PEFT's wrapper around it."""
-        walk = self._walks.get(id(module))
+        walks, key = self._walks, id(module)
+        walk = walks.get(key)
         if walk is None or not walk.holds():
-            walk = self._walks[id(module)] = Walk(module)
+            walk = walks[key] = Walk(module, lambda _: walks.pop(key, None))
         return walk
+
+    def forget(self) -> None:
+        """Let go of what was read: it is read again."""
+        self._readings.clear()
 
     def say_once(self, reason: str, *, fused: bool = False) -> None:
         if reason not in self.said:
@@ -165,7 +172,7 @@ class FusedDecoder(nn.Module):
             )
         if document_lengths is not None and position_ids is None:
             raise ValueError("document_lengths need position_ids, which begin with 0 at each document")
-        if "fused" in self.__dict__ and not self._wants_cache(past_key_values, use_cache):
+        if not self._wants_cache(past_key_values, use_cache):
             use_cache = False
             try:
                 refuse_config(self.config, self.layers)
@@ -173,9 +180,12 @@ class FusedDecoder(nn.Module):
                 if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
                     raise Unfused("cu_seq_lens_q came without position_ids")
                 given = input_ids, attention_mask, position_ids, inputs_embeds, document_lengths
-                return BaseModelOutputWithPast(last_hidden_state=self._fused_forward(*given))  # pyright: ignore[reportArgumentType]
+                output = BaseModelOutputWithPast(last_hidden_state=self._fused_forward(*given))  # pyright: ignore[reportArgumentType]
+                wants_tuple = kwargs.get("return_dict", self.config.return_dict) is False
+                return output.to_tuple() if wants_tuple else output
             except Unfused as reason:
                 self.fused.say_once(str(reason))
+                self.fused.forget()
         # transformers records hidden states and attentions of classes that have entered themselves by name: each does
         # so when it makes an instance, and this one was set on one.
         _CAN_RECORD_REGISTRY.update({str(type(self)): self._can_record_outputs})  # pyright: ignore[reportArgumentType]
@@ -188,6 +198,12 @@ class FusedDecoder(nn.Module):
             use_cache=use_cache,
             **kwargs,
         )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """`to` and its like: parameters get other memory, and what was read would hold the old."""
+        if "fused" in self.__dict__:  # it has none while it is made
+            self.fused.forget()
+        return super()._apply(*args, **kwargs)
 
     def _wants_cache(self, past_key_values: Any, use_cache: bool | None) -> bool:
         trains = self.training and torch.is_grad_enabled()
@@ -211,7 +227,7 @@ class FusedDecoder(nn.Module):
         """The last hidden states [B, L, H], zero where a row is padded."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
-        refuse_hooks(self.norm, "the last norm")
+        refuse_last_norm(self)
         embedded = inputs_embeds if input_ids is None else looked_up(self.embed_tokens, input_ids)
         assert embedded is not None
         shape, device = embedded.shape[:2], embedded.device
@@ -240,9 +256,9 @@ class FusedDecoder(nn.Module):
     ) -> torch.Tensor:
         layers = self._read()
         dtype = compute_dtype(self.layers[0].mlp.down_proj, hidden_states)
-        if self.norm.weight.requires_grad:
-            raise Unfused("the last norm is trained")
         kinds = [getattr(layer.self_attn, "layer_type", None) for layer in self.layers]
+        if kinds[0] is not None and kinds != list(self.config.layer_types)[: len(kinds)]:
+            raise Unfused("config.layer_types are not those of its layers")
         turns = {kind: self._turns(positions, kind, valid) for kind in set(kinds)}
         levels = self._levels(hidden_states, dtype) if torch.is_grad_enabled() else [0] * len(kinds)
         merged = self._merges(layers, packing.num_tokens)
@@ -311,8 +327,8 @@ def looked_up(module: Any, input_ids: torch.Tensor) -> torch.Tensor:
     table = in_use(module)
     scale = getattr(table, "embed_scale", None)  # Gemma's own class multiplies by it
     known = type(table) is nn.Embedding or (isinstance(table, nn.Embedding) and scale is not None)
-    hooks = [each for part in (module, table) for each in (part._forward_hooks, part._forward_pre_hooks) if each]
-    if not known or hooks or table.max_norm is not None or gradient_dtype(table.weight) == table.weight.dtype:
+    hooked = any(any(hooks_of(part)) or "forward" in part.__dict__ for part in (module, table))
+    if not known or hooked or table.max_norm is not None or gradient_dtype(table.weight) == table.weight.dtype:
         return module(input_ids)
     rows = embedding(table.weight, input_ids, table.padding_idx)
     return rows if scale is None else rows * scale.to(rows.dtype)
@@ -323,5 +339,5 @@ def _packing(positions: torch.Tensor, document_lengths: Sequence[int] | None) ->
         return Packing.from_lengths(document_lengths, positions.device)
     try:
         return Packing.from_positions(positions)
-    except ValueError as error:
-        raise Unfused(str(error)) from error
+    except ValueError as error:  # it names a row and a token, and one line is said for all of them
+        raise Unfused("its position ids do not start at 0 with each document and count up by 1 inside it") from error

@@ -20,7 +20,7 @@ from steep.model.loss import FusedCausalLM
 from steep.model.machine import why_not_here
 from steep.model.projections import Unfused
 from steep.model.read_layer import read_layer
-from steep.model.refusals import refuse_config, refuse_hooks_of_layer
+from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_last_norm
 from steep.model.unwrap import unwrap
 
 
@@ -72,16 +72,14 @@ def uninstall(model: Any) -> Any:
             if type(module) not in FUSED:
                 problem = f"the fused forward cannot be taken off a {type(module).__name__}"
                 raise UserError("model", problem, "Take it off before the model is wrapped.")
-        for module in _modules(base):
-            module.__class__ = library_class(type(module))
+        for module in {*_modules(base), model}:  # one that PEFT wrapped later has PEFT's own class
+            module.__class__ = library_class(type(module)) if type(module) in FUSED else type(module)
         del base.fused, base.model.fused
-    model.__class__ = library_class(type(model))  # PEFT's wrapper, though the model in it was uninstalled before
     return model
 
 
 def is_installed(model: Any) -> bool:
-    base = unwrap(model)  # one that `type(model)(config)` made has the class and no more
-    return isinstance(base, FusedCausalLM) and hasattr(base, "fused")
+    return isinstance(unwrap(model), FusedCausalLM)
 
 
 def fused_of(model: Any) -> Fused:
@@ -107,6 +105,7 @@ def why_not_fused(model: Any) -> str | None:
                 raise Unfused(f"it has a {type(layer).__name__}")
             refuse_hooks_of_layer(layer, f"layer {number}")
             read_layer(layer, fused.traits)
+        refuse_last_norm(decoder)
     except Unfused as reason:
         return str(reason)
     return why_not_here()

@@ -14,6 +14,7 @@ from steep.model.decoder import Fused
 from steep.model.original_module import OriginalHead
 from steep.model.projections import Unfused, in_use, refuse_hooks
 from steep.model.recompute import loss_bytes, training_bytes
+from steep.model.refusals import library_class_of, refuse_patch
 from steep.model.walked import Walked
 from steep.ops.backend import gradient_dtype
 from steep.ops.linear_cross_entropy import linear_cross_entropy
@@ -66,8 +67,7 @@ class FusedCausalLM(Walked):
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
-        installed = "fused" in self.__dict__  # not in one that `type(model)(config)` made
-        head = self._head_of_the_loss() if learns and installed else None
+        head = self._head_of_the_loss() if learns else None
         if head is None:
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             kwargs |= {name: value for name, value in given.items() if value is not None}
@@ -78,7 +78,7 @@ class FusedCausalLM(Walked):
         if torch.is_grad_enabled() and tokens > self.fused.beside_for:
             self.fused.beside, self.fused.beside_for = self._bytes_of_head(head, tokens), tokens
         calls = self.fused.calls
-        outputs = self.model(**kwargs)
+        outputs = self.model(**kwargs, return_dict=True)
         hidden_states = outputs.last_hidden_state
         if shift_labels is None:
             assert labels is not None
@@ -88,10 +88,6 @@ class FusedCausalLM(Walked):
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):  # the library's forward may have given fp32
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
-        if not (self.training or torch.is_grad_enabled() or self.fused.logits):
-            self.fused.say_once(
-                "a call with labels gives no logits (install(model, logits=True) does, for compute_metrics)", fused=True
-            )
         softcap = getattr(self.config, "final_logit_softcapping", None)
         loss = linear_cross_entropy(
             hidden_states.flatten(0, 1),
@@ -109,7 +105,7 @@ class FusedCausalLM(Walked):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return output if self.config.return_dict in (None, True) and return_dict is not False else output.to_tuple()
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _without_padding(self, labels: torch.Tensor, attention_mask: torch.Tensor, ignore_index: int) -> torch.Tensor:
         """Padded places have no hidden states here: what is to be predicted from there is ignored, and said."""
@@ -132,6 +128,7 @@ class FusedCausalLM(Walked):
     def _head_of_the_loss(self) -> torch.Tensor | None:
         """The head's weight [V, H]; None, and a line says why, where the loss is not one of these alone."""
         try:
+            refuse_patch(library_class_of(self))
             if self.loss_function is not ForCausalLMLoss:
                 raise Unfused("the model has a loss of its own")
             return _head_weight(self.lm_head)
@@ -148,6 +145,7 @@ class FusedCausalLM(Walked):
 def _head_weight(head: Any) -> torch.Tensor:
     for part in (head, in_use(head)):
         refuse_hooks(part, "lm_head")
+        refuse_patch(type(part))
     head = in_use(head)
     if isinstance(head, OriginalHead):
         return head.weight

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import bnb as lora_over_bnb
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from steep.ops.base_weight import BaseWeight, DenseWeight
 from steep.ops.int8 import Int8Weight
@@ -22,8 +23,8 @@ class Unfused(Exception):
     """Something in the model, or in a call, that the fused forward does not compute. Its text is the reason."""
 
 
-def projection(module: Any, name: str, *, training: bool) -> Projection:
-    """The frozen weight and the active adapters of the linear layer `module`.
+def projection(module: Any, name: str) -> Projection:
+    """The frozen weight and the active adapters of the linear layer `module`. Hooks are not looked for here.
 
     Args:
         name: what the layer is called in a reason.
@@ -31,20 +32,16 @@ def projection(module: Any, name: str, *, training: bool) -> Projection:
     Raises:
         Unfused: it holds what plain LoRA over a frozen weight does not.
     """
-    refuse_hooks(module, name)
     if not isinstance(module, LoraLayer):
         return Projection(base_weight(module, name), module.bias, ())
     if type(module) not in (lora.Linear, lora_over_bnb.Linear4bit, lora_over_bnb.Linear8bitLt):
         raise Unfused(f"{name} is a {type(module).__name__} of PEFT")
     base: Any = module.get_base_layer()
-    refuse_hooks(base, name)
     adapters: tuple[Lora, ...] = ()
     if module.merged:  # with adapters off too: PEFT takes it out of the weight then
         raise Unfused(f"{name} has an adapter merged into it")
     if not module.disable_adapters:
-        adapters = tuple(
-            _lora(module, adapter, name, training) for adapter in module.active_adapters if adapter in module.lora_A
-        )
+        adapters = tuple(_lora(module, adapter, name) for adapter in module.active_adapters if adapter in module.lora_A)
     return Projection(base_weight(base, name), base.bias, adapters)
 
 
@@ -86,27 +83,27 @@ def refuse_hooks(module: nn.Module, name: str) -> None:
 
     PEFT's `adapter_names`, one adapter for each row, works by such hooks.
     """
+    if _has_any_global_hook():
+        raise Unfused("torch has hooks on every module")
     if any(hooks_of(module)):
         raise Unfused(f"{name} has hooks")
     if "forward" in module.__dict__:
         raise Unfused(f"the forward of {name} was replaced")
 
 
-def _lora(module: Any, adapter: str, name: str, training: bool) -> Lora:
+def _lora(module: Any, adapter: str, name: str) -> Lora:
     if adapter in module.lora_variant:
         raise Unfused(f"{name} has {type(module.lora_variant[adapter]).__name__.removesuffix('LinearVariant')}")
     if getattr(module, "fan_in_fan_out", False):
         raise Unfused(f"{name} is stored transposed")
     dropout: Any = module.lora_dropout[adapter]
-    if training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0:
+    if dropout.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0:
         raise Unfused(f"{name} has LoRA dropout")
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     if type(a) is not nn.Linear or type(b) is not nn.Linear:
         raise Unfused(f"{name} has a {type(a).__name__} in its adapter")
     if b.bias is not None:
         raise Unfused(f"{name} has lora_bias")
-    refuse_hooks(a, name)
-    refuse_hooks(b, name)
     return Lora(a.weight, b.weight, module.scaling[adapter])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from steep.model.layer import Attention, Layer, Norm
 from steep.model.projections import Unfused, projection, refuse_hooks
+from steep.model.refusals import library_class_of, refuse_class, refuse_patch
 from steep.ops.swiglu import Activation
 
 # transformers' classes for an MLP's activation, by what they compute.
@@ -25,12 +26,15 @@ class Traits:
     Attributes:
         unit_offset: norms multiply by 1 + weight.
         norms_added: what attention and the MLP give is normed before it is added.
-        softcap: attention's logits are capped, at the config's `attn_logit_softcapping`.
+        softcap: attention's logits are capped.
+        window: every layer attends within the config's `sliding_window`. Elsewhere a layer says so itself, or it has
+            no window, whatever its config holds.
     """
 
     unit_offset: bool = False
     norms_added: bool = False
     softcap: bool = False
+    window: bool = False
 
 
 def eps_of(norm: Any) -> float:
@@ -51,39 +55,41 @@ def read_layer(module: Any, traits: Traits) -> Layer:
 
 
 def _read(module: Any, traits: Traits) -> Layer:
-    attention, mlp, training = module.self_attn, module.mlp, module.training
-    own = next(cls.__module__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers."))
-
-    def of_family(part: Any) -> None:
-        if type(part).__module__ != own:
-            raise Unfused(f"it has a {type(part).__name__} of {type(part).__module__}")
-
+    attention, mlp, owner = module.self_attn, module.mlp, library_class_of(module)
     for part in (attention, mlp):
-        of_family(part)
+        refuse_class(part, owner)
     name = f"layer {attention.layer_idx}"
-    for part in (attention, mlp):
-        refuse_hooks(part, name)
+    refuse_patch(owner)
+    for path, part in module.named_modules():
+        if part is not module:  # which is called
+            refuse_hooks(part, f"{path} of {name}")
+            refuse_patch(type(part))
 
     def norm(part: Any) -> Norm:
-        of_family(part)
-        refuse_hooks(part, name)
+        refuse_class(part, owner)
         if part.weight.requires_grad:
             raise Unfused(f"{name} trains its norms")
         return Norm(part.weight, eps_of(part), traits.unit_offset)
 
     def linear(part: Any, last: str) -> Any:
-        return projection(getattr(part, last), f"{last} of {name}", training=training)
+        return projection(getattr(part, last), f"{last} of {name}")
 
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    if q_norm is not None and eps_of(q_norm) != eps_of(k_norm):
+        raise Unfused("its norms of q and k add another eps each")  # one op does both
     config = attention.config
-    if training and attention.attention_dropout:
+    if attention.training and attention.attention_dropout:
         raise Unfused("attention_dropout is above 0")
     if not attention.is_causal:
         raise Unfused("its attention is not causal")
     activation = _ACTIVATIONS.get(type(mlp.act_fn).__name__)
     if activation is None:
         raise Unfused(f"its activation is {type(mlp.act_fn).__name__}")
-    by_layer = hasattr(attention, "sliding_window")
+    window = config.sliding_window if traits.window else None
+    if hasattr(attention, "sliding_window"):  # by its kind: masks are made of the config's, flash attention of its own
+        window = config.sliding_window if attention.layer_type == "sliding_attention" else None
+        if attention.sliding_window != window:
+            raise Unfused(f"{name} has another window than its config")
     return Layer(
         attention_norm=norm(module.input_layernorm),
         qkv=(linear(attention, "q_proj"), linear(attention, "k_proj"), linear(attention, "v_proj")),
@@ -92,8 +98,8 @@ def _read(module: Any, traits: Traits) -> Layer:
             num_kv_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
             scale=attention.scaling,
-            window=attention.sliding_window if by_layer else getattr(config, "sliding_window", None),
-            softcap=config.attn_logit_softcapping if traits.softcap else None,
+            window=window,
+            softcap=attention.attn_logit_softcapping if traits.softcap else None,
             q_norm=None if q_norm is None else norm(q_norm),
             k_norm=None if k_norm is None else norm(k_norm),
         ),

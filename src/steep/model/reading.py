@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -10,46 +13,71 @@ from torch import nn
 from steep.model.layer import Layer
 from steep.model.projections import hooks_of
 from steep.model.read_layer import Traits, read_layer
+from steep.model.refusals import library_class_of
+
+_OF_CONFIG = ("num_attention_heads", "num_key_value_heads", "sliding_window")  # what reading takes from it
 
 
 class Reading:
     """A `Layer`, and everything that it was read from.
 
+    Args:
+        let_go: called when the layer or a module in it is no more: what was read of it holds memory that nobody
+            else does then.
+
     Raises:
         Unfused: see `read_layer`.
     """
 
-    def __init__(self, module: Any, traits: Traits) -> None:
+    def __init__(self, module: Any, traits: Traits, let_go: Callable[[Any], object]) -> None:
         self.layer: Layer = read_layer(module, traits)
-        self._module = module
         parts = list(module.modules())[1:]  # a hook on the layer itself is called
+        # Attributes are held, and never a module itself, which could not go then.
+        self._module, *self._parts = (weakref.ref(part, let_go) for part in [module, *parts])
         self._hooks = [hooks for part in parts for hooks in hooks_of(part)]
         self._names = [part.__dict__ for part in parts]
         self._members = [part._modules for part in [module, *parts] if part._modules]
-        self._dropouts: list[Any] = [part for part in parts if isinstance(part, nn.Dropout)]
-        self._adapted: list[Any] = [part for part in parts if isinstance(part, LoraLayer)]
-        self._holders = [part for part in parts if part._parameters]
-        self._state = self._now(module)
+        self._dropouts = [part.__dict__ for part in parts if isinstance(part, nn.Dropout)]
+        self._adapted = [part.__dict__ for part in parts if isinstance(part, LoraLayer)]
+        self._holders = [part._parameters for part in parts if part._parameters]
+        self._classes: list[Any] = list({type(part): None for part in parts})
+        self._owner: Any = library_class_of(module)
+        own = [part.__dict__ for part in parts if type(part).__module__ == self._owner.__module__]
+        self._numbers = [(_numbers(names), names) for names in own]
+        self._attention: dict[str, Any] = module.self_attn.__dict__
+        config = self._attention["config"].__dict__
+        self._of_config = itemgetter(*(key for key in _OF_CONFIG if key in config))
+        self._state = self._now()
 
     def holds(self, module: Any) -> bool:
         """Whether reading `module` again would give the same tensors and numbers."""
-        if module is not self._module or any(self._hooks) or any("forward" in names for names in self._names):
+        if module is not self._module() or any(self._hooks) or any("forward" in names for names in self._names):
             return False
-        return self._now(module) == self._state
+        try:
+            return self._now() == self._state
+        except KeyError:  # a number was deleted
+            return False
 
-    def _now(self, module: Any) -> list[Any]:
+    def _now(self) -> list[Any]:
         # Past nn.Module's own look-up of names, which takes most of the time of a reading.
-        state: list[Any] = [module.training]
+        state: list[Any] = [self._owner.forward, self._of_config(self._attention["config"].__dict__)]
+        state += [cls.forward for cls in self._classes]
+        state += [numbers(names) for numbers, names in self._numbers]
         for members in self._members:
             state += map(id, members.values())
-        for dropout in self._dropouts:
-            state += (dropout.p, dropout.training)
-        for adapted in self._adapted:
-            names = adapted.__dict__
-            state += [names["_disable_adapters"], list(adapted.active_adapters), list(names["merged_adapters"])]
+        for names in self._dropouts:
+            state += (names["p"], names["training"])
+        for names in self._adapted:
+            state += (names["_disable_adapters"], tuple(names["_active_adapter"]), tuple(names["merged_adapters"]))
             state += names["scaling"].values()
-        for holder in self._holders:
-            for parameter in holder._parameters.values():
+        for parameters in self._holders:
+            for parameter in parameters.values():
                 if parameter is not None:
                     state += (id(parameter), parameter.data_ptr(), parameter.requires_grad)
         return state
+
+
+def _numbers(names: dict[str, Any]) -> itemgetter[Any]:
+    """A look-up of the attributes that are numbers, or may be."""
+    plain = [key for key, value in names.items() if value is None or isinstance(value, bool | int | float | str)]
+    return itemgetter(*plain)

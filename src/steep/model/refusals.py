@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from steep.model.projections import Unfused, hooks_of
+from steep.model.projections import Unfused, hooks_of, refuse_hooks
 
 _HARMLESS = ("torch.distributed.", "transformers.utils.output_capturing")  # modules of hooks
+_READ = ("transformers.", "torch.nn.", "peft.", "bitsandbytes.")  # modules of classes that are computed here
 
 
 def refuse_config(config: Any, layers: Any) -> None:
@@ -45,6 +46,50 @@ def refuse_hooks_of_layer(layer: Any, name: str) -> None:
             raise Unfused(f"{name} has hooks")
     if "forward" in layer.__dict__:
         raise Unfused(f"the forward of {name} was replaced")
+
+
+def library_class_of(module: Any) -> type:
+    """The class of transformers that `module` is of, below those that steep or a wrapper put over it."""
+    return next(cls for cls in type(module).__mro__ if cls.__module__.startswith("transformers."))
+
+
+def refuse_class(part: Any, owner: type) -> None:
+    """
+    Args:
+        owner: the class of transformers that `part` is in.
+
+    Raises:
+        Unfused: `part` is not of the family of `owner`, so that it may compute otherwise.
+    """
+    if type(part).__module__ != owner.__module__:
+        raise Unfused(f"it has a {type(part).__name__} of {type(part).__module__}")
+
+
+def refuse_patch(cls: type) -> None:
+    """What was read is the library's code: a forward that somebody set on one of its classes computes otherwise.
+
+    Raises:
+        Unfused: the forward of `cls` is none of the module that the class comes from.
+    """
+    owner = next(each for each in cls.__mro__ if "forward" in each.__dict__)
+    module = getattr(owner.__dict__["forward"], "__module__", None)
+    if owner.__module__.startswith(_READ) and module != owner.__module__:
+        raise Unfused(f"the forward of every {owner.__name__} was replaced by one of {module}")
+
+
+def refuse_last_norm(decoder: Any) -> None:
+    """
+    Raises:
+        Unfused: the norm is of another family, has hooks or is trained; or the decoder's forward, which calls it, was
+            replaced.
+    """
+    owner = library_class_of(decoder)
+    refuse_patch(owner)
+    refuse_class(decoder.norm, owner)
+    refuse_patch(type(decoder.norm))
+    refuse_hooks(decoder.norm, "the last norm")
+    if decoder.norm.weight.requires_grad:
+        raise Unfused("the last norm is trained")
 
 
 def refuse_outputs(config: Any, kwargs: dict[str, Any]) -> None:
