@@ -22,7 +22,7 @@ from steep.model.adapters import check_embeddings, check_rank, check_start
 from steep.model.choices import Choices
 from steep.model.embeddings import is_tied, untie
 from steep.model.empty import check_computes, empty_model
-from steep.model.load import resolve_base, resolve_compute_dtype
+from steep.model.load import check_4bit_rows, resolve_base, resolve_compute_dtype
 from steep.model.new_tokens import check_trained, rows_for
 from steep.model.positions import check_length
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
@@ -218,6 +218,7 @@ def _work_out(
     compute = resolve_compute_dtype(model.compute_dtype, base)
     empty = empty_model(resolved, model.attn_implementation)
     check_computes(empty)
+    check_4bit_rows(empty, base)
     stored = check_stored(resolved, empty, download=False)
     if model.untie_embeddings:
         untie(empty)

@@ -143,3 +143,11 @@ def test_models_of_others_are_not_touched(llama_folder: Path) -> None:
     assert all(parameter.requires_grad for parameter in other.parameters())
     assert bitsandbytes.nn.Linear4bit(64, 64).weight.requires_grad is False
     assert cache_folder().name
+
+
+def test_4bit_rows_that_a_cpu_reads_wrong_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder = str(save_tiny("llama", tmp_path, intermediate_size=160))
+    with pytest.raises(UserError, match=r"model\.base: .*those of model\.layers\.0\.mlp\.down_proj have 160.*fp32"):
+        load(folder, base="nf4", compute_dtype="fp32")
+    load(folder, base="int8", compute_dtype="fp32")

@@ -108,7 +108,9 @@ def load_resolved(
         arguments["quantization_config"] = _quantization(base, compute)
     if torch.cuda.is_available():
         arguments["device_map"] = {"": torch.cuda.current_device()}
-    check_stored(resolved, empty_model(resolved, attn_implementation))
+    empty = empty_model(resolved, attn_implementation)
+    check_4bit_rows(empty, base)
+    check_stored(resolved, empty)
     with attention_refused(attn_implementation):
         model = AutoModelForCausalLM.from_pretrained(resolved.name, **arguments)
     if resolved.quantization is not None:
@@ -119,6 +121,25 @@ def load_resolved(
     model.requires_grad_(False)
     model.config.use_cache = False  # packed documents would see each other through a cache
     return model
+
+
+def check_4bit_rows(empty: torch.nn.Module, base: str) -> None:
+    """Refuse 4-bit rows that bitsandbytes' CPU kernel (0.50) reads wrong: from the second row on it takes another
+    block's scale where a row ends inside a block.
+
+    Raises:
+        UserError: there are such rows, and no GPU.
+    """
+    if base != "nf4" or torch.cuda.is_available():
+        return
+    for name, module in empty.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.in_features % 64 and not name.endswith("lm_head"):
+            raise UserError(
+                "model.base",
+                f"bitsandbytes reads nf4 wrong on a CPU where rows are no multiple of 64, and those of {name} have "
+                f"{module.in_features} elements",
+                "Set model.base: fp32, or train on a GPU.",
+            )
 
 
 def as_folder(resolved: ResolvedModel, tokenizer: Any) -> ResolvedModel:
