@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -482,3 +484,29 @@ def test_a_graph_is_gone_through_once() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"once|second time"):
         loss.backward()
+
+
+@pytest.mark.parametrize("label", [VOCAB_SIZE, 10**9, -1])
+def test_a_label_outside_of_the_vocabulary_is_an_error(label: int) -> None:
+    model = install(adapted(tiny_model("llama")))
+    batch = packed()
+    batch["labels"][0, 5] = label
+    with pytest.raises(IndexError, match=f"label {label} is outside of the vocabulary of {VOCAB_SIZE}"):
+        model(**batch, use_cache=False)
+    batch["labels"][0, 5] = -100
+    assert model(**batch, use_cache=False).loss.isfinite()
+
+
+@pytest.mark.gpu
+def test_a_label_outside_of_the_vocabulary_is_an_error_on_a_gpu() -> None:
+    """In a process of its own: what an assertion on the card leaves behind computes nothing any more."""
+    program = (
+        "import torch\nfrom steep import install\nfrom tests.model.test_fused import adapted, packed, tiny_model\n"
+        "model = install(adapted(tiny_model('llama')).cuda())\n"
+        "batch = {name: tensor.cuda() for name, tensor in packed().items()}\n"
+        "print(float(model(**batch, use_cache=False).loss), 'before', flush=True)\n"
+        "batch['labels'][0, 5] = 10**6\nprint(float(model(**batch, use_cache=False).loss), 'after')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "before" in done.stdout and "after" not in done.stdout, done.stdout
+    assert "assert" in done.stderr

@@ -85,6 +85,7 @@ class FusedCausalLM(Walked):
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         if attention_mask is not None and self.fused.calls > calls:
             shift_labels = self._without_padding(shift_labels, attention_mask, ignore_index)
+        _check_labels(shift_labels, len(head), ignore_index)
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):  # the library's forward may have given fp32
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
@@ -156,3 +157,20 @@ def _head_weight(head: Any) -> torch.Tensor:
     if head.bias is not None:
         raise Unfused("lm_head has a bias")
     return head.weight
+
+
+def _check_labels(labels: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Refuse labels that the head has no row for, as torch's own loss does: on a GPU by an assertion there, which the
+    host does not wait for.
+
+    Raises:
+        IndexError: there are such labels, on a CPU.
+    """
+    known = (labels == ignore_index) | ((labels >= 0) & (labels < vocabulary))
+    if labels.is_cuda:
+        torch._assert_async(known.all(), f"a label is outside of the vocabulary of {vocabulary}")
+    elif not known.all():
+        raise IndexError(
+            f"label {int(labels[~known][0])} is outside of the vocabulary of {vocabulary}: the tokenizer has more "
+            "tokens than the model has rows"
+        )
