@@ -15,7 +15,8 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 LAUNCHES = 20
 _PACKAGES = (
-    "steep", "torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "unsloth"
+    "steep", "torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "unsloth",
+    "flash-attn", "flash-attn-3",
 )  # fmt: skip
 
 

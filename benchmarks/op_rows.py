@@ -99,8 +99,12 @@ def rms_norm() -> Iterator[Case]:
         "reference": lambda x, weight: rms_norm_reference(x, weight, EPS),
     }
 
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        assert theirs is not None
+        return theirs(x, weight, EPS, in_place=False)
+
     def rival(note: str) -> Rival | None:
-        return theirs and Rival(lambda x, weight: theirs(x, weight, EPS, in_place=False), inputs, note=note)
+        return theirs and Rival(norm, inputs, note=note)
 
     def forward() -> torch.Tensor:
         return rms_norm_forward(x, weight, EPS, out=out)

@@ -1,12 +1,14 @@
 """The peers of `benchmarks.train`: how each makes its model trainable, and the bare loop that times them.
 
-`hf` is QLoRA as the libraries' documentation has it, `hf-lean` the same with everything that trains in bf16.
-`steep` is not here: it is timed through its own command (`benchmarks/steep_run.py`).
+`hf` is QLoRA as the libraries' documentation has it, `hf-lean` the same with everything that trains in bf16, `hf-flash`
+with the flash-attn package and the batch as one row, so that documents are isolated without a mask. steep's own two are
+in `benchmarks/steep_run.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +34,7 @@ class Work:
     steps: int
     packed: bool
     device: str
+    cap_gib: float | None = None  # of steep
 
 
 @dataclass
@@ -41,12 +44,14 @@ class Peer:
     Attributes:
         autocast: run forward passes under torch's, in bf16.
         isolates: documents of a packed row do not see each other.
+        flat: it takes the rows of a batch as one (`flattened`).
     """
 
     model: Any
     optimizer: torch.optim.Optimizer
     autocast: bool = False
     isolates: bool = True
+    flat: bool = False
 
 
 def _bitsandbytes(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -59,7 +64,7 @@ def trained(model: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _library_model(work: Work) -> Any:
+def _library_model(work: Work, attention: str | None = None) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -69,8 +74,9 @@ def _library_model(work: Work) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = AutoModelForCausalLM.from_pretrained(
-        work.folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": work.device}
-    )
+        work.folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": work.device},
+        attn_implementation=attention,
+    )  # fmt: skip
     model.config.use_cache = False
     return model
 
@@ -86,15 +92,34 @@ def _with_adapters(model: Any, work: Work, autocast_adapters: bool) -> Any:
     return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapters)
 
 
-def hf(work: Work) -> Peer:
+def hf(work: Work, attention: str | None = None) -> Peer:
     """fp32 norms, embeddings and adapters under bf16 autocast, gradient checkpointing, 8-bit AdamW."""
     from peft import prepare_model_for_kbit_training
 
     model = prepare_model_for_kbit_training(
-        _library_model(work), gradient_checkpointing_kwargs={"use_reentrant": False}
+        _library_model(work, attention), gradient_checkpointing_kwargs={"use_reentrant": False}
     )
     model = _with_adapters(model, work, autocast_adapters=True)
     return Peer(model, _bitsandbytes(trained(model)), autocast=True)
+
+
+def hf_flash(work: Work) -> Peer:
+    """`hf` with flash attention.
+
+    Raises:
+        ModuleNotFoundError: there is none.
+    """
+    return dataclasses.replace(hf(work, _flash_attention()), flat=True)
+
+
+def _flash_attention() -> str:
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
+
+    if is_flash_attn_3_available():
+        return "flash_attention_3"
+    if is_flash_attn_2_available() or is_kernels_available():  # transformers looks for the hub's kernel by itself
+        return "flash_attention_2"
+    raise ModuleNotFoundError("hf-flash needs the package flash-attn, or kernels for the hub's, and a GPU")
 
 
 def hf_lean(work: Work) -> Peer:
@@ -132,20 +157,9 @@ def unsloth(work: Work) -> Peer:
     return Peer(model, _bitsandbytes(trained(model)), autocast=True, isolates=False)
 
 
-def steep_bare(work: Work) -> Peer:
-    """steep's parts in the loop of the others."""
-    from steep import add_adapters, load
-    from steep.model.install import install
-    from steep.training.adamw8bit import AdamW8bit
-
-    model, _ = load(work.folder, base="nf4", compute_dtype="bf16")
-    model = install(add_adapters(model, r=work.r, lora_alpha=ALPHA, trained_dtype="bf16"))
-    return Peer(model, AdamW8bit(trained(model), lr=LEARNING_RATE, seed=0))
-
-
 PEERS: dict[str, Callable[[Work], Peer]] = {
-    "steep-bare": steep_bare,
     "hf": hf,
+    "hf-flash": hf_flash,
     "hf-lean": hf_lean,
     "hf-liger": hf_liger,
     "unsloth": unsloth,
@@ -181,6 +195,25 @@ def batches(work: Work, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
         }
 
 
+def flattened(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The batch as one row of documents, with all that flash attention asks for: it reads nothing back then."""
+    rows, length = batch["input_ids"].shape
+    positions = batch.get("position_ids", torch.arange(length, device=batch["labels"].device).expand(rows, length))
+    one_row = positions.reshape(-1)
+    starts = (one_row == 0).nonzero()[:, 0]
+    ends = torch.cat([starts, starts.new_tensor([len(one_row)])]).to(torch.int32)
+    longest = int(one_row.max()) + 1
+    return {
+        "input_ids": batch["input_ids"].reshape(1, -1),
+        "labels": batch["labels"].masked_fill(positions == 0, -100).reshape(1, -1),
+        "position_ids": one_row[None],
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -197,7 +230,8 @@ def bare_loop(peer: Peer, work: Work, begun: float) -> dict[str, Any]:
     model, optimizer = peer.model.train(), peer.optimizer
     parameters = trained(model)
     seconds, losses, first = [], [], 0.0
-    for batch in batches(work, model.config.vocab_size):
+    for given in batches(work, model.config.vocab_size):
+        batch = flattened(given) if peer.flat else given
         synchronize(work.device)
         start = time.perf_counter()
         with torch.autocast(work.device, torch.bfloat16) if peer.autocast else contextlib.nullcontext():

@@ -1,12 +1,17 @@
-"""`steep train` as it is, timed: its command in this process, on text whose rows are documents of the length asked for.
+"""steep's two peers, and what it chose.
 
-The time of a step is that between two ends of an optimizer step: data, logging and clipping are in it. The device is
-waited for by the command alone (each step reads its gradients' norms), but at the first end, which is counted from the
-start of the process, with planning and scoring of the base.
+`steep` is `steep train` as it is: its command in this process, on text whose rows are documents of the length asked
+for. The time of a step is that between two ends of an optimizer step: data, logging and clipping are in it. The device
+is waited for by the command alone (each step reads its gradients' norms), but at the first end, which is counted from
+the start of the process, with planning and scoring of the base. `steep-bare` is its model and optimizer in the loop of
+the others.
+
+Both are held to the work's memory, where it names one: by `training.vram`, and by the same plan.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -14,10 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from benchmarks.peers import ALPHA, LEARNING_RATE, LONGEST, SHORTEST, Work, synchronize
+from benchmarks.peers import ALPHA, LEARNING_RATE, LONGEST, SHORTEST, Peer, Work, synchronize, trained
 from benchmarks.shapes import SPECIAL
+
+GIB = 2**30
 
 
 def write_text(file: Path, work: Work, vocab_size: int) -> None:
@@ -40,14 +48,69 @@ def run_file(work: Work, text: Path, output: Path) -> dict[str, Any]:
         "training": {
             "output_dir": str(output), "max_steps": work.steps, "per_device_train_batch_size": work.batch,
             "gradient_accumulation_steps": 1, "learning_rate": LEARNING_RATE, "save_steps": 10 * work.steps,
-            "logging_steps": 1,
+            "logging_steps": 1, "vram": f"{work.cap_gib:.4f}GiB" if work.cap_gib else "auto",
         },
         "evaluation": {"max_tokens": 4096},
     }  # fmt: skip
 
 
+def steep_bare(work: Work) -> Peer:
+    """steep's parts as `steep train` puts them together."""
+    from steep import add_adapters, install, load, offload_originals
+    from steep.model.install import fused_of
+    from steep.training.adamw8bit import AdamW8bit
+
+    model, _ = load(work.folder, base="nf4", compute_dtype="bf16")
+    model = add_adapters(model, r=work.r, lora_alpha=ALPHA, trained_dtype="bf16")
+    model = install(offload_originals(model))
+    if work.cap_gib:
+        fused = fused_of(model)
+        fused.levels, fused.loss_way = planned(work)
+    return Peer(model, AdamW8bit(trained(model), lr=LEARNING_RATE, seed=0))
+
+
+def planned(work: Work) -> tuple[list[int], Any]:
+    """What `steep train` would keep in each layer within the work's memory, and how it would cut the loss."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from steep.fusing import adapted, fused_step
+    from steep.memory import shape_of
+    from steep.model.embeddings import is_tied
+    from steep.model.families import fused_class
+    from steep.model.read_layer import read_layer
+    from steep.model.unwrap import unwrap
+    from steep.schema import RunConfig
+
+    config = RunConfig.model_validate(run_file(work, Path("text"), Path("run")))
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(work.folder), dtype=torch.bfloat16)
+    layer: Any = unwrap(adapted(config, empty)).model.layers[0]
+    family: Any = fused_class(type(layer))
+    step = fused_step(
+        config, read_layer(layer, family.traits), shape_of(empty, config.adapter), tied=is_tied(empty),
+        base="nf4", compute="bf16", trained="bf16",
+    )  # fmt: skip
+    assert work.cap_gib is not None
+    return step.choose(work.cap_gib * GIB)
+
+
+def calls_of(model: Any) -> int:
+    """Fused forwards so far."""
+    from steep.model.install import fused_of, is_installed
+
+    return fused_of(model).calls if is_installed(model) else 0
+
+
+def chosen(model: Any, forwards: int) -> dict[str, Any]:
+    """What steep computes `model` with now; `fused` only where that did all of `forwards` calls so far."""
+    from steep.model.choices import choices_of
+
+    choices = dataclasses.asdict(choices_of(model))
+    return choices | {"fused": choices["fused"] and calls_of(model) >= forwards}
+
+
 def steep_train(work: Work, vocab_size: int, temporary: Path, begun: float, words: list[str]) -> dict[str, Any]:
-    """As `bare_loop`; `words` are further ones for the command."""
+    """As `bare_loop`, and what it chose; `words` are further ones for the command."""
     from steep import cli
     from steep.training.trainer import Trainer
 
@@ -58,16 +121,20 @@ def steep_train(work: Work, vocab_size: int, temporary: Path, begun: float, word
     file.write_text(yaml.safe_dump(run_file(work, text, temporary / "run")))
     ends: list[float] = []
     losses: list[float] = []
-    first = 0.0
+    computed: dict[str, Any] = {}
+    first, before = 0.0, 0
     stepped, logged = Trainer._after_optimizer_step, Trainer.log
 
     def after(self: Trainer) -> None:
-        nonlocal first
+        nonlocal first, before
         stepped(self)
         if not ends:
             synchronize(work.device)
             first = time.time() - begun
+            before = calls_of(self.model)  # the base was scored too
         ends.append(time.perf_counter())
+        if len(ends) == work.steps:
+            computed.update(chosen(self.model, before + work.steps - 1))
 
     def log(self: Trainer, logs: dict[str, Any], start_time: float | None = None) -> None:
         logged(self, logs, start_time)
@@ -84,4 +151,4 @@ def steep_train(work: Work, vocab_size: int, temporary: Path, begun: float, word
     finally:
         Trainer._after_optimizer_step, Trainer.log = stepped, logged
     seconds = [end - begin for begin, end in zip([float("nan"), *ends], ends, strict=False)]  # the first has no begin
-    return {"seconds": seconds, "losses": losses, "first_step_s": first}
+    return {"seconds": seconds, "losses": losses, "first_step_s": first, "chosen": computed}

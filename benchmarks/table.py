@@ -2,8 +2,9 @@
 
     python -m benchmarks.table [--check]
 
-A column is a peer, a line a work; the newest call that timed both steep and the peer counts. Each ratio is of two rows
-of one call. With --check nothing is written, and the exit code is 1 where the README is not in step.
+A column is a peer, a line a call: of each work the newest that timed steep and the libraries, and an older one where
+that has a peer which no newer one has. So all figures and ratios of a line are of one call. transformers + PEFT is the
+faster of `hf` and `hf-flash`. With --check nothing is written, and the exit code is 1 where the README is not in step.
 """
 
 from __future__ import annotations
@@ -19,30 +20,29 @@ from benchmarks.measuring import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks.table: begin -->", "<!-- benchmarks.table: end -->"
-STEEP, YARDSTICK = "steep", "hf"
-PEERS = {
-    YARDSTICK: "transformers + PEFT",
-    "hf-lean": "the same, all in bf16",
-    "hf-liger": "with Liger",
-    "unsloth": "Unsloth",
-}
+STEEP, ALONE, LIBRARY = "steep", "steep-bare", ("hf", "hf-flash")
+YARDSTICK = "transformers + PEFT"
+PEERS = {"hf-lean": "the same, all in bf16", "hf-liger": "with Liger", "unsloth": "Unsloth"}
+COLUMNS = [STEEP, "its step alone", YARDSTICK, *PEERS.values()]
 
 Row = dict[str, Any]
 
 
 def rows_of(folder: Path) -> list[Row]:
-    """All rows of real shapes, the oldest first."""
+    """All rows of real shapes that did not fail, the oldest first."""
     lines = [line for file in sorted(folder.glob("*-train.jsonl")) for line in file.read_text().splitlines()]
-    rows = [json.loads(line) for line in lines]
-    return sorted((row for row in rows if row["shape"] != "tiny"), key=lambda row: row["call"])
+    rows = [row for row in map(json.loads, lines) if row["shape"] != "tiny" and "failed" not in row]
+    return sorted(rows, key=lambda row: row["call"])
 
 
-def work_of(row: Row) -> str:
-    parts = [row["gpu"].removeprefix("NVIDIA "), row["shape"], f"{row['batch']} × {row['seq']}"]
-    if row["packed"]:
+def work_of(steep: Row) -> str:
+    parts = [steep["gpu"].removeprefix("NVIDIA "), steep["shape"], f"{steep['batch']} × {steep['seq']}"]
+    if steep["packed"]:
         parts.append("packed")
-    if row["cap_gib"]:
-        parts.append(f"in {row['cap_gib']:g} GiB")
+    if steep["cap_of"]:
+        parts.append(f"within the peak of {YARDSTICK}")
+    elif steep["cap_gib"]:
+        parts.append(f"within {steep['cap_gib']:g} GiB")
     return ", ".join(parts)
 
 
@@ -50,34 +50,46 @@ def cost(row: Row) -> str:
     return f"{row['step_s']:.3f} s, {row['peak_allocated_gib']:.1f} GiB"
 
 
+def cells_of(call: dict[str, Row]) -> dict[str, str]:
+    """A call's cells by column."""
+    steep = call[STEEP]
+    cells = {STEEP: cost(steep)}
+    if ALONE in call:
+        cells["its step alone"] = cost(call[ALONE])
+    library = min((call[peer] for peer in LIBRARY if peer in call), key=lambda row: row["step_s"])
+    for column, row in [(YARDSTICK, library), *((PEERS[peer], call[peer]) for peer in PEERS if peer in call)]:
+        flash = ", flash-attn" if row["peer"] == "hf-flash" else ""
+        cells[column] = f"{cost(row)}{flash} ({row['step_s'] / steep['step_s']:.2f}×)"
+    return cells
+
+
 def table(rows: Iterable[Row]) -> str:
-    """Markdown; empty where no call timed steep and the yardstick."""
-    calls: dict[str, dict[str, dict[str, Row]]] = {}  # work, call, peer
+    """Markdown; empty where no call timed steep and the libraries."""
+    calls: dict[str, dict[str, Row]] = {}
     for row in rows:
-        calls.setdefault(work_of(row), {}).setdefault(row["call"], {})[row["peer"]] = row
+        calls.setdefault(row["call"], {})[row["peer"]] = row
+    works: dict[str, list[dict[str, str]]] = {}  # the oldest call first
+    for call in calls.values():
+        if STEEP in call and any(peer in call for peer in LIBRARY):
+            works.setdefault(work_of(call[STEEP]), []).append(cells_of(call))
     lines: list[tuple[str, dict[str, str]]] = []
-    for work, by_call in calls.items():
-        cells: dict[str, str] = {}
-        for call in by_call.values():  # a newer call replaces an older one
-            if STEEP not in call or YARDSTICK not in call:
-                continue
-            cells[STEEP] = cost(call[STEEP])
-            for peer in PEERS:
-                if peer in call:
-                    ratio = call[peer]["step_s"] / call[STEEP]["step_s"]
-                    cells[peer] = f"{cost(call[peer])} ({ratio:.2f}×)"
-        if cells:
-            lines.append((work, cells))
+    for work, found in works.items():
+        shown: set[str] = set()
+        for cells in reversed(found):
+            if not shown.issuperset(cells):
+                lines.append((work, cells))
+                shown.update(cells)
     if not lines:
         return ""
-    peers = [peer for peer in PEERS if any(peer in cells for _, cells in lines)]
-    head = ["work", "steep", *(PEERS[peer] for peer in peers)]
-    shown = [[work, cells[STEEP], *(cells.get(peer, "–") for peer in peers)] for work, cells in lines]
-    written = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *shown)]
+    columns = [column for column in COLUMNS if any(column in cells for _, cells in lines)]
+    head = ["work", *columns]
+    body = [[work, *(cells.get(column, "–") for column in columns)] for work, cells in lines]
+    written = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
     return "\n".join(
         [
             "One training step, QLoRA at rank 256 with both embeddings trained: time, and peak of allocated memory. In",
-            "brackets: how many times as fast `steep train` was in the same call (`python -m benchmarks.train`).",
+            "brackets: how many times as fast `steep train` was. A line is one call (`python -m benchmarks.train`). What a",
+            "line is within is a limit for steep alone.",
             "",
             *written,
         ]

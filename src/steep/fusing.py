@@ -125,7 +125,7 @@ def settle(config: RunConfig, step: FusedStep, budget: int | None, before: Choic
     if before is not None and before.loss_way is not None:
         way = before.loss_way
     before = before or Choices(True, step.trained)
-    return replace(before, fused=True, trained_dtype=step.trained, levels=levels, loss_way=way)
+    return replace(before, fused=True, trained_dtype=step.trained, levels=levels, chosen_for=0, loss_way=way)
 
 
 def _why_not_with_options(config: RunConfig) -> str | None:

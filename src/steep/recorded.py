@@ -234,6 +234,7 @@ class Choices(TypedDict):
     fused: bool
     trained_dtype: str
     levels: list[Level] | None
+    chosen_for: Count
     merges_from: Count | None
     loss_way: Literal["tokens", "vocabulary"] | None
     backends: dict[str, str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import torch
 import transformers
 from bitsandbytes.functional import int8_vectorwise_dequant
 from bitsandbytes.nn import Linear8bitLt
+from peft import AutoPeftModel, LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.utils import find_labels
 
 from steep.errors import UserError
@@ -326,6 +329,46 @@ def test_what_is_saved_opens_as_plain_peft(tmp_path: Path) -> None:
         assert abs(opened(**batch, use_cache=False).loss - model(**batch, use_cache=False).loss) < EXACT
 
 
+@pytest.mark.parametrize("wrapped_first", [True, False])
+def test_adapters_of_no_task_type_open_again(wrapped_first: bool, tmp_path: Path) -> None:
+    """PEFT saves the class that they were on, to make one of it: the library's, or one that computes as that does."""
+    base = AutoModelForCausalLM.from_pretrained(save_tiny("llama", tmp_path / "base")).requires_grad_(False)
+    model: Any = get_peft_model(base if wrapped_first else install(base), LoraConfig(r=4, target_modules="all-linear"))
+    install(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    if wrapped_first:
+        saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["auto_mapping"]
+        library = transformers.LlamaForCausalLM
+        assert saved == {"base_model_class": library.__name__, "parent_library": library.__module__}
+    opened = AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        loss = model(**packed(), use_cache=False).loss
+        assert abs(opened(**packed(), use_cache=False).loss - loss) < EXACT
+    assert not is_installed(opened)
+
+
+def test_a_model_of_an_installed_models_class_computes_as_the_librarys() -> None:
+    model, batch = install(tiny_model("gemma2").requires_grad_(False)).eval(), packed()
+    expected = model(**batch, use_cache=False).loss
+    other, decoder = type(model)(model.config).eval(), type(model.model)(model.config).eval()
+    for made in (other, decoder):
+        made.set_attn_implementation("eager")
+    other.load_state_dict(model.state_dict())
+    decoder.load_state_dict(model.model.state_dict())
+    assert not is_installed(other)
+    with torch.no_grad():
+        assert abs(other(**batch, use_cache=False).loss - expected) < EXACT
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+        hidden = model.model(**inputs).last_hidden_state
+        assert error(decoder(**inputs).last_hidden_state, hidden) < EXACT
+    assert is_installed(install(other.requires_grad_(False)))
+    assert abs(other(**batch, use_cache=False).loss - expected) < EXACT and fused_of(other).calls == 1
+    assert type(uninstall(other)) is transformers.Gemma2ForCausalLM
+
+
 # ---- what is not fused
 
 
@@ -467,6 +510,23 @@ def test_trainer_evaluates_an_installed_model(kind: Any, tmp_path: Path) -> None
             labels=torch.stack([row["labels"] for row in rows]),
         ).loss
     assert abs(scores["eval_loss"] - loss) < 1e-3
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_metrics_that_get_no_logits_are_told(logits: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows: Any = [{"input_ids": row, "labels": row} for row in torch.randint(3, VOCAB_SIZE, (4, 16))]
+    model = install(adapted(tiny_model("llama")), logits=logits)
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, per_device_eval_batch_size=2
+    )
+    given: list[Any] = []
+    trainer = transformers.Trainer(
+        model=model, args=args, eval_dataset=rows, compute_metrics=lambda each: given.append(each.predictions) or {}
+    )
+    trainer.evaluate()
+    trainer.evaluate()
+    assert [getattr(each, "shape", None) for each in given] == [(4, 16, VOCAB_SIZE) if logits else None] * 2
+    assert caplog.text.count("logits=True") == (0 if logits else 1)
 
 
 def test_an_adapter_changed_before_the_backward_pass_is_an_error() -> None:

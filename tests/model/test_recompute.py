@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from steep.model import decoder
+from steep.model import choices, decoder
 from steep.model.install import fused_of, install
 from steep.model.read_layer import read_layer
 from steep.model.recompute import kept_bytes, levels_for, levels_within, loss_bytes, training_bytes, work_bytes
@@ -124,6 +124,23 @@ def test_a_longer_batch_chooses_levels_again(monkeypatch: pytest.MonkeyPatch) ->
         given(**packed(lengths), use_cache=False).loss.backward()
         assert fused_of(given).levels == [1, 1] and fused_of(given).chosen_for == 0
     assert len(rooms) == 1
+
+
+@pytest.mark.parametrize("chosen_for", [64, 0])
+def test_levels_of_a_checkpoint_are_chosen_again_for_a_longer_batch(
+    chosen_for: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if on a card with no room; but not those that were given (0)."""
+    monkeypatch.setattr(choices, "room_on_card", lambda _: 0.0)
+    begun, model = (install(adapted(tiny_model("llama"))) for _ in range(2))
+    fused_of(begun).levels, fused_of(begun).chosen_for = [0, 1], chosen_for
+    choices.take_over(model, choices.choices_of(begun))
+    found: list[Any] = []
+    for lengths in ([[64]], [[64]] * 2):
+        model(**packed(lengths), use_cache=False).loss.backward()
+        found.append(fused_of(model).levels)
+    assert found == ([[0, 1], [3, 3]] if chosen_for else [[0, 1], [0, 1]])
+    assert choices.choices_of(model).chosen_for == (128 if chosen_for else 0)
 
 
 def test_evaluation_chooses_no_levels() -> None:

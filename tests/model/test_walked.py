@@ -136,3 +136,16 @@ def test_a_wrapper_put_around_later_stays() -> None:
     model.zero_grad()
     assert modes(model) == {True} and not have_gradients(model)
     assert type(uninstall(model)) is peft.PeftModelForCausalLM
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_wrapper_outlives_the_installed_model_in_it(merged: bool) -> None:
+    model = install(adapted(tiny_model("llama")))
+    uninstall(model.merge_and_unload() if merged else model.get_base_model())
+    give_gradients(model)
+    for mode in (True, False):
+        model.train(mode)
+        assert modes(model) == {mode}
+    model.zero_grad()
+    assert not have_gradients(model)
+    assert type(uninstall(model)) is peft.PeftModelForCausalLM

@@ -25,6 +25,7 @@ class Backends:
 
     chosen: dict[str, str] = field(default_factory=dict)
     _looked_at: set[str] = field(default_factory=set)  # by this process, on this card
+    _others: dict[tuple[object, ...], str] = field(default_factory=dict)  # what is not simply `chosen`
 
     def backend(self, attention: Attention, packing: Packing, dtype: torch.dtype, *, trains: bool) -> str:
         """The backend for one layer and one batch.
@@ -55,10 +56,13 @@ class Backends:
             self._looked_at.add(kind)
         found = self.chosen.get(kind)
         # a batch of the same kind may still have a length that the backend does not take
-        fits = found is not None and BACKENDS[found].lacks(packing.uniform, window, attention.softcap) is None
-        if found is not None and fits and (trains or found in usable_backends(*asked)):
+        if trains and found is not None and BACKENDS[found].lacks(packing.uniform, window, attention.softcap) is None:
             return found
-        return table_backend(*asked, deterministic=deterministic)
+        key = found, deterministic, *asked
+        if key not in self._others:  # asking torch takes longer than a layer is launched
+            usable = [] if found is None else usable_backends(*asked)
+            self._others[key] = found if found in usable else table_backend(*asked, deterministic=deterministic)
+        return self._others[key]
 
 
 def _kind(packing: Packing, window: int | None, softcap: float | None, deterministic: bool) -> str:

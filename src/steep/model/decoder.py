@@ -172,7 +172,7 @@ class FusedDecoder(nn.Module):
             )
         if document_lengths is not None and position_ids is None:
             raise ValueError("document_lengths need position_ids, which begin with 0 at each document")
-        if not self._wants_cache(past_key_values, use_cache):
+        if "fused" in self.__dict__ and not self._wants_cache(past_key_values, use_cache):
             use_cache = False
             try:
                 refuse_config(self.config, self.layers)

@@ -6,6 +6,8 @@ accelerate, FSDP and device maps, which match layers by name, find what they loo
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 from transformers.models.gemma import modeling_gemma as gemma
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
@@ -107,11 +109,17 @@ class Gemma3ForCausalLM(FusedCausalLM, gemma3.Gemma3ForCausalLM):
     pass
 
 
-class PeftModel(Walked, peft.PeftModel):
+class InstalledAdapters(Walked):
+    def _get_base_model_class(self, *args: Any, **kwargs: Any) -> type:
+        """PEFT saves its name and module with adapters of no task type: who opens them need not have steep."""
+        return library_class(super()._get_base_model_class(*args, **kwargs))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class PeftModel(InstalledAdapters, peft.PeftModel):
     pass
 
 
-class PeftModelForCausalLM(Walked, peft.PeftModelForCausalLM):
+class PeftModelForCausalLM(InstalledAdapters, peft.PeftModelForCausalLM):
     pass
 
 
@@ -128,11 +136,11 @@ FUSED = (
 )  # fmt: skip
 
 
-def library_class(fused: type) -> type:
-    """The class of transformers, or of PEFT, that a fused class stands for."""
-    return fused.__bases__[1]
+def library_class(each: type) -> type:
+    """The class of transformers, or of PEFT, that a fused class stands for; any other is its own."""
+    return each.__bases__[1] if each in FUSED else each
 
 
-def fused_class(library: type) -> type | None:
-    """The fused class that stands for a class of transformers or of PEFT; None: there is none."""
-    return next((fused for fused in FUSED if library_class(fused) is library), None)
+def fused_class(each: type) -> Any:
+    """The fused class that stands for one of transformers or of PEFT, or is it; None: there is none."""
+    return next((fused for fused in FUSED if library_class(fused) is library_class(each)), None)

@@ -72,14 +72,16 @@ def uninstall(model: Any) -> Any:
             if type(module) not in FUSED:
                 problem = f"the fused forward cannot be taken off a {type(module).__name__}"
                 raise UserError("model", problem, "Take it off before the model is wrapped.")
-        for module in {*_modules(base), model}:  # one that PEFT wrapped later has PEFT's own class
-            module.__class__ = library_class(type(module)) if type(module) in FUSED else type(module)
+        for module in _modules(base):
+            module.__class__ = library_class(type(module))
         del base.fused, base.model.fused
+    model.__class__ = library_class(type(model))  # PEFT's wrapper, though the model in it was uninstalled before
     return model
 
 
 def is_installed(model: Any) -> bool:
-    return isinstance(unwrap(model), FusedCausalLM)
+    base = unwrap(model)  # one that `type(model)(config)` made has the class and no more
+    return isinstance(base, FusedCausalLM) and hasattr(base, "fused")
 
 
 def fused_of(model: Any) -> Fused:

@@ -67,7 +67,8 @@ class FusedCausalLM(Walked):
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
-        head = self._head_of_the_loss() if learns else None
+        installed = "fused" in self.__dict__  # not in one that `type(model)(config)` made
+        head = self._head_of_the_loss() if learns and installed else None
         if head is None:
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             kwargs |= {name: value for name, value in given.items() if value is not None}
@@ -89,6 +90,10 @@ class FusedCausalLM(Walked):
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):  # the library's forward may have given fp32
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
+        if not (self.training or torch.is_grad_enabled() or self.fused.logits):
+            self.fused.say_once(
+                "a call with labels gives no logits (install(model, logits=True) does, for compute_metrics)", fused=True
+            )
         softcap = getattr(self.config, "final_logit_softcapping", None)
         loss = linear_cross_entropy(
             hidden_states.flatten(0, 1),

@@ -44,17 +44,20 @@ class Walk:
 class Walked(nn.Module):
     """An installed model, or PEFT's wrapper around one: walks through its modules where one came or went since."""
 
-    def _walk(self) -> Walk:
-        fused: Any = unwrap(self).fused
-        return fused.walk(self)
+    def _walk(self) -> Walk | None:
+        """None: the model inside is not installed (any more)."""
+        fused: Any = getattr(unwrap(self), "fused", None)
+        return None if fused is None else fused.walk(self)
 
     def train(self, mode: bool = True) -> Self:
-        if {names.get("training") for names in self._walk().names} != {mode}:
+        walk = self._walk()
+        if walk is None or {names.get("training") for names in walk.names} != {mode}:
             super().train(mode)
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        if not set_to_none:
+        walk = self._walk() if set_to_none else None
+        if walk is None:
             return super().zero_grad(set_to_none)
-        for parameter in self._walk().parameters:
+        for parameter in walk.parameters:
             parameter.grad = None
