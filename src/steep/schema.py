@@ -61,7 +61,7 @@ class ModelSection(Section):
     fused: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Train and score with steep's own fused layers: faster, in less memory. auto: on a GPU where "
-        "model, options and card allow it; the plan says why not. on: or it is an error; on a CPU too, slowly.",
+        "model, options and card allow it; the plan says why not. on: or it is an error; on a CPU too, to try it out.",
     )
     untie_embeddings: bool = Field(
         False, description="Train a head of its own from a checkpoint whose head is its embed_tokens."
