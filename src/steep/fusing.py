@@ -11,7 +11,7 @@ import torch
 
 from steep.errors import UserError
 from steep.fused_memory import FusedStep
-from steep.memory import ADAMW_8BIT, Shape
+from steep.memory import ADAMW_8BIT, WORKSPACES, Shape
 from steep.model.adapters import add_adapters
 from steep.model.block import LEVELS
 from steep.model.choices import Choices
@@ -117,7 +117,7 @@ def settle(config: RunConfig, step: FusedStep, budget: int | None, before: Choic
     """What the layers of a fused run keep for the backward pass, and how its loss is cut: as asked, as before, or as
     `budget` bytes of the card allow. Without a card everything is kept."""
     layers, asked = step.shape.layers, config.training.gradient_checkpointing
-    levels, way = ([0] * layers, step.faster_way) if budget is None else step.choose(budget)
+    levels, way = ([0] * layers, step.faster_way) if budget is None else step.choose(budget - WORKSPACES)
     if asked is not None:
         levels = [LEVELS[-1] if asked else LEVELS[0]] * layers
     elif before is not None and before.levels is not None:

@@ -24,6 +24,9 @@ ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit")  # whose update rounds bf16 weight
 # What the update of bf16 weights copies to fp32 at a time, where it is not a kernel of steep's.
 UPDATE_SCRATCH = round(0.4 * GIB)
 
+# What cuBLAS and the others hold on a card, and small tensors: 0.08 to 0.19 GiB were measured beyond the rest.
+WORKSPACES = round(0.15 * GIB)
+
 
 @dataclass(frozen=True)
 class Shape:

@@ -286,7 +286,8 @@ def _work_out(
     if layer is not None:
         step = fused_step(config, layer, shape, tied=is_tied(empty), base=base, compute=compute, trained=trained)
         choices = settle(config, step, budget, before)
-    memory = memory_of(config, shape, step, choices, base=base, compute=compute)
+    on_card = budget is not None
+    memory = memory_of(config, shape, step, choices, base=base, compute=compute, on_card=on_card)
     host, disk = storage_of(
         config,
         memory,

@@ -5,25 +5,34 @@ from __future__ import annotations
 import math
 
 from steep.fused_memory import FusedStep
-from steep.memory import Shape, memory_by_item
+from steep.memory import WORKSPACES, Shape, memory_by_item
 from steep.model.choices import Choices
 from steep.schema import RunConfig
 from steep.settings import uses_checkpointing
 
 
 def memory_of(
-    config: RunConfig, shape: Shape, step: FusedStep | None, choices: Choices, *, base: str, compute: str
+    config: RunConfig,
+    shape: Shape,
+    step: FusedStep | None,
+    choices: Choices,
+    *,
+    base: str,
+    compute: str,
+    on_card: bool,
 ) -> dict[str, int]:
     """Bytes by item at the peak of a step, on the card (the host without one).
 
     Args:
         step: where the run is fused.
+        on_card: it is planned for a card.
     """
     training = config.training
+    of_libraries = {"libraries' workspaces": WORKSPACES} if on_card else {}
     if step is not None:
         assert choices.levels is not None and choices.loss_way is not None
-        return step.by_item(choices.levels, choices.loss_way)
-    return memory_by_item(
+        return step.by_item(choices.levels, choices.loss_way) | of_libraries
+    of_step = memory_by_item(
         shape,
         base=base,
         compute=compute,
@@ -33,6 +42,7 @@ def memory_of(
         checkpointing=uses_checkpointing(config),
         accumulates=training.gradient_accumulation_steps > 1,
     )
+    return of_step | of_libraries
 
 
 def storage_of(
