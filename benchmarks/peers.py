@@ -1,8 +1,8 @@
 """The peers of `benchmarks.train`: how each makes its model trainable, and the bare loop that times them.
 
-`hf` is QLoRA as the libraries' documentation has it, `hf-lean` the same with everything that trains in bf16, `hf-flash`
-with the flash-attn package and the batch as one row, so that documents are isolated without a mask. steep's own two are
-in `benchmarks/steep_run.py`.
+`hf` is QLoRA as the libraries' documentation has it, `hf-lean` the same with everything that trains in bf16.
+`hf-flash` is `hf` with the flash-attn package and the batch as one row, so that documents are isolated without a
+mask; `hf-varlen` the same with the flash kernels that torch brings. steep's own two are in `benchmarks/steep_run.py`.
 """
 
 from __future__ import annotations
@@ -122,6 +122,34 @@ def _flash_attention() -> str:
     raise ModuleNotFoundError("hf-flash needs the package flash-attn, or kernels for the hub's, and a GPU")
 
 
+def hf_varlen(work: Work) -> Peer:
+    """`hf` with torch's own flash kernels, as an attention function of transformers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("torch_varlen", varlen_attention)
+    return dataclasses.replace(hf(work, "torch_varlen"), flat=True)
+
+
+def varlen_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, *,
+    scaling: float, cu_seq_lens_q: torch.Tensor, max_length_q: int, sliding_window: int | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """transformers' signature, for one row of documents: [1, heads, T, D] to [1, T, heads, D]."""
+    dtype = value.dtype if value.dtype != torch.float32 else torch.bfloat16  # rope gives fp32 under autocast
+    q, k, v = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
+    return flash_kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
+
+
+def flash_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int, scale: float,
+    window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """[T, heads, D], causal in each document."""
+    seen = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    given = q, k, v, ends, ends, longest, longest, 0.0, True, False
+    return torch.ops.aten._flash_attention_forward(*given, scale=scale, **seen)[0]
+
+
 def hf_lean(work: Work) -> Peer:
     """Everything that trains in bf16, no autocast."""
     model = _library_model(work).requires_grad_(False)
@@ -160,6 +188,7 @@ def unsloth(work: Work) -> Peer:
 PEERS: dict[str, Callable[[Work], Peer]] = {
     "hf": hf,
     "hf-flash": hf_flash,
+    "hf-varlen": hf_varlen,
     "hf-lean": hf_lean,
     "hf-liger": hf_liger,
     "unsloth": unsloth,

@@ -147,7 +147,7 @@ def steep_train(work: Work, vocab_size: int, temporary: Path, begun: float, word
         cli.main()
     except SystemExit as stop:
         if stop.code:
-            raise RuntimeError(f"steep train ended with {stop.code}") from stop
+            raise  # it has said why
     finally:
         Trainer._after_optimizer_step, Trainer.log = stepped, logged
     seconds = [end - begin for begin, end in zip([float("nan"), *ends], ends, strict=False)]  # the first has no begin

@@ -4,7 +4,8 @@
 
 A column is a peer, a line a call: of each work the newest that timed steep and the libraries, and an older one where
 that has a peer which no newer one has. So all figures and ratios of a line are of one call. transformers + PEFT is the
-faster of `hf` and `hf-flash`. With --check nothing is written, and the exit code is 1 where the README is not in step.
+fastest of `hf`, `hf-flash` and `hf-varlen`. With --check nothing is written, and the exit code is 1 where the README is
+not in step.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from benchmarks.measuring import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks.table: begin -->", "<!-- benchmarks.table: end -->"
-STEEP, ALONE, LIBRARY = "steep", "steep-bare", ("hf", "hf-flash")
+STEEP, ALONE = "steep", "steep-bare"
+LIBRARY = {"hf": "", "hf-flash": ", flash-attn", "hf-varlen": ", torch's flash kernels"}
 YARDSTICK = "transformers + PEFT"
 PEERS = {"hf-lean": "the same, all in bf16", "hf-liger": "with Liger", "unsloth": "Unsloth"}
 COLUMNS = [STEEP, "its step alone", YARDSTICK, *PEERS.values()]
@@ -58,8 +60,7 @@ def cells_of(call: dict[str, Row]) -> dict[str, str]:
         cells["its step alone"] = cost(call[ALONE])
     library = min((call[peer] for peer in LIBRARY if peer in call), key=lambda row: row["step_s"])
     for column, row in [(YARDSTICK, library), *((PEERS[peer], call[peer]) for peer in PEERS if peer in call)]:
-        flash = ", flash-attn" if row["peer"] == "hf-flash" else ""
-        cells[column] = f"{cost(row)}{flash} ({row['step_s'] / steep['step_s']:.2f}×)"
+        cells[column] = f"{cost(row)}{LIBRARY.get(row['peer'], '')} ({row['step_s'] / steep['step_s']:.2f}×)"
     return cells
 
 
@@ -88,8 +89,8 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(
         [
             "One training step, QLoRA at rank 256 with both embeddings trained: time, and peak of allocated memory. In",
-            "brackets: how many times as fast `steep train` was. A line is one call (`python -m benchmarks.train`). What a",
-            "line is within is a limit for steep alone.",
+            "brackets: how many times as fast `steep train` was. A line is one call of `python -m benchmarks.train`.",
+            "Memory that a work is within limits steep alone.",
             "",
             *written,
         ]

@@ -10,7 +10,7 @@ clipping at 1. Each peer runs in a process of its own and loads the same random 
 A time is the median of the steps after the third. MFU is the FLOPs that the step has to do, none twice, over the
 measured speed of a bf16 product. `steep` is `steep train`, with everything that it does; `steep-bare` its model and
 optimizer in the loop of the others. --cap-gib holds these two to so much of the GPU's memory, and nobody else;
-`--cap-gib hf` to the peak of the first of hf and hf-flash that is timed, which the call then begins with.
+`--cap-gib hf` to the peak of the fastest of hf, hf-flash and hf-varlen, which the call then begins with.
 
 The losses of all bare loops have to agree, the first and the last, and steep's first one with theirs as far as its
 other tokens let it. On a GPU steep has to compute fused, unless --steep-args has `--model.fused off`.
@@ -44,7 +44,7 @@ from benchmarks.shapes import SHAPES, config_of, flops_a_step, write
 from benchmarks.steep_run import GIB, chosen, steep_bare, steep_train
 
 WARM_UP = 3
-STEEP, LIBRARY = ("steep", "steep-bare"), ("hf", "hf-flash")
+STEEP, LIBRARY = ("steep", "steep-bare"), ("hf", "hf-flash", "hf-varlen")
 BARE: dict[str, Callable[[Work], Peer]] = {"steep-bare": steep_bare, **PEERS}
 LOSSY = ("hf-lean",)  # bf16 weights that are rounded to the nearest stay where they are, for many an update
 FIRST_AGREE = 0.02  # nats between losses on the same weights and tokens: bf16's noise is a tenth of it
@@ -59,7 +59,7 @@ def cap(word: str) -> float | str:
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--peers", help=f"of steep, {', '.join(BARE)}; default: steep,steep-bare,hf, packed also hf-flash"
+        "--peers", help=f"of steep, {', '.join(BARE)}; default: steep's two and hf, packed its ways too"
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--batch", type=int, default=2)
@@ -75,7 +75,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--worker", nargs=2, metavar=("PEER", "RESULT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     arguments.cap_of = "hf" if arguments.cap_gib == "hf" else None
-    arguments.peers = arguments.peers or "steep,steep-bare,hf" + (",hf-flash" if arguments.packed else "")
+    arguments.peers = arguments.peers or ",".join([*STEEP, *(LIBRARY if arguments.packed else LIBRARY[:1])])
     arguments.weights = arguments.weights or Path(tempfile.gettempdir()) / "steep-benchmarks"
     return arguments
 
@@ -208,7 +208,7 @@ def disagreements(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
     return found
 
 
-def faster(rows: list[dict[str, Any]], peers: Sequence[str]) -> dict[str, Any] | None:
+def fastest(rows: list[dict[str, Any]], peers: Sequence[str]) -> dict[str, Any] | None:
     """The fastest row of `peers`."""
     return min((row for row in rows if row["peer"] in peers), key=lambda row: row["step_s"], default=None)
 
@@ -224,10 +224,10 @@ def conclude(rows: list[dict[str, Any]]) -> bool:
         for row in rows:
             if row["peer"] not in STEEP:
                 print(f"{steep['peer']} against {row['peer']}: {row['step_s'] / steep['step_s']:.2f} x as fast")
-        library = faster(rows, LIBRARY)
+        library = fastest(rows, LIBRARY)
         if library is not None:
             ratio = library["step_s"] / steep["step_s"]
-            print(f"{steep['peer']} against the faster of {' and '.join(LIBRARY)}: {ratio:.2f} x as fast")
+            print(f"{steep['peer']} against the fastest of {', '.join(LIBRARY)}: {ratio:.2f} x as fast")
     return all(difference <= allowed for _, difference, allowed in compared)
 
 
@@ -260,7 +260,7 @@ def main(words: list[str] | None = None) -> None:
     rows, failed = [], []
     for peer in peers:
         if peer in STEEP and arguments.cap_gib == "hf":
-            library = faster(rows, LIBRARY)
+            library = fastest(rows, LIBRARY)
             if library is None:
                 raise SystemExit(f"--cap-gib hf: none of {', '.join(LIBRARY)} ran, so there is no peak.")
             arguments.cap_gib = library["peak_allocated_gib"]

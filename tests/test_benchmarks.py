@@ -205,6 +205,9 @@ def test_the_yardstick_is_the_faster_of_the_libraries_ways() -> None:
     rows = [timed("hf", 0.9, "1"), timed("hf-flash", 0.6, "1"), timed("steep", 0.3, "1")]
     (line,) = lines_of([{**row, "packed": True} for row in rows])
     assert line == "| H200, llama-3-8b, 2 × 2048, packed | 0.300 s, 10.0 GiB | 0.600 s, 10.0 GiB, flash-attn (2.00×) |"
+    rows.append(timed("hf-varlen", 0.5, "1"))
+    (line,) = lines_of([{**row, "packed": True} for row in rows])
+    assert "0.500 s, 10.0 GiB, torch's flash kernels (1.67×)" in line
 
 
 def test_a_row_that_failed_is_not_in_the_table(tmp_path: Path) -> None:
@@ -309,7 +312,7 @@ def test_steep_that_is_not_fused_on_a_gpu_is_no_result() -> None:
 
 def test_the_libraries_with_flash_attention_are_timed_on_packed_rows() -> None:
     assert train.parse([]).peers == "steep,steep-bare,hf"
-    assert train.parse(["--packed"]).peers == "steep,steep-bare,hf,hf-flash"
+    assert train.parse(["--packed"]).peers == "steep,steep-bare,hf,hf-flash,hf-varlen"
 
 
 @pytest.fixture(scope="module")
@@ -370,3 +373,29 @@ def test_a_batch_as_one_row_has_the_losses_of_its_rows(
     lengths = row["cu_seq_lens_q"].diff().tolist()
     assert sum(lengths) == 2 * 96 and max(lengths) == row["max_length_q"]
     assert len(lengths) > 2 if packed else lengths == [96, 96]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_torchs_flash_kernels_get_the_documents_of_a_row(
+    packed: bool, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def by_document(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int, scale: float, _: None
+    ) -> torch.Tensor:
+        lengths = ends.diff().tolist()
+        assert max(lengths) == longest and sum(lengths) == len(q)
+        calls.append(lengths)
+        documents = zip(*(part.transpose(0, 1).split(lengths, 1) for part in (q, k, v)), strict=True)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        outs = [attend(*(x[None] for x in each), is_causal=True, scale=scale, enable_gqa=True)[0] for each in documents]
+        return torch.cat(outs, 1).transpose(0, 1)
+
+    monkeypatch.setattr(peers, "SHORTEST", 16)
+    monkeypatch.setattr(peers, "LONGEST", 50)
+    monkeypatch.setattr(peers, "flash_kernel", by_document)
+    work = tiny(weights, packed=packed)
+    losses = [bare_loop(make(work), work, 0.0)["losses"] for make in (peers.hf, peers.hf_varlen)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+    assert calls and all(len(lengths) > 2 if packed else lengths == [96, 96] for lengths in calls)
