@@ -16,6 +16,7 @@ from transformers import AttentionInterface, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
+import steep
 from steep.errors import UserError
 from steep.model import install as installing
 from steep.model.families import fused_class
@@ -450,3 +451,21 @@ def test_launches_happen_on_the_card_of_their_tensors(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device_of", spy)
     install(adapted(tiny_model("llama")))(**packed(), use_cache=False)
     assert guarded == [(128, 64), (128, 64)]  # of the decoder, and of the loss
+
+
+def test_dropout_that_does_nothing_yet_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """As from_pretrained and get_peft_model leave a model: in evaluation mode."""
+    install(adapted(tiny_model("llama")).eval())
+    assert not caplog.text
+    model = install(adapted(tiny_model("llama"), lora_dropout=0.1).eval())
+    assert "it has dropout: what is evaluated is fused, and training will not be" in caplog.text
+    with torch.no_grad():
+        model(**packed(), use_cache=False)
+    assert unwrap(model).fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_how_it_computes_is_asked_of_installed_models_only() -> None:
+    model = adapted(tiny_model("llama"))
+    with pytest.raises(UserError, match=r"it is not fused. Call steep\.install\(model\) first"):
+        steep.fused_of(model)
+    assert steep.fused_of(install(model)) is unwrap(model).fused  # pyright: ignore[reportAttributeAccessIssue]

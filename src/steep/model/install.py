@@ -44,7 +44,7 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
     """
     reason = why_not_fused(model)
     if reason is not None:
-        raise UserError("model", f"it cannot be fused: {reason}", "Train it as it is, or set fused: auto.")
+        raise UserError("model", f"it cannot be fused: {reason}", "Change that, or train it without steep.install.")
     base: Any = unwrap(model)
     decoder = base.model
     num_layers = len(decoder.layers)
@@ -57,6 +57,9 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
     base.fused = decoder.fused = Fused(levels=levels, logits=logits)
     for module in (*_modules(base), model):
         module.__class__ = fused_class(type(module)) or type(module)
+    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in decoder.layers.modules()):
+        # It does nothing now: in a model in training mode it is refused.
+        base.fused.say_once("it has dropout: what is evaluated is fused, and training will not be", fused=True)
     return model
 
 
@@ -85,7 +88,13 @@ def is_installed(model: Any) -> bool:
 
 
 def fused_of(model: Any) -> Fused:
-    """How an installed model computes."""
+    """How an installed model computes.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if not is_installed(model):
+        raise UserError("model", "it is not fused", "Call steep.install(model) first.")
     return cast(Fused, unwrap(model).fused)
 
 

@@ -139,7 +139,7 @@ class FusedCausalLM(Walked):
                 raise Unfused("the model has a loss of its own")
             return _head_weight(self.lm_head)
         except Unfused as reason:
-            self.fused.say_once(str(reason))
+            self.fused.say_once(f"the loss goes through the whole logits of a batch: {reason}", fused=True)
             return None
 
     @torch.no_grad()
