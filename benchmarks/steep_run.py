@@ -1,12 +1,11 @@
-"""steep's two peers, and what it chose.
+"""steep's own peers, and what it chose.
 
 `steep` is `steep train` as it is: its command in this process, on text whose rows are documents of the length asked
 for. The time of a step is that between two ends of an optimizer step: data, logging and clipping are in it. The device
 is waited for by the command alone (each step reads its gradients' norms), but at the first end, which is counted from
 the start of the process, with planning and scoring of the base. `steep-bare` is its model and optimizer in the loop of
-the others.
-
-Both are held to the work's memory, where it names one: by `training.vram`, and by the same plan.
+the others. These two are held to the work's memory, where it names one: by `training.vram`, and by the same plan.
+`steep-script` is `hf` after `steep.install(model)`: what a script as users have it gets.
 """
 
 from __future__ import annotations
@@ -22,10 +21,8 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.peers import ALPHA, LEARNING_RATE, LONGEST, SHORTEST, Peer, Work, synchronize, trained
+from benchmarks.peers import ALPHA, LEARNING_RATE, LONGEST, SHORTEST, Peer, Work, hf, synchronize, trained
 from benchmarks.shapes import SPECIAL
-
-GIB = 2**30
 
 
 def write_text(file: Path, work: Work, vocab_size: int) -> None:
@@ -48,7 +45,7 @@ def run_file(work: Work, text: Path, output: Path) -> dict[str, Any]:
         "training": {
             "output_dir": str(output), "max_steps": work.steps, "per_device_train_batch_size": work.batch,
             "gradient_accumulation_steps": 1, "learning_rate": LEARNING_RATE, "save_steps": 10 * work.steps,
-            "logging_steps": 1, "vram": f"{work.cap_gib:.4f}GiB" if work.cap_gib else "auto",
+            "logging_steps": 1, "vram": f"{work.cap_gib:.6f}GiB" if work.cap_gib else "auto",
         },
         "evaluation": {"max_tokens": 4096},
     }  # fmt: skip
@@ -69,17 +66,33 @@ def steep_bare(work: Work) -> Peer:
     return Peer(model, AdamW8bit(trained(model), lr=LEARNING_RATE, seed=0))
 
 
+def steep_script(work: Work) -> Peer:
+    """`hf`, installed.
+
+    Raises:
+        ValueError: the work names a limit: such a script has none to plan by.
+    """
+    from steep import install
+
+    if work.cap_gib:
+        raise ValueError("steep-script plans for the whole card: time it without --cap-gib")
+    peer = hf(work)
+    install(peer.model)
+    return peer
+
+
 def planned(work: Work) -> tuple[list[int], Any]:
     """What `steep train` would keep in each layer within the work's memory, and how it would cut the loss."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from steep.fusing import adapted, fused_step
+    from steep.fusing import adapted, fused_step, settle
     from steep.memory import shape_of
     from steep.model.embeddings import is_tied
     from steep.model.families import fused_class
     from steep.model.read_layer import read_layer
     from steep.model.unwrap import unwrap
     from steep.schema import RunConfig
+    from steep.vram import vram_budget
 
     config = RunConfig.model_validate(run_file(work, Path("text"), Path("run")))
     with torch.device("meta"):
@@ -90,8 +103,9 @@ def planned(work: Work) -> tuple[list[int], Any]:
         config, read_layer(layer, family.traits), shape_of(empty, config.adapter), tied=is_tied(empty),
         base="nf4", compute="bf16", trained="bf16",
     )  # fmt: skip
-    assert work.cap_gib is not None
-    return step.choose(work.cap_gib * GIB)
+    choices = settle(config, step, vram_budget(config.training.vram), None)
+    assert choices.levels is not None
+    return choices.levels, choices.loss_way
 
 
 def calls_of(model: Any) -> int:

@@ -9,8 +9,9 @@ clipping at 1. Each peer runs in a process of its own and loads the same random 
 
 A time is the median of the steps after the third. MFU is the FLOPs that the step has to do, none twice, over the
 measured speed of a bf16 product. `steep` is `steep train`, with everything that it does; `steep-bare` its model and
-optimizer in the loop of the others. --cap-gib holds these two to so much of the GPU's memory, and nobody else;
-`--cap-gib hf` to the peak of the fastest of hf, hf-flash and hf-varlen, which the call then begins with.
+optimizer in the loop of the others, `steep-script` that of `hf` after `steep.install(model)`. --cap-gib holds the first
+two to so much of the GPU's memory, and nobody else; `--cap-gib hf` to the peak of the fastest of hf, hf-flash and
+hf-varlen, which the call then begins with.
 
 The losses of all bare loops have to agree, the first and the last, and steep's first one with theirs as far as its
 other tokens let it. On a GPU steep has to compute fused, unless --steep-args has `--model.fused off`.
@@ -41,11 +42,13 @@ import torch
 from benchmarks.measuring import append, command, gpu_name, product_flops_per_second, results_file, versions
 from benchmarks.peers import PEERS, Peer, Work, bare_loop
 from benchmarks.shapes import SHAPES, config_of, flops_a_step, write
-from benchmarks.steep_run import GIB, chosen, steep_bare, steep_train
+from benchmarks.steep_run import chosen, steep_bare, steep_script, steep_train
 
 WARM_UP = 3
-STEEP, LIBRARY = ("steep", "steep-bare"), ("hf", "hf-flash", "hf-varlen")
-BARE: dict[str, Callable[[Work], Peer]] = {"steep-bare": steep_bare, **PEERS}
+GIB = 2**30
+STEEP = ("steep", "steep-bare", "steep-script")
+LIBRARY = ("hf", "hf-flash", "hf-varlen")
+BARE: dict[str, Callable[[Work], Peer]] = {"steep-bare": steep_bare, "steep-script": steep_script, **PEERS}
 LOSSY = ("hf-lean",)  # bf16 weights that are rounded to the nearest stay where they are, for many an update
 FIRST_AGREE = 0.02  # nats between losses on the same weights and tokens: bf16's noise is a tenth of it
 LAST_AGREE = 0.05  # and after a few steps of 8-bit AdamW
@@ -59,7 +62,7 @@ def cap(word: str) -> float | str:
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--peers", help=f"of steep, {', '.join(BARE)}; default: steep's two and hf, packed its ways too"
+        "--peers", help=f"of steep, {', '.join(BARE)}; default: steep,steep-bare,hf, packed all ways of hf"
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--batch", type=int, default=2)
@@ -75,7 +78,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--worker", nargs=2, metavar=("PEER", "RESULT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     arguments.cap_of = "hf" if arguments.cap_gib == "hf" else None
-    arguments.peers = arguments.peers or ",".join([*STEEP, *(LIBRARY if arguments.packed else LIBRARY[:1])])
+    usual = ["steep", "steep-bare", *(LIBRARY if arguments.packed else LIBRARY[:1])]
+    arguments.peers = arguments.peers or ",".join(usual)
     arguments.weights = arguments.weights or Path(tempfile.gettempdir()) / "steep-benchmarks"
     return arguments
 

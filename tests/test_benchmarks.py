@@ -292,7 +292,7 @@ def test_a_limit_is_steeps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_steep_plans_within_its_limit(weights: Path) -> None:
     work = tiny(weights, cap_gib=14.0)
-    assert steep_run.run_file(work, Path("a"), Path("b"))["training"]["vram"] == "14.0000GiB"
+    assert steep_run.run_file(work, Path("a"), Path("b"))["training"]["vram"] == "14.000000GiB"
     assert steep_run.planned(work)[0] == [0, 0]
     assert steep_run.planned(dataclasses.replace(work, cap_gib=1e-4))[0] == [3, 3]
     lean = steep_run.steep_bare(dataclasses.replace(work, cap_gib=1e-4))
@@ -301,7 +301,7 @@ def test_steep_plans_within_its_limit(weights: Path) -> None:
 
 def test_steep_that_is_not_fused_on_a_gpu_is_no_result() -> None:
     unfused, fused = {"chosen": {"fused": False}}, {"chosen": {"fused": True}}
-    for peer in ("steep", "steep-bare"):
+    for peer in ("steep", "steep-bare", "steep-script"):
         with pytest.raises(RuntimeError, match="not fused"):
             train.refuse_unfused(train.parse([]), peer, unfused)
         train.refuse_unfused(train.parse([]), peer, fused)
@@ -327,11 +327,11 @@ def tiny(weights: Path, **fields: Any) -> Work:
     return Work(str(weights), **{**same, **fields})
 
 
-@pytest.mark.parametrize("fused", ["on", "off"])
+@pytest.mark.parametrize(("fused", "level"), [("on", 3), ("off", None)])
 def test_steeps_own_command_is_timed_and_tells_what_it_chose(
-    fused: str, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fused: str, level: int | None, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = tiny(weights, cap_gib=3.0)
+    work = tiny(weights, cap_gib=1e-4)
     monkeypatch.setattr(sys, "argv", sys.argv)  # it is set
     begun = time.time()
     result = steep_run.steep_train(work, 384, tmp_path, begun, ["--model.fused", fused])
@@ -342,10 +342,9 @@ def test_steeps_own_command_is_timed_and_tells_what_it_chose(
     assert result["losses"][0] != result["losses"][-1]
     chosen = result["chosen"]
     assert chosen["fused"] == (fused == "on")
-    assert chosen["levels"] == ([0, 0] if fused == "on" else None)
+    assert chosen["levels"] == (level if level is None else [level] * 2)  # there is not even room for these
     assert (chosen["merges_from"] is None) == (fused == "off")
     assert chosen["trained_dtype"] == "bf16" and (chosen["backends"] != {}) == (fused == "on")
-    assert "vram: 3.0000GiB" in (tmp_path / "run" / "run.yaml").read_text()
 
 
 def test_a_call_that_was_not_fused_is_seen(weights: Path) -> None:
@@ -399,3 +398,14 @@ def test_torchs_flash_kernels_get_the_documents_of_a_row(
     losses = [bare_loop(make(work), work, 0.0)["losses"] for make in (peers.hf, peers.hf_varlen)]
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
     assert calls and all(len(lengths) > 2 if packed else lengths == [96, 96] for lengths in calls)
+
+
+def test_a_users_script_is_timed_fused(weights: Path) -> None:
+    work = tiny(weights)
+    installed = steep_run.steep_script(work)
+    losses = [bare_loop(peer, work, 0.0)["losses"] for peer in (installed, peers.hf(work))]
+    assert losses[0] == pytest.approx(losses[1], abs=5e-3)
+    assert steep_run.chosen(installed.model, work.steps)["fused"]
+    assert steep_run.chosen(installed.model, work.steps)["trained_dtype"] == "fp32"
+    with pytest.raises(ValueError, match="without --cap-gib"):
+        steep_run.steep_script(dataclasses.replace(work, cap_gib=14.0))
