@@ -416,7 +416,8 @@ def test_a_hook_on_a_layer_that_is_not_called_is_not_passed_over(caplog: pytest.
 
 def test_levels_are_checked() -> None:
     model = adapted(tiny_model("llama"))
-    for levels in (4, [0], [0, 1, 2]):
+    unfit: tuple[Any, ...] = (4, [0], [0, 1, 2], 1.5, True, "01", [0, 1.0])
+    for levels in unfit:
         with pytest.raises(UserError, match="levels"):
             install(model, levels=levels)
 

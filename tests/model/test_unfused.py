@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 import steep
 from steep.errors import UserError
 from steep.model import install as installing
+from steep.model import reading
 from steep.model.families import fused_class
 from steep.model.install import fused_of, install, is_installed, uninstall, why_not_fused
 from steep.model.unwrap import unwrap
@@ -469,3 +470,22 @@ def test_how_it_computes_is_asked_of_installed_models_only() -> None:
     with pytest.raises(UserError, match=r"it is not fused. Call steep\.install\(model\) first"):
         steep.fused_of(model)
     assert steep.fused_of(install(model)) is unwrap(model).fused  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_hooks_that_transformers_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once hidden states and attentions were asked for, it has hooks on modules that record what a call asks for."""
+    model, batch = adapted(tiny_model("llama")), packed()
+    unwrap(model).set_attn_implementation("eager")  # which gives attentions
+    asked = {"output_hidden_states": True, "output_attentions": True, "use_cache": False}
+    expected = model(**batch, **asked)
+    assert any(module._forward_hooks for module in model.modules())
+    install(model)
+    fused: Any = unwrap(model).fused
+    read: list[int] = []
+    own = reading.read_layer
+    monkeypatch.setattr(reading, "read_layer", lambda *given: (read.append(1), own(*given))[1])
+    for _ in range(2):
+        assert abs(model(**batch, use_cache=False).loss - expected.loss) <= EXACT * expected.loss
+    assert fused.calls == 2 and len(read) == 2  # a layer once
+    again = model(**batch, **asked)
+    assert fused.calls == 2 and len(again.hidden_states) == 3 and len(again.attentions) == 2

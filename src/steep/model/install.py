@@ -49,8 +49,8 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
     decoder = base.model
     num_layers = len(decoder.layers)
     if levels is not None:
-        levels = [levels] * num_layers if isinstance(levels, int) else list(levels)
-        if len(levels) != num_layers or any(level not in LEVELS for level in levels):
+        levels = list(levels) if isinstance(levels, Sequence) else [levels] * num_layers
+        if len(levels) != num_layers or any(type(level) is not int or level not in LEVELS for level in levels):
             raise UserError(
                 "levels", f"{levels} are no levels of {num_layers} layers", "Give one from 0 to 3, or one for each."
             )

@@ -18,6 +18,8 @@ from steep.ops.int8 import Int8Weight
 from steep.ops.lora import Lora, Projection
 from steep.ops.nf4 import Nf4Weight
 
+RECORDING = "transformers.utils.output_capturing"
+
 
 class Unfused(Exception):
     """Something in the model, or in a call, that the fused forward does not compute. Its text is the reason."""
@@ -78,14 +80,20 @@ def hooks_of(module: nn.Module) -> tuple[Any, ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
+def module_of(hook: Any) -> str:
+    """Where a hook was written."""
+    return getattr(hook, "__module__", None) or ""
+
+
 def refuse_hooks(module: nn.Module, name: str) -> None:
     """The fused forward reads a module's tensors and never calls it: a hook on it would be passed over in silence.
 
-    PEFT's `adapter_names`, one adapter for each row, works by such hooks.
+    PEFT's `adapter_names`, one adapter for each row, works by such hooks. Those that transformers leaves behind once
+    hidden states were asked for do nothing in a call that asks for none.
     """
     if _has_any_global_hook():
         raise Unfused("torch has hooks on every module")
-    if any(hooks_of(module)):
+    if any(module_of(hook) != RECORDING for hooks in hooks_of(module) for hook in hooks.values()):
         raise Unfused(f"{name} has hooks")
     if "forward" in module.__dict__:
         raise Unfused(f"the forward of {name} was replaced")

@@ -51,7 +51,7 @@ class Reading:
 
     def holds(self, module: Any) -> bool:
         """Whether reading `module` again would give the same tensors and numbers."""
-        if module is not self._module() or any(self._hooks) or any("forward" in names for names in self._names):
+        if module is not self._module() or any("forward" in names for names in self._names):
             return False
         try:
             return self._now() == self._state
@@ -62,6 +62,7 @@ class Reading:
         # Past nn.Module's own look-up of names, which takes most of the time of a reading.
         state: list[Any] = [self._owner.forward, self._of_config(self._attention["config"].__dict__)]
         state += [cls.forward for cls in self._classes]
+        state += [hook for hooks in self._hooks for hook in hooks.values()]
         state += [numbers(names) for numbers, names in self._numbers]
         for members in self._members:
             state += map(id, members.values())

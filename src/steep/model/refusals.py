@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from steep.model.projections import Unfused, hooks_of, refuse_hooks
+from steep.model.projections import RECORDING, Unfused, hooks_of, module_of, refuse_hooks
 
-_HARMLESS = ("torch.distributed.", "transformers.utils.output_capturing")  # modules of hooks
+_HARMLESS = ("torch.distributed.", RECORDING)  # modules of hooks
 _READ = ("transformers.", "torch.nn.", "peft.", "bitsandbytes.")  # modules of classes that are computed here
 
 
@@ -42,7 +42,7 @@ def refuse_hooks_of_layer(layer: Any, name: str) -> None:
         Unfused: the layer has another hook, or another forward.
     """
     for hook in (hook for each in hooks_of(layer) for hook in each.values()):
-        if not (getattr(hook, "__module__", None) or "").startswith(_HARMLESS):
+        if not module_of(hook).startswith(_HARMLESS):
             raise Unfused(f"{name} has hooks")
     if "forward" in layer.__dict__:
         raise Unfused(f"the forward of {name} was replaced")
