@@ -9,7 +9,8 @@ from steep.memory import ADAMW_8BIT, WIDTH, Shape, standing, update_scratch
 from steep.model.block import LEVELS
 from steep.model.layer import Layer
 from steep.model.load import DTYPES
-from steep.model.recompute import kept_bytes, levels_for, loss_bytes, work_bytes
+from steep.model.recompute import levels_for
+from steep.model.step_bytes import kept_bytes, loss_bytes, work_bytes
 from steep.ops.linear_cross_entropy import Way, faster_way
 
 

@@ -10,7 +10,8 @@ import torch
 from steep.model import choices, decoder
 from steep.model.install import fused_of, install
 from steep.model.read_layer import read_layer
-from steep.model.recompute import kept_bytes, levels_for, levels_within, loss_bytes, training_bytes, work_bytes
+from steep.model.recompute import levels_for, levels_within
+from steep.model.step_bytes import kept_bytes, loss_bytes, training_bytes, work_bytes
 from steep.model.unwrap import unwrap
 from tests.model.test_fused import adapted, packed
 from tests.tiny import FAMILIES, tiny_model

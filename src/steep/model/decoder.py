@@ -6,9 +6,7 @@ one line that names the reason any other.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,86 +15,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from steep.errors import UserError
-from steep.model.backends import Backends
 from steep.model.block import block
+from steep.model.fused import Fused
 from steep.model.layer import Batch, Layer
 from steep.model.projections import Unfused, compute_dtype, hooks_of, in_use
 from steep.model.read_layer import Traits, eps_of
-from steep.model.reading import Reading
 from steep.model.recompute import levels_within, room_on_card
 from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_last_norm, refuse_outputs, row_lengths
-from steep.model.walked import Walk
 from steep.ops.backend import gradient_dtype, not_compiled
 from steep.ops.embedding import embedding
-from steep.ops.linear_cross_entropy import Way
 from steep.ops.lora_merged import merges_from
 from steep.ops.packing import Packing
 from steep.ops.rms_norm import rms_norm
-
-logger = logging.getLogger("steep")
-
-
-@dataclass
-class Fused:
-    """How an installed model computes; one object for its decoder and its causal LM.
-
-    Attributes:
-        levels: what each layer keeps (`steep.model.block`); None: chosen at the first call that trains.
-        chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given.
-        room: bytes of the card that the choice is within; None: there is no card.
-        merges_from: tokens from which on adapters are merged into their weights (`steep.ops.lora_merged`); 0: at none.
-            None: chosen at the first call that trains.
-        loss_way: how the loss is cut (`steep.ops.linear_cross_entropy`); None: as is faster.
-        backends: of attention.
-        logits: give logits beside the loss.
-        beside: bytes that the head takes with its loss, for the choice of levels.
-        beside_for: tokens of the batch that this was computed for: the longest that trained.
-        calls: fused forwards of the decoder so far.
-        said: reasons that were told already.
-    """
-
-    levels: list[int] | None = None
-    chosen_for: int = 0
-    room: float | None = None
-    merges_from: int | None = None
-    loss_way: Way | None = None
-    backends: Backends = field(default_factory=Backends)
-    logits: bool = False
-    beside: int = 0
-    beside_for: int = 0
-    calls: int = 0
-    said: set[str] = field(default_factory=set)
-    _readings: dict[int, Reading] = field(default_factory=dict, repr=False)
-    _walks: dict[int, Walk] = field(default_factory=dict, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readings": {}, "_walks": {}}  # of these modules, not of a copy's
-
-    def layer(self, module: FusedLayer) -> Layer:
-        """The tensors of a decoder layer as they are now: PEFT may switch adapters on and off between two calls."""
-        readings, key = self._readings, id(module)
-        reading = readings.get(key)
-        if reading is None or not reading.holds(module):
-            readings.pop(key, None)
-            reading = readings[key] = Reading(module, module.traits, lambda _: readings.pop(key, None))
-        return reading.layer
-
-    def walk(self, module: nn.Module) -> Walk:
-        """What is in `module`, a model that computes so, or PEFT's wrapper around it."""
-        walks, key = self._walks, id(module)
-        walk = walks.get(key)
-        if walk is None or not walk.holds():
-            walk = walks[key] = Walk(module, lambda _: walks.pop(key, None))
-        return walk
-
-    def forget(self) -> None:
-        """Let go of what was read: it is read again."""
-        self._readings.clear()
-
-    def say_once(self, reason: str, *, fused: bool = False) -> None:
-        if reason not in self.said:
-            self.said.add(reason)
-            logger.warning("%s" if fused else "not fused, so slower and with more memory: %s", reason)
 
 
 class FusedLayer(nn.Module):

@@ -14,8 +14,8 @@ import torch
 
 from steep.errors import UserError
 from steep.model.block import LEVELS
-from steep.model.decoder import Fused
 from steep.model.families import FUSED, fused_class, library_class
+from steep.model.fused import Fused
 from steep.model.loss import FusedCausalLM
 from steep.model.machine import why_not_here
 from steep.model.projections import Unfused

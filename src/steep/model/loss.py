@@ -10,11 +10,11 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from steep.model.decoder import Fused
+from steep.model.fused import Fused
 from steep.model.original_module import OriginalHead
 from steep.model.projections import Unfused, in_use, refuse_hooks
-from steep.model.recompute import loss_bytes, training_bytes
 from steep.model.refusals import library_class_of, refuse_patch
+from steep.model.step_bytes import loss_bytes, training_bytes
 from steep.model.walked import Walked
 from steep.ops.backend import gradient_dtype
 from steep.ops.linear_cross_entropy import linear_cross_entropy

@@ -1,0 +1,83 @@
+"""Bytes that parts of a fused step take: what layers keep, their work, the loss, and what trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from steep.model.layer import Layer
+from steep.ops.backend import gradient_dtype
+from steep.ops.linear_cross_entropy import Way, chunk_size, faster_way, tile_size
+from steep.ops.lora import LoraGroup
+
+
+def kept_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype) -> list[int]:
+    """Bytes a token that a layer keeps at each level, its input included."""
+    groups = [LoraGroup(group, dtype) for group in (layer.qkv, (layer.o,), layer.gate_up)]
+    qkv, o, gate_up = groups
+    hidden = layer.o.weight.shape[0]
+    x, width = hidden * stream.itemsize, dtype.itemsize
+    added = hidden * width
+    at_3 = x + (added if layer.mlp_out_norm else 0)
+    at_2 = at_3 + x + o.input_width * width + 4 * layer.attention.num_heads
+    at_1 = at_2 + qkv.outputs * width
+    at_0 = at_1 + gate_up.gradient_width * width + (added if layer.attention_out_norm else 0)
+    return [at_0, at_1, at_2, at_3]
+
+
+def work_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype, level: int, tokens: int) -> int:
+    """Bytes that a layer's backward pass takes beside what it kept, at its peak: weight buffers, rows that are computed
+    again, and gradients between them. In either half, whichever needs more."""
+    groups = [LoraGroup(group, dtype) for group in (layer.qkv, (layer.o,), layer.gate_up, (layer.down,))]
+    qkv, o, gate_up, down = groups
+    of_qkv, of_o, of_gate_up, of_down = (rows * columns for rows, columns in (group.buffer_shape for group in groups))
+    hidden, x = layer.o.weight.shape[0], layer.o.weight.shape[0] * stream.itemsize
+    rotated = qkv.outputs if layer.attention.q_norm else 0
+    again = rotated  # columns of rows that are there during the whole backward pass
+    if level >= 1 and layer.attention_out_norm:
+        again += hidden
+    if level >= 2:
+        again += qkv.input_width + qkv.outputs
+    if level >= 3:
+        again += o.input_width
+    residual = x * (2 if level >= 3 else 1)  # dy, and x2
+    in_mlp = of_o + (of_qkv if level >= 2 else 0) + of_gate_up + of_down
+    in_mlp += tokens * (down.gradient_width + down.input_width + gate_up.input_width)
+    in_mlp += tokens * gate_up.gradient_width if level >= 1 else 0
+    in_attention = of_o + of_qkv + tokens * (o.gradient_width + o.input_width + qkv.gradient_width + qkv.outputs)
+    sums = 4 * tokens * layer.attention.num_heads * layer.attention.head_dim  # of dq in fp32, in some backends
+    return tokens * (again * dtype.itemsize + residual) + max(
+        in_mlp * dtype.itemsize, in_attention * dtype.itemsize + sums + tokens * x
+    )
+
+
+def loss_bytes(
+    tokens: int, vocabulary: int, hidden: int, width: int, gradient: int, way: Way | None, *, converts: bool
+) -> int:
+    """Bytes that the head's loss takes at its peak, the head's gradient not counted: the last hidden states and their
+    gradient, logits, and what is summed or converted. See `steep.ops.linear_cross_entropy`.
+
+    Args:
+        width: bytes of a hidden state.
+        gradient: bytes of a value of the head's gradient; 0: it has none.
+        converts: the head is kept in another dtype than the hidden states.
+    """
+    table, sums = vocabulary * hidden, gradient not in (0, 4)
+    if (way or faster_way(tokens, hidden, width, sums)) == "vocabulary":
+        chunk = chunk_size(tokens, vocabulary, width, gradients=True)
+        copy = chunk * hidden * width if converts else 0
+        return tokens * hidden * (2 * width + 4) + tokens * chunk * width + copy
+    tile = min(tile_size(tokens, vocabulary, width, not gradient), tokens)
+    copy = table * width if converts else 0
+    return 2 * tokens * hidden * width + tile * vocabulary * width + copy + (4 * table if sums and tile < tokens else 0)
+
+
+def training_bytes(parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of what trains: of each value its gradient and an optimizer's two moments, which may not be there yet. They
+    are counted as fp32 for an fp32 parameter, as torch's own AdamW keeps them, and else as 8-bit codes."""
+    trained = {id(parameter): parameter for parameter in parameters if parameter.requires_grad}
+    return sum(
+        parameter.numel() * (gradient_dtype(parameter).itemsize + (8 if parameter.dtype == torch.float32 else 2))
+        for parameter in trained.values()
+    )
