@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 from benchmarks.measuring import (
     append,
@@ -95,9 +96,11 @@ def attempt(what: str, case: Case, competitor: Rival | None, *, check: bool = Fa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="OP", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-GPU-ops.jsonl")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no GPU, and ops are timed on one.")
     torch._functorch.config.donated_buffer = False  # pyright: ignore[reportAttributeAccessIssue] # one graph, many backwards
     torch.manual_seed(0)
     file = arguments.out or results_file("ops")

@@ -34,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,22 @@ LAST_AGREE = 0.05  # and after a few steps of 8-bit AdamW
 SPREAD = 6.5  # five standard deviations of a token's loss, which is 1.3 nats for a head of std 0.02 over 4,096 values
 
 
+NEEDS = {"unsloth": "unsloth", "hf-liger": "liger_kernel"}  # packages that are no part of steep's
+
+
 def cap(word: str) -> float | str:
-    return word if word == "hf" else float(word)
+    return word if word == "hf" else positive(float, word)
+
+
+def positive(kind: type, word: str) -> Any:
+    number = kind(word)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{word} is not above 0")
+    return number
+
+
+def count(word: str) -> int:
+    return positive(int, word)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -65,15 +80,17 @@ def parse(words: list[str]) -> argparse.Namespace:
         "--peers", help=f"of steep, {', '.join(BARE)}; default: steep,steep-bare,hf, packed all ways of hf"
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--seq", type=int, default=2048)
-    parser.add_argument("--r", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=12, help=f"of these, {WARM_UP} are not timed")
+    parser.add_argument("--batch", type=count, default=2)
+    parser.add_argument("--seq", type=count, default=2048)
+    parser.add_argument("--r", type=count, default=256)
+    parser.add_argument("--steps", type=count, default=12, help=f"of these, {WARM_UP} are not timed")
     parser.add_argument("--packed", action="store_true")
     parser.add_argument("--cap-gib", type=cap, help="what steep has of the GPU's memory; hf: as much as hf took")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--weights", type=Path, help="folder for the weights; default: in the system's temporary one")
-    parser.add_argument("--steep-args", default="", help="further words for `steep train`")
+    parser.add_argument(
+        "--steep-args", default="", help="further words for `steep train`: --steep-args='--model.fused off'"
+    )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-GPU-train.jsonl")
     parser.add_argument("--worker", nargs=2, metavar=("PEER", "RESULT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
@@ -247,6 +264,18 @@ def main(words: list[str] | None = None) -> None:
         raise SystemExit(f"no such peer: {', '.join(unknown)}. There are steep, {', '.join(BARE)}.")
     if arguments.steps <= WARM_UP:
         raise SystemExit(f"--steps: the first {WARM_UP} are not timed; give more.")
+    if absent := [f"{peer} ({NEEDS[peer]})" for peer in peers if peer in NEEDS and find_spec(NEEDS[peer]) is None]:
+        raise SystemExit(f"not installed: {', '.join(absent)}. Install it, or leave it out of --peers.")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU. To try the command on a CPU: --device cpu --shape tiny --r 8.")
+    out = arguments.out or results_file("train")
+    for name, folder in (("--out", out.parent), ("--weights", arguments.weights)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"{name}: {folder} cannot be made: {error.strerror}.") from error
+    if out.is_dir():
+        raise SystemExit(f"--out: {out} is a folder; give a file.")
     if arguments.cap_gib == "hf":
         if not set(LIBRARY) & set(peers):
             raise SystemExit(f"--cap-gib hf: one of {', '.join(LIBRARY)} has to be among the peers.")
@@ -260,7 +289,6 @@ def main(words: list[str] | None = None) -> None:
     if arguments.device == "cuda":
         torch.cuda.empty_cache()  # the peers' processes need the memory
     call = datetime.now(UTC).isoformat(timespec="seconds")
-    out = arguments.out or results_file("train")
     rows, failed = [], []
     for peer in peers:
         if peer in STEEP and arguments.cap_gib == "hf":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -409,3 +410,40 @@ def test_a_users_script_is_timed_fused(weights: Path) -> None:
     assert steep_run.chosen(installed.model, work.steps)["trained_dtype"] == "fp32"
     with pytest.raises(ValueError, match="without --cap-gib"):
         steep_run.steep_script(dataclasses.replace(work, cap_gib=14.0))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--peers hf,other", "no such peer: other"),
+        ("--steps 3", "--steps"),
+        ("--batch 0", "0 is not above 0"),
+        ("--r many", "--r"),
+        ("--cap-gib -1", "-1 is not above 0"),
+        ("--device cpu --cap-gib hf --peers steep", "has to be among the peers"),
+        ("--peers unsloth", r"not installed: unsloth \(unsloth\)"),
+        ("", "there is no GPU"),
+        ("--device cpu --out {folder}", "--out: .* is a folder"),
+        ("--device cpu --out {folder}/file/rows.jsonl", "--out: .*/file cannot be made"),
+        ("--device cpu --weights {folder}/file/weights", "--weights: .* cannot be made"),
+    ],
+)
+def test_bad_words_are_refused_before_anything_is_measured(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    monkeypatch.setattr(train, "write", lambda *_: pytest.fail("weights were made"))
+    with pytest.raises(SystemExit) as end:
+        train.main([*words.format(folder=tmp_path).split(), "--shape", "tiny"])
+    assert re.search(said, f"{end.value.code}\n{capsys.readouterr().err}")
+
+
+def test_ops_need_a_gpu_and_a_known_op(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words, said in (([], "there is no GPU"), (["--only", "foo"], "invalid choice: 'foo'")):
+        monkeypatch.setattr(sys, "argv", ["ops", *words])
+        with pytest.raises(SystemExit) as end:
+            ops.main()
+        assert said in f"{end.value.code}\n{capsys.readouterr().err}"
