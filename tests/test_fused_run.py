@@ -20,7 +20,7 @@ from steep.errors import UserError
 from steep.fused_memory import FusedStep
 from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
 from steep.hand_over import export_run
-from steep.memory import shape_of
+from steep.memory import WORKSPACES, shape_of
 from steep.model import decoder, install, machine
 from steep.model.choices import Choices
 from steep.model.install import is_installed
@@ -448,7 +448,19 @@ def test_a_broken_choices_file_is_named(finished: Path, tmp_path: Path) -> None:
 def test_an_amount_of_vram_is_planned_for_without_a_card(
     llama_folder: Path, korean_corpus: Path, tmp_path: Path
 ) -> None:
-    training = {"vram": "1MiB"}
-    plan = plan_run(fused_file(llama_folder, korean_corpus, tmp_path / "run", training=training))
-    assert plan.choices.levels == [3, 3]
-    assert any("training.vram" in warning for warning in plan.warnings)
+    """In the dtype that products have here, unless another is given."""
+
+    def planned(vram: str, compute: str) -> tuple[Any, str]:
+        sections = {"training": {"vram": vram}, "model": {"base": "nf4", "compute_dtype": compute}}
+        plan = plan_run(fused_file(llama_folder, korean_corpus, tmp_path / "run", **sections))
+        assert plan.memory["libraries' workspaces"] == WORKSPACES
+        return plan.choices.levels, " ".join(plan.warnings)
+
+    levels, warned = planned("1MiB", "bf16")
+    assert levels == [3, 3] and "training.vram" in warned and "without one" not in warned
+    whole = sum(plan_run(fused_file(llama_folder, korean_corpus, tmp_path / "run")).memory.values())
+    between = f"{(WORKSPACES + 0.8 * whole) / 2**20:.3f}MiB"
+    in_bf16, _ = planned(between, "bf16")
+    in_fp32, warned = planned(between, "auto")
+    assert sum(in_bf16) < sum(in_fp32)
+    assert "planned for a card without one, with products in fp32 as here: give model.compute_dtype" in warned

@@ -218,7 +218,9 @@ def _work_out(
     compute = resolve_compute_dtype(model.compute_dtype, base)
     empty = empty_model(resolved, model.attn_implementation)
     check_computes(empty)
-    check_4bit_rows(empty, base)
+    budget = vram_budget(config.training.vram) if to_train else None
+    if budget is None:  # else it is planned for a card
+        check_4bit_rows(empty, base)
     stored = check_stored(resolved, empty, download=False)
     if model.untie_embeddings:
         untie(empty)
@@ -282,11 +284,16 @@ def _work_out(
     schedule = schedule_of(arguments, steps, start=branch.rate_factor if branch else None, section="training.")
     if branch is None:  # which begins at a rate that it has
         _check_warmup(arguments, steps)
-    step, budget, choices = None, vram_budget(training.vram) if to_train else None, Choices(False, trained)
+    step, choices = None, Choices(False, trained)
     if layer is not None:
         step = fused_step(config, layer, shape, tied=is_tied(empty), base=base, compute=compute, trained=trained)
         choices = settle(config, step, budget, before)
     on_card = budget is not None
+    if on_card and model.compute_dtype == "auto" and not torch.cuda.is_available():
+        stored.append(
+            f"it is planned for a card without one, with products in {compute} as here: give model.compute_dtype, bf16 "
+            "for a card that has it"
+        )
     memory = memory_of(config, shape, step, choices, base=base, compute=compute, on_card=on_card)
     host, disk = storage_of(
         config,

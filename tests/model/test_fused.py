@@ -17,7 +17,7 @@ from bitsandbytes.functional import int8_vectorwise_dequant
 from bitsandbytes.nn import Linear8bitLt
 from peft import AutoPeftModel, LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import find_labels
 
 from steep.errors import UserError
@@ -128,11 +128,34 @@ def test_merged_adapters(family: str, base: str, level: int, tmp_path: Path, mon
     assert not merged
 
 
+@pytest.mark.parametrize("stored", ["bf16", "single"])
+def test_weights_that_would_lose_an_adapter_are_not_merged(stored: str, tmp_path: Path) -> None:
+    """Though another machine, or another base, chose so: a checkpoint brings the number with it."""
+    folder = save_tiny("llama", tmp_path, hidden_size=128)
+    if stored == "single":
+        quantised = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised).requires_grad_(False)
+    else:
+        base, _ = load(str(folder), base="bf16", compute_dtype="bf16")
+    model, results = adapted(base, trained_dtype="bf16" if stored == "bf16" else "fp32"), []
+    for merges_from in (1, 0):
+        fused_of(install(model)).merges_from = merges_from
+        results.append(loss_and_gradients(model, packed()))
+        assert fused_of(model).calls == 1
+        uninstall(model)
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+
+
 def test_where_no_kernel_merges_nothing_does(tmp_path: Path) -> None:
     model, _ = load(str(save_tiny("llama", tmp_path, hidden_size=128)), base="nf4", compute_dtype="fp32")
     model = install(adapted(model))
     fused: Any = unwrap(model).fused
     with torch.no_grad():
+        model(**packed(), use_cache=False)
+    with model.disable_adapter():
         model(**packed(), use_cache=False)
     assert fused.merges_from is None
     loss_and_gradients(model, packed())

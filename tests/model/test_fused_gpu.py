@@ -16,6 +16,7 @@ from torch import nn
 from steep.model.install import fused_of, install, uninstall
 from steep.model.load import load
 from steep.model.unwrap import unwrap
+from steep.ops.lora_merged import MergedGroup
 from tests.model.test_fused import adapted, loss_and_gradients
 from tests.ops.closeness import error
 from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny
@@ -81,11 +82,16 @@ def test_gradients_are_as_exact_as_the_librarys(
         uninstall(model)
 
 
-def test_long_batches_are_merged(tmp_path: Path) -> None:
+def test_long_batches_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = load(str(save_tiny("llama", tmp_path, **SHAPE)), base="nf4", compute_dtype="bf16")
     model = install(adapted(model, r=64, trained_dtype="bf16"))
+    merged, fill = [], MergedGroup.fill
+    monkeypatch.setattr(MergedGroup, "fill", lambda *given: (merged.append(1), fill(*given))[1])
     loss_and_gradients(model, batch(UNIFORM))
-    assert 100 < (fused_of(model).merges_from or 0) < 10_000
+    assert 100 < (fused_of(model).merges_from or 0) <= 2048 and merged
+    merged.clear()
+    loss_and_gradients(model, batch([[64]]))
+    assert not merged
 
 
 def test_the_same_twice_with_deterministic_kernels(tmp_path: Path) -> None:

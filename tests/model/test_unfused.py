@@ -454,11 +454,13 @@ def test_launches_happen_on_the_card_of_their_tensors(monkeypatch: pytest.Monkey
     assert guarded == [(128, 64), (128, 64)]  # of the decoder, and of the loss
 
 
-def test_dropout_that_does_nothing_yet_is_told(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("of", ["adapters", "attention"])
+def test_dropout_that_does_nothing_yet_is_told(of: str, caplog: pytest.LogCaptureFixture) -> None:
     """As from_pretrained and get_peft_model leave a model: in evaluation mode."""
     install(adapted(tiny_model("llama")).eval())
     assert not caplog.text
-    model = install(adapted(tiny_model("llama"), lora_dropout=0.1).eval())
+    base = tiny_model("llama", attention_dropout=0.1 if of == "attention" else 0.0)
+    model = install(adapted(base, lora_dropout=0.1 if of == "adapters" else 0.0).eval())
     assert "it has dropout: what is evaluated is fused, and training will not be" in caplog.text
     with torch.no_grad():
         model(**packed(), use_cache=False)

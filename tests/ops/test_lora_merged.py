@@ -10,14 +10,15 @@ import torch
 
 from steep.ops import lora_merged
 from steep.ops.backend import interpreted
-from steep.ops.base_weight import DenseWeight
 from steep.ops.lora import LoraGroup, Projection
 from steep.ops.lora_linear import lora_linear_reference
 from steep.ops.lora_merged import MergedGroup, merges_from
+from steep.ops.merge import merges_whole
+from steep.ops.nf4 import Nf4Weight
 from steep.ops.products import product
 from tests.ops.closeness import assert_as_good
 from tests.ops.lora_cases import exact, make_projection, stored_as
-from tests.ops.quantised import nf4
+from tests.ops.quantised import int8, nf4
 
 CASES = {
     "q, k, v": [(96, (8,)), (32, (8,)), (32, (8,))],
@@ -116,18 +117,22 @@ def test_the_forward_pass_makes_one_product(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_from_how_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, card = torch.device("cpu"), torch.device("cuda")
-    own = projections("q, k, v", bias=False)
-    assert merges_from(own, cpu) is None  # no kernel merges there
-    monkeypatch.setattr("steep.kernels.nf4_lora.runs_on", lambda device: True)
-    few = merges_from(own, card)
-    assert few is not None and few > 0
-    more_rank = [replace(each, adapters=each.adapters * 2) for each in own]
-    assert merges_from(more_rank, card) == few
-    large = [stored_as("nf4", make_projection(256, 256))]
-    assert (merges_from(large, card) or 0) > few
-    assert merges_from([*own, make_projection(64, 64)], card) is None  # a weight in 16 or 32 bit: never
+    own, bf16 = projections("q, k, v", bias=False), torch.bfloat16
+    assert merges_from(own, bf16) == 0  # no kernel merges here
+    monkeypatch.setattr(lora_merged, "merges_fast", lambda weight: isinstance(weight, Nf4Weight))
+    few = merges_from(own, bf16)
+    assert few > 0
+    assert merges_from([replace(each, adapters=each.adapters * 2) for each in own], bf16) == few
+    assert merges_from([stored_as("nf4", make_projection(256, 256))], bf16) > few
+    assert merges_from([*own, make_projection(64, 64)], bf16) == 0
     single = replace(own[0], weight=nf4(torch.randn(64, 64), double=False)[0])
-    assert merges_from([*own, single], card) is None
-    assert merges_from([replace(each, adapters=()) for each in own], card) is None
-    assert isinstance(make_projection(64, 64).weight, DenseWeight)
+    assert merges_from([*own, single], bf16) == 0
+    assert merges_from([replace(each, adapters=()) for each in own], bf16) == 0
+
+
+def test_which_weights_keep_a_small_adapter() -> None:
+    dense = make_projection(64, 64).weight
+    assert merges_whole(dense, torch.float32) and not merges_whole(dense, torch.bfloat16)
+    for double in (True, False):
+        assert merges_whole(nf4(torch.randn(64, 64), double=double)[0], torch.bfloat16) is double
+    assert merges_whole(int8(torch.randn(64, 64))[0], torch.bfloat16)

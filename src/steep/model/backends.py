@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -26,6 +27,9 @@ class Backends:
     chosen: dict[str, str] = field(default_factory=dict)
     _looked_at: set[str] = field(default_factory=set)  # by this process, on this card
     _others: dict[tuple[object, ...], str] = field(default_factory=dict)  # what is not simply `chosen`
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_looked_at": set(), "_others": {}}  # another process may have another card
 
     def backend(self, attention: Attention, packing: Packing, dtype: torch.dtype, *, trains: bool) -> str:
         """The backend for one layer and one batch.

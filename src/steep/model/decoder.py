@@ -191,8 +191,9 @@ class FusedDecoder(nn.Module):
             raise Unfused("config.layer_types are not those of its layers")
         turns = {kind: self._turns(positions, kind, valid) for kind in set(kinds)}
         levels = self._levels(hidden_states, dtype) if torch.is_grad_enabled() else [0] * len(kinds)
-        merged = self._merges(layers, packing.num_tokens)
+        long = self._is_long(layers, dtype, packing.num_tokens)
         for module, layer, kind, level in zip(self.layers, layers, kinds, levels, strict=True):
+            merged = long and layer is not None and layer.can_merge(dtype)
             batch = Batch(packing, *turns[kind], dtype, level, merged)
             hidden_states = module(hidden_states, batch=batch, fused=self.fused, layer=layer)
         traits = self.layers[0].traits
@@ -232,13 +233,13 @@ class FusedDecoder(nn.Module):
         cos, sin = cos[0, :, :half], sin[0, :, :half]
         return (cos.contiguous(), sin.contiguous()) if valid is None else (cos[valid], sin[valid])
 
-    def _merges(self, layers: Sequence[Layer | None], tokens: int) -> bool:
+    def _is_long(self, layers: Sequence[Layer | None], dtype: torch.dtype, tokens: int) -> bool:
+        """Whether the adapters of a batch of `tokens` are merged, where they can be."""
         fused = self.fused
         if fused.merges_from is None and self.training and torch.is_grad_enabled():
-            known = [layer for layer in layers if layer is not None]
-            projections = [each for layer in known for each in layer.projections]
-            all_known = len(known) == len(layers)
-            fused.merges_from = (all_known and merges_from(projections, self.norm.weight.device)) or 0
+            projections = [each for layer in layers if layer is not None for each in layer.projections]
+            if any(each.adapters for each in projections):  # else they are switched off
+                fused.merges_from = merges_from(projections, dtype)
         return 0 < (fused.merges_from or 0) <= tokens
 
     def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:

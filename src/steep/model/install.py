@@ -57,8 +57,7 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
     base.fused = decoder.fused = Fused(levels=levels, logits=logits)
     for module in (*_modules(base), model):
         module.__class__ = fused_class(type(module)) or type(module)
-    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in decoder.layers.modules()):
-        # It does nothing now: in a model in training mode it is refused.
+    if any(_drops(module) for module in decoder.layers.modules()):  # not now: in training mode that is refused
         base.fused.say_once("it has dropout: what is evaluated is fused, and training will not be", fused=True)
     return model
 
@@ -126,3 +125,9 @@ def _modules(base: Any) -> Iterator[torch.nn.Module]:
     yield base
     yield base.model
     yield from base.model.layers
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    """Whether it drops something in training."""
+    dropout = module.p if isinstance(module, torch.nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+    return bool(dropout)

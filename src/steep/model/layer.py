@@ -9,6 +9,7 @@ import torch
 
 from steep.ops.lora import LoraGroup, Projection
 from steep.ops.lora_merged import MergedGroup
+from steep.ops.merge import merges_whole
 from steep.ops.packing import Packing
 from steep.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from steep.ops.swiglu import Activation
@@ -95,6 +96,11 @@ class Layer:
     @property
     def projections(self) -> tuple[Projection, ...]:
         return (*self.qkv, self.o, *self.gate_up, self.down)
+
+    def can_merge(self, dtype: torch.dtype) -> bool:
+        """Whether it has adapters, all over weights that are merged into `dtype` as they should be."""
+        adapted = [each.weight for each in self.projections if each.adapters]
+        return bool(adapted) and all(merges_whole(weight, dtype) for weight in adapted)
 
     def trained(self) -> list[torch.Tensor]:
         """The adapters' matrices that require a gradient, in the order in which the backward pass gives theirs."""

@@ -12,12 +12,12 @@ adapter so reaches the output at 99 % (tests/ops/test_lora_gain.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
 from steep.ops.lora import LoraGroup, Projection, turned
-from steep.ops.merge import merge_write, merges_well
+from steep.ops.merge import merge_write, merges_fast, merges_whole
 from steep.ops.products import product
 
 # Products with low-rank factors run at two thirds of a large product's rate, and the merge kernel at half of it.
@@ -66,13 +66,16 @@ class MergedGroup(LoraGroup):
         return product(dy, weight, out=out, out_dtype=out_dtype)
 
 
-def merges_from(projections: Iterable[Projection], device: torch.device) -> int | None:
-    """From how many tokens on merging is the faster way for these projections together, by their sizes (the rank has no
-    part in it); None: never, since some weight is not merged well."""
-    projections = [projection for projection in projections if projection.adapters]
-    if not projections or not all(merges_well(projection.weight, device) for projection in projections):
-        return None
-    merged = sum(rows * columns for rows, columns in (projection.weight.shape for projection in projections))
+def merges_from(projections: Sequence[Projection], dtype: torch.dtype) -> int:
+    """From how many tokens on merging is the faster way for these projections together, by their sizes; 0: at none,
+    since there is no adapter, or a weight that no kernel merges, or not as it should (`merges_whole`).
+
+    The rank has no part in it, while products with low-rank factors are bound by FLOPs: from a rank of 64 or so.
+    """
+    adapted = [projection.weight for projection in projections if projection.adapters]
+    if not adapted or not all(merges_fast(weight) and merges_whole(weight, dtype) for weight in adapted):
+        return 0
+    merged = sum(rows * columns for rows, columns in (weight.shape for weight in adapted))
     # Of a token: x·Aᵀ, its product with B, and in the backward pass that of dy·B with A.
-    extended = sum(rows + 2 * columns for rows, columns in (projection.weight.shape for projection in projections))
+    extended = sum(rows + 2 * columns for rows, columns in (weight.shape for weight in adapted))
     return round(_RELATIVE_COST * merged / extended)

@@ -68,19 +68,24 @@ def merge_reference(weight: BaseWeight, b: torch.Tensor, a: torch.Tensor) -> tor
     return product(b, a, add=total, out=total)
 
 
-def merges_well(weight: BaseWeight, device: torch.device) -> bool:
-    """Whether a kernel merges `weight` on this device, and keeps what a small adapter adds.
+def merges_whole(weight: BaseWeight, dtype: torch.dtype) -> bool:
+    """Whether `weight` merged into `dtype` keeps what a small adapter adds.
 
-    The largest element of an NF4 block is its absmax. Of weights that were in bf16 once, that is a number of bf16
-    itself, unless it was quantised again: a small adapter would be lost on one element in thirty.
+    A weight that is a number of `dtype` itself loses it. So does the largest element of an NF4 block, which is its
+    absmax, where the weight was in bf16 before and the absmax is not quantised again: one element in thirty.
     """
-    if not isinstance(weight, Nf4Weight) or not weight.has_kernel or weight.code_book is None:
-        return False
-    if device.type != "cuda":
+    if isinstance(weight, Nf4Weight):
+        return weight.code_book is not None
+    return isinstance(weight, Int8Weight) or dtype == torch.float32
+
+
+def merges_fast(weight: BaseWeight) -> bool:
+    """Whether a kernel merges it."""
+    if not isinstance(weight, Nf4Weight) or not weight.has_kernel or not weight.codes.is_cuda:
         return False
     from steep.kernels import nf4_lora
 
-    return nf4_lora.runs_on(device)
+    return nf4_lora.runs_on(weight.codes.device)
 
 
 def _runs_kernel(out: torch.Tensor) -> bool:
