@@ -225,26 +225,22 @@ def _gated(name: str, activation: Any) -> Iterator[Case]:
 
 def linear_cross_entropy() -> Iterator[Case]:
     """Loss and both gradients: three products. By chunks of the vocabulary more are done, and none is needed."""
-    from steep.ops.linear_cross_entropy import (
-        linear_cross_entropy_backward,
-        linear_cross_entropy_forward,
-        linear_cross_entropy_reference,
-    )
+    from steep.ops import linear_cross_entropy as op
 
     x, weight = random(TOKENS, HIDDEN), random(VOCABULARY, HIDDEN, std=0.02)
+    leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
     labels = torch.randint(VOCABULARY, (TOKENS,), device=DEVICE)
     one = torch.ones((), device=DEVICE)
     function = liger("fused_linear_cross_entropy")
     for way in ("tokens", "vocabulary"):
 
         def ours(way: Any = way) -> Any:
-            return linear_cross_entropy_forward(x, weight, labels, way=way)
+            return torch.autograd.grad(op.linear_cross_entropy(*leaves, labels, way=way), leaves, one)
 
         yield Case(
-            f"linear_ce by {way}", f"{TOKENS} x {HIDDEN} -> {VOCABULARY}", ours=ours,
-            result=lambda ours=ours: linear_cross_entropy_backward(ours()[1], one)[0],
+            f"linear_ce by {way}", f"{TOKENS} x {HIDDEN} -> {VOCABULARY}", ours=ours, result=ours,
             flops=3 * 2 * x.numel() * VOCABULARY,
-            reference=lambda x, weight: linear_cross_entropy_reference(x, weight, labels), inputs=(x, weight),
+            reference=lambda x, weight: op.linear_cross_entropy_reference(x, weight, labels), inputs=(x, weight),
             direction="both", wrt=(0, 1), cotangent=one,
             liger=function and Rival(lambda x, weight: function(x, weight, labels), (x, weight), (0, 1)),
         )  # fmt: skip

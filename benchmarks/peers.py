@@ -109,17 +109,26 @@ def hf_flash(work: Work) -> Peer:
     Raises:
         ModuleNotFoundError: there is none.
     """
-    return dataclasses.replace(hf(work, _flash_attention()), flat=True)
+    attention = flash_package() or flash_of_the_hub()
+    if attention is None:
+        raise ModuleNotFoundError("hf-flash needs the package flash-attn, or kernels for the hub's, and a GPU")
+    return dataclasses.replace(hf(work, attention), flat=True)
 
 
-def _flash_attention() -> str:
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
+def flash_package() -> str | None:
+    """transformers' name for the flash attention that is installed, where there is one and a GPU."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     if is_flash_attn_3_available():
         return "flash_attention_3"
-    if is_flash_attn_2_available() or is_kernels_available():  # transformers looks for the hub's kernel by itself
-        return "flash_attention_2"
-    raise ModuleNotFoundError("hf-flash needs the package flash-attn, or kernels for the hub's, and a GPU")
+    return "flash_attention_2" if is_flash_attn_2_available() else None
+
+
+def flash_of_the_hub() -> str | None:
+    """transformers' name for the one that it would download."""
+    from transformers.utils import is_kernels_available
+
+    return "flash_attention_2" if is_kernels_available() else None
 
 
 def hf_varlen(work: Work) -> Peer:
@@ -132,9 +141,16 @@ def hf_varlen(work: Work) -> Peer:
 
 def varlen_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, *,
-    scaling: float, cu_seq_lens_q: torch.Tensor, max_length_q: int, sliding_window: int | None = None, **_: Any,
+    scaling: float, cu_seq_lens_q: torch.Tensor, max_length_q: int, sliding_window: int | None = None,
+    softcap: float | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """transformers' signature, for one row of documents: [1, heads, T, D] to [1, T, heads, D]."""
+    """transformers' signature, for one row of documents: [1, heads, T, D] to [1, T, heads, D].
+
+    Raises:
+        ValueError: scores are capped: torch's kernels do not do that.
+    """
+    if softcap is not None:
+        raise ValueError("hf-varlen does not cap attention scores: it would do another work")
     dtype = value.dtype if value.dtype != torch.float32 else torch.bfloat16  # rope gives fp32 under autocast
     q, k, v = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
     return flash_kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None

@@ -8,10 +8,11 @@ clipping at 1. Each peer runs in a process of its own and loads the same random 
 (--weights). Each step has fresh random tokens, a row is one document, and with --packed some of 128 to 1,024 tokens.
 
 A time is the median of the steps after the third. MFU is the FLOPs that the step has to do, none twice, over the
-measured speed of a bf16 product. `steep` is `steep train`, with everything that it does; `steep-bare` its model and
-optimizer in the loop of the others, `steep-script` that of `hf` after `steep.install(model)`. --cap-gib holds the first
-two to so much of the GPU's memory, and nobody else; `--cap-gib hf` to the peak of the fastest of hf, hf-flash and
-hf-varlen, which the call then begins with.
+measured speed of a bf16 product; packed rows have none, since the work of attention differs from step to step. `steep`
+is `steep train`, with everything that it does; `steep-bare` its model and optimizer in the loop of the others,
+`steep-script` that of `hf` after `steep.install(model)`. --cap-gib holds the first two to so much of the GPU's memory,
+and nobody else; `--cap-gib hf` to the peak of the fastest of hf, hf-flash and hf-varlen, which the call then begins
+with. Without --peers these are all timed on packed rows, hf-flash where the package flash-attn is installed.
 
 The losses of all bare loops have to agree, the first and the last, and steep's first one with theirs as far as its
 other tokens let it. On a GPU steep has to compute fused, unless --steep-args has `--model.fused off`.
@@ -41,7 +42,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import append, command, gpu_name, product_flops_per_second, results_file, versions
-from benchmarks.peers import PEERS, Peer, Work, bare_loop
+from benchmarks.peers import PEERS, Peer, Work, bare_loop, flash_of_the_hub, flash_package
 from benchmarks.shapes import SHAPES, config_of, flops_a_step, write
 from benchmarks.steep_run import chosen, steep_bare, steep_script, steep_train
 
@@ -56,7 +57,7 @@ LAST_AGREE = 0.05  # and after a few steps of 8-bit AdamW
 SPREAD = 6.5  # five standard deviations of a token's loss, which is 1.3 nats for a head of std 0.02 over 4,096 values
 
 
-NEEDS = {"unsloth": "unsloth", "hf-liger": "liger_kernel"}  # packages that are no part of steep's
+NEEDS = {"unsloth": "unsloth", "hf-liger": "liger_kernel", "hf-flash": "flash_attn"}  # they are no part of steep's
 
 
 def cap(word: str) -> float | str:
@@ -77,7 +78,8 @@ def count(word: str) -> int:
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--peers", help=f"of steep, {', '.join(BARE)}; default: steep,steep-bare,hf, packed all ways of hf"
+        "--peers",
+        help=f"of steep, {', '.join(BARE)}; default: steep,steep-bare,hf, packed all ways of hf that are there",
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--batch", type=count, default=2)
@@ -95,10 +97,54 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--worker", nargs=2, metavar=("PEER", "RESULT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     arguments.cap_of = "hf" if arguments.cap_gib == "hf" else None
-    usual = ["steep", "steep-bare", *(LIBRARY if arguments.packed else LIBRARY[:1])]
-    arguments.peers = arguments.peers or ",".join(usual)
     arguments.weights = arguments.weights or Path(tempfile.gettempdir()) / "steep-benchmarks"
     return arguments
+
+
+def usual_peers(arguments: argparse.Namespace) -> list[str]:
+    """Those that are timed where none are named; says which one is missing."""
+    peers = ["steep", "steep-bare", "hf"]
+    if arguments.packed and arguments.device == "cuda":
+        if flash_package():
+            peers.append("hf-flash")
+        else:
+            print("hf-flash is left out: the package flash-attn is not installed")
+        peers.append("hf-varlen")
+    return peers
+
+
+def is_there(peer: str) -> bool:
+    """Whether what the peer needs is installed."""
+    if peer == "hf-flash":
+        return bool(flash_package() or flash_of_the_hub())
+    return peer not in NEEDS or find_spec(NEEDS[peer]) is not None
+
+
+def refuse(arguments: argparse.Namespace, peers: list[str]) -> None:
+    """What cannot be measured, before anything is.
+
+    Raises:
+        SystemExit: with what to do instead.
+    """
+    if unknown := [peer for peer in peers if peer != "steep" and peer not in BARE]:
+        raise SystemExit(f"no such peer: {', '.join(unknown)}. There are steep, {', '.join(BARE)}.")
+    if arguments.steps <= WARM_UP:
+        raise SystemExit(f"--steps: the first {WARM_UP} are not timed; give more.")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU. To try the command on a CPU: --device cpu --shape tiny --r 8.")
+    if absent := [f"{peer} ({NEEDS[peer]})" for peer in peers if not is_there(peer)]:
+        raise SystemExit(f"not installed: {', '.join(absent)}. Install it, or leave it out of --peers.")
+    if arguments.cap_gib and "steep-script" in peers:
+        raise SystemExit("steep-script plans for the whole card: leave out --cap-gib, or steep-script of --peers.")
+    if arguments.cap_gib == "hf":
+        if not set(LIBRARY) & set(peers):
+            raise SystemExit(f"--cap-gib hf: one of {', '.join(LIBRARY)} has to be among the peers.")
+    elif arguments.cap_gib and arguments.device == "cuda" and arguments.cap_gib * GIB > (total := gpu_bytes()):
+        raise SystemExit(f"--cap-gib: the GPU has {total / GIB:.1f} GiB; give less.")
+
+
+def gpu_bytes() -> int:
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def work_of(arguments: argparse.Namespace) -> Work:
@@ -118,8 +164,7 @@ def measure(arguments: argparse.Namespace, peer: str) -> dict[str, Any]:
     begun, work = float(os.environ["BENCHMARK_BEGUN"]), work_of(arguments)
     on_gpu = arguments.device == "cuda"
     if work.cap_gib and peer in STEEP and on_gpu:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(work.cap_gib * GIB / total)
+        torch.cuda.set_per_process_memory_fraction(work.cap_gib * GIB / gpu_bytes())
     if peer == "steep":
         vocab_size = config_of(arguments.shape).vocab_size
         with tempfile.TemporaryDirectory() as temporary:
@@ -169,6 +214,7 @@ def work_row(arguments: argparse.Namespace, peer: str) -> dict[str, Any]:
         "packed": arguments.packed,
         "cap_gib": arguments.cap_gib if peer in STEEP else None,
         "cap_of": arguments.cap_of if peer in STEEP else None,
+        "steep_args": arguments.steep_args if peer == "steep" else "",
         "gpu": gpu_name() if arguments.device == "cuda" else "none",
         "command": command(),
     }
@@ -185,7 +231,7 @@ def row_of(arguments: argparse.Namespace, peer: str, result: dict[str, Any], cei
         "step_s_max": max(timed),
         "steps_timed": len(timed),
         "tokens_per_second": arguments.batch * arguments.seq / step,
-        "mfu": flops / step / ceiling if ceiling else None,
+        "mfu": flops / step / ceiling if ceiling and not arguments.packed else None,
         "peak_allocated_gib": result["peak_allocated_gib"],
         "peak_reserved_gib": result["peak_reserved_gib"],
         "first_step_s": result["first_step_s"],
@@ -259,15 +305,8 @@ def main(words: list[str] | None = None) -> None:
         peer, file = arguments.worker
         Path(file).write_text(json.dumps(measure(arguments, peer)))
         return
-    peers = arguments.peers.split(",")
-    if unknown := [peer for peer in peers if peer != "steep" and peer not in BARE]:
-        raise SystemExit(f"no such peer: {', '.join(unknown)}. There are steep, {', '.join(BARE)}.")
-    if arguments.steps <= WARM_UP:
-        raise SystemExit(f"--steps: the first {WARM_UP} are not timed; give more.")
-    if absent := [f"{peer} ({NEEDS[peer]})" for peer in peers if peer in NEEDS and find_spec(NEEDS[peer]) is None]:
-        raise SystemExit(f"not installed: {', '.join(absent)}. Install it, or leave it out of --peers.")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("there is no GPU. To try the command on a CPU: --device cpu --shape tiny --r 8.")
+    peers = arguments.peers.split(",") if arguments.peers else usual_peers(arguments)
+    refuse(arguments, peers)
     out = arguments.out or results_file("train")
     for name, folder in (("--out", out.parent), ("--weights", arguments.weights)):
         try:
@@ -277,8 +316,6 @@ def main(words: list[str] | None = None) -> None:
     if out.is_dir():
         raise SystemExit(f"--out: {out} is a folder; give a file.")
     if arguments.cap_gib == "hf":
-        if not set(LIBRARY) & set(peers):
-            raise SystemExit(f"--cap-gib hf: one of {', '.join(LIBRARY)} has to be among the peers.")
         peers.sort(key=lambda peer: peer not in LIBRARY)
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -4,6 +4,7 @@ sizes."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from benchmarks.op_rows import first
 from benchmarks.ops import TOLERANCE, wrong_by
 from benchmarks.peers import Peer, Work, bare_loop, batches, flattened
 from benchmarks.shapes import empty_model, flops_a_step, write
+from tests.ops.closeness import assert_as_good
 
 SMALL: dict[str, Any] = {
     "TOKENS": 48, "HIDDEN": 128, "INTERMEDIATE": 192, "VOCABULARY": 320, "RANK": 16, "HEADS": 4, "KV_HEADS": 2,
@@ -39,7 +41,9 @@ def test_each_op_is_held_against_its_reference(name: str, monkeypatch: pytest.Mo
         assert wrong_by(case, first(case.result())) <= TOLERANCE, case.op
         assert case.bytes or case.flops
         case.ours()  # what is timed runs too, also again
-        case.ours()
+        timed = case.ours()
+        if case.direction == "both":  # and goes both ways, as what it is compared with
+            assert wrong_by(case, first(timed)) <= TOLERANCE, case.op
         assert wrong_by(case, first(case.result()) / 2) > TOLERANCE, f"{case.op}: a halved result passes"
         cases += 1
     assert cases
@@ -130,12 +134,12 @@ def test_a_shape_has_the_size_of_its_model(shape: str) -> None:
 
 def test_peers_train_the_same_model_on_the_same_tokens(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    words = "--peers hf-flash,steep-bare,hf-lean --shape tiny --device cpu --batch 2 --seq 48 --r 8 --steps 5 --packed"
+    words = "--peers hf-varlen,steep-bare,hf-lean --shape tiny --device cpu --batch 2 --seq 48 --r 8 --steps 5 --packed"
     command = [sys.executable, "-m", "benchmarks.train", *words.split(), "--weights", tmp_path / "w", "--out", out]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr[-4000:]  # for the one that cannot be here; the others go on
-    flash, steep, library = map(json.loads, out.read_text().splitlines())
-    assert flash["peer"] == "hf-flash" and "flash-attn" in flash["failed"]
+    varlen, steep, library = map(json.loads, out.read_text().splitlines())
+    assert varlen["peer"] == "hf-varlen" and varlen["failed"]
     assert steep["fused"] and steep["levels"] == [0, 0]
     assert (steep["peer"], library["peer"]) == ("steep-bare", "hf-lean")
     assert steep["loss_first"] == pytest.approx(library["loss_first"], abs=5e-3)
@@ -155,7 +159,9 @@ def test_a_step_has_as_many_flops_as_counted_by_hand() -> None:
 
 def timed(peer: str, step_s: float, call: str, **fields: object) -> dict[str, Any]:
     same = {"shape": "llama-3-8b", "batch": 2, "seq": 2048, "packed": False, "cap_gib": None, "gpu": "NVIDIA H200"}
-    same |= {"loss_first": 12.0, "loss_last": 11.5, "cap_of": None}
+    same |= {"loss_first": 12.0, "loss_last": 11.5, "cap_of": None, "r": 256, "steep_args": ""}
+    if peer == "steep":
+        same["fused"] = True
     return {"peer": peer, "step_s": step_s, "call": call, "peak_allocated_gib": 10.04, **same, **fields}
 
 
@@ -216,6 +222,24 @@ def test_a_row_that_failed_is_not_in_the_table(tmp_path: Path) -> None:
     (tmp_path / "a-train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (tmp_path / "b-train.jsonl").write_text(json.dumps({"shape": "llama-3-8b", "call": "2", "failed": "no"}) + "\n")
     assert table.rows_of(tmp_path) == rows
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"r": 8},
+        {"shape": "tiny"},
+        {"gpu": "none", "peak_allocated_gib": None},
+        {"fused": False, "steep_args": "--model.fused off"},
+        {"steep_args": "--model.fused_levels 3"},
+        {"fused": False},
+    ],
+)
+def test_what_the_table_says_nothing_of_is_not_in_it(other: dict[str, Any], tmp_path: Path) -> None:
+    rows = [timed("steep", 0.3, "1"), timed("hf", 0.9, "1")]
+    newer = [timed("steep", 0.1, "2", **other), timed("hf", 0.2, "2", **{"fused": True, **other, "steep_args": ""})]
+    (tmp_path / "a-train.jsonl").write_text("\n".join(map(json.dumps, rows + newer)) + "\n")
+    assert table.table(table.rows_of(tmp_path)) == table.table(rows)
 
 
 # ---- benchmarks.train
@@ -291,6 +315,20 @@ def test_a_limit_is_steeps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert train.work_of(train.parse(given["steep"])).cap_gib == 26.3
 
 
+def test_a_call_says_what_else_steep_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results: Any = {"steep": measured(0.1, 6.0, 5.9), "hf": measured(0.2, 6.0, 5.9)}
+    _, rows, _ = run_main("--steep-args=--model.fused=off", results, tmp_path, monkeypatch)
+    assert [row["steep_args"] for row in rows] == ["--model.fused=off", ""]
+
+
+def test_packed_rows_have_no_mfu() -> None:
+    result = measured(0.1, 6.0, 5.9, peak_allocated_gib=1.0, peak_reserved_gib=1.0)
+    words = ["--shape", "tiny"]
+    plain, packed = (train.row_of(train.parse(given), "hf", result, 1e12) for given in (words, [*words, "--packed"]))
+    assert plain["mfu"] > 0 and packed["mfu"] is None
+    assert "MFU -," in train.shown(packed)
+
+
 def test_steep_plans_within_its_limit(weights: Path) -> None:
     work = tiny(weights, cap_gib=14.0)
     assert steep_run.run_file(work, Path("a"), Path("b"))["training"]["vram"] == "14.000000GiB"
@@ -311,9 +349,26 @@ def test_steep_that_is_not_fused_on_a_gpu_is_no_result() -> None:
     train.refuse_unfused(train.parse([]), "hf", {})
 
 
-def test_the_libraries_with_flash_attention_are_timed_on_packed_rows() -> None:
-    assert train.parse([]).peers == "steep,steep-bare,hf"
-    assert train.parse(["--packed"]).peers == "steep,steep-bare,hf,hf-flash,hf-varlen"
+@pytest.mark.parametrize("installed", ["flash_attention_2", None])
+def test_the_libraries_with_flash_attention_are_timed_on_packed_rows(
+    installed: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "flash_package", lambda: installed)
+    always = ["steep", "steep-bare", "hf"]
+    assert train.usual_peers(train.parse([])) == always
+    assert train.usual_peers(train.parse(["--packed", "--device", "cpu"])) == always
+    assert not capsys.readouterr().out
+    packed = train.usual_peers(train.parse(["--packed"]))
+    assert packed == [*always, *(["hf-flash"] if installed else []), "hf-varlen"]
+    assert ("hf-flash is left out" in capsys.readouterr().out) == (installed is None)
+
+
+def test_a_limit_above_the_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train, "gpu_bytes", lambda: 79 * train.GIB)
+    train.refuse(train.parse(["--cap-gib", "79"]), ["steep"])
+    with pytest.raises(SystemExit, match=r"the GPU has 79\.0 GiB"):
+        train.refuse(train.parse(["--cap-gib", "80"]), ["steep"])
 
 
 @pytest.fixture(scope="module")
@@ -401,6 +456,35 @@ def test_torchs_flash_kernels_get_the_documents_of_a_row(
     assert calls and all(len(lengths) > 2 if packed else lengths == [96, 96] for lengths in calls)
 
 
+def test_torchs_flash_kernels_refuse_to_leave_a_cap_out() -> None:
+    q = torch.randn(1, 2, 4, 16)
+    same: dict[str, Any] = {"scaling": 1.0, "cu_seq_lens_q": torch.tensor([0, 4]), "max_length_q": 4}
+    with pytest.raises(ValueError, match="does not cap"):
+        peers.varlen_attention(None, q, q, q, None, softcap=50.0, **same)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1, 100])
+def test_torchs_flash_kernels_attend_within_documents_and_window(window: int | None) -> None:
+    lengths, scale = [5, 300, 1, 130], 0.2
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+    flash = peers.flash_kernel(q, k, v, ends, max(lengths), scale, window)
+
+    token = torch.arange(sum(lengths), device="cuda")
+    document = torch.bucketize(token, ends, right=True)
+    behind = token[:, None] - token
+    seen = (document[:, None] == document) & (behind >= 0) & (behind < (window or len(token)))
+
+    def plain(dtype: torch.dtype) -> torch.Tensor:
+        heads = (part.to(dtype).transpose(0, 1)[None] for part in (q, k, v))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(*heads, attn_mask=seen, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+    assert_as_good(flash, plain(torch.bfloat16), plain(torch.float32))
+
+
 def test_a_users_script_is_timed_fused(weights: Path) -> None:
     work = tiny(weights)
     installed = steep_run.steep_script(work)
@@ -421,7 +505,10 @@ def test_a_users_script_is_timed_fused(weights: Path) -> None:
         ("--r many", "--r"),
         ("--cap-gib -1", "-1 is not above 0"),
         ("--device cpu --cap-gib hf --peers steep", "has to be among the peers"),
-        ("--peers unsloth", r"not installed: unsloth \(unsloth\)"),
+        ("--device cpu --peers unsloth", r"not installed: unsloth \(unsloth\)"),
+        ("--device cpu --peers hf-flash", r"not installed: hf-flash \(flash_attn\)"),
+        ("--device cpu --peers hf,steep-script --cap-gib hf", "steep-script plans for the whole card"),
+        ("--device cpu --peers hf,steep-script --cap-gib 14", "steep-script plans for the whole card"),
         ("", "there is no GPU"),
         ("--device cpu --out {folder}", "--out: .* is a folder"),
         ("--device cpu --out {folder}/file/rows.jsonl", "--out: .*/file cannot be made"),
@@ -434,6 +521,7 @@ def test_bad_words_are_refused_before_anything_is_measured(
     (tmp_path / "file").touch()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(train, "find_spec", lambda name: None)
+    monkeypatch.setattr(train, "flash_of_the_hub", lambda: None)
     monkeypatch.setattr(train, "write", lambda *_: pytest.fail("weights were made"))
     with pytest.raises(SystemExit) as end:
         train.main([*words.format(folder=tmp_path).split(), "--shape", "tiny"])
