@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from steep.model import reading
 from steep.model.install import install, uninstall
@@ -32,6 +33,18 @@ def replace_a(model: Any) -> None:
 def move_base(model: Any) -> None:
     weight = layer_of(model).mlp.up_proj.base_layer.weight
     weight.data = weight.data.clone()
+
+
+class MyNorm(LlamaRMSNorm):
+    pass
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+class MyAdapted(LoraLinear):
+    pass
 
 
 OTHER_CONFIG = tiny_config("llama", num_key_value_heads=4)
@@ -57,11 +70,17 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "another eps": lambda model: setattr(layer_of(model).input_layernorm, "variance_epsilon", 1.0),
     "dropout in attention": lambda model: setattr(layer_of(model).self_attn, "attention_dropout", 0.5),
     "no scale of attention": lambda model: delattr(layer_of(model).self_attn, "scaling"),
+    "another class of a norm": lambda model: setattr(layer_of(model).input_layernorm, "__class__", MyNorm),
+    "another class of a projection": lambda model: setattr(layer_of(model).self_attn.o_proj, "__class__", MyAdapted),
+    "another class of a base": lambda model: setattr(
+        layer_of(model).self_attn.o_proj.base_layer, "__class__", MyLinear
+    ),
     "another config": lambda model: setattr(layer_of(model).self_attn, "config", OTHER_CONFIG),
 }  # fmt: skip
 REFUSED = {
     "a trained norm", "merged", "a hook on A", "a hook on attention", "another forward", "a hook on the activation",
     "attention that is not causal", "dropout in attention", "no scale of attention",
+    "another class of a norm", "another class of a projection", "another class of a base",
 }  # fmt: skip
 
 
@@ -125,20 +144,37 @@ MEMORY: dict[str, Callable[[Any], object]] = {
     "elsewhere": lambda model: model.to(torch.float64),
     "replaced": lambda model: setattr(layer_of(model).mlp, "up_proj", nn.Linear(64, 128, bias=False)),
     "merged": lambda model: (model.merge_adapter(), model(**packed(), use_cache=False)),
-}
+    "merged before a call that is refused": lambda model: (
+        model.merge_adapter(), model(**packed(), use_cache=False, output_hidden_states=True)
+    ),
+    "other parameters": lambda model: (
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True),
+        step(model),
+    ),
+    "tied": lambda model: (setattr(unwrap(model).lm_head, "weight", unwrap(model).model.embed_tokens.weight)),
+}  # fmt: skip
+
+
+def step(model: Any) -> None:
+    model.train()
+    model(**packed(), use_cache=False)
+    model.zero_grad()
 
 
 @pytest.mark.parametrize("change", MEMORY)
 def test_nothing_holds_what_the_model_let_go(change: str) -> None:
-    """One reading and one walk do not outlive what they are of."""
-    model = install(adapted(tiny_model("llama"), modules_to_save=[]))
+    """A reading does not outlive what it is of, and setting modes and gradients keeps nothing."""
+    model = install(adapted(tiny_model("llama", tied=False), modules_to_save=[]))
     base: Any = unwrap(model)
+    model.eval()
     with torch.no_grad():
-        model(**packed(), use_cache=False)
-    model.train()
-    model.zero_grad()
+        step(model)
     up = layer_of(model).mlp.up_proj
-    held = [weakref.ref(base.fused._readings[id(layer_of(model))].layer)]
+    held = [weakref.ref(base.fused._readings[id(layer_of(model))].layer)] if change != "tied" else []
+    if change == "other parameters":
+        held += map(weakref.ref, base.model.parameters())
+    if change == "tied":
+        held.append(weakref.ref(base.lm_head.weight))
     if change in ("merged and unloaded", "unloaded", "replaced"):
         held += [weakref.ref(up), weakref.ref(up.lora_A["default"].weight)]
     if change in ("merged and unloaded", "unloaded"):
@@ -162,9 +198,27 @@ def test_a_model_goes_without_the_garbage_collector() -> None:
     gc.disable()
     try:
         del model
-        assert layer() is None and not fused._readings and not fused._walks
+        assert layer() is None and not fused._readings
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("refused", ["padding on the left", "hidden states"])
+def test_calls_that_are_refused_cost_no_reading(refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop may take turns between fused steps and such calls."""
+    model, read = install(adapted(tiny_model("llama"))), []
+    own = reading.read_layer
+    monkeypatch.setattr(reading, "read_layer", lambda *given: (read.append(1), own(*given))[1])
+    left: dict[str, Any] = {"input_ids": packed()["input_ids"], "attention_mask": torch.ones(2, 64).long()}
+    left["attention_mask"][0, :3] = 0
+    asked = left if refused == "padding on the left" else {**packed(), "output_hidden_states": True}
+    with torch.no_grad():
+        for number in range(4):
+            if number == 2:  # transformers put its hooks in when it was first asked for hidden states
+                read.clear()
+            model(**packed(), use_cache=False)
+            model(**asked, use_cache=False)
+    assert unwrap(model).fused.calls == 4 and not read  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_dropout_that_begins_later_is_seen() -> None:

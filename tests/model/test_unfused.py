@@ -300,14 +300,16 @@ def test_a_tuple_is_given_where_one_is_asked_for(of_config: bool) -> None:
     expected = model(**batch, use_cache=False).loss  # with this config, the library's own falls over its decoder's
     model.config.return_dict = not of_config
     (hidden,) = model.model(**of_decoder, **asked)  # pyright: ignore[reportCallIssue]
+    of_none = type(model.model(**of_decoder, return_dict=None))  # pyright: ignore[reportCallIssue]
     install(model)
     given = model.model(**of_decoder, **asked)  # pyright: ignore[reportCallIssue]
     assert type(given) is tuple and len(given) == 1 and error(given[0], hidden) < EXACT
+    assert type(model.model(**of_decoder, return_dict=None)) is of_none  # pyright: ignore[reportCallIssue]
     assert type(model.model(**of_decoder, return_dict=True)) is BaseModelOutputWithPast  # pyright: ignore[reportCallIssue]
     loss = model(**batch, use_cache=False, **asked)
     assert type(loss) is tuple and abs(loss[0] - expected) < EXACT * expected
     assert model(**batch, use_cache=False, return_dict=True).loss == loss[0]
-    assert model.fused.calls == 4  # pyright: ignore[reportAttributeAccessIssue]
+    assert model.fused.calls == 5  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # ---- masks, positions, documents

@@ -115,7 +115,7 @@ class FusedDecoder(nn.Module):
                 return output.to_tuple() if wants_tuple else output
             except Unfused as reason:
                 self.fused.say_once(str(reason))
-                self.fused.forget()
+                self.fused.forget_changed()
         # transformers records hidden states and attentions of classes that have entered themselves by name: each does
         # so when it makes an instance, and this one was set on one.
         _CAN_RECORD_REGISTRY.update({str(type(self)): self._can_record_outputs})  # pyright: ignore[reportArgumentType]

@@ -6,12 +6,9 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from steep.model.backends import Backends
 from steep.model.layer import Layer
 from steep.model.reading import Reading
-from steep.model.walked import Walk
 from steep.ops.linear_cross_entropy import Way
 
 logger = logging.getLogger("steep")
@@ -48,31 +45,28 @@ class Fused:
     calls: int = 0
     said: set[str] = field(default_factory=set)
     _readings: dict[int, Reading] = field(default_factory=dict, repr=False)
-    _walks: dict[int, Walk] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readings": {}, "_walks": {}}  # of these modules, not of a copy's
+        return {**self.__dict__, "_readings": {}}  # of these modules, not of a copy's
 
     def layer(self, module: Any) -> Layer:
         """The tensors of a decoder layer as they are now: PEFT may switch adapters on and off between two calls."""
         readings, key = self._readings, id(module)
         reading = readings.get(key)
-        if reading is None or not reading.holds(module):
+        if reading is None or not reading.holds():
             readings.pop(key, None)
             reading = readings[key] = Reading(module, module.traits, lambda _: readings.pop(key, None))
         return reading.layer
 
-    def walk(self, module: nn.Module) -> Walk:
-        """What is in `module`, a model that computes so, or PEFT's wrapper around it."""
-        walks, key = self._walks, id(module)
-        walk = walks.get(key)
-        if walk is None or not walk.holds():
-            walk = walks[key] = Walk(module, lambda _: walks.pop(key, None))
-        return walk
-
     def forget(self) -> None:
         """Let go of what was read: it is read again."""
         self._readings.clear()
+
+    def forget_changed(self) -> None:
+        """Let go of what was read of layers that are other ones since: it may hold what nobody else does."""
+        for key, reading in list(self._readings.items()):
+            if not reading.holds():
+                self._readings.pop(key, None)
 
     def say_once(self, reason: str, *, fused: bool = False) -> None:
         if reason not in self.said:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -32,8 +33,8 @@ class Reading:
     def __init__(self, module: Any, traits: Traits, let_go: Callable[[Any], object]) -> None:
         self.layer: Layer = read_layer(module, traits)
         parts = list(module.modules())[1:]  # a hook on the layer itself is called
-        # Attributes are held, and never a module itself, which could not go then.
-        self._module, *self._parts = (weakref.ref(part, let_go) for part in [module, *parts])
+        # Attributes are held, so modules that are in another one too, but never the layer itself: it could not go then.
+        self._parts = [weakref.ref(part, let_go) for part in [module, *parts]]
         self._hooks = [hooks for part in parts for hooks in hooks_of(part)]
         self._names = [part.__dict__ for part in parts]
         self._members = [part._modules for part in [module, *parts] if part._modules]
@@ -49,9 +50,9 @@ class Reading:
         self._of_config = itemgetter(*(key for key in _OF_CONFIG if key in config))
         self._state = self._now()
 
-    def holds(self, module: Any) -> bool:
-        """Whether reading `module` again would give the same tensors and numbers."""
-        if module is not self._module() or any("forward" in names for names in self._names):
+    def holds(self) -> bool:
+        """Whether reading again would give the same tensors and numbers."""
+        if any("forward" in names for names in self._names):
             return False
         try:
             return self._now() == self._state
@@ -64,8 +65,9 @@ class Reading:
         state += [cls.forward for cls in self._classes]
         state += [hook for hooks in self._hooks for hook in hooks.values()]
         state += [numbers(names) for numbers, names in self._numbers]
-        for members in self._members:
-            state += map(id, members.values())
+        children = [*chain.from_iterable(map(dict[str, Any].values, self._members))]
+        state += map(id, children)
+        state += map(type, children)  # a class may be set in place
         for names in self._dropouts:
             state += (names["p"], names["training"])
         for names in self._adapted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import nn
@@ -11,4 +11,8 @@ from transformers import PreTrainedModel
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself. Its linear layers still carry the adapters, so what it computes is unchanged."""
-    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    if not isinstance(model, PeftModel):
+        return cast(PreTrainedModel, model)
+    # PEFT's own get_base_model() asks the active adapter, and there is none when the last one was deleted.
+    inside: Any = model.base_model
+    return inside if isinstance(inside, PreTrainedModel) else inside.model  # itself, around prompt learning

@@ -1,63 +1,58 @@
-"""A model that knows its modules: transformers' Trainer sets the mode and the gradients of all of them at each step,
-and nn.Module walks through thousands for either, while the GPU may have nothing to do."""
+"""A model that walks fast through its modules: transformers' Trainer sets the mode and the gradients of all of them at
+each step, and nn.Module's own way takes milliseconds for thousands, while the GPU may have nothing to do."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from itertools import chain
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from steep.model.unwrap import unwrap
-
-
-class Walk:
-    """The modules of a model, itself included, and the parameters that may have gradients.
-
-    Args:
-        let_go: called when one of the modules is no more, so that no other is taken for it.
-
-    Attributes:
-        names: the attributes of each module.
-        parameters: those of a floating-point dtype.
-    """
-
-    def __init__(self, model: nn.Module, let_go: Callable[[Any], object]) -> None:
-        modules = list(model.modules())
-        self._modules = [weakref.ref(module, let_go) for module in modules]  # attributes are held, and no module
-        self.names = [module.__dict__ for module in modules]
-        self.parameters: list[torch.Tensor] = [each for each in model.parameters() if each.is_floating_point()]
-        self._members = [members for names in self.names for members in (names["_modules"], names["_parameters"])]
-        self._found = self._now()
-
-    def holds(self) -> bool:
-        """Whether another walk would find the same modules and parameters."""
-        return self._now() == self._found
-
-    def _now(self) -> list[int]:
-        return [*map(id, chain.from_iterable(map(dict[str, Any].values, self._members)))]
+_PLAIN = {nn.Module.train, PreTrainedModel.train}  # they do nothing where every flag is set already
 
 
 class Walked(nn.Module):
-    """An installed model, or PEFT's wrapper around one: walks through its modules where one came or went since."""
-
-    def _walk(self) -> Walk | None:
-        """None: the model inside is not installed (any more)."""
-        fused: Any = getattr(unwrap(self), "fused", None)
-        return None if fused is None else fused.walk(self)
+    """An installed model, or PEFT's wrapper around one."""
 
     def train(self, mode: bool = True) -> Self:
-        walk = self._walk()
-        if walk is None or {names.get("training") for names in walk.names} != {mode}:
+        if not _is_set(_modules(self), mode):
             super().train(mode)
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        walk = self._walk() if set_to_none else None
-        if walk is None:
+        if not set_to_none:
             return super().zero_grad(set_to_none)
-        for parameter in walk.parameters:
-            parameter.grad = None
+        with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameters have one, and none is for this
+            for module in _modules(self):
+                if members := module._parameters:
+                    for parameter in members.values():
+                        if parameter is not None:
+                            parameter.grad = None
+
+
+def _modules(root: nn.Module) -> list[nn.Module]:
+    """Those of `root.modules()`, some maybe twice. Nothing is kept for the next call: to look whether it still holds
+    would take as long."""
+    found: list[nn.Module] = []
+    level, seen = [root], set[nn.Module]()
+    while level:
+        known = len(seen)
+        seen.update(level)
+        if len(seen) == known:  # a module that is in itself
+            break
+        found += level
+        level = [
+            child for module in level if (members := module._modules) for child in members.values() if child is not None
+        ]
+    return found
+
+
+def _is_set(modules: list[nn.Module], mode: bool) -> bool:
+    """Whether `train(mode)` would change nothing."""
+    for module in modules:
+        names = module.__dict__
+        if names.get("training") is not mode or "train" in names:
+            return False
+    plain = _PLAIN | {Walked.train}
+    return all(cls.train in plain for cls in set(map(type, modules)))
