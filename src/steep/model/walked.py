@@ -3,6 +3,7 @@ each step, and nn.Module's own way takes milliseconds for thousands, while the G
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Self
 
 import torch
@@ -16,7 +17,7 @@ class Walked(nn.Module):
     """An installed model, or PEFT's wrapper around one."""
 
     def train(self, mode: bool = True) -> Self:
-        if not _is_set(_modules(self), mode):
+        if not all(_is_set(level, mode) for level in _levels(self)):
             super().train(mode)
         return self
 
@@ -24,32 +25,31 @@ class Walked(nn.Module):
         if not set_to_none:
             return super().zero_grad(set_to_none)
         with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameters have one, and none is for this
-            for module in _modules(self):
-                if members := module._parameters:
-                    for parameter in members.values():
-                        if parameter is not None:
-                            parameter.grad = None
+            for level in _levels(self):
+                for module in level:
+                    if members := module._parameters:
+                        for parameter in members.values():
+                            if parameter is not None:
+                                parameter.grad = None
 
 
-def _modules(root: nn.Module) -> list[nn.Module]:
-    """Those of `root.modules()`, some maybe twice. Nothing is kept for the next call: to look whether it still holds
-    would take as long."""
-    found: list[nn.Module] = []
+def _levels(root: nn.Module) -> Iterator[list[nn.Module]]:
+    """Those of `root.modules()` by their depth, one that several hold maybe twice. Nothing is kept for the next call:
+    to look whether it still holds would take as long."""
     level, seen = [root], set[nn.Module]()
     while level:
         known = len(seen)
         seen.update(level)
         if len(seen) == known:  # a module that is in itself
-            break
-        found += level
+            return
+        yield level
         level = [
             child for module in level if (members := module._modules) for child in members.values() if child is not None
         ]
-    return found
 
 
 def _is_set(modules: list[nn.Module], mode: bool) -> bool:
-    """Whether `train(mode)` would change nothing."""
+    """Whether `train(mode)` would change none of `modules`."""
     for module in modules:
         names = module.__dict__
         if names.get("training") is not mode or "train" in names:
