@@ -18,7 +18,7 @@ from steep.ops.int8 import Int8Weight
 from steep.ops.lora import Lora, Projection
 from steep.ops.nf4 import Nf4Weight
 
-RECORDING = "transformers.utils.output_capturing"
+_RECORDING = "transformers.utils.output_capturing"
 
 
 class Unfused(Exception):
@@ -80,20 +80,19 @@ def hooks_of(module: nn.Module) -> tuple[Any, ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
-def module_of(hook: Any) -> str:
-    """Where a hook was written."""
-    return getattr(hook, "__module__", None) or ""
-
-
-def refuse_hooks(module: nn.Module, name: str) -> None:
+def refuse_hooks(module: nn.Module, name: str, *, but: str | None = None) -> None:
     """The fused forward reads a module's tensors and never calls it: a hook on it would be passed over in silence.
 
     PEFT's `adapter_names`, one adapter for each row, works by such hooks. Those that transformers leaves behind once
     hidden states were asked for do nothing in a call that asks for none.
+
+    Args:
+        but: hooks from packages whose name begins so are let be.
     """
     if _has_any_global_hook():
         raise Unfused("torch has hooks on every module")
-    if any(module_of(hook) != RECORDING for hooks in hooks_of(module) for hook in hooks.values()):
+    sources = (getattr(hook, "__module__", None) or "" for hooks in hooks_of(module) for hook in hooks.values())
+    if any(not (source == _RECORDING or (but and source.startswith(but))) for source in sources):
         raise Unfused(f"{name} has hooks")
     if "forward" in module.__dict__:
         raise Unfused(f"the forward of {name} was replaced")

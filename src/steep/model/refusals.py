@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from steep.model.projections import RECORDING, Unfused, hooks_of, module_of, refuse_hooks
+from steep.model.projections import Unfused, refuse_hooks
 
-_HARMLESS = ("torch.distributed.", RECORDING)  # modules of hooks
 _READ = ("transformers.", "torch.nn.", "peft.", "bitsandbytes.")  # modules of classes that are computed here
 
 
@@ -35,17 +34,12 @@ def refuse_config(config: Any, layers: Any) -> None:
 def refuse_hooks_of_layer(layer: Any, name: str) -> None:
     """A fused layer is called, but with the tokens of all rows in one dimension: a hook would see other shapes.
 
-    FSDP's own look at no shape, and those that transformers leaves behind once hidden states were asked for do nothing
-    in a call that asks for none.
+    FSDP's own look at no shape.
 
     Raises:
         Unfused: the layer has another hook, or another forward.
     """
-    for hook in (hook for each in hooks_of(layer) for hook in each.values()):
-        if not module_of(hook).startswith(_HARMLESS):
-            raise Unfused(f"{name} has hooks")
-    if "forward" in layer.__dict__:
-        raise Unfused(f"the forward of {name} was replaced")
+    refuse_hooks(layer, name, but="torch.distributed.")
 
 
 def library_class_of(module: Any) -> type:
