@@ -10,8 +10,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-_PLAIN = {nn.Module.train, PreTrainedModel.train}  # they do nothing where every flag is set already
-
 
 class Walked(nn.Module):
     """An installed model, or PEFT's wrapper around one."""
@@ -31,6 +29,9 @@ class Walked(nn.Module):
                         for parameter in members.values():
                             if parameter is not None:
                                 parameter.grad = None
+
+
+_PLAIN = {nn.Module.train, PreTrainedModel.train, Walked.train}  # they do nothing where every flag is set already
 
 
 def _levels(root: nn.Module) -> Iterator[list[nn.Module]]:
@@ -54,5 +55,4 @@ def _is_set(modules: list[nn.Module], mode: bool) -> bool:
         names = module.__dict__
         if names.get("training") is not mode or "train" in names:
             return False
-    plain = _PLAIN | {Walked.train}
-    return all(cls.train in plain for cls in set(map(type, modules)))
+    return all(cls.train in _PLAIN for cls in set(map(type, modules)))

@@ -36,7 +36,7 @@ def merge_write(weight: BaseWeight, b: torch.Tensor, a: torch.Tensor, out: torch
             f"A weight in {weight.weight.dtype} is not merged into {out.dtype}: it is rounded already, and what the "
             "adapter adds to it would be lost. Its columns and the adapter's are multiplied side by side instead."
         )
-    if isinstance(weight, Nf4Weight) and weight.has_kernel and _runs_kernel(out):
+    if isinstance(weight, Nf4Weight) and merges_fast(weight):
         from steep.kernels import nf4_lora
 
         nf4_lora.merge(
@@ -81,16 +81,8 @@ def merges_whole(weight: BaseWeight, dtype: torch.dtype) -> bool:
 
 def merges_fast(weight: BaseWeight) -> bool:
     """Whether a kernel merges it."""
-    if not isinstance(weight, Nf4Weight) or not weight.has_kernel or not weight.codes.is_cuda:
+    if not isinstance(weight, Nf4Weight) or not weight.has_kernel or not uses_kernels(weight.codes):
         return False
     from steep.kernels import nf4_lora
 
     return nf4_lora.runs_on(weight.codes.device)
-
-
-def _runs_kernel(out: torch.Tensor) -> bool:
-    if not uses_kernels(out):
-        return False
-    from steep.kernels import nf4_lora
-
-    return nf4_lora.runs_on(out.device)
