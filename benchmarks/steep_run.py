@@ -85,24 +85,21 @@ def planned(work: Work) -> tuple[list[int], Any]:
     """What `steep train` would keep in each layer within the work's memory, and how it would cut the loss."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from steep.fusing import adapted, fused_step, settle
+    from steep.fusing import decide, fused_step, settle
     from steep.memory import shape_of
     from steep.model.embeddings import is_tied
-    from steep.model.families import fused_class
-    from steep.model.read_layer import read_layer
-    from steep.model.unwrap import unwrap
     from steep.schema import RunConfig
     from steep.vram import vram_budget
 
-    config = RunConfig.model_validate(run_file(work, Path("text"), Path("run")))
+    tree = run_file(work, Path("text"), Path("run"))
+    config = RunConfig.model_validate({**tree, "model": {**tree["model"], "fused": "on"}})
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(work.folder), dtype=torch.bfloat16)
-    layer: Any = unwrap(adapted(config, empty)).model.layers[0]
-    family: Any = fused_class(type(layer))
+    layer, _ = decide(config, empty, None)
+    assert layer is not None  # on, and an error otherwise
     step = fused_step(
-        config, read_layer(layer, family.traits), shape_of(empty, config.adapter), tied=is_tied(empty),
-        base="nf4", compute="bf16", trained="bf16",
-    )  # fmt: skip
+        config, layer, shape_of(empty, config.adapter), tied=is_tied(empty), base="nf4", compute="bf16", trained="bf16"
+    )
     choices = settle(config, step, vram_budget(config.training.vram), None)
     assert choices.levels is not None
     return choices.levels, choices.loss_way
