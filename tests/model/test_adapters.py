@@ -44,6 +44,35 @@ def lora_layers(model: torch.nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_adapters_begin_as_pefts_and_alike_for_a_seed(use_dora: bool) -> None:
+    def begun() -> dict[str, Any]:
+        model = tiny_model("llama")
+        torch.manual_seed(3)
+        return lora_layers(add_adapters(model, r=16, use_dora=use_dora))
+
+    values, others = begun(), begun()
+    for name, layer in values.items():
+        a, b = (getattr(layer, part)["default"].weight for part in ("lora_A", "lora_B"))
+        bound = a.shape[1] ** -0.5  # kaiming_uniform_ with a = sqrt(5)
+        assert b.count_nonzero() == 0 and 0.9 * bound < a.abs().max() <= bound
+        assert float(a.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert torch.equal(a, others[name].lora_A["default"].weight)
+        if use_dora:
+            length = layer.base_layer.weight.norm(dim=1)
+            torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight.flatten(), length)
+
+
+def test_opening_an_adapter_draws_nothing(tmp_path: Path) -> None:
+    save_adapter(add_adapters(tiny_model("llama"), r=8), tmp_path)
+    base = tiny_model("llama")
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    open_adapter(base, tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
 @pytest.mark.parametrize("rslora", [True, False])
 def test_ranks_are_lowered_with_their_own_scale(rslora: bool) -> None:
     model = add_adapters(tiny_model("llama"), r=48, lora_alpha=16, use_rslora=rslora)

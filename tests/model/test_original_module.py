@@ -61,7 +61,7 @@ def adapted(base: Any, **settings: Any) -> PeftModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
     return model
 
 

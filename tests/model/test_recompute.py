@@ -192,5 +192,8 @@ def test_a_step_takes_what_was_planned(level: int, accumulation: int) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     peak = torch.cuda.max_memory_allocated() - before
-    planned = sum(step.by_item([level] * 8, step.faster_way).values())
+    # In a run the originals of trained embeddings are not in memory.
+    originals = sum(p.nbytes for name, p in model.named_parameters() if "original_module" in name)
+    assert originals == 2 * 32_000 * 2048 * 2
+    planned = sum(step.by_item([level] * 8, step.faster_way).values()) + originals
     assert planned == pytest.approx(peak, rel=0.1), f"{peak / 2**30:.2f} GiB, planned {planned / 2**30:.2f}"

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 import steep
 from steep.errors import UserError
+from steep.model import decoder as decoder_of_steep
 from steep.model import install as installing
 from steep.model import reading
 from steep.model.families import fused_class
@@ -276,6 +277,32 @@ def test_no_layer_is_called_before_all_are_read(caplog: pytest.LogCaptureFixture
     second.mlp.register_forward_hook(lambda *_: None)
     loss_and_gradients(model, packed())
     assert unwrap(model).fused.calls == 1 and seen == [1, 1]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_layers_are_read_as_they_are_called_where_the_last_call_was_fused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What refuses the second one then finds the first computed, once; the next call looks at both before."""
+    model, seen = install(adapted(tiny_model("llama"))), []
+    own, computed = decoder_of_steep.refuse_hooks_of_layer, decoder_of_steep.block
+    monkeypatch.setattr(
+        decoder_of_steep, "refuse_hooks_of_layer", lambda layer, name: (seen.append(name), own(layer, name))
+    )
+    monkeypatch.setattr(decoder_of_steep, "block", lambda *given: (seen.append("computed"), computed(*given))[1])
+    first, first_gradients = loss_and_gradients(model, packed())
+    assert seen == ["layer 0", "layer 1", "computed", "computed"]
+    seen.clear()
+    loss_and_gradients(model, packed())
+    assert seen == ["layer 0", "computed", "layer 1", "computed"]
+    unwrap(model).model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    for expected in (["layer 0", "computed", "layer 1"], ["layer 0", "layer 1"]):
+        seen.clear()
+        loss, gradients = loss_and_gradients(model, packed())
+        assert seen == expected
+        assert abs(loss - first) < EXACT * first
+        for name, gradient in gradients.items():
+            assert error(gradient, first_gradients[name]) < EXACT
+    assert caplog.text.count("not fused") == 1 and fused_of(model).calls == 2
 
 
 @pytest.mark.parametrize("asked", ["hidden_states", "attentions"])

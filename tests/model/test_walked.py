@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from steep.model import walked
 from steep.model.install import install, uninstall
 from steep.model.unwrap import unwrap
 from tests.model.test_fused import adapted, loss_and_gradients, packed
@@ -218,3 +219,34 @@ def test_a_wrapper_outlives_the_installed_model_in_it(merged: bool) -> None:
     model.zero_grad()
     assert not have_gradients(model)
     assert type(uninstall(model)) is peft.PeftModelForCausalLM
+
+
+def test_what_was_looked_at_ahead_is_done_without_a_walk_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = install(adapted(tiny_model("llama")))
+    loss_and_gradients(model, packed())
+    layer = unwrap(model).model.layers[1]
+    layer.eval()
+    model.look_ahead()
+    assert modes(model) == {True} and have_gradients(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(walked, "_levels", lambda *_: pytest.fail("walked"))
+        model.zero_grad()
+        assert model.train() is model
+    assert not have_gradients(model)
+    give_gradients(model)
+    layer.eval()
+    model.zero_grad()
+    assert not have_gradients(model) and modes(model.train()) == {True}
+
+
+@pytest.mark.parametrize("meanwhile", ["eval", "submodule", "forgotten"])
+def test_a_mode_that_is_set_after_looking_ahead(meanwhile: str) -> None:
+    model: Any = install(adapted(tiny_model("llama")))
+    model.look_ahead()
+    if meanwhile == "eval":
+        assert modes(model.eval()) == {False}
+    else:
+        model.forget_ahead() if meanwhile == "forgotten" else model.eval().train()
+        unwrap(model).model.layers[1].eval()
+    assert modes(model.train()) == {True}
+    assert not {"_with_gradient", "_all_train"} & model.__dict__.keys() or meanwhile != "forgotten"

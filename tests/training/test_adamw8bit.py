@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -406,11 +407,16 @@ def test_a_prepared_step_is_the_step_and_another_is_worked_out_anew() -> None:
                 if step == 1 and change == "gradients":
                     weights[0].grad = torch.ones_like(weights[0])
                     weights[1].grad = None
+                if step == 1 and change == "moved":
+                    for weight in weights:
+                        weight.data = weight.data.clone()
+                if step == 1 and change == "states":
+                    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
                 optimizer.step()
         assert [optimizer.state[weight]["step"] for weight in weights] == [2, 1 if change == "gradients" else 2]
         return [weight.detach() for weight in weights]
 
-    for change in ("", "rate", "gradients"):
+    for change in ("", "rate", "gradients", "moved", "states"):
         for one, other in zip(updated(True, change), updated(False, change), strict=True):
             assert torch.equal(one, other), change
     assert not torch.equal(updated(True)[0], updated(True, "rate")[0])

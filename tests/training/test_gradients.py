@@ -72,6 +72,14 @@ def test_an_optimizer_that_multiplies_gradients_itself_is_told_the_factor() -> N
         torch.testing.assert_close(one, other)
 
 
+def test_something_else_is_done_before_the_norms_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, done = network(10.0), []
+    read = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (done.append("read"), read(self))[1])
+    measure_and_clip_named(dict(model.named_parameters()), 1.0, None, lambda: done.append("meanwhile"))
+    assert done[:2] == ["meanwhile", "read"]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_is_named_and_left(bad: float) -> None:
     model = network(1.0)

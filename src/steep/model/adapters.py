@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from steep.errors import UserError, did_you_mean
 from steep.foreign import told_as_input
@@ -169,6 +173,7 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     peft_model = _wrapped(model, config, trained_dtype)
+    _begin(peft_model)
     if resumed and init_lora_weights == "pissa":
         add_frozen_start(peft_model)
     elif not resumed and init_lora_weights == "pissa":
@@ -194,12 +199,34 @@ def open_adapter(model: Any, folder: Path, *, trained_dtype: str = "fp32", field
 
 
 def _wrapped(model: Any, config: LoraConfig, trained_dtype: str) -> PeftModel:
-    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    """`model` with adapters whose values are still to come, but for DoRA's, from which it takes lengths."""
+    with nullcontext() if config.use_dora else _NotInitialised():
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     dtype = DTYPES[trained_dtype]
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     return peft_model
+
+
+class _NotInitialised(TorchFunctionMode):
+    """New weights keep what was in their memory: torch draws those of each linear layer, and PEFT draws half of them
+    once more, which takes seconds at a high rank."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.init.kaiming_uniform_:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _begin(model: PeftModel) -> None:
+    """Give every adapter PEFT's own beginning: B is zero, and A drawn on the CPU, so that it is the same on each card."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not module.use_dora[ADAPTER]:
+            a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+            if not a.is_meta:
+                a.data.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape), a=math.sqrt(5)))
+                b.data.zero_()
 
 
 def check_start(init_lora_weights: bool | str, use_dora: bool, lora_dropout: float, *, over_int8: bool) -> None:

@@ -6,7 +6,7 @@ one line that names the reason any other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -114,6 +114,7 @@ class FusedDecoder(nn.Module):
                 wants_tuple = kwargs.get("return_dict", self.config.return_dict) is False
                 return output.to_tuple() if wants_tuple else output
             except Unfused as reason:
+                self.fused.was_fused = False
                 self.fused.say_once(str(reason))
                 self.fused.forget_changed()
         # transformers records hidden states and attentions of classes that have entered themselves by name: each does
@@ -179,6 +180,7 @@ class FusedDecoder(nn.Module):
             padded = hidden_states.new_zeros(shape.numel(), hidden_states.shape[1])
             hidden_states = padded.index_copy(0, valid, hidden_states)
         self.fused.calls += 1
+        self.fused.was_fused = True
         return hidden_states.view(*shape, -1)
 
     def _layers(
@@ -202,19 +204,23 @@ class FusedDecoder(nn.Module):
                 dtype
             )
 
-    def _read(self) -> list[Layer | None]:
-        """Every layer, before any is computed: what refuses one of them must not find others called already. None: its
-        tensors are other ones when it is called (FSDP gathers them then)."""
-        read: list[Layer | None] = []
-        for number, layer in enumerate(self.layers):
-            known = None
-            if isinstance(layer, FusedLayer):
-                refuse_hooks_of_layer(layer, f"layer {number}")
-                known = self.fused.layer(layer)
-            elif not type(layer).__module__.startswith("torch.distributed"):  # FSDP's wrapper, which reads when called
-                raise Unfused(f"layer {number} is a {type(layer).__name__}")
-            read.append(None if layer._forward_pre_hooks else known)
-        return read
+    def _read(self) -> Iterable[Layer | None]:
+        """Every layer, each when its turn has come, so that the GPU has work while the next is read. But all before any
+        is computed where the last call was not fused, or where calling a layer does more than to compute it: what
+        refuses a layer would find others computed in vain, or called already."""
+        read = (self._read_one(number, layer) for number, layer in enumerate(self.layers))
+        plain = all(isinstance(layer, FusedLayer) and not layer._forward_pre_hooks for layer in self.layers)
+        return read if plain and self.fused.was_fused else list(read)
+
+    def _read_one(self, number: int, layer: Any) -> Layer | None:
+        """None: its tensors are other ones when it is called (FSDP gathers them then)."""
+        known = None
+        if isinstance(layer, FusedLayer):
+            refuse_hooks_of_layer(layer, f"layer {number}")
+            known = self.fused.layer(layer)
+        elif not type(layer).__module__.startswith("torch.distributed"):  # FSDP's wrapper, which reads when called
+            raise Unfused(f"layer {number} is a {type(layer).__name__}")
+        return None if layer._forward_pre_hooks else known
 
     def _turns(
         self, positions: torch.Tensor, kind: str | None, valid: torch.Tensor | None

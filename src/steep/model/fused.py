@@ -30,6 +30,7 @@ class Fused:
         beside: bytes that the head takes with its loss, for the choice of levels.
         beside_for: tokens of the batch that this was computed for: the longest that trained.
         calls: fused forwards of the decoder so far.
+        was_fused: whether the last call was one.
         said: reasons that were told already.
     """
 
@@ -43,6 +44,7 @@ class Fused:
     beside: int = 0
     beside_for: int = 0
     calls: int = 0
+    was_fused: bool = False
     said: set[str] = field(default_factory=set)
     _readings: dict[int, Reading] = field(default_factory=dict, repr=False)
 

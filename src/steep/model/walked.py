@@ -14,7 +14,25 @@ from transformers import PreTrainedModel
 class Walked(nn.Module):
     """An installed model, or PEFT's wrapper around one."""
 
+    _with_gradient: list[nn.Parameter] | None = None  # what `look_ahead` found, until it is used
+    _all_train = False
+
+    def look_ahead(self) -> None:
+        """Walk now, while the GPU has work, for the `zero_grad` and the `train()` that come next: after a step's
+        backward pass. Parameters that get a gradient, and modules whose mode is set, between this and those are passed
+        over."""
+        self.train()
+        with torch._C.DisableTorchFunctionSubclass():
+            self._with_gradient = [parameter for parameter in _parameters(self) if parameter.grad is not None]
+        self._all_train = True
+
+    def forget_ahead(self) -> None:
+        self.__dict__.pop("_with_gradient", None)
+        self.__dict__.pop("_all_train", None)
+
     def train(self, mode: bool = True) -> Self:
+        if self.__dict__.pop("_all_train", False) and mode and self.training:
+            return self
         if not all(_is_set(level, mode) for level in _levels(self)):
             super().train(mode)
         return self
@@ -22,13 +40,10 @@ class Walked(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         if not set_to_none:
             return super().zero_grad(set_to_none)
+        known = self.__dict__.pop("_with_gradient", None)
         with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameters have one, and none is for this
-            for level in _levels(self):
-                for module in level:
-                    if members := module._parameters:
-                        for parameter in members.values():
-                            if parameter is not None:
-                                parameter.grad = None
+            for parameter in _parameters(self) if known is None else known:
+                parameter.grad = None
 
 
 _PLAIN = {nn.Module.train, PreTrainedModel.train, Walked.train}  # they do nothing where every flag is set already
@@ -47,6 +62,13 @@ def _levels(root: nn.Module) -> Iterator[list[nn.Module]]:
         level = [
             child for module in level if (members := module._modules) for child in members.values() if child is not None
         ]
+
+
+def _parameters(root: nn.Module) -> Iterator[nn.Parameter]:
+    for level in _levels(root):
+        for module in level:
+            if members := module._parameters:
+                yield from (parameter for parameter in members.values() if parameter is not None)
 
 
 def _is_set(modules: list[nn.Module], mode: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Matrix products that accumulate in fp32 and round once, into the dtype that is asked for."""
+"""Matrix products that accumulate in fp32 and round into the dtype that is asked for."""
 
 from __future__ import annotations
 
@@ -35,9 +35,11 @@ def product(
     out_dtype: torch.dtype | None = None,
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """add + scale * (a @ b), accumulated in fp32 and rounded once into `out_dtype`.
+    """add + scale * (a @ b), accumulated in fp32 and rounded into `out_dtype`.
 
-    Of 16 bit on a GPU that holds inside `sums_in_fp32`: outside, parts of the sum and `add` may be added in 16 bit.
+    It is rounded once without `add`. With it, in 16 bit on a GPU, cuBLAS may round the product before it adds (its
+    kernels for Hopper do) and then the sum, as a product and an addition by themselves would. Outside of
+    `sums_in_fp32` parts of the product's own sum may be added in 16 bit, too.
 
     Args:
         a, b: [M, K] and [K, N] of one dtype; transposed views and columns of wider buffers are read in place.

@@ -10,6 +10,7 @@ states are bitsandbytes' on both, in name and format.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -83,11 +84,43 @@ class _Piece:
         return same_place and same_kind and len(self.weights) % BLOCK == 0
 
 
+class _Dependencies:
+    """What a step that was worked out depends on, to be compared with the GPU waiting."""
+
+    def __init__(self, optimizer: AdamW8bit) -> None:
+        self._optimizer_state, self._rates = optimizer.state, _rates(optimizer)
+        self._gradients = _gradients(optimizer)
+        self._parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None
+        ]
+        self._places = self._addresses()
+
+    def hold(self, optimizer: AdamW8bit) -> bool:
+        return (
+            optimizer.state is self._optimizer_state
+            and _rates(optimizer) == self._rates
+            and all(map(operator.is_, _gradients(optimizer), self._gradients))
+            and self._addresses() == self._places
+        )
+
+    def _addresses(self) -> list[int]:
+        gradients = [gradient.data_ptr() for gradient in self._gradients if gradient is not None]
+        return [parameter.data_ptr() for parameter in self._parameters] + gradients
+
+
+def _rates(optimizer: AdamW8bit) -> list[Any]:
+    return [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+
+
+def _gradients(optimizer: AdamW8bit) -> list[torch.Tensor | None]:
+    return [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """A step up to its launches: the slots that the kernel updates, by group those that bitsandbytes does."""
 
-    key: list[Any]
+    depends_on: _Dependencies
     slots: list[_Slot]
     others: list[tuple[int, list[_Slot]]]
     launches: dict[torch.device, list[Launch]]
@@ -136,7 +169,7 @@ class AdamW8bit(AdamW):
                 loss = closure()
         factor, self.gradient_factor = self.gradient_factor, None
         ready, self._prepared = self._prepared, None
-        if ready is None or ready.key != self._key():
+        if ready is None or not ready.depends_on.hold(self):
             ready = self._ready()
         for gindex, group in ready.others:
             if factor is not None:
@@ -161,19 +194,7 @@ class AdamW8bit(AdamW):
         for slot in slots:
             by_device.setdefault(slot.parameter.device, []).append(slot)
         launches_by_device = {device: self._launches(members) for device, members in by_device.items()}
-        return _Prepared(self._key(), slots, others, launches_by_device)
-
-    def _key(self) -> list[Any]:
-        """What a step that was worked out depends on: the host compares it with the GPU waiting."""
-        key: list[Any] = []
-        for group in self.param_groups:
-            key += group["lr"], group["weight_decay"]
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is not None:
-                    state = self.state[parameter]
-                    key += parameter.data_ptr(), gradient.data_ptr(), id(state.get("state1")), state.get("step")
-        return key
+        return _Prepared(_Dependencies(self), slots, others, launches_by_device)
 
     def _divided(self) -> tuple[list[_Slot], list[tuple[int, list[_Slot]]]]:
         """What the kernel updates, and by group what bitsandbytes does."""

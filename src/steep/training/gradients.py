@@ -7,7 +7,7 @@ not finite (a step that has one is not applied), and the proof that every traine
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,10 @@ class GradientReport:
 
 
 def measure_and_clip(
-    parameters: Mapping[str, nn.Parameter], max_norm: float | None, optimizer: Any = None
+    parameters: Mapping[str, nn.Parameter],
+    max_norm: float | None,
+    optimizer: Any = None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> GradientReport:
     """Measure every gradient, then scale all to a global norm of at most `max_norm` (None: leave them).
 
@@ -48,23 +51,27 @@ def measure_and_clip(
 
     Args:
         parameters: the trainable ones by name.
-        optimizer: `AdamW8bit` works its step out while the norms are awaited, and multiplies gradients as it reads
-            them, so that they stay as they are; for any other they are scaled here.
+        optimizer: `AdamW8bit` multiplies gradients as it reads them, so that they stay as they are; for any other they
+            are scaled here.
+        meanwhile: called while the GPU still works on what the norms are of.
     """
+    names, norms = list(parameters), torch.zeros(len(parameters))
     with_gradient = [parameter for parameter in parameters.values() if parameter.grad is not None]
-    norms = torch.zeros(len(parameters))
-    if with_gradient:
-        gradients = [parameter.grad for parameter in with_gradient]
-        # fp32 per tensor whatever its own dtype: the sum of squares of a bf16 tensor would be rounded to 8 bits.
-        measured = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))  # pyright: ignore
-        if hasattr(optimizer, "prepare"):
-            optimizer.prepare()  # while the GPU still works on what the next line waits for
-        norms[[parameter.grad is not None for parameter in parameters.values()]] = measured.cpu()
-    total = float(torch.linalg.vector_norm(norms.double()))
-    if max_norm is not None and with_gradient and math.isfinite(total):
-        device = with_gradient[0].device
+    if not with_gradient:
+        return GradientReport(names, norms, 0.0)
+    gradients = [parameter.grad for parameter in with_gradient]
+    # fp32 per tensor whatever its own dtype: the sum of squares of a bf16 tensor would be rounded to 8 bits.
+    of_each = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).double()  # pyright: ignore
+    of_all = torch.linalg.vector_norm(of_each)
+    measured = torch.cat([of_each, of_all[None]])
+    factor = None if max_norm is None else (max_norm / (of_all + 1e-6)).clamp(max=1.0).float()
+    meanwhile()
+    *known, total = measured.tolist()
+    there = [parameter.grad is not None for parameter in parameters.values()]
+    norms.masked_scatter_(torch.tensor(there), torch.tensor(known))
+    if max_norm is not None and math.isfinite(total):
         if hasattr(optimizer, "gradient_factor"):
-            optimizer.gradient_factor = torch.tensor(min(1.0, max_norm / (total + 1e-6)), device=device)
-            return GradientReport(list(parameters), norms, total)
-        torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, torch.tensor(total, device=device))
-    return GradientReport(list(parameters), norms, total)
+            optimizer.gradient_factor = factor
+        else:
+            torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, of_all)
+    return GradientReport(names, norms, total)

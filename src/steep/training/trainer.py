@@ -21,6 +21,7 @@ from steep.errors import RunError, UserError
 from steep.evaluation.perplexity import DomainScore, evaluate
 from steep.model.install import is_installed
 from steep.model.unwrap import unwrap
+from steep.model.walked import Walked
 from steep.stopping import Stop
 from steep.training import parallel
 from steep.training.adamw8bit import AdamW8bit
@@ -267,8 +268,10 @@ class Trainer(Counting):
             return torch.tensor(math.nan)
         self.accelerator.unscale_gradients()
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
-        self._gradients = measure_and_clip(self._trainable, max_norm, optimizer)
-        own = torch.stack(self._losses_of_step).sum()
+        own = torch.stack(self._losses_of_step).sum().to("cpu", non_blocking=True)  # there when the norms are
+        self._gradients = measure_and_clip(
+            self._trainable, max_norm, optimizer, partial(self._work_ahead, model, optimizer)
+        )
         # transformers multiplies each process's share by their number, because DDP divides the gradients by it.
         loss = float(ranks.gathered(np.array([float(own)])).mean())
         self._losses_of_step.clear()
@@ -285,6 +288,13 @@ class Trainer(Counting):
         if self._outcome is not Outcome.APPLIED:
             model.zero_grad(set_to_none=True)  # an optimizer passes over tensors without a gradient
         return torch.tensor(self._gradients.total)
+
+    def _work_ahead(self, model: Any, optimizer: Any) -> None:
+        """What the host would else do between two steps, while the GPU has nothing to do."""
+        if isinstance(optimizer, AdamW8bit):
+            optimizer.prepare()
+        if isinstance(model, Walked):
+            model.look_ahead()
 
     def _have_no_gradients(self, model: Any) -> None:
         scaler = self.accelerator.scaler
@@ -333,8 +343,12 @@ class Trainer(Counting):
         """
         if self.corpus is not None:
             check_best_metric(self.args, self.corpus.heldout)
-        with deterministic(self.args.deterministic), self.finishing_steps():
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            with deterministic(self.args.deterministic), self.finishing_steps():
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if isinstance(self.model, Walked):
+                self.model.forget_ahead()
         assert self.proof is not None
         self.proof.judge()
         changed = self.proof.changed_frozen()
