@@ -296,25 +296,6 @@ def int8() -> Iterator[Case]:
     )  # fmt: skip
 
 
-def merge() -> Iterator[Case]:
-    """W + B·A of NF4, rounded once."""
-    from steep.ops.merge import merge_reference, merge_write
-
-    stored = nf4_weight(INTERMEDIATE, HIDDEN)
-    b, a = random(INTERMEDIATE, RANK, std=0.01), random(RANK, HIDDEN, std=0.01)
-    out = torch.empty(INTERMEDIATE, HIDDEN, dtype=torch.bfloat16, device=DEVICE)
-
-    def write() -> torch.Tensor:
-        merge_write(stored, b, a, out)
-        return out
-
-    yield Case(
-        "merge", f"{INTERMEDIATE} x {HIDDEN}, rank {RANK}", ours=write, result=write,
-        reference=lambda b, a: merge_reference(stored, b, a).to(torch.bfloat16), inputs=(b, a),
-        bytes=2.52 * out.numel() + 2 * (b.numel() + a.numel()), flops=2 * out.numel() * RANK,
-    )  # fmt: skip
-
-
 def projection(outputs: int, inputs: int) -> Projection:
     b = random(outputs, RANK, std=0.01).requires_grad_()
     a = random(RANK, inputs, std=0.01).requires_grad_()
@@ -460,7 +441,6 @@ ROWS: dict[str, Callable[[], Iterator[Case]]] = {
         linear_cross_entropy,
         nf4,
         int8,
-        merge,
         lora_qkv,
         lora_mlp,
         adamw8bit,

@@ -399,7 +399,6 @@ def test_steeps_own_command_is_timed_and_tells_what_it_chose(
     chosen = result["chosen"]
     assert chosen["fused"] == (fused == "on")
     assert chosen["levels"] == (level if level is None else [level] * 2)  # there is not even room for these
-    assert (chosen["merges_from"] is None) == (fused == "off")
     assert chosen["trained_dtype"] == "bf16" and (chosen["backends"] != {}) == (fused == "on")
 
 

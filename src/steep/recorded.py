@@ -235,7 +235,6 @@ class Choices(TypedDict):
     trained_dtype: str
     levels: list[Level] | None
     chosen_for: Count
-    merges_from: Count | None
     loss_way: Literal["tokens", "vocabulary"] | None
     backends: dict[str, str]
 

@@ -77,7 +77,7 @@ def build(compilation: Compilation, capability: int) -> dict[str, object]:
     # A launch specialises on pointers that are multiples of 16 bytes, as those of torch's tensors are.
     attributes = {place: [["tt.divisibility", 16]] for place in pointers(tuple(signature.values()))}
     source = ASTSource(kernel, signature, dict(compilation.constants), attributes)
-    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
+    options = {"num_warps": compilation.num_warps}
     log = io.StringIO()
     name = f"{kernel.__module__.removeprefix('steep.kernels.')}.{kernel.__name__}"
     told: dict[str, object] = {"kernel": name, "constants": str(dict(compilation.constants)), "capability": capability}

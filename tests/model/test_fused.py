@@ -27,7 +27,6 @@ from steep.model.install import fused_of, install, is_installed, uninstall
 from steep.model.load import load
 from steep.model.unwrap import unwrap
 from steep.ops import linear_cross_entropy, lora
-from steep.ops.lora_merged import MergedGroup
 from steep.training.arguments import TrainingArguments
 from steep.training.trainer import Trainer
 from tests.ops.closeness import error
@@ -67,13 +66,11 @@ def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor,
     return loss.detach(), {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
 
 
-def assert_same(
-    model: Any, batch: dict[str, Any], *, levels: Any = 0, bound: float = EXACT, merges_from: int | None = None
-) -> None:
+def assert_same(model: Any, batch: dict[str, Any], *, levels: Any = 0, bound: float = EXACT) -> None:
     """The fused model's loss and gradients are the library's; and it was the fused forward that gave them."""
     uninstall(model)
     loss, gradients = loss_and_gradients(model, batch)
-    fused_of(install(model, levels=levels)).merges_from = merges_from
+    install(model, levels=levels)
     fused_loss, fused = loss_and_gradients(model, batch)
     assert unwrap(model).fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
     assert abs(fused_loss - loss) <= bound * loss, (fused_loss, loss)
@@ -111,55 +108,12 @@ def test_a_base_in_4_and_32_bit(family: str, base: str, tmp_path: Path) -> None:
     assert_same(adapted(model), packed(), levels=1)
 
 
-@pytest.mark.parametrize("level", [0, 1, 2, 3])
-@pytest.mark.parametrize(("family", "base"), [("llama", "nf4"), ("qwen2", "fp32"), ("gemma2", "fp32")])
-def test_merged_adapters(family: str, base: str, level: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a batch of so many tokens as merging is chosen for; one token fewer, and nothing is merged."""
-    folder = save_tiny(family, tmp_path, hidden_size=128)
-    loaded, _ = load(str(folder), base=base, compute_dtype="fp32")
-    model, batch, merged = adapted(loaded), packed(), []
-    fill = MergedGroup.fill
-    monkeypatch.setattr(MergedGroup, "fill", lambda *given: (merged.append(1), fill(*given))[1])
-    tokens = batch["input_ids"].numel()
-    assert_same(model, batch, levels=level, merges_from=tokens)
-    assert len(merged) >= 2 * 8  # both ways, four groups of two layers
-    merged.clear()
-    assert_same(model, batch, levels=level, merges_from=tokens + 1)
-    assert not merged
-
-
-@pytest.mark.parametrize("stored", ["bf16", "single"])
-def test_weights_that_would_lose_an_adapter_are_not_merged(stored: str, tmp_path: Path) -> None:
-    """Though another machine, or another base, chose so: a checkpoint brings the number with it."""
+def test_a_base_whose_absmax_is_not_quantised_again(tmp_path: Path) -> None:
+    """As BitsAndBytesConfig has it unless told otherwise."""
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     folder = save_tiny("llama", tmp_path, hidden_size=128)
-    if stored == "single":
-        quantised = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        )
-        base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised).requires_grad_(False)
-    else:
-        base, _ = load(str(folder), base="bf16", compute_dtype="bf16")
-    model, results = adapted(base, trained_dtype="bf16" if stored == "bf16" else "fp32"), []
-    for merges_from in (1, 0):
-        fused_of(install(model)).merges_from = merges_from
-        results.append(loss_and_gradients(model, packed()))
-        assert fused_of(model).calls == 1
-        uninstall(model)
-    assert torch.equal(results[0][0], results[1][0])
-    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
-
-
-def test_where_no_kernel_merges_nothing_does(tmp_path: Path) -> None:
-    model, _ = load(str(save_tiny("llama", tmp_path, hidden_size=128)), base="nf4", compute_dtype="fp32")
-    model = install(adapted(model))
-    fused: Any = unwrap(model).fused
-    with torch.no_grad():
-        model(**packed(), use_cache=False)
-    with model.disable_adapter():
-        model(**packed(), use_cache=False)
-    assert fused.merges_from is None
-    loss_and_gradients(model, packed())
-    assert fused.merges_from == 0
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised).requires_grad_(False)
+    assert_same(adapted(model), packed())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from steep.model.install import fused_of, install, uninstall
+from steep.model.install import install, uninstall
 from steep.model.load import load
 from steep.model.unwrap import unwrap
-from steep.ops.lora_merged import MergedGroup
 from tests.model.test_fused import adapted, loss_and_gradients
 from tests.ops.closeness import error
 from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny
@@ -70,28 +68,16 @@ def test_gradients_are_as_exact_as_the_librarys(
     model = adapted(model, r=64, trained_dtype="bf16")
     truth_loss, truth = loss_and_gradients(truth_of(model), batch(lengths))
     _, library = loss_and_gradients(model, batch(lengths))
-    for level, merges_from in itertools.product((0, 1, 2, 3), (0, 1) if base == "nf4" else (0,)):
-        fused_of(install(model, levels=level)).merges_from = merges_from
+    for level in (0, 1, 2, 3):
+        install(model, levels=level)
         loss, fused = loss_and_gradients(model, batch(lengths))
         assert abs(loss - truth_loss) < 1e-3 * truth_loss
         for name, gradient in truth.items():
             bound = 1.1 * error(library[name], gradient) + 2e-3
             assert bound < 0.25, name
-            assert error(fused[name], gradient) <= bound, f"{name} at level {level}, merges from {merges_from}"
+            assert error(fused[name], gradient) <= bound, f"{name} at level {level}"
             assert error(fused[name] / 2, gradient) > bound, name
         uninstall(model)
-
-
-def test_long_batches_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = load(str(save_tiny("llama", tmp_path, **SHAPE)), base="nf4", compute_dtype="bf16")
-    model = install(adapted(model, r=64, trained_dtype="bf16"))
-    merged, fill = [], MergedGroup.fill
-    monkeypatch.setattr(MergedGroup, "fill", lambda *given: (merged.append(1), fill(*given))[1])
-    loss_and_gradients(model, batch(UNIFORM))
-    assert 100 < (fused_of(model).merges_from or 0) <= 2048 and merged
-    merged.clear()
-    loss_and_gradients(model, batch([[64]]))
-    assert not merged
 
 
 def test_the_same_twice_with_deterministic_kernels(tmp_path: Path) -> None:

@@ -66,11 +66,6 @@ def test_rows_far_apart(calls: list[int]) -> None:
     assert calls == [1]
 
 
-def test_rows() -> None:
-    stored, truth = int8(torch.randn(9, 40))
-    check_write(stored.rows(2, 7), truth[2:7], torch.float32)
-
-
 def test_another_storage_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="codes"):
         Int8Weight(torch.zeros(4, 4), torch.zeros(4))

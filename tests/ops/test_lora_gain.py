@@ -15,7 +15,6 @@ import torch
 from steep.ops.base_weight import DenseWeight
 from steep.ops.lora import Lora, LoraGroup, Projection
 from steep.ops.lora_linear import extended, extended_gradient, lora_linear, lora_linear_reference
-from steep.ops.lora_merged import MergedGroup
 from tests.ops.lora_cases import stored_as
 
 SCALE = 0.7  # no power of two: s·B is rounded, too
@@ -74,20 +73,6 @@ def _residual(x: torch.Tensor, projection: Projection) -> torch.Tensor:
     return out
 
 
-def _merged(x: torch.Tensor, projection: Projection) -> torch.Tensor:
-    group = MergedGroup((projection,), x.dtype)
-    out = x.new_empty(len(x), group.outputs)
-    buffer = group.filled_buffer(x.device)
-    group.forward(extended(x, group, buffer), buffer, out)
-    return out
-
-
-def _merged_gradient(dy: torch.Tensor, projection: Projection) -> torch.Tensor:
-    group = MergedGroup((projection,), dy.dtype)
-    buffer = group.filled_buffer(dy.device)
-    return group.input_gradient(extended_gradient(dy, group, buffer), buffer)
-
-
 def _assert_reaches(gain: float) -> None:
     assert 0.98 <= gain <= 1.02
 
@@ -105,21 +90,6 @@ def test_gain(path, exact, of_gradient, ratio) -> None:
     print(f"ratio {ratio:.0e}: gain {gain:.4f}, noise {noise:.3f}")
     _assert_reaches(gain)
     assert noise < 3e-3 / ratio
-
-
-@pytest.mark.parametrize("ratio", [1e-3, 1e-1])
-@pytest.mark.parametrize(
-    ("path", "exact", "of_gradient"),
-    [(_merged, _exact, False), (_merged_gradient, _exact_gradient, True)],
-    ids=["forward", "gradient"],
-)
-def test_gain_of_merging(path, exact, of_gradient, ratio) -> None:
-    """Into NF4, most of whose values lie anywhere between two of bf16: rounded with the adapter, they keep it."""
-    projection, x, dy = _case(2048, 2048, 1024, 64, ratio, "cpu")
-    gain, noise = _gain_and_noise(path, exact, dy if of_gradient else x, stored_as("nf4", projection))
-    print(f"ratio {ratio:.0e}: gain {gain:.4f}, noise {noise:.3f}")
-    _assert_reaches(gain)
-    assert noise < 4e-3 / ratio  # the weight is rounded, too
 
 
 @pytest.mark.parametrize("ratio", [1e-3])
@@ -141,8 +111,6 @@ def test_gain_on_a_gpu(ratio) -> None:
         "forward": (lora_linear, _exact, x),
         "residual": (_residual, _exact, x),
         "gradient": (_gradient, _exact_gradient, dy),
-        "merged": (_merged, _exact, x),
-        "merged, gradient": (_merged_gradient, _exact_gradient, dy),
         "the usual way": (lora_linear_reference, _exact, x),
     }
     gains = {}

@@ -27,14 +27,13 @@ class Compilation:
         signature: Triton's type of each argument that is not a constant: "*bf16", "*u8", "i32", "i64", "fp32" ...; of
             a tuple, those of its members.
         constants: the value of each `tl.constexpr` argument.
-        num_warps, num_stages: as launched; the defaults are Triton's.
+        num_warps: as launched; the default is Triton's.
     """
 
     kernel: JITFunction
     signature: Mapping[str, Type]
     constants: Mapping[str, object]
     num_warps: int = 4
-    num_stages: int = 3
 
 
 def triton_type(dtype: torch.dtype) -> str:

@@ -21,16 +21,16 @@ class AttentionHalf:
 
     def __init__(self, layer: Layer, batch: Batch, backend: str) -> None:
         self.layer, self.batch, self.backend = layer, batch, backend
-        groups = layer.groups(batch.dtype, batch.merged)
+        groups = layer.groups(batch.dtype)
         self.qkv, self.o = groups.qkv, groups.o
 
     # ---- forward
 
-    def normed(self, x: torch.Tensor, weights: torch.Tensor, *, gradients: bool = True) -> torch.Tensor:
-        """The input rows of qkv, whose filled buffer `weights` is, extended for it or for the adapters' gradients."""
+    def normed(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The extended input rows of qkv, whose filled buffer `weights` is."""
         normed = rows(x, self.qkv.input_width, self.batch.dtype)
         self.layer.attention_norm.forward(x, out=normed[:, self.qkv.x_columns])
-        self.qkv.extend_input(normed, weights, gradients=gradients)
+        self.qkv.extend_input(normed, weights)
         return normed
 
     def project(self, normed: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -60,12 +60,12 @@ class AttentionHalf:
         return rotated
 
     def attend(self, rotated: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        """The input rows of o, whose filled buffer `weights` is, extended for it: they hold attention's output. And
-        what attention's backward needs beside them."""
+        """The extended input rows of o, whose filled buffer `weights` is: they hold attention's output. And what
+        attention's backward needs beside them."""
         out, saved = attention_forward(*self._heads(rotated), self.batch.packing, **self._how())
         attended = rows(rotated, self.o.input_width, self.batch.dtype)
         copy_rows(out.flatten(1), attended[:, self.o.x_columns])
-        self.o.extend_input(attended, weights, gradients=False)
+        self.o.extend_input(attended, weights)
         return attended, saved
 
     def output(self, attended: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -115,8 +115,6 @@ class AttentionHalf:
             copy_rows(dx2, columns)
         self.o.extend_gradient(d_out, weights)
         d_attended = self.o.input_gradient(d_out, weights)
-        if not self.o.forward_extends:
-            self.o.extend_input(attended, weights)
         gradients = self.o.adapter_gradients(d_out, attended)
         d_qkv = rows(dx2, self.qkv.gradient_width, self.batch.dtype)
         attention_backward(

@@ -63,14 +63,14 @@ class _Block(torch.autograd.Function):
         first, second, level = AttentionHalf(layer, batch, backend), MlpHalf(layer, batch), batch.level
         with torch.autocast(x.device.type, enabled=False), sums_in_fp32():
             weights = first.qkv.filled_buffer(x.device)
-            qkv = first.project(first.normed(x, weights, gradients=False), weights)
+            qkv = first.project(first.normed(x, weights), weights)
             rotated = first.rotate(qkv)
             weights = first.o.filled_buffer(x.device)
             attended, saved = first.attend(rotated, weights)
             del rotated
             x2, attention_out = first.add(x, attended, weights)
             weights = second.gate_up.filled_buffer(x.device)
-            gate_up = second.project(second.normed(x2, weights, gradients=False), weights)
+            gate_up = second.project(second.normed(x2, weights), weights)
             del weights
             y, mlp_out = second.add(x2, gate_up)
         if any(ctx.needs_input_grad):

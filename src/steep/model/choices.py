@@ -26,7 +26,6 @@ class Choices:
         trained_dtype: of what trains: fp32, bf16, or torch's name of another.
         levels: what each fused layer keeps for its backward pass; None: not known yet.
         chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given.
-        merges_from: tokens from which on adapters are merged; 0: at none. None: not known.
         loss_way: how the loss is cut, see `steep.ops.linear_cross_entropy`; None: not known.
         backends: of attention, by kind of layer and batch.
     """
@@ -35,7 +34,6 @@ class Choices:
     trained_dtype: str
     levels: list[int] | None = None
     chosen_for: int = 0
-    merges_from: int | None = None
     loss_way: Way | None = None
     backends: dict[str, str] = field(default_factory=dict)
 
@@ -48,15 +46,8 @@ def choices_of(model: Any) -> Choices:
     if not is_installed(model):
         return Choices(False, trained_dtype)
     fused = fused_of(model)
-    return Choices(
-        True,
-        trained_dtype,
-        fused.levels,
-        fused.chosen_for,
-        fused.merges_from,
-        fused.loss_way,
-        dict(fused.backends.chosen),
-    )
+    backends = dict(fused.backends.chosen)
+    return Choices(True, trained_dtype, fused.levels, fused.chosen_for, fused.loss_way, backends)
 
 
 def take_over(model: Any, choices: Choices) -> None:
@@ -70,6 +61,5 @@ def take_over(model: Any, choices: Choices) -> None:
     if fused.levels is None and choices.levels is not None:
         fused.levels, fused.chosen_for = choices.levels, choices.chosen_for
         fused.room = room_on_card(unwrap(model).model)  # there are no states of the optimizer yet
-    fused.merges_from = choices.merges_from if fused.merges_from is None else fused.merges_from
     fused.loss_way = fused.loss_way or choices.loss_way
     fused.backends.chosen = {**choices.backends, **fused.backends.chosen}

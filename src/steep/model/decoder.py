@@ -24,7 +24,6 @@ from steep.model.recompute import levels_within, room_on_card
 from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_last_norm, refuse_outputs, row_lengths
 from steep.ops.backend import gradient_dtype, not_compiled
 from steep.ops.embedding import embedding
-from steep.ops.lora_merged import merges_from
 from steep.ops.packing import Packing
 from steep.ops.rms_norm import rms_norm
 
@@ -193,10 +192,8 @@ class FusedDecoder(nn.Module):
             raise Unfused("config.layer_types are not those of its layers")
         turns = {kind: self._turns(positions, kind, valid) for kind in set(kinds)}
         levels = self._levels(hidden_states, dtype) if torch.is_grad_enabled() else [0] * len(kinds)
-        long = self._is_long(layers, dtype, packing.num_tokens)
         for module, layer, kind, level in zip(self.layers, layers, kinds, levels, strict=True):
-            merged = long and layer is not None and layer.can_merge(dtype)
-            batch = Batch(packing, *turns[kind], dtype, level, merged)
+            batch = Batch(packing, *turns[kind], dtype, level)
             hidden_states = module(hidden_states, batch=batch, fused=self.fused, layer=layer)
         traits = self.layers[0].traits
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -238,15 +235,6 @@ class FusedDecoder(nn.Module):
         half = cos.shape[-1] // 2
         cos, sin = cos[0, :, :half], sin[0, :, :half]
         return (cos.contiguous(), sin.contiguous()) if valid is None else (cos[valid], sin[valid])
-
-    def _is_long(self, layers: Sequence[Layer | None], dtype: torch.dtype, tokens: int) -> bool:
-        """Whether the adapters of a batch of `tokens` are merged, where they can be."""
-        fused = self.fused
-        if fused.merges_from is None and self.training and torch.is_grad_enabled():
-            projections = [each for layer in layers if layer is not None for each in layer.projections]
-            if any(each.adapters for each in projections):  # else they are switched off
-                fused.merges_from = merges_from(projections, dtype)
-        return 0 < (fused.merges_from or 0) <= tokens
 
     def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:
         fused, tokens = self.fused, len(hidden_states)

@@ -22,8 +22,6 @@ class Fused:
         levels: what each layer keeps (`steep.model.block`); None: chosen at the first call that trains.
         chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given.
         room: bytes of the card that the choice is within; None: there is no card.
-        merges_from: tokens from which on adapters are merged into their weights (`steep.ops.lora_merged`); 0: at none.
-            None: chosen at the first call that trains.
         loss_way: how the loss is cut (`steep.ops.linear_cross_entropy`); None: as is faster.
         backends: of attention.
         logits: give logits beside the loss.
@@ -37,7 +35,6 @@ class Fused:
     levels: list[int] | None = None
     chosen_for: int = 0
     room: float | None = None
-    merges_from: int | None = None
     loss_way: Way | None = None
     backends: Backends = field(default_factory=Backends)
     logits: bool = False

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 
 from steep.ops.lora import LoraGroup, Projection
-from steep.ops.lora_merged import MergedGroup
-from steep.ops.merge import merges_whole
 from steep.ops.packing import Packing
 from steep.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from steep.ops.swiglu import Activation
@@ -82,29 +80,20 @@ class Layer:
     down: Projection
     mlp_out_norm: Norm | None
     activation: Activation
-    _groups: dict[tuple[torch.dtype, bool], Groups] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _groups: dict[torch.dtype, Groups] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def groups(self, dtype: torch.dtype, merged: bool) -> Groups:
+    def groups(self, dtype: torch.dtype) -> Groups:
         """For products in `dtype`. Kept with the layer: what a launch needs of them is put together once."""
-        groups = self._groups.get((dtype, merged))
+        groups = self._groups.get(dtype)
         if groups is None:
-            kind = MergedGroup if merged else LoraGroup
             members = self.qkv, (self.o,), self.gate_up, (self.down,)
-            groups = self._groups[dtype, merged] = Groups(*[kind(group, dtype) for group in members])
+            groups = self._groups[dtype] = Groups(*[LoraGroup(group, dtype) for group in members])
         return groups
-
-    @property
-    def projections(self) -> tuple[Projection, ...]:
-        return (*self.qkv, self.o, *self.gate_up, self.down)
-
-    def can_merge(self, dtype: torch.dtype) -> bool:
-        """Whether it has adapters, all over weights that are merged into `dtype` as they should be."""
-        adapted = [each.weight for each in self.projections if each.adapters]
-        return bool(adapted) and all(merges_whole(weight, dtype) for weight in adapted)
 
     def trained(self) -> list[torch.Tensor]:
         """The adapters' matrices that require a gradient, in the order in which the backward pass gives theirs."""
-        matrices = (matrix for each in self.projections for lora in each.adapters for matrix in (lora.a, lora.b))
+        projections = (*self.qkv, self.o, *self.gate_up, self.down)
+        matrices = (matrix for each in projections for lora in each.adapters for matrix in (lora.a, lora.b))
         return [matrix for matrix in matrices if matrix.requires_grad]
 
 
@@ -117,7 +106,6 @@ class Batch:
         cos, sin: fp32 [T, R / 2], of this layer's kind.
         dtype: of products and of what lies between them.
         level: what the layer keeps for its backward pass (`steep.model.block`).
-        merged: multiply by W + s·B·A (`steep.ops.lora_merged`).
     """
 
     packing: Packing
@@ -125,7 +113,6 @@ class Batch:
     sin: torch.Tensor
     dtype: torch.dtype
     level: int
-    merged: bool
 
 
 def rows(like: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -17,16 +17,15 @@ class MlpHalf:
 
     def __init__(self, layer: Layer, batch: Batch) -> None:
         self.layer, self.batch = layer, batch
-        groups = layer.groups(batch.dtype, batch.merged)
+        groups = layer.groups(batch.dtype)
         self.gate_up, self.down = groups.gate_up, groups.down
         self.intermediate = self.gate_up.outputs // 2
 
-    def normed(self, x2: torch.Tensor, weights: torch.Tensor, *, gradients: bool = True) -> torch.Tensor:
-        """The input rows of gate and up, whose filled buffer `weights` is, extended for them or for the adapters'
-        gradients."""
+    def normed(self, x2: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The extended input rows of gate and up, whose filled buffer `weights` is."""
         normed = rows(x2, self.gate_up.input_width, self.batch.dtype)
         self.layer.mlp_norm.forward(x2, out=normed[:, self.gate_up.x_columns])
-        self.gate_up.extend_input(normed, weights, gradients=gradients)
+        self.gate_up.extend_input(normed, weights)
         return normed
 
     def project(self, normed: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -40,7 +39,7 @@ class MlpHalf:
         hidden = rows(x2, self.down.input_width, self.batch.dtype)
         gated_forward(gate_up, self.intermediate, self.layer.activation, out=hidden[:, self.down.x_columns])
         weights, norm = self.down.filled_buffer(x2.device), self.layer.mlp_out_norm
-        self.down.extend_input(hidden, weights, gradients=False)
+        self.down.extend_input(hidden, weights)
         if norm is None:
             y = torch.empty_like(x2)
             self.down.forward(hidden, weights, y, add=x2)

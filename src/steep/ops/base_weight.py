@@ -36,9 +36,5 @@ class DenseWeight:
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
 
-    def rows(self, start: int, stop: int) -> DenseWeight:
-        """Some of its rows, without a copy."""
-        return DenseWeight(self.weight[start:stop])
-
     def write(self, out: torch.Tensor) -> None:
         out.copy_(self.weight)

@@ -41,10 +41,6 @@ class Int8Weight:
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
 
-    def rows(self, start: int, stop: int) -> Int8Weight:
-        """Some of its rows, without a copy."""
-        return Int8Weight(self.codes[start:stop], self.absmax[start:stop])
-
     def write(self, out: torch.Tensor) -> None:
         """Write the weight into `out` [out_features, in_features] of bf16, fp16 or fp32, rounded once from fp32. Its
         rows may be apart."""

@@ -81,18 +81,15 @@ class LoraGroup:
 
     The caller owns all buffers. Forward: write x into ``xe[:, x_columns]``, then `fill`, `extend_input`, `forward`.
     Backward: write dy into ``dye[:, :outputs]``, then `fill` (the same buffer as the forward's), `extend_gradient`,
-    `input_gradient`; `adapter_gradients` needs `xe` too, extended for gradients. All buffers may hold anything before
-    (also NaN), and their rows may be apart.
+    `input_gradient`; `adapter_gradients` needs `xe` too. All buffers may hold anything before (also NaN), and their
+    rows may be apart.
 
     Attributes:
         outputs: N, the features of all outputs.
         buffer_shape: of the weight buffer, in `dtype`.
         input_width, x_columns: of the input rows, and where x stands in them.
         gradient_width: of the gradient rows; dy stands in their first N columns.
-        forward_extends: whether rows that were extended for `forward` are so for `adapter_gradients` too.
     """
-
-    forward_extends = True
 
     def __init__(self, projections: Sequence[Projection], dtype: torch.dtype) -> None:
         self.projections = tuple(projections)
@@ -134,23 +131,16 @@ class LoraGroup:
         self.fill(buffer)
         return buffer
 
-    def extend_input(self, xe: torch.Tensor, buffer: torch.Tensor, *, gradients: bool = True) -> None:
-        """Write the columns of `xe` [T, input_width] beside x: x·Aᵀ, and what bias meets.
-
-        Args:
-            gradients: False: only what `forward` reads.
-        """
-        self._extend_by_padding(xe)
-        x = xe[:, self.x_columns]
-        for part in self._with_low:
-            product(x, turned(buffer, part.low_rows, self.x_columns), out=xe[:, part.low])
-
-    def _extend_by_padding(self, xe: torch.Tensor) -> None:
+    def extend_input(self, xe: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Write the columns of `xe` [T, input_width] beside x: x·Aᵀ, and what bias meets."""
         padding = self._layout.padding
         if not _is_empty(padding):
             xe[:, padding].zero_()
         if self._has_bias:
             xe[:, padding.start].fill_(1.0)
+        x = xe[:, self.x_columns]
+        for part in self._with_low:
+            product(x, _turned(buffer, part.low_rows, self.x_columns), out=xe[:, part.low])
 
     def forward(
         self, xe: torch.Tensor, buffer: torch.Tensor, out: torch.Tensor, add: torch.Tensor | None = None
@@ -161,12 +151,12 @@ class LoraGroup:
         """
         parts = self._layout.parts
         if len(parts) == 1:
-            product(xe[:, parts[0].inputs], turned(buffer, parts[0].outputs, parts[0].inputs), add=add, out=out)
+            product(xe[:, parts[0].inputs], _turned(buffer, parts[0].outputs, parts[0].inputs), add=add, out=out)
             return
         for part in parts:
             product(
                 xe[:, part.inputs],
-                turned(buffer, part.outputs, part.inputs),
+                _turned(buffer, part.outputs, part.inputs),
                 add=None if add is None else add[:, part.outputs],
                 out=out[:, part.outputs],
             )
@@ -232,7 +222,7 @@ class LoraGroup:
         return product(a, b, out_dtype=torch.float32, scale=scale).to(dtype)
 
 
-def turned(buffer: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+def _turned(buffer: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
     """buffer[rows, columns].t(), in one step: the host makes many of them."""
     stride = buffer.stride(0)
     return buffer.as_strided(

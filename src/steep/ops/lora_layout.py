@@ -85,7 +85,6 @@ class Layout:
         padding: columns behind x; the first is that of biases, where there are any.
         parts: the first projection, and all others together.
         rows: of each projection in the buffer.
-        lows, low_rows: of each projection, as in `Part`.
         places: of each adapter, those of the first projection first.
         matrices: pieces with A or s·B; sources are a and b of each adapter in turn.
         biases: pieces of the padding; sources are the projections' biases.
@@ -98,8 +97,6 @@ class Layout:
     padding: slice
     parts: tuple[Part, ...]
     rows: tuple[slice, ...]
-    lows: tuple[slice, ...]
-    low_rows: tuple[slice, ...]
     places: tuple[Place, ...]
     matrices: tuple[Piece, ...]
     biases: tuple[Piece, ...]
@@ -154,8 +151,6 @@ def layout_of(members: tuple[Member, ...]) -> Layout:
         padding=padding,
         parts=tuple(parts),
         rows=tuple(rows),
-        lows=tuple(lows),
-        low_rows=tuple(low_rows),
         places=tuple(places),
         matrices=tuple(matrices),
         biases=tuple(biases),
