@@ -220,10 +220,11 @@ class _NotInitialised(TorchFunctionMode):
 
 
 def _begin(model: PeftModel) -> None:
-    """Give every adapter PEFT's own beginning: B is zero, and A drawn on the CPU, so that it is the same on each card."""
+    """Give every adapter PEFT's own beginning: B is zero; and A is drawn on the CPU, so that a seed is the same on each
+    card."""
     for module in model.modules():
         if isinstance(module, LoraLayer) and not module.use_dora[ADAPTER]:
-            a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+            a, b = (getattr(module, name)[ADAPTER].weight for name in ("lora_A", "lora_B"))
             if not a.is_meta:
                 a.data.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape), a=math.sqrt(5)))
                 b.data.zero_()
