@@ -65,10 +65,10 @@ def measure_and_clip(
     of_all = torch.linalg.vector_norm(of_each)
     measured = torch.cat([of_each, of_all[None]])
     factor = None if max_norm is None else (max_norm / (of_all + 1e-6)).clamp(max=1.0).float()
+    there = torch.tensor([parameter.grad is not None for parameter in parameters.values()])
     meanwhile()
     *known, total = measured.tolist()
-    there = [parameter.grad is not None for parameter in parameters.values()]
-    norms.masked_scatter_(torch.tensor(there), torch.tensor(known))
+    norms.masked_scatter_(there, torch.tensor(known))
     if max_norm is not None and math.isfinite(total):
         if hasattr(optimizer, "gradient_factor"):
             optimizer.gradient_factor = factor

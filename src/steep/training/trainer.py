@@ -249,7 +249,7 @@ class Trainer(Counting):
         """Several rows as a single one where attention is flash: transformers reads restarting positions as document
         boundaries there only in a batch of one, and else lets documents see each other. Each piece's first label is
         masked, so no target crosses a row's edge."""
-        if "flash" not in (unwrap(self.accelerator.unwrap_model(self.model)).config._attn_implementation or ""):
+        if "flash" not in (unwrap(self.model).config._attn_implementation or ""):
             return inputs
         return {name: value.reshape(1, -1) for name, value in inputs.items()}
 
