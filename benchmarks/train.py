@@ -10,9 +10,10 @@ clipping at 1. Each peer runs in a process of its own and loads the same random 
 A time is the median of the steps after the third. MFU is the FLOPs that the step has to do, none twice, over the
 measured speed of a bf16 product; packed rows have none, since the work of attention differs from step to step. `steep`
 is `steep train`, with everything that it does; `steep-bare` its model and optimizer in the loop of the others,
-`steep-script` that of `hf` after `steep.install(model)`. --cap-gib holds the first two to so much of the GPU's memory,
-and nobody else; `--cap-gib hf` to the peak of the fastest of hf, hf-flash and hf-varlen, which the call then begins
-with. Without --peers these are all timed on packed rows, hf-flash where the package flash-attn is installed.
+`steep-script` that of `hf` after `steep.install(model)`. --cap-gib holds the first two to so much allocated memory, and
+to a ninth more with the gaps between allocations, and nobody else; `--cap-gib hf` to the peak of the fastest of hf,
+hf-flash and hf-varlen, which the call then begins with. Without --peers these are all timed on packed rows, hf-flash
+where the package flash-attn is installed.
 
 The losses of all bare loops have to agree, the first and the last, and steep's first one with theirs as far as its
 other tokens let it. On a GPU steep has to compute fused, unless --steep-args has `--model.fused off`.
@@ -45,6 +46,7 @@ from benchmarks.measuring import append, command, gpu_name, product_flops_per_se
 from benchmarks.peers import PEERS, Peer, Work, bare_loop, flash_of_the_hub, flash_package
 from benchmarks.shapes import SHAPES, config_of, flops_a_step, write
 from benchmarks.steep_run import chosen, steep_bare, steep_script, steep_train
+from steep.vram import SHARE
 
 WARM_UP = 3
 GIB = 2**30
@@ -159,12 +161,13 @@ def measure(arguments: argparse.Namespace, peer: str) -> dict[str, Any]:
     """In the peer's own process.
 
     Raises:
-        RuntimeError: steep was not fused on a GPU, and not asked to be so.
+        RuntimeError: steep was not fused on a GPU, and not asked to be so; or it took more memory than it was held to.
     """
     begun, work = float(os.environ["BENCHMARK_BEGUN"]), work_of(arguments)
     on_gpu = arguments.device == "cuda"
-    if work.cap_gib and peer in STEEP and on_gpu:
-        torch.cuda.set_per_process_memory_fraction(work.cap_gib * GIB / gpu_bytes())
+    capped = work.cap_gib if peer in STEEP and on_gpu else None
+    if capped:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, capped / SHARE * GIB / gpu_bytes()))
     if peer == "steep":
         vocab_size = config_of(arguments.shape).vocab_size
         with tempfile.TemporaryDirectory() as temporary:
@@ -178,7 +181,20 @@ def measure(arguments: argparse.Namespace, peer: str) -> dict[str, Any]:
     refuse_unfused(arguments, peer, result)
     result["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB if on_gpu else None
     result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB if on_gpu else None
+    refuse_over(capped, result["peak_allocated_gib"])
     return result | {"versions": versions()}
+
+
+def refuse_over(capped: float | None, peak: float | None) -> None:
+    """
+    Args:
+        capped, peak: GiB that may be allocated, and that were.
+
+    Raises:
+        RuntimeError: more than may be.
+    """
+    if capped and peak and peak > capped:
+        raise RuntimeError(f"its peak was {peak:.2f} GiB, above the {capped:.2f} that it was held to")
 
 
 def refuse_unfused(arguments: argparse.Namespace, peer: str, result: dict[str, Any]) -> None:

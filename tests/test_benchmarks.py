@@ -527,6 +527,13 @@ def test_bad_words_are_refused_before_anything_is_measured(
     assert re.search(said, f"{end.value.code}\n{capsys.readouterr().err}")
 
 
+def test_a_peak_above_the_cap_is_no_result() -> None:
+    train.refuse_over(14.0, 13.9)
+    train.refuse_over(None, 26.0)
+    with pytest.raises(RuntimeError, match=r"14.20 GiB, above the 14.00"):
+        train.refuse_over(14.0, 14.2)
+
+
 def test_ops_need_a_gpu_and_a_known_op(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for words, said in (([], "there is no GPU"), (["--only", "foo"], "invalid choice: 'foo'")):

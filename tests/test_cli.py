@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from steep.allocator import let_segments_grow
 from tests.command_line import Steep, assert_one_error_line
 from tests.report.runs import write_run as write_report_run
 from tests.tiny import documents
@@ -176,3 +177,20 @@ def test_a_report(steep: Steep, tmp_path: Path) -> None:
     assert (folder / "report.html").stat().st_size > 500_000
     assert_one_error_line(steep("report", tmp_path / "none"), "RUN: ", "holds no run", "runs/ko")
     assert_one_error_line(steep("report", folder, "--watch", "-o", "x.html"), "-o: ", "does not go with --watch")
+
+
+@pytest.mark.parametrize(("name", "value"), [("PYTORCH_ALLOC_CONF", ""), ("PYTORCH_CUDA_ALLOC_CONF", "backend:native")])
+def test_torchs_allocator_is_told_to_grow_unless_the_user_did(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    let_segments_grow()
+    assert os.environ == before
+    monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that it is put back
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    let_segments_grow()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from steep import ranks
+from steep.allocator import let_segments_grow
 from steep.credentials import hide
 from steep.errors import RunError, Stopped, UserError, one_line, without_controls
 from steep.stopping import Interrupted, heed_signals
@@ -153,6 +154,7 @@ def train(
     with a checkpoint (go on with --resume), 70 a bug of steep, 130 and 143 stopped at once by Ctrl-C and SIGTERM.
     """
     terminal = _attached_terminal()
+    let_segments_grow()
     from steep.config import load_config
 
     config = load_config(file, context.args)
