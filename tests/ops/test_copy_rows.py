@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from steep.kernels import copy_rows as kernels
-from steep.ops.copy_rows import copy_rows
+from steep.ops.copy_rows import contiguous, copy_rows
 from tests.ops.routes import along, assert_nothing_beside, cases, columns, far_apart
 
 CASES = cases(
@@ -24,6 +24,13 @@ def test_every_element(route: str, rows: int, width: int, source_dtype: torch.dt
         copy_rows(source, target)
     assert torch.equal(target, source.to(target_dtype))
     assert_nothing_beside(target)
+
+
+def test_contiguous_copies_where_rows_are_apart_only() -> None:
+    apart = columns(torch.randn(5, 4, 6).flatten(1)).unflatten(1, (4, 6))
+    close = contiguous(apart)
+    assert close.is_contiguous() and torch.equal(close, apart)
+    assert contiguous(close) is close
 
 
 @pytest.mark.gpu

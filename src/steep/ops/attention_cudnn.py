@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from steep.ops.copy_rows import copy_rows
+from steep.ops.copy_rows import contiguous
 from steep.ops.packing import Packing
 
 _ODD_LENGTHS_SINCE = 91501  # before, reads past the end of lengths that 128 does not divide (pytorch/pytorch#169849)
@@ -74,7 +74,7 @@ def backward(
     softcap: float | None,
 ) -> tuple[torch.Tensor, ...]:
     # torch keys its execution plans by the strides of q, k, v, not by those of dout and out: keep these contiguous
-    dense = (_dense(x, packing) for x in (_contiguous(dout), q, k, v, _contiguous(out)))
+    dense = (_dense(x, packing) for x in (contiguous(dout), q, k, v, contiguous(out)))
     (logsumexp,) = saved
     unused_seed = torch.empty(0, dtype=torch.int64, device=q.device)
     length = packing.max_length
@@ -82,14 +82,6 @@ def backward(
         *dense, logsumexp, unused_seed, unused_seed, None, None, None, length, length, 0.0, True, scale=scale
     )
     return tuple(_packed(gradient) for gradient in gradients)
-
-
-def _contiguous(x_THD: torch.Tensor) -> torch.Tensor:
-    if x_THD.is_contiguous():
-        return x_THD
-    copy = torch.empty(x_THD.shape, dtype=x_THD.dtype, device=x_THD.device)
-    copy_rows(x_THD.flatten(1), copy.flatten(1))
-    return copy
 
 
 def _dense(x_THD: torch.Tensor, packing: Packing) -> torch.Tensor:

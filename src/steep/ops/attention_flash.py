@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from steep.ops.copy_rows import contiguous
 from steep.ops.packing import Packing
 
 
@@ -62,7 +63,8 @@ def backward(
     ends = packing.cu_seqlens if packing.uniform is None else None
     length = packing.max_length
     (logsumexp,) = saved
-    shaped = (_shaped(x, packing) for x in (dout, q, k, v, out))
+    # torch would make them contiguous itself
+    shaped = (_shaped(x, packing) for x in (contiguous(dout), q, k, v, contiguous(out)))
     seed, unused = (torch.empty(size, dtype=torch.uint64, device=q.device) for size in (2, 0))  # dropout's
     gradients = torch.ops.aten._flash_attention_backward(
         *shaped, logsumexp, ends, ends, length, length, 0.0, True, seed, unused,

@@ -16,3 +16,13 @@ def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:
     from steep.kernels import copy_rows as kernels
 
     kernels.copy_rows(source, target)
+
+
+def contiguous(x: torch.Tensor) -> torch.Tensor:
+    """`x` [T, ...], or a copy of it without gaps between its rows. torch's own copies such rows at a third of the card's
+    speed."""
+    if x.is_contiguous():
+        return x
+    copy = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    copy_rows(x.flatten(1), copy.flatten(1))
+    return copy
