@@ -19,8 +19,8 @@ def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def contiguous(x: torch.Tensor) -> torch.Tensor:
-    """`x` [T, ...], or a copy of it without gaps between its rows. torch's own copies such rows at a third of the card's
-    speed."""
+    """`x` [T, ...], or a copy of it without gaps between its rows, which torch's own copy reads at a third of the
+    card's speed."""
     if x.is_contiguous():
         return x
     copy = torch.empty(x.shape, dtype=x.dtype, device=x.device)
