@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from itertools import chain
-from operator import itemgetter
+from itertools import chain, repeat
+from operator import contains, itemgetter
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -52,7 +52,7 @@ class Reading:
 
     def holds(self) -> bool:
         """Whether reading again would give the same tensors and numbers."""
-        if any("forward" in names for names in self._names):
+        if any(map(contains, self._names, repeat("forward"))):
             return False
         try:
             return self._now() == self._state
@@ -63,7 +63,8 @@ class Reading:
         # Past nn.Module's own look-up of names, which takes most of the time of a reading.
         state: list[Any] = [self._owner.forward, self._of_config(self._attention["config"].__dict__)]
         state += [cls.forward for cls in self._classes]
-        state += [hook for hooks in self._hooks for hook in hooks.values()]
+        if any(self._hooks):
+            state += [hook for hooks in self._hooks for hook in hooks.values()]
         state += [numbers(names) for numbers, names in self._numbers]
         children = [*chain.from_iterable(map(dict[str, Any].values, self._members))]
         state += map(id, children)
