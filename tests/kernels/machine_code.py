@@ -49,9 +49,11 @@ def kernel_modules() -> list[ModuleType]:
 
 
 def launched(module: ModuleType) -> set[str]:
-    """Names of the kernels for which the module has a call `kernel[grid](...)`."""
-    calls = (node.func for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call))
-    return {call.value.id for call in calls if isinstance(call, ast.Subscript) and isinstance(call.value, ast.Name)}
+    """Names of the kernels for which the module has a call `kernel[grid](...)` or `variants.launch(kernel, ...)`."""
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call)]
+    named = [call.func.value for call in calls if isinstance(call.func, ast.Subscript)]
+    named += [call.args[0] for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "launch"]
+    return {name.id for name in named if isinstance(name, ast.Name) and hasattr(module, name.id)}
 
 
 def compilations(capability: int) -> list[Compilation]:

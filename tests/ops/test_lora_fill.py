@@ -93,6 +93,18 @@ def test_every_layout(
     _check(route, _group(shape, biases, dtype, adapter_dtype, _device(route)), before)
 
 
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", ["qkv", "odd", "many"])
+@pytest.mark.parametrize(("route",), cases(small=[()]))
+def test_filled_again_with_other_values_elsewhere(route: str, shape: str, adapter_dtype: torch.dtype) -> None:
+    group = _group(shape, "biases", torch.bfloat16, adapter_dtype, _device(route))
+    for before in (16, 3, 16, 3):
+        _check(route, group, before)
+        for projection in group.projections:
+            for tensor in projection.tensors():
+                tensor.data.neg_()
+
+
 @pytest.mark.parametrize("biases", ["no biases", "biases", "one bias"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_all_that_is_read_is_written_and_w_is_not(shape: str, biases: str) -> None:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from steep.kernels.compilation import Compilation, triton_type
+from steep.kernels.variants import Variants, place
 
 MATRICES, BIASES = 6, 3  # of a launch: A and B of three projections, and their biases
 TILE, BIAS_TILE = (16, 256), (128, 8)  # rows and columns
@@ -136,17 +137,23 @@ def fill(
     matrices: Sequence[torch.Tensor],
     scales: Sequence[float],
     biases: Sequence[torch.Tensor],
+    variants: Variants,
 ) -> None:
     """Write the pieces of `launches` into `out`, of bf16, fp16 or fp32, whose rows may be apart: scale · matrix, in
     fp32, rounded once; and biases. Each piece has its contiguous tensor; where it is all zero, any.
 
-    Matrices are of one dtype, bf16, fp16 or fp32, and biases of one."""
+    Matrices are of one dtype, bf16, fp16 or fp32, and biases of one. `variants` are those of all calls with these
+    `launches`."""
     out_stride = out.stride(0)
+    places = (place(out), *map(place, matrices), *map(place, biases))
     for index, launch in enumerate(launches):
         of_matrices = slice(MATRICES * index, MATRICES * (index + 1))
         aligned = launch.aligned and out_stride % ALIGNMENT == 0
         # Places without a piece are given what is there, so that they make no variant of the kernel.
-        fill_kernel[launch.grid](
+        variants.launch(
+            fill_kernel,
+            (index, aligned, places),
+            (*launch.grid, 1),
             out,
             out_stride // ALIGNMENT if aligned else out_stride,
             launch.table,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from steep.kernels.compilation import Compilation, triton_type
+from steep.kernels.variants import Variants, place
 
 UNIT = 64  # codes that have one absmax and stand in one row, whatever the block size from 64 on
 PARTS = 2  # words of a unit a thread takes: 1, 2 or 4
@@ -89,20 +90,29 @@ Stored = tuple[torch.Tensor, ...]
 
 
 def write(
-    weights: tuple[Stored, ...], rows: Sequence[int], block_size: int, nested_block_size: int, out: torch.Tensor
+    weights: tuple[Stored, ...],
+    rows: Sequence[int],
+    block_size: int,
+    nested_block_size: int,
+    out: torch.Tensor,
+    variants: Variants,
 ) -> None:
     """out [out_features of all, in_features] = weights, one below the other. in_features and the block
     size are multiples of UNIT. All have an absmax that is quantised again, or none.
 
     Args:
         rows: out_features of each.
+        variants: of launches that differ in `out` alone.
     """
     units_a_row = out.shape[1] // UNIT
     units = tuple([height * units_a_row for height in rows])
     a_program = 32 * NUM_WARPS * PARTS // 8
     out_stride = out.stride(0)
     aligned = out_stride % 8 == 0
-    write_kernel[(sum([-(-of_weight // a_program) for of_weight in units]),)](
+    variants.launch(
+        write_kernel,
+        (*place(out), out_stride),
+        (sum([-(-of_weight // a_program) for of_weight in units]), 1, 1),
         weights,
         units,
         out,

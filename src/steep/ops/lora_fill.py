@@ -6,7 +6,7 @@ s·B is multiplied in fp32 and rounded once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from steep.ops.lora_layout import Layout, Piece
 
 if TYPE_CHECKING:
     from steep.kernels.lora_fill import Launch
+    from steep.kernels.variants import Variants
 
 
 class LoraFill:
@@ -56,7 +57,14 @@ class LoraFill:
             _as_read(self._of_pieces, buffer),
             self._scales_of_pieces,
             _as_read(self._biases_of_pieces, buffer),
+            self._variants,
         )
+
+    @cached_property
+    def _variants(self) -> Variants:
+        from steep.kernels.variants import Variants
+
+        return Variants()
 
 
 def lora_fill_reference(
