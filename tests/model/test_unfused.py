@@ -305,6 +305,28 @@ def test_layers_are_read_as_they_are_called_where_the_last_call_was_fused(
     assert caplog.text.count("not fused") == 1 and fused_of(model).calls == 2
 
 
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("name", ["mlp", "mlp.down_proj", "self_attn", "input_layernorm"])
+def test_a_part_that_is_another_since_the_last_fused_call(
+    name: str, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Other(nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.inner(*args, **kwargs)
+
+    model = install(adapted(tiny_model("llama")))
+    expected, _ = loss_and_gradients(model, packed())
+    layer = unwrap(model).model.layers[number]
+    layer.set_submodule(name, Other(layer.get_submodule(name)))
+    loss, _ = loss_and_gradients(model, packed())
+    assert abs(loss - expected) < EXACT * expected and fused_of(model).calls == 1
+    assert caplog.text.count("not fused") == 1
+
+
 @pytest.mark.parametrize("asked", ["hidden_states", "attentions"])
 def test_outputs_between_layers_are_the_librarys(asked: str) -> None:
     model = tiny_model("llama")

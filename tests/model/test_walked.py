@@ -229,7 +229,8 @@ def test_what_was_looked_at_ahead_is_done_without_a_walk_and_once(monkeypatch: p
     model.look_ahead()
     assert modes(model) == {True} and have_gradients(model)
     with monkeypatch.context() as patch:
-        patch.setattr(walked, "_levels", lambda *_: pytest.fail("walked"))
+        for name in ("_levels", "_with_mode"):
+            patch.setattr(walked, name, lambda *_: pytest.fail("walked"))
         model.zero_grad()
         assert model.train() is model
     assert not have_gradients(model)
@@ -239,14 +240,40 @@ def test_what_was_looked_at_ahead_is_done_without_a_walk_and_once(monkeypatch: p
     assert not have_gradients(model) and modes(model.train()) == {True}
 
 
-@pytest.mark.parametrize("meanwhile", ["eval", "submodule", "forgotten"])
-def test_a_mode_that_is_set_after_looking_ahead(meanwhile: str) -> None:
+PARTS: dict[str, Callable[[Any], nn.Module]] = {
+    "all": lambda model: model,
+    "LoRA's model": lambda model: model.base_model,
+    "the causal LM": unwrap,
+    "the decoder": lambda model: unwrap(model).model,
+    "a layer": lambda model: unwrap(model).model.layers[1],
+    "attention": lambda model: unwrap(model).model.layers[1].self_attn,
+    "a base layer": lambda model: unwrap(model).model.layers[1].mlp.up_proj.base_layer,
+    "dropout": lambda model: unwrap(model).model.layers[1].mlp.up_proj.lora_dropout["default"],
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_mode_that_is_set_after_looking_ahead_is_set_back(part: str) -> None:
+    model: Any = install(adapted(tiny_model("llama")))
+    for layer in unwrap(model).model.layers:
+        layer.mlp.up_proj.lora_dropout["default"] = nn.Dropout(0.1)
+    model.look_ahead()
+    PARTS[part](model).eval()
+    assert modes(model.train()) == {True}
+
+
+def test_another_mode_is_not_passed_over_after_looking_ahead() -> None:
     model: Any = install(adapted(tiny_model("llama")))
     model.look_ahead()
-    if meanwhile == "eval":
-        assert modes(model.eval()) == {False}
-    else:
-        model.forget_ahead() if meanwhile == "forgotten" else model.eval().train()
-        unwrap(model).model.layers[1].eval()
-    assert modes(model.train()) == {True}
-    assert not {"_with_gradient", "_all_train"} & model.__dict__.keys() or meanwhile != "forgotten"
+    assert modes(model.eval()) == {False} and modes(model.train()) == {True}
+
+
+def test_what_was_looked_at_ahead_can_be_forgotten() -> None:
+    model: Any = install(adapted(tiny_model("llama")))
+    before = set(model.__dict__)
+    model.look_ahead()
+    assert set(model.__dict__) - before == {"_with_gradient", "_with_mode"}
+    model.forget_ahead()
+    give_gradients(model)
+    model.zero_grad()
+    assert set(model.__dict__) == before and not have_gradients(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from steep.errors import UserError
 from steep.model.attention_half import AttentionHalf
 from steep.model.choices import choices_of
 from steep.model.install import fused_of, install
+from steep.model.unwrap import unwrap
+from steep.model.walked import Walked
+from steep.training.adamw8bit import AdamW8bit
 from steep.training.arguments import TrainingArguments
 from steep.training.checkpoint import read_choices
 from steep.training.trainer import Trainer
-from tests.training.helpers import adapted, arguments, losses, trainer_for
+from tests.training.helpers import AtStep, adapted, arguments, losses, trainer_for
 
 BF16 = torch.bfloat16
 
@@ -206,3 +210,85 @@ def test_a_chosen_backend_is_taken(corpus: Corpus, tmp_path: Path) -> None:
         patch.setattr(AttentionHalf, "attend", attend)
         trainer_for(model, corpus, tmp_path, max_steps=1).train()
     assert seen == {"reference"}
+
+
+# ---- what is done while the norms are awaited
+
+
+def held(trainer: Trainer) -> list[str]:
+    """What was made ahead of a step and is still there."""
+    optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    names = [name for name in ("_with_gradient", "_with_mode") if name in trainer.model.__dict__]
+    return names + (["_prepared"] if optimizer._prepared is not None else [])
+
+
+def test_the_next_step_is_worked_at_before_the_norms_are_read(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, seen = trainer_for(fused(), corpus, tmp_path, optim="adamw_8bit", max_steps=2), []
+    parts: list[tuple[Any, str]] = [(AdamW8bit, "prepare"), (Walked, "look_ahead"), (AdamW8bit, "step")]
+    for owner, name in [*parts, (torch.Tensor, "tolist")]:
+        inner = getattr(owner, name)
+
+        def told(*given: Any, inner: Any = inner, name: str = name, **options: Any) -> Any:
+            seen.append(name)
+            return inner(*given, **options)
+
+        monkeypatch.setattr(owner, name, told)
+    trainer.train()
+    steps = [number for number, name in enumerate(seen) if name == "prepare"]
+    assert len(steps) == 2
+    for number in steps:
+        assert seen[number : number + 3] == ["prepare", "look_ahead", "tolist"]
+    assert seen.count("step") == 2 and not held(trainer)
+
+
+def test_a_step_that_is_not_taken_leaves_nothing_behind(corpus: Corpus, tmp_path: Path) -> None:
+    model, now, seen = fused(), {"step": 0}, {}
+    parameter = next(p for name, p in model.named_parameters() if "layers.1.mlp.down_proj.lora_B" in name)
+    parameter.register_hook(lambda grad: grad * math.nan if now["step"] == 2 else None)
+    trainer = trainer_for(model, corpus, tmp_path, optim="adamw_8bit", max_steps=3)
+    trainer.add_callback(
+        AtStep(begin=lambda step: now.update(step=step), end=lambda step: seen.update({step: held(trainer)}))
+    )
+    trainer.train()
+    assert trainer.steps_not_finite == 1 and seen[2] == []
+    assert seen[1] == seen[3] == ["_with_mode"] and not held(trainer)
+
+
+def test_an_interrupted_step_leaves_nothing_behind(corpus: Corpus, tmp_path: Path) -> None:
+    class Interrupts(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert held(trainer) == ["_with_gradient", "_with_mode", "_prepared"]
+            raise KeyboardInterrupt
+
+    trainer = trainer_for(fused(), corpus, tmp_path, optim="adamw_8bit", max_steps=2)
+    trainer.add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not held(trainer)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("part", [unwrap, lambda model: model.base_model, lambda model: unwrap(model).model.layers[1]])
+def test_a_callback_that_sets_a_mode_changes_no_step(
+    part: Any, accumulation: int, corpus: Corpus, tmp_path: Path
+) -> None:
+    """transformers sets all modes back before each micro-batch."""
+    model, seen = fused(), []
+    layer: Any = unwrap(model).model.layers[1]
+    forward = type(layer).forward
+    layer_modes = seen.append
+    trainer = trainer_for(
+        model, corpus, tmp_path, optim="adamw_8bit", max_steps=3, per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    trainer.add_callback(AtStep(end=lambda _: part(model).eval()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(layer),
+            "forward",
+            lambda self, *given, **how: (layer_modes(self.training), forward(self, *given, **how))[1],
+        )
+        trainer.train()
+    assert seen and all(seen)

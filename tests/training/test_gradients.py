@@ -61,7 +61,8 @@ def test_an_optimizer_that_multiplies_gradients_itself_is_told_the_factor() -> N
     model, clipped = network(10.0), network(10.0)
     before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     ours, theirs = AdamW8bit(model.parameters(), lr=0.1), AdamW8bit(clipped.parameters(), lr=0.1)
-    measure_and_clip_named({n: p for n, p in model.named_parameters() if p.requires_grad}, 1.0, ours)
+    report = measure_and_clip_named({n: p for n, p in model.named_parameters() if p.requires_grad}, 1.0, ours)
+    assert report.total > 1 and float(ours.gradient_factor) == pytest.approx(1 / report.total, rel=1e-5)  # pyright: ignore[reportArgumentType]
     after = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     torch.nn.utils.clip_grad_norm_(clipped.parameters(), 1.0)
@@ -70,6 +71,14 @@ def test_an_optimizer_that_multiplies_gradients_itself_is_told_the_factor() -> N
     assert ours.gradient_factor is None
     for one, other in zip(model.parameters(), clipped.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_small_gradients_are_not_multiplied(max_norm: float | None) -> None:
+    model = network(1e-4)
+    optimizer = AdamW8bit(model.parameters(), lr=0.1)
+    measure_and_clip_named({n: p for n, p in model.named_parameters() if p.requires_grad}, max_norm, optimizer)
+    assert optimizer.gradient_factor is None if max_norm is None else optimizer.gradient_factor == 1.0
 
 
 def test_something_else_is_done_before_the_norms_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

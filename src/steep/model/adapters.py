@@ -199,7 +199,7 @@ def open_adapter(model: Any, folder: Path, *, trained_dtype: str = "fp32", field
 
 
 def _wrapped(model: Any, config: LoraConfig, trained_dtype: str) -> PeftModel:
-    """`model` with adapters whose values are still to come, but for DoRA's, from which it takes lengths."""
+    """`model` with adapters whose A is still to come, but for DoRA's: from A times a B of zeros it takes lengths."""
     with nullcontext() if config.use_dora else _NotInitialised():
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     dtype = DTYPES[trained_dtype]
@@ -220,14 +220,14 @@ class _NotInitialised(TorchFunctionMode):
 
 
 def _begin(model: PeftModel) -> None:
-    """Give every adapter PEFT's own beginning: B is zero; and A is drawn on the CPU, so that a seed is the same on each
-    card."""
+    """Give every adapter PEFT's own beginning: B is zero by now; A is drawn on the CPU, so that a seed is the same on
+    each card."""
     for module in model.modules():
-        if isinstance(module, LoraLayer) and not module.use_dora[ADAPTER]:
-            a, b = (getattr(module, name)[ADAPTER].weight for name in ("lora_A", "lora_B"))
+        if isinstance(module, LoraLayer):
+            a: Any = module.lora_A[ADAPTER].weight
             if not a.is_meta:
-                a.data.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape), a=math.sqrt(5)))
-                b.data.zero_()
+                drawn = torch.empty(a.shape, dtype=torch.float32, device="cpu")
+                a.data.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)))
 
 
 def check_start(init_lora_weights: bool | str, use_dora: bool, lora_dropout: float, *, over_int8: bool) -> None:

@@ -7,6 +7,7 @@ one line that names the reason any other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -202,12 +203,12 @@ class FusedDecoder(nn.Module):
             )
 
     def _read(self) -> Iterable[Layer | None]:
-        """Every layer, each when its turn has come, so that the GPU has work while the next is read. But all before any
-        is computed where the last call was not fused, or where calling a layer does more than to compute it: what
-        refuses a layer would find others computed in vain, or called already."""
+        """Every layer: the first now, each other when its turn has come, so that the GPU has work while it is read. But
+        all now where the last call was not fused, or where calling a layer does more than to compute it: what refuses a
+        layer would find others computed in vain, or called already."""
         read = (self._read_one(number, layer) for number, layer in enumerate(self.layers))
         plain = all(isinstance(layer, FusedLayer) and not layer._forward_pre_hooks for layer in self.layers)
-        return read if plain and self.fused.was_fused else list(read)
+        return chain([next(read)], read) if plain and self.fused.was_fused else list(read)
 
     def _read_one(self, number: int, layer: Any) -> Layer | None:
         """None: its tensors are other ones when it is called (FSDP gathers them then)."""

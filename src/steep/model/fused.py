@@ -28,7 +28,7 @@ class Fused:
         beside: bytes that the head takes with its loss, for the choice of levels.
         beside_for: tokens of the batch that this was computed for: the longest that trained.
         calls: fused forwards of the decoder so far.
-        was_fused: whether the last call was one.
+        was_fused: whether the last call without a key-value cache was one.
         said: reasons that were told already.
     """
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Self
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,23 +16,25 @@ class Walked(nn.Module):
     """An installed model, or PEFT's wrapper around one."""
 
     _with_gradient: list[nn.Parameter] | None = None  # what `look_ahead` found, until it is used
-    _all_train = False
+    _with_mode: list[nn.Module] | None = None
 
     def look_ahead(self) -> None:
         """Walk now, while the GPU has work, for the `zero_grad` and the `train()` that come next: after a step's
-        backward pass. Parameters that get a gradient, and modules whose mode is set, between this and those are passed
-        over."""
+        backward pass. They then look no further than at the parameters that have a gradient now, and at the modules
+        that compute by their mode."""
         self.train()
         with torch._C.DisableTorchFunctionSubclass():
             self._with_gradient = [parameter for parameter in _parameters(self) if parameter.grad is not None]
-        self._all_train = True
+        self._with_mode = _with_mode(self)
 
     def forget_ahead(self) -> None:
+        """Let go of what `look_ahead` found."""
         self.__dict__.pop("_with_gradient", None)
-        self.__dict__.pop("_all_train", None)
+        self.__dict__.pop("_with_mode", None)
 
     def train(self, mode: bool = True) -> Self:
-        if self.__dict__.pop("_all_train", False) and mode and self.training:
+        known = self.__dict__.pop("_with_mode", None)
+        if known is not None and mode and _is_set(known, mode):
             return self
         if not all(_is_set(level, mode) for level in _levels(self)):
             super().train(mode)
@@ -50,8 +53,8 @@ _PLAIN = {nn.Module.train, PreTrainedModel.train, Walked.train}  # they do nothi
 
 
 def _levels(root: nn.Module) -> Iterator[list[nn.Module]]:
-    """Those of `root.modules()` by their depth, one that several hold maybe twice. Nothing is kept for the next call:
-    to look whether it still holds would take as long."""
+    """Those of `root.modules()` by their depth, one that several hold maybe twice. They are not kept from one step to
+    the next: to look whether they are the same would take as long."""
     level, seen = [root], set[nn.Module]()
     while level:
         known = len(seen)
@@ -62,6 +65,23 @@ def _levels(root: nn.Module) -> Iterator[list[nn.Module]]:
         level = [
             child for module in level if (members := module._modules) for child in members.values() if child is not None
         ]
+
+
+def _with_mode(root: nn.Module) -> list[nn.Module]:
+    """Those of `root.modules()` that may compute by their mode: all but what LoRA's layers have beside the layer that
+    they are around, which are four in five and linear maps; of those the dropout."""
+    found, beside = list[nn.Module](), set[nn.Module]()
+    for level in _levels(root):
+        for module in level:
+            members = module._modules.items()
+            if module in beside:
+                beside.update(child for _, child in members if child is not None)
+                if not (isinstance(module, nn.Dropout) and module.p):
+                    continue
+            elif isinstance(module, LoraLayer):
+                beside.update(child for name, child in members if child is not None and name != "base_layer")
+            found.append(module)
+    return found
 
 
 def _parameters(root: nn.Module) -> Iterator[nn.Parameter]:

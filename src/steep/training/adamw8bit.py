@@ -156,6 +156,10 @@ class AdamW8bit(AdamW):
         now. A step over other gradients, or at other rates, works it out anew."""
         self._prepared = self._ready()
 
+    def forget_prepared(self) -> None:
+        """Let go of a step that was prepared and is not taken, and of the gradients that it holds."""
+        self._prepared = self.gradient_factor = None
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One update of every tensor that has a gradient.

@@ -53,7 +53,7 @@ def measure_and_clip(
         parameters: the trainable ones by name.
         optimizer: `AdamW8bit` multiplies gradients as it reads them, so that they stay as they are; for any other they
             are scaled here.
-        meanwhile: called while the GPU still works on what the norms are of.
+        meanwhile: called while the GPU still works on what the norms are of; not where nothing has a gradient.
     """
     names, norms = list(parameters), torch.zeros(len(parameters))
     with_gradient = [parameter for parameter in parameters.values() if parameter.grad is not None]
@@ -73,5 +73,5 @@ def measure_and_clip(
         if hasattr(optimizer, "gradient_factor"):
             optimizer.gradient_factor = factor
         else:
-            torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, of_all)
+            torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, of_all.float())
     return GradientReport(names, norms, total)

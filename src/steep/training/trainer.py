@@ -268,12 +268,15 @@ class Trainer(Counting):
             return torch.tensor(math.nan)
         self.accelerator.unscale_gradients()
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
-        own = torch.stack(self._losses_of_step).sum().to("cpu", non_blocking=True)  # there when the norms are
+        own = torch.stack(self._losses_of_step).sum()
+        arriving = own.to("cpu", non_blocking=True)
         self._gradients = measure_and_clip(
             self._trainable, max_norm, optimizer, partial(self._work_ahead, model, optimizer)
         )
+        if own.is_cuda:
+            torch.cuda.current_stream(own.device).synchronize()  # at once: the norms came after it
         # transformers multiplies each process's share by their number, because DDP divides the gradients by it.
-        loss = float(ranks.gathered(np.array([float(own)])).mean())
+        loss = float(ranks.gathered(np.array([float(arriving)])).mean())
         self._losses_of_step.clear()
         self._meter.add_loss(loss)
         scaler = self.accelerator.scaler
@@ -282,11 +285,13 @@ class Trainer(Counting):
         try:
             self._outcome = self.guard.judge(step, loss, self._gradients, overflowed, self._rows)
         except GoBack:
+            self._forget_ahead()
             self.finish_saving()  # what is gone back to may be on its way; that it failed would end the run
             raise
         self.ending = self.guard.failure
         if self._outcome is not Outcome.APPLIED:
             model.zero_grad(set_to_none=True)  # an optimizer passes over tensors without a gradient
+            self._forget_ahead()
         return torch.tensor(self._gradients.total)
 
     def _work_ahead(self, model: Any, optimizer: Any) -> None:
@@ -295,6 +300,14 @@ class Trainer(Counting):
             optimizer.prepare()
         if isinstance(model, Walked):
             model.look_ahead()
+
+    def _forget_ahead(self) -> None:
+        """Let go of what `_work_ahead` made, where no step follows: it holds the step's gradients."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, AdamW8bit):
+            optimizer.forget_prepared()
+        if isinstance(self.model, Walked):
+            self.model.forget_ahead()
 
     def _have_no_gradients(self, model: Any) -> None:
         scaler = self.accelerator.scaler
@@ -347,8 +360,7 @@ class Trainer(Counting):
             with deterministic(self.args.deterministic), self.finishing_steps():
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            if isinstance(self.model, Walked):
-                self.model.forget_ahead()
+            self._forget_ahead()
         assert self.proof is not None
         self.proof.judge()
         changed = self.proof.changed_frozen()
