@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,11 @@ class Run:
     def scored_steps(self) -> set[int]:
         """The steps at which held-out text was scored."""
         return {row["step"] for row in self.rows("evaluation.jsonl")}
+
+    def best_step(self, domain: str, steps: Collection[int]) -> int:
+        """That of `steps` at which `domain` scored best."""
+        rows = [row for row in self.rows("evaluation.jsonl") if row["domain"] == domain and row["step"] in steps]
+        return min(rows, key=lambda row: row["bits_per_byte"])["step"]
 
     @property
     def last_step(self) -> int:
