@@ -278,7 +278,6 @@ def test_a_callback_that_sets_a_mode_changes_no_step(
     model, seen = fused(), []
     layer: Any = unwrap(model).model.layers[1]
     forward = type(layer).forward
-    layer_modes = seen.append
     trainer = trainer_for(
         model, corpus, tmp_path, optim="adamw_8bit", max_steps=3, per_device_train_batch_size=1,
         gradient_accumulation_steps=accumulation,
@@ -288,7 +287,7 @@ def test_a_callback_that_sets_a_mode_changes_no_step(
         patch.setattr(
             type(layer),
             "forward",
-            lambda self, *given, **how: (layer_modes(self.training), forward(self, *given, **how))[1],
+            lambda self, *given, **how: (seen.append(self.training), forward(self, *given, **how))[1],
         )
         trainer.train()
     assert seen and all(seen)

@@ -47,8 +47,7 @@ def sum_gradients_in_fp32(model: Any, optimizer: Any, micro_batches: int) -> Non
     round the sum once. A single one is rounded once anyway. Other optimizers than `AdamW8bit` take gradients in their
     weights' dtype only; so does DDP.
     """
-    own = getattr(optimizer, "optimizer", optimizer)
-    in_fp32 = micro_batches > 1 and is_installed(model) and isinstance(own, AdamW8bit) and ranks.world_size() == 1
+    in_fp32 = micro_batches > 1 and is_installed(model) and isinstance(optimizer, AdamW8bit) and ranks.world_size() == 1
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
             parameter.grad = None

@@ -183,7 +183,7 @@ class Trainer(Counting):
         if self.resumed_state is None:
             parallel.draw_apart(self.args.seed)
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        sum_gradients_in_fp32(self.model, self.optimizer, self.args.gradient_accumulation_steps)
+        sum_gradients_in_fp32(self.model, self._own_optimizer, self.args.gradient_accumulation_steps)
         proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
         self._begin_step()
         self._losses_of_step.clear()
@@ -267,11 +267,10 @@ class Trainer(Counting):
             self._have_no_gradients(model)
             return torch.tensor(math.nan)
         self.accelerator.unscale_gradients()
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's wrapper
         own = torch.stack(self._losses_of_step).sum()
         arriving = own.to("cpu", non_blocking=True)
         self._gradients = measure_and_clip(
-            self._trainable, max_norm, optimizer, partial(self._work_ahead, model, optimizer)
+            self._trainable, max_norm, self._own_optimizer, partial(self._work_ahead, model)
         )
         if own.is_cuda:
             torch.cuda.current_stream(own.device).synchronize()  # at once: the norms came after it
@@ -294,18 +293,22 @@ class Trainer(Counting):
             self._forget_ahead()
         return torch.tensor(self._gradients.total)
 
-    def _work_ahead(self, model: Any, optimizer: Any) -> None:
+    @property
+    def _own_optimizer(self) -> Any:
+        """The optimizer inside accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _work_ahead(self, model: Any) -> None:
         """What the host would else do between two steps, while the GPU has nothing to do."""
-        if isinstance(optimizer, AdamW8bit):
-            optimizer.prepare()
+        if isinstance(self._own_optimizer, AdamW8bit):
+            self._own_optimizer.prepare()
         if isinstance(model, Walked):
             model.look_ahead()
 
     def _forget_ahead(self) -> None:
         """Let go of what `_work_ahead` made, where no step follows: it holds the step's gradients."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if isinstance(optimizer, AdamW8bit):
-            optimizer.forget_prepared()
+        if isinstance(self._own_optimizer, AdamW8bit):
+            self._own_optimizer.forget_prepared()
         if isinstance(self.model, Walked):
             self.model.forget_ahead()
 
