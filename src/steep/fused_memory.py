@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from steep.memory import ADAMW_8BIT, WIDTH, Shape, standing, update_scratch
 from steep.model.block import LEVELS
 from steep.model.layer import Layer
 from steep.model.load import DTYPES
-from steep.model.recompute import levels_for
+from steep.model.recompute import level_lists, moments
 from steep.model.step_bytes import kept_bytes, loss_bytes, work_bytes
 from steep.ops.linear_cross_entropy import Way, faster_way
 
@@ -25,6 +26,7 @@ class FusedStep:
         tokens: in one forward.
         accumulates: several micro-batches make a step, so that gradients are there while the next one is computed.
         trains_head: whether the head has a gradient.
+        on_card: it is planned for a card.
     """
 
     shape: Shape
@@ -37,16 +39,15 @@ class FusedStep:
     tokens: int
     accumulates: bool
     trains_head: bool
+    on_card: bool
 
     def by_item(self, levels: Sequence[int], way: Way) -> dict[str, int]:
         """Bytes by item at the peak of a step.
 
-        The peak is at the loss; in the last layer's backward pass, when all others still have what they kept; in the
-        first one's, when most gradients are there; or at the update: whichever needs the most.
+        The peak is at the loss, in the backward pass of a layer (`moments`), or at the update.
         """
-        kept = self.tokens * sum(self._kept[level] for level in levels)
         fixed = standing(self.shape, base=self.base, compute=self.compute, trained=self.trained, optim=self.optim)
-        states = (self._at_the_loss(kept, way), self._at_the_last(kept, max(levels)), *self._afterwards(levels[0]))
+        states = (self._at_the_loss(levels, way), *self._in_layers(levels), *self._at_the_update())
         return {**fixed, **max(states, key=lambda items: sum(items.values()))}
 
     def choose(self, budget: float) -> tuple[list[int], Way]:
@@ -54,12 +55,11 @@ class FusedStep:
         computed again; level 3 everywhere where not even that fits. The loss is cut by the vocabulary where that is
         faster, or where more fits by it."""
         ways: tuple[Way, ...] = (self.faster_way, "vocabulary")
-        found: list[tuple[list[int], Way]] = [(self._levels(budget, way), way) for way in ways]
-
-        def cost(levels: list[int], way: Way) -> tuple[float, int]:
-            return max(sum(self.by_item(levels, way).values()) - budget, 0), sum(levels)
-
-        return min(found, key=lambda each: cost(*each))
+        for levels in level_lists(self.shape.layers):
+            for way in ways:
+                if sum(self.by_item(levels, way).values()) <= budget:
+                    return levels, way
+        return [LEVELS[-1]] * self.shape.layers, min(ways, key=self._loss)
 
     @property
     def faster_way(self) -> Way:
@@ -73,42 +73,36 @@ class FusedStep:
         them, see the trainer."""
         return 4 if self.accumulates and self.optim in ADAMW_8BIT else WIDTH[self.trained]
 
-    @property
+    @cached_property
     def _kept(self) -> list[int]:
-        return kept_bytes(self.layer, DTYPES[self.compute], DTYPES[self.stream])
+        kept = kept_bytes(self.layer, DTYPES[self.compute], DTYPES[self.stream])
+        return [self.tokens * each for each in kept]
 
-    def _work(self, level: int) -> int:
-        return work_bytes(self.layer, DTYPES[self.compute], DTYPES[self.stream], level, self.tokens)
-
-    def _levels(self, budget: float, way: Way) -> list[int]:
-        fixed = standing(self.shape, base=self.base, compute=self.compute, trained=self.trained, optim=self.optim)
-        levels: list[int] = []
-        for highest in LEVELS[1:]:  # whose layers need the most beside what they keep
-            needed = max(sum(state.values()) for state in (self._at_the_loss(0, way), self._at_the_last(0, highest)))
-            room = budget - sum(fixed.values()) - needed
-            levels = levels_for(self._kept, self.shape.layers, self.tokens, room)
-            if max(levels) <= highest:
-                break
-        return levels
+    @cached_property
+    def _work(self) -> list[int]:
+        compute, stream = DTYPES[self.compute], DTYPES[self.stream]
+        return [work_bytes(self.layer, compute, stream, level, self.tokens) for level in LEVELS]
 
     # ---- moments of a step
 
-    def _at_the_loss(self, kept: int, way: Way) -> dict[str, int]:
+    def _at_the_loss(self, levels: Sequence[int], way: Way) -> dict[str, int]:
+        kept = sum(self._kept[level] for level in levels)
         return _items(kept, 0, self._loss(way), self._gradients_before + self._of_head)
 
-    def _at_the_last(self, kept: int, level: int) -> dict[str, int]:
-        of_head = 0 if self.accumulates else self._of_head  # else it is added to the one that is there
-        return _items(kept, self._work(level), 0, self._gradients_before + of_head)
+    def _in_layers(self, levels: Sequence[int]) -> Iterator[dict[str, int]]:
+        of_layer = self.shape.lora * self.gradient_width // self.shape.layers
+        for index in moments(levels):
+            kept = sum(self._kept[level] for level in levels[: index + 1])
+            done = self._of_head + of_layer * (len(levels) - index)
+            gradients = self._gradients_before if self.accumulates else done  # else added to those that are there
+            yield _items(kept, self._work[levels[index]], 0, gradients)
 
-    def _afterwards(self, level: int) -> tuple[dict[str, int], ...]:
+    def _at_the_update(self) -> tuple[dict[str, int], ...]:
         gradients = self.shape.trained * self.gradient_width
         of_table = self.shape.vocabulary * self.shape.hidden * self.gradient_width if self.accumulates else 0
-        of_adapters = self.shape.lora * self.gradient_width + self._of_head
-        before = gradients if self.accumulates else of_adapters
         return (
-            _items(self.tokens * self._kept[level], self._work(level), 0, before),
             _items(0, 0, 0, gradients + (of_table if self.shape.trained_embeddings else 0)),
-            _items(0, 0, 0, gradients + update_scratch(self.optim, self.trained)),
+            _items(0, 0, 0, gradients + update_scratch(self.optim, self.trained, self.on_card)),
         )
 
     @property

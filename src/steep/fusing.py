@@ -89,13 +89,22 @@ def resolve_trained_dtype(config: RunConfig, fused: bool, compute: str, before: 
 
 
 def fused_step(
-    config: RunConfig, layer: Layer, shape: Shape, *, tied: bool, base: str, compute: str, trained: str
+    config: RunConfig,
+    layer: Layer,
+    shape: Shape,
+    *,
+    tied: bool,
+    base: str,
+    compute: str,
+    trained: str,
+    on_card: bool,
 ) -> FusedStep:
     """The step of a run that is fused, as far as memory follows from it.
 
     Args:
         layer: of `decide`.
         tied: whether the head is the table of the input embeddings.
+        on_card: it is planned for a card.
     """
     saved, training = set(config.adapter.modules_to_save), config.training
     stored = base if base in ("bf16", "fp16", "fp32") else compute
@@ -110,6 +119,7 @@ def fused_step(
         tokens=training.per_device_train_batch_size * config.data.max_length,
         accumulates=training.gradient_accumulation_steps > 1,
         trains_head="lm_head" in saved or (tied and bool(saved)),
+        on_card=on_card,
     )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from steep.model.adapters import linear_shapes, targeted
 from steep.model.embeddings import is_tied
 from steep.model.names import EMBEDDINGS
@@ -101,9 +99,9 @@ def standing(shape: Shape, *, base: str, compute: str, trained: str, optim: str)
     }
 
 
-def update_scratch(optim: str, trained: str) -> int:
-    """Bytes that the update of the weights needs beside them."""
-    copies = optim in ADAMW_8BIT and trained == "bf16" and not torch.cuda.is_available()
+def update_scratch(optim: str, trained: str, on_card: bool) -> int:
+    """Bytes that the update of the weights needs beside them: on a card it is in the kernel."""
+    copies = optim in ADAMW_8BIT and trained == "bf16" and not on_card
     return UPDATE_SCRATCH if copies else 0
 
 
@@ -117,6 +115,7 @@ def memory_by_item(
     tokens: int,
     checkpointing: bool,
     accumulates: bool,
+    on_card: bool,
 ) -> dict[str, int]:
     """Bytes by item at the peak of a step over `tokens` tokens in one forward of the library's.
 
@@ -127,12 +126,13 @@ def memory_by_item(
 
     Args:
         accumulates: several micro-batches make a step, so that gradients are there while the next loss is computed.
+        on_card: it is planned for a card.
     """
     stream = WIDTH[trained]
     inside = tokens * (8 * shape.hidden * stream + 5 * shape.intermediate * WIDTH[compute])
     kept = shape.layers * (tokens * shape.hidden * stream if checkpointing else inside)
     gradients = shape.trained * WIDTH[trained]
-    scratch = update_scratch(optim, trained)
+    scratch = update_scratch(optim, trained, on_card)
     copies = (shape.trained + shape.lora_start) * WIDTH[compute] if trained != compute else 0
     fixed = {**standing(shape, base=base, compute=compute, trained=trained, optim=optim), "16-bit copies": copies}
     at_the_loss = {

@@ -284,11 +284,13 @@ def _work_out(
     schedule = schedule_of(arguments, steps, start=branch.rate_factor if branch else None, section="training.")
     if branch is None:  # which begins at a rate that it has
         _check_warmup(arguments, steps)
+    on_card = budget is not None
     step, choices = None, Choices(False, trained)
     if layer is not None:
-        step = fused_step(config, layer, shape, tied=is_tied(empty), base=base, compute=compute, trained=trained)
+        step = fused_step(
+            config, layer, shape, tied=is_tied(empty), base=base, compute=compute, trained=trained, on_card=on_card
+        )
         choices = settle(config, step, budget, before)
-    on_card = budget is not None
     if on_card and model.compute_dtype == "auto" and not torch.cuda.is_available():
         stored.append(
             f"it is planned for a card without one, with products in {compute} as here: give model.compute_dtype, bf16 "

@@ -41,6 +41,7 @@ def memory_of(
         tokens=training.per_device_train_batch_size * config.data.max_length,
         checkpointing=uses_checkpointing(config),
         accumulates=training.gradient_accumulation_steps > 1,
+        on_card=on_card,
     )
     return of_step | of_libraries
 

@@ -49,21 +49,20 @@ class MlpHalf:
         return norm.forward(out, residual=x2), out
 
     def backward(
-        self,
-        dy: torch.Tensor,
-        x2: torch.Tensor,
-        gate_up: torch.Tensor | None,
-        out: torch.Tensor | None,
-        into: torch.Tensor | None,
+        self, dy: torch.Tensor, x2: torch.Tensor, gate_up: torch.Tensor | None, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """The gradients of x2 and of the adapters of gate, up and down.
+        """The gradient of norm(x2), and those of the adapters of gate, up and down.
 
         Args:
             gate_up: as `project` gave it, and overwritten; None: computed again.
             out: down's output where a norm follows it.
-            into: where the gradient of x2 goes; None: somewhere new.
         """
         norm, columns = self.layer.mlp_out_norm, self.down.x_columns
+        normed = weights = None
+        if gate_up is None:
+            weights = self.gate_up.filled_buffer(dy.device)
+            normed = self.normed(x2, weights)
+            gate_up = self.project(normed, weights)
         d_out = rows(dy, self.down.gradient_width, self.batch.dtype)
         if norm is None:
             copy_rows(dy, d_out[:, : self.down.outputs])
@@ -74,15 +73,19 @@ class MlpHalf:
         self.down.extend_gradient(d_out, of_down_weights)
         hidden = rows(dy, self.down.input_width, self.batch.dtype)
         self.down.input_gradient(d_out, of_down_weights, out=hidden[:, columns])
-        weights = self.gate_up.filled_buffer(dy.device)
-        normed = self.normed(x2, weights)
-        if gate_up is None:
-            gate_up = self.project(normed, weights)
         gated_backward(hidden[:, columns], gate_up, self.intermediate, self.layer.activation)
         self.down.extend_input(hidden, of_down_weights)
         of_down = self.down.adapter_gradients(d_out, hidden)
-        del hidden, d_out, of_down_weights
+        del hidden, d_out, of_down_weights  # the widest there is, before what follows
+        if normed is None or weights is None:
+            weights = self.gate_up.filled_buffer(dy.device)
+            normed = self.normed(x2, weights)
         self.gate_up.extend_gradient(gate_up, weights)
         d_normed = self.gate_up.input_gradient(gate_up, weights)
-        gradients = self.gate_up.adapter_gradients(gate_up, normed) + of_down
-        return self.layer.mlp_norm.backward(d_normed, x2, add=dy, out=into), gradients
+        return d_normed, self.gate_up.adapter_gradients(gate_up, normed) + of_down
+
+    def add_backward(
+        self, d_normed: torch.Tensor, x2: torch.Tensor, dy: torch.Tensor, into: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The gradient of x2, in `into` if given."""
+        return self.layer.mlp_norm.backward(d_normed, x2, add=dy, out=into)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +15,20 @@ from steep.model.step_bytes import kept_bytes, training_bytes, work_bytes
 USED_SHARE = 0.92
 
 
-def levels_for(kept: Sequence[int], num_layers: int, tokens: int, budget: float) -> list[int]:
-    """The levels of `num_layers` layers that keep at most `budget` bytes for `tokens` tokens, as low as they can be:
-    of two neighbouring levels, the lower for as many of the last layers as fit. All at level 3 where not even that
-    fits."""
+def level_lists(num_layers: int) -> Iterator[list[int]]:
+    """Levels of all layers, from the least that is computed again to the most: of two neighbouring levels the lower one
+    for some of the last layers."""
     for low in LEVELS[:-1]:
-        each = kept[low] - kept[low + 1]
-        room = budget / tokens - num_layers * kept[low + 1]
-        if room >= 0:
-            lower = min(num_layers, int(room // each))
-            return [low + 1] * (num_layers - lower) + [low] * lower
-    return [LEVELS[-1]] * num_layers
+        for lower in range(num_layers, 0, -1):
+            yield [low + 1] * (num_layers - lower) + [low] * lower
+    yield [LEVELS[-1]] * num_layers
+
+
+def moments(levels: Sequence[int]) -> list[int]:
+    """The layers in whose backward pass a step may need the most memory: the last of each run of equal levels, since a
+    pass frees what its layer kept, and the first layer, after which all gradients are there."""
+    last = len(levels) - 1
+    return [index for index, level in enumerate(levels) if index in (0, last) or levels[index + 1] != level]
 
 
 def room_on_card(decoder: Any) -> float | None:
@@ -48,7 +51,8 @@ def levels_within(
     tokens: int,
     beside: int,
 ) -> list[int]:
-    """`levels_for` a room (`room_on_card`), less a layer's own work and what the head takes; level 0 without a card.
+    """The first of `level_lists` whose layers need no more than a room (`room_on_card`), less what the head takes; all
+    at level 3 where not even that fits, and at level 0 without a card.
 
     Args:
         layer: one of the decoder's.
@@ -56,5 +60,11 @@ def levels_within(
     """
     if room is None:
         return [LEVELS[0]] * num_layers
-    needed = work_bytes(layer, dtype, stream, LEVELS[-1], tokens) + beside
-    return levels_for(kept_bytes(layer, dtype, stream), num_layers, tokens, room - needed)
+    kept = [tokens * each for each in kept_bytes(layer, dtype, stream)]
+    work = [work_bytes(layer, dtype, stream, level, tokens) for level in LEVELS]
+
+    def needed(levels: list[int]) -> int:
+        return max(sum(kept[level] for level in levels[: i + 1]) + work[levels[i]] for i in moments(levels))
+
+    lists = level_lists(num_layers)
+    return next((levels for levels in lists if needed(levels) <= room - beside), [LEVELS[-1]] * num_layers)

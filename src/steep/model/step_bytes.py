@@ -28,7 +28,8 @@ def kept_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype) -> list[in
 
 def work_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype, level: int, tokens: int) -> int:
     """Bytes that a layer's backward pass takes beside what it kept, at its peak: weight buffers, rows that are computed
-    again, and gradients between them. In either half, whichever needs more."""
+    again, and gradients between them. The peak is in the half that needs more; see `MlpHalf.backward` and
+    `AttentionHalf.attend_backward`."""
     groups = [LoraGroup(group, dtype) for group in (layer.qkv, (layer.o,), layer.gate_up, (layer.down,))]
     qkv, o, gate_up, down = groups
     of_qkv, of_o, of_gate_up, of_down = (rows * columns for rows, columns in (group.buffer_shape for group in groups))
@@ -42,10 +43,15 @@ def work_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype, level: int
     if level >= 3:
         again += o.input_width
     residual = x * (2 if level >= 3 else 1)  # dy, and x2
-    in_mlp = of_o + (of_qkv if level >= 2 else 0) + of_gate_up + of_down
-    in_mlp += tokens * (down.gradient_width + down.input_width + gate_up.input_width)
-    in_mlp += tokens * gate_up.gradient_width if level >= 1 else 0
+    buffers = of_o + (of_qkv if level >= 2 else 0)
+    of_down += tokens * (down.gradient_width + down.input_width)
+    of_gate_up += tokens * gate_up.input_width
     in_attention = of_o + of_qkv + tokens * (o.gradient_width + o.input_width + qkv.gradient_width + qkv.outputs)
+    if level >= 1:
+        in_mlp = buffers + of_down + of_gate_up + tokens * gate_up.gradient_width
+    else:
+        in_mlp = buffers + max(of_down, of_gate_up + tokens * hidden)
+        in_attention -= tokens * gate_up.gradient_width  # which was kept
     sums = 4 * tokens * layer.attention.num_heads * layer.attention.head_dim  # of dq in fp32, in some backends
     return tokens * (again * dtype.itemsize + residual) + max(
         in_mlp * dtype.itemsize, in_attention * dtype.itemsize + sums + tokens * x

@@ -205,6 +205,7 @@ def _by_vocabulary(
             product(g, part, add=dx if first else None, out=dx)
         if dw is not None:
             _into(dw[first : first + chunk], g.t(), x)
+    del buffer, g  # before dX is there twice
     return losses, None if dx is None else dx.to(x_dtype), dw
 
 
