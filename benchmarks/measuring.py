@@ -20,14 +20,24 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def milliseconds(launch: Callable[[], object], launches: int = LAUNCHES) -> float:
-    """Median time of `launch` on the GPU, with nothing of its data in the second-level cache, between CUDA events."""
+def milliseconds(
+    launch: Callable[[], object], before: Callable[[], object] | None = None, launches: int = LAUNCHES
+) -> float:
+    """Median time of `launch` on the GPU, with nothing of its data in the second-level cache, between CUDA events.
+
+    Args:
+        before: called before each launch, and not timed: it puts back what a launch writes over. An op that runs on its
+            own results ends with zeros and NaN, on which a card is faster.
+    """
+    before = before or (lambda: None)
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     for _ in range(3):
+        before()
         launch()
     times = []
     for _ in range(launches):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before()
         flush.zero_()
         torch.cuda._sleep(1_000_000)  # so that the host is ahead, and its time for the launch is not counted
         start.record()

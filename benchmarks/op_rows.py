@@ -49,7 +49,8 @@ class Case:
     """One line of the table.
 
     Attributes:
-        ours: what is timed; it may change its own tensors again and again.
+        ours: what is timed.
+        before: what puts back the tensors that `ours` wrote over.
         result: our result of fresh inputs, which is compared with the reference's first output or gradient.
         reference: differentiable function of `inputs`; None: there is nothing to compare with.
         bytes, flops: that the op has to move or do.
@@ -72,6 +73,7 @@ class Case:
     adapters: tuple[torch.Tensor, ...] = ()
     cotangent: torch.Tensor | None = None
     liger: Rival | None = None
+    before: Callable[[], Any] | None = None
     times_reference: bool = True
 
 
@@ -148,7 +150,7 @@ def rope() -> Iterator[Case]:
     yield Case(
         "rope", f"{TOKENS} x ({HEADS} + {KV_HEADS}) x {HEAD_DIM}",
         ours=lambda: rope_forward(mine, cos, sin, HEADS, KV_HEADS, HEAD_DIM),
-        result=lambda: rope_forward(qkv.clone(), cos, sin, HEADS, KV_HEADS, HEAD_DIM),
+        before=lambda: mine.copy_(qkv), result=lambda: rope_forward(qkv.clone(), cos, sin, HEADS, KV_HEADS, HEAD_DIM),
         reference=lambda qkv, cos, sin: rope_reference(qkv, cos, sin, HEADS, KV_HEADS, HEAD_DIM),
         inputs=(qkv, cos, sin), bytes=moved,
         liger=function and Rival(function, (q, k, wide_cos, wide_sin), as_reference=joined),
@@ -212,12 +214,20 @@ def _gated(name: str, activation: Any) -> Iterator[Case]:
         gated_backward(dh.clone(), both, INTERMEDIATE, activation)
         return both
 
+    def backward() -> torch.Tensor:
+        gated_backward(my_dh, mine, INTERMEDIATE, activation)
+        return mine
+
+    def put_back() -> None:
+        my_dh.copy_(dh)
+        mine.copy_(gate_up)
+
     yield Case(
         f"{name} forward", ours=forward, result=forward, bytes=3 * 2 * out.numel(),
         liger=function and Rival(function, halves), **common,
     )  # fmt: skip
     yield Case(
-        f"{name} backward", ours=lambda: gated_backward(my_dh, mine, INTERMEDIATE, activation), result=gradient,
+        f"{name} backward", ours=backward, result=gradient, before=put_back,
         bytes=6 * 2 * out.numel(), direction="backward", cotangent=dh,
         liger=function and Rival(function, halves, (0, 1), lambda both: torch.cat(both, dim=1)), **common,
     )  # fmt: skip
@@ -305,6 +315,62 @@ def projection(outputs: int, inputs: int) -> Projection:
 def lora_flops(outputs: int, inputs: int) -> float:
     """Forward and backward of one projection: y and dX of the base and of the adapter, dA and dB."""
     return TOKENS * (4 * outputs * inputs + 6 * RANK * (outputs + inputs))
+
+
+def copy_rows() -> Iterator[Case]:
+    """Hidden states into the first columns of wider rows, and the adapters' columns of a weight buffer."""
+    from steep.ops.copy_rows import copy_rows
+
+    x, wider = random(TOKENS, HIDDEN), random(TOKENS, HIDDEN + RANK)
+
+    def ours() -> torch.Tensor:
+        copy_rows(x, wider[:, :HIDDEN])
+        return wider[:, :HIDDEN]
+
+    yield Case(
+        "copy_rows", f"{TOKENS} x {HIDDEN}, apart", ours=ours, result=ours, reference=lambda x: x.clone(), inputs=(x,),
+        bytes=2 * 2 * x.numel(),
+    )  # fmt: skip
+
+
+def lora_fill() -> Iterator[Case]:
+    """What stands beside W in the buffer of gate and up: s·B, A and zeros."""
+    from steep.ops.lora_fill import LoraFill
+    from steep.ops.lora_layout import layout_of
+
+    projections = [projection(INTERMEDIATE, HIDDEN) for _ in range(2)]
+    layout = layout_of(tuple([each.member() for each in projections]))
+    buffer = random(layout.gradient_width, layout.input_width)
+    tensors = [tensor.detach() for each in projections for tensor in each.tensors()]
+    fill = LoraFill(layout, tensors, [1.0, 2.0] * 2, [None, None])
+    place = layout.places[0]
+
+    def ours() -> torch.Tensor:
+        fill.write(buffer)
+        return buffer[place.outputs, place.low]
+
+    read, written = sum(tensor.numel() for tensor in tensors), buffer.numel() - 2 * INTERMEDIATE * HIDDEN
+    yield Case(
+        "lora_fill", f"2 x {INTERMEDIATE} x {HIDDEN}, rank {RANK}", ours=ours, result=ours,
+        reference=lambda b: b * 2, inputs=(tensors[1],), bytes=2 * (read + written),
+    )  # fmt: skip
+
+
+def lora_linear() -> Iterator[Case]:
+    """Forward and backward."""
+    from steep.ops.lora_linear import lora_linear, lora_linear_reference
+
+    down = projection(HIDDEN, INTERMEDIATE)
+    x, dy = random(TOKENS, INTERMEDIATE).requires_grad_(), random(TOKENS, HIDDEN)
+
+    def ours() -> Any:
+        return torch.autograd.grad(lora_linear(x, down), (x, *down.tensors()), dy)
+
+    yield Case(
+        "lora_linear both ways", f"{TOKENS} x {INTERMEDIATE} -> {HIDDEN}, rank {RANK}", ours=ours, result=ours,
+        reference=lambda x: lora_linear_reference(x, down), inputs=(x,), direction="both", cotangent=dy,
+        adapters=down.tensors(), flops=lora_flops(HIDDEN, INTERMEDIATE),
+    )  # fmt: skip
 
 
 def lora_qkv() -> Iterator[Case]:
@@ -448,6 +514,9 @@ ROWS: dict[str, Callable[[], Iterator[Case]]] = {
         linear_cross_entropy,
         nf4,
         int8,
+        copy_rows,
+        lora_fill,
+        lora_linear,
         lora_qkv,
         lora_mlp,
         adamw8bit,
