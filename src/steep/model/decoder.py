@@ -155,7 +155,7 @@ class FusedDecoder(nn.Module):
         inputs_embeds: torch.Tensor | None,
         document_lengths: Sequence[int] | None,
     ) -> torch.Tensor:
-        """The last hidden states [B, L, H], zero where a row is padded."""
+        """The last hidden states [B, L, H] in the residual stream's dtype, zero where a row is padded."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
         refuse_last_norm(self)
@@ -198,9 +198,7 @@ class FusedDecoder(nn.Module):
             hidden_states = module(hidden_states, batch=batch, fused=self.fused, layer=layer)
         traits = self.layers[0].traits
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return rms_norm(hidden_states, self.norm.weight, eps_of(self.norm), unit_offset=traits.unit_offset).to(
-                dtype
-            )
+            return rms_norm(hidden_states, self.norm.weight, eps_of(self.norm), unit_offset=traits.unit_offset)
 
     def _read(self) -> Iterable[Layer | None]:
         """Every layer: the first now, each other when its turn has come, so that the GPU has work while it is read. But

@@ -94,7 +94,7 @@ class Gemma2Model(FusedDecoder, gemma2.Gemma2Model):
 
 
 class Gemma2ForCausalLM(FusedCausalLM, gemma2.Gemma2ForCausalLM):
-    pass
+    caps_logits = True
 
 
 class Gemma3DecoderLayer(FusedLayer, gemma3.Gemma3DecoderLayer):
@@ -106,7 +106,7 @@ class Gemma3TextModel(FusedDecoder, gemma3.Gemma3TextModel):
 
 
 class Gemma3ForCausalLM(FusedCausalLM, gemma3.Gemma3ForCausalLM):
-    pass
+    caps_logits = True
 
 
 class InstalledAdapters(Walked):

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from steep.model.fused import Fused
 from steep.model.original_module import OriginalHead
-from steep.model.projections import Unfused, in_use, refuse_hooks
+from steep.model.projections import Unfused, compute_dtype, in_use, refuse_hooks
 from steep.model.refusals import library_class_of, refuse_patch
 from steep.model.step_bytes import loss_bytes, training_bytes
 from steep.model.walked import Walked
@@ -23,8 +23,13 @@ IGNORED = -100
 
 
 class FusedCausalLM(Walked):
-    """A causal LM whose decoder is a `FusedDecoder`: given labels it gives a loss, and no logits unless asked to."""
+    """A causal LM whose decoder is a `FusedDecoder`: given labels it gives a loss, and no logits unless asked to.
 
+    Attributes:
+        caps_logits: its family caps them by the config's `final_logit_softcapping`, which others may hold for nothing.
+    """
+
+    caps_logits = False
     fused: Fused
     config: Any
     model: Any
@@ -80,21 +85,22 @@ class FusedCausalLM(Walked):
             self.fused.beside, self.fused.beside_for = self._bytes_of_head(head, tokens), tokens
         calls = self.fused.calls
         outputs = self.model(**kwargs, return_dict=True)
-        hidden_states = outputs.last_hidden_state
+        others = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
+        hidden_states, is_fused = outputs.last_hidden_state, self.fused.calls > calls
+        del outputs  # hidden states that are converted below need not live until the loss is made
         if shift_labels is None:
             assert labels is not None
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        if attention_mask is not None and self.fused.calls > calls:
+        if attention_mask is not None and is_fused:
             shift_labels = self._without_padding(shift_labels, attention_mask, ignore_index)
         _check_labels(shift_labels, len(head), ignore_index)
-        device = hidden_states.device.type
-        if torch.is_autocast_enabled(device):  # the library's forward may have given fp32
-            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         if not (self.training or torch.is_grad_enabled() or self.fused.logits):
             self.fused.say_once(
                 "a call with labels gives no logits (install(model, logits=True) does, for compute_metrics)", fused=True
             )
-        softcap = getattr(self.config, "final_logit_softcapping", None)
+        softcap = self.config.final_logit_softcapping if self.caps_logits else None
+        logits = self._logits(hidden_states, softcap) if self.fused.logits else None
+        hidden_states = hidden_states.to(self._dtype_of_products(hidden_states, is_fused))
         loss = linear_cross_entropy(
             hidden_states.flatten(0, 1),
             head,
@@ -104,14 +110,15 @@ class FusedCausalLM(Walked):
             softcap=softcap,
             way=self.fused.loss_way,
         )
-        output = CausalLMOutputWithPast(
-            loss=loss,  # pyright: ignore[reportArgumentType]
-            logits=self._logits(hidden_states, softcap) if self.fused.logits else None,  # pyright: ignore[reportArgumentType]
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **others)  # pyright: ignore[reportArgumentType]
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _dtype_of_products(self, hidden_states: torch.Tensor, is_fused: bool) -> torch.dtype:
+        """Of the head: that of the layers, or after the library's forward what the library would take."""
+        if is_fused:
+            return compute_dtype(self.model.layers[0].mlp.down_proj, hidden_states)
+        device = hidden_states.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
 
     def _without_padding(self, labels: torch.Tensor, attention_mask: torch.Tensor, ignore_index: int) -> torch.Tensor:
         """Padded places have no hidden states here: what is to be predicted from there is ignored, and said."""
