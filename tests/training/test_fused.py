@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch.utils.data import Subset
 
+from steep import ranks
+from steep.data.packed_dataset import collate
 from steep.data.packing import Corpus
 from steep.errors import UserError
 from steep.model.attention_half import AttentionHalf
@@ -17,9 +21,12 @@ from steep.model.choices import choices_of
 from steep.model.install import fused_of, install
 from steep.model.unwrap import unwrap
 from steep.model.walked import Walked
+from steep.ops.packing import Packing
 from steep.training.adamw8bit import AdamW8bit
 from steep.training.arguments import TrainingArguments
 from steep.training.checkpoint import read_choices
+from steep.training.fused import gradients_summed_in_fp32
+from steep.training.guard import GoBack
 from steep.training.trainer import Trainer
 from tests.training.helpers import AtStep, adapted, arguments, losses, trainer_for
 
@@ -134,6 +141,119 @@ def test_else_gradients_have_the_dtype_of_their_weights(
         model, corpus, tmp_path, optim=optim, gradient_accumulation_steps=accumulation
     )  # adamw_torch takes gradients of its weights' dtype only
     assert {gradient.dtype for gradient in found.values()} == {BF16}
+
+
+def bf16() -> Any:
+    return install(adapted(trained_dtype="bf16").to(BF16))
+
+
+def kept_in(model: Any) -> set[Any]:
+    """The dtypes that autograd keeps gradients in."""
+    return {parameter.grad_dtype for parameter in model.parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_any_optimizer_can_train_the_model_afterwards(broken_off: bool, corpus: Corpus, tmp_path: Path) -> None:
+    """Also where a step was broken off and has left gradients."""
+
+    class Interrupts(transformers.TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert kept_in(model) == {torch.float32}
+            if broken_off and state.global_step == 1:
+                assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained)
+                raise KeyboardInterrupt
+
+    model = bf16()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainer = trainer_for(
+        model, corpus, tmp_path / "first", optim="adamw_8bit", max_steps=2, gradient_accumulation_steps=2
+    )
+    trainer.add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt) if broken_off else nullcontext():
+        trainer.train()
+    assert kept_in(model) == {BF16} and all(parameter.grad is None for parameter in trained)
+    rows = [{name: corpus.train[row][name] for name in ("input_ids", "labels")} for row in range(2)]
+    for fused_step in (False, True):
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=not fused_step, fused=fused_step)
+        model(**{name: value[None] for name, value in rows[0].items()}).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "second"), max_steps=1, optim="adamw_torch", report_to="none", use_cpu=True,
+        save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    transformers.Trainer(model=model, args=args, train_dataset=rows).train()  # pyright: ignore[reportArgumentType]
+
+
+def test_a_run_that_goes_back_adds_up_in_fp32_until_its_end(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = bf16(), []
+    trainer = trainer_for(
+        model, corpus, tmp_path, optim="adamw_8bit", max_steps=4, gradient_accumulation_steps=2,
+        save_strategy="steps", save_steps=1, spike_action="rollback",
+    )  # fmt: skip
+    judge, spikes = trainer.guard.judge, iter([GoBack(3)])
+
+    def judged(step: int, *given: Any) -> Any:
+        seen.append((step, kept_in(model)))
+        if step == 3 and (spike := next(spikes, None)):
+            raise spike
+        return judge(step, *given)
+
+    monkeypatch.setattr(trainer.guard, "judge", judged)
+    trainer.train()
+    assert seen == [(step, {torch.float32}) for step in (1, 2, 3, 3, 4)]
+    assert kept_in(model) == {BF16}
+
+
+def test_gradients_from_before_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses another dtype while there is a gradient. DDP's are in the weights' own."""
+    model = bf16()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained[0].grad_dtype = None  # what a caller chose comes back
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = AdamW8bit(trained)
+    with gradients_summed_in_fp32(model, optimizer, 2):
+        assert kept_in(model) == {torch.float32}
+    assert [parameter.grad_dtype for parameter in trained] == [None] + [BF16] * (len(trained) - 1)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    with gradients_summed_in_fp32(model, optimizer, 2):
+        assert kept_in(model) == {None, BF16}
+
+
+# ---- where documents lie
+
+
+@pytest.mark.parametrize("logits", [None, True, False])
+def test_packed_rows_can_be_evaluated(logits: bool | None, corpus: Corpus, tmp_path: Path) -> None:
+    """transformers passes on all that the collator gives."""
+    model = adapted() if logits is None else fused(logits=logits)
+    trainer, rows = trainer_for(model, corpus, tmp_path), Subset(corpus.train, range(3))
+    batch = {name: value for name, value in collate([*rows]).items() if isinstance(value, torch.Tensor)}
+    with torch.no_grad():
+        expected = float(model.eval()(**batch, use_cache=False).loss)
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    predicted: Any = trainer.predict(rows)  # pyright: ignore[reportArgumentType]
+    assert predicted.metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
+    assert predicted.label_ids.shape == batch["labels"].shape
+    assert logits is False or predicted.predictions.shape[:2] == batch["labels"].shape
+
+
+def test_the_host_need_not_ask_where_documents_lie(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would read positions back, and so wait for all that the GPU has to do, in each micro-batch."""
+    asked = []
+    original = Packing.from_positions
+    monkeypatch.setattr(Packing, "from_positions", lambda positions: (asked.append(positions), original(positions))[1])
+    model = fused()
+    trainer = trainer_for(model, corpus, tmp_path, max_steps=2, gradient_accumulation_steps=2)
+    trainer.train()
+    assert fused_of(model).calls == 4 and not asked
+    trainer.evaluate(Subset(corpus.train, range(2)))
+    assert fused_of(model).calls == 5 and not asked
 
 
 # ---- recomputation

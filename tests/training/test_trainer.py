@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.utils.data import Subset
 
 from steep.data.packed_dataset import collate
 from steep.data.packing import Corpus
@@ -256,13 +257,14 @@ def test_rows_are_one_packed_sequence_for_flash_attention(
                 _attn_implementation_internal="flash_attention_2" if flash else "sdpa"))
         )  # fmt: skip
         trainer.train()
-        losses_seen.append(losses(trainer))
+        config.__dict__["_attn_implementation_internal"] = "flash_attention_2" if flash else "sdpa"
+        scored = trainer.evaluate(Subset(corpus.train, range(3)))["eval_loss"]
+        losses_seen.append(losses(trainer) | {3: scored})
 
     look(flash=False)
     look(flash=True)
     length = trainer.corpus.train.max_length if trainer.corpus else 0
-    assert set(shapes[0].values()) == {(3, length)}
-    assert set(shapes[2].values()) == {(1, 3 * length)}
+    assert [{*shape.values()} for shape in shapes] == [{(3, length)}] * 3 + [{(1, 3 * length)}] * 3
     assert losses_seen[1] == pytest.approx(losses_seen[0], rel=1e-5)
 
 

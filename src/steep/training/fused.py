@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,13 +44,29 @@ def check_logits(model: Any, args: Any, **asked: Any) -> None:
             logger.warning("the loss is not fused, and a batch's logits exist whole: %s needs them", name)
 
 
-def sum_gradients_in_fp32(model: Any, optimizer: Any, micro_batches: int) -> None:
-    """Let a fused model's bf16 weights have gradients in fp32 where several micro-batches are added up: each would
+@contextmanager
+def gradients_summed_in_fp32(model: Any, optimizer: Any, micro_batches: int) -> Iterator[None]:
+    """Within, a fused model's bf16 weights have gradients in fp32 where several micro-batches are added up: each would
     round the sum once. A single one is rounded once anyway. Other optimizers than `AdamW8bit` take gradients in their
     weights' dtype only; so does DDP.
+
+    Afterwards any optimizer can train the model: the gradients of a step that was broken off are gone.
     """
     in_fp32 = micro_batches > 1 and is_installed(model) and isinstance(optimizer, AdamW8bit) and ranks.world_size() == 1
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
-            parameter.grad = None
-            parameter.grad_dtype = torch.float32 if in_fp32 else parameter.dtype
+    before = {
+        parameter: parameter.grad_dtype
+        for parameter in model.parameters()
+        if in_fp32 and parameter.requires_grad and parameter.dtype == torch.bfloat16
+    }
+    for parameter in before:
+        _keep_gradient_in(parameter, torch.float32)
+    try:
+        yield
+    finally:
+        for parameter, dtype in before.items():
+            _keep_gradient_in(parameter, dtype)
+
+
+def _keep_gradient_in(parameter: torch.Tensor, dtype: torch.dtype | None) -> None:
+    parameter.grad = None  # torch refuses a dtype that the gradient which is there does not have
+    parameter.grad_dtype = dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
 from steep.training.counting import COUNTS, Counting
 from steep.training.deterministic import deterministic
-from steep.training.fused import check_logits, sum_gradients_in_fp32
+from steep.training.fused import check_logits, gradients_summed_in_fp32
 from steep.training.gradients import GradientReport, measure_and_clip
 from steep.training.groups import parameter_groups
 from steep.training.guard import GoBack, Guard, Outcome
@@ -105,6 +106,7 @@ class Trainer(Counting):
         self.evaluations: list[list[DomainScore]] = []
         self.guard = Guard(args, self._described)
         self._judged = False
+        self._until_trained = ExitStack()
         self._gradients: GradientReport | None = None
         self._losses_of_step: list[torch.Tensor] = []
         self._outcome = Outcome.APPLIED
@@ -183,7 +185,9 @@ class Trainer(Counting):
         if self.resumed_state is None:
             parallel.draw_apart(self.args.seed)
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        sum_gradients_in_fp32(self.model, self._own_optimizer, self.args.gradient_accumulation_steps)
+        self._until_trained.enter_context(
+            gradients_summed_in_fp32(self.model, self._own_optimizer, self.args.gradient_accumulation_steps)
+        )
         proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
         self._begin_step()
         self._losses_of_step.clear()
@@ -222,19 +226,29 @@ class Trainer(Counting):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch. The loss that goes back to transformers is zero where it is not finite, since its running
         sum would stay NaN for ever; what is reported is counted here."""
-        rows, lengths = inputs.pop("row", None), inputs.pop("document_lengths", None)
+        rows = inputs.get("row")
         if self.corpus is not None and rows is not None:
             self._note_rows(rows)
-            inputs = self._as_packed(inputs)
         if self.state.global_step + 1 in self.guard.skip_list:
             return torch.zeros((), device=self.args.device)
         if self.corpus is None or rows is None:
             self._note_tokens(inputs)
-        if lengths is not None and is_installed(self.model):
-            inputs["document_lengths"] = lengths.tolist()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, self._for_model(inputs), num_items_in_batch)
         self._losses_of_step.append(loss)
         return torch.where(torch.isfinite(loss), loss, 0.0)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(model, self._for_model(inputs), *args, **kwargs)
+
+    def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch as the model takes it: what `collate` adds to its tensors is for the ledger and the fused forward."""
+        inputs = {**inputs}
+        rows, lengths = inputs.pop("row", None), inputs.pop("document_lengths", None)
+        if self.corpus is not None and rows is not None:
+            inputs = self._as_packed(inputs)
+        if lengths is not None and is_installed(self.model):
+            inputs["document_lengths"] = lengths.tolist()
+        return inputs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """transformers' estimate, which is by the token, without counting all parameters at each step."""
@@ -364,6 +378,7 @@ class Trainer(Counting):
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._forget_ahead()
+            self._until_trained.close()
         assert self.proof is not None
         self.proof.judge()
         changed = self.proof.changed_frozen()
