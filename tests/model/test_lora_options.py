@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 
-from steep.model.install import install, why_not_fused
+from steep.errors import UserError
+from steep.model.install import fused_of, install, uninstall, why_not_fused
+from steep.model.load import load
 from steep.model.unwrap import unwrap
 from tests.model.test_fused import EXACT, loss_and_gradients, packed
 from tests.ops.closeness import error
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny, tiny_model
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -36,7 +39,7 @@ FUSED: dict[str, dict[str, Any]] = {
 # Fields that change what is computed: the reason that is given, and whether only the head goes through the library.
 BY_NAME: dict[str, tuple[dict[str, Any], str]] = {
     "lora_dropout": ({"lora_dropout": 0.1}, "dropout"),
-    "bias": ({"bias": "all"}, "trains its own weight"),
+    "bias": ({"bias": "all"}, "layer 0 trains self_attn.q_proj.base_layer.bias"),
     "use_dora": ({"use_dora": True}, "Dora"),
     "lora_bias": ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias"),
     "target_parameters": ({"target_modules": [], "target_parameters": ["gate_proj.weight"]}, "ParamWrapper"),
@@ -133,6 +136,28 @@ def test_adapters_on_the_embeddings(
     assert unwrap(model).fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
     assert (reason or "") in caplog.text
     assert bool(reason) == ("goes through the whole logits" in caplog.text)
+
+
+@pytest.mark.parametrize("base", ["fp32", "int8", "nf4"])
+def test_whatever_else_trains_in_a_layer_is_named(
+    base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Computed fused, it would get no gradient, and nothing would show."""
+    model, _ = load(str(save_tiny("qwen2", tmp_path, hidden_size=128)), base=base, compute_dtype="fp32")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, config).train()
+    layer = unwrap(model).model.layers[1]
+    names = [name for name, each in layer.named_parameters() if each.is_floating_point() and "lora" not in name]
+    assert {"self_attn.q_proj.base_layer.bias", "self_attn.k_proj.bias", "input_layernorm.weight"} <= set(names)
+    for name in names:
+        install(model)
+        parameter = layer.get_parameter(name).requires_grad_()
+        loss_and_gradients(model, packed())  # whatever trains has one
+        assert fused_of(model).calls == 0 and f"layer 1 trains {name}" in caplog.text
+        uninstall(model)
+        with pytest.raises(UserError, match=f"layer 1 trains {name}"):
+            install(model)
+        parameter.requires_grad_(False)
 
 
 def test_variants_that_peft_makes_later_are_named() -> None:

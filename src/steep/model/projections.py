@@ -48,15 +48,13 @@ def projection(module: Any, name: str) -> Projection:
 
 
 def base_weight(module: Any, name: str) -> BaseWeight:
-    """The frozen weight of a plain or quantised `nn.Linear`."""
+    """The weight of a plain or quantised `nn.Linear`."""
     if isinstance(module, Linear8bitLt):
         weight: Any = module.weight
         stored: Any = module.state if weight.CB is None else weight
         return Int8Weight(stored.CB, stored.SCB)
     if not isinstance(module, nn.Linear):
         raise Unfused(f"{name} is a {type(module).__name__}")
-    if module.weight.requires_grad or (module.bias is not None and module.bias.requires_grad):
-        raise Unfused(f"{name} trains its own weight")
     if isinstance(module, Linear4bit):
         return _nf4(module.weight)
     if type(module) is not nn.Linear:

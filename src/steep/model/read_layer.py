@@ -46,7 +46,7 @@ def read_layer(module: Any, traits: Traits) -> Layer:
     """The tensors of a decoder layer as they are now: PEFT may switch adapters on and off between two calls.
 
     Raises:
-        Unfused: the layer holds what the block does not compute.
+        Unfused: the layer holds what the block does not compute, or trains what it gives no gradient.
     """
     try:
         return _read(module, traits)
@@ -67,8 +67,6 @@ def _read(module: Any, traits: Traits) -> Layer:
 
     def norm(part: Any) -> Norm:
         refuse_class(part, owner)
-        if part.weight.requires_grad:
-            raise Unfused(f"{name} trains its norms")
         return Norm(part.weight, eps_of(part), traits.unit_offset)
 
     def linear(part: Any, last: str) -> Any:
@@ -90,7 +88,7 @@ def _read(module: Any, traits: Traits) -> Layer:
         window = config.sliding_window if attention.layer_type == "sliding_attention" else None
         if attention.sliding_window != window:
             raise Unfused(f"{name} has another window than its config")
-    return Layer(
+    layer = Layer(
         attention_norm=norm(module.input_layernorm),
         qkv=(linear(attention, "q_proj"), linear(attention, "k_proj"), linear(attention, "v_proj")),
         attention=Attention(
@@ -111,3 +109,7 @@ def _read(module: Any, traits: Traits) -> Layer:
         mlp_out_norm=norm(module.post_feedforward_layernorm) if traits.norms_added else None,
         activation=activation,
     )
+    for path, parameter in module.named_parameters():  # last: what is of another kind is named above
+        if parameter.requires_grad and ".lora_" not in path:  # adapters that are not active train nothing
+            raise Unfused(f"{name} trains {path}")
+    return layer
