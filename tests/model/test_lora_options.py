@@ -139,9 +139,7 @@ def test_adapters_on_the_embeddings(
 
 
 @pytest.mark.parametrize("base", ["fp32", "int8", "nf4"])
-def test_whatever_else_trains_in_a_layer_is_named(
-    base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_whatever_else_trains_in_a_layer_is_named(base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Computed fused, it would get no gradient, and nothing would show."""
     model, _ = load(str(save_tiny("qwen2", tmp_path, hidden_size=128)), base=base, compute_dtype="fp32")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")

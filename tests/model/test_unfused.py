@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
-from peft import AdaptionPromptConfig, get_peft_model
+from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import AdaptionPromptConfig, CartridgeConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -20,6 +22,7 @@ import steep
 from steep.errors import UserError
 from steep.model import decoder as decoder_of_steep
 from steep.model import install as installing
+from steep.model import loss as loss_of_steep
 from steep.model import reading
 from steep.model.families import fused_class
 from steep.model.install import fused_of, install, is_installed, uninstall, why_not_fused
@@ -152,6 +155,52 @@ def test_a_causal_lm_whose_forward_was_replaced(monkeypatch: pytest.MonkeyPatch)
     assert unwrap(model)(**packed()) == "mine"
 
 
+def hooked(module: Any) -> None:
+    add_hook_to_module(module, ModelHook())
+
+
+def in_autocast(module: Any) -> None:
+    """As accelerate prepares a model."""
+    module.forward = MethodType(torch.autocast("cpu", torch.bfloat16)(module.forward.__func__), module)
+
+
+@pytest.mark.parametrize("replace", [hooked, in_autocast])
+def test_a_decoder_whose_own_forward_was_replaced(replace: Callable[[Any], None]) -> None:
+    """Before, it would be called in place of the fused one; later, it is around that."""
+    model = adapted(tiny_model("llama"))
+    replace(unwrap(model).model)
+    with pytest.raises(UserError, match="the forward of the decoder was replaced"):
+        install(model)
+    assert not is_installed(model)
+    model = install(adapted(tiny_model("llama")))
+    replace(unwrap(model).model)
+    assert model(**packed(), use_cache=False).loss.isfinite() and fused_of(model).calls == 1
+
+
+@pytest.mark.parametrize("replace", [hooked, in_autocast])
+def test_a_causal_lm_whose_own_forward_was_replaced(
+    replace: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, losses = loss_of_steep.linear_cross_entropy, []
+    monkeypatch.setattr(
+        loss_of_steep,
+        "linear_cross_entropy",
+        lambda *given, **options: losses.append(own(*given, **options)) or losses[-1],
+    )
+    later = install(adapted(tiny_model("llama")))
+    replace(unwrap(later))
+    loss = later(**packed(), use_cache=False).loss
+    assert fused_of(later).calls == len(losses) == 1
+    install(later, levels=1)
+    assert not caplog.text
+    before = adapted(tiny_model("llama"))
+    replace(unwrap(before))
+    install(before)
+    assert abs(before(**packed(), use_cache=False).loss - loss) < 1e-2 * loss
+    assert fused_of(before).calls == len(losses) == 1  # its layers are fused
+    assert "the loss is not fused: the forward of the causal LM was replaced" in caplog.text
+
+
 def test_adapters_of_another_kind_are_refused_by_name() -> None:
     model = get_peft_model(
         tiny_model("llama"),
@@ -159,6 +208,27 @@ def test_adapters_of_another_kind_are_refused_by_name() -> None:
     )
     with pytest.raises(UserError, match="AdaptedAttention"):
         install(model)
+
+
+@pytest.mark.parametrize("config", [PrefixTuningConfig, CartridgeConfig])
+def test_keys_and_values_that_are_learned_are_refused_by_name(config: Any) -> None:
+    """PEFT hands them to each call as a cache, which in training is an error of the caller's."""
+    model = tiny_model("llama").requires_grad_(False)
+    model = get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(UserError, match=f"{model.peft_config['default'].peft_type.value} trains what a key-value"):
+        install(model)
+    assert not is_installed(model)
+
+
+def test_a_prompt_that_is_learned_is_fused() -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)  # pyright: ignore[reportArgumentType]
+    model = get_peft_model(tiny_model("llama").requires_grad_(False), config).train()
+    batch = {name: packed()[name] for name in ("input_ids", "labels")}
+    expected, truth = loss_and_gradients(model, batch)
+    loss, gradients = loss_and_gradients(install(model), batch)
+    assert fused_of(model).calls == 1 and len(gradients) == 1
+    assert abs(loss - expected) <= EXACT * expected
+    assert max(error(gradients[name], truth[name]) for name in truth) <= EXACT
 
 
 def test_a_weight_that_cannot_be_read_is_refused_by_name() -> None:

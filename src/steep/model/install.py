@@ -18,9 +18,9 @@ from steep.model.families import FUSED, fused_class, library_class
 from steep.model.fused import Fused
 from steep.model.loss import FusedCausalLM
 from steep.model.machine import why_not_here
-from steep.model.projections import Unfused
+from steep.model.projections import Unfused, refuse_own_forward
 from steep.model.read_layer import read_layer
-from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_last_norm
+from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_last_norm, refuse_prefixes
 from steep.model.unwrap import unwrap
 
 
@@ -54,9 +54,12 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
             raise UserError(
                 "levels", f"{levels} are no levels of {num_layers} layers", "Give one from 0 to 3, or one for each."
             )
+    replaced = not is_installed(model) and "forward" in vars(base)  # later, it is around the fused one
     base.fused = decoder.fused = Fused(levels=levels, logits=logits)
     for module in (*_modules(base), model):
         module.__class__ = fused_class(type(module)) or type(module)
+    if replaced:
+        base.fused.say_once("the loss is not fused: the forward of the causal LM was replaced", fused=True)
     if any(_drops(module) for module in decoder.layers.modules()):  # not now: in training mode that is refused
         base.fused.say_once("it has dropout: what is evaluated is fused, and training will not be", fused=True)
     return model
@@ -108,6 +111,8 @@ def why_not_fused(model: Any) -> str | None:
         known = ", ".join(fused.__name__ for fused in FUSED if issubclass(fused, FusedCausalLM))
         return f"{type(base).__name__} is not one of {known}"
     try:
+        refuse_prefixes(model)
+        refuse_own_forward(decoder, "the decoder")
         refuse_config(decoder.config, decoder.layers)
         for number, layer in enumerate(decoder.layers):
             fused = fused_class(type(layer))

@@ -92,6 +92,11 @@ def refuse_hooks(module: nn.Module, name: str, *, but: str | None = None) -> Non
     sources = (getattr(hook, "__module__", None) or "" for hooks in hooks_of(module) for hook in hooks.values())
     if any(not (source == _RECORDING or (but and source.startswith(but))) for source in sources):
         raise Unfused(f"{name} has hooks")
+    refuse_own_forward(module, name)
+
+
+def refuse_own_forward(module: nn.Module, name: str) -> None:
+    """One that was set on `module` itself comes before its class's, whatever class is set."""
     if "forward" in module.__dict__:
         raise Unfused(f"the forward of {name} was replaced")
 

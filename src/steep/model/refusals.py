@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import PeftModel, PeftType
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from steep.model.projections import Unfused, refuse_hooks
@@ -29,6 +30,16 @@ def refuse_config(config: Any, layers: Any) -> None:
     function = getattr(function, "func", function)  # of a kernel from the hub, a partial
     if name not in (None, "eager") and not getattr(function, "__module__", "").startswith("transformers."):
         raise Unfused(f"its attention is {name}, which is none of transformers' own")
+
+
+def refuse_prefixes(model: Any) -> None:
+    """
+    Raises:
+        Unfused: PEFT hands its learned keys and values to each call, in a key-value cache.
+    """
+    for config in model.peft_config.values() if isinstance(model, PeftModel) else ():
+        if config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE):
+            raise Unfused(f"{PeftType(config.peft_type).value} trains what a key-value cache holds")
 
 
 def refuse_hooks_of_layer(layer: Any, name: str) -> None:
