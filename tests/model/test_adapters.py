@@ -63,6 +63,25 @@ def test_adapters_begin_as_pefts_and_alike_for_a_seed(use_dora: bool) -> None:
             torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight.flatten(), length)
 
 
+@pytest.mark.parametrize("start", [True, "pissa"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_matrix_is_drawn_once_and_not_where_a_checkpoint_brings_it(
+    start: bool | str, resumed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, sizes, uniform = tiny_model("llama"), [], torch.Tensor.uniform_
+    monkeypatch.setattr(
+        torch.Tensor,
+        "uniform_",
+        lambda self, *given, **how: (sizes.append(self.numel()), uniform(self, *given, **how))[1],
+    )
+    layers = lora_layers(add_adapters(base, r=8, init_lora_weights=start, resumed=resumed)).values()
+    assert sizes == ([] if resumed else [layer.lora_A["default"].weight.numel() for layer in layers])
+    for layer in layers:
+        assert len(layer.lora_A) == (1 if start is True else 2)
+        for part in [*layer.lora_A.values(), *(layer.lora_B.values() if resumed else ())]:
+            assert bool(part.weight.any()) is not resumed
+
+
 def test_opening_an_adapter_draws_nothing(tmp_path: Path) -> None:
     save_adapter(add_adapters(tiny_model("llama"), r=8), tmp_path)
     base = tiny_model("llama")

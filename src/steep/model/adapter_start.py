@@ -19,11 +19,22 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from steep.errors import UserError
 from steep.model.base_tensors import BaseTensors
 
 ADAPTER, START = "default", "start"  # names of adapters in PEFT's sense
+
+
+class NotInitialised(TorchFunctionMode):
+    """New weights keep what was in their memory: torch draws those of each linear layer, and PEFT draws half of them
+    once more, which takes seconds at a high rank."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.init.kaiming_uniform_:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def best_factors(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,8 +91,10 @@ def add_frozen_start(model: PeftModel) -> None:
     config = model.peft_config[ADAPTER]
     assert isinstance(config, LoraConfig)
     config = replace(config, modules_to_save=None, ensure_weight_tying=False)
-    model.add_adapter(START, config, autocast_adapter_dtype=False)
+    with NotInitialised():
+        model.add_adapter(START, config, autocast_adapter_dtype=False)
     for _, layer in _layers(model):
+        layer.lora_A[START].weight.data.zero_()
         layer.set_adapter([ADAPTER, START])
         for side in (layer.lora_A, layer.lora_B):
             side[START].to(side[ADAPTER].weight.dtype).requires_grad_(False)

@@ -15,7 +15,6 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from steep.errors import UserError, did_you_mean
 from steep.foreign import told_as_input
@@ -23,6 +22,7 @@ from steep.model.adapter_config import read_adapter_config
 from steep.model.adapter_start import (
     ADAPTER,
     START,
+    NotInitialised,
     add_frozen_start,
     has_frozen_start,
     join,
@@ -139,7 +139,7 @@ def add_adapters(
         init_lora_weights: True (B begins at zero), ``"pissa"`` or ``"loftq"``: see `steep.model.adapter_start`.
         use_dora: train each output row's length apart from its direction (Liu et al. 2024).
         trained_dtype: ``fp32`` or ``bf16``, of everything that trains.
-        resumed: leave out the work of `init_lora_weights`, whose values a checkpoint will replace.
+        resumed: leave A at zero too, and out the work of `init_lora_weights`: a checkpoint will bring all values.
 
     Returns:
         A plain `peft.PeftModel`.
@@ -173,7 +173,7 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     peft_model = _wrapped(model, config, trained_dtype)
-    _begin(peft_model)
+    _begin(peft_model, resumed=resumed)
     if resumed and init_lora_weights == "pissa":
         add_frozen_start(peft_model)
     elif not resumed and init_lora_weights == "pissa":
@@ -200,7 +200,7 @@ def open_adapter(model: Any, folder: Path, *, trained_dtype: str = "fp32", field
 
 def _wrapped(model: Any, config: LoraConfig, trained_dtype: str) -> PeftModel:
     """`model` with adapters whose A is still to come, but for DoRA's: from A times a B of zeros it takes lengths."""
-    with nullcontext() if config.use_dora else _NotInitialised():
+    with nullcontext() if config.use_dora else NotInitialised():
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     dtype = DTYPES[trained_dtype]
     for parameter in peft_model.parameters():
@@ -209,23 +209,15 @@ def _wrapped(model: Any, config: LoraConfig, trained_dtype: str) -> PeftModel:
     return peft_model
 
 
-class _NotInitialised(TorchFunctionMode):
-    """New weights keep what was in their memory: torch draws those of each linear layer, and PEFT draws half of them
-    once more, which takes seconds at a high rank."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.init.kaiming_uniform_:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def _begin(model: PeftModel) -> None:
+def _begin(model: PeftModel, *, resumed: bool) -> None:
     """Give every adapter PEFT's own beginning: B is zero by now; A is drawn on the CPU, so that a seed is the same on
-    each card."""
+    each card. Where a checkpoint will bring it, it is zero: a NaN in its memory would be one times a B of zeros too."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             a: Any = module.lora_A[ADAPTER].weight
-            if not a.is_meta:
+            if resumed:
+                a.data.zero_()
+            elif not a.is_meta:
                 drawn = torch.empty(a.shape, dtype=torch.float32, device="cpu")
                 a.data.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)))
 
