@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -289,14 +290,46 @@ def to_dense(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return dense
 
 
-@pytest.mark.parametrize("softcap", [None, SOFTCAP])
-def test_flex_attention_without_a_gpu(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced and run by torch's plain form: documents, windows, soft cap, the backward too; one graph for them all."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(attention_flex.packed_flex, fullgraph=True, backend=counter)
-    monkeypatch.setattr(attention_flex, "_compiled", lambda: compiled)
+def flex_without_a_gpu(monkeypatch: pytest.MonkeyPatch, backend: str) -> Any:
+    """Let it be traced and run by torch's plain form; the counter of what is compiled."""
+    torch._dynamo.reset()  # it remembers which lengths vary, and compiles less
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    monkeypatch.setattr(attention_flex, "_compiled", cache(attention_flex._compiled.__wrapped__))
     # torch has no kernel of the backward for a CPU, and refuses before it would take its plain form
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    return counter
+
+
+@pytest.mark.parametrize("of", ["heads", "soft caps"])
+def test_flex_attention_serves_many_models_in_one_process(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than eight compilations, at which torch stops."""
+    counter = flex_without_a_gpu(monkeypatch, "eager")
+    heads = [((4, 2), 16), ((8, 4), 32), ((9, 3), 16), ((4, 4), 16)] if of == "heads" else [((4, 2), 16)] * 4
+    caps = [None] * 4 if of == "heads" else [None, 0.5, 0.7, 0.9]
+    for (shape, head_dim), softcap in zip(heads, caps, strict=True):
+        options: dict[str, Any] = {"scale": head_dim**-0.5, "softcap": softcap}
+        for tokens in (130, 200, 127):  # torch compiles for each
+            packing = Packing.from_lengths([tokens - 50, 50], "cpu")
+            q, k, v, _ = draw(tokens, shape, head_dim, torch.float32)
+            out, _ = attention_forward(q, k, v, packing, **options, backend="flex")
+            assert error(out, attention_reference(q, k, v, packing, **options)) < 1e-5
+    assert counter.frame_count == 12
+
+
+def test_lengths_alone_may_be_compiled_more_often_than_torch_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = flex_without_a_gpu(monkeypatch, "eager")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for tokens in (130, 200, 127):
+            q, k, v, _ = draw(tokens, (4, 2), 16, torch.float32)
+            attention_forward(q, k, v, Packing.from_lengths([tokens], "cpu"), scale=1.0, backend="flex")
+    assert counter.frame_count == 3
+
+
+@pytest.mark.parametrize("softcap", [None, SOFTCAP])
+def test_flex_attention_without_a_gpu(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents, windows, soft cap, the backward too; one graph for them all."""
+    counter = flex_without_a_gpu(monkeypatch, "aot_eager")
     for lengths in ([100, 1, 60, 39], [50, 150]):
         packing = Packing.from_lengths(lengths, "cpu")
         tensors = draw(200, (4, 2), 16, torch.float32)
@@ -452,8 +485,8 @@ def calls_of(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for operation in OPERATIONS[backend]:
             assert calls.counts.get(operation, 0) > 0, calls.counts
     elif backend == "flex":  # compiled, so that no mode sees it; the compiled function is counted
-        count, compiled = [], attention_flex._compiled()
-        monkeypatch.setattr(attention_flex, "_compiled", lambda: lambda *a, **o: count.append(1) or compiled(*a, **o))
+        count, compiled = [], attention_flex._compiled
+        monkeypatch.setattr(attention_flex, "_compiled", lambda *form: count.append(1) or compiled(*form))
         yield
         assert count
     else:
@@ -491,7 +524,6 @@ def test_every_form_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     packing = Packing.from_lengths(lengths, "cuda")
-    torch._dynamo.reset()  # many shapes of one function: each test its own
     if is_refused_by_the_card(backend, dtype, 128, packing.uniform):
         return
     tensors = draw(packing.num_tokens, (8, 2), 128, dtype, "cuda")
@@ -514,10 +546,21 @@ def test_every_form_on_a_gpu(
 @pytest.mark.parametrize("heads", HEADS)
 def test_every_head_on_a_gpu(backend: str, heads: tuple[int, int], head_dim: int, lengths: Sequence[int]) -> None:
     packing = Packing.from_lengths(lengths, "cuda")
-    torch._dynamo.reset()
     if is_refused_by_the_card(backend, torch.bfloat16, head_dim, packing.uniform):
         return
     check(*draw(packing.num_tokens, heads, head_dim, torch.bfloat16, "cuda"), packing, backend)
+
+
+@pytest.mark.gpu
+def test_flex_attention_serves_many_models_in_one_process_on_a_gpu() -> None:
+    """The tests above share a process with it too: none starts torch's compiler anew."""
+    for heads, head_dim in (((8, 2), 64), ((9, 3), 96), ((16, 16), 128), ((4, 2), 256)):
+        if is_refused_by_the_card("flex", torch.bfloat16, head_dim, None):
+            return
+        for tokens in (130, 300, 127):
+            packing = Packing.from_lengths([tokens - 50, 50], "cuda")
+            tensors = draw(tokens, heads, head_dim, torch.bfloat16, "cuda")
+            check(*tensors, packing, "flex")
 
 
 @contextmanager
@@ -535,7 +578,6 @@ def deterministic_algorithms() -> Iterator[None]:
 @pytest.mark.parametrize("lengths", [[300, 433, 291], [256, 256, 256]])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cudnn"])
 def test_a_neighbours_tokens_change_no_bit_on_a_gpu(backend: str, lengths: Sequence[int], window: int | None) -> None:
-    torch._dynamo.reset()
     with deterministic_algorithms():
         before, after = swapped_neighbours(lengths, torch.bfloat16, "cuda", window=window, backend=backend)
     for name, old, new in zip(NAMES, before, after, strict=True):

@@ -7,7 +7,8 @@ The first call of a shape compiles for some seconds; documents and windows chang
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,8 @@ from steep.ops.backend import vjp
 from steep.ops.packing import Packing
 
 _BLOCK = 128  # tokens of a block of the mask: FlexAttention's default, which its tile sizes divide
+# Of one form: lengths take five or more (one token, one block, ...), and torch's own limit of eight is an error.
+_COMPILATIONS = 64
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -73,13 +76,20 @@ def _attend(
     softcap: float | None,
 ) -> torch.Tensor:
     mask = packing.derived(("flex", window), lambda: block_mask(packing, window))
-    return _compiled()(q, k, v, None if softcap is None else soft_cap(softcap), mask, scale)
+    run = _compiled(q.shape[1:], k.shape[1], q.dtype, q.device, scale, softcap)
+    with torch._dynamo.config.patch(recompile_limit=_COMPILATIONS):
+        return run(q, k, v, None if softcap is None else soft_cap(softcap), mask, scale)
 
 
-@lru_cache
-def _compiled() -> Any:
-    """One graph or an error: uncompiled, FlexAttention would make the whole matrix of scores."""
-    return torch.compile(packed_flex, fullgraph=True)
+@cache
+def _compiled(*form: Any) -> Any:
+    """One graph or an error: uncompiled, FlexAttention would make the whole matrix of scores.
+
+    A function for each form, of which only lengths vary: torch counts by code what it compiles, and takes a number that
+    differs from one call to the next for one that varies, of which FlexAttention allows neither heads nor a soft cap.
+    """
+    code = packed_flex.__code__.replace(co_name=f"{packed_flex.__name__}{form}")
+    return torch.compile(FunctionType(code, packed_flex.__globals__), fullgraph=True)
 
 
 def packed_flex(
