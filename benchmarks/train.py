@@ -267,6 +267,7 @@ def shown(row: dict[str, Any]) -> str:
         f"{row['tokens_per_second']:8.0f} tokens/s, MFU {number('mfu', '.1%')}, peak "
         f"{number('peak_allocated_gib', '.2f')} allocated {number('peak_reserved_gib', '.2f')} reserved GiB, "
         f"first step after {row['first_step_s']:.1f} s, loss {row['loss_first']:.4f} to {row['loss_last']:.4f}"
+        f"{'' if row.get('fused', True) else ', not fused'}"
     )
 
 

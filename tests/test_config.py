@@ -95,6 +95,8 @@ def test_missing_sections_and_fields(section: str) -> None:
     del whole[section]
     with pytest.raises(UserError, match=rf"^{section}: it is missing"):
         parse_config(whole)
+    with pytest.raises(UserError, match=rf"^{section}x: .*Did you mean '{section}'\?.*1 more problem"):
+        parse_config({**whole, f"{section}x": {}})
     with pytest.raises(UserError, match=r"training\.output_dir: it is missing"):
         parse_config({**tree(), "training": {}})
 

@@ -240,6 +240,15 @@ def test_memory_stands_in_the_plan_by_item(llama_folder: Path, korean_corpus: Pa
     assert plan["memory_bytes"]["total"] < library["memory_bytes"]["total"]
 
 
+@pytest.mark.parametrize("fused", ["on", "off"])
+def test_attention_that_a_fused_run_does_not_use_is_said(
+    fused: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    model = {"fused": fused, "attn_implementation": "eager"}
+    plan = plan_run(fused_file(llama_folder, korean_corpus, tmp_path / "run", model=model))
+    assert any("model.attn_implementation: eager" in warning for warning in plan.warnings) == (fused == "on")
+
+
 # ---- what is refused, before the run folder is there
 
 

@@ -50,10 +50,21 @@ def _of_options(config: RunConfig) -> list[str]:
 
 
 def advice(
-    config: RunConfig, resolved: ResolvedModel, tokenizer: Any, corpus: Corpus, shape: Shape, trained_dtype: str
+    config: RunConfig,
+    resolved: ResolvedModel,
+    tokenizer: Any,
+    corpus: Corpus,
+    shape: Shape,
+    trained_dtype: str,
+    fused: bool,
 ) -> list[str]:
     """What a user should know of the model, the text and the settings before the run."""
     found = []
+    if fused and config.model.attn_implementation != "auto":
+        found.append(
+            f"model.attn_implementation: {config.model.attn_implementation} is transformers' attention, which a fused "
+            "run uses to generate and no more: steep's own computes the steps. model.fused: off trains with it."
+        )
     if looks_like_chat(resolved, tokenizer):
         found.append(
             f"{config.model.name} looks like an instruct model: continued pretraining on plain text damages its "

@@ -187,7 +187,8 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any], section: str = ""
 
 
 def _explain(error: ValidationError) -> UserError:
-    errors = error.errors()
+    # A misspelt name first: it may be what another one is missing for.
+    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     first = errors[0]
     # Union members stand in the location too ("list[str]"): names of types, not of fields.
     location = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]

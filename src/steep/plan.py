@@ -326,7 +326,7 @@ def _work_out(
     plan.warnings = [
         *stored,
         *memory_advice(memory, budget),
-        *advice(config, resolved, tokenizer, corpus, shape, trained),
+        *advice(config, resolved, tokenizer, corpus, shape, trained, choices.fused),
         *corpus.warnings,
     ]
     if vocabulary is not None:

@@ -56,7 +56,9 @@ class ModelSection(Section):
         "auto", description="What products run in; auto: bf16 on cards that have it, fp16 on others, fp32 on a CPU."
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
-        "auto", description="transformers' attention backend; auto: what the library chooses for the model."
+        "auto",
+        description="transformers' attention backend; auto: what the library chooses for the model. A fused run "
+        "computes attention with backends of its own.",
     )
     fused: Literal["auto", "on", "off"] = Field(
         "auto",

@@ -117,6 +117,13 @@ def test_rank_pattern_names_layers_where_shapes_differ() -> None:
     assert rank_pattern(shapes, 8) == {}
 
 
+def test_adapters_are_put_on_once() -> None:
+    model = add_adapters(tiny_model("llama"), r=8)
+    for given in (model, model.get_base_model()):
+        with pytest.raises(UserError, match=r"^model: it has adapters already"):
+            add_adapters(given, r=8)
+
+
 def test_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="steep"):
         add_adapters(tiny_model("llama"), r=48)

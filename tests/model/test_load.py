@@ -50,6 +50,17 @@ def test_bases(base: str, compute: str, layer: type, stored: torch.dtype, llama_
     assert torch.equal(expected, got) == (base == "fp32")
 
 
+def test_what_is_unknown_is_refused(llama_folder: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^model\.base: 'nf-4' is unknown\. Give one of auto, nf4, int8, bf16, fp16, fp32"
+    ):
+        load(str(llama_folder), base="nf-4")
+    with pytest.raises(
+        UserError, match=r"^model\.compute_dtype: 'nf4' is unknown\. Give one of auto, bf16, fp16, fp32"
+    ):
+        load(str(llama_folder), compute_dtype="nf4")
+
+
 def test_4bit_layers_keep_their_layout(llama_folder: Path) -> None:
     """bitsandbytes repacks 4-bit weights at the first forward in eval mode on some CPUs, and training breaks."""
     model, _ = load(str(llama_folder), base="nf4", compute_dtype="bf16")

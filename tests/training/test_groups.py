@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from steep.errors import UserError
 from steep.model.adapters import add_adapters
+from steep.training.arguments import TrainingArguments
 from steep.training.groups import kind_of, parameter_groups
 from tests.tiny import tiny_model
 from tests.training.helpers import adapted, arguments
@@ -65,6 +67,12 @@ def test_a_rate_for_embeddings_that_do_not_train_is_refused(tmp_path: Path) -> N
     model = adapted(modules_to_save=[])
     with pytest.raises(UserError, match="embedding_learning_rate: it is set but no embedding is trained"):
         parameter_groups(model, arguments(tmp_path, embedding_learning_rate=1e-5), set())
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf"), "big"])
+def test_a_rate_that_is_none_is_refused(rate: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^embedding_learning_rate: .* is not a learning rate"):
+        TrainingArguments(output_dir=str(tmp_path), embedding_learning_rate=rate)
 
 
 def test_nothing_to_train_is_refused(tmp_path: Path) -> None:

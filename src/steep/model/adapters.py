@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -145,12 +146,16 @@ def add_adapters(
         A plain `peft.PeftModel`.
 
     Raises:
-        UserError: r ≤ 0, an unknown target, a module that is not there, options that exclude each other.
+        UserError: r ≤ 0, a model that has adapters, an unknown target, a module that is not there, options that exclude
+            each other.
     """
     if r <= 0:
         raise UserError("adapter.r", f"{r} is not a rank", "Give a number above 0, such as 256.")
     if trained_dtype not in ("fp32", "bf16"):
         raise UserError("model.trained_dtype", f"{trained_dtype!r} cannot be trained", "Give fp32 or bf16.")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        problem = "it has adapters already"
+        raise UserError("model", problem, "Give the model that they were put on, or use its own add_adapter.")
     check_start(init_lora_weights, use_dora, lora_dropout, over_int8=getattr(model, "is_loaded_in_8bit", False))
     shapes = targeted(linear_shapes(model), target_modules)
     check_embeddings(model, modules_to_save)

@@ -17,6 +17,7 @@ from steep.model.safety import check_weights_in_safetensors
 from steep.model.stored_weights import check_stored
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BASES = ("nf4", "int8", *DTYPES)
 
 
 def resolve_compute_dtype(compute_dtype: str, base: str, field: str = "model.compute_dtype") -> str:
@@ -78,8 +79,11 @@ def load(
         The transformers model, every parameter frozen, and the tokenizer.
 
     Raises:
-        UserError: see `steep.model.resolve.resolve`.
+        UserError: an unknown `base` or `compute_dtype`; and see `steep.model.resolve.resolve`.
     """
+    for field, given, known in (("base", base, BASES), ("compute_dtype", compute_dtype, DTYPES)):
+        if given not in ("auto", *known):
+            raise UserError(f"model.{field}", f"{given!r} is unknown", f"Give one of auto, {', '.join(known)}.")
     resolved = resolve(name, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(resolved)
     model = load_resolved(

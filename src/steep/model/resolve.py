@@ -202,6 +202,7 @@ def _unreadable(
         return UserError(field, f"{what} cannot be read: {reason(error)}", "Put it back, or download it again.")
     offline = is_offline_mode()
     where = "is not in the local cache, and the hub is off (HF_HUB_OFFLINE)" if offline else "could not be had"
+    where = f"is no folder here, and {where}"
     here = Path.cwd() / Path(name).parent
     near = [str(Path(name).parent / place.name) for place in here.iterdir()] if here.is_dir() else []
     remedies = [

@@ -72,8 +72,8 @@ class TrainingArguments(transformers.TrainingArguments):
         super().__post_init__()
         for name in ("learning_rate", "embedding_learning_rate"):
             rate = getattr(self, name)
-            if rate is not None and not (math.isfinite(rate) and rate >= 0):
-                raise UserError(name, f"{rate} is not a learning rate", "Give a finite number ≥ 0, such as 5e-6.")
+            if rate is not None and not (isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0):
+                raise UserError(name, f"{rate!r} is not a learning rate", "Give a finite number ≥ 0, such as 5e-6.")
         if not (math.isfinite(self.loraplus_lr_ratio) and self.loraplus_lr_ratio > 0):
             raise UserError(
                 "loraplus_lr_ratio", f"{self.loraplus_lr_ratio} is no ratio", "Give a number above 0, such as 16."
