@@ -187,17 +187,16 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any], section: str = ""
 
 
 def _explain(error: ValidationError) -> UserError:
+    errors = error.errors()
     # A misspelt name first: it may be what another one is missing for.
-    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    first = errors[0]
+    first = next((each for each in errors if _meant(each)), errors[0])
     # Union members stand in the location too ("list[str]"): names of types, not of fields.
     location = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     left = len(errors) - 1
     more = f" ({left} more {'problem' if left == 1 else 'problems'} after this one.)" if left else ""
     if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1])
-        hint = did_you_mean(str(first["loc"][-1]), known) or f"Known here: {', '.join(known)}."
+        hint = _meant(first) or f"Known here: {', '.join(_fields_at(first['loc'][:-1]))}."
         return UserError(field, "it is not a field of the run file", hint + more)
     if first["type"] == "missing":
         return UserError(field, "it is missing", f"Add it to the run file.{more}")
@@ -235,6 +234,12 @@ def _remedy(error: Any) -> str | None:
     remedy = _REMEDIES.get(error["type"])
     given = error.get("input")
     return remedy and remedy.format(**error.get("ctx", {}), given=given if isinstance(given, str) else shown(given))
+
+
+def _meant(error: Any) -> str:
+    """Which field an unknown one was probably meant to be."""
+    *section, name = error["loc"]
+    return did_you_mean(str(name), _fields_at(section)) if error["type"] == "extra_forbidden" else ""
 
 
 def _fields_at(location: Sequence[int | str]) -> list[str]:

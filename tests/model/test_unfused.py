@@ -231,6 +231,11 @@ def test_a_prompt_that_is_learned_is_fused() -> None:
     assert max(error(gradients[name], truth[name]) for name in truth) <= EXACT
 
 
+def test_a_model_before_its_adapters_is_told_of_them() -> None:
+    with pytest.raises(UserError, match=r"cannot be fused.*Put adapters on it first.*get_peft_model"):
+        install(tiny_model("llama").requires_grad_(True))
+
+
 def test_a_weight_that_cannot_be_read_is_refused_by_name() -> None:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from steep.errors import UserError
 from steep.model.block import LEVELS
@@ -44,7 +45,10 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
     """
     reason = why_not_fused(model)
     if reason is not None:
-        raise UserError("model", f"it cannot be fused: {reason}", "Change that, or train it without steep.install.")
+        remedy = "Change that, or train it without steep.install."
+        if _trains_without_adapters(model):
+            remedy = "Put adapters on it first, with steep.add_adapters or PEFT's get_peft_model: all of it trains now."
+        raise UserError("model", f"it cannot be fused: {reason}", remedy)
     base: Any = unwrap(model)
     decoder = base.model
     num_layers = len(decoder.layers)
@@ -130,6 +134,12 @@ def _modules(base: Any) -> Iterator[torch.nn.Module]:
     yield base
     yield base.model
     yield from base.model.layers
+
+
+def _trains_without_adapters(model: Any) -> bool:
+    """As every model does before `get_peft_model`."""
+    has_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    return not has_adapters and all(parameter.requires_grad for parameter in model.parameters())
 
 
 def _drops(module: torch.nn.Module) -> bool:
