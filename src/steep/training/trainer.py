@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -12,14 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 
 from steep import ranks
 from steep.data.packed_dataset import collate
 from steep.data.packing import Corpus
 from steep.data.sampler import EpochSampler
 from steep.errors import RunError, UserError
-from steep.evaluation.perplexity import DomainScore, evaluate
 from steep.model.install import is_installed
 from steep.model.unwrap import unwrap
 from steep.model.walked import Walked
@@ -28,23 +25,23 @@ from steep.training import parallel
 from steep.training.adamw8bit import AdamW8bit
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
-from steep.training.counting import COUNTS, Counting
+from steep.training.counting import COUNTS
 from steep.training.deterministic import deterministic
 from steep.training.fused import check_logits, gradients_summed_in_fp32
 from steep.training.gradients import GradientReport, measure_and_clip
 from steep.training.groups import parameter_groups
 from steep.training.guard import GoBack, Guard, Outcome
 from steep.training.incidents import described
-from steep.training.metrics import Meter
 from steep.training.observations import refuse_other_counts
 from steep.training.proof import Proof
+from steep.training.reporting import Reporting
 from steep.training.retention import check_best_metric
 from steep.training.schedules import schedule_of
 
 logger = logging.getLogger("steep")
 
 
-class Trainer(Counting):
+class Trainer(Reporting):
     """`transformers.Trainer` with what continued pretraining needs; takes the same arguments.
 
     Args:
@@ -98,20 +95,13 @@ class Trainer(Counting):
         parallel.settle_trainer(self)
         self.let_end(stop)
         self.add_callback(_StepObserver(self))
-        for callback in self.callback_handler.callbacks:
-            # It learns its folder when training begins: a score logged before would send all to the current folder.
-            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                callback.logging_dir = f"{args.output_dir}/{default_logdir()}"
         self.proof: Proof | None = None
-        self.evaluations: list[list[DomainScore]] = []
         self.guard = Guard(args, self._described)
         self._judged = False
         self._until_trained = ExitStack()
         self._gradients: GradientReport | None = None
         self._losses_of_step: list[torch.Tensor] = []
         self._outcome = Outcome.APPLIED
-        self._meter = Meter()
-        self._seconds_logged = 0.0
         self._operations_a_token: float | None = None
 
     # ---- optimizer and schedule
@@ -354,16 +344,6 @@ class Trainer(Counting):
     def _described(self, rows: np.ndarray) -> list[dict[str, Any]]:
         return [] if self.corpus is None else described(self.corpus, rows, self.processing_class)
 
-    @property
-    def steps_not_finite(self) -> int:
-        """Steps so far that were not applied because loss or gradient was NaN or infinite."""
-        return self.guard.steps_not_finite
-
-    @property
-    def steps_scaler_skipped(self) -> int:
-        """Steps so far that fp16's loss scaler passed over."""
-        return self.guard.steps_overflowed
-
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, then judge the proof once more. A branch begins at its parent's checkpoint, or goes on from its own.
 
@@ -389,77 +369,6 @@ class Trainer(Counting):
                 f"{len(changed)} frozen tensors changed during training, the first of them {changed[0]}{place}"
             )
         return output._replace(training_loss=self._meter.mean_loss)
-
-    # ---- evaluation and logs
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Score the corpus's held-out documents by domain; a data set of the caller's own is transformers' to score."""
-        if self.corpus is None or eval_dataset is not None:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if not self.corpus.heldout:
-            raise UserError("eval_dataset", "the corpus holds no text out", "Raise pack's holdout, or add a source.")
-        return self.evaluate_documents(self.corpus.heldout, self.args.eval_max_tokens, metric_key_prefix)
-
-    def evaluate_documents(
-        self, documents: Mapping[str, Sequence[Any]], max_tokens: int | None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Score documents by domain, at most `max_tokens` of each, and log it as the corpus's evaluation.
-
-        One of several processes scores, so that the scores are those of one process to the bit; the others wait.
-        """
-        assert self.corpus is not None
-        if callable(getattr(self.optimizer, "eval", None)):
-            self.optimizer.eval()  # a schedule-free optimizer trains other weights than it means
-        score = partial(
-            evaluate,
-            self.model,
-            documents,
-            max_length=self.corpus.train.max_length,
-            stride=self.args.eval_stride,
-            max_tokens=max_tokens,
-            step=self.state.global_step,
-            autocast_dtype=self.autocast_dtype,
-        )
-        rows = ranks.from_main(lambda: [domain_score.as_dict() for domain_score in score()])
-        scores = [DomainScore.from_dict(row) for row in rows]
-        self.evaluations.append(scores)
-        metrics = {f"{metric_key_prefix}_{s.domain}_bits_per_byte": s.bits_per_byte for s in scores}
-        metrics |= {f"{metric_key_prefix}_{s.domain}_loss": s.loss for s in scores}
-        metrics[f"{metric_key_prefix}_loss"] = sum(s.loss for s in scores) / len(scores)
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """The dtype that accelerate runs the forward in, or None without mixed precision."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Log a training window with what was measured here; a value that is not finite is left out, never replaced."""
-        if "loss" in logs:
-            logs = {**logs, **self._meter.close(), "steps_not_finite": self.steps_not_finite}
-            logs["steps_skipped"] = self.guard.steps_skipped
-            logs["save_seconds"] = self.seconds_saving - self._seconds_logged
-            self._seconds_logged = self.seconds_saving
-            if self.accelerator.scaler is not None:
-                logs["steps_scaler_skipped"] = self.steps_scaler_skipped
-        if "train_loss" in logs:
-            logs = {**logs, "train_loss": self._meter.mean_loss}
-        super().log({k: v for k, v in logs.items() if not (isinstance(v, float) and not math.isfinite(v))}, start_time)
-
-    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        if self.epoch_end_follows:
-            return
-        if ranks.world_size() == 1:
-            # What is logged is the meter's; to read this sum would be to wait for the update of the weights.
-            tr_loss = torch.zeros(())
-        pauses = self.control.should_evaluate or self.control.should_save
-        if self.control.should_evaluate:
-            logger.info("scoring held-out text at step %d", self.state.global_step)
-        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
-        if pauses:
-            self._meter.restart()  # evaluating and saving are not part of a step's time
 
     # ---- what a checkpoint keeps beyond transformers' own
 
