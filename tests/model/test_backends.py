@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from steep.model import backends
+from steep.model.choices import choices_of, take_over
 from steep.model.install import fused_of, install
 from tests.model.test_fused import adapted, packed
-from tests.tiny import tiny_model
+from tests.tiny import SLIDING_WINDOW, tiny_model
 
 
 @pytest.fixture
@@ -54,3 +55,21 @@ def test_what_training_chooses_later_is_heeded(monkeypatch: pytest.MonkeyPatch) 
         choices.chosen = {} if chosen is None else {"documents of uneven lengths": chosen}
         dtypes = torch.bfloat16, torch.float32
         assert [choices.backend(layer.attention, packing, dtype, trains=False) for dtype in dtypes] == found
+
+
+@pytest.mark.parametrize("longest", [SLIDING_WINDOW, SLIDING_WINDOW + 1])
+def test_a_window_that_no_document_outgrows_is_none(longest: int) -> None:
+    """So both kinds of a model's layers take one backend, which may be one without windows."""
+    model = install(adapted(tiny_model("gemma3")))
+    model(**packed([[longest, 5]]), use_cache=False).loss.backward()
+    plain = "documents of uneven lengths"
+    windows = [f"{plain}, a window of {SLIDING_WINDOW}"] if longest > SLIDING_WINDOW else []
+    assert sorted(fused_of(model).backends.chosen) == [plain, *windows]
+
+
+def test_what_was_chosen_here_goes_before_what_a_checkpoint_holds() -> None:
+    begun, model = (install(adapted(tiny_model("llama"))) for _ in range(2))
+    fused_of(begun).backends.chosen = {"one": "flash", "another": "flash"}
+    fused_of(model).backends.chosen = {"one": "sdpa"}
+    take_over(model, choices_of(begun))
+    assert fused_of(model).backends.chosen == {"one": "sdpa", "another": "flash"}

@@ -17,7 +17,8 @@ from steep.model import reading
 from steep.model.install import install, uninstall
 from steep.model.projections import Unfused
 from steep.model.unwrap import unwrap
-from tests.model.test_fused import EXACT, adapted, packed
+from tests.model.test_fused import EXACT, adapted, loss_and_gradients, packed
+from tests.ops.closeness import error
 from tests.tiny import tiny_config, tiny_model
 
 
@@ -251,3 +252,15 @@ def test_copies_read_their_own() -> None:
             parameter.mul_(1.5)
         assert torch.equal(model(**batch, use_cache=False).loss, before)
         assert not torch.equal(copied(**batch, use_cache=False).loss, before)
+
+
+def test_a_layer_that_was_read_computes_in_each_dtype() -> None:
+    """Evaluated under autocast, then trained without: projections are put together for each."""
+    model, batch = adapted(tiny_model("llama")), packed()
+    expected, truth = loss_and_gradients(model, batch)
+    install(model)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert abs(model(**batch, use_cache=False).loss - expected) < 0.01 * expected
+    loss, gradients = loss_and_gradients(model, batch)
+    assert abs(loss - expected) < EXACT * expected
+    assert max(error(gradients[name], truth[name]) for name in truth) < EXACT
