@@ -15,10 +15,12 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from steep.evaluation.perplexity import evaluate
+from steep.model import decoder
 from steep.model import loss as loss_of_steep
 from steep.model.install import fused_of, install
 from steep.model.load import keep_4bit_layout, load
 from steep.model.unwrap import unwrap
+from steep.ops import linear_cross_entropy
 from tests.model.test_fused import EXACT, adapted, assert_same, packed
 from tests.ops.closeness import error
 from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny, tiny_model
@@ -137,3 +139,55 @@ def test_logits_are_capped_by_the_families_that_do(family: str, cap: float | Non
     fused_of(model).logits = True
     with torch.no_grad():
         assert error(model(**packed(), use_cache=False).logits, expected) < EXACT
+
+
+# ---- how the loss is made
+
+
+@pytest.mark.parametrize("way", ["tokens", "vocabulary", None])
+def test_the_chosen_way_is_taken(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ways = install(adapted(tiny_model("llama"))), []
+    own = linear_cross_entropy.linear_cross_entropy_forward
+    monkeypatch.setattr(
+        linear_cross_entropy,
+        "linear_cross_entropy_forward",
+        lambda *given, **options: ways.append(options["way"]) or own(*given, **options),
+    )
+    fused_of(model).loss_way = way
+    model(**packed(), use_cache=False).loss.backward()
+    assert ways == [way]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_under_autocast_products_are_in_its_dtype(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the stream is in fp32; after the library's forward too, which gives it."""
+    model, batch, dtypes = install(adapted(tiny_model("llama"))), packed(), []
+    own = loss_of_steep.linear_cross_entropy
+    monkeypatch.setattr(
+        loss_of_steep,
+        "linear_cross_entropy",
+        lambda x, *given, **options: dtypes.append(x.dtype) or own(x, *given, **options),
+    )
+    if not fused:
+        batch["attention_mask"] = torch.ones(2, 64)  # with documents in a row: the library's
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype=BF16, enabled=enabled):
+            model(**batch, use_cache=False).loss.backward()
+    assert dtypes == [BF16, torch.float32] and fused_of(model).calls == (2 if fused else 0)
+
+
+def test_padding_is_looked_at_before_the_layers_and_until_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder reads the mask, and waits for the GPU, before its layers; behind them it would have to wait for
+    them."""
+    model, seen = install(adapted(tiny_model("llama"))), []
+    tokens = torch.randint(3, VOCAB_SIZE, (2, 20))
+    mask = torch.arange(20) < torch.tensor([20, 12])[:, None]
+    labels = tokens.masked_fill(~mask, -100)
+    any_label, block = torch.Tensor.any, decoder.block
+    monkeypatch.setattr(torch.Tensor, "any", lambda *given: seen.append("any") or any_label(*given))
+    monkeypatch.setattr(decoder, "block", lambda *given: seen.append("block") or block(*given))
+    for given, expected in ((labels, ["any"]), (tokens, ["any"]), (tokens, [])):
+        seen.clear()
+        model(input_ids=tokens, attention_mask=mask, labels=given, use_cache=False)
+        assert seen == [*expected, "block", "block"]
+        assert len(fused_of(model).said) == (0 if given is labels else 1)

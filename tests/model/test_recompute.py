@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from steep.model import choices, decoder
 from steep.model.install import fused_of, install
 from steep.model.mlp_half import MlpHalf
 from steep.model.read_layer import read_layer
-from steep.model.recompute import level_lists, levels_within, moments
+from steep.model.recompute import level_lists, levels_within, moments, room_on_card
 from steep.model.step_bytes import kept_bytes, loss_bytes, training_bytes, work_bytes
 from steep.model.unwrap import unwrap
 from steep.ops.backend import interpreted
@@ -154,6 +156,74 @@ def test_a_script_leaves_room_for_the_head(tied: bool) -> None:
     assert counted == sum(p.numel() * 12 for p in base.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("way", ["no labels", "another loss", "logits too", "the decoder alone", "evaluated before"])
+def test_a_script_leaves_room_for_the_head_whoever_makes_the_loss(way: str, tied: bool) -> None:
+    """A trainer that wants logits gives no labels (label smoothing, `compute_loss_func`), or calls the decoder and no
+    more (TRL's)."""
+    model, batch = install(adapted(tiny_model("llama", tied=tied)), logits=way == "logits too"), packed()
+    tokens, (vocabulary, hidden) = batch["input_ids"].numel(), model.get_input_embeddings().weight.shape
+    own = 0 if tied else vocabulary * hidden * (4 + 8)  # gradient, moments
+    if way == "another loss":
+        unwrap(model).loss_function = lambda logits, labels, vocab_size, **_: logits.sum()
+    if way == "no labels":
+        del batch["labels"]
+    if way == "evaluated before":
+        with torch.no_grad():
+            model(**packed([[64]] * 4), use_cache=False)
+    if way == "the decoder alone":
+        del batch["labels"]
+        unwrap(model).model(**batch)
+        of_loss = 0
+    else:
+        model(**batch, use_cache=False)
+        of_loss = loss_bytes(tokens, vocabulary, hidden, 2, 4, None, converts=True)
+        if way == "logits too":
+            of_loss += tokens * vocabulary * 4
+        elif way != "evaluated before":
+            of_loss = tokens * vocabulary * 12
+    assert fused_of(model).levels == [0, 0] and fused_of(model).beside == own + of_loss
+
+
+def test_a_script_leaves_room_for_an_adapter_of_the_head() -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    model: Any = get_peft_model(tiny_model("llama", tied=False), config).train()
+    batch = packed()
+    install(model)(**batch, use_cache=False).loss.backward()
+    vocabulary, hidden = model.get_input_embeddings().weight.shape
+    own = 4 * (vocabulary + hidden) * (4 + 8)
+    assert fused_of(model).beside == own + batch["input_ids"].numel() * vocabulary * 12
+
+
+def test_levels_are_chosen_within_what_the_head_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if on a card that holds level 0 but for a head."""
+    found: dict[str, Any] = {}
+    for labels in ("labels", "none"):
+        model, batch = install(adapted(tiny_model("llama", tied=False))), packed()
+        fused, layer = fused_of(model), unwrap(model).model.layers[0]
+        read, fp32 = read_layer(layer, layer.traits), torch.float32
+        room = work_bytes(read, fp32, fp32, 0, 128) + 2 * 128 * kept_bytes(read, fp32, fp32)[0]
+        monkeypatch.setattr(decoder, "room_on_card", lambda _, room=room: room)
+        if labels == "none":
+            del batch["labels"]
+        model(**batch, use_cache=False)
+        found[labels] = fused.levels
+    assert found["labels"] != [0, 0] and found["none"] != [0, 0]
+
+
+def test_the_room_on_a_card_is_what_is_free_less_what_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, asked = torch.device("cuda", 1), []
+    for name, answer in (("mem_get_info", (1000, 8000)), ("memory_reserved", 700), ("memory_allocated", 500)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: asked.append(device) or answer)
+    parameters = [torch.nn.Parameter(torch.zeros(n), requires_grad=n == 10) for n in (10, 50)]
+    on_card: Any = SimpleNamespace(
+        norm=SimpleNamespace(weight=SimpleNamespace(device=card)), parameters=lambda: iter(parameters)
+    )
+    assert room_on_card(on_card) == pytest.approx(0.92 * (1000 + 200) - 10 * (4 + 8))
+    assert asked == [card] * 3
+    assert room_on_card(unwrap(adapted(tiny_model("llama"))).model) is None
+
+
 def test_16_bit_parameters_have_8_bit_moments() -> None:
     parameter = torch.nn.Parameter(torch.zeros(10, dtype=torch.bfloat16))
     assert training_bytes([parameter]) == 10 * (2 + 2)
@@ -216,7 +286,7 @@ def test_evaluation_chooses_no_levels() -> None:
     model = install(adapted(tiny_model("llama")))
     with torch.no_grad():
         model(**packed(), use_cache=False)
-    assert (fused_of(model).levels, fused_of(model).beside) == (None, 0)
+    assert (fused_of(model).levels, fused_of(model).beside_for) == (None, 0)
 
 
 @pytest.mark.gpu

@@ -26,7 +26,8 @@ class Fused:
         backends: of attention.
         logits: give logits beside the loss.
         beside: bytes that the head takes with its loss, for the choice of levels.
-        beside_for: tokens of the batch that this was computed for: the longest that trained.
+        beside_for: tokens of the batch that this was computed for: the longest that trained. 0: no call of the causal
+            LM did, and no loss is counted (a trainer may call the decoder by itself).
         calls: fused forwards of the decoder so far.
         was_fused: whether the last call without a key-value cache was one.
         said: reasons that were told already.

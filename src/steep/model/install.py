@@ -21,6 +21,7 @@ from steep.model.loss import FusedCausalLM
 from steep.model.machine import why_not_here
 from steep.model.projections import Unfused, refuse_own_forward
 from steep.model.read_layer import read_layer
+from steep.model.recompute import bytes_beside_decoder
 from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_last_norm, refuse_prefixes
 from steep.model.unwrap import unwrap
 
@@ -59,7 +60,7 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
                 "levels", f"{levels} are no levels of {num_layers} layers", "Give one from 0 to 3, or one for each."
             )
     replaced = not is_installed(model) and "forward" in vars(base)  # later, it is around the fused one
-    base.fused = decoder.fused = Fused(levels=levels, logits=logits)
+    base.fused = decoder.fused = Fused(levels=levels, logits=logits, beside=bytes_beside_decoder(base))
     for module in (*_modules(base), model):
         module.__class__ = fused_class(type(module)) or type(module)
     if replaced:

@@ -13,13 +13,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from steep.model.fused import Fused
 from steep.model.original_module import OriginalHead
 from steep.model.projections import Unfused, compute_dtype, in_use, refuse_hooks
+from steep.model.recompute import bytes_beside_decoder
 from steep.model.refusals import library_class_of, refuse_patch
-from steep.model.step_bytes import loss_bytes, training_bytes
+from steep.model.step_bytes import loss_bytes, whole_logits_bytes
 from steep.model.walked import Walked
 from steep.ops.backend import gradient_dtype
 from steep.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORED = -100
+_OF_PADDING = "labels at padded places are left out of the loss (give them -100)"
 
 
 class FusedCausalLM(Walked):
@@ -74,25 +76,28 @@ class FusedCausalLM(Walked):
         }
         installed = "fused" in self.__dict__  # not in one that `type(model)(config)` made
         head = self._head_of_the_loss() if learns and installed else None
+        if installed and torch.is_grad_enabled():
+            self._count_head(head, input_ids if inputs_embeds is None else inputs_embeds)
         if head is None:
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             kwargs |= {name: value for name, value in given.items() if value is not None}
             if ignore_index != IGNORED:
                 kwargs["ignore_index"] = ignore_index
             return super().forward(logits_to_keep=logits_to_keep, return_dict=return_dict, **kwargs)
-        tokens = (labels if shift_labels is None else shift_labels).numel()  # pyright: ignore[reportOptionalMemberAccess]
-        if torch.is_grad_enabled() and tokens > self.fused.beside_for:
-            self.fused.beside, self.fused.beside_for = self._bytes_of_head(head, tokens), tokens
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        of_padding = self._labels_of_padding(shift_labels, attention_mask, ignore_index)
         calls = self.fused.calls
         outputs = self.model(**kwargs, return_dict=True)
         others = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
         hidden_states, is_fused = outputs.last_hidden_state, self.fused.calls > calls
         del outputs  # hidden states that are converted below need not live until the loss is made
-        if shift_labels is None:
-            assert labels is not None
-            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        if attention_mask is not None and is_fused:
-            shift_labels = self._without_padding(shift_labels, attention_mask, ignore_index)
+        if of_padding is not None and is_fused:  # which has no hidden states at padded places
+            padded, any_label = of_padding
+            shift_labels = shift_labels.masked_fill(padded, ignore_index)
+            if any_label:
+                self.fused.say_once(_OF_PADDING, fused=True)
         _check_labels(shift_labels, len(head), ignore_index)
         if not (self.training or torch.is_grad_enabled() or self.fused.logits):
             self.fused.say_once(
@@ -120,23 +125,38 @@ class FusedCausalLM(Walked):
         device = hidden_states.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
 
-    def _without_padding(self, labels: torch.Tensor, attention_mask: torch.Tensor, ignore_index: int) -> torch.Tensor:
-        """Padded places have no hidden states here: what is to be predicted from there is ignored, and said."""
+    def _labels_of_padding(
+        self, labels: torch.Tensor, attention_mask: Any, ignore_index: int
+    ) -> tuple[torch.Tensor, bool] | None:
+        """Where rows are padded, and whether there are labels, until that was said. Looked for before the decoder is
+        called: it waits for the GPU then, to read the mask."""
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != labels.shape:
+            return None
         padded = ~attention_mask.to(labels.device).bool()
-        if bool((padded & (labels != ignore_index)).any()):
-            self.fused.say_once("labels at padded places are left out of the loss (give them -100)", fused=True)
-        return labels.masked_fill(padded, ignore_index)
+        if _OF_PADDING in self.fused.said:
+            return padded, False
+        return padded, bool((padded & (labels != ignore_index)).any())
 
-    def _bytes_of_head(self, head: torch.Tensor, tokens: int) -> int:
-        """What the head takes with its loss over 16-bit hidden states: gradient and state, where the decoder does not
-        count them as its table's, and what lives during the loss."""
-        of_decoder = {id(parameter) for parameter in self.model.parameters()}
-        own = training_bytes([] if id(head) in of_decoder else [head])
-        gradient = gradient_dtype(head).itemsize if head.requires_grad else 0
-        width = min(head.dtype.itemsize, 2)
-        converts = head.dtype.itemsize != width
-        (vocabulary, hidden), way = head.shape, self.fused.loss_way
-        return own + loss_bytes(tokens, vocabulary, hidden, width, gradient, way, converts=converts)
+    def _count_head(self, head: torch.Tensor | None, inputs: torch.Tensor | None) -> None:
+        """Note what is taken beside the decoder, for its choice of levels: by the head as it trains, and by the loss.
+
+        Args:
+            head: the weight of the fused loss, over 16-bit hidden states; None: the logits of the batch exist whole.
+        """
+        tokens = 0 if inputs is None else inputs.shape[:2].numel()
+        if tokens <= self.fused.beside_for:
+            return
+        if head is None:
+            of_loss = whole_logits_bytes(tokens, self.config.vocab_size)
+        else:
+            gradient = gradient_dtype(head).itemsize if head.requires_grad else 0
+            width = min(head.dtype.itemsize, 2)
+            converts = head.dtype.itemsize != width
+            (vocabulary, hidden), way = head.shape, self.fused.loss_way
+            of_loss = loss_bytes(tokens, vocabulary, hidden, width, gradient, way, converts=converts)
+            if self.fused.logits:
+                of_loss += tokens * vocabulary * head.dtype.itemsize
+        self.fused.beside, self.fused.beside_for = bytes_beside_decoder(self) + of_loss, tokens
 
     def _head_of_the_loss(self) -> torch.Tensor | None:
         """The head's weight [V, H]; None, and a line says why, where the loss is not one of these alone."""

@@ -42,6 +42,13 @@ def room_on_card(decoder: Any) -> float | None:
     return USED_SHARE * free - training_bytes(decoder.parameters())
 
 
+def bytes_beside_decoder(model: Any) -> int:
+    """Bytes of gradients and states of what a causal LM trains outside of its decoder: its head, unless that is the
+    table."""
+    of_decoder = {id(parameter) for parameter in model.model.parameters()}
+    return training_bytes(parameter for parameter in model.parameters() if id(parameter) not in of_decoder)
+
+
 def levels_within(
     room: float | None,
     num_layers: int,

@@ -79,6 +79,11 @@ def loss_bytes(
     return 2 * tokens * hidden * width + tile * vocabulary * width + copy + (4 * table if sums and tile < tokens else 0)
 
 
+def whole_logits_bytes(tokens: int, vocabulary: int) -> int:
+    """Bytes that a loss over the whole logits of a batch takes, about: in fp32 log-softmax, its gradient and theirs."""
+    return 12 * tokens * vocabulary
+
+
 def training_bytes(parameters: Iterable[torch.Tensor]) -> int:
     """Bytes of what trains: of each value its gradient and an optimizer's two moments, which may not be there yet. They
     are counted as fp32 for an fp32 parameter, as torch's own AdamW keeps them, and else as 8-bit codes."""
