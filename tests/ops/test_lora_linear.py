@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from steep.kernels import copy_rows
 from steep.ops import lora
 from steep.ops.backend import interpreted
 from steep.ops.lora import Lora
@@ -131,6 +132,21 @@ def test_only_what_trains_gets_a_gradient(trained) -> None:
         adapters = tuple(freeze(index, adapter) for index, adapter in enumerate(projection.adapters))
         projections.append(replace(projection, adapters=adapters))
     assert_op_as_good(lora_qkv, lora_qkv_reference, torch.randn(63, 64), projections)
+
+
+def test_rows_of_any_strides_are_copied_by_the_kernel(monkeypatch) -> None:
+    calls, kernel = [], copy_rows.copy_rows
+    monkeypatch.setattr(copy_rows, "copy_rows", lambda *given: calls.append(1) or kernel(*given))
+    projection, results = make_projection(64, 96), []
+    for lie in (torch.clone, lambda x: torch.cat([x, x], dim=1)[:, :64], lambda x: x.t().contiguous().t()):
+        torch.manual_seed(0)
+        x = lie(torch.randn(63, 64)).requires_grad_()
+        with interpreted():
+            y = lora_linear(x, projection)
+            (dx,) = torch.autograd.grad(y.sum(), x)  # of which dy is one number, expanded
+        results.append((y, dx))
+    assert len(calls) == 3 * 3  # x, dy, x again
+    assert all(torch.equal(one, other) for each in results for one, other in zip(each, results[0], strict=True))
 
 
 def test_an_input_that_needs_no_gradient() -> None:

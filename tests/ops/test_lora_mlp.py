@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from steep.kernels import swiglu
+from steep.kernels import copy_rows, swiglu
 from steep.ops.backend import interpreted
 from steep.ops.lora import Projection
 from steep.ops.lora_mlp import lora_mlp, lora_mlp_reference
@@ -60,16 +60,17 @@ def test_lora_mlp(monkeypatch, device, dtype, tokens, sizes, ranks, bias, activa
 def test_lora_mlp_over_the_kernels(monkeypatch, activation) -> None:
     """Over NF4, with the activation and its gradients in columns of wider buffers."""
     calls: list[str] = []
-    for name in ("forward", "backward"):
-        kernel = getattr(swiglu, name)
-        monkeypatch.setattr(swiglu, name, lambda *given, of=name, run=kernel: calls.append(of) or run(*given))
+    for module, name in ((swiglu, "forward"), (swiglu, "backward"), (copy_rows, "copy_rows")):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, of=name, run=kernel: calls.append(of) or run(*given))
     projections = _mlp(64, 160, ((16,), (4,), (8, 8)), dtype=torch.bfloat16)
     projections = [stored_as("nf4", projection) for projection in projections]
     x = torch.randn(63, 64).to(torch.bfloat16)
     fill_new_tensors(monkeypatch)
     with interpreted():
         assert_op_as_good(*_ops(activation), x, projections)
-    assert calls == ["forward", "backward"]
+    rows = ["copy_rows"]  # of x; of dy, of gate and up, of x again
+    assert calls == [*rows, "forward", *rows, *rows, "backward", *rows]
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
     y = x·Wᵀ + bias + Σ s·(x·Aᵀ)·Bᵀ        one product, rounded once (ops/lora.py)
 
 Saved for the backward pass: x and the adapters. The weight is dequantised again, and x·Aᵀ computed again.
+The fused decoder layer does not call this: it runs the same `LoraGroup` inside its own pass (model/attention_half.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from steep.ops.copy_rows import copy_rows
 from steep.ops.lora import LoraGroup, Projection
 from steep.ops.products import sums_in_fp32
 
@@ -42,7 +44,7 @@ def lora_linears(x: torch.Tensor, projections: Sequence[Projection]) -> torch.Te
 def extended(x: torch.Tensor, group: LoraGroup, buffer: torch.Tensor) -> torch.Tensor:
     """The group's input rows [T, input_width] of x."""
     xe = x.new_empty(x.shape[0], group.input_width)
-    xe[:, group.x_columns] = x
+    _copy_into(xe[:, group.x_columns], x)
     group.extend_input(xe, buffer)
     return xe
 
@@ -50,9 +52,14 @@ def extended(x: torch.Tensor, group: LoraGroup, buffer: torch.Tensor) -> torch.T
 def extended_gradient(dy: torch.Tensor, group: LoraGroup, buffer: torch.Tensor) -> torch.Tensor:
     """The group's gradient rows [T, gradient_width] of dy."""
     dye = dy.new_empty(dy.shape[0], group.gradient_width)
-    dye[:, : group.outputs] = dy
+    _copy_into(dye[:, : group.outputs], dy)
     group.extend_gradient(dye, buffer)
     return dye
+
+
+def _copy_into(columns: torch.Tensor, x: torch.Tensor) -> None:
+    """Write `x`, of any strides, into columns of a wider buffer."""
+    copy_rows(x if x.stride(1) == 1 else x.contiguous(), columns)
 
 
 class _LoraLinears(torch.autograd.Function):

@@ -4,6 +4,7 @@
 
 Saved for the backward pass: x, gate and up, and the adapters. h is computed again where the activation's backward pass
 goes over gate and up anyway; `down` is not computed again, nor are gate and up.
+The fused decoder layer does not call this: it runs the same two `LoraGroup`s inside its own pass (model/mlp_half.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from steep.ops.copy_rows import copy_rows
 from steep.ops.lora import LoraGroup, Projection
 from steep.ops.lora_linear import extended, extended_gradient, lora_linear_reference
 from steep.ops.products import sums_in_fp32
@@ -74,7 +76,7 @@ class _LoraMlp(torch.autograd.Function):
         he = x.new_empty(x.shape[0], second.input_width)
         h = second.input_gradient(dye, buffer, out=he[:, second.x_columns])  # dh, which becomes h
         d_gate_up = x.new_empty(x.shape[0], first.gradient_width)
-        d_gate_up[:, : first.outputs] = gate_up  # which become their gradients
+        copy_rows(gate_up, d_gate_up[:, : first.outputs])  # which become their gradients
         gated_backward(h, d_gate_up, first.outputs // 2, ctx.activation)
         second.extend_input(he, buffer)
         of_down = second.adapter_gradients(dye, he)

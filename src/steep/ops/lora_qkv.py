@@ -1,4 +1,7 @@
-"""q, k and v with their adapters as one group: two small products and two large ones (ops/lora.py)."""
+"""q, k and v with their adapters as one group: two small products and two large ones (ops/lora.py).
+
+The fused decoder layer does not call this: it runs the same `LoraGroup` inside its own pass (model/attention_half.py).
+"""
 
 from __future__ import annotations
 
