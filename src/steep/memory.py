@@ -8,6 +8,7 @@ from typing import Any
 from steep.model.adapters import linear_shapes, targeted
 from steep.model.embeddings import is_tied
 from steep.model.names import EMBEDDINGS
+from steep.model.step_bytes import whole_logits_bytes
 from steep.schema import AdapterSection
 
 GIB = 2**30
@@ -121,8 +122,7 @@ def memory_by_item(
 
     The peak is where the loss is differentiated, or where all gradients are there, whichever needs more. The residual
     stream has the dtype of the trained embeddings. With checkpointing each layer keeps its input, and one layer's
-    insides live at a time. Of the logits of the batch three fp32 tensors live at once in transformers' loss
-    (log-softmax, its gradient, theirs); autocast keeps 16-bit copies of what it trains in fp32.
+    insides live at a time. Autocast keeps 16-bit copies of what it trains in fp32.
 
     Args:
         accumulates: several micro-batches make a step, so that gradients are there while the next loss is computed.
@@ -137,7 +137,7 @@ def memory_by_item(
     fixed = {**standing(shape, base=base, compute=compute, trained=trained, optim=optim), "16-bit copies": copies}
     at_the_loss = {
         "activations": kept,
-        "logits and loss": tokens * shape.vocabulary * 12,
+        "logits and loss": whole_logits_bytes(tokens, shape.vocabulary),
         "gradients": gradients if accumulates else 0,
     }
     at_the_end = {"activations": inside, "logits and loss": 0, "gradients": gradients + scratch}
