@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from benchmarks.measuring import putting_back
 from steep.ops.lora import Lora, Projection
 from steep.ops.nf4 import Nf4Weight
 
@@ -150,7 +151,7 @@ def rope() -> Iterator[Case]:
     yield Case(
         "rope", f"{TOKENS} x ({HEADS} + {KV_HEADS}) x {HEAD_DIM}",
         ours=lambda: rope_forward(mine, cos, sin, HEADS, KV_HEADS, HEAD_DIM),
-        before=lambda: mine.copy_(qkv), result=lambda: rope_forward(qkv.clone(), cos, sin, HEADS, KV_HEADS, HEAD_DIM),
+        before=putting_back(mine), result=lambda: rope_forward(qkv.clone(), cos, sin, HEADS, KV_HEADS, HEAD_DIM),
         reference=lambda qkv, cos, sin: rope_reference(qkv, cos, sin, HEADS, KV_HEADS, HEAD_DIM),
         inputs=(qkv, cos, sin), bytes=moved,
         liger=function and Rival(function, (q, k, wide_cos, wide_sin), as_reference=joined),
@@ -218,16 +219,12 @@ def _gated(name: str, activation: Any) -> Iterator[Case]:
         gated_backward(my_dh, mine, INTERMEDIATE, activation)
         return mine
 
-    def put_back() -> None:
-        my_dh.copy_(dh)
-        mine.copy_(gate_up)
-
     yield Case(
         f"{name} forward", ours=forward, result=forward, bytes=3 * 2 * out.numel(),
         liger=function and Rival(function, halves), **common,
     )  # fmt: skip
     yield Case(
-        f"{name} backward", ours=backward, result=gradient, before=put_back,
+        f"{name} backward", ours=backward, result=gradient, before=putting_back(my_dh, mine),
         bytes=6 * 2 * out.numel(), direction="backward", cotangent=dh,
         liger=function and Rival(function, halves, (0, 1), lambda both: torch.cat(both, dim=1)), **common,
     )  # fmt: skip
@@ -318,7 +315,7 @@ def lora_flops(outputs: int, inputs: int) -> float:
 
 
 def copy_rows() -> Iterator[Case]:
-    """Hidden states into the first columns of wider rows, and the adapters' columns of a weight buffer."""
+    """Hidden states into the first columns of wider rows."""
     from steep.ops.copy_rows import copy_rows
 
     x, wider = random(TOKENS, HIDDEN), random(TOKENS, HIDDEN + RANK)

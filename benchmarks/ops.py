@@ -18,7 +18,7 @@ import dataclasses
 import gc
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from benchmarks.measuring import (
     gpu_name,
     milliseconds,
     product_flops_per_second,
+    putting_back,
     results_file,
     versions,
 )
@@ -75,17 +76,6 @@ def result_of(rival: Rival, case: Case) -> torch.Tensor:
     return rival.as_reference(launcher(fresh, case)())
 
 
-def putting_back(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
-    """What writes the values that `tensors` have now into them again: Liger's functions write over what they get."""
-    kept = [tensor.detach().clone() for tensor in tensors]
-
-    def put_back() -> None:
-        for tensor, was in zip(tensors, kept, strict=True):
-            tensor.data.copy_(was)  # .data: a graph that runs again has saved them
-
-    return put_back
-
-
 def attempt(what: str, case: Case, competitor: Rival | None, *, check: bool = False) -> float | None:
     """Milliseconds of a competitor; None where there is none, where it cannot do this, or where what it gives is not
     what the reference gives.
@@ -98,7 +88,8 @@ def attempt(what: str, case: Case, competitor: Rival | None, *, check: bool = Fa
     try:
         off = wrong_by(case, result_of(competitor, case)) if check else 0.0
         if off <= TOLERANCE:
-            return milliseconds(launcher(competitor, case), putting_back(competitor.inputs))
+            # Liger's functions write over what they get
+            return milliseconds(launcher(competitor, case), putting_back(*competitor.inputs))
         print(f"{case.op}: {what} is {off:.2e} off the reference; not timed", file=sys.stderr)
     except Exception:  # whatever another library raises: said, and the other columns go on
         print(f"{case.op}: {what} failed\n{traceback.format_exc(limit=-2)}", file=sys.stderr)

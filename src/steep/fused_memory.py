@@ -54,7 +54,7 @@ class FusedStep:
         """What each layer keeps, and how the loss is cut, so that the peak is within `budget` bytes: the least that is
         computed again; level 3 everywhere where not even that fits. The loss is cut by the vocabulary where that is
         faster, or where more fits by it."""
-        ways: tuple[Way, ...] = (self.faster_way, "vocabulary")
+        ways: list[Way] = ["vocabulary"] if self.faster_way == "vocabulary" else ["tokens", "vocabulary"]
         for levels in level_lists(self.shape.layers):
             for way in ways:
                 if sum(self.by_item(levels, way).values()) <= budget:

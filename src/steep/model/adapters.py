@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -35,6 +34,7 @@ from steep.model.adapter_start import (
 from steep.model.embeddings import is_tied
 from steep.model.load import DTYPES
 from steep.model.names import DEFAULT_RANK, EMBEDDINGS, LINEAR_LAYERS
+from steep.model.unwrap import has_adapters
 from steep.tensor_files import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -153,7 +153,7 @@ def add_adapters(
         raise UserError("adapter.r", f"{r} is not a rank", "Give a number above 0, such as 256.")
     if trained_dtype not in ("fp32", "bf16"):
         raise UserError("model.trained_dtype", f"{trained_dtype!r} cannot be trained", "Give fp32 or bf16.")
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    if has_adapters(model):
         problem = "it has adapters already"
         raise UserError("model", problem, "Give the model that they were put on, or use its own add_adapter.")
     check_start(init_lora_weights, use_dora, lora_dropout, over_int8=getattr(model, "is_loaded_in_8bit", False))

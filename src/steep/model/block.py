@@ -108,13 +108,12 @@ class _Block(torch.autograd.Function):
                 kept.x2, kept.attention_out = first.add(x, kept.attended, o_weights)
             elif first.layer.attention_out_norm is not None and kept.attention_out is None:
                 kept.attention_out = first.output(kept.attended, o_weights)
-            gate_up, kept.gate_up = kept.gate_up, None
-            d_normed, of_mlp = second.backward(dy, kept.x2, gate_up, kept.mlp_out)
-            del gate_up
+            d_normed, of_mlp = second.backward(dy, kept.x2, kept.gate_up, kept.mlp_out)
+            kept.gate_up = kept.mlp_out = None
             d_out, into = first.gradient_rows(x)
             dx2 = second.add_backward(d_normed, kept.x2, dy, into)
+            kept.x2 = None
             del d_normed
-            kept.mlp_out = kept.x2 = None
             d_qkv, of_o = first.attend_backward(
                 dx2, d_out, kept.attention_out, kept.attended, rotated, kept.qkv, kept.saved, o_weights
             )

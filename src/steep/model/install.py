@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from steep.errors import UserError
 from steep.model.block import LEVELS
@@ -23,7 +22,7 @@ from steep.model.projections import Unfused, refuse_own_forward
 from steep.model.read_layer import read_layer
 from steep.model.recompute import bytes_beside_decoder
 from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_last_norm, refuse_prefixes
-from steep.model.unwrap import unwrap
+from steep.model.unwrap import has_adapters, unwrap
 
 
 def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bool = False) -> Any:
@@ -139,8 +138,7 @@ def _modules(base: Any) -> Iterator[torch.nn.Module]:
 
 def _trains_without_adapters(model: Any) -> bool:
     """As every model does before `get_peft_model`."""
-    has_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    return not has_adapters and all(parameter.requires_grad for parameter in model.parameters())
+    return not has_adapters(model) and all(parameter.requires_grad for parameter in model.parameters())
 
 
 def _drops(module: torch.nn.Module) -> bool:

@@ -201,8 +201,8 @@ def _unreadable(
         what = f"the tokenizer of {name}{which}" if files is TOKENIZER else f"the config.json of {name}"
         return UserError(field, f"{what} cannot be read: {reason(error)}", "Put it back, or download it again.")
     offline = is_offline_mode()
-    where = "is not in the local cache, and the hub is off (HF_HUB_OFFLINE)" if offline else "could not be had"
-    where = f"is no folder here, and {where}"
+    of_hub = "is not in the local cache, and the hub is off (HF_HUB_OFFLINE)" if offline else "could not be had"
+    where = f"is no folder here, and {of_hub}"
     here = Path.cwd() / Path(name).parent
     near = [str(Path(name).parent / place.name) for place in here.iterdir()] if here.is_dir() else []
     remedies = [
