@@ -433,6 +433,9 @@ def test_the_budget(asked: str, found: float, monkeypatch: pytest.MonkeyPatch) -
     )
     monkeypatch.setattr(vram.torch, "cuda", fake)
     assert vram.vram_budget(asked) == pytest.approx(found)
+    fake.mem_get_info = lambda: (0, 80 * 10**9)
+    fake.memory_reserved = lambda: 0
+    assert vram.vram_budget("auto") == 0  # others hold all of it
 
 
 def test_a_plan_beyond_the_budget_warns(

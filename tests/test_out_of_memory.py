@@ -208,17 +208,29 @@ def test_the_last_checkpoint_stays(
     run.train_run(config, resume=True)
 
 
-def test_before_a_run(steep: Steep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "the memory of this machine ran out. Free some of it, or take one that has more."),
+        (
+            torch.AcceleratorError(BY_CUDA),
+            "the memory of the card ran out before the run had any: others hold it (nvidia-smi lists them). "
+            "Wait for them, or choose another card (CUDA_VISIBLE_DEVICES).",
+        ),
+    ],
+)
+def test_before_a_run(
+    error: Exception, said: str, steep: Steep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def fails(*given: Any, **settings: Any) -> None:
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(plan, "plan_run", fails)
     (tmp_path / "run.yaml").write_text(
         "model: {name: m}\ndata: {sources: [{path: p}]}\ntraining: {output_dir: o}\n", encoding="utf-8"
     )
-    said = steep("plan", tmp_path / "run.yaml")
-    assert said.code == 1
-    assert said.err == "error: the memory of this machine ran out. Free some of it, or take one that has more.\n"
+    ended = steep("plan", tmp_path / "run.yaml")
+    assert ended.code == 1 and ended.err == f"error: {said}\n"
 
 
 @pytest.mark.parametrize(

@@ -375,5 +375,11 @@ def _explained(error: Exception) -> tuple[str, int]:
         return f"{where}: {error.strerror}. Check path, permissions and free space.", UserError.exit_code
     if isinstance(error, MemoryError):  # in a run it is told better, see steep.out_of_memory
         return "the memory of this machine ran out. Free some of it, or take one that has more.", RunError.exit_code
+    if isinstance(error, RuntimeError) and "CUDA" in str(error):
+        from steep.machine_faults import place_that_ran_out
+
+        if place_that_ran_out(error) == "GPU":  # before anything of ours is there, others have filled it
+            said = "the memory of the card ran out before the run had any: others hold it (nvidia-smi lists them)"
+            return f"{said}. Wait for them, or choose another card (CUDA_VISIBLE_DEVICES).", RunError.exit_code
     found = f"{type(error).__name__}: {error}"
     return f"steep did not expect this, so it is a bug: {found}. Please report it with what --debug shows.", BUG

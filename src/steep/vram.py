@@ -22,7 +22,7 @@ def vram_budget(vram: str) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info()
     others = total - free - torch.cuda.memory_reserved() if vram == "auto" else 0
-    return round(number / 100 * total) - others
+    return max(round(number / 100 * total) - others, 0)
 
 
 def as_amount(vram: str) -> tuple[float, str]:

@@ -12,7 +12,7 @@ from types import FunctionType
 from typing import Any, cast
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
 from steep.ops.backend import vjp
 from steep.ops.packing import Packing
@@ -20,6 +20,8 @@ from steep.ops.packing import Packing
 _BLOCK = 128  # tokens of a block of the mask: FlexAttention's default, which its tile sizes divide
 # Of one form: lengths take five or more (one token, one block, ...), and torch's own limit of eight is an error.
 _COMPILATIONS = 64
+# Below 128 tokens torch would take its kernel for decoding, which has no tiles for some numbers of heads.
+_KERNEL: FlexKernelOptions = {"BACKEND": "TRITON"}
 
 
 def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -97,7 +99,9 @@ def packed_flex(
 ) -> torch.Tensor:
     """FlexAttention over [T, heads, head_dim]."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=True)
+    out = flex_attention(
+        q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=_KERNEL
+    )
     return cast(torch.Tensor, out).squeeze(0).transpose(0, 1)
 
 
