@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from steep.kernels import variants
 from steep.kernels.compilation import Compilation, triton_type
 
 ELEMENTS = 4096  # of a program: 32 a thread
@@ -24,7 +25,7 @@ def configuration(columns: int) -> tuple[int, int]:
     return ELEMENTS // block, block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def copy_rows_kernel(
     source,
     target,
@@ -46,16 +47,12 @@ def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:
     """target = source, both [rows, columns] with rows apart, each in its own dtype."""
     rows, columns = source.shape
     rows_block, columns_block = configuration(columns)
-    grid = (-(-rows // rows_block), -(-columns // columns_block))
-    copy_rows_kernel[grid](
-        source,
-        target,
-        rows,
-        columns,
-        source.stride(0),
-        target.stride(0),
-        ROWS_BLOCK=rows_block,
-        COLUMNS_BLOCK=columns_block,
+    variants.launch(
+        copy_rows_kernel,
+        (-(-rows // rows_block), -(-columns // columns_block), 1),
+        (source, target),
+        (columns, source.stride(0), target.stride(0), rows_block, columns_block),
+        free=(rows,),
         num_warps=WARPS,
     )
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from steep.kernels import variants
 from steep.kernels.compilation import Compilation, triton_type
 
 COLUMNS = 1024  # 8 a thread: 8 bytes read, 16 written
@@ -28,8 +29,12 @@ def write_kernel(codes, absmax, out, num_columns, codes_stride, out_stride, COLU
 def write(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
     """out [out_features, in_features] = codes · absmax / 127. Rows may be apart."""
     rows, columns = out.shape
-    write_kernel[(rows, -(-columns // COLUMNS))](
-        codes, absmax, out, columns, codes.stride(0), out.stride(0), COLUMNS=COLUMNS, num_warps=NUM_WARPS
+    variants.launch(
+        write_kernel,
+        (rows, -(-columns // COLUMNS), 1),
+        (codes, absmax, out),
+        (columns, codes.stride(0), out.stride(0), COLUMNS),
+        num_warps=NUM_WARPS,
     )
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from steep.kernels.compilation import Compilation, triton_type
-from steep.kernels.variants import Variants, place
+from steep.kernels.variants import Grid, Prepared
 
 MATRICES, BIASES = 6, 3  # of a launch: A and B of three projections, and their biases
 TILE, BIAS_TILE = (16, 256), (128, 8)  # rows and columns
@@ -137,34 +138,34 @@ def fill(
     matrices: Sequence[torch.Tensor],
     scales: Sequence[float],
     biases: Sequence[torch.Tensor],
-    variants: Variants,
+    prepared: Prepared,
 ) -> None:
     """Write the pieces of `launches` into `out`, of bf16, fp16 or fp32, whose rows may be apart: scale · matrix, in
     fp32, rounded once; and biases. Each piece has its contiguous tensor; where it is all zero, any.
 
-    Matrices are of one dtype, bf16, fp16 or fp32, and biases of one. `variants` are those of all calls with these
-    `launches`."""
-    out_stride = out.stride(0)
-    places = (place(out), *map(place, matrices), *map(place, biases))
-    for index, launch in enumerate(launches):
-        of_matrices = slice(MATRICES * index, MATRICES * (index + 1))
-        aligned = launch.aligned and out_stride % ALIGNMENT == 0
-        # Places without a piece are given what is there, so that they make no variant of the kernel.
-        variants.launch(
-            fill_kernel,
-            (index, aligned, places),
-            (*launch.grid, 1),
-            out,
-            out_stride // ALIGNMENT if aligned else out_stride,
-            launch.table,
-            _padded(matrices[of_matrices], MATRICES, matrices[0] if matrices else out),
-            _padded(scales[of_matrices], MATRICES, 1.0),
-            _padded(biases[BIASES * index : BIASES * (index + 1)], BIASES, biases[0]) if biases else None,
-            aligned,
-            *TILE,
-            *BIAS_TILE,
-            num_warps=NUM_WARPS,
-        )
+    Matrices are of one dtype, bf16, fp16 or fp32, and biases of one. `prepared` are launches that differ in `out`
+    alone."""
+    for number, launch in enumerate(launches):
+        of_matrices = slice(MATRICES * number, MATRICES * (number + 1))
+        of_biases = slice(BIASES * number, BIASES * (number + 1))
+
+        def arguments(launch=launch, of_matrices=of_matrices, of_biases=of_biases) -> tuple[Grid, tuple[Any, ...]]:
+            out_stride = out.stride(0)
+            aligned = launch.aligned and out_stride % ALIGNMENT == 0
+            # Places without a piece are given what is there, so that they make no variant of the kernel; never `out`,
+            # which would stay alive with these arguments.
+            return (*launch.grid, 1), (
+                out_stride // ALIGNMENT if aligned else out_stride,
+                launch.table,
+                _padded(matrices[of_matrices], MATRICES, (matrices or biases)[0]),
+                _padded(scales[of_matrices], MATRICES, 1.0),
+                _padded(biases[of_biases], BIASES, biases[0]) if biases else None,
+                aligned,
+                *TILE,
+                *BIAS_TILE,
+            )
+
+        prepared.launch(fill_kernel, out, arguments, number=number, num_warps=NUM_WARPS)
 
 
 def compilations(dtype: torch.dtype) -> list[Compilation]:

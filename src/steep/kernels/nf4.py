@@ -13,13 +13,14 @@ Weights that stand one below the other are written by one launch; a program stay
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from steep.kernels.compilation import Compilation, triton_type
-from steep.kernels.variants import Variants, place
+from steep.kernels.variants import Grid, Prepared
 
 UNIT = 64  # codes that have one absmax and stand in one row, whatever the block size from 64 on
 PARTS = 2  # words of a unit a thread takes: 1, 2 or 4
@@ -38,9 +39,9 @@ def absmax_of(block, inside, absmax, code_book, nested_absmax, offset, NESTED_BL
 
 @triton.jit(do_not_specialize=["out_stride", "units_a_row"])
 def write_kernel(
+    out,
     weights,
     units,  # of each weight
-    out,
     out_stride,  # in units of 8 elements where ALIGNED
     units_a_row,
     ALIGNED: tl.constexpr,
@@ -95,37 +96,27 @@ def write(
     block_size: int,
     nested_block_size: int,
     out: torch.Tensor,
-    variants: Variants,
+    prepared: Prepared,
 ) -> None:
     """out [out_features of all, in_features] = weights, one below the other. in_features and the block
     size are multiples of UNIT. All have an absmax that is quantised again, or none.
 
     Args:
         rows: out_features of each.
-        variants: of launches that differ in `out` alone.
+        prepared: launches that differ in `out` alone.
     """
-    units_a_row = out.shape[1] // UNIT
-    units = tuple([height * units_a_row for height in rows])
-    a_program = 32 * NUM_WARPS * PARTS // 8
-    out_stride = out.stride(0)
-    aligned = out_stride % 8 == 0
-    variants.launch(
-        write_kernel,
-        (*place(out), out_stride),
-        (sum([-(-of_weight // a_program) for of_weight in units]), 1, 1),
-        weights,
-        units,
-        out,
-        out_stride // 8 if aligned else out_stride,
-        units_a_row,
-        aligned,
-        block_size,
-        nested_block_size,
-        PARTS,
-        32 * NUM_WARPS,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=False,  # the absmax is a product, rounded, and a sum, rounded, as bitsandbytes has it
-    )
+
+    def arguments() -> tuple[Grid, tuple[Any, ...]]:
+        units_a_row, out_stride = out.shape[1] // UNIT, out.stride(0)
+        units = tuple(height * units_a_row for height in rows)
+        a_program = 32 * NUM_WARPS * PARTS // 8
+        aligned = out_stride % 8 == 0
+        grid = sum(-(-of_weight // a_program) for of_weight in units), 1, 1
+        numbers = out_stride // 8 if aligned else out_stride, units_a_row
+        return grid, (weights, units, *numbers, aligned, block_size, nested_block_size, PARTS, 32 * NUM_WARPS)
+
+    # The absmax is a product, rounded, and a sum, rounded, as bitsandbytes has it.
+    prepared.launch(write_kernel, out, arguments, num_warps=NUM_WARPS, enable_fp_fusion=False)
 
 
 def compilations(dtype: torch.dtype) -> list[Compilation]:

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from steep.kernels import variants
 from steep.kernels.compilation import Compilation, triton_type
 
 
@@ -22,6 +23,12 @@ def configuration(num_heads: int, half: int) -> tuple[int, int, int]:
     """(HEADS_BLOCK, HALF_BLOCK, num_warps) for `num_heads` heads of `half` angles: 16 pairs a thread."""
     heads_block, half_block = triton.next_power_of_2(num_heads), triton.next_power_of_2(half)
     return heads_block, half_block, min(max(heads_block * half_block // 512, 1), 16)
+
+
+@cache
+def rest_block(rest: int) -> int:
+    """REST_BLOCK for heads with `rest` elements that are not rotated."""
+    return triton.next_power_of_2(max(rest, 1))
 
 
 @triton.jit
@@ -166,26 +173,13 @@ def forward(
     """out = q and k heads of qkv normed and rotated, v heads copied."""
     half = cos.shape[1]
     heads_block, half_block, num_warps = configuration(num_heads + 2 * num_kv_heads, half)
-    forward_kernel[(qkv.shape[0],)](
-        qkv,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        out,
-        qkv.stride(0),
-        cos.stride(0),
-        sin.stride(0),
-        out.stride(0),
-        eps,
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        HALF=half,
-        UNIT_OFFSET=unit_offset,
-        HEADS_BLOCK=heads_block,
-        HALF_BLOCK=half_block,
-        REST_BLOCK=triton.next_power_of_2(max(head_dim - 2 * half, 1)),
+    strides = qkv.stride(0), cos.stride(0), sin.stride(0), out.stride(0)
+    heads = num_heads, num_kv_heads, head_dim
+    variants.launch(
+        forward_kernel,
+        (qkv.shape[0], 1, 1),
+        (qkv, q_weight, k_weight, cos, sin, out),
+        (*strides, eps, *heads, half, unit_offset, heads_block, half_block, rest_block(head_dim - 2 * half)),
         num_warps=num_warps,
     )
 
@@ -206,26 +200,13 @@ def backward(
     """In place: the q and k heads of dqkv become the gradients by those of the raw qkv."""
     half = cos.shape[1]
     heads_block, half_block, num_warps = configuration(num_heads + num_kv_heads, half)
-    backward_kernel[(qkv.shape[0],)](
-        dqkv,
-        qkv,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        dqkv.stride(0),
-        qkv.stride(0),
-        cos.stride(0),
-        sin.stride(0),
-        eps,
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        HALF=half,
-        UNIT_OFFSET=unit_offset,
-        HEADS_BLOCK=heads_block,
-        HALF_BLOCK=half_block,
-        REST_BLOCK=triton.next_power_of_2(max(head_dim - 2 * half, 1)),
+    strides = dqkv.stride(0), qkv.stride(0), cos.stride(0), sin.stride(0)
+    heads = num_heads, num_kv_heads, head_dim
+    variants.launch(
+        backward_kernel,
+        (qkv.shape[0], 1, 1),
+        (dqkv, qkv, q_weight, k_weight, cos, sin),
+        (*strides, eps, *heads, half, unit_offset, heads_block, half_block, rest_block(head_dim - 2 * half)),
         num_warps=num_warps,
     )
 

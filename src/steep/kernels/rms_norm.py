@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from steep.kernels import variants
 from steep.kernels.compilation import Compilation, triton_type
 
 MAX_HIDDEN = 16384
@@ -98,18 +99,12 @@ def forward(
     """out = (residual +) norm(x) · weight, all [T, H] with rows that may be apart."""
     num_tokens, hidden = x.shape
     block, num_warps = configuration(hidden)
-    forward_kernel[(num_tokens,)](
-        x,
-        weight,
-        residual,
-        out,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        out.stride(0),
-        eps,
-        HIDDEN=hidden,
-        UNIT_OFFSET=unit_offset,
-        BLOCK=block,
+    residual_stride = 0 if residual is None else residual.stride(0)
+    variants.launch(
+        forward_kernel,
+        (num_tokens, 1, 1),
+        (x, weight, residual, out),
+        (x.stride(0), residual_stride, out.stride(0), eps, hidden, unit_offset, block),
         num_warps=num_warps,
     )
 
@@ -126,20 +121,12 @@ def backward(
     """out = (add +) the gradient of `forward` by x. `out` may be `add` or `dy`: a row is read, then written."""
     num_tokens, hidden = x.shape
     block, num_warps = configuration(hidden)
-    backward_kernel[(num_tokens,)](
-        dy,
-        x,
-        weight,
-        add,
-        out,
-        dy.stride(0),
-        x.stride(0),
-        0 if add is None else add.stride(0),
-        out.stride(0),
-        eps,
-        HIDDEN=hidden,
-        UNIT_OFFSET=unit_offset,
-        BLOCK=block,
+    add_stride = 0 if add is None else add.stride(0)
+    variants.launch(
+        backward_kernel,
+        (num_tokens, 1, 1),
+        (dy, x, weight, add, out),
+        (dy.stride(0), x.stride(0), add_stride, out.stride(0), eps, hidden, unit_offset, block),
         num_warps=num_warps,
     )
 

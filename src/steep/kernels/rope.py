@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from steep.kernels import variants
 from steep.kernels.compilation import Compilation, triton_type
 
 
@@ -57,19 +58,12 @@ def rotate(
     """Rotate the first `num_heads` heads of each row of `qkv` by the angles (`inverse`: by their negatives)."""
     half = cos.shape[1]
     heads_block, half_block, num_warps = configuration(num_heads, half)
-    rotate_kernel[(qkv.shape[0],)](
-        qkv,
-        cos,
-        sin,
-        qkv.stride(0),
-        cos.stride(0),
-        sin.stride(0),
-        NUM_HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        HALF=half,
-        INVERSE=inverse,
-        HEADS_BLOCK=heads_block,
-        HALF_BLOCK=half_block,
+    strides = qkv.stride(0), cos.stride(0), sin.stride(0)
+    variants.launch(
+        rotate_kernel,
+        (qkv.shape[0], 1, 1),
+        (qkv, cos, sin),
+        (*strides, num_heads, head_dim, half, inverse, heads_block, half_block),
         num_warps=num_warps,
     )
 

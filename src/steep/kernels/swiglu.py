@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from steep.kernels import variants
 from steep.kernels.compilation import Compilation, triton_type
 
 FORWARD_BLOCK, FORWARD_WARPS = 2048, 4
@@ -82,28 +83,22 @@ def backward_kernel(
 
 def forward(gate_up: torch.Tensor, intermediate: int, is_gelu: bool, h: torch.Tensor) -> None:
     """h [T, I] = activation(gate) · up, of gate_up [T, >= 2·I]."""
-    forward_kernel[(gate_up.shape[0] * -(-intermediate // FORWARD_BLOCK),)](
-        gate_up,
-        h,
-        gate_up.stride(0),
-        h.stride(0),
-        INTERMEDIATE=intermediate,
-        IS_GELU=is_gelu,
-        BLOCK=FORWARD_BLOCK,
+    variants.launch(
+        forward_kernel,
+        (gate_up.shape[0] * -(-intermediate // FORWARD_BLOCK), 1, 1),
+        (gate_up, h),
+        (gate_up.stride(0), h.stride(0), intermediate, is_gelu, FORWARD_BLOCK),
         num_warps=FORWARD_WARPS,
     )
 
 
 def backward(dh: torch.Tensor, gate_up: torch.Tensor, intermediate: int, is_gelu: bool) -> None:
     """In place: dh becomes h, gate and up become their gradients."""
-    backward_kernel[(gate_up.shape[0] * -(-intermediate // BACKWARD_BLOCK),)](
-        dh,
-        gate_up,
-        dh.stride(0),
-        gate_up.stride(0),
-        INTERMEDIATE=intermediate,
-        IS_GELU=is_gelu,
-        BLOCK=BACKWARD_BLOCK,
+    variants.launch(
+        backward_kernel,
+        (gate_up.shape[0] * -(-intermediate // BACKWARD_BLOCK), 1, 1),
+        (dh, gate_up),
+        (dh.stride(0), gate_up.stride(0), intermediate, is_gelu, BACKWARD_BLOCK),
         num_warps=BACKWARD_WARPS,
     )
 

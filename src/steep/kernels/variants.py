@@ -1,39 +1,78 @@
-"""Launches that find their compiled kernel without looking at every argument.
+"""Launches that find their compiled kernel faster than Triton does.
 
 Triton compiles a variant of a kernel for the types of its arguments, the alignment of its addresses, and numbers that
-are 1 or multiples of 16. To find it, each launch looks at all arguments: for a kernel with twenty that takes the host
-several times as long as the launch. A caller whose arguments are the same but for a few looks at those alone.
+are 1 or multiples of 16. To find it, each launch looks at all arguments and options: that takes the host longer than
+the launch itself, several times as long for a kernel with twenty arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 
+Grid = tuple[int, int, int]
 
-class Variants:
-    """The compiled variants of one kernel for one caller."""
+_known: dict[Hashable, Any] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: Grid,
+    tensors: Sequence[torch.Tensor | None],
+    numbers: tuple[float, ...],
+    free: tuple[int, ...] = (),
+    **options: Any,
+) -> None:
+    """`kernel[grid](*tensors, *free, *numbers, **options)`: its variant is looked up by tensors and numbers alone.
+
+    Args:
+        tensors: the first of them is there.
+        numbers: constants too; `options` are the same wherever these are.
+        free: numbers for which the kernel is not specialised, and which change often.
+    """
+    key: list[Hashable] = [id(kernel), tensors[0].device, numbers]  # pyright: ignore[reportOptionalMemberAccess]
+    for tensor in tensors:
+        key += (None,) if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
+    variant = tuple(key)
+    compiled = _known.get(variant)
+    if compiled is None:
+        _known[variant] = kernel[grid](*tensors, *free, *numbers, **options)  # None in Triton's interpreter
+    else:
+        compiled[grid](*tensors, *free, *numbers)
+
+
+class Prepared:
+    """Launches of one kernel by one caller that differ in the kernel's first argument alone, a tensor to write: all
+    others are put together once for each kind of it."""
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, Any] = {}
+        self._known: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
-    def launch(self, kernel: Any, key: Hashable, grid: tuple[int, int, int], *args: Any, **options: Any) -> None:
-        """`kernel[grid](*args, **options)`.
+    def launch(
+        self,
+        kernel: Any,
+        out: torch.Tensor,
+        arguments: Callable[[], tuple[Grid, tuple[Any, ...]]],
+        *,
+        number: int = 0,
+        **options: Any,
+    ) -> None:
+        """`kernel[grid](out, *args, **options)`.
 
         Args:
-            kernel: the same at each call, and `options` too.
-            key: whatever the variant depends on and is not the same at each call: `place` of an address, numbers.
-            args: all arguments of the kernel in their order, constants too.
+            kernel: the same at each call with this `number`, and `options` too.
+            arguments: gives grid and args, constants too. They may depend on out's device, dtype, stride and alignment.
+            number: which of the caller's launches it is.
         """
-        compiled = self._known.get(key)
-        if compiled is None:
-            self._known[key] = kernel[grid](*args, **options)  # None in Triton's interpreter, which compiles nothing
-        else:
-            compiled[grid](*args)
-
-
-def place(tensor: torch.Tensor) -> tuple[torch.device, torch.dtype, bool]:
-    """What a variant depends on of an address."""
-    return tensor.device, tensor.dtype, tensor.data_ptr() % 16 == 0
+        key = number, out.device, out.dtype, out.stride(0), out.data_ptr() % 16 == 0
+        known = self._known.get(key)
+        if known is not None:
+            run, args = known
+            run(out, *args)
+            return
+        grid, args = arguments()
+        compiled = kernel[grid](out, *args, **options)
+        if compiled is not None:  # as it is in Triton's interpreter
+            self._known[key] = compiled[grid], args

@@ -6,17 +6,16 @@ s·B is multiplied in fp32 and rounded once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, cached_property
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from steep.ops.backend import uses_kernels
-from steep.ops.lora_layout import Layout, Piece
+from steep.ops.lora_layout import ALIGNMENT, Layout, Piece
 
 if TYPE_CHECKING:
     from steep.kernels.lora_fill import Launch
-    from steep.kernels.variants import Variants
 
 
 class LoraFill:
@@ -35,6 +34,9 @@ class LoraFill:
         biases: Sequence[torch.Tensor | None],
     ) -> None:
         self._layout, self._matrices, self._scales, self._biases = layout, matrices, scales, biases
+        self._tensors = [*matrices, *(bias for bias in biases if bias is not None)]
+        self._addresses: list[int] | None = None
+        self._kept: tuple[Any, ...] = ()
         self._of_pieces = [None if piece.source is None else matrices[piece.source] for piece in layout.matrices]
         self._scales_of_pieces = [1.0 if piece.source is None else scales[piece.source] for piece in layout.matrices]
         self._biases_of_pieces = [None if piece.source is None else biases[piece.source] for piece in layout.biases]
@@ -51,20 +53,21 @@ class LoraFill:
             return
         from steep.kernels import lora_fill
 
-        lora_fill.fill(
-            buffer,
-            _launches(layout, buffer.device),
-            _as_read(self._of_pieces, buffer),
-            self._scales_of_pieces,
-            _as_read(self._biases_of_pieces, buffer),
-            self._variants,
-        )
+        lora_fill.fill(buffer, *self._arguments(buffer))
 
-    @cached_property
-    def _variants(self) -> Variants:
-        from steep.kernels.variants import Variants
+    def _arguments(self, like: torch.Tensor) -> tuple[Any, ...]:
+        """Those of the launch beside the buffer: kept while the adapters and biases stay in their memory, unless what
+        is read is a copy of them."""
+        addresses = [tensor.data_ptr() for tensor in self._tensors]
+        if addresses != self._addresses:
+            from steep.kernels.variants import Prepared
 
-        return Variants()
+            matrices, biases = _as_read(self._of_pieces, like), _as_read(self._biases_of_pieces, like)
+            arguments = _launches(self._layout, like.device), matrices, self._scales_of_pieces, biases, Prepared()
+            if not {tensor.data_ptr() for tensor in (*matrices, *biases)} <= {*addresses}:
+                return arguments
+            self._addresses, self._kept = addresses, arguments
+        return self._kept
 
 
 def lora_fill_reference(
@@ -87,11 +90,11 @@ def _launches(layout: Layout, device: torch.device) -> tuple[Launch, ...]:
 
 
 def _as_read(tensors: Sequence[torch.Tensor | None], some: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors as the kernel reads them: contiguous, all in one dtype. Where there is none, one of them, or `some`."""
+    """Tensors as the kernel reads them: contiguous, all in one dtype. Where there is none, one of them, or one like
+    `some`, which itself would stay alive with the arguments."""
     given = [tensor for tensor in tensors if tensor is not None]
     if len({tensor.dtype for tensor in given}) > 1:
         tensors = [None if tensor is None else tensor.float() for tensor in tensors]
         given = [tensor for tensor in tensors if tensor is not None]
-    if given:
-        some = given[0]
+    some = given[0] if given else some.new_empty(ALIGNMENT)
     return [(some if tensor is None else tensor).contiguous() for tensor in tensors]

@@ -15,7 +15,7 @@ from steep.ops.base_weight import BaseWeight
 
 if TYPE_CHECKING:
     from steep.kernels.nf4 import Stored
-    from steep.kernels.variants import Variants
+    from steep.kernels.variants import Prepared
 
 HEIGHT = 3  # weights of a stack, at most: those of q, k and v
 
@@ -108,13 +108,13 @@ class Nf4Stack:
             return
         from steep.kernels import nf4
 
-        nf4.write(self._stored, self._rows, first.block_size, first.nested_block_size, out, self._variants)
+        nf4.write(self._stored, self._rows, first.block_size, first.nested_block_size, out, self._prepared)
 
     @cached_property
-    def _variants(self) -> Variants:
-        from steep.kernels.variants import Variants
+    def _prepared(self) -> Prepared:
+        from steep.kernels.variants import Prepared
 
-        return Variants()
+        return Prepared()
 
     @cached_property
     def _stored(self) -> tuple[Stored, ...]:
