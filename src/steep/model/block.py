@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from steep.model.attention_half import AttentionHalf
 from steep.model.layer import Batch, Layer
 from steep.model.mlp_half import MlpHalf
+from steep.ops.backend import without_autocast
 from steep.ops.products import sums_in_fp32
 
 LEVELS = (0, 1, 2, 3)
@@ -61,7 +62,7 @@ class _Block(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, layer: Layer, batch: Batch, backend: str, *trained: torch.Tensor
     ) -> torch.Tensor:
         first, second, level = AttentionHalf(layer, batch, backend), MlpHalf(layer, batch), batch.level
-        with torch.autocast(x.device.type, enabled=False), sums_in_fp32():
+        with without_autocast(x.device.type), sums_in_fp32():
             weights = first.qkv.filled_buffer(x.device)
             qkv = first.project(first.normed(x, weights), weights)
             rotated = first.rotate(qkv)
@@ -93,7 +94,7 @@ class _Block(torch.autograd.Function):
         assert kept is not None, "the gradients of a fused layer are written over what it kept: once only"
         dy = dy.contiguous()
         ctx.kept = None  # nothing stays behind while the graph is alive
-        with torch.autocast(x.device.type, enabled=False), sums_in_fp32():
+        with without_autocast(x.device.type), sums_in_fp32():
             normed = weights = None
             if kept.qkv is None:
                 weights = first.qkv.filled_buffer(x.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -31,6 +31,12 @@ def interpreted() -> Iterator[None]:
 def gradient_dtype(tensor: torch.Tensor) -> torch.dtype:
     """What autograd keeps of the gradient of `tensor`: its own dtype, or the `grad_dtype` that a leaf was given."""
     return (tensor.grad_dtype if tensor.is_leaf else None) or tensor.dtype
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast off inside. Where it is off already there is nothing to do, and torch's own context takes the host as
+    long as three launches."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

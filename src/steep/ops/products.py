@@ -48,6 +48,8 @@ def product(
         out_dtype: default: that of `out`, else of `a`.
         scale: a factor of the fp32 product.
     """
+    if out is None and add is None and scale == 1.0 and out_dtype in (None, a.dtype):
+        return torch.mm(a, b)
     if out_dtype is None:
         out_dtype = a.dtype if out is None else out.dtype
     if out is None:
