@@ -165,11 +165,13 @@ class AttentionHalf:
         }
 
     def _per_head(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.unflatten(1, (-1, self.layer.attention.head_dim))
+        return tensor.view(tensor.shape[0], -1, self.layer.attention.head_dim)
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v as [T, heads, head_dim], views of the first columns of `qkv`."""
         num_heads, num_kv_heads, head_dim = self.layer.attention.heads
-        heads = self._per_head(qkv[:, : (num_heads + 2 * num_kv_heads) * head_dim])
-        q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        heads = qkv.as_strided(
+            (qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim), (qkv.stride(0), head_dim, 1), qkv.storage_offset()
+        )
+        q, k, v = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 1)
         return q, k, v

@@ -86,7 +86,7 @@ def backward(
 
 def _dense(x_THD: torch.Tensor, packing: Packing) -> torch.Tensor:
     """[T, heads, head_dim] as [documents, heads, length, head_dim], a view."""
-    return x_THD.unflatten(0, (len(packing.lengths), packing.max_length)).transpose(1, 2)
+    return x_THD.view(len(packing.lengths), packing.max_length, *x_THD.shape[1:]).transpose(1, 2)
 
 
 def _packed(x_BHLD: torch.Tensor) -> torch.Tensor:
