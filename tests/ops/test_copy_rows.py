@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from steep.kernels import copy_rows as kernels
-from steep.ops.copy_rows import contiguous, copy_rows
+from steep.ops.copy_rows import contiguous, copy_rows, join_rows
 from tests.ops.routes import along, assert_nothing_beside, cases, columns, far_apart
 
 CASES = cases(
@@ -26,6 +26,31 @@ def test_every_element(route: str, rows: int, width: int, source_dtype: torch.dt
     assert_nothing_beside(target)
 
 
+@pytest.mark.parametrize("target_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("source_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("route", "rows", "width", "other_width"),
+    cases(
+        small=[(1, 8, 8), (63, 100, 36), (9, 40, 5000)],
+        large=[(1000, 576, 192)],
+        real=[(4096, 4096, 1024), (16384, 2048, 512), (4096, 2048, 1024)],
+    ),
+)
+def test_three_side_by_side(
+    route: str, rows: int, width: int, other_width: int, source_dtype: torch.dtype, target_dtype: torch.dtype
+) -> None:
+    with along(route, kernels, join_rows=1) as device:
+        first, second, third = (
+            columns(torch.randn(rows, each, device=device).to(source_dtype), before)
+            for each, before in ((width, 16), (other_width, 8), (other_width, 24))
+        )
+        whole = torch.full((rows, width + 2 * other_width), torch.nan, device=device, dtype=target_dtype)
+        target = columns(whole, before=16)
+        join_rows((first, second, third), target)
+    assert torch.equal(target, torch.cat((first, second, third), 1).to(target_dtype))
+    assert_nothing_beside(target)
+
+
 def test_contiguous_copies_where_rows_are_apart_only() -> None:
     apart = columns(torch.randn(5, 4, 6).flatten(1)).unflatten(1, (4, 6))
     close = contiguous(apart)
@@ -42,3 +67,14 @@ def test_rows_far_apart() -> None:
             with along("gpu", kernels, copy_rows=1):
                 copy_rows(given, target)
             assert torch.equal(target, source)
+
+
+@pytest.mark.gpu
+def test_three_whose_rows_are_far_apart() -> None:
+    source = torch.randn(3, 100, device="cuda").bfloat16()
+    parts = source[:, :60], source[:, 60:80], source[:, 80:]
+    for given in (parts, (far_apart(parts[0]), far_apart(parts[1]), far_apart(parts[2]))):
+        target = far_apart(torch.full_like(source, torch.nan))
+        with along("gpu", kernels, join_rows=1):
+            join_rows(given, target)
+        assert torch.equal(target, source)

@@ -25,6 +25,26 @@ def configuration(columns: int) -> tuple[int, int]:
     return ELEMENTS // block, block
 
 
+@triton.jit
+def copy_tile(
+    source,
+    target,
+    source_stride,
+    target_stride,
+    row_tile,
+    column_tile,
+    rows,
+    columns,
+    ROWS_BLOCK: tl.constexpr,
+    COLUMNS_BLOCK: tl.constexpr,
+):
+    row = row_tile.to(tl.int64) * ROWS_BLOCK + tl.arange(0, ROWS_BLOCK)[:, None]
+    column = column_tile * COLUMNS_BLOCK + tl.arange(0, COLUMNS_BLOCK)[None, :]
+    inside = (row < rows) & (column < columns)
+    value = tl.load(source + row * source_stride + column, mask=inside).to(tl.float32)
+    tl.store(target + row * target_stride + column, value.to(target.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def copy_rows_kernel(
     source,
@@ -36,11 +56,42 @@ def copy_rows_kernel(
     ROWS_BLOCK: tl.constexpr,
     COLUMNS_BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS_BLOCK + tl.arange(0, ROWS_BLOCK)[:, None]
-    column = tl.program_id(1) * COLUMNS_BLOCK + tl.arange(0, COLUMNS_BLOCK)[None, :]
-    inside = (row < rows) & (column < columns)
-    value = tl.load(source + row * source_stride + column, mask=inside).to(tl.float32)
-    tl.store(target + row * target_stride + column, value.to(target.dtype.element_ty), mask=inside)
+    row, column = tl.program_id(0), tl.program_id(1)
+    copy_tile(source, target, source_stride, target_stride, row, column, rows, columns, ROWS_BLOCK, COLUMNS_BLOCK)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def join_rows_kernel(
+    first,
+    second,
+    third,
+    target,
+    rows,
+    columns,  # of the first
+    other_columns,  # of each of the others
+    first_stride,
+    second_stride,
+    third_stride,
+    target_stride,
+    ROWS_BLOCK: tl.constexpr,
+    COLUMNS_BLOCK: tl.constexpr,
+):
+    tiles, other_tiles = tl.cdiv(columns, COLUMNS_BLOCK), tl.cdiv(other_columns, COLUMNS_BLOCK)
+    row, column = tl.program_id(0), tl.program_id(1)
+    if column < tiles:
+        copy_tile(first, target, first_stride, target_stride, row, column, rows, columns, ROWS_BLOCK, COLUMNS_BLOCK)
+    elif column < tiles + other_tiles:
+        place = target + columns
+        column -= tiles
+        copy_tile(
+            second, place, second_stride, target_stride, row, column, rows, other_columns, ROWS_BLOCK, COLUMNS_BLOCK
+        )
+    else:
+        place = target + columns + other_columns
+        column -= tiles + other_tiles
+        copy_tile(
+            third, place, third_stride, target_stride, row, column, rows, other_columns, ROWS_BLOCK, COLUMNS_BLOCK
+        )
 
 
 def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:
@@ -57,8 +108,24 @@ def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:
     )
 
 
+def join_rows(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor, target: torch.Tensor) -> None:
+    """target [rows, n + 2 m] = first [rows, n], second and third [rows, m] side by side, all with rows apart."""
+    (rows, columns), other_columns = first.shape, second.shape[1]
+    rows_block, columns_block = configuration(other_columns)
+    tiles = -(-columns // columns_block) + 2 * -(-other_columns // columns_block)
+    strides = first.stride(0), second.stride(0), third.stride(0), target.stride(0)
+    variants.launch(
+        join_rows_kernel,
+        (-(-rows // rows_block), tiles, 1),
+        (first, second, third, target),
+        (columns, other_columns, *strides, rows_block, columns_block),
+        free=(rows,),
+        num_warps=WARPS,
+    )
+
+
 def compilations(dtype: torch.dtype) -> list[Compilation]:
-    """How the kernel is launched for Llama-3-8B's hidden states and heads, and from a residual stream in fp32."""
+    """How the kernels are launched for Llama-3-8B's hidden states and heads, and from a residual stream in fp32."""
     signature = {"source": triton_type(dtype), "target": triton_type(dtype)}
     signature |= dict.fromkeys(("rows", "columns", "source_stride", "target_stride"), "i32")
     found = []
@@ -66,4 +133,9 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
         rows_block, columns_block = configuration(columns)
         constants = {"ROWS_BLOCK": rows_block, "COLUMNS_BLOCK": columns_block}
         found.append(Compilation(copy_rows_kernel, {**signature, "source": triton_type(source)}, constants, WARPS))
-    return found
+    numbers = ("rows", "columns", "other_columns", "first_stride", "second_stride", "third_stride", "target_stride")
+    signature = {name: triton_type(dtype) for name in ("first", "second", "third", "target")}
+    signature |= dict.fromkeys(numbers, "i32")
+    rows_block, columns_block = configuration(1024)
+    constants = {"ROWS_BLOCK": rows_block, "COLUMNS_BLOCK": columns_block}
+    return [*found, Compilation(join_rows_kernel, signature, constants, WARPS)]

@@ -117,16 +117,17 @@ class AttentionHalf:
         d_attended = self.o.input_gradient(d_out, weights)
         gradients = self.o.adapter_gradients(d_out, attended)
         d_qkv = rows(dx2, self.qkv.gradient_width, self.batch.dtype)
+        d_heads = d_qkv[:, : self.qkv.outputs]
         attention_backward(
             self._per_head(d_attended),
             *self._heads(rotated),
             self._per_head(attended[:, self.o.x_columns]),
             saved,
             self.batch.packing,
-            into=self._heads(d_qkv),
+            into=d_heads,
             **self._how(),
         )
-        self._rotate_backward(d_qkv[:, : self.qkv.outputs], qkv)
+        self._rotate_backward(d_heads, qkv)
         return d_qkv, gradients
 
     def project_backward(

@@ -22,7 +22,7 @@ from steep.ops import attention_flex as flex
 from steep.ops import attention_reference as reference
 from steep.ops import attention_sdpa as sdpa
 from steep.ops.attention_reference import attention_reference
-from steep.ops.copy_rows import copy_rows
+from steep.ops.copy_rows import join_rows
 from steep.ops.packing import Packing
 
 __all__ = ["BACKENDS", "attention", "attention_backward", "attention_forward", "attention_reference"]
@@ -80,24 +80,22 @@ def attention_backward(
     window: int | None = None,
     softcap: float | None = None,
     backend: str,
-    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v.
 
     Args:
         dout: [T, NH, D].
         out, saved: what `attention_forward` gave, with the same arguments.
-        into: where to write the gradients, such as columns of one buffer; it may be q, k and v themselves.
+        into: [T, (NH + 2 NK) D], where to write the gradients side by side; q, k and v themselves may be its columns.
     """
     window = _effective(window, packing)
     _check(q, k, v, packing, window, softcap, backend)
     assert dout.shape == out.shape == q.shape, (dout.shape, out.shape, q.shape)
     gradients = BACKENDS[backend].backward(dout, q, k, v, out, tuple(saved), packing, scale, window, softcap)
-    if into is None:
-        return gradients
-    for place, gradient in zip(into, gradients, strict=True):
-        copy_heads(gradient, place)
-    return into
+    if into is not None:
+        join_heads(gradients, into)
+    return gradients
 
 
 def attention(
@@ -117,10 +115,10 @@ def attention(
     )
 
 
-def copy_heads(source: torch.Tensor, target: torch.Tensor) -> None:
-    """target = source, both [T, heads, D] with the heads of a token side by side and tokens apart."""
-    dense = source if source.stride(1) == source.shape[2] and source.stride(2) == 1 else source.contiguous()
-    copy_rows(dense.flatten(1), target.flatten(1))
+def join_heads(sources: Sequence[torch.Tensor], target: torch.Tensor) -> None:
+    """Write q, k and v, each [T, heads, D], side by side into `target` [T, (NH + 2 NK) D], whose rows may be apart."""
+    q, k, v = ((x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous()).flatten(1) for x in sources)
+    join_rows((q, k, v), target)
 
 
 class _Attention(torch.autograd.Function):
