@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from steep.kernels import copy_rows as kernels
 from steep.kernels import variants
 from steep.kernels.variants import Grid, Prepared, launch
 
@@ -116,3 +117,21 @@ def test_launches_of_one_caller_are_told_apart_by_number() -> None:
         for number in (0, 1):
             prepared.launch(kernel, TENSOR, lambda number=number: (ONE, (number,)), number=number)
     assert [args[1] for _, _, args, _ in kernel.calls] == [0, 1, 0, 1]
+
+
+@pytest.mark.gpu
+def test_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton itself is asked once for each variant, and every launch does its work: aligned or not, whatever the number
+    of rows, from fp32 and from bf16."""
+    kernel, asked = kernels.copy_rows_kernel, []
+    run = kernel.run
+    monkeypatch.setattr(kernel, "run", lambda *args, **options: asked.append(1) or run(*args, **options))
+    for _ in range(3):
+        for rows in (1, 16, 37):
+            for first in (0, 1):
+                for dtype in (torch.bfloat16, torch.float32):
+                    source = torch.randn(rows, 80, device="cuda").to(dtype)[:, first : first + 64]
+                    target = torch.full((rows, 64), torch.nan, dtype=torch.bfloat16, device="cuda")
+                    kernels.copy_rows(source, target)
+                    assert torch.equal(target, source.bfloat16())
+    assert len(asked) == 4

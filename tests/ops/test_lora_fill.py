@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -97,12 +99,13 @@ def test_every_layout(
 @pytest.mark.parametrize("shape", ["qkv", "odd", "many"])
 @pytest.mark.parametrize(("route",), cases(small=[()]))
 def test_filled_again_with_other_values_elsewhere(route: str, shape: str, adapter_dtype: torch.dtype) -> None:
+    """Adapters change in their memory, and get other memory."""
     group = _group(shape, "biases", torch.bfloat16, adapter_dtype, _device(route))
-    for before in (16, 3, 16, 3):
+    for before, moves in ((16, False), (3, False), (16, True), (3, True), (16, False)):
         _check(route, group, before)
         for projection in group.projections:
             for tensor in projection.tensors():
-                tensor.data.neg_()
+                tensor.data = tensor.data.neg() if moves else tensor.data.neg_()
 
 
 @pytest.mark.parametrize("biases", ["no biases", "biases", "one bias"])
@@ -136,7 +139,28 @@ def test_tensors_of_several_dtypes_and_strides(route: str) -> None:
     turned = replace(second.adapters[1], b=second.adapters[1].b.detach().t().contiguous().t())
     assert first.bias is not None
     first = replace(first, bias=first.bias.float() + 1e-4)
-    _check(route, LoraGroup([first, replace(second, adapters=(half, turned))], torch.bfloat16))
+    group = LoraGroup([first, replace(second, adapters=(half, turned))], torch.bfloat16)
+    for _ in range(2):
+        _check(route, group)
+        for projection in group.projections:
+            for tensor in projection.tensors():
+                tensor.data.neg_()  # what was made for the launch is not what the next one reads
+
+
+@pytest.mark.parametrize(("route",), cases(small=[()]))
+def test_no_buffer_stays_alive(route: str) -> None:
+    """With what is kept for the next launch: not even where there is nothing to write but zeros."""
+    for group in (
+        _group("odd", "no biases", torch.bfloat16, torch.bfloat16, _device(route)),
+        _group("none", "no biases", torch.bfloat16, torch.bfloat16, _device(route)),
+    ):
+        buffer = torch.empty(group.buffer_shape, dtype=group.dtype, device=_device(route))
+        with along(route, kernels, fill=1):
+            group.fill(buffer)
+        gone = weakref.ref(buffer)
+        del buffer
+        gc.collect()  # spies remember what they were given
+        assert gone() is None
 
 
 @pytest.mark.parametrize(("shape", "number"), [("bare", 0), ("one", 1), ("qkv", 1), ("stacked", 2), ("many", 3)])

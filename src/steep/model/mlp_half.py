@@ -57,7 +57,7 @@ class MlpHalf:
             gate_up: as `project` gave it, and overwritten; None: computed again.
             out: down's output where a norm follows it.
         """
-        norm, columns = self.layer.mlp_out_norm, self.down.x_columns
+        norm = self.layer.mlp_out_norm
         normed = weights = None
         if gate_up is None:
             weights = self.gate_up.filled_buffer(dy.device)
@@ -72,11 +72,12 @@ class MlpHalf:
         of_down_weights = self.down.filled_buffer(dy.device)
         self.down.extend_gradient(d_out, of_down_weights)
         hidden = rows(dy, self.down.input_width, self.batch.dtype)
-        self.down.input_gradient(d_out, of_down_weights, out=hidden[:, columns])
-        gated_backward(hidden[:, columns], gate_up, self.intermediate, self.layer.activation)
+        dh = hidden[:, self.down.x_columns]
+        self.down.input_gradient(d_out, of_down_weights, out=dh)
+        gated_backward(dh, gate_up, self.intermediate, self.layer.activation)
         self.down.extend_input(hidden, of_down_weights)
         of_down = self.down.adapter_gradients(d_out, hidden)
-        del hidden, d_out, of_down_weights  # the widest there is, before what follows
+        del hidden, dh, d_out, of_down_weights  # the widest there is, before what follows
         if normed is None or weights is None:
             weights = self.gate_up.filled_buffer(dy.device)
             normed = self.normed(x2, weights)

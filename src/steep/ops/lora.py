@@ -210,6 +210,9 @@ class LoraGroup:
             rows = slice(places[run[0]].low_rows.start, places[run[-1]].low_rows.stop)
             dtype = out_dtype or gradient_dtype(adapters[run[0]].a)
             all_of_run = self._gradient(dye_T[rows], xe[:, self.x_columns], dtype)
+            if len(run) == 1:
+                gradients[2 * run[0]] = all_of_run
+                continue
             for index in run:
                 low_rows = places[index].low_rows
                 gradients[2 * index] = all_of_run[low_rows.start - rows.start : low_rows.stop - rows.start]
