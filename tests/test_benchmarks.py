@@ -219,6 +219,10 @@ def test_the_table_shows_steep_within_its_limit_against_the_libraries_without_on
     ]
     (line,) = lines_of([row for call in same_peak for row in call])
     assert "2 × 2048, within the peak of transformers + PEFT |" in line
+    for limit in ({"cap_gib": 26.3, "cap_of": "hf"}, {"cap_gib": 30.0}):
+        for levels, felt in (([0, 0], False), ([0, 1], True)):
+            (line,) = lines_of([timed("steep", 0.4, "1", levels=levels, **limit), timed("hf", 0.8, "1")])
+            assert ("within" in line) is felt
 
 
 def test_the_yardstick_is_the_faster_of_the_libraries_ways() -> None:
