@@ -20,6 +20,16 @@ def chromium() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
+def wait_until(page: Page, condition: str) -> None:
+    """Until a JavaScript expression is true. playwright's own way evaluates it inside the page, at all but the first
+    look, which the page's policy forbids."""
+    for _ in range(300):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never true: {condition}")
+
+
 @contextmanager
 def opening(browser: Browser) -> Iterator[Open]:
     """Opens an address, and at the end finds the console clean and no request to anywhere else."""

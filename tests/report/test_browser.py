@@ -13,7 +13,7 @@ import pytest
 from steep.report import watch
 from steep.report.page import PARTS, write_report
 from steep.report.watch import make_server
-from tests.report.browser import NARROW, WIDE, Open
+from tests.report.browser import NARROW, WIDE, Open, wait_until
 from tests.report.drawing import assert_drawn, read_drawings
 from tests.report.runs import write_run
 
@@ -113,7 +113,7 @@ def test_axis_labels_are_not_cut_off(open_page: Open, one: str) -> None:
 def test_a_narrow_window_is_drawn_anew(open_page: Open, one: str) -> None:
     page = open_page(one)
     page.set_viewport_size({"width": NARROW, "height": 900})
-    page.wait_for_function("document.querySelector('[data-chart=loss] svg.marks').getAttribute('width') < 390")
+    wait_until(page, "document.querySelector('[data-chart=loss] svg.marks').getAttribute('width') < 390")
     assert wide_as_window(page)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from steep.report.page import write_report
-from tests.report.browser import NARROW, opening
+from tests.report.browser import NARROW, opening, wait_until
 from tests.report.drawing import NEAR, Drawing, Line, Recorded, assert_drawn, read_drawings
 from tests.report.runs import DOMAINS, write_run
 
@@ -156,9 +156,8 @@ def seen(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Seen:
         views["closer"] = read_drawings(page)
         page.keyboard.press("Escape")
         page.set_viewport_size({"width": NARROW, "height": 900})
-        page.wait_for_function(
-            f"[...document.querySelectorAll('svg.marks')].every(svg => svg.getAttribute('width') < {NARROW})"
-        )
+        marks = "[...document.querySelectorAll('svg.marks')]"
+        wait_until(page, f"{marks}.every(svg => svg.getAttribute('width') < {NARROW})")
         views["narrow"] = read_drawings(page)
     assert tuple(views) == VIEWS
     return Seen(
