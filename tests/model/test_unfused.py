@@ -416,6 +416,40 @@ def test_outputs_between_layers_are_the_librarys(asked: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+def test_attention_that_is_asked_not_to_be_causal(caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = adapted(tiny_model("llama")), packed([[64], [64]])
+    causal, _ = loss_and_gradients(model, batch)
+    assert_left_to_the_library(install(model), {**batch, "is_causal": False}, "is_causal=False was asked for", caplog)
+    loss, _ = loss_and_gradients(model, {**batch, "is_causal": False})
+    assert abs(loss - causal) > 1e-3
+
+
+def test_an_argument_that_is_not_known_goes_to_the_library(caplog: pytest.LogCaptureFixture) -> None:
+    model = install(adapted(tiny_model("llama")))
+    with pytest.raises(ValueError, match="`sdpa` attention does not support `softcap`"):
+        model(**packed(), use_cache=False, softcap=0.1)
+    assert "not fused" in caplog.text and "called with softcap" in caplog.text
+
+
+def test_arguments_that_change_nothing_are_fused() -> None:
+    """As Trainer, PEFT, TRL and collators hand them on."""
+    model, batch = install(adapted(tiny_model("llama"))), packed()
+    ends = torch.tensor([0, 5, 45, 64, 69, 109, 128], dtype=torch.int32)
+    harmless = {
+        "is_causal": True, "output_router_logits": True, "output_attentions": False, "output_hidden_states": None,
+        "cache_position": torch.arange(64), "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 40,
+        "max_length_k": 40, "seq_idx": batch["position_ids"], "token_type_ids": torch.zeros(2, 64),
+        "special_tokens_mask": torch.zeros(2, 64), "unknown": None,
+    }  # fmt: skip
+    expected = model(**batch, use_cache=False).loss
+    assert model(**batch, use_cache=False, **harmless).loss == expected
+    assert fused_of(model).calls == 2
+    without_head = {**batch, "num_items_in_batch": 100, "ignore_index": -100, **harmless}
+    unwrap(model).lm_head.register_forward_hook(lambda *_: None)
+    model(**without_head, use_cache=False)
+    assert fused_of(model).calls == 3
+
+
 @pytest.mark.parametrize("of_config", [True, False])
 def test_a_tuple_is_given_where_one_is_asked_for(of_config: bool) -> None:
     model, batch = tiny_model("llama").requires_grad_(False).eval(), packed()

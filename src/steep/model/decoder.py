@@ -22,7 +22,7 @@ from steep.model.layer import Batch, Layer
 from steep.model.projections import Unfused, compute_dtype, hooks_of, in_use
 from steep.model.read_layer import Traits, eps_of
 from steep.model.recompute import levels_within, room_on_card
-from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_last_norm, refuse_outputs, row_lengths
+from steep.model.refusals import refuse_arguments, refuse_config, refuse_hooks_of_layer, refuse_last_norm, row_lengths
 from steep.ops.backend import gradient_dtype, not_compiled
 from steep.ops.embedding import embedding
 from steep.ops.packing import Packing
@@ -106,7 +106,7 @@ class FusedDecoder(nn.Module):
             use_cache = False
             try:
                 refuse_config(self.config, self.layers)
-                refuse_outputs(self.config, kwargs)
+                refuse_arguments(self.config, kwargs)
                 if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
                     raise Unfused("cu_seq_lens_q came without position_ids")
                 given = input_ids, attention_mask, position_ids, inputs_embeds, document_lengths

@@ -11,6 +11,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from steep.model.projections import Unfused, refuse_hooks
 
 _READ = ("transformers.", "torch.nn.", "peft.", "bitsandbytes.")  # modules of classes that are computed here
+_ARGUMENTS = {  # beside the decoder's own, and what none of them changes where a call is fused
+    "is_causal", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "seq_idx",
+    "ignore_index", "labels", "num_items_in_batch", "shift_labels",  # of a loss
+    "length", "offset_mapping", "special_tokens_mask", "token_type_ids",  # columns of a tokenizer
+}  # fmt: skip
 
 
 def refuse_config(config: Any, layers: Any) -> None:
@@ -97,15 +103,21 @@ def refuse_last_norm(decoder: Any) -> None:
         raise Unfused("the last norm is trained")
 
 
-def refuse_outputs(config: Any, kwargs: dict[str, Any]) -> None:
+def refuse_arguments(config: Any, kwargs: dict[str, Any]) -> None:
     """
     Raises:
-        Unfused: the call asks for what lies between layers.
+        Unfused: the call asks for what lies between layers, for attention that is not causal, or for something that is
+            not known here: transformers hands what it does not know on to attention.
     """
     for name in ("output_hidden_states", "output_attentions"):
         asked = kwargs.get(name)
         if getattr(config, name, False) if asked is None else asked:
             raise Unfused(f"{name} was asked for")
+    for name, value in kwargs.items():
+        if name == "is_causal" and value is not None and not value:
+            raise Unfused("is_causal=False was asked for")
+        if name not in _ARGUMENTS and value is not None:
+            raise Unfused(f"it was called with {name}, which it does not know")
 
 
 def row_lengths(attention_mask: Any, position_ids: torch.Tensor | None, shape: torch.Size) -> list[int] | None:
