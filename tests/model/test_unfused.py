@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -16,7 +17,13 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AttentionInterface, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
 
 import steep
 from steep.errors import UserError
@@ -26,6 +33,7 @@ from steep.model import loss as loss_of_steep
 from steep.model import reading
 from steep.model.families import fused_class
 from steep.model.install import fused_of, install, is_installed, uninstall, why_not_fused
+from steep.model.refusals import library_class_of
 from steep.model.unwrap import unwrap
 from tests.model.test_fused import EXACT, adapted, assert_same, loss_and_gradients, packed
 from tests.ops.closeness import error
@@ -147,6 +155,67 @@ def test_a_class_whose_forward_was_replaced(
     assert calls
     with pytest.raises(UserError, match="was replaced"):
         install(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "create_causal_mask"),
+        ("llama", "apply_rotary_pos_emb"),
+        ("mistral", "create_sliding_window_causal_mask"),
+    ],
+)
+def test_a_function_that_was_replaced(
+    family: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, calls = install(adapted(tiny_model(family, **({"sliding_window": 16} if family == "mistral" else {})))), []
+    module = sys.modules[library_class_of(unwrap(model)).__module__]
+    own = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given, **named: calls.append(name) or own(*given, **named))
+    assert_left_to_the_library(model, packed(), f"{name} of {module.__name__} was replaced by one of {__name__}", caplog)
+    assert calls
+    with pytest.raises(UserError, match="was replaced"):
+        install(model)
+
+
+class TwiceTheTurns(LlamaRotaryEmbedding):
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        return super().forward(x, 2 * position_ids)
+
+
+def of_another_class(rotary_emb: Any) -> None:
+    rotary_emb.__class__ = TwiceTheTurns
+
+
+def with_its_own_forward(rotary_emb: Any) -> None:
+    other = copy.deepcopy(rotary_emb)
+    other.__class__ = TwiceTheTurns
+    rotary_emb.forward = other.forward
+
+
+@pytest.mark.parametrize("change", [of_another_class, with_its_own_forward])
+def test_rotations_that_were_replaced(change: Callable[[Any], None], caplog: pytest.LogCaptureFixture) -> None:
+    model = install(adapted(tiny_model("llama")))
+    change(unwrap(model).model.rotary_emb)
+    reason = "TwiceTheTurns" if change is of_another_class else "rotary_emb was replaced"
+    assert_left_to_the_library(model, packed(), reason, caplog)
+
+
+def test_rotations_are_called_by_keyword(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the library does it, for what looks at the arguments by name."""
+    seen: list[set[str]] = []
+    for family in ("llama", "gemma3"):
+        model = install(adapted(tiny_model(family)))
+        rotary_emb, own = unwrap(model).model.rotary_emb, nn.Module.__call__
+
+        def call(module: Any, *args: Any, rotary_emb: Any = rotary_emb, own: Any = own, **kwargs: Any) -> Any:
+            if module is rotary_emb:
+                seen.append(set(kwargs))
+            return own(module, *args, **kwargs)
+
+        monkeypatch.setattr(type(rotary_emb), "__call__", call)
+        model(**packed(), use_cache=False)
+    assert seen == [{"position_ids"}] + 2 * [{"position_ids", "layer_type"}]
 
 
 def test_a_causal_lm_whose_forward_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

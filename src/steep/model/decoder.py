@@ -22,7 +22,7 @@ from steep.model.layer import Batch, Layer
 from steep.model.projections import Unfused, compute_dtype, hooks_of, in_use
 from steep.model.read_layer import Traits, eps_of
 from steep.model.recompute import levels_within, room_on_card
-from steep.model.refusals import refuse_arguments, refuse_config, refuse_hooks_of_layer, refuse_last_norm, row_lengths
+from steep.model.refusals import refuse_arguments, refuse_config, refuse_hooks_of_layer, refuse_decoder, row_lengths
 from steep.ops.backend import gradient_dtype, not_compiled
 from steep.ops.embedding import embedding
 from steep.ops.packing import Packing
@@ -158,7 +158,7 @@ class FusedDecoder(nn.Module):
         """The last hidden states [B, L, H] in the residual stream's dtype, zero where a row is padded."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
-        refuse_last_norm(self)
+        refuse_decoder(self)
         embedded = inputs_embeds if input_ids is None else looked_up(self.embed_tokens, input_ids)
         assert embedded is not None
         shape, device = embedded.shape[:2], embedded.device
@@ -229,8 +229,8 @@ class FusedDecoder(nn.Module):
             valid: which of those B L are computed; None: all.
         """
         like = torch.empty(0, dtype=torch.float32, device=positions.device)  # cos and sin come in its dtype
-        by_kind = (kind,) if hasattr(self.rotary_emb, "layer_types") else ()
-        cos, sin = self.rotary_emb(like, positions.reshape(1, -1), *by_kind)
+        by_kind = {"layer_type": kind} if hasattr(self.rotary_emb, "layer_types") else {}
+        cos, sin = self.rotary_emb(like, position_ids=positions.reshape(1, -1), **by_kind)
         half = cos.shape[-1] // 2
         cos, sin = cos[0, :, :half], sin[0, :, :half]
         return (cos.contiguous(), sin.contiguous()) if valid is None else (cos[valid], sin[valid])

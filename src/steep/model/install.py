@@ -21,7 +21,7 @@ from steep.model.machine import why_not_here
 from steep.model.projections import Unfused, refuse_own_forward
 from steep.model.read_layer import read_layer
 from steep.model.recompute import bytes_beside_decoder
-from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_last_norm, refuse_prefixes
+from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_decoder, refuse_prefixes
 from steep.model.unwrap import has_adapters, unwrap
 
 
@@ -124,7 +124,7 @@ def why_not_fused(model: Any) -> str | None:
                 raise Unfused(f"it has a {type(layer).__name__}")
             refuse_hooks_of_layer(layer, f"layer {number}")
             read_layer(layer, fused.traits)
-        refuse_last_norm(decoder)
+        refuse_decoder(decoder)
     except Unfused as reason:
         return str(reason)
     return why_not_here()

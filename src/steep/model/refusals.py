@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -11,6 +12,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from steep.model.projections import Unfused, refuse_hooks
 
 _READ = ("transformers.", "torch.nn.", "peft.", "bitsandbytes.")  # modules of classes that are computed here
+_FUNCTIONS = (  # of a module of transformers, where a layer or a decoder looks them up when it is called
+    "apply_rotary_pos_emb", "create_causal_mask", "create_sliding_window_causal_mask", "eager_attention_forward",
+    "repeat_kv", "rotate_half",
+)  # fmt: skip
 _ARGUMENTS = {  # beside the decoder's own, and what none of them changes where a call is fused
     "is_causal", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "seq_idx",
@@ -88,17 +93,24 @@ def refuse_patch(cls: type) -> None:
         raise Unfused(f"the forward of every {owner.__name__} was replaced by one of {module}")
 
 
-def refuse_last_norm(decoder: Any) -> None:
-    """
+def refuse_decoder(decoder: Any) -> None:
+    """What a decoder computes beside its layers.
+
     Raises:
-        Unfused: the norm is of another family, has hooks or is trained; or the decoder's forward, which calls it, was
-            replaced.
+        Unfused: its norm or its rotations are of another family, or have hooks; the norm is trained; or its forward,
+            which calls them, was replaced, or a function of transformers that it or its layers call.
     """
     owner = library_class_of(decoder)
     refuse_patch(owner)
-    refuse_class(decoder.norm, owner)
-    refuse_patch(type(decoder.norm))
-    refuse_hooks(decoder.norm, "the last norm")
+    names = vars(sys.modules[owner.__module__])
+    for name in _FUNCTIONS:
+        module = getattr(names.get(name), "__module__", None)
+        if name in names and not str(module).startswith("transformers."):
+            raise Unfused(f"{name} of {owner.__module__} was replaced by one of {module}")
+    for part, name in ((decoder.norm, "the last norm"), (decoder.rotary_emb, "rotary_emb")):
+        refuse_class(part, owner)
+        refuse_patch(type(part))
+        refuse_hooks(part, name)
     if decoder.norm.weight.requires_grad:
         raise Unfused("the last norm is trained")
 
