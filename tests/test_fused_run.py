@@ -61,12 +61,8 @@ def test_a_fused_run_ends_as_any_other(finished: Path) -> None:
     losses = [row["loss"] for row in lines(finished / "metrics.jsonl")]
     assert len(losses) == 6 and losses[-1] < losses[0]
     plan = read(finished / "plan.json")
-    assert (plan["fused"], plan["fused_reason"], plan["levels"], plan["loss_way"]) == (
-        True,
-        None,
-        [0, 0],
-        plan["loss_way"],
-    )
+    chosen = (plan["fused"], plan["fused_reason"], plan["levels"], plan["loss_way"])
+    assert chosen == (True, None, [0, 0], "tokens")
     assert plan["trained_dtype"] == "fp32"  # products on a CPU run in fp32
 
 
@@ -173,6 +169,19 @@ def test_choices_stay_on_resume(finished: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(install, "why_not_here", lambda: "it is another card")
     with pytest.raises(UserError, match=r"--resume: the run is fused so far, .* it is another card"):
         decide(config, empty, choices)
+
+
+def test_levels_are_chosen_anew_where_they_are_no_longer_asked_for(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    folder, checkpointing = tmp_path / "run", {"gradient_checkpointing": True}
+    train_run(fused_file(llama_folder, korean_corpus, folder, training=checkpointing))
+    assert read_choices(folder / "checkpoint-6").levels == [3, 3]
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoint-6")
+    allow = ["training.gradient_checkpointing"]
+    train_run(fused_file(llama_folder, korean_corpus, folder), resume=True, allow=allow)
+    assert read_choices(folder / "checkpoint-6").levels == [0, 0]
 
 
 def test_fused_may_change_only_where_it_is_allowed(
@@ -407,6 +416,24 @@ def test_layers_keep_what_the_budget_allows(accumulation: int) -> None:
         config.training.gradient_checkpointing = asked
         assert settle(config, step, peaks[2], None).levels == [level] * 4
         assert settle(config, step, peaks[2], Choices(True, "bf16", [1] * 4)).levels == [level] * 4
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_the_way_of_other_levels_is_not_taken_over(asked: bool | None) -> None:
+    """A branch has its parent's way without the levels; whoever asks for levels has it with others."""
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    empty = empty_llama(vocab_size=128_256, num_hidden_layers=4, **large)
+    config = config_of(training={"gradient_checkpointing": asked, "per_device_train_batch_size": 8})
+    step, levels = step_of(config, empty), [0 if asked is False else 3] * 4
+    lean, fast = (sum(step.by_item(levels, way).values()) for way in ("vocabulary", "tokens"))
+    assert step.faster_way == "tokens" and lean < fast
+    for before in (Choices(True, "bf16", None, loss_way="tokens"), Choices(True, "bf16", [1] * 4, loss_way="tokens")):
+        if asked is None and before.levels is not None:
+            continue
+        settled = settle(config, step, lean + WORKSPACES, before)
+        assert settled.levels is not None and settled.loss_way == "vocabulary"
+        assert sum(step.by_item(settled.levels, settled.loss_way).values()) <= lean
+        assert settle(config, step, 10**15, replace(before, loss_way="vocabulary")).loss_way == "tokens"
 
 
 def test_the_peak_is_that_of_a_measured_prototype() -> None:

@@ -50,16 +50,21 @@ class FusedStep:
         states = (self._at_the_loss(levels, way), *self._in_layers(levels), *self._at_the_update())
         return {**fixed, **max(states, key=lambda items: sum(items.values()))}
 
-    def choose(self, budget: float) -> tuple[list[int], Way]:
+    def choose(self, budget: float, given: list[int] | None = None) -> tuple[list[int], Way]:
         """What each layer keeps, and how the loss is cut, so that the peak is within `budget` bytes: the least that is
         computed again; level 3 everywhere where not even that fits. The loss is cut by the vocabulary where that is
-        faster, or where more fits by it."""
+        faster, or where more fits by it.
+
+        Args:
+            given: levels, where only the cut is open.
+        """
         ways: list[Way] = ["vocabulary"] if self.faster_way == "vocabulary" else ["tokens", "vocabulary"]
-        for levels in level_lists(self.shape.layers):
+        lists = [given] if given is not None else level_lists(self.shape.layers)
+        for levels in lists:
             for way in ways:
                 if sum(self.by_item(levels, way).values()) <= budget:
                     return levels, way
-        return [LEVELS[-1]] * self.shape.layers, min(ways, key=self._loss)
+        return given or [LEVELS[-1]] * self.shape.layers, min(ways, key=self._loss)
 
     @property
     def faster_way(self) -> Way:

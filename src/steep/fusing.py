@@ -127,14 +127,15 @@ def settle(config: RunConfig, step: FusedStep, budget: int | None, before: Choic
     """What the layers of a fused run keep for the backward pass, and how its loss is cut: as asked, as before, or as
     `budget` bytes of the card allow. Without a card everything is kept."""
     layers, asked = step.shape.layers, config.training.gradient_checkpointing
-    levels, way = ([0] * layers, step.faster_way) if budget is None else step.choose(budget - WORKSPACES)
+    before = before or Choices(True, step.trained)
+    levels, way = before.levels, before.loss_way
     if asked is not None:
         levels = [LEVELS[-1] if asked else LEVELS[0]] * layers
-    elif before is not None and before.levels is not None:
-        levels = before.levels
-    if before is not None and before.loss_way is not None:
-        way = before.loss_way
-    before = before or Choices(True, step.trained)
+    if levels is None or levels != before.levels or way is None:  # a way was chosen for its levels
+        if budget is None:
+            levels, way = levels or [LEVELS[0]] * layers, step.faster_way
+        else:
+            levels, way = step.choose(budget - WORKSPACES, levels)
     return replace(before, fused=True, trained_dtype=step.trained, levels=levels, chosen_for=0, loss_way=way)
 
 

@@ -127,6 +127,8 @@ def _resume(
     if parent is not None and found is None:
         parent.verify()
     choices = _choices_so_far(found, parent)
+    if choices is not None and any(change.field == "training.gradient_checkpointing" for change in changes):
+        choices = replace(choices, levels=None)
     plan = _plan(config, terminal, parent, begun_tokenizer(config, folder, parent), streamed_commits(folder), choices)
     terminal.say(f"fused: {fused_line(plan.as_dict())}")
     terminal.say(f"checking the files of {config.model.name}")
@@ -140,7 +142,7 @@ def _choices_so_far(found: Checkpoint | None, parent: Branch | None) -> Choices 
     """What was chosen for the steps before: of this run, or where it begins at its parent's; None before the first."""
     if found is not None:
         return read_choices(found.path)
-    if parent is not None:  # whose batch may have been another
+    if parent is not None:  # whose batch may have been another, for which its levels, and its loss's way, were chosen
         return replace(read_choices(Path(parent.checkpoint), "--branch"), levels=None)
     return None
 
