@@ -418,6 +418,25 @@ def test_layers_keep_what_the_budget_allows(accumulation: int) -> None:
         assert settle(config, step, peaks[2], Choices(True, "bf16", [1] * 4)).levels == [level] * 4
 
 
+@pytest.mark.parametrize("accumulation", [1, 8])
+def test_gradients_are_always_there_where_several_processes_train(
+    accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DDP's buckets hold all of them, in the dtype of what trains."""
+    empty, config = empty_llama(), config_of(training={"gradient_accumulation_steps": accumulation})
+    alone = step_of(config, empty)
+    monkeypatch.setattr("steep.ranks.world_size", lambda: 2)
+    step = step_of(config, empty)
+    assert (step.processes, step.gradient_width, alone.gradient_width) == (2, 2, 2 if accumulation == 1 else 4)
+    of_all, of_head = 2 * step.shape.trained, 2 * step.shape.vocabulary * step.shape.hidden
+    assert step.by_item([0, 0], "tokens")["gradients"] >= of_all
+    assert step._at_the_loss([0, 0], "tokens")["gradients"] == of_all + of_head
+    assert all(items["gradients"] == of_all for items in step._in_layers([0, 0]))
+    (table, *_), (of_one, *_) = step._at_the_update(), alone._at_the_update()
+    assert table["gradients"] == of_all + of_head
+    assert of_one["gradients"] == (of_all if accumulation == 1 else 2 * (of_all + of_head))
+
+
 @pytest.mark.parametrize("asked", [None, True, False])
 def test_the_way_of_other_levels_is_not_taken_over(asked: bool | None) -> None:
     """A branch has its parent's way without the levels; whoever asks for levels has it with others."""

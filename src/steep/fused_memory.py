@@ -25,6 +25,7 @@ class FusedStep:
             residual stream, which is that of the input embeddings.
         tokens: in one forward.
         accumulates: several micro-batches make a step, so that gradients are there while the next one is computed.
+        processes: that train together. With several the gradients are always there: DDP's buckets hold them.
         trains_head: whether the head has a gradient.
         on_card: it is planned for a card.
     """
@@ -38,6 +39,7 @@ class FusedStep:
     optim: str
     tokens: int
     accumulates: bool
+    processes: int
     trains_head: bool
     on_card: bool
 
@@ -74,9 +76,14 @@ class FusedStep:
 
     @property
     def gradient_width(self) -> int:
-        """Bytes of a value's gradient: several micro-batches of bf16 weights are added up in fp32 where AdamW8bit reads
-        them, see the trainer."""
-        return 4 if self.accumulates and self.optim in ADAMW_8BIT else WIDTH[self.trained]
+        """Bytes of a value's gradient: one process adds up several micro-batches of bf16 weights in fp32 where AdamW8bit
+        reads them, see the trainer."""
+        in_fp32 = self.accumulates and self.processes == 1 and self.optim in ADAMW_8BIT
+        return 4 if in_fp32 else WIDTH[self.trained]
+
+    @property
+    def _gradients_stay(self) -> bool:
+        return self.accumulates or self.processes > 1
 
     @cached_property
     def _kept(self) -> list[int]:
@@ -99,12 +106,12 @@ class FusedStep:
         for index in moments(levels):
             kept = sum(self._kept[level] for level in levels[: index + 1])
             done = self._of_head + of_layer * (len(levels) - index)
-            gradients = self._gradients_before if self.accumulates else done  # else added to those that are there
+            gradients = self._gradients_before if self._gradients_stay else done  # else added to those that are there
             yield _items(kept, self._work[levels[index]], 0, gradients)
 
     def _at_the_update(self) -> tuple[dict[str, int], ...]:
         gradients = self.shape.trained * self.gradient_width
-        of_table = self.shape.vocabulary * self.shape.hidden * self.gradient_width if self.accumulates else 0
+        of_table = self.shape.vocabulary * self.shape.hidden * self.gradient_width if self._gradients_stay else 0
         return (
             _items(0, 0, 0, gradients + (of_table if self.shape.trained_embeddings else 0)),
             _items(0, 0, 0, gradients + update_scratch(self.optim, self.trained, self.on_card)),
@@ -112,7 +119,7 @@ class FusedStep:
 
     @property
     def _gradients_before(self) -> int:
-        return self.shape.trained * self.gradient_width if self.accumulates else 0
+        return self.shape.trained * self.gradient_width if self._gradients_stay else 0
 
     @property
     def _of_head(self) -> int:

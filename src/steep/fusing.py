@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from steep import ranks
 from steep.errors import UserError
 from steep.fused_memory import FusedStep
 from steep.memory import ADAMW_8BIT, WORKSPACES, Shape
@@ -118,6 +119,7 @@ def fused_step(
         optim=training.optim,
         tokens=training.per_device_train_batch_size * config.data.max_length,
         accumulates=training.gradient_accumulation_steps > 1,
+        processes=ranks.world_size(),
         trains_head="lm_head" in saved or (tied and bool(saved)),
         on_card=on_card,
     )

@@ -125,7 +125,7 @@ def memory_by_item(
     insides live at a time. Autocast keeps 16-bit copies of what it trains in fp32.
 
     Args:
-        accumulates: several micro-batches make a step, so that gradients are there while the next loss is computed.
+        accumulates: gradients are there while the next loss is computed, as where several micro-batches make a step.
         on_card: it is planned for a card.
     """
     stream = WIDTH[trained]

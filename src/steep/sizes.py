@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from steep import ranks
 from steep.fused_memory import FusedStep
 from steep.memory import WORKSPACES, Shape, memory_by_item
 from steep.model.choices import Choices
@@ -40,7 +41,7 @@ def memory_of(
         optim=training.optim,
         tokens=training.per_device_train_batch_size * config.data.max_length,
         checkpointing=uses_checkpointing(config),
-        accumulates=training.gradient_accumulation_steps > 1,
+        accumulates=training.gradient_accumulation_steps > 1 or ranks.world_size() > 1,  # in DDP's buckets
         on_card=on_card,
     )
     return of_step | of_libraries

@@ -172,7 +172,9 @@ def test_a_function_that_was_replaced(
     module = sys.modules[library_class_of(unwrap(model)).__module__]
     own = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *given, **named: calls.append(name) or own(*given, **named))
-    assert_left_to_the_library(model, packed(), f"{name} of {module.__name__} was replaced by one of {__name__}", caplog)
+    assert_left_to_the_library(
+        model, packed(), f"{name} of {module.__name__} was replaced by one of {__name__}", caplog
+    )
     assert calls
     with pytest.raises(UserError, match="was replaced"):
         install(model)
