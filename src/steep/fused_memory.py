@@ -76,8 +76,8 @@ class FusedStep:
 
     @property
     def gradient_width(self) -> int:
-        """Bytes of a value's gradient: one process adds up several micro-batches of bf16 weights in fp32 where AdamW8bit
-        reads them, see the trainer."""
+        """Bytes of a value's gradient: one process adds up several micro-batches of bf16 weights in fp32 where
+        AdamW8bit reads them, see the trainer."""
         in_fp32 = self.accumulates and self.processes == 1 and self.optim in ADAMW_8BIT
         return 4 if in_fp32 else WIDTH[self.trained]
 

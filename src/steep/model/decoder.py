@@ -22,7 +22,7 @@ from steep.model.layer import Batch, Layer
 from steep.model.projections import Unfused, compute_dtype, hooks_of, in_use
 from steep.model.read_layer import Traits, eps_of
 from steep.model.recompute import levels_within, room_on_card
-from steep.model.refusals import refuse_arguments, refuse_config, refuse_hooks_of_layer, refuse_decoder, row_lengths
+from steep.model.refusals import refuse_arguments, refuse_config, refuse_decoder, refuse_hooks_of_layer, row_lengths
 from steep.ops.backend import gradient_dtype, not_compiled
 from steep.ops.embedding import embedding
 from steep.ops.packing import Packing

@@ -21,7 +21,7 @@ from steep.model.machine import why_not_here
 from steep.model.projections import Unfused, refuse_own_forward
 from steep.model.read_layer import read_layer
 from steep.model.recompute import bytes_beside_decoder
-from steep.model.refusals import refuse_config, refuse_hooks_of_layer, refuse_decoder, refuse_prefixes
+from steep.model.refusals import refuse_config, refuse_decoder, refuse_hooks_of_layer, refuse_prefixes
 from steep.model.unwrap import has_adapters, unwrap
 
 
