@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import find_labels
 
 from steep.errors import UserError
+from steep.model import decoder
+from steep.model import loss as loss_of_steep
 from steep.model.adapters import add_adapters
 from steep.model.families import FUSED, library_class
 from steep.model.install import fused_of, install, is_installed, uninstall
@@ -154,12 +156,20 @@ def test_layers_may_keep_different_things() -> None:
     assert_same(adapted(tiny_model("qwen3")), packed(), levels=[3, 0])
 
 
-def test_rows_padded_on_the_right_compute_no_padding() -> None:
+def test_rows_padded_on_the_right_compute_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the layers nor the head with its loss."""
+    rows: list[int] = []
+    block, own = decoder.block, loss_of_steep.linear_cross_entropy
+    monkeypatch.setattr(decoder, "block", lambda x, *given: rows.append(len(x)) or block(x, *given))
+    monkeypatch.setattr(
+        loss_of_steep, "linear_cross_entropy", lambda x, *given, **named: rows.append(len(x)) or own(x, *given, **named)
+    )
     model = adapted(tiny_model("llama"))
     tokens = torch.randint(3, VOCAB_SIZE, (3, 40))
     mask = torch.arange(40) < torch.tensor([40, 17, 1])[:, None]
     labels = tokens.masked_fill(~mask, -100)
     assert_same(model, {"input_ids": tokens, "attention_mask": mask.long(), "labels": labels})
+    assert rows == 3 * [40 + 17 + 1]
     hidden = unwrap(model).model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
     assert hidden[~mask].abs().max() == 0
     assert hidden[mask].abs().min() > 0

@@ -87,29 +87,29 @@ class FusedCausalLM(Walked):
         if shift_labels is None:
             assert labels is not None
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        of_padding = self._labels_of_padding(shift_labels, attention_mask, ignore_index)
+        computed = self._computed_rows(shift_labels, attention_mask, ignore_index)
         calls = self.fused.calls
         outputs = self.model(**kwargs, return_dict=True)
         others = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
         hidden_states, is_fused = outputs.last_hidden_state, self.fused.calls > calls
         del outputs  # hidden states that are converted below need not live until the loss is made
-        if of_padding is not None and is_fused:  # which has no hidden states at padded places
-            padded, any_label = of_padding
-            shift_labels = shift_labels.masked_fill(padded, ignore_index)
-            if any_label:
-                self.fused.say_once(_OF_PADDING, fused=True)
-        _check_labels(shift_labels, len(head), ignore_index)
         if not (self.training or torch.is_grad_enabled() or self.fused.logits):
             self.fused.say_once(
                 "a call with labels gives no logits (install(model, logits=True) does, for compute_metrics)", fused=True
             )
         softcap = self.config.final_logit_softcapping if self.caps_logits else None
         logits = self._logits(hidden_states, softcap) if self.fused.logits else None
-        hidden_states = hidden_states.to(self._dtype_of_products(hidden_states, is_fused))
+        hidden_states, shift_labels = hidden_states.flatten(0, 1), shift_labels.to(hidden_states.device).flatten()
+        if computed is not None and is_fused:  # the others have no hidden states
+            rows, labels_left_out = computed[0].to(hidden_states.device), computed[1]
+            hidden_states, shift_labels = hidden_states.index_select(0, rows), shift_labels.index_select(0, rows)
+            if labels_left_out:
+                self.fused.say_once(_OF_PADDING, fused=True)
+        _check_labels(shift_labels, len(head), ignore_index)
         loss = linear_cross_entropy(
-            hidden_states.flatten(0, 1),
+            hidden_states.to(self._dtype_of_products(hidden_states, is_fused)),
             head,
-            shift_labels.to(hidden_states.device).flatten(),
+            shift_labels,
             num_items=num_items_in_batch,
             ignore_index=ignore_index,
             softcap=softcap,
@@ -125,17 +125,19 @@ class FusedCausalLM(Walked):
         device = hidden_states.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
 
-    def _labels_of_padding(
+    def _computed_rows(
         self, labels: torch.Tensor, attention_mask: Any, ignore_index: int
     ) -> tuple[torch.Tensor, bool] | None:
-        """Where rows are padded, and whether there are labels, until that was said. Looked for before the decoder is
-        called: it waits for the GPU then, to read the mask."""
+        """Which of all places [B · L] are no padding, as indices; and whether others have labels, until that was said.
+        Looked for before the decoder is called: it waits for the GPU then, to read the mask."""
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != labels.shape:
             return None
-        padded = ~attention_mask.to(labels.device).bool()
-        if _OF_PADDING in self.fused.said:
-            return padded, False
-        return padded, bool((padded & (labels != ignore_index)).any())
+        mask = attention_mask.to(labels.device).bool()
+        computed = mask.flatten().nonzero().flatten()
+        if len(computed) == mask.numel():
+            return None
+        is_told = _OF_PADDING in self.fused.said
+        return computed, not is_told and bool((~mask & (labels != ignore_index)).any())
 
     def _count_head(self, head: torch.Tensor | None, inputs: torch.Tensor | None) -> None:
         """Note what is taken beside the decoder, for its choice of levels: by the head as it trains, and by the loss.
