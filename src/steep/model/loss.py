@@ -21,7 +21,10 @@ from steep.ops.backend import gradient_dtype
 from steep.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORED = -100
-_OF_PADDING = "labels at padded places are left out of the loss (give them -100)"
+_OF_PADDING = (
+    "labels at padded places are left out of the loss, and where num_items_in_batch counts them, as Trainer's does, it is "
+    "too small: give them -100"
+)
 
 
 class FusedCausalLM(Walked):
