@@ -86,9 +86,9 @@ def whole_logits_bytes(tokens: int, vocabulary: int) -> int:
 
 def training_bytes(parameters: Iterable[torch.Tensor]) -> int:
     """Bytes of what trains: of each value its gradient and an optimizer's two moments, which may not be there yet. They
-    are counted as fp32 for an fp32 parameter, as torch's own AdamW keeps them, and else as 8-bit codes."""
+    are counted in the parameter's dtype, as torch's own AdamW keeps them."""
     trained = {id(parameter): parameter for parameter in parameters if parameter.requires_grad}
     return sum(
-        parameter.numel() * (gradient_dtype(parameter).itemsize + (8 if parameter.dtype == torch.float32 else 2))
+        parameter.numel() * (gradient_dtype(parameter).itemsize + 2 * parameter.dtype.itemsize)
         for parameter in trained.values()
     )
