@@ -447,6 +447,29 @@ def test_document_lengths_stand_for_positions() -> None:
         assert not torch.equal(model(**batch, use_cache=False, document_lengths=lengths).loss, expected)
 
 
+def test_document_lengths_of_another_number_of_tokens_are_an_error() -> None:
+    model = install(adapted(tiny_model("llama")))
+    with pytest.raises(ValueError, match="document_lengths have 127 tokens, and the batch 128"):
+        model(**packed(), use_cache=False, document_lengths=[64, 63])
+
+
+def test_a_second_backward_is_an_error() -> None:
+    model, batch = install(adapted(tiny_model("llama"))), packed()
+    del batch["labels"]
+    total = unwrap(model).model(**batch, use_cache=False).last_hidden_state.sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="there is one backward"):
+        total.backward()
+
+
+def test_an_adapter_that_is_frozen_before_its_backward_is_an_error() -> None:
+    model = install(adapted(tiny_model("llama")))
+    loss = model(**packed(), use_cache=False).loss
+    unwrap(model).model.layers[0].mlp.up_proj.lora_A["default"].weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="an adapter was frozen, or made to train, after"):
+        loss.backward()
+
+
 def test_trainer_finds_the_same_labels() -> None:
     for fused in FUSED:
         if fused.__name__.endswith("ForCausalLM"):

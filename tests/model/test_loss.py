@@ -191,3 +191,16 @@ def test_padding_is_looked_at_before_the_layers_and_until_it_is_said(monkeypatch
         model(input_ids=tokens, attention_mask=mask, labels=given, use_cache=False)
         assert seen == [*expected, "block", "block"]
         assert len(fused_of(model).said) == (0 if given is labels else 1)
+
+
+@pytest.mark.parametrize("change", ["int32", "one less", "logits_to_keep"])
+def test_labels_of_another_make_are_an_error(change: str) -> None:
+    model, batch = install(adapted(tiny_model("llama"))), packed()
+    labels = batch.pop("labels")
+    given: dict[str, Any] = {
+        "int32": {"labels": labels.int()},
+        "one less": {"shift_labels": labels[:, 1:]},
+        "logits_to_keep": {"shift_labels": labels[:, -8:], "logits_to_keep": 8},
+    }[change]
+    with pytest.raises(ValueError, match=r"labels are int64, one for each of the tokens \[2, 64\]"):
+        model(**batch, **given, use_cache=False)

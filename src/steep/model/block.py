@@ -91,7 +91,8 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *_ = ctx.saved_tensors
         kept, (first, second) = ctx.kept, ctx.halves
-        assert kept is not None, "the gradients of a fused layer are written over what it kept: once only"
+        if kept is None:
+            raise RuntimeError("a fused layer's gradients are written over what it kept, so that there is one backward")
         dy = dy.contiguous()
         ctx.kept = None  # nothing stays behind while the graph is alive
         with without_autocast(x.device.type), sums_in_fp32():
@@ -124,5 +125,6 @@ class _Block(torch.autograd.Function):
                 normed = first.normed(x, weights)
             dx, of_qkv = first.project_backward(d_qkv, dx2, x, normed, weights)
         gradients = [gradient for gradient in (*of_qkv, *of_o, *of_mlp) if gradient is not None]
-        assert len(gradients) == ctx.num_trained, "an adapter was frozen or freed between forward and backward"
+        if len(gradients) != ctx.num_trained:
+            raise RuntimeError("an adapter was frozen, or made to train, after the forward of a fused layer")
         return (dx if ctx.needs_input_grad[0] else None, None, None, None, *gradients)

@@ -92,7 +92,7 @@ class FusedDecoder(nn.Module):
 
         Raises:
             UserError: a key-value cache in training, or a replica of `nn.DataParallel`.
-            ValueError: `document_lengths` without `position_ids`.
+            ValueError: `document_lengths` without `position_ids`, or of another number of tokens.
         """
         if getattr(self, "_is_replica", False):
             raise UserError(
@@ -260,6 +260,8 @@ def looked_up(module: Any, input_ids: torch.Tensor) -> torch.Tensor:
 
 def _packing(positions: torch.Tensor, document_lengths: Sequence[int] | None) -> Packing:
     if document_lengths is not None:
+        if sum(document_lengths) != positions.numel():
+            raise ValueError(f"document_lengths have {sum(document_lengths)} tokens, and the batch {positions.numel()}")
         return Packing.from_lengths(document_lengths, positions.device)
     try:
         return Packing.from_positions(positions)

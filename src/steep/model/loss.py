@@ -22,8 +22,8 @@ from steep.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORED = -100
 _OF_PADDING = (
-    "labels at padded places are left out of the loss, and where num_items_in_batch counts them, as Trainer's does, it is "
-    "too small: give them -100"
+    "labels at padded places are left out of the loss, which is too small where num_items_in_batch counts them, as "
+    "Trainer's does: give them -100"
 )
 
 
@@ -64,6 +64,9 @@ class FusedCausalLM(Walked):
             labels: [B, L], not shifted. The loss is the mean over those that are not `ignore_index`, or their sum over
                 `num_items_in_batch`.
             **kwargs: also `shift_labels` [B, L], shifted already, in place of `labels`.
+
+        Raises:
+            ValueError: labels of another shape or dtype.
         """
         shift_labels: torch.Tensor | None = kwargs.pop("shift_labels", None)
         learns = labels is not None or shift_labels is not None
@@ -102,6 +105,11 @@ class FusedCausalLM(Walked):
             )
         softcap = self.config.final_logit_softcapping if self.caps_logits else None
         logits = self._logits(hidden_states, softcap) if self.fused.logits else None
+        if shift_labels.shape != hidden_states.shape[:2] or shift_labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels are int64, one for each of the tokens {list(hidden_states.shape[:2])}, also with logits_to_keep, "
+                f"and these are {shift_labels.dtype}, {list(shift_labels.shape)}"
+            )
         hidden_states, shift_labels = hidden_states.flatten(0, 1), shift_labels.to(hidden_states.device).flatten()
         if computed is not None and is_fused:  # the others have no hidden states
             rows, labels_left_out = computed[0].to(hidden_states.device), computed[1]
