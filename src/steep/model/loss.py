@@ -107,8 +107,8 @@ class FusedCausalLM(Walked):
         logits = self._logits(hidden_states, softcap) if self.fused.logits else None
         if shift_labels.shape != hidden_states.shape[:2] or shift_labels.dtype != torch.int64:
             raise ValueError(
-                f"labels are int64, one for each of the tokens {list(hidden_states.shape[:2])}, with logits_to_keep too, "
-                f"and these are {shift_labels.dtype}, {list(shift_labels.shape)}"
+                f"labels are int64, one for each of the tokens {list(hidden_states.shape[:2])}, also with "
+                f"logits_to_keep, and these are {shift_labels.dtype}, {list(shift_labels.shape)}"
             )
         hidden_states, shift_labels = hidden_states.flatten(0, 1), shift_labels.to(hidden_states.device).flatten()
         if computed is not None and is_fused:  # the others have no hidden states
