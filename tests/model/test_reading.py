@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +17,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from steep.model import reading
 from steep.model.install import install, uninstall
+from steep.model.load import load
 from steep.model.projections import Unfused
 from steep.model.unwrap import unwrap
 from tests.model.test_fused import EXACT, adapted, loss_and_gradients, packed
 from tests.ops.closeness import error
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import save_tiny, tiny_config, tiny_model
 
 
 def layer_of(model: Any) -> Any:
@@ -34,6 +37,12 @@ def replace_a(model: Any) -> None:
 def move_base(model: Any) -> None:
     weight = layer_of(model).mlp.up_proj.base_layer.weight
     weight.data = weight.data.clone()
+
+
+def view_base(model: Any, *other: Any) -> None:
+    """At the same address."""
+    weight = layer_of(model).mlp.up_proj.base_layer.weight
+    weight.data = weight.data.view(*other)
 
 
 class MyNorm(LlamaRMSNorm):
@@ -57,6 +66,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     ),
     "another matrix": replace_a,
     "weights elsewhere": move_base,
+    "weights of another shape": lambda model: view_base(model, 64, 128),
+    "weights of another dtype": lambda model: view_base(model, torch.int32),
     "evaluation": lambda model: model.eval(),
     "a trained norm": lambda model: layer_of(model).input_layernorm.weight.requires_grad_(True),
     "merged": lambda model: model.merge_adapter(),
@@ -103,6 +114,20 @@ def test_a_change_is_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     except Unfused:
         assert change in REFUSED
     assert len(read) == 2
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_another_scale_of_a_4_bit_weight_is_seen(whole: bool, tmp_path: Path) -> None:
+    model, _ = load(str(save_tiny("llama", tmp_path, hidden_size=128)), base="nf4", compute_dtype="fp32")
+    model = install(adapted(model))
+    fused, weight = unwrap(model).fused, layer_of(model).mlp.up_proj.base_layer.weight
+    first = fused.layer(layer_of(model))
+    assert fused.layer(layer_of(model)) is first
+    if whole:
+        weight.quant_state = copy.copy(weight.quant_state)
+    else:
+        weight.quant_state.absmax = weight.quant_state.absmax.clone()
+    assert fused.layer(layer_of(model)) is not first
 
 
 @pytest.mark.parametrize(

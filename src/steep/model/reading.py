@@ -9,6 +9,7 @@ from operator import contains, itemgetter
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Params4bit
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -42,6 +43,8 @@ class Reading:
         self._dropouts = [part.__dict__ for part in parts if isinstance(part, nn.Dropout)]
         self._adapted = [part.__dict__ for part in parts if isinstance(part, LoraLayer)]
         self._holders = [part._parameters for part in parts if part._parameters]
+        parameters = (parameter for part in parts for parameter in part._parameters.values())
+        self._quantised = [parameter.__dict__ for parameter in parameters if isinstance(parameter, Params4bit)]
         self._classes: list[Any] = list({type(part): None for part in parts})
         self._owner: Any = library_class_of(module)
         own = [part.__dict__ for part in parts if type(part).__module__ == self._owner.__module__]
@@ -58,7 +61,7 @@ class Reading:
         try:
             with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameters are one, and each is asked twice
                 return self._now() == self._state
-        except KeyError:  # a number was deleted
+        except (KeyError, AttributeError):  # a number was deleted, or what a weight was quantised with
             return False
 
     def _now(self) -> list[Any]:
@@ -79,7 +82,12 @@ class Reading:
         for parameters in self._holders:
             for parameter in parameters.values():
                 if parameter is not None:
-                    state += (id(parameter), parameter.data_ptr(), parameter.requires_grad)
+                    state += (
+                        id(parameter), parameter.data_ptr(), parameter.requires_grad, parameter.dtype, parameter.shape
+                    )  # fmt: skip
+        for names in self._quantised:
+            quant_state = names["quant_state"]
+            state += (id(quant_state), quant_state.absmax.data_ptr())
         return state
 
 
