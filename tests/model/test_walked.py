@@ -268,6 +268,17 @@ def test_another_mode_is_not_passed_over_after_looking_ahead() -> None:
     assert modes(model.eval()) == {False} and modes(model.train()) == {True}
 
 
+def test_a_gradient_that_comes_after_looking_ahead_is_cleared() -> None:
+    model: Any = install(adapted(tiny_model("llama")))
+    model.look_ahead()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    assert have_gradients(model)
+    model.zero_grad()
+    assert not have_gradients(model)
+
+
 def test_what_was_looked_at_ahead_can_be_forgotten() -> None:
     model: Any = install(adapted(tiny_model("llama")))
     before = set(model.__dict__)

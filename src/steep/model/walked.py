@@ -20,11 +20,11 @@ class Walked(nn.Module):
 
     def look_ahead(self) -> None:
         """Walk now, while the GPU has work, for the `zero_grad` and the `train()` that come next: after a step's
-        backward pass. They then look no further than at the parameters that have a gradient now, and at the modules
-        that compute by their mode."""
+        backward pass. They then look no further than at the parameters that have a gradient now or may get one, and at
+        the modules that compute by their mode."""
         self.train()
         with torch._C.DisableTorchFunctionSubclass():
-            self._with_gradient = [parameter for parameter in _parameters(self) if parameter.grad is not None]
+            self._with_gradient = [each for each in _parameters(self) if each.requires_grad or each.grad is not None]
         self._with_mode = _with_mode(self)
 
     def forget_ahead(self) -> None:
