@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from steep.model import reading
-from steep.model.install import install, uninstall
+from steep.model.install import fused_of, install, uninstall
 from steep.model.load import load
 from steep.model.projections import Unfused
 from steep.model.unwrap import unwrap
@@ -120,7 +120,7 @@ def test_a_change_is_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_scale_of_a_4_bit_weight_is_seen(whole: bool, tmp_path: Path) -> None:
     model, _ = load(str(save_tiny("llama", tmp_path, hidden_size=128)), base="nf4", compute_dtype="fp32")
     model = install(adapted(model))
-    fused, weight = unwrap(model).fused, layer_of(model).mlp.up_proj.base_layer.weight
+    fused, weight = fused_of(model), layer_of(model).mlp.up_proj.base_layer.weight
     first = fused.layer(layer_of(model))
     assert fused.layer(layer_of(model)) is first
     if whole:

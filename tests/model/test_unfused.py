@@ -168,7 +168,8 @@ def test_a_class_whose_forward_was_replaced(
 def test_a_function_that_was_replaced(
     family: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, calls = install(adapted(tiny_model(family, **({"sliding_window": 16} if family == "mistral" else {})))), []
+    settings: dict[str, Any] = {"sliding_window": 16} if family == "mistral" else {}
+    model, calls = install(adapted(tiny_model(family, **settings))), []
     module = sys.modules[library_class_of(unwrap(model)).__module__]
     own = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *given, **named: calls.append(name) or own(*given, **named))
