@@ -183,7 +183,8 @@ def qk_norm() -> Iterator[Case]:
     yield Case("qk_norm forward", ours=forward, result=forward, bytes=2 * 2 * qkv.numel() + read, **common)
     yield Case(
         "qk_norm backward", ours=lambda: backward(mine), result=lambda: backward(dqkv.clone()),
-        bytes=3 * 2 * TOKENS * (HEADS + KV_HEADS) * HEAD_DIM + read, direction="backward", cotangent=dqkv, **common,
+        before=putting_back(mine), bytes=3 * 2 * TOKENS * (HEADS + KV_HEADS) * HEAD_DIM + read,
+        direction="backward", cotangent=dqkv, **common,
     )  # fmt: skip
 
 
@@ -226,7 +227,9 @@ def _gated(name: str, activation: Any) -> Iterator[Case]:
     yield Case(
         f"{name} backward", ours=backward, result=gradient, before=putting_back(my_dh, mine),
         bytes=6 * 2 * out.numel(), direction="backward", cotangent=dh,
-        liger=function and Rival(function, halves, (0, 1), lambda both: torch.cat(both, dim=1)), **common,
+        liger=function
+        and Rival(function, halves, (0, 1), lambda both: torch.cat(both, dim=1), "5 passes of 6: no act(gate)·up"),
+        **common,
     )  # fmt: skip
 
 
@@ -318,15 +321,33 @@ def copy_rows() -> Iterator[Case]:
     """Hidden states into the first columns of wider rows."""
     from steep.ops.copy_rows import copy_rows
 
-    x, wider = random(TOKENS, HIDDEN), random(TOKENS, HIDDEN + RANK)
+    x, wider, theirs = random(TOKENS, HIDDEN), random(TOKENS, HIDDEN + RANK), random(TOKENS, HIDDEN + RANK)
 
     def ours() -> torch.Tensor:
         copy_rows(x, wider[:, :HIDDEN])
         return wider[:, :HIDDEN]
 
     yield Case(
-        "copy_rows", f"{TOKENS} x {HIDDEN}, apart", ours=ours, result=ours, reference=lambda x: x.clone(), inputs=(x,),
-        bytes=2 * 2 * x.numel(),
+        "copy_rows", f"{TOKENS} x {HIDDEN}, apart", ours=ours, result=ours, inputs=(x, theirs),
+        reference=lambda x, theirs: theirs[:, :HIDDEN].copy_(x), bytes=2 * 2 * x.numel(),
+    )  # fmt: skip
+
+
+def join_rows() -> Iterator[Case]:
+    """The gradients of q, k and v side by side."""
+    from steep.ops.copy_rows import join_rows
+
+    q, k, v = parts = tuple(random(TOKENS, heads * HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    wider = random(TOKENS, (HEADS + 2 * KV_HEADS) * HEAD_DIM + 3 * RANK)
+    joined = wider[:, : (HEADS + 2 * KV_HEADS) * HEAD_DIM]
+
+    def ours() -> torch.Tensor:
+        join_rows((q, k, v), joined)
+        return joined
+
+    yield Case(
+        "join_rows", f"{TOKENS} x ({HEADS} + 2 x {KV_HEADS}) x {HEAD_DIM}, apart", ours=ours, result=ours,
+        inputs=parts, reference=lambda *parts: torch.cat(parts, dim=1), bytes=2 * 2 * joined.numel(),
     )  # fmt: skip
 
 
@@ -512,6 +533,7 @@ ROWS: dict[str, Callable[[], Iterator[Case]]] = {
         nf4,
         int8,
         copy_rows,
+        join_rows,
         lora_fill,
         lora_linear,
         lora_qkv,

@@ -54,8 +54,10 @@ STEEP = ("steep", "steep-bare", "steep-script")
 LIBRARY = ("hf", "hf-flash", "hf-varlen")
 BARE: dict[str, Callable[[Work], Peer]] = {"steep-bare": steep_bare, "steep-script": steep_script, **PEERS}
 LOSSY = ("hf-lean",)  # bf16 weights that are rounded to the nearest stay where they are, for many an update
-FIRST_AGREE = 0.02  # nats between losses on the same weights and tokens: bf16's noise is a tenth of it
-LAST_AGREE = 0.05  # and after a few steps of 8-bit AdamW
+# Nats between losses on the same weights and tokens. That a loop computes something is seen by it, not that it computes
+# the right thing: random weights give nearly the same loss by any layers. Tests hold that (tests/model/test_fused*.py).
+FIRST_AGREE = 0.005  # 0.003 was seen
+LAST_AGREE = 0.02  # after a few steps of 8-bit AdamW; 0.01 was seen
 SPREAD = 6.5  # five standard deviations of a token's loss, which is 1.3 nats for a head of std 0.02 over 4,096 values
 
 

@@ -12,7 +12,7 @@ from steep.ops import lora
 from steep.ops.base_weight import DenseWeight
 from steep.ops.lora import Lora, Projection
 from steep.ops.products import product
-from tests.ops.closeness import SLACK, assert_as_good
+from tests.ops.closeness import SLACK, assert_as_good, slack_of
 from tests.ops.quantised import int8, nf4
 
 Function = Callable[[torch.Tensor, Sequence[Projection]], torch.Tensor]
@@ -115,7 +115,7 @@ def assert_summed_in_fp32(monkeypatch: pytest.MonkeyPatch, op: Function, project
 def assert_op_as_good(op: Function, reference: Function, x: torch.Tensor, projections: Sequence[Projection]) -> None:
     """The output, the input's gradient and every adapter's, against the reference in fp32 and in x's dtype."""
     # One token's gradient of a rank-1 adapter hangs on one rounded number, and so the comparison on luck.
-    slack = SLACK if len(x) > 1 or x.dtype == torch.float32 else 5 * SLACK
+    slack = slack_of(x) if len(x) > 1 or x.dtype == torch.float32 else 5 * SLACK
     results = []
     cotangent = None
     for function, dtype, change in (

@@ -202,6 +202,19 @@ def test_blocks_of_zeros_and_of_next_to_nothing(route: str) -> None:
     assert (update.moments[0][:256] == 127).all() and (update.moments[1][:512] == 0).all()
 
 
+@pytest.mark.parametrize(("route",), cases([()]))
+def test_an_epsilon_whose_square_is_zero(route: str) -> None:
+    """Rows of the table whose tokens never came have moments of zero."""
+    with along(route, kernels, launch=1) as device:
+        (update,) = tensors((100,), FP32, FP32, device)
+        update = replace(update, eps=1e-24, weight_decay=0.0)
+        for tensor in (*update.moments, update.gradient):
+            tensor.zero_()
+        before = update.parameter.clone()
+        adamw8bit([update], maps(device))
+    assert torch.equal(update.parameter, before)
+
+
 def test_nothing_to_do() -> None:
     adamw8bit([], maps())
 

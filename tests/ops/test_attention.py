@@ -23,7 +23,7 @@ from steep.ops.attention_backends import (
     usable_backends,
 )
 from steep.ops.packing import Packing
-from tests.ops.closeness import assert_as_good, error
+from tests.ops.closeness import assert_as_good, error, slack_of
 
 # Inductor gives it for whatever it compiles on a card that has TF32.
 pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
@@ -128,7 +128,16 @@ def check(
             if true.abs().max() < 1e-6:  # a document of one token has no gradient of q and k
                 assert mine.abs().max() < 1e-2, name
             else:
-                assert_as_good(mine, theirs, true, name=name)
+                assert_as_good(mine, theirs, true, slack_of(mine), name)
+
+
+def test_a_second_derivative_is_an_error() -> None:
+    """The backward pass is explicit: what would be differentiated again is not what was computed."""
+    q, k, v = (torch.randn(7, heads, 16, requires_grad=True) for heads in (2, 1, 1))
+    out = attention(q, k, v, Packing.from_lengths([4, 3], "cpu"), scale=0.3, backend="reference")
+    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 # The aten operations that a backend has to call: a test of one backend cannot pass through another.
@@ -428,6 +437,12 @@ def test_tokens_outside_of_the_documents_are_an_error() -> None:
     q, k, v, _ = draw(10, (4, 2), 16, torch.float32)
     with pytest.raises(AssertionError):
         attention_forward(q, k, v, Packing.from_lengths([4, 5], "cpu"), scale=1.0, backend="reference")
+
+
+def test_a_cap_of_zero_is_an_error() -> None:
+    q, k, v, _ = draw(9, (4, 2), 16, torch.float32)
+    with pytest.raises(ValueError, match="softcap is 0.0"):
+        attention_forward(q, k, v, Packing.from_lengths([9], "cpu"), scale=1.0, softcap=0.0, backend="reference")
 
 
 def test_a_cpu_has_the_reference() -> None:

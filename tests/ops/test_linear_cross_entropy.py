@@ -232,6 +232,24 @@ def test_what_is_not_finite_shows(place: Place, value: float, softcap: float | N
     assert dx.isnan().any(1).nonzero().flatten().tolist() == [17]
 
 
+def test_a_cap_of_zero_is_an_error(place: Place) -> None:
+    case = case_of(place, 3, 640, 64, torch.float32)
+    with pytest.raises(ValueError, match="softcap is 0.0"):
+        linear_cross_entropy(case.x, case.weight, case.labels, softcap=0.0)
+
+
+def test_a_first_pass_of_impossible_tokens(place: Place) -> None:
+    """Logits of -inf are probabilities of 0, the first 4,096 of a row too."""
+    case = case_of(place, 3, 4500, 64, torch.float32, 0.0)
+    case.x, case.labels = case.x.clone(), case.labels % 404 + 4096
+    case.x[:, 5] = 1.0
+    case.weight[:4096, 5] = -torch.inf
+    expected = gradients(linear_cross_entropy_reference, case)
+    found = gradients(linear_cross_entropy, case, **{"way": "tokens"})
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[2][4096:], expected[2][4096:], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("way", WAYS[1::2], ids=str)
 @pytest.mark.parametrize("label", [640, 641, 10**12, -1, -101])
 def test_a_label_outside_of_the_vocabulary_is_nan(place: Place, label: int, way: dict[str, Any]) -> None:

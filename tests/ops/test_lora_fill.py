@@ -12,6 +12,7 @@ import torch
 
 from steep.kernels import lora_fill as kernels
 from steep.kernels import nf4 as nf4_kernels
+from steep.ops.backend import interpreted
 from steep.ops.lora import LoraGroup
 from steep.ops.lora_fill import _launches, lora_fill_reference
 from tests.ops.lora_cases import make_projection, stored_as
@@ -106,6 +107,31 @@ def test_filled_again_with_other_values_elsewhere(route: str, shape: str, adapte
         for projection in group.projections:
             for tensor in projection.tensors():
                 tensor.data = tensor.data.neg() if moves else tensor.data.neg_()
+
+
+def test_what_was_compiled_for_other_memory_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch is kept for addresses, whose alignment it was compiled for."""
+    compiled: list[list[int]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            def run(*arguments: Any, **options: Any) -> Any:
+                tensors = [each for given in arguments if isinstance(given, tuple) for each in given]
+                compiled.append([each.data_ptr() % 16 for each in tensors if isinstance(each, torch.Tensor)])
+                return {grid: lambda *kept: None}
+
+            return run
+
+    monkeypatch.setattr(kernels, "fill_kernel", Kernel())
+    group = _group("one", "no biases", torch.bfloat16, torch.bfloat16, "cpu")
+    a = group.projections[0].adapters[0].a
+    buffer = torch.empty(group.buffer_shape, dtype=group.dtype)
+    with interpreted():
+        group.fill(buffer)
+        group.fill(buffer)
+        a.data = torch.empty(a.numel() + 1, dtype=a.dtype)[1:].view(a.shape).copy_(a.data)
+        group.fill(buffer)
+    assert len(compiled) == 2 and any(compiled[1]) and not any(compiled[0])
 
 
 @pytest.mark.parametrize("biases", ["no biases", "biases", "one bias"])

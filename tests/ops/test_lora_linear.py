@@ -10,11 +10,13 @@ from steep.kernels import copy_rows
 from steep.ops import lora
 from steep.ops.backend import interpreted
 from steep.ops.lora import Lora
-from steep.ops.lora_linear import lora_linear, lora_linear_reference
+from steep.ops.lora_linear import lora_linear, lora_linear_reference, lora_linears
+from steep.ops.lora_mlp import lora_mlp
 from steep.ops.lora_qkv import lora_qkv, lora_qkv_reference
 from tests.ops.lora_cases import (
     assert_op_as_good,
     assert_summed_in_fp32,
+    copied,
     fill_new_tensors,
     make_projection,
     stored_as,
@@ -147,6 +149,31 @@ def test_rows_of_any_strides_are_copied_by_the_kernel(monkeypatch) -> None:
         results.append((y, dx))
     assert len(calls) == 3 * 3  # x, dy, x again
     assert all(torch.equal(one, other) for each in results for one, other in zip(each, results[0], strict=True))
+
+
+@pytest.mark.parametrize("op", ["linear", "qkv", "mlp"])
+def test_autocast_changes_nothing(op: str) -> None:
+    """Products are in the dtype of x, in the backward pass too."""
+    projections = {
+        "linear": (make_projection(64, 32),),
+        "qkv": tuple(make_projection(64, size) for size in (32, 16, 16)),
+        "mlp": (make_projection(64, 96), make_projection(64, 96), make_projection(96, 64)),
+    }[op]
+
+    def computed() -> list[torch.Tensor]:
+        own = [copied(projection) for projection in projections]
+        leaf = x.clone().requires_grad_()
+        y = lora_mlp(leaf, *own, "silu") if op == "mlp" else lora_linears(leaf, own)
+        y.square().sum().backward()
+        gradients = [tensor.grad for projection in own for tensor in projection.tensors()]
+        return [y.detach(), *[gradient for gradient in (leaf.grad, *gradients) if gradient is not None]]
+
+    x = torch.randn(5, 64)
+    expected = computed()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = computed()
+    assert len(found) == 2 + 2 * len(projections)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
 def test_an_input_that_needs_no_gradient() -> None:

@@ -153,7 +153,8 @@ def _update(
             second = second * beta2 + gradient * gradient * rest2
 
         # A division by way of a root: Triton's takes ten instructions, for divisors near the ends of fp32.
-        divisor = tl.sqrt(second) + epsilon
+        # Its square has to be a normal number.
+        divisor = tl.maximum(tl.sqrt(second) + epsilon, 1e-18)
         value = value * decay - step_size * (first * tl.rsqrt(divisor * divisor))
         if STOCHASTIC:
             seed = _mix((first_block + block) ^ key1) ^ key2

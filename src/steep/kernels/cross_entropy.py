@@ -22,6 +22,7 @@ from steep.kernels.compilation import Compilation, triton_type
 ROW_MULTIPLE = 64
 MAX_BLOCK = 4096
 SCALED_BLOCK = 2048
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 SCALED_PROGRAMS = 2048  # enough for any card; a program that has nothing to do costs its launch
 
 
@@ -49,12 +50,11 @@ def _read(row, columns, width, num_columns, scale, softcap, SOFTCAP: tl.constexp
 
 @triton.jit
 def _statistics(row, maximum, total, width, num_columns, scale, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """The running (maximum, sum of exp(v - maximum)). A NaN or +inf among v makes the sum a NaN,
-    as does a first pass of -inf alone; any other -inf adds 0."""
+    """The running (maximum, sum of exp(v - maximum)). A NaN or +inf among v makes the sum a NaN, -inf adds 0."""
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         values, _ = _read(row, columns, width, num_columns, scale, softcap, SOFTCAP)
-        higher = tl.maximum(maximum, tl.max(values, axis=0))
+        higher = tl.maximum(tl.maximum(maximum, tl.max(values, axis=0)), LOWEST)  # -inf less -inf is a NaN
         total = total * tl.exp(maximum - higher) + tl.sum(tl.exp(values - higher), axis=0)
         maximum = higher
     return maximum, total

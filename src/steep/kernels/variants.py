@@ -1,8 +1,8 @@
 """Launches that find their compiled kernel faster than Triton does.
 
 Triton compiles a variant of a kernel for the types of its arguments, the alignment of its addresses, and numbers that
-are 1 or multiples of 16. To find it, each launch looks at all arguments and options: that takes the host longer than
-the launch itself, several times as long for a kernel with twenty arguments.
+are 1 or multiples of 16, and loads it on the current device. To find it, each launch looks at all arguments and
+options: that takes the host longer than the launch itself, several times as long for a kernel with twenty arguments.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def launch(
     variant = tuple(key)
     compiled = _known.get(variant)
     if compiled is None:
-        _known[variant] = kernel[grid](*tensors, *free, *numbers, **options)  # None in Triton's interpreter
+        with torch.cuda.device_of(tensors[0]):  # pyright: ignore[reportArgumentType]
+            _known[variant] = kernel[grid](*tensors, *free, *numbers, **options)  # None in Triton's interpreter
     else:
         compiled[grid](*tensors, *free, *numbers)
 
@@ -73,6 +74,7 @@ class Prepared:
             run(out, *args)
             return
         grid, args = arguments()
-        compiled = kernel[grid](out, *args, **options)
+        with torch.cuda.device_of(out):
+            compiled = kernel[grid](out, *args, **options)
         if compiled is not None:  # as it is in Triton's interpreter
             self._known[key] = compiled[grid], args

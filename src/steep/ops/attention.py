@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from steep.ops import attention_cudnn as cudnn
 from steep.ops import attention_flash as flash
@@ -132,6 +133,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, *saved = ctx.saved_tensors
         gradients = attention_backward(grad_outputs[0], q, k, v, out, saved, ctx.packing, **ctx.options)
@@ -156,6 +158,8 @@ def _check(
         raise ValueError(f"no attention backend '{backend}'; there are {', '.join(BACKENDS)}")
     if lack := BACKENDS[backend].lacks(packing.uniform, window, softcap):
         raise ValueError(f"attention backend '{backend}' cannot do {lack}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it has to be above 0, or None")
     assert window is None or window >= 1, window
     # tokens beyond the last document would silently get no output, and NaN gradients
     assert len(q) == len(k) == len(v) == packing.num_tokens, (q.shape, k.shape, v.shape, packing.num_tokens)

@@ -325,7 +325,12 @@ def linear_cross_entropy(
         weight_grad_dtype: default: what autograd keeps of it (`weight.grad_dtype`, where that is set), else the
             weight's own. An fp32 gradient of a bf16 leaf needs `weight.grad_dtype = torch.float32`: autograd rounds it
             otherwise.
+
+    Raises:
+        ValueError: `softcap` is not above 0.
     """
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it has to be above 0, or None")
     if weight_grad_dtype is None and weight_VH.is_leaf:
         weight_grad_dtype = weight_VH.grad_dtype
     recording = torch.is_grad_enabled()

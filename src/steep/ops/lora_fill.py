@@ -57,7 +57,7 @@ class LoraFill:
 
     def _arguments(self, like: torch.Tensor) -> tuple[Any, ...]:
         """Those of the launch beside the buffer: kept while the adapters and biases stay in their memory, unless what
-        is read is a copy of them."""
+        is read is a copy of them. They may not change their dtype or shape there."""
         addresses = [tensor.data_ptr() for tensor in self._tensors]
         if addresses != self._addresses:
             from steep.kernels.variants import Prepared

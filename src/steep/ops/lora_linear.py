@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from steep.ops.backend import without_autocast
 from steep.ops.copy_rows import copy_rows
 from steep.ops.lora import LoraGroup, Projection
 from steep.ops.products import sums_in_fp32
@@ -64,22 +65,22 @@ def _copy_into(columns: torch.Tensor, x: torch.Tensor) -> None:
 
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    @sums_in_fp32()
     def forward(ctx: Any, x: torch.Tensor, projections: tuple[Projection, ...], *tensors: torch.Tensor) -> torch.Tensor:
-        group = LoraGroup(projections, x.dtype)
-        buffer = group.filled_buffer(x.device)
-        y = x.new_empty(x.shape[0], group.outputs)
-        group.forward(extended(x, group, buffer), buffer, y)
+        with without_autocast(x.device.type), sums_in_fp32():
+            group = LoraGroup(projections, x.dtype)
+            buffer = group.filled_buffer(x.device)
+            y = x.new_empty(x.shape[0], group.outputs)
+            group.forward(extended(x, group, buffer), buffer, y)
         ctx.group = group
         ctx.save_for_backward(x, *tensors)
         return y
 
     @staticmethod
     @once_differentiable
-    @sums_in_fp32()
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dy,), x, group = gradients, ctx.saved_tensors[0], ctx.group
-        buffer = group.filled_buffer(x.device)
-        dye = extended_gradient(dy, group, buffer)
-        dx = group.input_gradient(dye, buffer) if ctx.needs_input_grad[0] else None
-        return dx, None, *group.adapter_gradients(dye, extended(x, group, buffer))
+        with without_autocast(x.device.type), sums_in_fp32():
+            buffer = group.filled_buffer(x.device)
+            dye = extended_gradient(dy, group, buffer)
+            dx = group.input_gradient(dye, buffer) if ctx.needs_input_grad[0] else None
+            return dx, None, *group.adapter_gradients(dye, extended(x, group, buffer))

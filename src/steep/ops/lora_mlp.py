@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from steep.ops.backend import without_autocast
 from steep.ops.copy_rows import copy_rows
 from steep.ops.lora import LoraGroup, Projection
 from steep.ops.lora_linear import extended, extended_gradient, lora_linear_reference
@@ -39,7 +40,6 @@ def lora_mlp(
 
 class _LoraMlp(torch.autograd.Function):
     @staticmethod
-    @sums_in_fp32()
     def forward(
         ctx: Any,
         x: torch.Tensor,
@@ -49,18 +49,19 @@ class _LoraMlp(torch.autograd.Function):
         activation: Activation,
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
-        first, second = LoraGroup((gate, up), x.dtype), LoraGroup((down,), x.dtype)
-        buffer = first.filled_buffer(x.device)
-        gate_up = x.new_empty(x.shape[0], first.outputs)
-        first.forward(extended(x, first, buffer), buffer, gate_up)
-        del buffer  # before the next is made
+        with without_autocast(x.device.type), sums_in_fp32():
+            first, second = LoraGroup((gate, up), x.dtype), LoraGroup((down,), x.dtype)
+            buffer = first.filled_buffer(x.device)
+            gate_up = x.new_empty(x.shape[0], first.outputs)
+            first.forward(extended(x, first, buffer), buffer, gate_up)
+            del buffer  # before the next is made
 
-        buffer = second.filled_buffer(x.device)
-        he = x.new_empty(x.shape[0], second.input_width)
-        gated_forward(gate_up, gate.weight.shape[0], activation, out=he[:, second.x_columns])
-        second.extend_input(he, buffer)
-        y = x.new_empty(x.shape[0], second.outputs)
-        second.forward(he, buffer, y)
+            buffer = second.filled_buffer(x.device)
+            he = x.new_empty(x.shape[0], second.input_width)
+            gated_forward(gate_up, gate.weight.shape[0], activation, out=he[:, second.x_columns])
+            second.extend_input(he, buffer)
+            y = x.new_empty(x.shape[0], second.outputs)
+            second.forward(he, buffer, y)
 
         ctx.groups, ctx.activation = (first, second), activation
         ctx.save_for_backward(x, gate_up, *tensors)
@@ -68,22 +69,22 @@ class _LoraMlp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @sums_in_fp32()
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dy,), (x, gate_up, *_), (first, second) = gradients, ctx.saved_tensors, ctx.groups
-        buffer = second.filled_buffer(x.device)
-        dye = extended_gradient(dy, second, buffer)
-        he = x.new_empty(x.shape[0], second.input_width)
-        h = second.input_gradient(dye, buffer, out=he[:, second.x_columns])  # dh, which becomes h
-        d_gate_up = x.new_empty(x.shape[0], first.gradient_width)
-        copy_rows(gate_up, d_gate_up[:, : first.outputs])  # which become their gradients
-        gated_backward(h, d_gate_up, first.outputs // 2, ctx.activation)
-        second.extend_input(he, buffer)
-        of_down = second.adapter_gradients(dye, he)
-        del buffer, dye, he, h
+        with without_autocast(x.device.type), sums_in_fp32():
+            buffer = second.filled_buffer(x.device)
+            dye = extended_gradient(dy, second, buffer)
+            he = x.new_empty(x.shape[0], second.input_width)
+            h = second.input_gradient(dye, buffer, out=he[:, second.x_columns])  # dh, which becomes h
+            d_gate_up = x.new_empty(x.shape[0], first.gradient_width)
+            copy_rows(gate_up, d_gate_up[:, : first.outputs])  # which become their gradients
+            gated_backward(h, d_gate_up, first.outputs // 2, ctx.activation)
+            second.extend_input(he, buffer)
+            of_down = second.adapter_gradients(dye, he)
+            del buffer, dye, he, h
 
-        buffer = first.filled_buffer(x.device)
-        first.extend_gradient(d_gate_up, buffer)
-        dx = first.input_gradient(d_gate_up, buffer) if ctx.needs_input_grad[0] else None
-        of_gate_up = first.adapter_gradients(d_gate_up, extended(x, first, buffer))
-        return dx, None, None, None, None, *of_gate_up, *of_down
+            buffer = first.filled_buffer(x.device)
+            first.extend_gradient(d_gate_up, buffer)
+            dx = first.input_gradient(d_gate_up, buffer) if ctx.needs_input_grad[0] else None
+            of_gate_up = first.adapter_gradients(d_gate_up, extended(x, first, buffer))
+            return dx, None, None, None, None, *of_gate_up, *of_down
