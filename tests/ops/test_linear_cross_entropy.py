@@ -232,10 +232,9 @@ def test_what_is_not_finite_shows(place: Place, value: float, softcap: float | N
     assert dx.isnan().any(1).nonzero().flatten().tolist() == [17]
 
 
-def test_a_cap_of_zero_is_an_error(place: Place) -> None:
-    case = case_of(place, 3, 640, 64, torch.float32)
-    with pytest.raises(ValueError, match="softcap is 0.0"):
-        linear_cross_entropy(case.x, case.weight, case.labels, softcap=0.0)
+def test_a_cap_of_zero_is_an_error() -> None:
+    with pytest.raises(ValueError, match="softcap is 0"):
+        linear_cross_entropy(torch.randn(3, 8), torch.randn(64, 8), torch.tensor([1, 2, 3]), softcap=0.0)
 
 
 def test_a_first_pass_of_impossible_tokens(place: Place) -> None:

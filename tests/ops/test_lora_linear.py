@@ -163,7 +163,7 @@ def test_autocast_changes_nothing(op: str) -> None:
     def computed() -> list[torch.Tensor]:
         own = [copied(projection) for projection in projections]
         leaf = x.clone().requires_grad_()
-        y = lora_mlp(leaf, *own, "silu") if op == "mlp" else lora_linears(leaf, own)
+        y = lora_mlp(leaf, own[0], own[1], own[2], "silu") if op == "mlp" else lora_linears(leaf, own)
         y.square().sum().backward()
         gradients = [tensor.grad for projection in own for tensor in projection.tensors()]
         return [y.detach(), *[gradient for gradient in (leaf.grad, *gradients) if gradient is not None]]
