@@ -78,16 +78,16 @@ def table(rows: Iterable[Row]) -> str:
     calls: dict[str, dict[str, Row]] = {}
     for row in rows:
         calls.setdefault(row["call"], {})[row["peer"]] = row
-    works: dict[str, list[dict[str, str]]] = {}  # the oldest call first
+    works: dict[str, list[tuple[str, dict[str, str]]]] = {}  # the oldest call first
     for call in calls.values():
         if STEEP in call and any(peer in call for peer in LIBRARY):
-            works.setdefault(work_of(call[STEEP]), []).append(cells_of(call))
+            works.setdefault(work_of(call[STEEP]), []).append((call[STEEP]["call"][:10], cells_of(call)))
     lines: list[tuple[str, dict[str, str]]] = []
     for work, found in works.items():
         shown: set[str] = set()
-        for cells in reversed(found):
+        for day, cells in reversed(found):
             if not shown.issuperset(cells):
-                lines.append((work, cells))
+                lines.append((f"{work}, on {day}" if shown else work, cells))
                 shown.update(cells)
     if not lines:
         return ""

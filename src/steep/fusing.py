@@ -151,7 +151,7 @@ def _why_not_with_options(config: RunConfig) -> str | None:
 def _why_not_by_itself(config: RunConfig) -> str | None:
     """What `auto` heeds: it can be fused, but need not be better."""
     if not torch.cuda.is_available():
-        return "there is no GPU, and on a CPU the library's forward is as fast"
+        return "there is no GPU, and on a CPU the library's forward is faster"
     if config.model.attn_implementation != "auto":
         return f"model.attn_implementation asks for transformers' {config.model.attn_implementation}"
     return None

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from steep.errors import UserError
 from steep.model.block import LEVELS
@@ -43,6 +44,8 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
     Raises:
         UserError: it is of no family that is known, or holds what is not computed fused; nothing is changed then.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError("model", f"it is a {type(model).__name__}", "Give the model itself, a causal LM of transformers.")
     reason = why_not_fused(model)
     if reason is not None:
         remedy = "Change that, or train it without steep.install."
@@ -53,10 +56,11 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
     decoder = base.model
     num_layers = len(decoder.layers)
     if levels is not None:
-        levels = list(levels) if isinstance(levels, Sequence) else [levels] * num_layers
+        given = levels
+        levels = list(given) if isinstance(given, Sequence) else [given] * num_layers
         if len(levels) != num_layers or any(type(level) is not int or level not in LEVELS for level in levels):
             raise UserError(
-                "levels", f"{levels} are no levels of {num_layers} layers", "Give one from 0 to 3, or one for each."
+                "levels", f"{given} are no levels of {num_layers} layers", "Give one from 0 to 3, or one for each."
             )
     replaced = not is_installed(model) and "forward" in vars(base)  # later, it is around the fused one
     base.fused = decoder.fused = Fused(levels=levels, logits=logits, beside=bytes_beside_decoder(base))

@@ -38,7 +38,7 @@ BOUNDED: dict[str, Any] = {
 }
 
 _PRECISION = "precision is one choice: set model.base, model.trained_dtype and model.compute_dtype"
-_SEVERAL = "a run uses one GPU"
+_SEVERAL = "how processes share a run is steep's own: start one for each GPU with torchrun"
 _EVALUATION = "held-out text is scored by steep: see the section evaluation"
 _HUB = "nothing is uploaded while training"
 _LOSS = "the loss that is reported is the model's own, a token each"
