@@ -203,7 +203,10 @@ def test_all_figures_of_a_line_are_of_one_call() -> None:
     newest, with_unsloth = lines_of(rows)
     work = "| H200, llama-3-8b, 2 × 2048 | "
     assert newest == f"{work}0.250 s, 10.0 GiB | 0.240 s, 10.0 GiB | 0.700 s, 10.0 GiB (2.80×) | – |"
-    assert with_unsloth == f"{work[:-3]}, on 1 | 0.300 s, 10.0 GiB | – | 0.750 s, 10.0 GiB (2.50×) | 0.450 s, 10.0 GiB (1.50×) |"
+    assert (
+        with_unsloth
+        == f"{work[:-3]}, on 1 | 0.300 s, 10.0 GiB | – | 0.750 s, 10.0 GiB (2.50×) | 0.450 s, 10.0 GiB (1.50×) |"
+    )
     text = f"a\n{table.BEGIN}\nold\n{table.END}\nb"
     assert newest in table.in_step(text, rows)
     assert table.in_step(table.in_step(text, rows), rows) == table.in_step(text, rows)

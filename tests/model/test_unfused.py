@@ -723,3 +723,17 @@ def test_hooks_that_transformers_left_behind(monkeypatch: pytest.MonkeyPatch) ->
     assert fused.calls == 2 and len(read) == 2  # a layer once
     again = model(**batch, **asked)
     assert fused.calls == 2 and len(again.hidden_states) == 3 and len(again.attentions) == 2
+
+
+@pytest.mark.parametrize("given", ["llama", None])
+def test_what_is_no_model_is_told_so(given: Any) -> None:
+    with pytest.raises(UserError, match="it is a (str|NoneType)"):
+        install(given)
+
+
+@pytest.mark.parametrize(
+    ("levels", "told"), [(5, "5 are no levels of 2"), ("2", "2 are no levels of 2"), ([0], r"\[0\] are no")]
+)
+def test_levels_are_told_as_they_were_given(levels: Any, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        install(adapted(tiny_model("llama")), levels=levels)

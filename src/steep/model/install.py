@@ -45,7 +45,9 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
         UserError: it is of no family that is known, or holds what is not computed fused; nothing is changed then.
     """
     if not isinstance(model, nn.Module):
-        raise UserError("model", f"it is a {type(model).__name__}", "Give the model itself, a causal LM of transformers.")
+        raise UserError(
+            "model", f"it is a {type(model).__name__}", "Give the model itself, a causal LM of transformers."
+        )
     reason = why_not_fused(model)
     if reason is not None:
         remedy = "Change that, or train it without steep.install."
