@@ -727,7 +727,7 @@ def test_hooks_that_transformers_left_behind(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("given", ["llama", None])
 def test_what_is_no_model_is_told_so(given: Any) -> None:
-    with pytest.raises(UserError, match="it is a (str|NoneType)"):
+    with pytest.raises(UserError, match=r"it is a (str|NoneType)"):
         install(given)
 
 
