@@ -102,10 +102,10 @@ def refuse_decoder(decoder: Any) -> None:
     """
     owner = library_class_of(decoder)
     refuse_patch(owner)
-    names = vars(sys.modules[owner.__module__])
     for name in _FUNCTIONS:
-        module = getattr(names.get(name), "__module__", None)
-        if name in names and not str(module).startswith("transformers."):
+        function = getattr(sys.modules[owner.__module__], name, None)
+        module = getattr(function, "__module__", None)
+        if function is not None and not str(module).startswith("transformers."):
             raise Unfused(f"{name} of {owner.__module__} was replaced by one of {module}")
     for part, name in ((decoder.norm, "the last norm"), (decoder.rotary_emb, "rotary_emb")):
         refuse_class(part, owner)
