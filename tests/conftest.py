@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 # torch, triton, transformers and tokenizers read these when they are imported, so they stand before any such import.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -132,13 +132,28 @@ def _interpreter() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _threads_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that a signal ends leaves at once if a thread would hold it up, and the tests' process with it. Threads
-    that a library started for another test are not the command's."""
+def _no_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that a signal ends leaves at once if a thread would hold it up, and here the tests' process would go
+    with it. So a thread that it started, which may write a checkpoint, is given time to end. How the real command
+    leaves is tested with real ones (test_stopping.py)."""
     from steep import cli
 
     before, is_waited_for = set(threading.enumerate()), cli._is_waited_for
-    monkeypatch.setattr(cli, "_is_waited_for", lambda thread: thread not in before and is_waited_for(thread))
+
+    def holds_up(thread: threading.Thread) -> bool:
+        if thread not in before and is_waited_for(thread):
+            thread.join(20)
+        return False
+
+    monkeypatch.setattr(cli, "_is_waited_for", holds_up)
+    own, leave = os.getpid(), os._exit
+
+    def refuse(code: int) -> NoReturn:
+        if os.getpid() != own:  # a fork
+            leave(code)
+        raise RuntimeError(f"a command left at once with code {code}, and would have taken the tests with it")
+
+    monkeypatch.setattr(os, "_exit", refuse)
 
 
 @pytest.fixture(scope="session")
