@@ -13,9 +13,9 @@ from steep.schema import AdapterSection
 
 GIB = 2**30
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Bytes a weight: codes, and their scales (nf4: a byte for each 64 weights and 4 bytes for each 256 of those; int8: a
-# row each).
-BASE_WIDTH = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
+# Bytes a weight: codes, and their scales (nf4: a byte for each 64 weights and 4 bytes for each 256 of those; int8
+# and fp8: 4 bytes a row, or a block of 128 x 128).
+BASE_WIDTH = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "fp8": 1.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
 # Bytes of optimizer state a trained value; others are counted like plain Adam.
 OPTIMIZER_WIDTH = {"adamw_8bit": 2 + 8 / 256, "adamw_bnb_8bit": 2 + 8 / 256, "sgd": 0.0, "adafactor": 0.01}
 ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit")  # whose update rounds bf16 weights stochastically

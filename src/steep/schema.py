@@ -14,7 +14,7 @@ from steep.data.sources import MIN_LENGTH, Number, Place, Source
 from steep.errors import UserError
 from steep.model.names import DEFAULT_RANK, EMBEDDINGS, LINEAR_LAYERS
 
-Base = Literal["auto", "nf4", "int8", "bf16", "fp16", "fp32"]
+Base = Literal["auto", "nf4", "int8", "fp8", "bf16", "fp16", "fp32"]
 
 
 Integer = Annotated[int, Strict()]
@@ -44,8 +44,8 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="Commit, tag or branch on the hub.")
     base: Base = Field(
         "auto",
-        description="What the frozen weights are kept in: nf4 (4 bit, double quantised), int8, bf16, fp16, fp32; "
-        "auto: nf4.",
+        description="What the frozen weights are kept in: nf4 (4 bit, double quantised), int8, fp8 (e4m3, a "
+        "scale a row), bf16, fp16, fp32; auto: what a checkpoint is stored in if that is quantised, else nf4.",
     )
     trained_dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto",

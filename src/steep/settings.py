@@ -67,7 +67,7 @@ def mixed_precision(base: str, compute: str, trained: str) -> torch.dtype | None
     Args:
         base, compute, trained: what the frozen weights are kept in, products run in, and adapters are trained in.
     """
-    uniform = trained == compute and base in ("auto", "nf4", "int8", compute)
+    uniform = trained == compute and base in ("auto", "nf4", "int8", "fp8", compute)
     return None if uniform or compute == "fp32" else DTYPES[compute]
 
 

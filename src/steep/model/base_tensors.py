@@ -47,6 +47,11 @@ class BaseTensors(Mapping[str, torch.Tensor]):
         with self._opened(self._files[name]) as tensors:
             return tuple(tensors.get_slice(name).get_shape())
 
+    def kind(self, name: str) -> str:
+        """The dtype of `name`, as safetensors names it, without reading it."""
+        with self._opened(self._files[name]) as tensors:
+            return tensors.get_slice(name).get_dtype()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 

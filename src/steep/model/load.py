@@ -11,13 +11,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from steep.errors import UserError
 from steep.model.attention import attention, attention_refused
 from steep.model.empty import empty_model
+from steep.model.fp8_loading import load_fp8
+from steep.model.fp8_published import is_published_fp8
 from steep.model.gguf import convert
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.model.safety import check_weights_in_safetensors
 from steep.model.stored_weights import check_stored
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BASES = ("nf4", "int8", *DTYPES)
+BASES = ("nf4", "int8", "fp8", *DTYPES)
 
 
 def resolve_compute_dtype(compute_dtype: str, base: str, field: str = "model.compute_dtype") -> str:
@@ -52,7 +54,7 @@ def resolve_base(base: str, model: ResolvedModel, field: str = "model.base") -> 
     stored = model.quantization
     if stored is None:
         return "nf4" if base == "auto" else base
-    kind = "int8" if stored.get("load_in_8bit") else "nf4"
+    kind = "fp8" if is_published_fp8(stored) else "int8" if stored.get("load_in_8bit") else "nf4"
     if base not in ("auto", kind):
         raise UserError(field, f"{base} was asked for but the checkpoint is stored as {kind}", "Leave it at auto.")
     return kind
@@ -71,8 +73,9 @@ def load(
 
     Args:
         name: hub name, folder, or ``.gguf`` file (converted once into the cache, in 16 bit).
-        base: what the linear layers' weights are kept in: ``auto | nf4 | int8 | bf16 | fp16 | fp32``. ``nf4`` is 4-bit
-            NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023).
+        base: what the linear layers' weights are kept in: ``auto | nf4 | int8 | fp8 | bf16 | fp16 | fp32``. ``nf4`` is
+            4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023), ``fp8`` is e4m3 with a scale a
+            row (or as a checkpoint is published in it).
         compute_dtype: ``auto | bf16 | fp16 | fp32``: what products run in, and what is not quantised is kept in.
 
     Returns:
@@ -100,6 +103,25 @@ def load_resolved(
     check_weights_in_safetensors(resolved)
     base = resolve_base(base, resolved)
     compute = DTYPES[resolve_compute_dtype(compute_dtype, base)]
+    if base == "fp8":
+        model = _load_fp8(resolved, compute, attn_implementation)
+    else:
+        model = _load(resolved, base, compute, attn_implementation)
+    model.requires_grad_(False)
+    model.config.use_cache = False  # packed documents would see each other through a cache
+    return model
+
+
+def _load_fp8(resolved: ResolvedModel, compute: torch.dtype, attn_implementation: str) -> Any:
+    empty = empty_model(resolved, attn_implementation)
+    check_stored(resolved, empty)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    with attention_refused(attn_implementation):
+        chosen = attention(attn_implementation, resolved.config)
+        return load_fp8(resolved, empty, compute_dtype=compute, attention=chosen, device=device)
+
+
+def _load(resolved: ResolvedModel, base: str, compute: torch.dtype, attn_implementation: str) -> Any:
     arguments = {
         **resolved.arguments,
         **attention(attn_implementation, resolved.config),
@@ -122,8 +144,6 @@ def load_resolved(
             if hasattr(module, "compute_dtype"):
                 module.compute_dtype = compute  # pyright: ignore[reportArgumentType]
     keep_4bit_layout(model)
-    model.requires_grad_(False)
-    model.config.use_cache = False  # packed documents would see each other through a cache
     return model
 
 

@@ -19,10 +19,11 @@ def loading_code(base: str, compute_dtype: str, stored_quantised: bool) -> tuple
     """Lines that make the base's quantisation, or none, and what `from_pretrained` gets.
 
     Args:
-        base: ``nf4``, ``int8``, ``bf16``, ``fp16`` or ``fp32``.
+        base: ``nf4``, ``int8``, ``fp8``, ``bf16``, ``fp16`` or ``fp32``. What was trained over e4m3 made here is
+            opened over the 16-bit original, which it is close to; transformers has no such storage.
         compute_dtype: ``bf16``, ``fp16`` or ``fp32``.
         stored_quantised: whether the checkpoint itself says how it is quantised.
     """
     dtype = _TORCH[base if base in _TORCH else compute_dtype]
-    quantization = "" if base in _TORCH or stored_quantised else _QUANTIZATION[base].format(dtype)
+    quantization = "" if base not in _QUANTIZATION or stored_quantised else _QUANTIZATION[base].format(dtype)
     return quantization, f"dtype={dtype}{', quantization_config=quantization' if quantization else ''}"

@@ -13,6 +13,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from steep.model.fp8_linear import Fp8Linear
 from steep.ops.base_weight import BaseWeight, DenseWeight
 from steep.ops.int8 import Int8Weight
 from steep.ops.lora import Lora, Projection
@@ -57,6 +58,8 @@ def base_weight(module: Any, name: str) -> BaseWeight:
         raise Unfused(f"{name} is a {type(module).__name__}")
     if isinstance(module, Linear4bit):
         return _nf4(module.weight)
+    if isinstance(module, Fp8Linear):
+        return module.stored
     if type(module) is not nn.Linear:
         raise Unfused(f"{name} is a {type(module).__name__}")
     return DenseWeight(module.weight)
@@ -134,11 +137,11 @@ def _nf4(weight: Any) -> Nf4Weight:
 
 
 def compute_dtype(module: Any, stream: torch.Tensor) -> torch.dtype:
-    """What products with a linear layer run in: autocast's dtype, a 4-bit weight's own, the weight's, or, with an 8-bit
-    weight, that of the residual `stream`."""
+    """What products with a linear layer run in: autocast's dtype, the layer's own with weights in 4 bit or e4m3,
+    the weight's, or, with weights in int8, that of the residual `stream`."""
     if torch.is_autocast_enabled(stream.device.type):
         return torch.get_autocast_dtype(stream.device.type)
     base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    if isinstance(base, Linear4bit) and base.compute_dtype is not None:
+    if isinstance(base, Linear4bit | Fp8Linear) and base.compute_dtype is not None:
         return base.compute_dtype
     return base.weight.dtype if base.weight.dtype.is_floating_point else stream.dtype

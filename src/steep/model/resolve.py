@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 
 from steep.errors import UserError, did_you_mean, shown
 from steep.foreign import fault_of_json, panics_held, reason, told_as_input, told_by
+from steep.model.fp8_published import check_published, is_published_fp8
 from steep.model.generation_config import check_generation_config
 from steep.model.gguf import check_readable, converted_folder, correct_special_tokens
 from steep.model.look_up import find, is_taken_as_it_is
@@ -101,12 +102,15 @@ def resolve(
     resolved = ResolvedModel(name, arguments, config)
     with told_as_input(field, f"the config.json of {name} cannot be understood", ODD_CONFIG):
         _check_causal(config, name, field)
-        method = (resolved.quantization or {}).get("quant_method")
-        if method not in (None, "bitsandbytes"):
+        quantization = resolved.quantization or {}
+        method = quantization.get("quant_method")
+        if is_published_fp8(quantization):
+            check_published(quantization, name, field)
+        elif method not in (None, "bitsandbytes"):
             raise UserError(
                 field,
                 f"its weights are stored quantised by {method}, which cannot be trained over",
-                "Give the 16-bit checkpoint, or one quantised by bitsandbytes.",
+                "Give the 16-bit checkpoint, or one quantised by bitsandbytes or in e4m3 (fp8, compressed-tensors).",
             )
     check_safe(resolved, field)
     if is_taken_as_it_is(name, revision):

@@ -18,6 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from steep.errors import UserError
 from steep.foreign import told_as_input
+from steep.model.fp8_published import REMEDY as REMEDY_FP8
+from steep.model.fp8_published import STORED_E4M3, is_published_fp8, scale_name, scale_shape
+from steep.model.quantisable import plain_config, quantisable
 from steep.model.resolve import ODD_CONFIG, ResolvedModel
 from steep.model.weight_files import weight_files
 
@@ -29,7 +32,7 @@ def check_stored(resolved: ResolvedModel, empty: Any, field: str = "model.name",
     """Compare what is stored with `empty`, the model that the config makes. Only the files' headers are read.
 
     transformers' own loading is asked, with tensors on the meta device, since it knows which stored name becomes which
-    parameter. Weights that are stored quantised are not compared: their shapes are not the model's.
+    parameter. Weights that bitsandbytes stores quantised are not compared: their shapes are not the model's.
 
     Args:
         download: whether a hub model may be downloaded for it. If not, one that is not in the cache is not checked.
@@ -47,9 +50,11 @@ def check_stored(resolved: ResolvedModel, empty: Any, field: str = "model.name",
     for file in files:
         for name, (kind, shape) in _headers(file, field).items():
             stored[name], kinds[name] = torch.empty(shape, dtype=torch.float32, device="meta"), kind
-    if not stored or resolved.quantization is not None:
+    if not stored or not (resolved.quantization is None or is_published_fp8(resolved.quantization)):
         return []
-    if odd := [name for name, kind in kinds.items() if name.endswith(".weight") and kind not in _FLOATS]:
+    if resolved.quantization is not None:
+        _take_published(stored, kinds, resolved, empty, field)
+    elif odd := [name for name, kind in kinds.items() if name.endswith(".weight") and kind not in _FLOATS]:
         problem = f"{resolved.name} holds {odd[0]}{_and_more(odd)} as {kinds[odd[0]]}, and its config.json names no "
         raise UserError(field, f"{problem}quantisation", "Give the checkpoint in 16 or 32 bits.")
     with (
@@ -58,7 +63,7 @@ def check_stored(resolved: ResolvedModel, empty: Any, field: str = "model.name",
     ):
         _, found = type(empty).from_pretrained(
             None,
-            config=resolved.config,
+            config=plain_config(resolved.config),
             state_dict=stored,
             device_map={"": "meta"},
             ignore_mismatched_sizes=True,  # told below
@@ -93,6 +98,37 @@ def check_finite(resolved: ResolvedModel, field: str = "model.name") -> None:
                     count = int((~torch.isfinite(tensor)).sum())
                     problem = f"{count:,} of the {tensor.numel():,} values of {name} in {file} are NaN or infinite"
                     raise UserError(field, problem, _REMEDY)
+
+
+def _take_published(
+    stored: dict[str, torch.Tensor], kinds: dict[str, str], resolved: ResolvedModel, empty: Any, field: str
+) -> None:
+    """Check the tensors of a checkpoint that is published in e4m3, and take the scales out of `stored`.
+
+    Raises:
+        UserError: e4m3 in another place than the weight of a linear layer, a scale that is missing or of another shape,
+            or a tensor in another quantised type.
+    """
+    quantization: Any = resolved.quantization
+    linear = set(quantisable(empty))
+    for name in [name for name, kind in kinds.items() if kind == STORED_E4M3]:
+        layer, _, last = name.rpartition(".")
+        if layer not in linear or last != "weight":
+            problem = (
+                f"{resolved.name} holds {name} in e4m3, and it is not the weight of a linear layer before the head"
+            )
+            raise UserError(field, problem, REMEDY_FP8)
+        scale, shape = scale_name(quantization, layer), tuple(stored[name].shape)
+        if scale not in stored:
+            raise UserError(field, f"{resolved.name} holds {name} in e4m3 without {scale}", REMEDY_FP8)
+        if kinds[scale] not in _FLOATS or scale_shape(tuple(stored[scale].shape), shape) is None:  # pyright: ignore[reportArgumentType]
+            problem = (
+                f"{resolved.name} holds {scale} as {_size(stored[scale].shape)} of {kinds[scale]}, for a weight of "
+            )
+            raise UserError(field, f"{problem}{_size(shape)}", REMEDY_FP8)
+        del stored[scale], kinds[scale]
+    if odd := [name for name, kind in kinds.items() if kind not in (*_FLOATS, STORED_E4M3)]:
+        raise UserError(field, f"{resolved.name} holds {odd[0]}{_and_more(odd)} as {kinds[odd[0]]}", REMEDY_FP8)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -1,0 +1,81 @@
+"""Loading a base into e4m3: each linear layer is quantised as it is read, or taken as a checkpoint stores it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from steep.model.base_tensors import BaseTensors
+from steep.model.fp8_linear import Fp8Linear, stack_groups
+from steep.model.fp8_published import STORED_E4M3, is_published_fp8, is_scale, read_published
+from steep.model.quantisable import plain_config, quantisable
+from steep.model.resolve import ResolvedModel
+from steep.ops.fp8 import Fp8Weight, quantise_weight
+
+_AT_ONCE = 4  # layers that are read while others are quantised
+
+
+def load_fp8(
+    resolved: ResolvedModel, empty: Any, *, compute_dtype: torch.dtype, attention: dict[str, str], device: torch.device
+) -> Any:
+    """The model of `resolved`, its linear layers but the head as `Fp8Linear`, all else in `compute_dtype`, on `device`.
+
+    transformers loads what is not quantised, and is given a number in the place of each weight that is: which never is
+    there in 16 bits, but for the few layers that are being read.
+
+    Args:
+        empty: the model on the meta device, which `check_stored` has held against the checkpoint.
+        attention: of `steep.model.attention.attention`.
+    """
+    tensors = BaseTensors(resolved.name, revision=resolved.arguments.get("revision"))
+    published = is_published_fp8(resolved.quantization)
+    linear = quantisable(empty)
+    layers = [name for name in linear if _is_there(tensors, f"{name}.weight", only_e4m3=published)]
+    replaced = {f"{name}.weight" for name in layers}
+    number = torch.zeros((), dtype=compute_dtype)
+    state = {
+        name: number.expand(tensors.shape(name)) if name in replaced else tensors[name]
+        for name in tensors
+        if not is_scale(name, replaced)
+    }
+    model = type(empty).from_pretrained(
+        None, config=plain_config(resolved.config), state_dict=state, dtype=compute_dtype, **attention
+    )
+    _take_settings(model, resolved)
+    # What the checkpoint has under another name, or in pieces, transformers has put together.
+    put_together = [] if published else [name for name in linear if name not in set(layers)]
+
+    def stored(name: str) -> Fp8Weight:
+        if name not in put_together:
+            if published:
+                return read_published(tensors, resolved.quantization or {}, name, device)
+            return quantise_weight(tensors[f"{name}.weight"].to(device))
+        return quantise_weight(model.get_submodule(name).weight.detach().to(device))
+
+    with torch.no_grad(), ThreadPoolExecutor(_AT_ONCE) as pool:
+        names = layers + put_together
+        for name, weight in zip(names, pool.map(stored, names), strict=True):
+            bias = model.get_submodule(name).bias
+            bias = None if bias is None else bias.detach().to(device, copy=True)
+            model.set_submodule(name, Fp8Linear(weight, bias, compute_dtype).eval())
+    model.to(device)
+    stack_groups(model)
+    return model
+
+
+def _is_there(tensors: BaseTensors, name: str, *, only_e4m3: bool) -> bool:
+    return name in tensors and (not only_e4m3 or tensors.kind(name) == STORED_E4M3)
+
+
+def _take_settings(model: Any, resolved: ResolvedModel) -> None:
+    """What `from_pretrained` takes from a folder beside weights, and knows none of without its name."""
+    model.config.name_or_path = resolved.name
+    arguments = {
+        name: resolved.arguments[name] for name in ("revision", "local_files_only") if name in resolved.arguments
+    }
+    with suppress(OSError):  # there is none: the config makes one
+        model.generation_config = GenerationConfig.from_pretrained(resolved.name, **arguments)
