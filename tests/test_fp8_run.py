@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from steep.run import train_run
 from tests.test_run import lines, run_file

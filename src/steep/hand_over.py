@@ -23,7 +23,7 @@ from steep.export.merged import Merger
 from steep.export.push import check_push, push
 from steep.export.weight_check import wrong_weight
 from steep.model.attention import attention
-from steep.model.load import DTYPES, as_folder
+from steep.model.load import DTYPES, QUANTISED, as_folder
 from steep.model.resolve import read_tokenizer_folder, resolve
 from steep.out_of_memory import memory_told
 from steep.plan import Plan
@@ -56,8 +56,9 @@ def export_run(
     Args:
         output: a folder that is not there yet, or empty. It appears when all of it is written and the gate is passed.
         to: ``merged`` (a whole model in 16 bits), ``adapter`` (PEFT's format) or ``gguf`` (f16 and q8_0 files).
-        base: what to merge a run over 4 or 8 bits into. ``auto`` measures the dequantised weights that it trained over
-            and the 16-bit originals, and keeps the better; ``original`` takes the originals, whatever it costs.
+        base: what to merge a run over a quantised base into. ``auto`` measures the dequantised weights that it trained
+            over and the 16-bit originals, and keeps the better; over fp8 it keeps the originals unless they are worse
+            by more than `BITS_LIMIT`. ``original`` takes the originals, whatever it costs.
         push_to: USER/NAME on the Hugging Face hub, to upload the folder to.
         trust_remote_code: see `steep.result.finished`.
         api: a `huggingface_hub.HfApi`.
@@ -194,7 +195,7 @@ class _Export:
             gaps: dict[Kind, Gap] = {kind: compare(trained, found) for kind, found in measured.items()}
             terminal.show(gate_table(trained.scores, {kind: found.scores for kind, found in measured.items()}))
             self._refuse(gaps[exact].problem(may_fall=plan.base == "int8"))
-            kept = min(measured, key=lambda kind: measured[kind].bits_per_byte) if base == "auto" else "original"
+            kept = _kept(measured, gaps, base, plan.base)
             gap, other = gaps[kept], next((gaps[kind] for kind in gaps if kind != kept), None)
             gated = Gated(kept, kept == exact, gap, trained, measured[kept], other, text)
             checks = {}
@@ -219,7 +220,8 @@ class _Export:
         if misread:
             terminal.warn(CONVERTER_NOTE)
         if base == "auto" and len(gaps) > 1:
-            terminal.say(f"merged into the {kept} base: the better of the two")
+            close = plan.base == "fp8" and kept == "original"
+            terminal.say(f"merged into the {kept} base: {'fp8 is close to it' if close else 'the better of the two'}")
         self._warn_of_a_rise(kept, gaps[kept], exact)
         return {"base": kept, "gaps": {kind: found.bits_per_byte for kind, found in gaps.items()}}
 
@@ -298,7 +300,7 @@ def _kinds(config: RunConfig, plan: Plan, base: str, stored_quantised: bool) -> 
     Raises:
         UserError: the original is asked for where there is none, or where it cannot be right.
     """
-    if plan.base not in ("nf4", "int8"):
+    if plan.base not in QUANTISED:
         return ["original"]
     if stored_quantised:
         reason = f"{Path(config.model.name).name} is stored in {plan.base} only"
@@ -309,6 +311,15 @@ def _kinds(config: RunConfig, plan: Plan, base: str, stored_quantised: bool) -> 
     if base == "original":
         raise UserError("--base", reason, "Leave it at auto: merge into the dequantised base.")
     return ["dequantised"]
+
+
+def _kept(measured: Mapping[Kind, Measured], gaps: Mapping[Kind, Gap], base: str, trained_over: str) -> Kind:
+    """Which of the merged models is handed on."""
+    if "original" in measured and (
+        base == "original" or (trained_over == "fp8" and gaps["original"].rise <= BITS_LIMIT)
+    ):
+        return "original"
+    return min(measured, key=lambda kind: measured[kind].bits_per_byte)
 
 
 def _documents(plan: Plan) -> tuple[dict[str, HeldoutDocuments], str]:

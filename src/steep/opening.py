@@ -26,7 +26,7 @@ def readme(plan: Plan, model: PeftModel, final: Path) -> str:
     """The text of `final/README.md`."""
     adapter = model.peft_config["default"]
     base, revision, place = str(adapter.base_model_name_or_path), plan.config.model.revision, python(str(final))
-    quantization, settings = loading_code(plan.base, plan.compute, plan.resolved.quantization is not None)
+    quantization, settings = loading_code(plan.base, plan.compute, plan.resolved.stored_by)
     grown = plan.shape.vocabulary > plan.resolved.config.get_text_config().vocab_size
     resize = f"base.resize_token_embeddings({plan.shape.vocabulary}, mean_resizing=False)\n" if grown else ""
     pinned = f", revision={python(revision)}" if revision else ""

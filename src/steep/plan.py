@@ -22,7 +22,7 @@ from steep.model.adapters import check_embeddings, check_rank, check_start
 from steep.model.choices import Choices
 from steep.model.embeddings import is_tied, untie
 from steep.model.empty import check_computes, empty_model
-from steep.model.load import check_4bit_rows, resolve_base, resolve_compute_dtype
+from steep.model.load import QUANTISED, check_4bit_rows, resolve_base, resolve_compute_dtype
 from steep.model.new_tokens import check_trained, rows_for
 from steep.model.positions import check_length
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
@@ -381,7 +381,7 @@ def _check_warmup(arguments: TrainingArguments, steps: int) -> None:
 def _check_adapter(config: RunConfig, base: str, resolved: ResolvedModel) -> None:
     adapter, field = config.adapter, "adapter.init_lora_weights"
     check_start(adapter.init_lora_weights, adapter.use_dora, adapter.lora_dropout, over_int8=base == "int8")
-    if adapter.init_lora_weights == "loftq" and base not in ("nf4", "int8"):
+    if adapter.init_lora_weights == "loftq" and base not in QUANTISED:
         raise UserError(field, f"loftq begins at the quantisation's error, and a base in {base} has none", "Give true.")
     if adapter.init_lora_weights == "loftq" and resolved.quantization is not None:
         raise UserError(

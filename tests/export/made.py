@@ -19,7 +19,7 @@ from steep.export.merged import Merger
 from steep.export.weight_check import wrong_weight
 from steep.model.adapters import add_adapters
 from steep.model.attention import attention
-from steep.model.load import DTYPES, load_resolved
+from steep.model.load import DTYPES, QUANTISED, load_resolved
 from steep.model.resolve import read_tokenizer, resolve
 from tests.tiny import documents, save_tiny, tiny_tokenizer
 
@@ -68,7 +68,7 @@ class Trained:
 
     @property
     def exact(self) -> Kind:
-        return "dequantised" if self.base in ("nf4", "int8") else "original"
+        return "dequantised" if self.base in QUANTISED else "original"
 
     def merger(self) -> Merger:
         resolved = resolve(str(self.place / "base"))

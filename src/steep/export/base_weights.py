@@ -1,4 +1,4 @@
-"""The base model's weights, re-read from its checkpoint: as they are stored, or as the run's 4 or 8 bits hold them."""
+"""The base model's weights, re-read from its checkpoint: as they are stored, or as a quantised base holds them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Params4bit
 
+from steep.model.fp8_published import SCALES, expanded_scale
+from steep.ops.fp8 import E4M3, Fp8Weight, quantise_weight
+
 Kind = Literal["original", "dequantised"]
 
 
 class BaseWeights:
     """Name → weight, read at each access.
 
-    A weight that the checkpoint itself stores in 4 or 8 bits (bitsandbytes) is always dequantised.
+    A weight that the checkpoint itself stores in 4 or 8 bits (bitsandbytes, e4m3) is always dequantised.
 
     Args:
         tensors: of the checkpoint, as stored.
         kind: ``original`` is what is stored; ``dequantised`` is what the run trained over, dequantise(quantise(W)).
-        base: ``nf4`` or ``int8``, what the run kept its linear layers in; without meaning for ``original``.
+        base: ``nf4``, ``int8`` or ``fp8``, what the run kept its linear layers in; without meaning for ``original``.
         linear: names of the weights that the run kept so.
-        compute_dtype: what the run loaded weights in before they were quantised, and so what they dequantise to.
+        compute_dtype: what the run loaded weights in before bitsandbytes quantised them, and so what they dequantise
+            to. Those in e4m3 are made of what is stored, and dequantise to fp32.
         device: where weights are put, and quantised.
     """
 
@@ -56,11 +60,16 @@ class BaseWeights:
             return self._stored_in_few_bits(name, tensor)
         if self._kind == "original" or name not in self._linear:
             return tensor
+        if self._base == "fp8":
+            return as_fp8(tensor)
         quantise = as_nf4 if self._base == "nf4" else as_int8
         return quantise(tensor.to(self._compute_dtype))
 
     def _stored_in_few_bits(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         parts = {part: self._tensors[part].to(self._device) for part in self._companions[name]}
+        if tensor.dtype == E4M3:
+            (scale,) = parts.values()
+            return _whole(Fp8Weight(tensor.contiguous(), expanded_scale(scale, (tensor.shape[0], tensor.shape[1]))))
         if tensor.dtype == torch.int8:
             return functional.int8_vectorwise_dequant(tensor, parts[f"{name.removesuffix('weight')}SCB"])
         stored = Params4bit.from_prequantized(data=tensor, quantized_stats=parts, device=str(self._device))
@@ -68,7 +77,11 @@ class BaseWeights:
 
 
 def _belongs_to(name: str) -> str | None:
-    """The weight that a tensor of bitsandbytes helps to read: ``x.weight`` of ``x.weight.absmax`` and of ``x.SCB``."""
+    """The weight that a tensor helps to read: ``x.weight`` of bitsandbytes' ``x.weight.absmax`` and ``x.SCB``, and of
+    the scales of checkpoints in e4m3."""
+    layer, _, last = name.rpartition(".")
+    if last in SCALES.values():
+        return f"{layer}.weight"
     if name.endswith(".SCB"):
         return f"{name.removesuffix('SCB')}weight"
     module, _, part = name.partition(".weight.")
@@ -83,6 +96,17 @@ def as_nf4(weight: torch.Tensor) -> torch.Tensor:
     """
     codes, state = functional.quantize_4bit(weight.contiguous(), compress_statistics=True, quant_type="nf4")
     return functional.dequantize_4bit(codes, state)
+
+
+def as_fp8(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` as e4m3 holds it, a scale for each row, in fp32."""
+    return _whole(quantise_weight(weight))
+
+
+def _whole(weight: Fp8Weight) -> torch.Tensor:
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.codes.device)
+    weight.write(out)
+    return out
 
 
 def as_int8(weight: torch.Tensor) -> torch.Tensor:

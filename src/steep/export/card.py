@@ -28,7 +28,9 @@ class Base:
         name: hub name, or the last part of a path.
         on_hub: whether `name` is a name of the hub.
         revision: on the hub, if the run gave one.
-        stored: how its checkpoint exists, where that is not 16 bits: ``GGUF``, ``4 or 8 bits (bitsandbytes)``.
+        stored: how its checkpoint exists, where that is not 16 bits: ``GGUF``, ``4 or 8 bits (bitsandbytes)``,
+            ``8 bits (e4m3)``.
+        stored_by: the method that its config names for that, if it does.
         licence: `license`, `license_name` and `license_link` of its own card, as far as it has them.
     """
 
@@ -37,6 +39,7 @@ class Base:
     revision: str | None = None
     stored: str | None = None
     licence: Mapping[str, Any] = field(default_factory=dict)
+    stored_by: str | None = None
 
 
 def describe_base(name: str, revision: str | None, resolved: ResolvedModel) -> Base:
@@ -49,7 +52,9 @@ def describe_base(name: str, revision: str | None, resolved: ResolvedModel) -> B
         UserError: its own card is damaged.
     """
     on_hub = not Path(name).exists()
-    stored = "4 or 8 bits (bitsandbytes)" if resolved.quantization else None
+    stored = None
+    if resolved.quantization:
+        stored = "8 bits (e4m3)" if is_published_fp8(resolved.quantization) else "4 or 8 bits (bitsandbytes)"
     if name.endswith(".gguf"):
         stored = "GGUF"
     licence: dict[str, Any] = {}
@@ -62,7 +67,7 @@ def describe_base(name: str, revision: str | None, resolved: ResolvedModel) -> B
         for key in ("license", "license_name", "license_link"):
             if isinstance(value := stated.get(key), str):
                 licence[key] = value
-    return Base(name if on_hub else Path(name).name, on_hub, revision, stored, licence)
+    return Base(name if on_hub else Path(name).name, on_hub, revision, stored, licence, resolved.stored_by)
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,7 @@ def _load_base(base: Base, story: Story) -> str:
             f"base, _ = steep.load({python(base.name)}, base={python(plan['base'])}, "
             f"compute_dtype={python(plan['compute_dtype'])})\n"
         )
-    quantization, settings = loading_code(plan["base"], plan["compute_dtype"], base.stored is not None)
+    quantization, settings = loading_code(plan["base"], plan["compute_dtype"], base.stored_by)
     revision = f", revision={python(base.revision)}" if base.revision else ""
     return (
         "import torch\nfrom peft import PeftModel\n"
@@ -252,7 +257,7 @@ def adapter_notes(base: Base, story: Story) -> list[str]:
 
 
 def original_name(base: Base) -> str:
-    """What the run's 4 or 8 bits, if any, were made of."""
+    """What the run's quantised weights, if any, were made of."""
     return "the 16-bit copy of the GGUF file" if base.stored == "GGUF" else "the 16-bit original"
 
 

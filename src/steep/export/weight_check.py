@@ -21,6 +21,7 @@ from steep.export.base_weights import Kind
 from steep.model.adapter_start import ADAPTER
 from steep.model.base_tensors import BaseTensors
 from steep.model.embeddings import is_tied
+from steep.model.fp8_linear import Fp8Linear
 
 ERROR_LIMIT = 1.0001
 """RMS error of a written weight, over that of the exact one rounded once. A sum in another order makes 1 + 2e-7; half
@@ -58,7 +59,9 @@ def _exact(opened: Any, name: str, base: Mapping[str, torch.Tensor], kind: Kind)
         return trained.get_parameter(part).detach()
     layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
     weight = layer.get_parameter(part)
-    if kind == "dequantised" and isinstance(weight, (Params4bit, Int8Params)):
+    if kind == "dequantised" and isinstance(layer, Fp8Linear) and part == "weight":
+        stored = layer.dequantize()
+    elif kind == "dequantised" and isinstance(weight, (Params4bit, Int8Params)):
         stored = dequantize_module_weight(layer)
     else:  # a head of its own over a tied base is in no checkpoint
         stored = base[name] if name in base else weight.detach()

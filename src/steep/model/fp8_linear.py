@@ -51,21 +51,35 @@ class Fp8Linear(nn.Linear):
         return y if with_autocast else y.to(input.dtype)
 
     def dequantize(self) -> torch.Tensor:
-        """The weight in `compute_dtype`, or in fp32 where that is fp32. PEFT asks a layer that has a `W_q` for it, by
-        this name, where it needs a weight itself (DoRA)."""
-        return _dequantised(self.stored, self.compute_dtype)
+        """The weight in fp32. PEFT asks a layer with a `W_q` for it, where it needs the weight itself (DoRA): it would
+        take codes for numbers else."""
+        return _dequantised(self.stored, torch.float32)
 
     @property
     def W_q(self) -> nn.Parameter:
         return self.weight
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The codes as bytes: torch cannot pickle numbers in e4m3 by themselves."""
+        state = vars(self).copy()
+        state["_parameters"] = {**self._parameters, "weight": self.weight.data.view(torch.uint8)}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        codes = self._parameters["weight"]
+        self._parameters["weight"] = nn.Parameter(codes.view(E4M3), requires_grad=False)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Fp8Linear:
         """What `.to()` and its like do to a module. A cast is for floating-point numbers: as integers, codes and scales
         are moved only."""
-        self.weight = nn.Parameter(_moved(self.weight.data, torch.uint8, fn), requires_grad=False)
-        self.scale = _moved(self.scale, torch.int32, fn)
-        if self.bias is not None:
-            self.bias.data = fn(self.bias.data)
+
+        def kept(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.dtype == E4M3:
+                return _moved(tensor, torch.uint8, fn)
+            return _moved(tensor, torch.int32, fn) if tensor is self.scale else fn(tensor)
+
+        super()._apply(kept, recurse)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.scale.device)).dtype
         return self
 

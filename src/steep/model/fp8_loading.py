@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.quantizers import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from steep.model.base_tensors import BaseTensors
 from steep.model.fp8_linear import Fp8Linear, stack_groups
@@ -64,7 +66,19 @@ def load_fp8(
             model.set_submodule(name, Fp8Linear(weight, bias, compute_dtype).eval())
     model.to(device)
     stack_groups(model)
+    model.hf_quantizer = _NotSaved(QuantizationConfigMixin(quant_method="e4m3"), pre_quantized=False)
     return model
+
+
+class _NotSaved(HfQuantizer):
+    """Lets `save_pretrained` refuse the base by itself: whoever opened it would read codes as weights."""
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
 
 
 def _is_there(tensors: BaseTensors, name: str, *, only_e4m3: bool) -> bool:

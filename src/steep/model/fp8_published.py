@@ -20,24 +20,24 @@ from steep.ops.fp8 import BLOCK, Fp8Weight
 
 FINE_GRAINED, COMPRESSED = "fp8", "compressed-tensors"
 STORED_E4M3 = "F8_E4M3"  # safetensors' name
-_SCALES = {FINE_GRAINED: "weight_scale_inv", COMPRESSED: "weight_scale"}
+SCALES = {FINE_GRAINED: "weight_scale_inv", COMPRESSED: "weight_scale"}
 REMEDY = "Give the 16-bit checkpoint, or one in e4m3 with scales of rows or of blocks of 128 x 128."
 
 
 def is_published_fp8(quantization: Mapping[str, Any] | None) -> bool:
     """Whether a checkpoint's own quantisation settings are of a format read here."""
-    return quantization is not None and quantization.get("quant_method") in _SCALES
+    return quantization is not None and quantization.get("quant_method") in SCALES
 
 
 def scale_name(quantization: Mapping[str, Any], layer: str) -> str:
     """Which tensor of the checkpoint scales the weight of `layer`."""
-    return f"{layer}.{_SCALES[quantization['quant_method']]}"
+    return f"{layer}.{SCALES[quantization['quant_method']]}"
 
 
 def is_scale(name: str, weights: Collection[str]) -> bool:
     """Whether the tensor called `name` scales one of `weights`."""
     layer, _, last = name.rpartition(".")
-    return last in _SCALES.values() and f"{layer}.weight" in weights
+    return last in SCALES.values() and f"{layer}.weight" in weights
 
 
 def check_published(quantization: Mapping[str, Any], name: str, field: str) -> None:

@@ -19,7 +19,8 @@ from steep.model.safety import check_weights_in_safetensors
 from steep.model.stored_weights import check_stored
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BASES = ("nf4", "int8", "fp8", *DTYPES)
+QUANTISED = ("nf4", "int8", "fp8")
+BASES = (*QUANTISED, *DTYPES)
 
 
 def resolve_compute_dtype(compute_dtype: str, base: str, field: str = "model.compute_dtype") -> str:

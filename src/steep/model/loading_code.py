@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from steep.model.fp8_published import COMPRESSED, FINE_GRAINED
+
 _TORCH = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
 _QUANTIZATION = {
     "nf4": """quantization = BitsAndBytesConfig(
@@ -13,17 +15,31 @@ _QUANTIZATION = {
 """,
     "int8": "quantization = BitsAndBytesConfig(load_in_8bit=True)\n",
 }
+# Plain transformers computes with them by kernels of its own, where it has them: in 16 bits it does everywhere.
+_DEQUANTISING = {
+    FINE_GRAINED: """from transformers import FineGrainedFP8Config
+
+quantization = FineGrainedFP8Config(dequantize=True)
+""",
+    COMPRESSED: """from transformers import CompressedTensorsConfig
+
+quantization = CompressedTensorsConfig(run_compressed=False)  # needs the package compressed-tensors
+""",
+}
 
 
-def loading_code(base: str, compute_dtype: str, stored_quantised: bool) -> tuple[str, str]:
+def loading_code(base: str, compute_dtype: str, stored_by: str | None) -> tuple[str, str]:
     """Lines that make the base's quantisation, or none, and what `from_pretrained` gets.
 
     Args:
-        base: ``nf4``, ``int8``, ``fp8``, ``bf16``, ``fp16`` or ``fp32``. What was trained over e4m3 made here is
-            opened over the 16-bit original, which it is close to; transformers has no such storage.
+        base: ``nf4``, ``int8``, ``fp8``, ``bf16``, ``fp16`` or ``fp32``. An adapter that was trained over a 16-bit
+            checkpoint in e4m3 opens over this checkpoint itself: it is close, and transformers has no such storage.
         compute_dtype: ``bf16``, ``fp16`` or ``fp32``.
-        stored_quantised: whether the checkpoint itself says how it is quantised.
+        stored_by: the method by which the checkpoint itself is quantised, as its config names it, if it is.
     """
     dtype = _TORCH[base if base in _TORCH else compute_dtype]
-    quantization = "" if base not in _QUANTIZATION or stored_quantised else _QUANTIZATION[base].format(dtype)
+    if stored_by is not None:
+        quantization = _DEQUANTISING.get(stored_by, "")
+    else:
+        quantization = _QUANTIZATION.get(base, "").format(dtype)
     return quantization, f"dtype={dtype}{', quantization_config=quantization' if quantization else ''}"

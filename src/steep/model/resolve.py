@@ -55,6 +55,11 @@ class ResolvedModel:
         stored = getattr(self.config, "quantization_config", None)
         return stored if stored is None or isinstance(stored, dict) else stored.to_dict()
 
+    @property
+    def stored_by(self) -> str | None:
+        """The method by which the checkpoint is stored quantised, as transformers names it, if it is."""
+        return None if self.quantization is None else str(self.quantization.get("quant_method", "bitsandbytes"))
+
     def file(self, name: str) -> Path | None:
         """Where a file of the checkpoint lies that is copied from there, downloaded if need be; None if it has no such.
 

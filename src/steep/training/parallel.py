@@ -14,10 +14,13 @@ import torch.distributed as dist
 import transformers
 from accelerate import DistributedDataParallelKwargs
 from accelerate.data_loader import prepare_data_loader
+from torch import nn
 from torch.utils.data import DataLoader
 
 from steep import ranks
-from steep.errors import UserError
+from steep.errors import RunError, UserError
+from steep.model.checksum import checksum
+from steep.model.fp8_linear import Fp8Linear
 
 
 def settle_arguments(args: Any) -> None:
@@ -50,6 +53,7 @@ def settle_trainer(trainer: transformers.Trainer) -> None:
 
     Raises:
         UserError: the model cannot average its loss over the targets of all processes.
+        RunError: the processes hold other frozen weights in e4m3.
     """
     if ranks.world_size() == 1:
         return
@@ -60,11 +64,35 @@ def settle_trainer(trainer: transformers.Trainer) -> None:
             "targets",
             "Train it in one process.",
         )
+    model: Any = trainer.model
+    leave_out_e4m3(model)
     accelerator: Any = trainer.accelerator
     given = accelerator.ddp_handler
     settings = {field.name: getattr(given, field.name) for field in fields(given)}
     # A view of its bucket: else each gradient exists twice.
     accelerator.ddp_handler = _InOrder(**{**settings, "gradient_as_bucket_view": True})
+
+
+def leave_out_e4m3(model: nn.Module) -> None:
+    """Keep frozen weights in e4m3 out of what DDP sends to all processes at its start, which no backend can with such
+    numbers; in its place their checksums are compared. Their scales go with them.
+
+    Raises:
+        RunError: the processes hold other ones.
+    """
+    frozen = {
+        f"{name}.{part}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, Fp8Linear)
+        for part, tensor in (("weight", module.weight.data), ("scale", module.scale))
+    }
+    if not frozen:
+        return
+    found = "\n".join(f"{name} {checksum(tensor)}" for name, tensor in frozen.items()).encode()
+    if len(set(ranks.gathered_bytes(found))) > 1:
+        raise RunError("the processes hold other frozen weights. Give all of them the same files and cards")
+    given = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    model._ddp_params_and_buffers_to_ignore = [*given, *frozen]  # pyright: ignore[reportArgumentType]
 
 
 class _InOrder(DistributedDataParallelKwargs):
