@@ -16,6 +16,7 @@ from steep.evaluation.score import DomainScore
 from steep.export.base_weights import Kind
 from steep.export.gate import BITS_LIMIT, Gap, Measured
 from steep.export.markdown import code, inline, python, shell
+from steep.model.fp8_published import is_published_fp8
 from steep.model.loading_code import loading_code
 from steep.model.resolve import ResolvedModel
 

@@ -1,0 +1,268 @@
+"""Bases in e4m3: made of a checkpoint in 16 or 32 bits, or published so."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from steep.errors import UserError
+from steep.model.adapters import add_adapters
+from steep.model.fp8_linear import Fp8Linear
+from steep.model.fp8_published import expanded_scale
+from steep.model.load import load
+from steep.ops.fp8 import fp8_reference, quantise_weight
+from tests.fp8_checkpoints import FINE_GRAINED, IGNORED, compressed, publish
+from tests.ops.closeness import error
+from tests.tiny import FAMILIES, save_tiny, tiny_model
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "fine-grained": FINE_GRAINED,
+    "fine-grained, whole": {**FINE_GRAINED, "weight_block_size": None},
+    "rows": compressed("channel"),
+    "blocks": compressed("block"),
+    "whole": compressed("tensor"),
+}
+
+
+def ids(length: int = 24) -> torch.Tensor:
+    return torch.randint(3, 384, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def linear_layers(model: Any) -> dict[str, Fp8Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
+
+
+# ---- from 16 or 32 bits
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_layer_but_the_head_is_quantised_from_what_is_stored(
+    family: str, compute: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    folder = save_tiny(family, tmp_path)
+    tiny_model(family).to(stored).save_pretrained(folder)
+    model, _ = load(str(folder), base="fp8", compute_dtype=compute)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[compute]
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=stored)
+    layers = linear_layers(model)
+    assert len(layers) == 14 and not any("lm_head" in name for name in layers)
+    for name, layer in layers.items():
+        expected = quantise_weight(plain.get_submodule(name).weight)
+        assert torch.equal(layer.weight.view(torch.uint8), expected.codes.view(torch.uint8))
+        assert torch.equal(layer.scale, expected.scale) and layer.compute_dtype == dtype
+    others = {name: p for name, p in model.named_parameters() if p.dtype != torch.float8_e4m3fn}
+    theirs = dict(plain.named_parameters())
+    assert len(others) == len(theirs) - 14
+    assert all(torch.equal(p, theirs[name].to(dtype)) for name, p in others.items())
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.config.name_or_path == str(folder) and model.config.use_cache is False
+    assert not model.training and not any(module.training for module in model.modules())
+    buffers = dict(model.named_buffers())
+    assert all(torch.equal(each, buffers[name]) for name, each in plain.named_buffers())
+    # The same model as transformers' own, with the dequantised weights in it.
+    with torch.no_grad():
+        for name, layer in layers.items():
+            plain.get_submodule(name).weight.copy_(fp8_reference(layer.stored))
+        same = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        for name, layer in layers.items():
+            same.get_submodule(name).weight.copy_(fp8_reference(layer.stored).to(dtype))
+        assert torch.equal(model(ids()).logits, same(ids()).logits)
+
+
+def test_what_it_says_beside_weights_is_taken(llama_folder: Path) -> None:
+    ours, _ = load(str(llama_folder), base="fp8")
+    theirs, _ = load(str(llama_folder), base="fp32")
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    ours, theirs = (json.loads(model.config.to_json_string(use_diff=False)) for model in (ours, theirs))
+    assert ours == theirs
+
+
+def test_a_tied_head_stays_tied(tmp_path: Path) -> None:
+    model, _ = load(str(save_tiny("llama", tmp_path, tied=True)), base="fp8")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_shards_are_read(tmp_path: Path, llama_folder: Path) -> None:
+    folder = save_tiny("llama", tmp_path)
+    tiny_model("llama").save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors").unlink()
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    ours, theirs = (load(str(place), base="fp8")[0](ids()).logits for place in (folder, llama_folder))
+    assert torch.equal(ours, theirs)
+
+
+def test_what_the_checkpoint_has_in_pieces_is_quantised_too(tmp_path: Path) -> None:
+    """A base model alone has no prefix before its names: transformers finds their places."""
+    folder = save_tiny("llama", tmp_path, tied=True)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name.removeprefix("model."): each for name, each in tensors.items()}, folder / "model.safetensors",
+        {"format": "pt"},
+    )  # fmt: skip
+    model, _ = load(str(folder), base="fp8")
+    layers = linear_layers(model)
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        assert torch.equal(layer.scale, quantise_weight(tensors[f"{name}.weight"]).scale)
+
+
+def test_a_gguf_file_is_a_base_too(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from steep.export.gguf import write_gguf
+
+    folder = save_tiny("llama", tmp_path / "whole", bos=True)
+    (file, *_) = (each for each in write_gguf(folder, tmp_path / "out") if "f16" in each.name)
+    model, _ = load(str(file), base="fp8")
+    assert len(linear_layers(model)) == 14
+
+
+# ---- published in e4m3
+
+
+@pytest.fixture(params=FORMATS)
+def published(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    folder = save_tiny("llama", tmp_path / "whole", hidden_size=192, intermediate_size=320)
+    scales = torch.bfloat16 if request.param == "rows" else torch.float32
+    return publish(folder, tmp_path / "published", copy.deepcopy(FORMATS[request.param]), scales)
+
+
+def test_a_published_checkpoint_loads_as_it_is_and_trains(published: Path) -> None:
+    model, _ = load(str(published), compute_dtype="fp32")  # `auto` is what it is stored in
+    stored = load_file(published / "model.safetensors")
+    layers = linear_layers(model)
+    assert len(layers) == 13 and IGNORED not in layers
+    assert type(model.get_submodule(IGNORED)) is nn.Linear and type(model.lm_head) is nn.Linear
+    truth = tiny_model("llama", hidden_size=192, intermediate_size=320)
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight.view(torch.uint8), stored[f"{name}.weight"].view(torch.uint8))
+        scale = stored.get(f"{name}.weight_scale", stored.get(f"{name}.weight_scale_inv"))
+        assert scale is not None
+        assert torch.equal(layer.scale, expanded_scale(scale, layer.stored.shape))
+        with torch.no_grad():
+            assert error(fp8_reference(layer.stored), truth.get_submodule(name).weight) < 0.03  # pyright: ignore[reportArgumentType]
+    peft_model: Any = add_adapters(model, r=4)
+    before = peft_model(ids(), labels=ids()).loss
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5):
+        peft_model(ids(), labels=ids()).loss.backward()
+        assert all(p.grad is not None for p in peft_model.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert peft_model(ids(), labels=ids()).loss < 0.9 * before
+
+
+def test_it_is_kept_as_it_is_stored(published: Path) -> None:
+    with pytest.raises(UserError, match=r"^model\.base: nf4 was asked for but the checkpoint is stored as fp8"):
+        load(str(published), base="nf4")
+    assert len(linear_layers(load(str(published), base="fp8")[0])) == 13
+
+
+def changed(settings: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """The settings with other values, of the top or of the group of layers."""
+    settings = copy.deepcopy(settings)
+    for name, value in values.items():
+        place = settings
+        for part in name.split("__")[:-1]:
+            place = place["config_groups"]["group_0"] if part == "group" else place[part]
+        place[name.split("__")[-1]] = value
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (changed(FINE_GRAINED, weight_block_size=[64, 128]), "blocks of 64 x 128"),
+        (changed(FINE_GRAINED, activation_scheme="static"), "activations whose scales are fixed"),
+        (changed(FINE_GRAINED, fmt="e5m2"), "numbers in e5m2"),
+        (changed(compressed(), format="pack-quantized"), "the format pack-quantized of compressed-tensors"),
+        (changed(compressed(), format="int-quantized"), "the format int-quantized"),
+        (changed(compressed(), kv_cache_scheme={"num_bits": 8}), "a quantised cache"),
+        (changed(compressed(), group__weights__type="int"), "weights of type int in 8 bits"),
+        (changed(compressed(), group__weights__num_bits=4), "weights of type float in 4 bits"),
+        (changed(compressed(), group__weights__strategy="group"), "weights scaled by group"),
+        (changed(compressed("block"), group__weights__block_structure=[64, 64]), "blocks of 64 x 64"),
+        (changed(compressed(), group__weights__symmetric=False), "zero points"),
+        (changed(compressed(), group__input_activations__dynamic=False), "activations whose scales are fixed"),
+        (changed(compressed(), group__output_activations={"num_bits": 8}), "quantised outputs"),
+        (changed(compressed(), sparsity_config={"format": "sparse-24-bitmask"}), "sparse weights"),
+        ({"quant_method": "gptq", "bits": 4}, "stored quantised by gptq"),
+    ],
+)
+def test_what_cannot_be_trained_over_is_refused_by_name(
+    settings: dict[str, Any], problem: str, llama_folder: Path, tmp_path: Path
+) -> None:
+    fine = settings["quant_method"] == "fp8"
+    folder = publish(llama_folder, tmp_path / "published", FINE_GRAINED if fine else compressed())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = settings
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^model\.name: .*{problem}.* Give the 16-bit checkpoint"):
+        load(str(folder))
+
+
+def no_scale(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.0.mlp.up_proj.weight_scale"]
+
+
+def other_scale(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(3)
+
+
+def head_in_e4m3(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+    tensors["lm_head.weight_scale"] = torch.ones(384, 1)
+
+
+def whole_numbers(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(128, 64, dtype=torch.int8)
+
+
+def no_weight(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    del tensors["model.layers.0.mlp.up_proj.weight_scale"]
+
+
+def other_weight(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(130, 64).to(torch.float8_e4m3fn)
+    tensors["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(130, 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (no_scale, r"up_proj\.weight in e4m3 without model\.layers\.0\.mlp\.up_proj\.weight_scale"),
+        (other_scale, r"up_proj\.weight_scale as 3 of F32, for a weight of 128 x 64"),
+        (head_in_e4m3, r"lm_head\.weight in e4m3, and it is not the weight of a linear layer before the head"),
+        (whole_numbers, r"up_proj\.weight as I8"),
+        (no_weight, r"does not hold model\.layers\.0\.mlp\.up_proj\.weight"),
+        (other_weight, r"up_proj\.weight as 130 x 64, and its config\.json makes it 128 x 64"),
+    ],
+)
+def test_tensors_that_do_not_belong_together_are_refused(
+    damage: Any, problem: str, llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = publish(llama_folder, tmp_path / "published", compressed())
+    tensors = load_file(folder / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"^model\.name: .*{problem}"):
+        load(str(folder))
+
+
+def test_e4m3_without_a_word_on_it_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+    folder = publish(llama_folder, tmp_path / "published", compressed())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=r"as F8_E4M3, and its config\.json names no quantisation"):
+        load(str(folder), base="fp8")
