@@ -50,10 +50,11 @@ def test_every_linear_layer_but_the_head_is_quantised_from_what_is_stored(
     family: str, compute: str, stored: torch.dtype, tmp_path: Path
 ) -> None:
     folder = save_tiny(family, tmp_path)
-    tiny_model(family).to(stored).save_pretrained(folder)
+    whole: Any = tiny_model(family)
+    whole.to(stored).save_pretrained(folder)
     model, _ = load(str(folder), base="fp8", compute_dtype=compute)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[compute]
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=stored)
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=stored)
     layers = linear_layers(model)
     assert len(layers) == 14 and not any("lm_head" in name for name in layers)
     for name, layer in layers.items():
@@ -73,7 +74,7 @@ def test_every_linear_layer_but_the_head_is_quantised_from_what_is_stored(
     with torch.no_grad():
         for name, layer in layers.items():
             plain.get_submodule(name).weight.copy_(fp8_reference(layer.stored))
-        same = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        same: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         for name, layer in layers.items():
             same.get_submodule(name).weight.copy_(fp8_reference(layer.stored).to(dtype))
         assert torch.equal(model(ids()).logits, same(ids()).logits)

@@ -66,7 +66,7 @@ def load_fp8(
             model.set_submodule(name, Fp8Linear(weight, bias, compute_dtype).eval())
     model.to(device)
     stack_groups(model)
-    model.hf_quantizer = _NotSaved(QuantizationConfigMixin(quant_method="e4m3"), pre_quantized=False)
+    model.hf_quantizer = _NotSaved(QuantizationConfigMixin("e4m3"), pre_quantized=False)  # pyright: ignore[reportArgumentType]
     return model
 
 

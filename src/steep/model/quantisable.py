@@ -20,5 +20,5 @@ def plain_config(config: PretrainedConfig) -> PretrainedConfig:
     config = copy.deepcopy(config)
     for each in (config, config.get_text_config()):
         if getattr(each, "quantization_config", None) is not None:
-            del each.quantization_config
+            del each.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     return config
