@@ -3,39 +3,187 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from steep import hand_over
+from steep.config import parse_config
+from steep.errors import UserError
+from steep.export.gate import Gap
+from steep.hand_over import export_run
+from steep.model.fp8_linear import Fp8Linear
+from steep.model.resolve import read_tokenizer, resolve
+from steep.plan import plan_run
+from steep.result import evaluate_run, generate_run, load_result
 from steep.run import train_run
+from steep.run_folder import RunFolder
+from steep.schema import RunConfig
+from steep.verify_resume import compare
+from tests.command_line import Steep
+from tests.fp8_checkpoints import FINE_GRAINED, publish
 from tests.test_run import lines, run_file
 
 
-def trained(model: Path, corpus: Path, folder: Path, *, fused: str = "off", **training: object) -> Path:
+def config_of(model: Path, corpus: Path, folder: Path, *, fused: str = "off", **training: Any) -> RunConfig:
     settings = {"base": "fp8", "fused": fused}
-    train_run(run_file(model, corpus, folder, model=settings, training=training))
-    return folder
+    return run_file(model, corpus, folder, model=settings, training=training, evaluation={"prompts": []})
 
 
 @pytest.fixture(scope="module")
 def finished(llama_folder: Path, korean_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(llama_folder, korean_corpus, tmp_path_factory.mktemp("fp8") / "run", fused="on")
+    folder = tmp_path_factory.mktemp("fp8") / "run"
+    train_run(config_of(llama_folder, korean_corpus, folder, fused="on"))
+    return folder
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def test_a_run_trains_and_proves_it(finished: Path) -> None:
-    proof = json.loads((finished / "proof.json").read_text(encoding="utf-8"))
+    proof = read(finished / "proof.json")
     assert proof["ok"] and not proof["frozen_changed"]
-    # Codes and scales of seven layers in each of two, and the norms.
-    assert proof["frozen_tensors"] >= 2 * 2 * 7 + 5
+    assert proof["frozen_tensors"] >= 2 * 2 * 7 + 5  # codes and scales of seven layers in each of two, and the norms
     losses = [row["loss"] for row in lines(finished / "metrics.jsonl")]
     assert losses[-1] < losses[0]
-    plan = json.loads((finished / "plan.json").read_text(encoding="utf-8"))
+    plan = read(finished / "plan.json")
     assert (plan["base"], plan["fused"]) == ("fp8", True)
 
 
 def test_losses_are_those_of_the_librarys_forward(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
-    settings = {"max_steps": 20, "save_steps": 20, "learning_rate": 1e-3}
     for fused in ("on", "off"):
-        trained(llama_folder, korean_corpus, tmp_path / fused, fused=fused, **settings)
+        settings = {"max_steps": 12, "save_steps": 12, "learning_rate": 1e-3}
+        train_run(config_of(llama_folder, korean_corpus, tmp_path / fused, fused=fused, **settings))
     ours, theirs = ([row["loss"] for row in lines(tmp_path / fused / "metrics.jsonl")] for fused in ("on", "off"))
     assert ours == pytest.approx(theirs, rel=2e-5)
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
+def test_resumed_is_never_stopped(fused: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    def config(name: str) -> RunConfig:
+        given = config_of(llama_folder, korean_corpus, tmp_path / name, fused=fused, save_total_limit=3).model_dump()
+        given["model"]["compute_dtype"] = "bf16"
+        return parse_config(given)
+
+    train_run(config("whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "final")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoint-6")
+    train_run(config("stopped"), resume=True)
+    parts = compare(RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "stopped"))
+    assert [part.difference for part in parts] == [None] * len(parts)
+
+
+def test_no_other_base_goes_on(finished: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    given = config_of(llama_folder, korean_corpus, tmp_path / "run", fused="on").model_dump()
+    given["model"]["base"] = "nf4"
+    with pytest.raises(UserError, match=r"model\.base"):
+        train_run(parse_config(given), resume=True, allow=["model.base"])
+
+
+def test_it_is_scored_and_completes_texts(finished: Path) -> None:
+    base, trained = evaluate_run(finished)
+    recorded = [row for row in lines(finished / "evaluation.jsonl") if row["step"] == 6]
+    assert [score.loss for score in trained] == pytest.approx([row["loss"] for row in recorded], rel=1e-6)
+    assert all(one.loss > other.loss for one, other in zip(base, trained, strict=True))
+    assert generate_run(finished, "the river", max_new_tokens=4).keys() == {"base", "trained"}
+
+
+def test_without_its_adapter_it_is_the_base(finished: Path, llama_folder: Path) -> None:
+    config = run_file(llama_folder, Path("unused"), finished, model={"base": "fp8"})
+    resolved = resolve(str(llama_folder))
+    ours: Any = load_result(config, resolved, read_tokenizer(resolved), RunFolder(finished)).eval()
+    assert sum(isinstance(module, Fp8Linear) for module in ours.modules()) == 14
+    plain: Any = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    for name, module in ours.get_base_model().named_modules():
+        if isinstance(module, Fp8Linear):
+            weight = plain.get_submodule(name.removesuffix(".base_layer")).weight
+            weight.data.copy_(module.dequantize())
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        with ours.disable_adapter():
+            without = ours(input_ids=tokens, use_cache=False).logits
+        expected = plain(input_ids=tokens).logits
+        assert torch.allclose(without, expected, atol=1e-5 * float(expected.abs().max()))
+        plain = PeftModel.from_pretrained(plain, str(finished / "final")).eval()
+        logits, expected = ours(input_ids=tokens, use_cache=False).logits, plain(input_ids=tokens).logits
+        assert torch.allclose(logits, expected, atol=1e-4 * float(expected.abs().max()))
+        assert not torch.allclose(logits, without, atol=1e-2)
+
+
+def test_how_it_opens_is_over_the_16_bit_original(finished: Path, llama_folder: Path) -> None:
+    text = (finished / "final" / "README.md").read_text(encoding="utf-8")
+    assert "quantization_config" not in text and f"from_pretrained({str(llama_folder)!r}" in text.replace('"', "'")
+
+
+def test_it_is_merged_into_the_original(finished: Path, llama_folder: Path, tmp_path: Path) -> None:
+    result = export_run(finished, tmp_path / "out")
+    assert result["base"] == "original" and set(result["gaps"]) == {"dequantised", "original"}
+    assert all(abs(gap) < 0.005 for gaps in result["gaps"].values() for gap in gaps.values())
+    written = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    config = run_file(llama_folder, Path("unused"), finished, model={"base": "fp8"})
+    resolved = resolve(str(llama_folder))
+    ours: Any = load_result(config, resolved, read_tokenizer(resolved), RunFolder(finished))
+    layer = ours.get_base_model().get_submodule("model.layers.0.mlp.up_proj")
+    original = load_file(llama_folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(written, (original + layer.get_delta_weight("default")).bfloat16())
+    assert "the 16-bit original" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("base", "trained_over", "original", "kept"),
+    [
+        ("auto", "fp8", 0.004, "original"),  # close enough, though the other is better
+        ("auto", "fp8", 0.006, "dequantised"),
+        ("original", "fp8", 0.006, "original"),
+        ("auto", "nf4", 0.004, "dequantised"),
+        ("auto", "nf4", -0.004, "original"),
+    ],
+)
+def test_which_merged_model_is_kept(base: str, trained_over: str, original: float, kept: str) -> None:
+    rises = {"dequantised": 0.001, "original": original}
+    gaps: Any = {kind: Gap({"ko": rise}, 0.0) for kind, rise in rises.items()}
+    measured: Any = {kind: SimpleNamespace(bits_per_byte=1 + rise) for kind, rise in rises.items()}
+    assert hand_over._kept(measured, gaps, base, trained_over) == kept
+
+
+def test_a_gguf_file_is_made_of_it(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steep.export.gguf_check.find_spec", lambda _: None)
+    assert export_run(finished, tmp_path / "out", to="gguf")["base"] == "original"
+    assert (tmp_path / "out" / "out-q8_0.gguf").is_file()
+
+
+def test_a_plan_knows_it(llama_folder: Path, korean_corpus: Path, tmp_path: Path, steep: Steep) -> None:
+    config = config_of(llama_folder, korean_corpus, tmp_path / "run")
+    plan = plan_run(config)
+    assert plan.base == "fp8" and plan.memory["frozen linear weights"] == plan.shape.linear
+    file = tmp_path / "run.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    said = steep("plan", file)
+    assert said.code == 0 and "fp8" in said.out
+
+
+def test_a_published_checkpoint_goes_the_whole_way(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    model = publish(llama_folder, tmp_path / "published", FINE_GRAINED)
+    settings = {"base": "auto", "fused": "on"}
+    config = run_file(model, korean_corpus, tmp_path / "run", model=settings, evaluation={"prompts": []})
+    train_run(config)
+    assert read(tmp_path / "run" / "plan.json")["base"] == "fp8" and read(tmp_path / "run" / "proof.json")["ok"]
+    text = (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
+    assert "FineGrainedFP8Config(dequantize=True)" in text
+    result = export_run(tmp_path / "run", tmp_path / "out")
+    assert result["base"] == "dequantised" and set(result["gaps"]) == {"dequantised"}
+    assert "quantization_config" not in read(tmp_path / "out" / "config.json")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "given as 8 bits (e4m3): its weights were dequantised to 16 bits" in card
+    with pytest.raises(UserError, match="is stored in fp8 only"):
+        export_run(tmp_path / "run", tmp_path / "other", base="original")

@@ -15,6 +15,7 @@ from steep.model.adapters import linear_shapes
 from steep.model.base_tensors import BaseTensors
 from steep.model.load import DTYPES, load
 from steep.model.resolve import resolve
+from tests.fp8_checkpoints import FINE_GRAINED, IGNORED, compressed, publish
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
 
@@ -34,12 +35,12 @@ def quantised_layers(model: Any) -> dict[str, Any]:
     return {
         f"{name}.weight": module
         for name, module in model.named_modules()
-        if type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt", "Fp8Linear")
     }
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
-@pytest.mark.parametrize("base", ["nf4", "int8"])
+@pytest.mark.parametrize("base", ["nf4", "int8", "fp8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_dequantised_base_is_the_loaded_one_to_the_bit(
     family: str, base: str, compute: str, tmp_path: Path
@@ -85,3 +86,20 @@ def test_a_checkpoint_that_is_stored_quantised_is_dequantised(quantization: Bits
         assert torch.equal(weights[name].cpu(), dequantize_module_weight(module).cpu())
     table: Any = model.get_input_embeddings()
     assert torch.equal(weights["model.embed_tokens.weight"].cpu(), table.weight.cpu())
+
+
+@pytest.mark.parametrize(
+    "quantization", [FINE_GRAINED, compressed("channel"), compressed("block"), compressed("tensor")]
+)
+def test_a_checkpoint_in_e4m3_is_dequantised(quantization: dict[str, Any], llama_folder: Path, tmp_path: Path) -> None:
+    folder = publish(llama_folder, tmp_path / "small", quantization)
+    model, _ = load(str(folder), compute_dtype="fp32")
+    for kind in ("original", "dequantised"):
+        weights = read(folder, kind, "fp8")
+        assert weights.stored_quantised
+        layers = quantised_layers(model)
+        assert len(layers) == 13
+        for name, module in layers.items():
+            assert torch.equal(weights[name], module.dequantize())
+        ignored = model.get_submodule(IGNORED).weight
+        assert torch.equal(weights[f"{IGNORED}.weight"].float(), ignored)

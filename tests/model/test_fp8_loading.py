@@ -84,6 +84,7 @@ def test_what_it_says_beside_weights_is_taken(llama_folder: Path) -> None:
     ours, _ = load(str(llama_folder), base="fp8")
     theirs, _ = load(str(llama_folder), base="fp32")
     assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+    assert ours.name_or_path == theirs.name_or_path == str(llama_folder)
     ours, theirs = (json.loads(model.config.to_json_string(use_diff=False)) for model in (ours, theirs))
     assert ours == theirs
 

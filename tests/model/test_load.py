@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from steep.errors import UserError
 from steep.model.adapters import add_adapters
 from steep.model.attention import attention
+from steep.model.fp8_linear import Fp8Linear
 from steep.model.load import load
 from steep.storage import cache_folder
 from tests.tiny import FAMILIES, save_tiny, tiny_model
@@ -26,6 +27,8 @@ def ids(length: int = 24) -> torch.Tensor:
         ("nf4", "bf16", bitsandbytes.nn.Linear4bit, torch.uint8),
         ("auto", "fp32", bitsandbytes.nn.Linear4bit, torch.uint8),
         ("int8", "fp32", bitsandbytes.nn.Linear8bitLt, torch.int8),
+        ("fp8", "fp32", Fp8Linear, torch.float8_e4m3fn),
+        ("fp8", "bf16", Fp8Linear, torch.float8_e4m3fn),
         ("fp32", "fp32", torch.nn.Linear, torch.float32),
         ("bf16", "auto", torch.nn.Linear, torch.bfloat16),
     ],
@@ -52,7 +55,7 @@ def test_bases(base: str, compute: str, layer: type, stored: torch.dtype, llama_
 
 def test_what_is_unknown_is_refused(llama_folder: Path) -> None:
     with pytest.raises(
-        UserError, match=r"^model\.base: 'nf-4' is unknown\. Give one of auto, nf4, int8, bf16, fp16, fp32"
+        UserError, match=r"^model\.base: 'nf-4' is unknown\. Give one of auto, nf4, int8, fp8, bf16, fp16, fp32"
     ):
         load(str(llama_folder), base="nf-4")
     with pytest.raises(

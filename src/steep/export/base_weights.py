@@ -58,8 +58,8 @@ class BaseWeights:
         tensor = self._tensors[name].to(self._device)
         if name in self._companions:
             return self._stored_in_few_bits(name, tensor)
-        if self._kind == "original" or name not in self._linear:
-            return tensor
+        if self._kind == "original" or name not in self._linear or self.stored_quantised:
+            return tensor  # what a quantised checkpoint has in 16 bits stays so
         if self._base == "fp8":
             return as_fp8(tensor)
         quantise = as_nf4 if self._base == "nf4" else as_int8

@@ -87,7 +87,7 @@ def _is_there(tensors: BaseTensors, name: str, *, only_e4m3: bool) -> bool:
 
 def _take_settings(model: Any, resolved: ResolvedModel) -> None:
     """What `from_pretrained` takes from a folder beside weights, and knows none of without its name."""
-    model.config.name_or_path = resolved.name
+    model.config.name_or_path = model.name_or_path = resolved.name  # PEFT writes it into adapters
     arguments = {
         name: resolved.arguments[name] for name in ("revision", "local_files_only") if name in resolved.arguments
     }
