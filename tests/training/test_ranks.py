@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import typer
+from torch import nn
 
 from steep import ranks
 from steep.config import parse_config
@@ -18,6 +20,7 @@ from steep.data.packed_dataset import IGNORE
 from steep.data.packing import Corpus
 from steep.data.sampler import FILLER
 from steep.errors import RunError, UserError
+from steep.model.fp8_linear import quantised_linear
 from steep.schema import RunConfig
 from steep.settings import planned_epochs, planned_steps, rows_per_step
 from steep.training import parallel
@@ -105,3 +108,23 @@ def test_processes_that_transformers_would_train_apart_are_refused(
     pretend(monkeypatch, 0, 2)
     with pytest.raises(UserError, match=r"use_cpu: torchrun started 2 processes.*Give use_cpu=True"):
         parallel.settle_arguments(args)
+
+
+def test_frozen_weights_in_e4m3_are_compared_in_place_of_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model(value: float) -> Any:
+        return nn.ModuleDict(
+            {"proj": quantised_linear(torch.full((4, 8), value), None, torch.float32), "head": nn.Linear(8, 4)}
+        )
+
+    sent: list[bytes] = []
+    monkeypatch.setattr(ranks, "gathered_bytes", lambda found: [*sent, found])
+    one, other = model(1.0), model(1.0)
+    parallel.leave_out_e4m3(one)
+    assert one._ddp_params_and_buffers_to_ignore == ["proj.weight", "proj.scale"]
+    monkeypatch.setattr(ranks, "gathered_bytes", lambda found: sent.append(found) or sent)
+    parallel.leave_out_e4m3(other)
+    with pytest.raises(RunError, match="the processes hold other frozen weights"):
+        parallel.leave_out_e4m3(model(2.0))
+    plain: Any = nn.Linear(8, 4)
+    parallel.leave_out_e4m3(plain)
+    assert not hasattr(plain, "_ddp_params_and_buffers_to_ignore")

@@ -52,6 +52,9 @@ class BaseTensors(Mapping[str, torch.Tensor]):
         with self._opened(self._files[name]) as tensors:
             return tensors.get_slice(name).get_dtype()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._files  # that of a mapping would read it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
