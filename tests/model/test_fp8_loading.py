@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from steep.errors import UserError
+from steep.model import fp8_loading
 from steep.model.adapters import add_adapters
 from steep.model.fp8_linear import Fp8Linear
 from steep.model.fp8_published import expanded_scale
@@ -78,6 +79,15 @@ def test_every_linear_layer_but_the_head_is_quantised_from_what_is_stored(
         for name, layer in layers.items():
             same.get_submodule(name).weight.copy_(fp8_reference(layer.stored).to(dtype))
         assert torch.equal(model(ids()).logits, same(ids()).logits)
+
+
+@pytest.mark.parametrize("piece", [1, 100, 1000, 2**23])
+def test_pieces_are_the_whole(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8_loading, "_PIECE", piece)
+    weight = torch.randn(37, 50).bfloat16()
+    pieces, whole = fp8_loading.quantised_in_pieces(weight, torch.device("cpu")), quantise_weight(weight)
+    assert torch.equal(pieces.codes.view(torch.uint8), whole.codes.view(torch.uint8))
+    assert torch.equal(pieces.scale, whole.scale)
 
 
 def test_what_it_says_beside_weights_is_taken(llama_folder: Path) -> None:

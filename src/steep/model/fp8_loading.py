@@ -16,9 +16,10 @@ from steep.model.fp8_linear import Fp8Linear, stack_groups
 from steep.model.fp8_published import STORED_E4M3, is_published_fp8, is_scale, read_published
 from steep.model.quantisable import plain_config, quantisable
 from steep.model.resolve import ResolvedModel
-from steep.ops.fp8 import Fp8Weight, quantise_weight
+from steep.ops.fp8 import E4M3, Fp8Weight, quantise_weight
 
 _AT_ONCE = 4  # layers that are read while others are quantised
+_PIECE = 2**23  # weights of one that are
 
 
 def load_fp8(
@@ -55,8 +56,8 @@ def load_fp8(
         if name not in put_together:
             if published:
                 return read_published(tensors, resolved.quantization or {}, name, device)
-            return quantise_weight(tensors[f"{name}.weight"].to(device))
-        return quantise_weight(model.get_submodule(name).weight.detach().to(device))
+            return quantised_in_pieces(tensors[f"{name}.weight"], device)
+        return quantised_in_pieces(model.get_submodule(name).weight.detach(), device)
 
     with torch.no_grad(), ThreadPoolExecutor(_AT_ONCE) as pool:
         names = layers + put_together
@@ -68,6 +69,18 @@ def load_fp8(
     stack_groups(model)
     model.hf_quantizer = _NotSaved(QuantizationConfigMixin("e4m3"), pre_quantized=False)  # pyright: ignore[reportArgumentType]
     return model
+
+
+def quantised_in_pieces(weight: torch.Tensor, device: torch.device) -> Fp8Weight:
+    """`quantise_weight` on `device` of what lies elsewhere: some rows at a time are there in full, and in fp32."""
+    outputs, inputs = weight.shape
+    codes = torch.empty(outputs, inputs, dtype=E4M3, device=device)
+    scale = torch.empty(outputs, dtype=torch.float32, device=device)
+    step = max(1, _PIECE // inputs)
+    for start in range(0, outputs, step):
+        piece = quantise_weight(weight[start : start + step].to(device))
+        codes[start : start + step], scale[start : start + step] = piece.codes, piece.scale
+    return Fp8Weight(codes, scale)
 
 
 class _NotSaved(HfQuantizer):
