@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -84,9 +86,10 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """How this process was called."""
+    """How this process was called; of files and folders, without those around them: they are of one machine."""
     module = Path(sys.argv[0]).stem
-    return " ".join(["python -m", f"benchmarks.{module}", *sys.argv[1:]])
+    words = " ".join(["python -m", f"benchmarks.{module}", *sys.argv[1:]])
+    return re.sub(r"(?<![^\s=])/(?:[^/\s]+/)*(?=[^/\s])", "", words)
 
 
 def gpu_name() -> str:
@@ -100,5 +103,7 @@ def results_file(name: str) -> Path:
 
 
 def append(file: Path, row: dict[str, object]) -> None:
+    """A line at a file's end, whole: other processes may append to it too."""
     with file.open("a", encoding="utf-8") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
         stream.write(json.dumps(row) + "\n")
