@@ -3,9 +3,10 @@
 `steep` is `steep train` as it is: its command in this process, on text whose rows are documents of the length asked
 for. The time of a step is that between two ends of an optimizer step: data, logging and clipping are in it. The device
 is waited for by the command alone (each step reads its gradients' norms), but at the first end, which is counted from
-the start of the process, with planning and scoring of the base. `steep-bare` is its model and optimizer in the loop of
-the others. These two are held to the work's memory, where it names one: by `training.vram`, and by the same plan.
-`steep-script` is `hf` after `steep.install(model)`: what a script as users have it gets.
+the start of the process, with planning and scoring of the base. `steep-fp8` is the same over a base in e4m3.
+`steep-bare` is its model and optimizer in the loop of the others. These are held to the work's memory, where it names
+one: by `training.vram`, and by the same plan. `steep-script` is `hf` after `steep.install(model)`: what a script as
+users have it gets.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ import yaml
 
 from benchmarks.peers import ALPHA, LEARNING_RATE, LONGEST, SHORTEST, Peer, Work, hf, synchronize, trained
 from benchmarks.shapes import SPECIAL
+
+RUNS: dict[str, tuple[str, ...]] = {"steep": (), "steep-fp8": ("--model.base", "fp8")}
+"""Peers that are `steep train` itself, and what else each is told."""
 
 
 def write_text(file: Path, work: Work, vocab_size: int) -> None:

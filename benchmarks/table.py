@@ -23,11 +23,12 @@ from benchmarks.measuring import RESULTS
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks.table: begin -->", "<!-- benchmarks.table: end -->"
 RANK = 256
-STEEP, ALONE = "steep", "steep-bare"
+STEEP, ALONE, FP8 = "steep", "steep-bare", "steep-fp8"
 LIBRARY = {"hf": "", "hf-flash": ", flash-attn", "hf-varlen": ", torch's flash kernels"}
 YARDSTICK = "transformers + PEFT"
 PEERS = {"hf-lean": "the same, all in bf16", "hf-liger": "with Liger", "unsloth": "Unsloth"}
-COLUMNS = [STEEP, "its step alone", YARDSTICK, *PEERS.values()]
+OVER_FP8 = "steep over e4m3"
+COLUMNS = [STEEP, "its step alone", OVER_FP8, YARDSTICK, *PEERS.values()]
 
 Row = dict[str, Any]
 
@@ -68,6 +69,9 @@ def cells_of(call: dict[str, Row]) -> dict[str, str]:
     if ALONE in call:
         cells["its step alone"] = cost(call[ALONE])
     library = min((call[peer] for peer in LIBRARY if peer in call), key=lambda row: row["step_s"])
+    if FP8 in call:
+        ratio = library["step_s"] / call[FP8]["step_s"]
+        cells[OVER_FP8] = f"{cost(call[FP8])} ({ratio:.2f}× as fast as {YARDSTICK})"
     for column, row in [(YARDSTICK, library), *((PEERS[peer], call[peer]) for peer in PEERS if peer in call)]:
         cells[column] = f"{cost(row)}{LIBRARY.get(row['peer'], '')} ({row['step_s'] / steep['step_s']:.2f}×)"
     return cells

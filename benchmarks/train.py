@@ -9,14 +9,16 @@ clipping at 1. Each peer runs in a process of its own and loads the same random 
 
 A time is the median of the steps after the third. MFU is the FLOPs that the step has to do, none twice, over the
 measured speed of a bf16 product; packed rows have none, since the work of attention differs from step to step. `steep`
-is `steep train`, with everything that it does; `steep-bare` its model and optimizer in the loop of the others,
-`steep-script` that of `hf` after `steep.install(model)`. --cap-gib holds the first two to so much allocated memory, and
-to a ninth more with the gaps between allocations, and nobody else; `--cap-gib hf` to the peak of the fastest of hf,
-hf-flash and hf-varlen, which the call then begins with. Without --peers these are all timed on packed rows, hf-flash
-where the package flash-attn is installed.
+is `steep train`, with everything that it does; `steep-fp8` the same over a base in e4m3 (`model.base: fp8`, not QLoRA);
+`steep-bare` its model and optimizer in the loop of the others, `steep-script` that of `hf` after
+`steep.install(model)`. --cap-gib holds the first three to so much allocated memory, and to a ninth more with the gaps
+between allocations, and nobody else; `--cap-gib hf` to the peak of the fastest of hf, hf-flash and hf-varlen, which the
+call then begins with. Without --peers these are all timed on packed rows, hf-flash where the package flash-attn is
+installed.
 
 The losses of all bare loops have to agree, the first and the last, and steep's first one with theirs as far as its
-other tokens let it. On a GPU steep has to compute fused, unless --steep-args has `--model.fused off`.
+other tokens let it; over e4m3 its base has other weights too, and the first loss may differ as much as that of another
+model. On a GPU steep has to compute fused, unless --steep-args has `--model.fused off`.
 
 Appends one line of JSON a peer to `benchmarks/results/DATE-GPU-train.jsonl`, one that failed with its reason, and
 prints them as a table.
@@ -45,12 +47,12 @@ import torch
 from benchmarks.measuring import append, command, gpu_name, product_flops_per_second, results_file, versions
 from benchmarks.peers import PEERS, Peer, Work, bare_loop, flash_of_the_hub, flash_package
 from benchmarks.shapes import SHAPES, config_of, flops_a_step, write
-from benchmarks.steep_run import chosen, steep_bare, steep_script, steep_train
+from benchmarks.steep_run import RUNS, chosen, steep_bare, steep_script, steep_train
 from steep.vram import SHARE
 
 WARM_UP = 3
 GIB = 2**30
-STEEP = ("steep", "steep-bare", "steep-script")
+STEEP = (*RUNS, "steep-bare", "steep-script")
 LIBRARY = ("hf", "hf-flash", "hf-varlen")
 BARE: dict[str, Callable[[Work], Peer]] = {"steep-bare": steep_bare, "steep-script": steep_script, **PEERS}
 LOSSY = ("hf-lean",)  # bf16 weights that are rounded to the nearest stay where they are, for many an update
@@ -59,6 +61,8 @@ LOSSY = ("hf-lean",)  # bf16 weights that are rounded to the nearest stay where 
 FIRST_AGREE = 0.005  # 0.003 was seen
 LAST_AGREE = 0.02  # after a few steps of 8-bit AdamW; 0.01 was seen
 SPREAD = 6.5  # five standard deviations of a token's loss, which is 1.3 nats for a head of std 0.02 over 4,096 values
+# Over other weights the logit of a random token is another draw, were it on the same tokens: as two independent means.
+OTHER_BASE = SPREAD * 2**0.5
 
 
 NEEDS = {"unsloth": "unsloth", "hf-liger": "liger_kernel", "hf-flash": "flash_attn"}  # they are no part of steep's
@@ -83,7 +87,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--peers",
-        help=f"of steep, {', '.join(BARE)}; default: steep,steep-bare,hf, packed all ways of hf that are there",
+        help=f"of {', '.join([*RUNS, *BARE])}; default: steep,steep-bare,hf, packed all ways of hf that are there",
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--batch", type=count, default=2)
@@ -95,7 +99,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--weights", type=Path, help="folder for the weights; default: in the system's temporary one")
     parser.add_argument(
-        "--steep-args", default="", help="further words for `steep train`: --steep-args='--model.fused off'"
+        "--steep-args", default="", help="further words for `steep train`, both: --steep-args='--model.fused off'"
     )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-GPU-train.jsonl")
     parser.add_argument("--worker", nargs=2, metavar=("PEER", "RESULT"), help=argparse.SUPPRESS)
@@ -130,8 +134,8 @@ def refuse(arguments: argparse.Namespace, peers: list[str]) -> None:
     Raises:
         SystemExit: with what to do instead.
     """
-    if unknown := [peer for peer in peers if peer != "steep" and peer not in BARE]:
-        raise SystemExit(f"no such peer: {', '.join(unknown)}. There are steep, {', '.join(BARE)}.")
+    if unknown := [peer for peer in peers if peer not in RUNS and peer not in BARE]:
+        raise SystemExit(f"no such peer: {', '.join(unknown)}. There are {', '.join([*RUNS, *BARE])}.")
     if arguments.steps <= WARM_UP:
         raise SystemExit(f"--steps: the first {WARM_UP} are not timed; give more.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -170,10 +174,10 @@ def measure(arguments: argparse.Namespace, peer: str) -> dict[str, Any]:
     capped = work.cap_gib if peer in STEEP and on_gpu else None
     if capped:
         torch.cuda.set_per_process_memory_fraction(min(1.0, capped / SHARE * GIB / gpu_bytes()))
-    if peer == "steep":
+    if peer in RUNS:
         vocab_size = config_of(arguments.shape).vocab_size
         with tempfile.TemporaryDirectory() as temporary:
-            words = shlex.split(arguments.steep_args)
+            words = [*RUNS[peer], *shlex.split(arguments.steep_args)]
             result = steep_train(work, vocab_size, Path(temporary), begun, words)
     else:
         made = BARE[peer](work)
@@ -203,7 +207,7 @@ def refuse_unfused(arguments: argparse.Namespace, peer: str, result: dict[str, A
     """A slower step than the one that is meant is no result."""
     if peer not in STEEP or arguments.device == "cpu" or result["chosen"]["fused"]:
         return
-    if peer == "steep" and re.search(r"--model\.fused[ =]off\b", arguments.steep_args):
+    if peer in RUNS and re.search(r"--model\.fused[ =]off\b", arguments.steep_args):
         return
     raise RuntimeError("its step was not fused: see what it said above")
 
@@ -232,7 +236,7 @@ def work_row(arguments: argparse.Namespace, peer: str) -> dict[str, Any]:
         "packed": arguments.packed,
         "cap_gib": arguments.cap_gib if peer in STEEP else None,
         "cap_of": arguments.cap_of if peer in STEEP else None,
-        "steep_args": arguments.steep_args if peer == "steep" else "",
+        "steep_args": arguments.steep_args if peer in RUNS else "",
         "gpu": gpu_name() if arguments.device == "cuda" else "none",
         "command": command(),
     }
@@ -277,9 +281,9 @@ def disagreements(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
     """Of which losses, by how much they differ, and by how much they may.
 
     Bare loops have the same weights and tokens. steep has other tokens from the same lot, and another schedule: its
-    first loss is a mean of others over as many tokens.
+    first loss is a mean of others over as many tokens. Over e4m3 it is held against theirs, and against steep's.
     """
-    bare = [row for row in rows if row["peer"] != "steep"]
+    bare = [row for row in rows if row["peer"] not in RUNS]
     first = [row["loss_first"] for row in bare]
     last = [row["loss_last"] for row in bare if row["peer"] not in LOSSY]
     found = []
@@ -287,10 +291,14 @@ def disagreements(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
         found.append(("first losses of bare loops", max(first) - min(first), FIRST_AGREE))
     if len(last) > 1:
         found.append(("last losses of bare loops", max(last) - min(last), LAST_AGREE))
-    for row in rows:
-        if row["peer"] == "steep" and first:
-            allowed = SPREAD / (row["batch"] * row["seq"]) ** 0.5
-            found.append(("steep's first loss and theirs", abs(row["loss_first"] - statistics.mean(first)), allowed))
+    runs = {row["peer"]: row["loss_first"] for row in rows if row["peer"] in RUNS}
+    root = (rows[0]["batch"] * rows[0]["seq"]) ** 0.5 if rows else 1.0
+    for peer, loss in runs.items():
+        if first:
+            allowed = (SPREAD if peer == "steep" else OTHER_BASE) / root
+            found.append((f"{peer}'s first loss and theirs", abs(loss - statistics.mean(first)), allowed))
+        if peer != "steep" and "steep" in runs:
+            found.append((f"{peer}'s first loss and steep's", abs(loss - runs["steep"]), OTHER_BASE / root))
     return found
 
 
@@ -314,6 +322,9 @@ def conclude(rows: list[dict[str, Any]]) -> bool:
         if library is not None:
             ratio = library["step_s"] / steep["step_s"]
             print(f"{steep['peer']} against the fastest of {', '.join(LIBRARY)}: {ratio:.2f} x as fast")
+    steps = {row["peer"]: row["step_s"] for row in rows if row["peer"] in RUNS}
+    if len(steps) > 1:
+        print(f"steep-fp8 against steep: {steps['steep'] / steps['steep-fp8']:.2f} x as fast")
     return all(difference <= allowed for _, difference, allowed in compared)
 
 

@@ -237,6 +237,15 @@ def test_the_yardstick_is_the_faster_of_the_libraries_ways() -> None:
     assert "0.500 s, 10.0 GiB, torch's flash kernels (1.67×)" in line
 
 
+def test_steep_over_e4m3_has_a_column_where_it_was_timed() -> None:
+    rows = [timed("steep", 0.3, "1"), timed("hf", 0.9, "1"), timed("steep-fp8", 0.225, "1", fused=True)]
+    (line,) = lines_of(rows)
+    over = "0.225 s, 10.0 GiB (4.00× as fast as transformers + PEFT)"
+    assert line == f"| H200, llama-3-8b, 2 × 2048 | 0.300 s, 10.0 GiB | {over} | 0.900 s, 10.0 GiB (3.00×) |"
+    assert table.OVER_FP8 in table.table(rows) and table.OVER_FP8 not in table.table(rows[:2])
+    assert not lines_of([*rows[1:]]), "steep itself is what a line is of"
+
+
 def test_a_row_that_failed_is_not_in_the_table(tmp_path: Path) -> None:
     rows = [timed("hf", 0.9, "1"), timed("steep", 0.3, "1")]
     (tmp_path / "a-train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -316,6 +325,44 @@ def test_losses_have_to_agree(
     assert run_main("", results, tmp_path, monkeypatch)[0] == (0 if agree else 1)
 
 
+@pytest.mark.parametrize(
+    ("fp8", "agree"),
+    [(12.0, True), (12.1, True), (12.2, False), (float("nan"), False)],  # 9.2 / sqrt(2 x 2048) are allowed
+)
+def test_over_e4m3_the_first_loss_may_be_another_draw(
+    fp8: float, agree: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results: Any = {"steep": measured(0.3, 12.0, 11.5), "steep-fp8": measured(0.2, fp8, 9.0)}
+    for others in ({}, {"hf": measured(0.8, 12.0, 11.5)}):
+        code, rows, _ = run_main("", {**results, **others}, tmp_path, monkeypatch)
+        assert code == (0 if agree else 1)
+        assert [row["peer"] for row in rows] == [*results, *others]
+        said = capsys.readouterr().out
+        assert "steep-fp8 against steep: 1.50 x as fast" in said
+        assert ("steep-fp8 against the fastest of hf, hf-flash, hf-varlen: 4.00 x as fast" in said) == bool(others)
+
+
+def test_over_e4m3_is_the_same_command_with_another_base(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[str]] = []
+
+    def steep_train(work: Work, vocab_size: int, temporary: Path, begun: float, words: list[str]) -> dict[str, Any]:
+        told.append(words)
+        return measured(0.1, 6.0, 5.9)
+
+    monkeypatch.setattr(train, "steep_train", steep_train)
+    monkeypatch.setenv("BENCHMARK_BEGUN", "0")
+    words = ["--shape", "tiny", "--device", "cpu", "--weights", str(tmp_path), "--steep-args=--model.fused off"]
+    for peer in ("steep", "steep-fp8"):
+        train.measure(train.parse(words), peer)
+    assert told == [["--model.fused", "off"], ["--model.base", "fp8", "--model.fused", "off"]]
+    monkeypatch.setattr(sys, "argv", sys.argv)  # it is set
+    result = steep_run.steep_train(tiny(weights), 384, tmp_path, time.time(), list(steep_run.RUNS["steep-fp8"]))
+    assert result["losses"][0] == pytest.approx(math.log(384), abs=0.1)
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["base"] == "fp8"
+
+
 def test_one_loop_alone_is_not_said_to_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -333,6 +380,10 @@ def test_a_limit_is_steeps_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     _, rows, given = run_main("--cap-gib hf", results, tmp_path, monkeypatch)
     assert [(row["peer"], row["cap_gib"], row["cap_of"]) for row in rows] == [("hf", None, None), ("steep", 26.3, "hf")]
     assert train.work_of(train.parse(given["steep"])).cap_gib == 26.3
+    both: Any = {"steep-fp8": results["steep"], **results}
+    _, rows, given = run_main("--cap-gib hf", both, tmp_path, monkeypatch)
+    assert [(row["peer"], row["cap_gib"]) for row in rows] == [("hf", None), ("steep-fp8", 26.3), ("steep", 26.3)]
+    assert train.work_of(train.parse(given["steep-fp8"])).cap_gib == 26.3
 
 
 def test_a_call_says_what_else_steep_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,7 +411,7 @@ def test_steep_plans_within_its_limit(weights: Path) -> None:
 
 def test_steep_that_is_not_fused_on_a_gpu_is_no_result() -> None:
     unfused, fused = {"chosen": {"fused": False}}, {"chosen": {"fused": True}}
-    for peer in ("steep", "steep-bare", "steep-script"):
+    for peer in ("steep", "steep-fp8", "steep-bare", "steep-script"):
         with pytest.raises(RuntimeError, match="not fused"):
             train.refuse_unfused(train.parse([]), peer, unfused)
         train.refuse_unfused(train.parse([]), peer, fused)
