@@ -9,11 +9,11 @@ the answer is open, and takes more seeds.
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 Row = dict[str, Any]
 
@@ -80,8 +80,8 @@ def differences(rows: Sequence[Row], arm: str, other: str, column: tuple[str, st
 
 def spread(values: Sequence[float], sign: str = "") -> str:
     """Mean ± standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.4f}{deviation}"
+    deviation = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.4f}{deviation}"
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -94,7 +94,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         own = list(by_seed(rows, arm).values())
         cells = [
             f"{spread([nats(row, *column) for row in own])} "
-            f"({statistics.mean(row[column[1]][column[0]]['bits_per_byte'] for row in own):.4f})"
+            f"({np.mean([row[column[1]][column[0]]['bits_per_byte'] for row in own]):.4f})"
             for column in COLUMNS
         ]
         lines.append([arm, str(len(own)), *cells])
@@ -129,7 +129,7 @@ def verdict(values: Sequence[float], most: float) -> str:
     """Whether the mean of differences is at most `most`."""
     if not values:
         return "no seed has both runs"
-    mean = statistics.mean(values)
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    mean = np.mean(values)
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
     answer = HOLDS if mean <= most else OPEN if mean - 2 * error <= most else FAILS  # NaN does not hold
     return f"{answer} ({spread(values, '+')}, {len(values)} seed{'s' * (len(values) > 1)})"

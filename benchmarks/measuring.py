@@ -8,6 +8,7 @@ import json
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -48,6 +49,24 @@ def milliseconds(
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
+
+
+def sustained_milliseconds(launch: Callable[[], object], seconds: float) -> float:
+    """Mean time of a launch that is repeated for `seconds`, after half as long that is not counted: the card's clocks
+    are then those of work that goes on, which its power limits."""
+    begun, count = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds / 2:
+        launch()
+        torch.cuda.synchronize()
+        count += 1
+    times = 2 * count
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(times):
+        launch()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / times
 
 
 def putting_back(*tensors: torch.Tensor) -> Callable[[], None]:

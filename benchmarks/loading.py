@@ -1,0 +1,172 @@
+"""How long does a 16-bit model take from local disk into a base, against plainly reading its files?
+
+    python -m benchmarks.loading [--shape llama-3-8b] [--bases nf4 fp8 bf16] [--repeats 3] [--warm] [--out FILE]
+
+Each load is `steep.load` in a process of its own, from the call to the model's last byte on the GPU. The process has
+loaded a tiny model before: imports, the GPU's start and the building of kernels are not counted. Plain reading is one
+pass over all weight files with one thread, 16 MiB at a time, into memory that is there already. The random weights are
+made once (--weights): put them on the disk that is meant.
+
+Files are cold: before each, the system is asked to drop their pages (posix_fadvise, which needs no rights), and what
+still is in memory is asked for (mincore) and stands in the line as `resident`: 0 is cold, and a system that does not
+drop, or does not say, has 1. With --warm the files have been read just before.
+
+Reads and loads take turns --repeats times. A line of JSON each goes to `benchmarks/results/DATE-GPU-loading.jsonl`, and
+printed are medians, and their ratio to reading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measuring import append, command, gpu_name, results_file, versions
+from benchmarks.shapes import SHAPES, write
+
+BASES = ("nf4", "fp8", "bf16")
+PIECE = 2**24
+GIB = 2**30
+READ = "read"
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm", action="store_true", help="files that have just been read")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--weights", type=Path, help="folder for the weights; default: in the system's temporary one")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-GPU-loading.jsonl")
+    parser.add_argument("--worker", nargs=3, metavar=("BASE", "FOLDER", "TINY"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args(words)
+    arguments.weights = arguments.weights or Path(tempfile.gettempdir()) / "steep-benchmarks"
+    return arguments
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def drop(files: list[Path]) -> None:
+    """Ask the system to keep nothing of the files in memory."""
+    for file in files:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())  # pages that are not on the disk yet stay
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def resident(files: list[Path]) -> float:
+    """Share of the files' pages that are in memory, as the system says."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    pages = found = 0
+    for file in files:
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                                                  flags=mmap.MAP_PRIVATE) as mapped:  # fmt: skip
+            size = len(mapped)
+            of_page = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+            start = ctypes.c_char.from_buffer(mapped)
+            if libc.mincore(ctypes.addressof(start), size, of_page):
+                raise OSError(ctypes.get_errno(), "mincore")
+            del start  # the map cannot be closed before
+            pages += len(of_page)
+            found += sum(each & 1 for each in of_page)
+    return found / pages
+
+
+def read(files: list[Path]) -> float:
+    """Seconds of one pass."""
+    piece = memoryview(bytearray(PIECE))
+    begun = time.perf_counter()
+    for file in files:
+        with file.open("rb", buffering=0) as stream:
+            while stream.readinto(piece):
+                pass
+    return time.perf_counter() - begun
+
+
+def load_once(base: str, folder: Path, tiny: Path) -> dict[str, Any]:
+    """In a process of its own."""
+    from steep import load
+
+    on_gpu = torch.cuda.is_available()
+    load(str(tiny), base=base, compute_dtype="bf16")
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    begun = time.perf_counter()
+    model, _ = load(str(folder), base=base, compute_dtype="bf16")
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begun
+    peak = torch.cuda.max_memory_allocated() / GIB if on_gpu else None
+    kept = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / GIB
+    return {"seconds": seconds, "kept_gib": kept, "peak_allocated_gib": peak}
+
+
+def loaded(base: str, folder: Path, tiny: Path) -> dict[str, Any]:
+    """`load_once`, from its process.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    process = [sys.executable, "-m", "benchmarks.loading", "--worker", base, str(folder), str(tiny)]
+    done = subprocess.run(process, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{base} was not loaded: see above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(words: list[str] | None = None) -> None:
+    arguments = parse(sys.argv[1:] if words is None else words)
+    if arguments.worker:
+        base, *folders = arguments.worker
+        print(json.dumps(load_once(base, *map(Path, folders))))
+        return
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU. To try the command on a CPU: --device cpu --shape tiny.")
+    if arguments.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    folder, tiny = (
+        write(shape, arguments.weights / f"{shape}-{arguments.device}", arguments.device)
+        for shape in (arguments.shape, "tiny")
+    )
+    if arguments.device == "cuda":
+        torch.cuda.empty_cache()
+    files, out = weight_files(folder), arguments.out or results_file("loading")
+    gib = sum(file.stat().st_size for file in files) / GIB
+    said = {"shape": arguments.shape, "gib": gib, "gpu": gpu_name() if arguments.device == "cuda" else "none"}
+    said |= {"warm": arguments.warm, "versions": versions(), "command": command()}
+    seconds: dict[str, list[float]] = {}
+    for _ in range(arguments.repeats):
+        for what in (READ, *arguments.bases):
+            if arguments.warm:
+                read(files)
+            else:
+                drop(files)
+            in_memory = resident(files)
+            found = {"seconds": read(files)} if what == READ else loaded(what, folder, tiny)
+            seconds.setdefault(what, []).append(found["seconds"])
+            append(out, {"what": what, **found, "resident": in_memory, **said})
+            print(f"{what:5} {found['seconds']:8.2f} s, {in_memory:.0%} of the files were in memory", flush=True)
+    median = {what: statistics.median(each) for what, each in seconds.items()}
+    print(f"{gib:.2f} GiB read in {median[READ]:.2f} s, {gib / median[READ]:.2f} GiB/s")
+    for base in arguments.bases:
+        print(f"{base:5} {median[base]:8.2f} s, {median[base] / median[READ]:.2f} x reading")
+
+
+if __name__ == "__main__":
+    main()

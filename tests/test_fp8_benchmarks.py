@@ -1,0 +1,316 @@
+"""The benchmarks of the fp8 base measure what they say, at tiny sizes on a CPU: `benchmarks.bases` from text to
+verdict, and `benchmarks.loading`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from benchmarks import bases, bases_table, loading, measuring
+from benchmarks.shapes import write
+from steep.model.choices import Choices
+from steep.schema import Base
+from tests.tiny import documents
+
+ARMS = ["nf4", "bf16"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, korean = tmp_path_factory.mktemp("data"), documents("ko", 300)
+    english = documents("en", 40)
+    for name, texts in {
+        "ko-tech.train": korean[:120], "ko-law.train": korean[120:240], "ko-tech.heldout": korean[240:270],
+        "ko-law.heldout": korean[270:], "en-books.heldout": english,
+    }.items():  # fmt: skip
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as stream:
+            stream.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    return folder
+
+
+def words_for(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    tiny = "--steps 5 --batch 2 --seq 64 --r 8 --learning-rate 5e-3 --heldout-tokens 600 --seeds 1"
+    return ["--model", str(model), "--data", str(data), "--out", str(out), *tiny.split(), *more]
+
+
+@pytest.fixture(scope="module")
+def lines(llama_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two arms, the second after the file was there."""
+    if torch.cuda.is_available():
+        pytest.skip("the runs are those of a CPU, and steep takes a GPU where there is one")
+    out = tmp_path_factory.mktemp("bases") / "rows.jsonl"
+    bases.main(words_for(llama_folder, data, out, "--arms", ARMS[0]))
+    first = out.read_text(encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        begun: list[tuple[str, int]] = []
+        run = bases.one_run
+        patch.setattr(bases, "one_run", lambda *given: begun.append(given[1:]) or run(*given))
+        bases.main(words_for(llama_folder, data, out, "--arms", *ARMS))
+    assert begun == [(ARMS[1], 0)], "a line that is there is not run again"
+    assert out.read_text(encoding="utf-8").startswith(first)
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def test_arms_train_the_same_rows_and_are_scored_on_the_same_text(lines: list[dict[str, Any]]) -> None:
+    four_bit, sixteen_bit = lines
+    assert [row["arm"] for row in lines] == ARMS
+    for row in lines:
+        assert len(row["curve"]) == 5 and row["curve"][-1] < row["curve"][0]
+        assert 0 < row["tokens"] <= 5 * 2 * 64 and row["scale"] == pytest.approx(2.0)
+        assert row["embedding_learning_rate"] == pytest.approx(row["learning_rate"] / 10)
+        assert row["own"]["ko"]["loss"] < row["before"]["ko"]["loss"] - 0.05, "Korean was learned"
+        for column in ("before", "own", "merged"):
+            for score in row[column].values():
+                assert 0 < score["bits_per_byte"] < score["loss"] / math.log(2)  # tokens are more than bytes here
+        assert set(row["heldout"]) == {"ko", "en"} and all(tokens <= 600 for _, tokens in row["heldout"].values())
+        assert row["heldout"]["ko"][0] > 1
+    for what in ("tokens", "heldout"):
+        assert four_bit[what] == sixteen_bit[what]
+    assert four_bit["own"] != sixteen_bit["own"] and four_bit["curve"] != sixteen_bit["curve"]
+    # Merged into its own base, 16 bits lose next to nothing, and that base before training is what all were made of.
+    for language in ("ko", "en"):
+        own, merged = (sixteen_bit[column][language]["loss"] for column in ("own", "merged"))
+        assert merged == pytest.approx(own, abs=2e-3)
+
+
+def test_what_was_merged_is_the_trained_model(lines: list[dict[str, Any]]) -> None:
+    for row in lines:
+        assert row["merged"]["ko"]["loss"] < row["before"]["ko"]["loss"] - 0.05
+
+
+@pytest.mark.parametrize("change", [{"--steps": "6"}, {"--r": "4"}, {"--learning-rate": "1e-3"}, {"--seq": "32"}])
+def test_a_line_of_other_work_does_not_count(change: dict[str, str], data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    same = bases.parse(words_for(tmp_path, data, out))
+    other = bases.parse(words_for(tmp_path, data, out, *(word for pair in change.items() for word in pair)))
+    assert not bases.done(out, bases.work_of(same))
+    for arm, seed in (("nf4", 0), ("bf16", 1)):
+        measuring.append(out, {"arm": arm, "seed": seed, **vars(bases.work_of(same))})
+    assert bases.done(out, bases.work_of(same)) == {("nf4", 0), ("bf16", 1)}
+    assert not bases.done(out, bases.work_of(other))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_is_a_run_file(arm: str, data: Path, tmp_path: Path) -> None:
+    arguments = bases.parse(words_for(tmp_path, data, tmp_path / "rows.jsonl"))
+    config = bases.run_config(arguments, arm, 3, tmp_path / "run")
+    assert config.model.base == bases.ARMS[arm]["base"] and config.training.seed == 3
+    assert [source.role for source in config.data.sources] == ["train"] * 2 + ["heldout"] * 3
+    assert config.adapter.lora_alpha / config.adapter.r**0.5 == pytest.approx(2.0)
+
+
+def test_arms_differ_in_base_and_products_alone() -> None:
+    assert {field for arm in bases.ARMS.values() for field in arm} == {"base", "fp8_products"}
+    assert {arm["base"] for arm in bases.ARMS.values()} <= set(get_args(Base))
+    for name, arm in bases.ARMS.items():
+        assert ("fp8_products" in arm) == (arm["base"] == "fp8")
+        assert name == "-".join(arm.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give --model and --data, or --summary"),
+        (["--model", "{folder}", "--data", "{folder}"], "holds no model"),
+        (["--model", "{model}", "--data", "{folder}"], "lacks ko-tech.train.jsonl.gz"),
+        (["--model", "{model}", "--data", "{folder}", "--arms", "fp4"], "invalid choice: 'fp4'"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_runs(
+    words: list[str], said: str, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        bases.main([word.format(folder=tmp_path, model=llama_folder) for word in words])
+    assert said in f"{end.value.code}\n{capsys.readouterr().err}"
+
+
+def test_an_unfused_run_on_a_gpu_is_no_result(
+    llama_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bases, "train_run", lambda config: {})
+    monkeypatch.setattr(bases, "choices_of_run", lambda folder: Choices(False, "bf16"))
+    monkeypatch.setattr(bases, "free_memory", lambda: None)
+    arguments = bases.parse(words_for(llama_folder, data, tmp_path / "rows.jsonl"))
+    for name, value in (("is_available", True), ("reset_peak_memory_stats", None), ("max_memory_allocated", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    with pytest.raises(RuntimeError, match="not fused"):
+        bases.one_run(arguments, "nf4", 0)
+
+
+def test_several_processes_append_whole_lines(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.measuring import append\n"
+        "for number in range(60): append(Path(sys.argv[1]), {'process': sys.argv[2], 'curve': [number] * 9000})"
+    )
+    with ThreadPoolExecutor(3) as pool:
+        words = [[sys.executable, "-c", code, str(out), str(number)] for number in range(3)]
+        assert not any(done.returncode for done in pool.map(subprocess.run, words))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 180 and all(len(row["curve"]) == 9000 for row in rows)
+
+
+def test_a_command_names_no_machines_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--model", "/mnt/a disk/../m", "--data", "/home/me/data/", "--out=/x/y.jsonl", "--steep-args", "--a.b c/d"]
+    monkeypatch.setattr(sys, "argv", ["/home/me/benchmarks/bases.py", *words])
+    said = measuring.command()
+    assert said.startswith("python -m benchmarks.bases --model ")
+    assert "--data data/ --out=y.jsonl --steep-args --a.b c/d" in said and "/home" not in said
+
+
+# ---- the summary
+
+
+def planted(arm: str, seed: int, losses: tuple[float, float, float, float], **fields: Any) -> dict[str, Any]:
+    """Korean and English in its own arithmetic, then merged."""
+    scores = [{"loss": loss, "bits_per_byte": loss / 2} for loss in losses]
+    row = {"arm": arm, "seed": seed, "model": "m", "steps": 5, "batch": 2, "seq": 64, "r": 8, "learning_rate": 1e-4}
+    row |= {"heldout_tokens": 600, "gpu": "none", "tokens": 640, "embedding_learning_rate": 1e-5, "scale": 2.0}
+    row |= {"heldout": {"ko": [9, 500], "en": [9, 500]}, "curve": [6.0, 5.0 + seed / 10 + len(arm) / 100]}
+    return row | {"own": dict(zip(("ko", "en"), scores[:2], strict=True))} | {
+        "merged": dict(zip(("ko", "en"), scores[2:], strict=True)), **fields,
+    }  # fmt: skip
+
+
+NF4, BF16 = (0.780, 3.580, 0.897, 3.486), (0.766, 3.438, 0.766, 3.438)
+BOTH = (0.776, 3.456, 0.777, 3.447)
+
+
+def of_three_seeds(
+    both: tuple[float, float, float, float] = BOTH, noise: tuple[float, float, float] = (0.0, 0.0, 0.0)
+) -> list[dict[str, Any]]:
+    """Seeds differ by much more than arms, as they do; `noise` is that of fp8-both alone."""
+    rows = []
+    for seed, own in enumerate(noise):
+        for arm, losses in (("nf4", NF4), ("bf16", BF16), ("fp8-both", tuple(loss + own for loss in both))):
+            rows.append(planted(arm, seed, tuple(loss + 0.1 * seed for loss in losses)))  # pyright: ignore[reportArgumentType]
+    return rows
+
+
+def summary_of(
+    rows: list[dict[str, Any]], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, dict[str, str], str]:
+    """Exit code, the answer to each part of the bar, and all that was said."""
+    file = folder / "planted.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        bases.main(["--summary", str(file)])
+    said = capsys.readouterr().out
+    answers = dict(line.split(": ", 1) for line in said.splitlines() if line.startswith("fp8-both is "))
+    return int(end.value.code or 0), answers, said
+
+
+def test_the_studys_figures_hold_the_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, answers, said = summary_of(of_three_seeds(), tmp_path, capsys)
+    assert code == 0 and len(answers) == 6
+    assert all(answer.startswith("holds (") for answer in answers.values())
+    assert "the bar holds" in said
+    assert "| fp8-both | 3 | 0.8760 ± 0.1000 (0.4380) |" in said
+    assert "| fp8-both minus nf4 | 3 | -0.0040 ± 0.0000 | -0.1200 ± 0.0000 | -0.1240 ± 0.0000 |" in said
+    assert "| fp8-both minus bf16 | 3 | +0.0100 ± 0.0000 | +0.0110 ± 0.0000 |" in said
+
+
+@pytest.mark.parametrize("column", range(4))
+def test_one_column_that_is_worse_breaks_it(column: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for off, holds in ((-0.001, True), (0.001, False), (float("nan"), False)):
+        both = list(BOTH)
+        both[column] = NF4[column] + off
+        code, answers, said = summary_of(of_three_seeds(tuple(both)), tmp_path, capsys)  # pyright: ignore[reportArgumentType]
+        language, where = ("Korean", "English")[column % 2], ("own", "merged")[column // 2]
+        answer = answers[f"fp8-both is not worse than nf4, {language}, {where}"]
+        assert answer.startswith("holds (" if holds else "does not hold (")
+        others = [answer for what, answer in answers.items() if "nf4" in what and f"{language}, {where}" not in what]
+        assert len(others) == 3 and all(other.startswith("holds") for other in others)
+        if not holds:
+            assert code == 1 and "the bar is not shown to hold" in said
+
+
+@pytest.mark.parametrize(("gap", "holds"), [(0.0149, True), (0.0151, False)])
+@pytest.mark.parametrize("column", [2, 3])
+def test_merged_it_may_be_so_far_from_16_bits(
+    column: int, gap: float, holds: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = list(BOTH)
+    both[column] = BF16[column] + gap
+    code, answers, _ = summary_of(of_three_seeds(tuple(both)), tmp_path, capsys)  # pyright: ignore[reportArgumentType]
+    what = f"fp8-both is within 0.015 of bf16, {('Korean', 'English')[column % 2]}, merged"
+    assert answers[what].startswith("holds (" if holds else "does not hold (") and (code == 0) is holds
+
+
+def test_what_noise_could_have_made_is_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = (NF4[0] + 0.0005, *BOTH[1:])
+    code, answers, _ = summary_of(of_three_seeds(both, noise=(-0.001, 0.001, 0.0)), tmp_path, capsys)
+    assert answers["fp8-both is not worse than nf4, Korean, own"].startswith("open: ") and code == 1
+    assert answers["fp8-both is not worse than nf4, English, own"].startswith("holds")
+
+
+def test_a_seed_that_one_arm_lacks_decides_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lone = planted("fp8-both", 9, (9.0, 9.0, 9.0, 9.0))
+    code, answers, _ = summary_of([*of_three_seeds(), lone], tmp_path, capsys)
+    assert code == 0 and all("3 seeds" in answer for answer in answers.values())
+    code, answers, _ = summary_of([lone, planted("nf4", 0, NF4)], tmp_path, capsys)
+    assert code == 1 and set(answers.values()) == {"no seed has both runs"}
+
+
+def test_each_model_has_to_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    worse = [{**row, "model": "other"} for row in of_three_seeds((NF4[0] + 0.01, *BOTH[1:]))]
+    code, _, said = summary_of([*of_three_seeds(), *worse], tmp_path, capsys)
+    assert code == 1 and said.count("| base, products |") == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"heldout": {"ko": [8, 500], "en": [9, 500]}}, "differ in heldout"),
+        ({"tokens": 639}, "differ in tokens"),
+        ({"curve": None}, "have the same losses to the last digit"),
+    ],
+)
+def test_runs_that_are_unlike_are_not_compared(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+    rows = of_three_seeds()
+    rows[2] |= {"curve": rows[0]["curve"]} if "curve" in fields else fields
+    (file := tmp_path / "planted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match=said):
+        bases_table.tell(file)
+
+
+# ---- loading
+
+
+def test_loading_is_timed_beside_reading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = "--device cpu --shape tiny --bases fp8 --repeats 1"
+    loading.main([*words.split(), "--weights", str(tmp_path), "--out", str(out)])
+    read, load = map(json.loads, out.read_text().splitlines())
+    assert (read["what"], load["what"]) == ("read", "fp8")
+    assert read["seconds"] > 0 and load["seconds"] > 0 and read["gib"] == load["gib"] > 0
+    # Linear layers at a byte a weight, both embeddings at two.
+    linear, embeddings = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128), 2 * 384 * 64
+    assert load["kept_gib"] * 2**30 == pytest.approx(linear + 2 * embeddings, rel=0.1)
+    ratio = load["seconds"] / read["seconds"]
+    assert f"{ratio:.2f} x reading" in capsys.readouterr().out
+
+
+def test_files_are_dropped_and_found_in_memory(tmp_path: Path) -> None:
+    files = loading.weight_files(write("tiny", tmp_path / "tiny", "cpu"))
+    assert len(files) == 3
+    loading.read(files)
+    assert loading.resident(files) == 1.0
+    loading.drop(files)
+    assert loading.resident(files) < 1.0, "the system of this disk does not drop pages: loads would be warm"
+
+
+def test_a_load_that_fails_ends_the_call(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="fp8 was not loaded"):
+        loading.loaded("fp8", tmp_path / "empty", tmp_path / "empty")
