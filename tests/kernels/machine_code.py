@@ -56,9 +56,14 @@ def launched(module: ModuleType) -> set[str]:
     return {name.id for name in named if isinstance(name, ast.Name) and hasattr(module, name.id)}
 
 
+def compilations_of(module: ModuleType, capability: int) -> list[Compilation]:
+    """Those that are launched on such a card."""
+    found: list[Compilation] = module.compilations(dtype_on(capability))
+    return [compilation for compilation in found if compilation.oldest <= divmod(capability, 10)]
+
+
 def compilations(capability: int) -> list[Compilation]:
-    dtype = dtype_on(capability)
-    return [compilation for module in kernel_modules() for compilation in module.compilations(dtype)]
+    return [compilation for module in kernel_modules() for compilation in compilations_of(module, capability)]
 
 
 def pointers(kinds: tuple[Type, ...], before: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:

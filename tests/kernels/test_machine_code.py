@@ -9,10 +9,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from steep.kernels import OLDEST_CARD
-from tests.kernels.machine_code import SHARED_KIB, compilations, kernel_modules, launched
+from tests.kernels.machine_code import SHARED_KIB, compilations, compilations_of, kernel_modules, launched
 
 REGISTERS = 255
 # Bytes a thread keeps in memory for want of registers: none, but for one number where ptxas prefers another warp on the
@@ -64,5 +63,5 @@ def test_the_oldest_card_is_built_for() -> None:
 
 def test_every_kernel_that_is_launched_is_built() -> None:
     for module in kernel_modules():
-        built = [compilation.kernel for compilation in module.compilations(torch.bfloat16)]
+        built = [each.kernel for capability in SHARED_KIB for each in compilations_of(module, capability)]
         assert [name for name in launched(module) if getattr(module, name) not in built] == [], module.__name__

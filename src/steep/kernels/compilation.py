@@ -1,7 +1,7 @@
 """What the kernels are compiled for: the configurations that are launched.
 
 `kernels/x.py` names its own in `compilations(dtype)`, from the constants that its launchers use.
-`tests/kernels/test_machine_code.py` builds each for every card, without one.
+`tests/kernels/test_machine_code.py` builds each for every card that can run it, without one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+
+from steep.kernels import OLDEST_CARD
 
 if TYPE_CHECKING:
     from triton import JITFunction
@@ -28,14 +30,17 @@ class Compilation:
             a tuple, those of its members.
         constants: the value of each `tl.constexpr` argument.
         num_warps: as launched; the default is Triton's.
+        oldest: compute capability of the oldest card on which it is launched: OLDEST_FP8_CARD of kernels with e4m3.
     """
 
     kernel: JITFunction
     signature: Mapping[str, Type]
     constants: Mapping[str, object]
     num_warps: int = 4
+    oldest: tuple[int, int] = OLDEST_CARD
 
 
 def triton_type(dtype: torch.dtype) -> str:
     """The type of a pointer to elements of `dtype`, in a signature."""
-    return {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float8_e4m3fn: "*fp8e4nv"}
+    return names[dtype]
