@@ -11,11 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from steep.kernels import variants
+from steep.kernels import OLDEST_FP8_CARD, variants
 from steep.kernels.compilation import Compilation, triton_type
+from steep.kernels.fp8_rows import Rows, sharing, store_columns
 
 ELEMENTS = 4096  # of a program: 32 a thread
 WARPS = 4
+MAX_COLUMNS = 16384  # of a row that is written in e4m3
 
 
 @cache
@@ -23,6 +25,14 @@ def configuration(columns: int) -> tuple[int, int]:
     """(ROWS_BLOCK, COLUMNS_BLOCK)."""
     block = min(triton.next_power_of_2(columns), ELEMENTS)
     return ELEMENTS // block, block
+
+
+@cache
+def row_configuration(columns: int) -> tuple[int, int]:
+    """(BLOCK, num_warps) for whole rows: 16 elements a thread, so two 16-byte reads of bf16."""
+    assert columns <= MAX_COLUMNS, f"a row of {columns} does not fit in registers"
+    block = triton.next_power_of_2(columns)
+    return block, min(max(block // 512, 1), 32)
 
 
 @triton.jit
@@ -58,6 +68,29 @@ def copy_rows_kernel(
 ):
     row, column = tl.program_id(0), tl.program_id(1)
     copy_tile(source, target, source_stride, target_stride, row, column, rows, columns, ROWS_BLOCK, COLUMNS_BLOCK)
+
+
+@triton.jit
+def copy_quantised_kernel(
+    source,
+    target,
+    codes,
+    code_scale,
+    factors,  # or None
+    source_stride,
+    target_stride,
+    codes_stride,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < COLUMNS
+    value = tl.load(source + row * source_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target + row * target_stride + column, value.to(target.dtype.element_ty), mask=inside)
+    scales = code_scale + row * ((COLUMNS + SHARED - 1) // SHARED)
+    store_columns(value, 0, COLUMNS, codes + row * codes_stride, scales, factors, BLOCK, SHARED)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -108,6 +141,20 @@ def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:
     )
 
 
+def copy_quantised(source: torch.Tensor, target: torch.Tensor, rows: Rows) -> None:
+    """target = source, both [T, n] with rows apart; and in e4m3 into `rows`. A row a program."""
+    num_rows, columns = source.shape
+    block, num_warps = row_configuration(columns)
+    codes_stride, shared = sharing(rows, block)
+    variants.launch(
+        copy_quantised_kernel,
+        (num_rows, 1, 1),
+        (source, target, *rows),
+        (source.stride(0), target.stride(0), codes_stride, columns, block, shared),
+        num_warps=num_warps,
+    )
+
+
 def join_rows(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor, target: torch.Tensor) -> None:
     """target [rows, n + 2 m] = first [rows, n], second and third [rows, m] side by side, all with rows apart."""
     (rows, columns), other_columns = first.shape, second.shape[1]
@@ -125,7 +172,8 @@ def join_rows(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor, ta
 
 
 def compilations(dtype: torch.dtype) -> list[Compilation]:
-    """How the kernels are launched for Llama-3-8B's hidden states and heads, and from a residual stream in fp32."""
+    """How the kernels are launched for Llama-3-8B's hidden states and heads, and from a residual stream in fp32; with
+    e4m3, the longest rows too."""
     signature = {"source": triton_type(dtype), "target": triton_type(dtype)}
     signature |= dict.fromkeys(("rows", "columns", "source_stride", "target_stride"), "i32")
     found = []
@@ -133,6 +181,13 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
         rows_block, columns_block = configuration(columns)
         constants = {"ROWS_BLOCK": rows_block, "COLUMNS_BLOCK": columns_block}
         found.append(Compilation(copy_rows_kernel, {**signature, "source": triton_type(source)}, constants, WARPS))
+    rows = {name: triton_type(dtype) for name in ("source", "target")}
+    rows |= {"codes": "*fp8e4nv", "code_scale": "*fp32", "factors": "*fp32"}
+    rows |= dict.fromkeys(("source_stride", "target_stride", "codes_stride"), "i32")
+    for columns, pieces in ((4096, False), (MAX_COLUMNS, True)):
+        block, num_warps = row_configuration(columns)
+        constants = {"COLUMNS": columns, "BLOCK": block, "SHARED": 128 if pieces else block}
+        found.append(Compilation(copy_quantised_kernel, rows, constants, num_warps, OLDEST_FP8_CARD))
     numbers = ("rows", "columns", "other_columns", "first_stride", "second_stride", "third_stride", "target_stride")
     signature = {name: triton_type(dtype) for name in ("first", "second", "third", "target")}
     signature |= dict.fromkeys(numbers, "i32")

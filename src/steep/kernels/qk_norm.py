@@ -1,6 +1,7 @@
 """RMS norm of every q and k head, then rotary position embedding: a token a program, all heads, one pass each way.
 
 A head is handled as what is rotated against each other, its first R/2 and next R/2 elements, and what is left (REST).
+Backward can write its result in e4m3 too, for a product to read: then it also reads the v heads, which it leaves alone.
 """
 
 # pyright: reportCallIssue=false, reportReturnType=false
@@ -14,8 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from steep.kernels import variants
+from steep.kernels import OLDEST_FP8_CARD, variants
 from steep.kernels.compilation import Compilation, triton_type
+from steep.kernels.fp8_rows import NO_ROWS, Rows, heads_sharing, store_heads
+from steep.kernels.rope import rest_block
 
 
 @cache
@@ -23,12 +26,6 @@ def configuration(num_heads: int, half: int) -> tuple[int, int, int]:
     """(HEADS_BLOCK, HALF_BLOCK, num_warps) for `num_heads` heads of `half` angles: 16 pairs a thread."""
     heads_block, half_block = triton.next_power_of_2(num_heads), triton.next_power_of_2(half)
     return heads_block, half_block, min(max(heads_block * half_block // 512, 1), 16)
-
-
-@cache
-def rest_block(rest: int) -> int:
-    """REST_BLOCK for heads with `rest` elements that are not rotated."""
-    return triton.next_power_of_2(max(rest, 1))
 
 
 @triton.jit
@@ -106,10 +103,14 @@ def backward_kernel(
     k_weight,
     cos,
     sin,
+    codes,  # or None
+    code_scale,  # or None
+    factors,  # or None
     dqkv_stride,
     qkv_stride,
     cos_stride,
     sin_stride,
+    codes_stride,
     eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -119,6 +120,7 @@ def backward_kernel(
     HEADS_BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
+    SHARING: tl.constexpr,
 ):
     REST: tl.constexpr = HEAD_DIM - 2 * HALF
     token = tl.program_id(0).to(tl.int64)
@@ -151,10 +153,26 @@ def backward_kernel(
     rstd = tl.rsqrt(squares / HEAD_DIM + eps)
     along = along / HEAD_DIM * rstd * rstd
 
-    tl.store(gradient + angle, ((g1 - x1 * along) * rstd).to(dqkv.dtype.element_ty), mask=inside)
-    tl.store(gradient + HALF + angle, ((g2 - x2 * along) * rstd).to(dqkv.dtype.element_ty), mask=inside)
+    dx1, dx2, dx3 = (g1 - x1 * along) * rstd, (g2 - x2 * along) * rstd, None
+    tl.store(gradient + angle, dx1.to(dqkv.dtype.element_ty), mask=inside)
+    tl.store(gradient + HALF + angle, dx2.to(dqkv.dtype.element_ty), mask=inside)
     if REST > 0:
-        tl.store(gradient + column, ((g3 - x3 * along) * rstd).to(dqkv.dtype.element_ty), mask=in_rest)
+        dx3 = (g3 - x3 * along) * rstd
+        tl.store(gradient + column, dx3.to(dqkv.dtype.element_ty), mask=in_rest)
+
+    if codes is not None:
+        ALL_HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
+        is_v = (head >= NUM_HEADS + NUM_KV_HEADS) & (head < ALL_HEADS)
+        dx1 = tl.where(is_v, tl.load(gradient + angle, mask=is_v & has_angle, other=0.0).to(tl.float32), dx1)
+        dx2 = tl.where(is_v, tl.load(gradient + HALF + angle, mask=is_v & has_angle, other=0.0).to(tl.float32), dx2)
+        if REST > 0:
+            v_rest = tl.load(gradient + column, mask=is_v & (column < HEAD_DIM), other=0.0).to(tl.float32)
+            dx3 = tl.where(is_v, v_rest, dx3)
+        scales = code_scale + token * (1 if SHARING == 0 else (ALL_HEADS * HEAD_DIM + 127) // 128)
+        store_heads(
+            dx1, dx2, dx3, codes + token * codes_stride, scales, factors, ALL_HEADS, HEAD_DIM, HALF, HEADS_BLOCK,
+            HALF_BLOCK, REST_BLOCK, SHARING,
+        )  # fmt: skip
 
 
 def forward(
@@ -196,27 +214,33 @@ def backward(
     num_kv_heads: int,
     head_dim: int,
     unit_offset: bool,
+    rows: Rows | None,
 ) -> None:
-    """In place: the q and k heads of dqkv become the gradients by those of the raw qkv."""
+    """In place: the q and k heads of dqkv become the gradients by those of the raw qkv; all heads go in e4m3 into
+    `rows`."""
     half = cos.shape[1]
-    heads_block, half_block, num_warps = configuration(num_heads + num_kv_heads, half)
-    strides = dqkv.stride(0), qkv.stride(0), cos.stride(0), sin.stride(0)
+    handled = num_heads + (num_kv_heads if rows is None else 2 * num_kv_heads)
+    heads_block, half_block, num_warps = configuration(handled, half)
+    codes_stride, sharing = heads_sharing(rows, head_dim, heads_block)
+    strides = dqkv.stride(0), qkv.stride(0), cos.stride(0), sin.stride(0), codes_stride
     heads = num_heads, num_kv_heads, head_dim
+    blocks = heads_block, half_block, rest_block(head_dim - 2 * half)
     variants.launch(
         backward_kernel,
         (qkv.shape[0], 1, 1),
-        (dqkv, qkv, q_weight, k_weight, cos, sin),
-        (*strides, eps, *heads, half, unit_offset, heads_block, half_block, rest_block(head_dim - 2 * half)),
+        (dqkv, qkv, q_weight, k_weight, cos, sin, *(rows or NO_ROWS)),
+        (*strides, eps, *heads, half, unit_offset, *blocks, sharing),
         num_warps=num_warps,
     )
 
 
 def compilations(dtype: torch.dtype) -> list[Compilation]:
-    """How the kernels are launched for q and k in `dtype`: Qwen3-8B's heads, and Gemma-3-4B's."""
+    """How the kernels are launched for q and k in `dtype`: Qwen3-8B's heads, and Gemma-3-4B's; with e4m3, the latter in
+    pieces."""
     kind = triton_type(dtype)
     signature = {"qkv": kind, "dqkv": kind, "out": kind, "q_weight": kind, "k_weight": kind}
     signature |= {"cos": "*fp32", "sin": "*fp32", "eps": "fp32"}
-    strides = ("qkv_stride", "dqkv_stride", "out_stride", "cos_stride", "sin_stride")
+    strides = ("qkv_stride", "dqkv_stride", "out_stride", "cos_stride", "sin_stride", "codes_stride")
     signature |= dict.fromkeys(strides, "i32")
     found = []
     for num_heads, num_kv_heads, head_dim, unit_offset in ((32, 8, 128, False), (8, 4, 256, True)):
@@ -227,6 +251,11 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
             (backward_kernel, num_heads + num_kv_heads),
         ):
             heads_block, half_block, num_warps = configuration(handled, head_dim // 2)
-            blocks = {"HEADS_BLOCK": heads_block, "HALF_BLOCK": half_block}
+            blocks = {"HEADS_BLOCK": heads_block, "HALF_BLOCK": half_block, "SHARING": 0}
+            blocks |= dict.fromkeys(("codes", "code_scale", "factors"))
             found.append(Compilation(kernel, signature, constants | blocks, num_warps))
+        heads_block, half_block, num_warps = configuration(num_heads + 2 * num_kv_heads, head_dim // 2)
+        blocks = {"HEADS_BLOCK": heads_block, "HALF_BLOCK": half_block, "SHARING": int(head_dim > 128)}
+        rows = signature | {"codes": "*fp8e4nv", "code_scale": "*fp32", "factors": "*fp32"}
+        found.append(Compilation(backward_kernel, rows, constants | blocks, num_warps, OLDEST_FP8_CARD))
     return found

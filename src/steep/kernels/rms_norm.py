@@ -1,6 +1,7 @@
 """RMS norm: a row a program, the whole row in registers, read once and written once.
 
 The weight is frozen, so backward has one output; it makes the row's statistic again from x, which it reads anyway.
+Either can write its result in e4m3 too, for a product to read: the row is there already.
 """
 
 # pyright: reportCallIssue=false, reportReturnType=false
@@ -14,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from steep.kernels import variants
+from steep.kernels import OLDEST_FP8_CARD, variants
 from steep.kernels.compilation import Compilation, triton_type
+from steep.kernels.fp8_rows import NO_ROWS, Rows, sharing, store_columns
 
 MAX_HIDDEN = 16384
 
@@ -34,13 +36,18 @@ def forward_kernel(
     weight,
     residual,  # or None
     out,
+    codes,  # or None
+    code_scale,  # or None
+    factors,  # or None
     x_stride,
     residual_stride,
     out_stride,
+    codes_stride,
     eps,
     HIDDEN: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -53,6 +60,9 @@ def forward_kernel(
     if residual is not None:
         result += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + column, result.to(out.dtype.element_ty), mask=inside)
+    if codes is not None:
+        scales = code_scale + row * ((HIDDEN + SHARED - 1) // SHARED)
+        store_columns(result, 0, HIDDEN, codes + row * codes_stride, scales, factors, BLOCK, SHARED)
 
 
 @triton.jit
@@ -62,14 +72,19 @@ def backward_kernel(
     weight,
     add,  # or None
     out,
+    codes,  # or None
+    code_scale,  # or None
+    factors,  # or None
     dy_stride,
     x_stride,
     add_stride,
     out_stride,
+    codes_stride,
     eps,
     HIDDEN: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -86,6 +101,9 @@ def backward_kernel(
     if add is not None:
         result += tl.load(add + row * add_stride + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + column, result.to(out.dtype.element_ty), mask=inside)
+    if codes is not None:
+        scales = code_scale + row * ((HIDDEN + SHARED - 1) // SHARED)
+        store_columns(result, 0, HIDDEN, codes + row * codes_stride, scales, factors, BLOCK, SHARED)
 
 
 def forward(
@@ -95,16 +113,18 @@ def forward(
     unit_offset: bool,
     residual: torch.Tensor | None,
     out: torch.Tensor,
+    rows: Rows | None,
 ) -> None:
-    """out = (residual +) norm(x) · weight, all [T, H] with rows that may be apart."""
+    """out = (residual +) norm(x) · weight, all [T, H] with rows that may be apart; and in e4m3 into `rows`."""
     num_tokens, hidden = x.shape
     block, num_warps = configuration(hidden)
     residual_stride = 0 if residual is None else residual.stride(0)
+    codes_stride, shared = sharing(rows, block)
     variants.launch(
         forward_kernel,
         (num_tokens, 1, 1),
-        (x, weight, residual, out),
-        (x.stride(0), residual_stride, out.stride(0), eps, hidden, unit_offset, block),
+        (x, weight, residual, out, *(rows or NO_ROWS)),
+        (x.stride(0), residual_stride, out.stride(0), codes_stride, eps, hidden, unit_offset, block, shared),
         num_warps=num_warps,
     )
 
@@ -117,35 +137,47 @@ def backward(
     unit_offset: bool,
     add: torch.Tensor | None,
     out: torch.Tensor,
+    rows: Rows | None,
 ) -> None:
-    """out = (add +) the gradient of `forward` by x. `out` may be `add` or `dy`: a row is read, then written."""
+    """out = (add +) the gradient of `forward` by x; and in e4m3 into `rows`. `out` may be `add` or `dy`: a row is read,
+    then written."""
     num_tokens, hidden = x.shape
     block, num_warps = configuration(hidden)
     add_stride = 0 if add is None else add.stride(0)
+    codes_stride, shared = sharing(rows, block)
     variants.launch(
         backward_kernel,
         (num_tokens, 1, 1),
-        (dy, x, weight, add, out),
-        (dy.stride(0), x.stride(0), add_stride, out.stride(0), eps, hidden, unit_offset, block),
+        (dy, x, weight, add, out, *(rows or NO_ROWS)),
+        (dy.stride(0), x.stride(0), add_stride, out.stride(0), codes_stride, eps, hidden, unit_offset, block, shared),
         num_warps=num_warps,
     )
 
 
 def compilations(dtype: torch.dtype) -> list[Compilation]:
-    """How the kernels are launched for a block input in `dtype`, the residual stream in it or in fp32."""
+    """How the kernels are launched for a block input in `dtype`, the residual stream in it or in fp32; some with e4m3."""
     kind = triton_type(dtype)
     found = []
     for hidden, unit_offset, stream in ((4096, False, kind), (8192, False, "*fp32"), (2560, True, kind)):
         block, num_warps = configuration(hidden)
         constants = {"HIDDEN": hidden, "UNIT_OFFSET": unit_offset, "BLOCK": block}
-        strides = dict.fromkeys(("x_stride", "residual_stride", "dy_stride", "add_stride", "out_stride"), "i32")
+        names = ("x_stride", "residual_stride", "dy_stride", "add_stride", "out_stride", "codes_stride")
+        strides = dict.fromkeys(names, "i32")
         common = strides | {"x": stream, "weight": kind, "eps": "fp32"}
         forward_signature = common | {"out": kind, "residual": stream}
         backward_signature = common | {"out": stream, "add": stream, "dy": kind}
+        plain = constants | {"codes": None, "code_scale": None, "factors": None, "SHARED": 0}
         found += [
-            Compilation(forward_kernel, forward_signature, constants | {"residual": None}, num_warps),
-            Compilation(backward_kernel, backward_signature, constants, num_warps),
+            Compilation(forward_kernel, forward_signature, plain | {"residual": None}, num_warps),
+            Compilation(backward_kernel, backward_signature, plain, num_warps),
         ]
         if unit_offset:  # Gemma norms a branch before it is added
-            found.append(Compilation(forward_kernel, forward_signature, constants, num_warps))
+            found.append(Compilation(forward_kernel, forward_signature, plain, num_warps))
+        rows = {"codes": "*fp8e4nv", "code_scale": "*fp32", "factors": "*fp32"}
+        x_rows = constants | {"residual": None, "factors": None, "SHARED": 128 if unit_offset else block}
+        dy_rows = constants | {"SHARED": block}
+        found += [
+            Compilation(forward_kernel, forward_signature | rows, x_rows, num_warps, OLDEST_FP8_CARD),
+            Compilation(backward_kernel, backward_signature | rows, dy_rows, num_warps, OLDEST_FP8_CARD),
+        ]
     return found

@@ -2,10 +2,16 @@
 
 Both activations are gate · sigmoid(z): z = gate for silu, z = 2·sqrt(2/π)·(gate + 0.044715·gate³) for tanh-gelu, since
 (1 + tanh(z/2)) / 2 = sigmoid(z). So one exponential serves both, of -|z|, which never overflows.
+
+Results can be written in e4m3 too, for a product to read; then a program does a whole row. A scale for the row is known
+only when all of it is computed, and a row of 14,336 does not stay in registers beside what makes it. So it is computed
+twice, from inputs that the second-level cache still has (a row's are 86 KB; the 264 that are under way, 23 MB of 50).
+To read back what the first pass wrote would move less, 57 KB for 86, but in 16 bit: e4m3 would be rounded twice, and
+backward's inputs lie where its results go. With a scale for each 128 columns one pass is enough.
 """
 
-# pyright: reportCallIssue=false
-# (a launch takes options)
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# (a launch takes options; a kernel's part gives several tensors)
 
 from __future__ import annotations
 
@@ -13,11 +19,13 @@ import torch
 import triton
 import triton.language as tl
 
-from steep.kernels import variants
+from steep.kernels import OLDEST_FP8_CARD, variants
 from steep.kernels.compilation import Compilation, triton_type
+from steep.kernels.fp8_rows import LARGEST, Rows, largest_of, magnitude, sharing, store_columns, weighted
 
 FORWARD_BLOCK, FORWARD_WARPS = 2048, 4
 BACKWARD_BLOCK, BACKWARD_WARPS = 1024, 4  # 2,048 elements lost: 0.48 against 0.18 ms at 4096 x 14336 on an H200
+ROW_BLOCK, ROW_WARPS = 4096, 16  # as many elements a thread; so wide that few rows are under way
 
 
 @triton.jit
@@ -52,6 +60,17 @@ def forward_kernel(
 
 
 @triton.jit
+def gradients(gate, up, gradient, IS_GELU: tl.constexpr):
+    """h, and the gradients of gate and up."""
+    sigmoid = sigmoid_of(gate, IS_GELU)
+    activated = gate * sigmoid
+    slope = activated * (1.0 - sigmoid)
+    if IS_GELU:
+        slope *= 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
+    return activated * up, gradient * up * (sigmoid + slope), gradient * activated
+
+
+@triton.jit
 def backward_kernel(
     dh,  # becomes h
     gate_up,  # become their gradients
@@ -70,15 +89,118 @@ def backward_kernel(
     gate = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(pointer + INTERMEDIATE, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(h_pointer, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = sigmoid_of(gate, IS_GELU)
-    activated = gate * sigmoid
-    slope = activated * (1.0 - sigmoid)
-    if IS_GELU:
-        slope *= 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
-    tl.store(h_pointer, (activated * up).to(dh.dtype.element_ty), mask=inside)
-    dgate = gradient * up * (sigmoid + slope)
+    h, dgate, dup = gradients(gate, up, gradient, IS_GELU)
+    tl.store(h_pointer, h.to(dh.dtype.element_ty), mask=inside)
     tl.store(pointer, dgate.to(gate_up.dtype.element_ty), mask=inside)
-    tl.store(pointer + INTERMEDIATE, (gradient * activated).to(gate_up.dtype.element_ty), mask=inside)
+    tl.store(pointer + INTERMEDIATE, dup.to(gate_up.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_streamed(pointer, inside):
+    """In fp32. Past the first-level cache, which keeps the factors of the columns."""
+    return tl.load(pointer, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+
+
+@triton.jit
+def forward_quantised_kernel(
+    gate_up,
+    h,
+    codes,
+    code_scale,
+    factors,  # or None
+    gate_up_stride,
+    h_stride,
+    codes_stride,
+    INTERMEDIATE: tl.constexpr,
+    IS_GELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,  # columns that share a scale; BLOCK: the row has one
+):
+    row = tl.program_id(0).to(tl.int64)
+    offset = tl.arange(0, BLOCK)
+    gate_up += row * gate_up_stride
+    h += row * h_stride
+    codes += row * codes_stride
+    inverse = 1.0
+    if SHARED == BLOCK:
+        bits = tl.zeros((BLOCK,), tl.int32)
+        for start in range(0, INTERMEDIATE, BLOCK):
+            column = start + offset
+            inside = column < INTERMEDIATE
+            gate = load_streamed(gate_up + column, inside)
+            up = load_streamed(gate_up + INTERMEDIATE + column, inside)
+            values = gate * sigmoid_of(gate, IS_GELU) * up
+            bits = tl.maximum(bits, magnitude(weighted(values, factors, column, inside)))
+        largest = largest_of(tl.max(bits, axis=0))
+        tl.store(code_scale + row, largest / LARGEST)
+        inverse = LARGEST / largest
+    for start in range(0, INTERMEDIATE, BLOCK):
+        column = start + offset
+        inside = column < INTERMEDIATE
+        gate = load_streamed(gate_up + column, inside)
+        up = load_streamed(gate_up + INTERMEDIATE + column, inside)
+        values = gate * sigmoid_of(gate, IS_GELU) * up
+        tl.store(h + column, values.to(h.dtype.element_ty), mask=inside)
+        if SHARED == BLOCK:
+            scaled = weighted(values, factors, column, inside) * inverse
+            tl.store(codes + column, scaled.to(tl.float8e4nv), mask=inside)
+        else:
+            scales = code_scale + row * ((INTERMEDIATE + SHARED - 1) // SHARED)
+            store_columns(values, start, INTERMEDIATE, codes, scales, factors, BLOCK, SHARED)
+
+
+@triton.jit
+def backward_quantised_kernel(
+    dh,  # becomes h
+    gate_up,  # become their gradients
+    codes,
+    code_scale,
+    factors,  # or None
+    dh_stride,
+    gate_up_stride,
+    codes_stride,
+    INTERMEDIATE: tl.constexpr,
+    IS_GELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,  # columns that share a scale; BLOCK: the row of both has one
+):
+    row = tl.program_id(0).to(tl.int64)
+    offset = tl.arange(0, BLOCK)
+    dh += row * dh_stride
+    gate_up += row * gate_up_stride
+    codes += row * codes_stride
+    inverse = 1.0
+    if SHARED == BLOCK:
+        bits = tl.zeros((BLOCK,), tl.int32)
+        for start in range(0, INTERMEDIATE, BLOCK):
+            column = start + offset
+            inside = column < INTERMEDIATE
+            gate = load_streamed(gate_up + column, inside)
+            up = load_streamed(gate_up + INTERMEDIATE + column, inside)
+            _, dgate, dup = gradients(gate, up, load_streamed(dh + column, inside), IS_GELU)
+            bits = tl.maximum(bits, magnitude(weighted(dgate, factors, column, inside)))
+            bits = tl.maximum(bits, magnitude(weighted(dup, factors, INTERMEDIATE + column, inside)))
+        largest = largest_of(tl.max(bits, axis=0))
+        tl.store(code_scale + row, largest / LARGEST)
+        inverse = LARGEST / largest
+    for start in range(0, INTERMEDIATE, BLOCK):
+        column = start + offset
+        inside = column < INTERMEDIATE
+        gate = load_streamed(gate_up + column, inside)
+        up = load_streamed(gate_up + INTERMEDIATE + column, inside)
+        h, dgate, dup = gradients(gate, up, load_streamed(dh + column, inside), IS_GELU)
+        tl.store(dh + column, h.to(dh.dtype.element_ty), mask=inside)
+        tl.store(gate_up + column, dgate.to(gate_up.dtype.element_ty), mask=inside)
+        tl.store(gate_up + INTERMEDIATE + column, dup.to(gate_up.dtype.element_ty), mask=inside)
+        if SHARED == BLOCK:
+            dgate = weighted(dgate, factors, column, inside) * inverse
+            dup = weighted(dup, factors, INTERMEDIATE + column, inside) * inverse
+            tl.store(codes + column, dgate.to(tl.float8e4nv), mask=inside)
+            tl.store(codes + INTERMEDIATE + column, dup.to(tl.float8e4nv), mask=inside)
+        else:
+            scales = code_scale + row * (2 * INTERMEDIATE // SHARED)
+            store_columns(dgate, start, INTERMEDIATE, codes, scales, factors, BLOCK, SHARED)
+            store_columns(dup, INTERMEDIATE + start, 2 * INTERMEDIATE, codes, scales, factors, BLOCK, SHARED)
 
 
 def forward(gate_up: torch.Tensor, intermediate: int, is_gelu: bool, h: torch.Tensor) -> None:
@@ -103,16 +225,46 @@ def backward(dh: torch.Tensor, gate_up: torch.Tensor, intermediate: int, is_gelu
     )
 
 
+def forward_quantised(gate_up: torch.Tensor, intermediate: int, is_gelu: bool, h: torch.Tensor, rows: Rows) -> None:
+    """As `forward`, and h in e4m3 into `rows`."""
+    codes_stride, shared = sharing(rows, ROW_BLOCK)
+    variants.launch(
+        forward_quantised_kernel,
+        (gate_up.shape[0], 1, 1),
+        (gate_up, h, *rows),
+        (gate_up.stride(0), h.stride(0), codes_stride, intermediate, is_gelu, ROW_BLOCK, shared),
+        num_warps=ROW_WARPS,
+    )
+
+
+def backward_quantised(dh: torch.Tensor, gate_up: torch.Tensor, intermediate: int, is_gelu: bool, rows: Rows) -> None:
+    """As `backward`, and the gradients of gate and up in e4m3 into `rows` [T, 2·I]."""
+    codes_stride, shared = sharing(rows, ROW_BLOCK)
+    variants.launch(
+        backward_quantised_kernel,
+        (gate_up.shape[0], 1, 1),
+        (dh, gate_up, *rows),
+        (dh.stride(0), gate_up.stride(0), codes_stride, intermediate, is_gelu, ROW_BLOCK, shared),
+        num_warps=ROW_WARPS,
+    )
+
+
 def compilations(dtype: torch.dtype) -> list[Compilation]:
-    """How the kernels are launched in `dtype`: Llama-3-8B's silu, and Gemma-3-4B's gelu."""
+    """How the kernels are launched in `dtype`: Llama-3-8B's silu, and Gemma-3-4B's gelu, which has pieces in e4m3."""
     kind = triton_type(dtype)
     signature = {"gate_up": kind, "h": kind, "dh": kind}
-    signature |= dict.fromkeys(("gate_up_stride", "h_stride", "dh_stride"), "i32")
+    signature |= dict.fromkeys(("gate_up_stride", "h_stride", "dh_stride", "codes_stride"), "i32")
+    signature |= {"codes": "*fp8e4nv", "code_scale": "*fp32", "factors": "*fp32"}
     found = []
     for intermediate, is_gelu in ((14336, False), (10240, True)):
         constants = {"INTERMEDIATE": intermediate, "IS_GELU": is_gelu}
         found += [
             Compilation(forward_kernel, signature, constants | {"BLOCK": FORWARD_BLOCK}, FORWARD_WARPS),
             Compilation(backward_kernel, signature, constants | {"BLOCK": BACKWARD_BLOCK}, BACKWARD_WARPS),
+        ]
+        constants |= {"BLOCK": ROW_BLOCK, "SHARED": 128 if is_gelu else ROW_BLOCK}
+        found += [
+            Compilation(kernel, signature, constants | unweighted, ROW_WARPS, OLDEST_FP8_CARD)
+            for kernel, unweighted in ((forward_quantised_kernel, {"factors": None}), (backward_quantised_kernel, {}))
         ]
     return found

@@ -1,21 +1,28 @@
-"""Rows into columns of a wider buffer, in the buffer's dtype."""
+"""Rows into columns of a wider buffer, in the buffer's dtype, and in e4m3."""
 
 from __future__ import annotations
 
 import torch
 
 from steep.ops.backend import uses_kernels
+from steep.ops.fp8 import Fp8Rows, quantise_reference
 
 
-def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Write `source` [T, n] into `target` [T, n], rounded once where the dtypes differ. Rows of both may be apart."""
+def copy_rows(source: torch.Tensor, target: torch.Tensor, *, quantised: Fp8Rows | None = None) -> None:
+    """Write `source` [T, n] into `target` [T, n], rounded once where the dtypes differ, and into `quantised` in e4m3.
+    Rows of all may be apart."""
     assert source.shape == target.shape and source.stride(1) == target.stride(1) == 1, (source.shape, target.shape)
     if not uses_kernels(target):
+        if quantised is not None:
+            quantise_reference(source, quantised)
         target.copy_(source)
         return
     from steep.kernels import copy_rows as kernels
 
-    kernels.copy_rows(source, target)
+    if quantised is None:
+        kernels.copy_rows(source, target)
+    else:
+        kernels.copy_quantised(source, target, quantised.parts(*source.shape))
 
 
 def join_rows(sources: tuple[torch.Tensor, torch.Tensor, torch.Tensor], target: torch.Tensor) -> None:

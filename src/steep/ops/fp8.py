@@ -88,6 +88,18 @@ class Fp8Rows:
         """Whether a scale is that of 128 columns of a row."""
         return self.scale.dim() == 2
 
+    def parts(self, tokens: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """codes, scale and factors, for a kernel that writes [tokens, columns] of these."""
+        codes, scale, factors = self.codes, self.scale, self.factors
+        assert codes.dtype == E4M3 and codes.shape == (tokens, columns), (codes.dtype, codes.shape)
+        assert codes.stride(1) == 1 and codes.stride(0) % 16 == 0, codes.stride()
+        assert scale.dtype == torch.float32 and scale.is_contiguous(), (scale.dtype, scale.stride())
+        assert scale.shape == ((tokens, -(-columns // BLOCK)) if self.has_pieces else (tokens,)), scale.shape
+        if factors is not None:
+            assert factors.dtype == torch.float32 and factors.shape == (columns,), (factors.dtype, factors.shape)
+            assert factors.is_contiguous(), factors.stride()
+        return codes, scale, factors
+
 
 def empty_fp8_rows(
     tokens: int, columns: int, device: torch.device, *, pieces: bool, factors: torch.Tensor | None = None

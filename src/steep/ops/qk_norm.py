@@ -16,8 +16,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from steep.ops.backend import uses_kernels, vjp
+from steep.ops.fp8 import Fp8Rows, quantise_reference
 from steep.ops.rms_norm import rms_norm_reference
-from steep.ops.rope import rope_reference
+from steep.ops.rope import check_pieces, rope_reference
 
 
 def qk_norm_rope_reference(
@@ -110,23 +111,31 @@ def qk_norm_rope_backward(
     head_dim: int,
     *,
     unit_offset: bool = False,
+    quantised: Fp8Rows | None = None,
 ) -> torch.Tensor:
     """Turn the gradient of what `qk_norm_rope_forward` returns into that of `qkv_raw`, in place, and return it.
 
     The v part is not touched. There are no gradients by the weights: they are frozen.
+
+    Args:
+        quantised: where to write it in e4m3 too, as of `rope_backward`.
     """
+    check_pieces(quantised, head_dim)
     _check((dqkv, qkv_raw), (q_weight, k_weight), (cos, sin), num_heads, num_kv_heads, head_dim)
     heads = num_heads, num_kv_heads, head_dim
     if uses_kernels(dqkv):
         from steep.kernels import qk_norm as kernels
 
-        kernels.backward(dqkv, qkv_raw, q_weight, k_weight, eps, cos, sin, *heads, unit_offset)
+        rows = quantised and quantised.parts(*dqkv.shape)
+        kernels.backward(dqkv, qkv_raw, q_weight, k_weight, eps, cos, sin, *heads, unit_offset, rows)
         return dqkv
     (dx,) = vjp(
         lambda x: qk_norm_rope_reference(x, q_weight, k_weight, eps, cos, sin, *heads, unit_offset=unit_offset),
         (qkv_raw.float(),),
         dqkv.float(),
     )
+    if quantised is not None:
+        quantise_reference(dx, quantised)
     return dqkv.copy_(dx)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from steep.ops.backend import uses_kernels, vjp
+from steep.ops.fp8 import Fp8Rows, quantise_reference
 
 
 def _in_fp32(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool) -> torch.Tensor:
@@ -50,6 +51,7 @@ def rms_norm_forward(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    quantised: Fp8Rows | None = None,
 ) -> torch.Tensor:
     """norm(x), or residual + norm(x) as after Gemma's attention and MLP.
 
@@ -59,6 +61,7 @@ def rms_norm_forward(
         residual: [T, H], of any of these dtypes.
         out: where to write [T, H], in its own dtype; may be `x_TH` or `residual`.
         out_dtype: without `out`; default: that of `residual`, else of x.
+        quantised: where to write the result in e4m3 too, from fp32.
     """
     if out is None:
         out = torch.empty_like(
@@ -68,10 +71,13 @@ def rms_norm_forward(
     if uses_kernels(x_TH):
         from steep.kernels import rms_norm as kernels
 
-        kernels.forward(x_TH, weight_H, eps, unit_offset, residual, out)
+        kernels.forward(x_TH, weight_H, eps, unit_offset, residual, out, quantised and quantised.parts(*x_TH.shape))
         return out
     normed = _in_fp32(x_TH, weight_H, eps, unit_offset)
-    return out.copy_(normed if residual is None else residual.float() + normed)
+    result = normed if residual is None else residual.float() + normed
+    if quantised is not None:
+        quantise_reference(result, quantised)
+    return out.copy_(result)
 
 
 def rms_norm_backward(
@@ -83,12 +89,14 @@ def rms_norm_backward(
     unit_offset: bool = False,
     add: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    quantised: Fp8Rows | None = None,
 ) -> torch.Tensor:
     """add + the gradient by x. There is no gradient by the weight: it is frozen.
 
     Args:
         add: [T, H], the gradient of the residual stream that x was read from.
         out: where to write [T, H], in its own dtype (default: that of x); may be `add` or `dy_TH`.
+        quantised: where to write the result in e4m3 too, from fp32.
     """
     if out is None:
         out = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
@@ -96,10 +104,14 @@ def rms_norm_backward(
     if uses_kernels(x_TH):
         from steep.kernels import rms_norm as kernels
 
-        kernels.backward(dy_TH, x_TH, weight_H, eps, unit_offset, add, out)
+        rows = quantised and quantised.parts(*x_TH.shape)
+        kernels.backward(dy_TH, x_TH, weight_H, eps, unit_offset, add, out, rows)
         return out
     (dx,) = vjp(lambda x: _in_fp32(x, weight_H, eps, unit_offset), (x_TH.float(),), dy_TH.float())
-    return out.copy_(dx if add is None else add.float() + dx)
+    result = dx if add is None else add.float() + dx
+    if quantised is not None:
+        quantise_reference(result, quantised)
+    return out.copy_(result)
 
 
 class _RMSNorm(torch.autograd.Function):

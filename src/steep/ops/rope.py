@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from steep.ops.backend import uses_kernels
+from steep.ops.fp8 import BLOCK, Fp8Rows, quantise_reference
 
 
 def rope_reference(
@@ -43,6 +44,7 @@ def _rotate(
     num_kv_heads: int,
     head_dim: int,
     inverse: bool,
+    quantised: Fp8Rows | None = None,
 ) -> torch.Tensor:
     assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim and qkv.stride(1) == 1, qkv.shape
     for angles in (cos, sin):
@@ -51,9 +53,15 @@ def _rotate(
     if uses_kernels(qkv):
         from steep.kernels import rope as kernels
 
-        kernels.rotate(qkv, cos, sin, num_heads + num_kv_heads, head_dim, inverse)
+        if quantised is None:
+            kernels.rotate(qkv, cos, sin, num_heads + num_kv_heads, head_dim, inverse)
+        else:
+            kernels.rotate_back(qkv, cos, sin, num_heads + num_kv_heads, head_dim, quantised.parts(*qkv.shape))
         return qkv
-    return qkv.copy_(rope_reference(qkv, cos, -sin if inverse else sin, num_heads, num_kv_heads, head_dim))
+    rotated = rope_reference(qkv.float(), cos, -sin if inverse else sin, num_heads, num_kv_heads, head_dim)
+    if quantised is not None:
+        quantise_reference(rotated, quantised)
+    return qkv.copy_(rotated)
 
 
 def rope_forward(
@@ -68,11 +76,29 @@ def rope_forward(
     return _rotate(qkv, cos, sin, num_heads, num_kv_heads, head_dim, inverse=False)
 
 
+def check_pieces(quantised: Fp8Rows | None, head_dim: int) -> None:
+    """Pieces of 128 columns are those of a head, or heads those of a piece."""
+    assert quantised is None or not quantised.has_pieces or head_dim % BLOCK == 0 or BLOCK % head_dim == 0, head_dim
+
+
 def rope_backward(
-    dqkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, num_kv_heads: int, head_dim: int
+    dqkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    quantised: Fp8Rows | None = None,
 ) -> torch.Tensor:
-    """Turn the gradient of what `rope_forward` returns into that of its input, in place, and return it."""
-    return _rotate(dqkv, cos, sin, num_heads, num_kv_heads, head_dim, inverse=True)
+    """Turn the gradient of what `rope_forward` returns into that of its input, in place, and return it.
+
+    Args:
+        quantised: where to write it in e4m3 too, from fp32, the v heads with it. In pieces only where head_dim divides
+            128 or is a multiple of it.
+    """
+    check_pieces(quantised, head_dim)
+    return _rotate(dqkv, cos, sin, num_heads, num_kv_heads, head_dim, inverse=True, quantised=quantised)
 
 
 class _Rope(torch.autograd.Function):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from steep.ops.backend import uses_kernels, vjp
+from steep.ops.fp8 import BLOCK, Fp8Rows, quantise_reference
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -37,32 +38,65 @@ def _check(gate_up: torch.Tensor, h: torch.Tensor, intermediate: int, activation
 
 
 def gated_forward(
-    gate_up: torch.Tensor, intermediate: int, activation: Activation, out: torch.Tensor | None = None
+    gate_up: torch.Tensor,
+    intermediate: int,
+    activation: Activation,
+    out: torch.Tensor | None = None,
+    *,
+    quantised: Fp8Rows | None = None,
 ) -> torch.Tensor:
-    """h [T, I] = act(gate) · up, into `out` (in its dtype; its rows may be apart) if there is one."""
+    """h [T, I] = act(gate) · up, into `out` (in its dtype; its rows may be apart) if there is one, and into `quantised`
+    in e4m3, from fp32."""
     if out is None:
         out = torch.empty(gate_up.shape[0], intermediate, dtype=gate_up.dtype, device=gate_up.device)
     _check(gate_up, out, intermediate, activation)
     if uses_kernels(gate_up):
         from steep.kernels import swiglu as kernels
 
-        kernels.forward(gate_up, intermediate, activation == "gelu_tanh", out)
+        if quantised is None:
+            kernels.forward(gate_up, intermediate, activation == "gelu_tanh", out)
+        else:
+            rows = quantised.parts(*out.shape)
+            kernels.forward_quantised(gate_up, intermediate, activation == "gelu_tanh", out, rows)
         return out
     gate, up = gate_up[:, : 2 * intermediate].chunk(2, 1)
-    return out.copy_(_in_fp32(gate, up, activation))
+    h = _in_fp32(gate, up, activation)
+    if quantised is not None:
+        quantise_reference(h, quantised)
+    return out.copy_(h)
 
 
-def gated_backward(dh: torch.Tensor, gate_up: torch.Tensor, intermediate: int, activation: Activation) -> None:
-    """In place: `dh` [T, I] becomes h, and the gate and up columns of `gate_up` become their gradients."""
+def gated_backward(
+    dh: torch.Tensor,
+    gate_up: torch.Tensor,
+    intermediate: int,
+    activation: Activation,
+    *,
+    quantised: Fp8Rows | None = None,
+) -> None:
+    """In place: `dh` [T, I] becomes h, and the gate and up columns of `gate_up` become their gradients.
+
+    Args:
+        quantised: where to write both gradients [T, 2·I] in e4m3 too, from fp32: a row with one scale, or in pieces,
+            none of which may have columns of both (I is a multiple of 128).
+    """
     _check(gate_up, dh, intermediate, activation)
+    if quantised is not None:
+        assert not quantised.has_pieces or intermediate % BLOCK == 0, f"pieces of gate and up, {intermediate} wide each"
     if uses_kernels(gate_up):
         from steep.kernels import swiglu as kernels
 
-        kernels.backward(dh, gate_up, intermediate, activation == "gelu_tanh")
+        if quantised is None:
+            kernels.backward(dh, gate_up, intermediate, activation == "gelu_tanh")
+        else:
+            rows = quantised.parts(dh.shape[0], 2 * intermediate)
+            kernels.backward_quantised(dh, gate_up, intermediate, activation == "gelu_tanh", rows)
         return
     gate, up = gate_up[:, : 2 * intermediate].chunk(2, 1)
     inputs = gate.float(), up.float()
     dgate, dup = vjp(lambda gate, up: _in_fp32(gate, up, activation), inputs, dh.float())
+    if quantised is not None:
+        quantise_reference(torch.cat((dgate, dup), 1), quantised)
     dh.copy_(_in_fp32(*inputs, activation))
     gate.copy_(dgate)
     up.copy_(dup)
