@@ -155,7 +155,7 @@ def backward(
 
 
 def compilations(dtype: torch.dtype) -> list[Compilation]:
-    """How the kernels are launched for a block input in `dtype`, the residual stream in it or in fp32; some with e4m3."""
+    """How the kernels are launched for a block input in `dtype`, the residual stream in it or in fp32."""
     kind = triton_type(dtype)
     found = []
     for hidden, unit_offset, stream in ((4096, False, kind), (8192, False, "*fp32"), (2560, True, kind)):
