@@ -73,7 +73,7 @@ def test_cast_to_e4m3_rounds_to_the_nearest_even() -> None:
 
 @pytest.mark.parametrize("place", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
 def test_cast_to_e4m3_ends_at_the_largest(place: str) -> None:
-    """As a card's does, where torch's makes NaN of what is above 464."""
+    """As a card's does; torch's made NaN of what is above 464 in some versions."""
     device = "cuda" if place == "gpu" else "cpu"
     x = torch.tensor([449.0, -465.0, 1e30, -1e30, torch.inf, -torch.inf, torch.nan, 0.0], device=device)
     out = torch.zeros(8, dtype=E4M3, device=device)

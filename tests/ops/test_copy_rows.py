@@ -1,12 +1,14 @@
-"""copy_rows: to the bit, whatever the shapes, the strides and the dtypes."""
+"""copy_rows: to the bit, whatever the shapes, the strides and the dtypes; in e4m3 too."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from steep.kernels import copy_rows as kernels
 from steep.ops.copy_rows import contiguous, copy_rows, join_rows
+from tests.ops.fp8_rows import KINDS, assert_quantised, assert_undefined, assert_zeros, fp8_rows
 from tests.ops.routes import along, assert_nothing_beside, cases, columns, far_apart
 
 CASES = cases(
@@ -24,6 +26,49 @@ def test_every_element(route: str, rows: int, width: int, source_dtype: torch.dt
         copy_rows(source, target)
     assert torch.equal(target, source.to(target_dtype))
     assert_nothing_beside(target)
+
+
+@KINDS
+@pytest.mark.parametrize("target_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("source_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("route", "tokens", "width"),
+    cases(
+        small=[(1, 8), (63, 100), (13, 576), (3, 5000)],
+        large=[(1000, 576)],
+        real=[(4096, 4096), (1000, 14336), (63, 16384), (1000, 1001)],
+    ),
+)
+def test_quantised(
+    route: str,
+    tokens: int,
+    width: int,
+    source_dtype: torch.dtype,
+    target_dtype: torch.dtype,
+    pieces: bool,
+    weighted: bool,
+) -> None:
+    with along(route, kernels, copy_quantised=1) as device:
+        size = torch.logspace(-3, 1, tokens, device=device)[:, None]
+        source = columns((torch.randn(tokens, width, device=device) * size).to(source_dtype))
+        target = columns(torch.full((tokens, width), torch.nan, device=device, dtype=target_dtype), before=16)
+        rows = fp8_rows(tokens, width, device, pieces=pieces, weighted=weighted)
+        copy_rows(source, target, quantised=rows)
+    assert torch.equal(target, source.to(target_dtype))
+    assert_nothing_beside(target)
+    assert_quantised(rows, source.float())
+
+
+@KINDS
+@pytest.mark.parametrize(("route",), cases([()]))
+def test_quantised_zeros_and_what_is_not_finite(route: str, pieces: bool, weighted: bool) -> None:
+    with along(route, kernels, copy_quantised=1) as device, np.errstate(invalid="ignore"):
+        source = torch.randn(5, 300, device=device).bfloat16()
+        source[0], source[1, 140], source[2, 299], source[3, 0] = 0, torch.nan, torch.inf, -torch.inf
+        rows = fp8_rows(5, 300, device, pieces=pieces, weighted=weighted)
+        copy_rows(source, torch.empty_like(source), quantised=rows)
+    assert_zeros(rows, 0)
+    assert_undefined(rows, {1: 140, 2: 299, 3: 0})
 
 
 @pytest.mark.parametrize("target_dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -1,9 +1,10 @@
-"""qk_norm_rope: Qwen3's and Gemma 3's norm of q and k heads with the rotation behind it, against fp32 truth."""
+"""qk_norm_rope: Qwen3's and Gemma 3's norm of q and k heads, then the rotation; in e4m3 too; against fp32 truth."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from steep.kernels import qk_norm as kernels
 from steep.ops.backend import vjp
 from steep.ops.qk_norm import qk_norm_rope, qk_norm_rope_backward, qk_norm_rope_forward, qk_norm_rope_reference
 from tests.ops.closeness import assert_as_good
+from tests.ops.fp8_rows import KINDS, assert_quantised, assert_undefined, assert_zeros, fp8_rows
 from tests.ops.routes import along, assert_nothing_beside, assert_refused, cases, columns, far_apart, slack, unwritten
 
 EPS = 1e-6
@@ -94,6 +96,71 @@ def test_forward_and_backward(
     assert_as_good(out[:, :v], reference[:, :v], truth[:, :v], slack(dtype))
     truth = true_gradient(dy, raw, *operands, **form)
     assert_as_good(dqkv[:, :v], truth[:, :v].to(dtype), truth[:, :v], slack(dtype), "gradient")
+
+
+# tokens, num_heads, num_kv_heads, head_dim, rotated. A piece is a head, two heads, four or eight, or a part of one.
+QUANTISED = cases(
+    small=[
+        (1, 8, 2, 64, 64),
+        (5, 9, 3, 96, 96),
+        (5, 4, 1, 128, 32),
+        (63, 3, 1, 64, 48),
+        (3, 5, 3, 32, 32),
+        (2, 3, 2, 256, 256),
+    ],
+    large=[(63, 9, 3, 64, 64), (63, 14, 2, 64, 64), (63, 8, 2, 256, 64), (63, 1, 1, 16, 16)],
+    real=[(4096, 32, 8, 128, 128), (1000, 64, 8, 128, 64), (1000, 8, 4, 256, 256), (1000, 9, 3, 64, 64)],
+)
+
+
+@KINDS
+@pytest.mark.parametrize(("unit_offset", "dtype", "weight_dtype"), [(False, BF16, BF16), (True, FP32, BF16)])
+@pytest.mark.parametrize(("route", "tokens", "num_heads", "num_kv_heads", "head_dim", "rotated"), QUANTISED)
+def test_quantised(
+    route: str,
+    tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotated: int,
+    unit_offset: bool,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    pieces: bool,
+    weighted: bool,
+) -> None:
+    """In e4m3 from fp32 with the v heads, beside a gradient that is the same to the bit."""
+    heads = num_heads, num_kv_heads, head_dim
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    fit = not pieces or head_dim != 96  # which 128 is no multiple of
+    with along(route, kernels, backward=1 + fit) as device:
+        qkv, dqkv, q_weight, k_weight, cos, sin = inputs(tokens, width, head_dim, rotated, dtype, weight_dtype, device)
+        operands = qkv, q_weight, k_weight, EPS, cos, sin, *heads
+        rows = fp8_rows(tokens, width, device, pieces=pieces, weighted=weighted)
+        truth = true_gradient(dqkv, *operands, unit_offset=unit_offset)
+        plain = qk_norm_rope_backward(dqkv.clone(), *operands, unit_offset=unit_offset)
+        if fit:
+            assert qk_norm_rope_backward(dqkv, *operands, unit_offset=unit_offset, quantised=rows) is dqkv
+        else:
+            with pytest.raises(AssertionError):
+                qk_norm_rope_backward(dqkv, *operands, unit_offset=unit_offset, quantised=rows)
+    assert_nothing_beside(dqkv)
+    if fit:
+        assert torch.equal(dqkv, plain)
+        assert_quantised(rows, truth)
+
+
+@KINDS
+@pytest.mark.parametrize(("route",), cases([()]))
+def test_quantised_zeros_and_what_is_not_finite(route: str, pieces: bool, weighted: bool) -> None:
+    """In a q head, of which the norm leaves nothing, and in a v head."""
+    with along(route, kernels, backward=1) as device, np.errstate(invalid="ignore"):
+        qkv, dqkv, q_weight, k_weight, cos, sin = inputs(4, 6 * 128, 128, 128, FP32, BF16, device)
+        dqkv[0], dqkv[1, 130], dqkv[2, 700], qkv[3, 600] = 0, torch.inf, torch.nan, torch.nan
+        rows = fp8_rows(4, 6 * 128, device, pieces=pieces, weighted=weighted)
+        qk_norm_rope_backward(dqkv, qkv, q_weight, k_weight, EPS, cos, sin, 4, 1, 128, quantised=rows)
+    assert_zeros(rows, 0)
+    assert_undefined(rows, {1: 130, 2: 700, 3: 600})
 
 
 def test_the_reference_is_what_transformers_does() -> None:

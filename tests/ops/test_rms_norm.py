@@ -1,7 +1,8 @@
-"""rms_norm: Llama's and Gemma's form, mixed dtypes, strided rows, in place, against fp32 truth."""
+"""rms_norm: Llama's and Gemma's form, mixed dtypes, strided rows, in place, in e4m3 too, against fp32 truth."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from steep.kernels import rms_norm as kernels
 from steep.ops.backend import vjp
 from steep.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward, rms_norm_reference
 from tests.ops.closeness import assert_as_good
+from tests.ops.fp8_rows import KINDS, assert_quantised, assert_undefined, assert_zeros, fp8_rows
 from tests.ops.routes import (
     along,
     assert_nothing_beside,
@@ -98,6 +100,71 @@ def test_backward(
     assert_as_good(dy, truth.to(dy.dtype), truth, slack(dy.dtype), "in place of dy")
     for written in (beside, add, dy):
         assert_nothing_beside(written)
+
+
+QUANTISED = cases(
+    small=[(1, 64), (63, 100), (5, 1000)],
+    large=[(63, 576)],
+    real=[(4096, 4096), (63, 16384), (1000, 8191), (1000, 5120)],
+)
+
+
+@KINDS
+@pytest.mark.parametrize(("unit_offset", "dtypes"), [FORMS[0], FORMS[3]])
+@pytest.mark.parametrize(("route", "tokens", "hidden"), QUANTISED)
+def test_quantised(
+    route: str,
+    tokens: int,
+    hidden: int,
+    unit_offset: bool,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    pieces: bool,
+    weighted: bool,
+) -> None:
+    """In e4m3 from fp32, beside an output that is the same to the bit."""
+    with along(route, kernels, forward=4, backward=4) as device:
+        x, weight, dy, residual = inputs(tokens, hidden, *dtypes, device)
+        normed, added, dx, sum_dx = (
+            fp8_rows(tokens, hidden, device, pieces=pieces, weighted=weighted) for _ in range(4)
+        )
+        form = {"unit_offset": unit_offset}
+        plain = [
+            rms_norm_forward(x, weight, EPS, **form),
+            rms_norm_forward(x, weight, EPS, residual=residual, **form),
+            rms_norm_backward(dy, x, weight, EPS, **form),
+            rms_norm_backward(dy, x, weight, EPS, add=residual, **form),
+        ]
+        true_dx, true_sum = true_gradient(dy, x, weight, EPS, unit_offset), residual.float().clone()
+        out = unwritten(tokens, hidden, x.dtype, device)
+        beside = [
+            rms_norm_forward(x, weight, EPS, out=out, quantised=normed, **form),
+            rms_norm_forward(x, weight, EPS, residual=residual, quantised=added, **form),
+            rms_norm_backward(dy, x, weight, EPS, quantised=dx, **form),
+            rms_norm_backward(dy, x, weight, EPS, add=residual, out=residual, quantised=sum_dx, **form),
+        ]
+    assert all(torch.equal(*pair) for pair in zip(plain, beside, strict=True))
+    assert_nothing_beside(out)
+    truth = rms_norm_reference(x.float(), weight.float(), EPS, unit_offset)
+    assert_quantised(normed, truth)
+    assert_quantised(added, true_sum + truth)
+    assert_quantised(dx, true_dx)
+    assert_quantised(sum_dx, true_sum + true_dx)
+
+
+@KINDS
+@pytest.mark.parametrize(("route",), cases([()]))
+def test_quantised_zeros_and_what_is_not_finite(route: str, pieces: bool, weighted: bool) -> None:
+    """An x that is not finite leaves nothing of its row, one in what is added only the row's piece."""
+    with along(route, kernels, forward=1, backward=1) as device, np.errstate(invalid="ignore"):
+        x, weight, dy, add = inputs(5, 300, FP32, BF16, FP32, device)
+        x[0], add[0], dy[0] = 0, 0, 0
+        add[1, 140], add[2, 299], add[3, 0] = torch.nan, torch.inf, -torch.inf
+        y, dx = (fp8_rows(5, 300, device, pieces=pieces, weighted=weighted) for _ in range(2))
+        rms_norm_forward(x, weight, EPS, residual=add, quantised=y)
+        rms_norm_backward(dy, x, weight, EPS, add=add, quantised=dx)
+    for rows in (y, dx):
+        assert_zeros(rows, 0)
+        assert_undefined(rows, {1: 140, 2: 299, 3: 0})
 
 
 @pytest.mark.parametrize(("route",), cases([()]))

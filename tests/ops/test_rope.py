@@ -1,7 +1,8 @@
-"""rope: whole and partial heads, scaled angles, strided rows, in place and back, against fp32 truth."""
+"""rope: whole and partial heads, scaled angles, strided rows, in place and back, in e4m3 too, against fp32 truth."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from steep.kernels import rope as kernels
 from steep.ops.backend import vjp
 from steep.ops.rope import rope, rope_backward, rope_forward, rope_reference
 from tests.ops.closeness import assert_as_good
+from tests.ops.fp8_rows import KINDS, assert_quantised, assert_undefined, assert_zeros, fp8_rows
 from tests.ops.routes import along, assert_nothing_beside, assert_refused, cases, columns, far_apart, slack
 
 SCALE = 1.2  # of cos and sin, as YaRN has it
@@ -50,6 +52,69 @@ def test_there_and_back(
         assert torch.equal(written[:, start:], before[:, start:])  # v
         rest = written.unflatten(1, (-1, head_dim))[..., rotated:]
         assert torch.equal(rest, before.unflatten(1, (-1, head_dim))[..., rotated:])
+
+
+# tokens, num_heads, num_kv_heads, head_dim, rotated. A piece is a head, two heads, four or eight, or a part of one.
+QUANTISED = cases(
+    small=[
+        (1, 8, 2, 64, 64),
+        (5, 9, 3, 96, 96),
+        (5, 4, 1, 128, 32),
+        (63, 3, 1, 64, 48),
+        (3, 5, 3, 32, 32),
+        (2, 3, 2, 256, 256),
+    ],
+    large=[(63, 9, 3, 64, 64), (63, 14, 2, 64, 64), (63, 8, 2, 256, 64), (63, 1, 1, 16, 16)],
+    real=[(4096, 32, 8, 128, 128), (1000, 64, 8, 128, 64), (1000, 8, 4, 256, 256), (1000, 9, 3, 64, 64)],
+)
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("route", "tokens", "num_heads", "num_kv_heads", "head_dim", "rotated"), QUANTISED)
+def test_quantised(
+    route: str,
+    tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotated: int,
+    dtype: torch.dtype,
+    pieces: bool,
+    weighted: bool,
+) -> None:
+    """In e4m3 from fp32 with the v heads, beside a gradient that is the same to the bit."""
+    heads = num_heads, num_kv_heads, head_dim
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    fit = not pieces or head_dim != 96  # which 128 is no multiple of
+    with along(route, kernels, rotate=1, rotate_back=int(fit)) as device:
+        size = torch.logspace(-3, 1, tokens, device=device)[:, None]
+        dy = (torch.randn(tokens, width, device=device) * size).to(dtype)
+        cos, sin = angles(tokens, rotated // 2, device)
+        dqkv, rows = columns(dy), fp8_rows(tokens, width, device, pieces=pieces, weighted=weighted)
+        plain = rope_backward(dy.clone(), cos, sin, *heads)
+        if fit:
+            assert rope_backward(dqkv, cos, sin, *heads, quantised=rows) is dqkv
+        else:
+            with pytest.raises(AssertionError):
+                rope_backward(dqkv, cos, sin, *heads, quantised=rows)
+    assert_nothing_beside(dqkv)
+    if fit:
+        assert torch.equal(dqkv, plain)
+        assert_quantised(rows, rope_reference(dy.float(), cos, -sin, *heads))
+
+
+@KINDS
+@pytest.mark.parametrize(("route",), cases([()]))
+def test_quantised_zeros_and_what_is_not_finite(route: str, pieces: bool, weighted: bool) -> None:
+    """In a q head, which a rotation spreads over two columns of it, and in a v head."""
+    with along(route, kernels, rotate_back=1) as device, np.errstate(invalid="ignore"):
+        dqkv = torch.randn(4, 6 * 128, device=device)
+        dqkv[0], dqkv[1, 130], dqkv[2, 700], dqkv[3, 767] = 0, torch.inf, torch.nan, -torch.inf
+        rows = fp8_rows(4, 6 * 128, device, pieces=pieces, weighted=weighted)
+        rope_backward(dqkv, *angles(4, 64, device), 4, 1, 128, quantised=rows)
+    assert_zeros(rows, 0)
+    assert_undefined(rows, {1: 130, 2: 700, 3: 767})
 
 
 def test_the_reference_is_what_transformers_does() -> None:

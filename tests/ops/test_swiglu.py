@@ -1,7 +1,8 @@
-"""swiglu and geglu: forward into columns, backward in place, large and tiny gates, against fp32 truth."""
+"""swiglu and geglu: forward into columns, backward in place, large and tiny gates, in e4m3 too, against fp32 truth."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from steep.kernels import swiglu as kernels
 from steep.ops.backend import vjp
 from steep.ops.swiglu import Activation, gated, gated_backward, gated_forward, gated_reference
 from tests.ops.closeness import assert_as_good
+from tests.ops.fp8_rows import KINDS, assert_quantised, assert_undefined, assert_zeros, fp8_rows
 from tests.ops.routes import along, assert_nothing_beside, assert_refused, cases, columns, far_apart, slack, unwritten
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -76,6 +78,69 @@ def test_backward(route: str, tokens: int, intermediate: int, dtype: torch.dtype
         assert_as_good(ours, truth.to(dtype), truth, slack(dtype), name)
     assert_nothing_beside(dh)
     assert_nothing_beside(gate_up)
+
+
+@KINDS
+@ACTIVATIONS
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(
+    ("route", "tokens", "intermediate"),
+    cases(  # one block of the kernels, two of them, four
+        small=[(1, 64), (63, 100), (3, 384), (2, 5000)],
+        large=[(63, 4224)],
+        real=[(4096, 14336), (1000, 11008), (63, 6912), (1000, 1001), (63, 8192)],
+    ),
+)
+def test_quantised(
+    route: str, tokens: int, intermediate: int, dtype: torch.dtype, activation: Activation, pieces: bool, weighted: bool
+) -> None:
+    """In e4m3 from fp32, beside results that are the same to the bit."""
+    both = intermediate % 128 == 0 or not pieces  # gate and up have no piece together
+    counts = {"forward": 1, "forward_quantised": 1, "backward": int(both), "backward_quantised": int(both)}
+    with along(route, kernels, **counts) as device:
+        gate_up, dh = inputs(tokens, intermediate, dtype, device)
+        kind = {"pieces": pieces, "weighted": weighted}
+        h = fp8_rows(tokens, intermediate, device, **kind)
+        out = unwritten(tokens, intermediate, dtype, device)
+        gated_forward(gate_up, intermediate, activation, out, quantised=h)
+        assert torch.equal(gated_forward(gate_up, intermediate, activation), out)
+        true_h = gated_reference(gate_up.float(), intermediate, activation)
+        truth = torch.cat(true_gradients(dh, gate_up, intermediate, activation), 1)
+        gradient = fp8_rows(tokens, 2 * intermediate, device, **kind)
+        if both:
+            plain = dh.clone(), gate_up.clone()
+            gated_backward(*plain, intermediate, activation)
+            gated_backward(dh, gate_up, intermediate, activation, quantised=gradient)
+            assert torch.equal(dh, plain[0]) and torch.equal(gate_up, plain[1])
+        else:
+            with pytest.raises(AssertionError, match="pieces of gate and up"):
+                gated_backward(dh, gate_up, intermediate, activation, quantised=gradient)
+    for written in (out, dh, gate_up):
+        assert_nothing_beside(written)
+    assert_quantised(h, true_h)
+    if both:
+        assert_quantised(gradient, truth)
+
+
+@KINDS
+@ACTIVATIONS
+@pytest.mark.parametrize(("route",), cases([()]))
+def test_quantised_zeros_and_what_is_not_finite(
+    route: str, activation: Activation, pieces: bool, weighted: bool
+) -> None:
+    with along(route, kernels, forward_quantised=1, backward_quantised=1) as device, np.errstate(invalid="ignore"):
+        gate_up, dh = inputs(5, 256, FP32, device)
+        gate_up[:4, 256:] = 0
+        gate_up[1, 256 + 140], gate_up[2, 256 + 255], gate_up[4, 256] = torch.nan, torch.inf, -torch.inf
+        gate_up[2:, [0, 255]] = 1
+        dh[0], dh[1:, :] = 0, 1
+        h = fp8_rows(5, 256, device, pieces=pieces, weighted=weighted)
+        gradient = fp8_rows(5, 512, device, pieces=pieces, weighted=weighted)
+        gated_forward(gate_up, 256, activation, quantised=h)
+        gated_backward(dh, gate_up, 256, activation, quantised=gradient)
+    for rows in (h, gradient):  # up is a factor of h and of gate's gradient
+        assert_zeros(rows, 0)
+        assert_undefined(rows, {1: 140, 2: 255, 4: 0})
 
 
 @ACTIVATIONS

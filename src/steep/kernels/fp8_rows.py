@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-LARGEST = tl.constexpr(448.0)
 SMALLEST = tl.constexpr(2.0**-100)
 PIECE = tl.constexpr(128)
 
@@ -63,6 +62,13 @@ def largest_of(bits):
 
 
 @triton.jit
+def inverse_of(largest):
+    """What its row or piece is multiplied by, rounded as torch rounds it: values in bf16 often stand just between two
+    codes, and the next number would take them to the other."""
+    return tl.div_rn(1.0, largest) * 448.0
+
+
+@triton.jit
 def store_columns(
     values,
     first,
@@ -80,8 +86,8 @@ def store_columns(
     pieces = tl.reshape(weighted(values, factors, first + offset, inside), (BLOCK // SHARED, SHARED))
     largest = largest_of(tl.max(magnitude(pieces), axis=1))
     piece = tl.arange(0, BLOCK // SHARED)
-    tl.store(scales + first // SHARED + piece, largest / LARGEST, mask=first + piece * SHARED < end)
-    scaled = tl.reshape(pieces * (LARGEST / largest)[:, None], (BLOCK,))
+    tl.store(scales + first // SHARED + piece, largest / 448.0, mask=first + piece * SHARED < end)
+    scaled = tl.reshape(pieces * inverse_of(largest)[:, None], (BLOCK,))
     tl.store(codes + first + offset, scaled.to(tl.float8e4nv), mask=inside)
 
 
@@ -119,11 +125,12 @@ def store_heads(
         if HAS_REST:
             bits = tl.maximum(bits, tl.max(magnitude(rest)))
         largest = largest_of(bits)
-        tl.store(scales, largest / LARGEST)
-        first *= LARGEST / largest
-        second *= LARGEST / largest
+        tl.store(scales, largest / 448.0)
+        inverse = inverse_of(largest)
+        first *= inverse
+        second *= inverse
         if HAS_REST:
-            rest *= LARGEST / largest
+            rest *= inverse
     else:
         NUM_PIECES: tl.constexpr = (NUM_HEADS * HEAD_DIM + PIECE - 1) // PIECE
         OF_A_HEAD: tl.constexpr = (HEAD_DIM + PIECE - 1) // PIECE
@@ -138,8 +145,8 @@ def store_heads(
                 bits = tl.maximum(bits, tl.max(tl.where(of_part, magnitude(rest), 0), axis=1))
             largest = largest_of(tl.max(tl.reshape(bits, (GROUPS, SHARING)), axis=1))
             piece = tl.arange(0, GROUPS) * OF_A_HEAD + part
-            tl.store(scales + piece, largest / LARGEST, mask=piece < NUM_PIECES)
-            inverse = tl.broadcast_to((LARGEST / largest)[:, None], (GROUPS, SHARING))
+            tl.store(scales + piece, largest / 448.0, mask=piece < NUM_PIECES)
+            inverse = tl.broadcast_to(inverse_of(largest)[:, None], (GROUPS, SHARING))
             inverse = tl.reshape(inverse, (HEADS_BLOCK, 1))
             first *= tl.where(in_first, inverse, 1.0)
             second *= tl.where(in_second, inverse, 1.0)
