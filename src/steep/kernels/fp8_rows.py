@@ -143,15 +143,18 @@ def store_heads(
             if HAS_REST:
                 of_part = column // PIECE == part
                 bits = tl.maximum(bits, tl.max(tl.where(of_part, magnitude(rest), 0), axis=1))
-            largest = largest_of(tl.max(tl.reshape(bits, (GROUPS, SHARING)), axis=1))
+            if SHARING > 1:
+                bits = tl.max(tl.reshape(bits, (GROUPS, SHARING)), axis=1)
+            largest = largest_of(bits)
             piece = tl.arange(0, GROUPS) * OF_A_HEAD + part
             tl.store(scales + piece, largest / 448.0, mask=piece < NUM_PIECES)
-            inverse = tl.broadcast_to(inverse_of(largest)[:, None], (GROUPS, SHARING))
-            inverse = tl.reshape(inverse, (HEADS_BLOCK, 1))
-            first *= tl.where(in_first, inverse, 1.0)
-            second *= tl.where(in_second, inverse, 1.0)
+            inverse = inverse_of(largest)
+            if SHARING > 1:  # to a vector: as [heads, 1] a thread would hold whole heads, and spill
+                inverse = tl.reshape(tl.broadcast_to(inverse[:, None], (GROUPS, SHARING)), (HEADS_BLOCK,))
+            first *= tl.where(in_first, inverse[:, None], 1.0)
+            second *= tl.where(in_second, inverse[:, None], 1.0)
             if HAS_REST:
-                rest *= tl.where(of_part, inverse, 1.0)
+                rest *= tl.where(of_part, inverse[:, None], 1.0)
 
     place = codes + head * HEAD_DIM
     tl.store(place + angle, first.to(tl.float8e4nv), mask=inside)
