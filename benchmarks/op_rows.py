@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.measuring import putting_back
+from steep.ops.fp8 import Fp8Rows, empty_fp8_rows, quantise_reference
 from steep.ops.lora import Lora, Projection
 from steep.ops.nf4 import Nf4Weight
 
@@ -230,6 +231,105 @@ def _gated(name: str, activation: Any) -> Iterator[Case]:
         liger=function
         and Rival(function, halves, (0, 1), lambda both: torch.cat(both, dim=1), "5 passes of 6: no act(gate)·up"),
         **common,
+    )  # fmt: skip
+
+
+def fp8_rows() -> Iterator[Case]:
+    """What writes its result in e4m3 beside it, rows with one scale: compared are the codes. Gradients are times factors,
+    as the scales of a weight's rows are folded into them."""
+    from steep.ops.backend import vjp
+    from steep.ops.copy_rows import copy_rows
+    from steep.ops.qk_norm import qk_norm_rope_backward, qk_norm_rope_reference
+    from steep.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
+    from steep.ops.rope import rope_backward, rope_reference
+    from steep.ops.swiglu import gated_backward, gated_forward, gated_reference
+
+    def rows_for(columns: int, factors: torch.Tensor | None = None) -> Fp8Rows:
+        return empty_fp8_rows(TOKENS, columns, torch.device(DEVICE), pieces=False, factors=factors)
+
+    def codes_of(values: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
+        rows = rows_for(values.shape[1], factors)
+        quantise_reference(values, rows)
+        return rows.codes
+
+    def case(name: str, shape: str, write: Callable[..., Any], rows: Fp8Rows, read: int, **rest: Any) -> Case:
+        """`write(rows, *tensors)`, where `tensors` are those that it writes over."""
+        tensors = rest.pop("tensors", ())
+        mine = tuple(tensor.clone() for tensor in tensors)
+
+        def run(*tensors: torch.Tensor) -> torch.Tensor:
+            write(rows, *tensors)
+            return rows.codes
+
+        written = rows.codes.numel() + 4 * rows.scale.numel()
+        return Case(
+            f"{name}, e4m3", shape, ours=lambda: run(*mine), result=lambda: run(*(each.clone() for each in tensors)),
+            before=putting_back(*mine) if mine else None,
+            bytes=read + written + (0 if rows.factors is None else 4 * rows.factors.numel()), **rest,
+        )  # fmt: skip
+
+    factors = 0.5 + random(2 * INTERMEDIATE, dtype=torch.float32).abs()
+    x, dy, weight = random(TOKENS, HIDDEN), random(TOKENS, HIDDEN), random(HIDDEN)
+    out, of_hidden, shape = torch.empty_like(x), factors[:HIDDEN].contiguous(), f"{TOKENS} x {HIDDEN}"
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return rms_norm_reference(x, weight.float(), EPS)
+
+    yield case(
+        "copy_rows", shape, lambda rows: copy_rows(x, out, quantised=rows), rows_for(HIDDEN, of_hidden),
+        2 * 2 * x.numel(), reference=lambda x: codes_of(x, of_hidden), inputs=(x,),
+    )  # fmt: skip
+    yield case(
+        "rms_norm forward", shape, lambda rows: rms_norm_forward(x, weight, EPS, out=out, quantised=rows),
+        rows_for(HIDDEN), 2 * 2 * x.numel(), reference=lambda x: codes_of(norm(x.float())), inputs=(x,),
+    )  # fmt: skip
+    yield case(
+        "rms_norm backward", shape, lambda rows: rms_norm_backward(dy, x, weight, EPS, out=out, quantised=rows),
+        rows_for(HIDDEN, of_hidden), 3 * 2 * x.numel(),
+        reference=lambda x: codes_of(vjp(norm, (x.float(),), dy.float())[0], of_hidden), inputs=(x,),
+    )  # fmt: skip
+
+    gate_up, dh = random(TOKENS, 2 * INTERMEDIATE), random(TOKENS, INTERMEDIATE)
+    h, shape = torch.empty_like(dh), f"{TOKENS} x {INTERMEDIATE}"
+
+    def gated(gate_up: torch.Tensor) -> torch.Tensor:
+        return gated_reference(gate_up, INTERMEDIATE, "silu")
+
+    yield case(
+        "swiglu forward", shape, lambda rows: gated_forward(gate_up, INTERMEDIATE, "silu", h, quantised=rows),
+        rows_for(INTERMEDIATE), 3 * 2 * h.numel(), reference=lambda gate_up: codes_of(gated(gate_up.float())),
+        inputs=(gate_up,),
+    )  # fmt: skip
+    yield case(
+        "swiglu backward", shape,
+        lambda rows, dh, gate_up: gated_backward(dh, gate_up, INTERMEDIATE, "silu", quantised=rows),
+        rows_for(2 * INTERMEDIATE, factors), 6 * 2 * h.numel(), tensors=(dh, gate_up), inputs=(gate_up,),
+        reference=lambda gate_up: codes_of(vjp(gated, (gate_up.float(),), dh.float())[0], factors),
+    )  # fmt: skip
+
+    cos, sin = angles()
+    heads, width = (HEADS, KV_HEADS, HEAD_DIM), (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    qkv, dqkv, q_weight, k_weight = random(TOKENS, width), random(TOKENS, width), random(HEAD_DIM), random(HEAD_DIM)
+    of_heads = (0.5 + random(width, dtype=torch.float32).abs()).contiguous()
+    v, read, shape = (
+        TOKENS * KV_HEADS * HEAD_DIM,
+        2 * 4 * cos.numel(),
+        f"{TOKENS} x ({HEADS} + {KV_HEADS}) x {HEAD_DIM}",
+    )
+
+    def normed(qkv: torch.Tensor) -> torch.Tensor:
+        return qk_norm_rope_reference(qkv, q_weight, k_weight, EPS, cos, sin, *heads)
+
+    yield case(
+        "rope backward", shape, lambda rows, dqkv: rope_backward(dqkv, cos, sin, *heads, quantised=rows),
+        rows_for(width, of_heads), 2 * (2 * dqkv.numel() - v) + read, tensors=(dqkv,), inputs=(dqkv,),
+        reference=lambda dqkv: codes_of(rope_reference(dqkv.float(), cos, -sin, *heads), of_heads),
+    )  # fmt: skip
+    yield case(
+        "qk_norm backward", shape,
+        lambda rows, dqkv: qk_norm_rope_backward(dqkv, qkv, q_weight, k_weight, EPS, cos, sin, *heads, quantised=rows),
+        rows_for(width, of_heads), 2 * (3 * dqkv.numel() - 2 * v) + read, tensors=(dqkv,), inputs=(qkv,),
+        reference=lambda qkv: codes_of(vjp(normed, (qkv.float(),), dqkv.float())[0], of_heads),
     )  # fmt: skip
 
 
@@ -529,6 +629,7 @@ ROWS: dict[str, Callable[[], Iterator[Case]]] = {
         qk_norm,
         swiglu,
         geglu,
+        fp8_rows,
         linear_cross_entropy,
         nf4,
         int8,
