@@ -33,13 +33,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import Any, Protocol
 
 import torch
 
 from steep.ops.backend import gradient_dtype
 from steep.ops.base_weight import BaseWeight
+from steep.ops.fp8 import Fp8Rows
 from steep.ops.lora_fill import LoraFill
-from steep.ops.lora_layout import ALIGNMENT, Member, layout_of
+from steep.ops.lora_layout import ALIGNMENT, Member, Place, layout_of
 from steep.ops.nf4 import stacked
 from steep.ops.products import product
 
@@ -76,108 +78,73 @@ class Projection:
         return Member(self.weight.shape, self.bias is not None, adapters)
 
 
-class LoraGroup:
-    """Projections that read the same input, the first of which should be the largest.
+class Group(Protocol):
+    """Projections that read the same input, as one product or few. Who calls it owns all buffers.
 
-    The caller owns all buffers. Forward: write x into ``xe[:, x_columns]``, then `fill`, `extend_input`, `forward`.
-    Backward: write dy into ``dye[:, :outputs]``, then `fill` (the same buffer as the forward's), `extend_gradient`,
-    `input_gradient`; `adapter_gradients` needs `xe` too. All buffers may hold anything before (also NaN), and their
-    rows may be apart.
-
-    Attributes:
-        outputs: N, the features of all outputs.
-        buffer_shape: of the weight buffer, in `dtype`.
-        input_width, x_columns: of the input rows, and where x stands in them.
-        gradient_width: of the gradient rows; dy stands in their first N columns.
+    Forward: write x into ``xe[:, x_columns]``, and in e4m3 into `quantised_input` where there is one; then
+    `filled_buffer`, `extend_input`, `forward`. Backward: write dy into ``dye[:, :outputs]``, and into
+    `quantised_gradient` where there is one; then `filled_buffer` (of the same contents as the forward's),
+    `extend_gradient`, `input_gradient`; `adapter_gradients` needs `xe` too. All buffers may hold anything before (also
+    NaN), and their rows may be apart.
     """
 
-    def __init__(self, projections: Sequence[Projection], dtype: torch.dtype) -> None:
-        self.projections = tuple(projections)
-        self.dtype = dtype
-        self._adapters = [adapter for projection in projections for adapter in projection.adapters]
-        self._layout = layout = layout_of(tuple([projection.member() for projection in projections]))
-        self.outputs = layout.outputs
-        self.gradient_width = layout.gradient_width
-        self.input_width = layout.input_width
-        self.x_columns = layout.x_columns
-        self.buffer_shape = (layout.gradient_width, layout.input_width)
-        self._with_low = [part for part in layout.parts if not _is_empty(part.low)]
-        self._has_bias = any(projection.bias is not None for projection in projections)
+    projections: tuple[Projection, ...]
+    dtype: torch.dtype
+    outputs: int
+    input_width: int
+    x_columns: slice
+    gradient_width: int
+    buffer_bytes: int
+    transposed_bytes: int
 
-    def fill(self, buffer: torch.Tensor) -> None:
-        """Write W, s·B (multiplied in fp32, rounded once), A and the zeros into `buffer`, of `buffer_shape`."""
-        assert buffer.shape == self.buffer_shape and buffer.dtype == self.dtype, (buffer.shape, buffer.dtype)
-        for weight, rows in self._weights:
-            weight.write(buffer[rows, self.x_columns])
-        self._beside.write(buffer)
+    def filled_buffer(self, device: torch.device) -> Any: ...
 
-    @cached_property
-    def _weights(self) -> list[tuple[BaseWeight, slice]]:
-        """What stands in the column of W, and its rows."""
-        weights = stacked([projection.weight for projection in self.projections])
-        ends = accumulate((weight.shape[0] for weight in weights), initial=0)
-        return [(weight, slice(*rows)) for weight, rows in zip(weights, pairwise(ends), strict=True)]
+    def quantised_input(self, tokens: int, device: torch.device) -> Fp8Rows | None: ...
 
-    @cached_property
-    def _beside(self) -> LoraFill:
-        """What stands beside it."""
-        matrices = [tensor for adapter in self._adapters for tensor in (adapter.a, adapter.b)]
-        scales = [scale for adapter in self._adapters for scale in (1.0, adapter.scale)]
-        return LoraFill(self._layout, matrices, scales, [projection.bias for projection in self.projections])
+    def quantised_gradient(self, tokens: int, device: torch.device) -> Fp8Rows | None: ...
 
-    def filled_buffer(self, device: torch.device) -> torch.Tensor:
-        """A new weight buffer, filled."""
-        buffer = torch.empty(self.buffer_shape, dtype=self.dtype, device=device)
-        self.fill(buffer)
-        return buffer
-
-    def extend_input(self, xe: torch.Tensor, buffer: torch.Tensor) -> None:
-        """Write the columns of `xe` [T, input_width] beside x: x·Aᵀ, and what bias meets."""
-        padding = self._layout.padding
-        if not _is_empty(padding):
-            xe[:, padding].zero_()
-        if self._has_bias:
-            xe[:, padding.start].fill_(1.0)
-        x = xe[:, self.x_columns]
-        for part in self._with_low:
-            product(x, _turned(buffer, part.low_rows, self.x_columns), out=xe[:, part.low])
+    def extend_input(self, xe: torch.Tensor, buffer: Any) -> None: ...
 
     def forward(
-        self, xe: torch.Tensor, buffer: torch.Tensor, out: torch.Tensor, add: torch.Tensor | None = None
-    ) -> None:
-        """Write the outputs of all projections into `out` [T, N], + `add` [T, N] before the one rounding.
+        self,
+        xe: torch.Tensor,
+        buffer: Any,
+        out: torch.Tensor,
+        add: torch.Tensor | None = None,
+        quantised: Fp8Rows | None = None,
+    ) -> None: ...
 
-        `out` and `add` are of one dtype, `dtype` or fp32; they may be the same tensor.
-        """
-        parts = self._layout.parts
-        if len(parts) == 1:
-            product(xe[:, parts[0].inputs], _turned(buffer, parts[0].outputs, parts[0].inputs), add=add, out=out)
-            return
-        for part in parts:
-            product(
-                xe[:, part.inputs],
-                _turned(buffer, part.outputs, part.inputs),
-                add=None if add is None else add[:, part.outputs],
-                out=out[:, part.outputs],
-            )
-
-    def extend_gradient(self, dye: torch.Tensor, buffer: torch.Tensor) -> None:
-        """Write the columns of `dye` [T, gradient_width] beside dy: dy·s·B."""
-        start = self._layout.parts[0].low_rows.start
-        if self.outputs < start:
-            dye[:, self.outputs : start].zero_()
-        for part in self._with_low:
-            product(dye[:, part.outputs], buffer[part.outputs, part.low], out=dye[:, part.low_rows])
+    def extend_gradient(self, dye: torch.Tensor, buffer: Any) -> None: ...
 
     def input_gradient(
         self,
         dye: torch.Tensor,
-        buffer: torch.Tensor,
+        buffer: Any,
         out: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
-    ) -> torch.Tensor:
-        """dX [T, in_features], in `out` if given."""
-        return product(dye, buffer[:, self.x_columns], out=out, out_dtype=out_dtype)
+        quantised: Fp8Rows | None = None,
+    ) -> torch.Tensor: ...
+
+    def adapter_gradients(
+        self, dye: torch.Tensor, xe: torch.Tensor, out_dtype: torch.dtype | None = None
+    ) -> list[torch.Tensor | None]: ...
+
+
+class AdapterGroup:
+    """Projections that read the same input, and the gradients of their adapters.
+
+    Attributes:
+        x_columns: where x stands in the input rows.
+    """
+
+    def __init__(
+        self, projections: Sequence[Projection], dtype: torch.dtype, places: Sequence[Place], x_columns: slice
+    ) -> None:
+        self.projections = tuple(projections)
+        self.dtype = dtype
+        self.x_columns = x_columns
+        self._adapters = [adapter for projection in projections for adapter in projection.adapters]
+        self._places = places
 
     def adapter_gradients(
         self, dye: torch.Tensor, xe: torch.Tensor, out_dtype: torch.dtype | None = None
@@ -188,7 +155,7 @@ class LoraGroup:
         Each is contiguous, in `out_dtype` or else in what autograd keeps of it (`gradient_dtype`), straight from the
         fp32 accumulation where the dtype is fp32 or that of the group. Those of a are rows of one tensor.
         """
-        places, adapters, dye_T = self._layout.places, self._adapters, dye.t()
+        places, adapters, dye_T = self._places, self._adapters, dye.t()
         gradients: list[torch.Tensor | None] = [None] * (2 * len(places))
         runs: list[list[int]] = []  # of neighbours: one product each; what pads them is computed with them
         for index, place in enumerate(places):
@@ -223,6 +190,120 @@ class LoraGroup:
         if dtype in (self.dtype, torch.float32):
             return product(a, b, out_dtype=dtype, scale=scale)
         return product(a, b, out_dtype=torch.float32, scale=scale).to(dtype)
+
+
+class LoraGroup(AdapterGroup):
+    """A `Group`: projections that read the same input, the first of which should be the largest.
+
+    Attributes:
+        outputs: N, the features of all outputs.
+        buffer_shape: of the weight buffer, in `dtype`.
+        input_width, x_columns: of the input rows, and where x stands in them.
+        gradient_width: of the gradient rows; dy stands in their first N columns.
+        buffer_bytes: of the weight buffer.
+        transposed_bytes: of a transposed weight; there is none, since products read the buffer both ways.
+    """
+
+    transposed_bytes = 0
+
+    def __init__(self, projections: Sequence[Projection], dtype: torch.dtype) -> None:
+        self._layout = layout = layout_of(tuple([projection.member() for projection in projections]))
+        super().__init__(projections, dtype, layout.places, layout.x_columns)
+        self.outputs = layout.outputs
+        self.gradient_width = layout.gradient_width
+        self.input_width = layout.input_width
+        self.buffer_shape = (layout.gradient_width, layout.input_width)
+        self.buffer_bytes = layout.gradient_width * layout.input_width * dtype.itemsize
+        self._with_low = [part for part in layout.parts if not _is_empty(part.low)]
+        self._has_bias = any(projection.bias is not None for projection in projections)
+
+    def fill(self, buffer: torch.Tensor) -> None:
+        """Write W, s·B (multiplied in fp32, rounded once), A and the zeros into `buffer`, of `buffer_shape`."""
+        assert buffer.shape == self.buffer_shape and buffer.dtype == self.dtype, (buffer.shape, buffer.dtype)
+        for weight, rows in self._weights:
+            weight.write(buffer[rows, self.x_columns])
+        self._beside.write(buffer)
+
+    @cached_property
+    def _weights(self) -> list[tuple[BaseWeight, slice]]:
+        """What stands in the column of W, and its rows."""
+        weights = stacked([projection.weight for projection in self.projections])
+        ends = accumulate((weight.shape[0] for weight in weights), initial=0)
+        return [(weight, slice(*rows)) for weight, rows in zip(weights, pairwise(ends), strict=True)]
+
+    @cached_property
+    def _beside(self) -> LoraFill:
+        """What stands beside it."""
+        matrices = [tensor for adapter in self._adapters for tensor in (adapter.a, adapter.b)]
+        scales = [scale for adapter in self._adapters for scale in (1.0, adapter.scale)]
+        return LoraFill(self._layout, matrices, scales, [projection.bias for projection in self.projections])
+
+    def filled_buffer(self, device: torch.device) -> torch.Tensor:
+        """A new weight buffer, filled."""
+        buffer = torch.empty(self.buffer_shape, dtype=self.dtype, device=device)
+        self.fill(buffer)
+        return buffer
+
+    def quantised_input(self, tokens: int, device: torch.device) -> None:
+        """Where x belongs in e4m3: nowhere, as products read it in `dtype`."""
+
+    def quantised_gradient(self, tokens: int, device: torch.device) -> None:
+        """Where dy belongs in e4m3: nowhere."""
+
+    def extend_input(self, xe: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Write the columns of `xe` [T, input_width] beside x: x·Aᵀ, and what bias meets."""
+        padding = self._layout.padding
+        if not _is_empty(padding):
+            xe[:, padding].zero_()
+        if self._has_bias:
+            xe[:, padding.start].fill_(1.0)
+        x = xe[:, self.x_columns]
+        for part in self._with_low:
+            product(x, _turned(buffer, part.low_rows, self.x_columns), out=xe[:, part.low])
+
+    def forward(
+        self,
+        xe: torch.Tensor,
+        buffer: torch.Tensor,
+        out: torch.Tensor,
+        add: torch.Tensor | None = None,
+        quantised: Fp8Rows | None = None,
+    ) -> None:
+        """Write the outputs of all projections into `out` [T, N], + `add` [T, N] before the one rounding.
+
+        `out` and `add` are of one dtype, `dtype` or fp32; they may be the same tensor. `quantised` is
+        not read.
+        """
+        parts = self._layout.parts
+        if len(parts) == 1:
+            product(xe[:, parts[0].inputs], _turned(buffer, parts[0].outputs, parts[0].inputs), add=add, out=out)
+            return
+        for part in parts:
+            product(
+                xe[:, part.inputs],
+                _turned(buffer, part.outputs, part.inputs),
+                add=None if add is None else add[:, part.outputs],
+                out=out[:, part.outputs],
+            )
+
+    def extend_gradient(self, dye: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Write the columns of `dye` [T, gradient_width] beside dy: dy·s·B."""
+        start = self._layout.parts[0].low_rows.start
+        if self.outputs < start:
+            dye[:, self.outputs : start].zero_()
+        for part in self._with_low:
+            product(dye[:, part.outputs], buffer[part.outputs, part.low], out=dye[:, part.low_rows])
+
+    def input_gradient(
+        self,
+        dye: torch.Tensor,
+        buffer: torch.Tensor,
+        out: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        quantised: Fp8Rows | None = None,
+    ) -> torch.Tensor:
+        """dX [T, in_features], in `out` if given. `quantised` is not read."""
+        return product(dye, buffer[:, self.x_columns], out=out, out_dtype=out_dtype)
 
 
 def _turned(buffer: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:

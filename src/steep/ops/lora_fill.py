@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from steep.ops.backend import uses_kernels
-from steep.ops.lora_layout import ALIGNMENT, Layout, Piece
+from steep.ops.lora_layout import ALIGNMENT, Piece, Pieces
 
 if TYPE_CHECKING:
     from steep.kernels.lora_fill import Launch
@@ -28,7 +28,7 @@ class LoraFill:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: Pieces,
         matrices: Sequence[torch.Tensor],
         scales: Sequence[float],
         biases: Sequence[torch.Tensor | None],
@@ -42,7 +42,7 @@ class LoraFill:
         self._biases_of_pieces = [None if piece.source is None else biases[piece.source] for piece in layout.biases]
 
     def write(self, buffer: torch.Tensor) -> None:
-        """Write all pieces into `buffer` [gradient_width, input_width] of bf16, fp16 or fp32, whose rows may be apart;
+        """Write all pieces into the `buffer` in which they stand, of bf16, fp16 or fp32, whose rows may be apart;
         nothing else is touched, W neither."""
         assert buffer.stride(1) == 1, buffer.stride()
         layout = self._layout
@@ -82,7 +82,7 @@ def lora_fill_reference(
 
 
 @cache
-def _launches(layout: Layout, device: torch.device) -> tuple[Launch, ...]:
+def _launches(layout: Pieces, device: torch.device) -> tuple[Launch, ...]:
     from steep.kernels import lora_fill
 
     matrices, biases = ([piece.numbers() for piece in pieces] for pieces in (layout.matrices, layout.biases))

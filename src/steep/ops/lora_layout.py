@@ -75,7 +75,20 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class Pieces:
+    """What is filled in beside weights.
+
+    Attributes:
+        matrices: pieces with A or s·B; sources are a and b of each adapter in turn.
+        biases: pieces of the padding; sources are the projections' biases.
+    """
+
+    matrices: tuple[Piece, ...]
+    biases: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout(Pieces):
     """All slices of a group.
 
     Attributes:
@@ -86,8 +99,6 @@ class Layout:
         parts: the first projection, and all others together.
         rows: of each projection in the buffer.
         places: of each adapter, those of the first projection first.
-        matrices: pieces with A or s·B; sources are a and b of each adapter in turn.
-        biases: pieces of the padding; sources are the projections' biases.
     """
 
     outputs: int
@@ -98,19 +109,11 @@ class Layout:
     parts: tuple[Part, ...]
     rows: tuple[slice, ...]
     places: tuple[Place, ...]
-    matrices: tuple[Piece, ...]
-    biases: tuple[Piece, ...]
 
 
 @cache
 def layout_of(members: tuple[Member, ...]) -> Layout:
-    in_features = {member.weight[1] for member in members}
-    assert len(in_features) == 1, f"projections of one group read the same input: {in_features}"
-    (in_features,) = in_features
-    for (out_features, _), _, adapters in members:
-        for a, b in adapters:
-            assert a[1] == in_features and b == (out_features, a[0]), (a, b, out_features, in_features)
-
+    in_features = _in_features(members)
     ranks = [[a[0] for a, _ in member.adapters] for member in members]
     widths = [_aligned(sum(own)) for own in ranks]
     with_bias = in_features + any(member.has_bias for member in members)
@@ -155,6 +158,88 @@ def layout_of(members: tuple[Member, ...]) -> Layout:
         matrices=tuple(matrices),
         biases=tuple(biases),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class BesideLayout:
+    """All slices of a group whose weights stay where they are stored: [T, input_width] of x | x·A₁ᵀ | x·A₂ᵀ ...,
+    [T, gradient_width] of dy₁ | dy₂ ... | dy₁·s·B₁ | dy₂·s·B₂ ..., and two buffers, s·B and A.
+
+    Attributes:
+        outputs: N, the features of all outputs.
+        gradient_width, input_width: of the gradient rows and of the input rows.
+        x_columns: of x in the input rows.
+        rows: of each projection, in s·B; columns of y and dy.
+        lows: of each projection, columns of x·Aᵀ in the input rows.
+        low_rows: of each projection, columns of dy·s·B in the gradient rows.
+        places: of each adapter, those of the first projection first.
+        b_shape, a_shape: of the buffers: that of s·B is as wide as the widest, each projection's at its left.
+        b, a: what is filled into them.
+    """
+
+    outputs: int
+    gradient_width: int
+    input_width: int
+    x_columns: slice
+    rows: tuple[slice, ...]
+    lows: tuple[slice, ...]
+    low_rows: tuple[slice, ...]
+    places: tuple[Place, ...]
+    b_shape: tuple[int, int]
+    a_shape: tuple[int, int]
+    b: Pieces
+    a: Pieces
+
+
+@cache
+def beside_layout_of(members: tuple[Member, ...]) -> BesideLayout:
+    in_features = _in_features(members)
+    ranks = [[a[0] for a, _ in member.adapters] for member in members]
+    widths = [_aligned(sum(own)) for own in ranks]
+    rows = _slices(0, [member.weight[0] for member in members])
+    outputs = rows[-1].stop
+    lows = _slices(_aligned(in_features), widths)
+    low_rows = _slices(_aligned(outputs), widths)
+
+    places: list[Place] = []
+    of_b: list[Piece] = []
+    of_a: list[Piece] = []
+    whole = slice(0, in_features)
+    for index, (own, in_a) in enumerate(zip(ranks, _slices(0, widths), strict=True)):
+        numbers = range(len(places), len(places) + len(own))
+        place = zip(_slices(lows[index].start, own), _slices(low_rows[index].start, own), strict=True)
+        places += [Place(rows[index], *slices) for slices in place]
+        tenants = zip([2 * number + 1 for number in numbers], _slices(0, own), strict=True)
+        for columns, source, own_columns in _cut(slice(0, widths[index]), list(tenants)):
+            of_b.append(Piece(rows[index], columns, source, rows[index], own_columns))
+        tenants = zip([2 * number for number in numbers], _slices(in_a.start, own), strict=True)
+        for of_projection, source, own_rows in _cut(in_a, list(tenants)):
+            of_a.append(Piece(of_projection, whole, source, own_rows, whole))
+    return BesideLayout(
+        outputs=outputs,
+        gradient_width=low_rows[-1].stop,
+        input_width=lows[-1].stop,
+        x_columns=whole,
+        rows=tuple(rows),
+        lows=tuple(lows),
+        low_rows=tuple(low_rows),
+        places=tuple(places),
+        b_shape=(outputs, max(widths)),
+        a_shape=(sum(widths), in_features),
+        b=Pieces(tuple(of_b), ()),
+        a=Pieces(tuple(of_a), ()),
+    )
+
+
+def _in_features(members: Sequence[Member]) -> int:
+    """That of all projections, whose adapters fit."""
+    in_features = {member.weight[1] for member in members}
+    assert len(in_features) == 1, f"projections of one group read the same input: {in_features}"
+    (in_features,) = in_features
+    for (out_features, _), _, adapters in members:
+        for a, b in adapters:
+            assert a[1] == in_features and b == (out_features, a[0]), (a, b, out_features, in_features)
+    return in_features
 
 
 def _slices(start: int, sizes: Sequence[int]) -> list[slice]:

@@ -1,8 +1,9 @@
 """A linear layer with adapters, differentiable in its input and in the adapters that train.
 
-    y = x·Wᵀ + bias + Σ s·(x·Aᵀ)·Bᵀ        one product, rounded once (ops/lora.py)
+    y = x·Wᵀ + bias + Σ s·(x·Aᵀ)·Bᵀ        one product, rounded once (ops/lora.py; ops/fp8_linear.py)
 
-Saved for the backward pass: x and the adapters. The weight is dequantised again, and x·Aᵀ computed again.
+Saved for the backward pass: x and the adapters. The weight is dequantised again (x quantised again, over one in e4m3),
+and x·Aᵀ computed again.
 The fused decoder layer does not call this: it runs the same `LoraGroup` inside its own pass (model/attention_half.py).
 """
 
@@ -17,7 +18,8 @@ from torch.nn.functional import linear
 
 from steep.ops.backend import without_autocast
 from steep.ops.copy_rows import copy_rows
-from steep.ops.lora import LoraGroup, Projection
+from steep.ops.fp8 import Fp8Rows, quantise_reference
+from steep.ops.lora import Group, LoraGroup, Projection
 from steep.ops.products import sums_in_fp32
 
 
@@ -38,11 +40,16 @@ def lora_linear(x: torch.Tensor, projection: Projection) -> torch.Tensor:
 
 def lora_linears(x: torch.Tensor, projections: Sequence[Projection]) -> torch.Tensor:
     """[T, in_features] -> [T, sum of out_features]: projections that read the same x, as one group."""
-    tensors = [tensor for projection in projections for tensor in projection.tensors()]
-    return _LoraLinears.apply(x, tuple(projections), *tensors)  # pyright: ignore[reportReturnType]
+    return linears(x, LoraGroup(projections, x.dtype))
 
 
-def extended(x: torch.Tensor, group: LoraGroup, buffer: torch.Tensor) -> torch.Tensor:
+def linears(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """[T, in_features] -> [T, sum of out_features], by a group for products in x's dtype."""
+    tensors = [tensor for projection in group.projections for tensor in projection.tensors()]
+    return _Linears.apply(x, group, *tensors)  # pyright: ignore[reportReturnType]
+
+
+def extended(x: torch.Tensor, group: Group, buffer: Any) -> torch.Tensor:
     """The group's input rows [T, input_width] of x."""
     xe = x.new_empty(x.shape[0], group.input_width)
     _copy_into(xe[:, group.x_columns], x)
@@ -50,7 +57,7 @@ def extended(x: torch.Tensor, group: LoraGroup, buffer: torch.Tensor) -> torch.T
     return xe
 
 
-def extended_gradient(dy: torch.Tensor, group: LoraGroup, buffer: torch.Tensor) -> torch.Tensor:
+def extended_gradient(dy: torch.Tensor, group: Group, buffer: Any) -> torch.Tensor:
     """The group's gradient rows [T, gradient_width] of dy."""
     dye = dy.new_empty(dy.shape[0], group.gradient_width)
     _copy_into(dye[:, : group.outputs], dy)
@@ -63,14 +70,22 @@ def _copy_into(columns: torch.Tensor, x: torch.Tensor) -> None:
     copy_rows(x if x.stride(1) == 1 else x.contiguous(), columns)
 
 
-class _LoraLinears(torch.autograd.Function):
+def _quantised(values: torch.Tensor, rows: Fp8Rows | None) -> Fp8Rows | None:
+    """`rows`, written."""
+    if rows is not None:
+        quantise_reference(values, rows)
+    return rows
+
+
+class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, projections: tuple[Projection, ...], *tensors: torch.Tensor) -> torch.Tensor:
-        with without_autocast(x.device.type), sums_in_fp32():
-            group = LoraGroup(projections, x.dtype)
-            buffer = group.filled_buffer(x.device)
-            y = x.new_empty(x.shape[0], group.outputs)
-            group.forward(extended(x, group, buffer), buffer, y)
+    def forward(ctx: Any, x: torch.Tensor, group: Group, *tensors: torch.Tensor) -> torch.Tensor:
+        tokens, device = x.shape[0], x.device
+        with without_autocast(device.type), sums_in_fp32():
+            buffer = group.filled_buffer(device)
+            y = x.new_empty(tokens, group.outputs)
+            quantised = _quantised(x, group.quantised_input(tokens, device))
+            group.forward(extended(x, group, buffer), buffer, y, quantised=quantised)
         ctx.group = group
         ctx.save_for_backward(x, *tensors)
         return y
@@ -79,8 +94,11 @@ class _LoraLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dy,), x, group = gradients, ctx.saved_tensors[0], ctx.group
+        dx = None
         with without_autocast(x.device.type), sums_in_fp32():
             buffer = group.filled_buffer(x.device)
             dye = extended_gradient(dy, group, buffer)
-            dx = group.input_gradient(dye, buffer) if ctx.needs_input_grad[0] else None
+            if ctx.needs_input_grad[0]:
+                quantised = _quantised(dy, group.quantised_gradient(len(dy), x.device))
+                dx = group.input_gradient(dye, buffer, quantised=quantised)
             return dx, None, *group.adapter_gradients(dye, extended(x, group, buffer))

@@ -1,0 +1,294 @@
+"""Linear layers with LoRA adapters over weights in e4m3: products on the fp8 units, the adapters in the same sum.
+
+    y  = (x in e4m3 · codesᵀ) · scales  +  (x·Aᵀ)·(s·B)ᵀ  +  bias
+    dX = (dy · W's scales, in e4m3) · codes  +  (dy·s·B)·A
+
+Each is accumulated in fp32 and rounded once (ops/fp8_product.py): an adapter that is added into an output which is
+already rounded loses most of what it contributes while it is small. What the adapters read stays in 16 bit, and their
+gradients are those of any group.
+
+A scale a row of W is one of a summand in dX, and so is folded into dy before its rows are quantised; the scales of
+blocks of 128 x 128 are not, and the products of both directions then go by 128 columns. dX wants the codes transposed:
+they are turned anew for each call, or kept beside the others.
+
+    input      XE  = [x | x·A₁ᵀ | x·A₂ᵀ | ...]                    [T, input_width]
+    gradient   DYE = [dy₁ | dy₂ | ... | dy₁·s·B₁ | dy₂·s·B₂ ...]    [T, gradient_width]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from steep.ops.backend import uses_kernels
+from steep.ops.fp8 import BLOCK, E4M3, Fp8Rows, Fp8Weight, empty_fp8_rows
+from steep.ops.fp8_product import LowPart, fp8_product
+from steep.ops.lora import AdapterGroup, LoraGroup, Projection
+from steep.ops.lora_fill import LoraFill
+from steep.ops.lora_layout import beside_layout_of
+from steep.ops.lora_linear import linears
+from steep.ops.products import product
+
+
+class Fp8Buffer(NamedTuple):
+    """s·B [N, widest rank], each projection's at its left, and A [sum of ranks, K], as products read them."""
+
+    b: torch.Tensor
+    a: torch.Tensor
+
+
+class Fp8Group(AdapterGroup):
+    """A `Group`: projections that read the same input, over weights in e4m3 with the same kind of scale.
+
+    Args:
+        keeps_transposed: keep the transposed codes from the first backward pass on.
+
+    Attributes:
+        outputs: N, the features of all outputs.
+        input_width, x_columns: of the input rows, and where x stands in them.
+        gradient_width: of the gradient rows; dy stands in their first N columns.
+        buffer_bytes: of a filled buffer.
+        transposed_bytes: of the transposed codes.
+    """
+
+    def __init__(self, projections: Sequence[Projection], dtype: torch.dtype, keeps_transposed: bool = False) -> None:
+        weights = [projection.weight for projection in projections]
+        assert fits_fp8(weights, dtype), (weights, dtype)
+        self._layout = layout = beside_layout_of(tuple([projection.member() for projection in projections]))
+        super().__init__(projections, dtype, layout.places, layout.x_columns)
+        self._weights: list[Fp8Weight] = [weight for weight in weights if isinstance(weight, Fp8Weight)]
+        self._has_blocks = self._weights[0].has_blocks
+        self._keeps_transposed = keeps_transposed
+        self._kept: torch.Tensor | None = None
+        self.outputs = layout.outputs
+        self.input_width = layout.input_width
+        self.gradient_width = layout.gradient_width
+        # Rows of the transposed codes begin at multiples of 16 bytes.
+        self._transposed_shape = layout.a_shape[1], -(-layout.outputs // 16) * 16
+        sizes = [rows * columns for rows, columns in (layout.b_shape, layout.a_shape)]
+        self.buffer_bytes = sum(sizes) * dtype.itemsize
+        self.transposed_bytes = self._transposed_shape[0] * self._transposed_shape[1]
+
+    @cached_property
+    def _runs(self) -> list[_Run]:
+        return _runs(self._weights)
+
+    @cached_property
+    def _scale(self) -> torch.Tensor:
+        """Of all weights, one below the other."""
+        scales = [weight.scale for weight in self._weights]
+        return scales[0] if len(scales) == 1 else torch.cat(scales)
+
+    @cached_property
+    def _scale_of_transposed(self) -> torch.Tensor | None:
+        """That of a scale a row is in dy already."""
+        return self._scale.t().contiguous() if self._has_blocks else None
+
+    @cached_property
+    def _bias(self) -> torch.Tensor | None:
+        """Of all outputs, in fp32."""
+        biases = [projection.bias for projection in self.projections]
+        if all(bias is None for bias in biases):
+            return None
+        parts = zip(biases, self._weights, strict=True)
+        return torch.cat(
+            [weight.scale.new_zeros(weight.shape[0]) if bias is None else bias.float() for bias, weight in parts]
+        )
+
+    @cached_property
+    def _fills(self) -> tuple[LoraFill, LoraFill]:
+        matrices = [tensor for adapter in self._adapters for tensor in (adapter.a, adapter.b)]
+        scales = [scale for adapter in self._adapters for scale in (1.0, adapter.scale)]
+        layout = self._layout
+        return LoraFill(layout.b, matrices, scales, ()), LoraFill(layout.a, matrices, scales, ())
+
+    def filled_buffer(self, device: torch.device) -> Fp8Buffer:
+        """s·B (multiplied in fp32, rounded once) and A."""
+        shapes = self._layout.b_shape, self._layout.a_shape
+        buffer = Fp8Buffer(*[torch.empty(shape, dtype=self.dtype, device=device) for shape in shapes])
+        if self._adapters:
+            for fill, part in zip(self._fills, buffer, strict=True):
+                fill.write(part)
+        return buffer
+
+    def quantised_input(self, tokens: int, device: torch.device) -> Fp8Rows:
+        """Where x belongs in e4m3, still empty."""
+        return empty_fp8_rows(tokens, self._layout.a_shape[1], device, pieces=self._has_blocks)
+
+    def quantised_gradient(self, tokens: int, device: torch.device) -> Fp8Rows:
+        """Where dy belongs in e4m3, still empty."""
+        factors = None if self._has_blocks else self._scale
+        return empty_fp8_rows(tokens, self.outputs, device, pieces=self._has_blocks, factors=factors)
+
+    def extend_input(self, xe: torch.Tensor, buffer: Fp8Buffer) -> None:
+        """Write the columns of `xe` [T, input_width] beside x: x·Aᵀ."""
+        if self._adapters:
+            product(xe[:, self.x_columns], buffer.a.t(), out=xe[:, self._layout.lows[0].start :])
+
+    def forward(
+        self,
+        xe: torch.Tensor,
+        buffer: Fp8Buffer,
+        out: torch.Tensor,
+        add: torch.Tensor | None = None,
+        quantised: Fp8Rows | None = None,
+    ) -> None:
+        """Write the outputs of all projections into `out` [T, N], + `add` [T, N] before the one rounding.
+
+        Args:
+            add: of out's dtype, any of 16 or 32 bit; may be `out`.
+            quantised: x in e4m3, where `quantised_input` said.
+        """
+        assert quantised is not None, "x in e4m3 is read here"
+        parts = [
+            LowPart(rows.start, rows.stop, low.start, low.stop - low.start)
+            for rows, low in zip(self._layout.rows, self._layout.lows, strict=True)
+        ]
+        for run in self._runs:
+            of_run, rows = parts[run.members], run.rows
+            fp8_product(
+                quantised,
+                run.codes,
+                self._scale[run.scales],
+                out[:, rows],
+                low=xe,
+                b=buffer.b[rows],
+                parts=[part._replace(start=part.start - rows.start, stop=part.stop - rows.start) for part in of_run],
+                bias=None if self._bias is None else self._bias[rows],
+                add=None if add is None else add[:, rows],
+            )
+
+    def extend_gradient(self, dye: torch.Tensor, buffer: Fp8Buffer) -> None:
+        """Write the columns of `dye` [T, gradient_width] beside dy: dy·s·B."""
+        for rows, low_rows in zip(self._layout.rows, self._layout.low_rows, strict=True):
+            width = low_rows.stop - low_rows.start
+            if width:
+                product(dye[:, rows], buffer.b[rows, :width], out=dye[:, low_rows])
+
+    def input_gradient(
+        self,
+        dye: torch.Tensor,
+        buffer: Fp8Buffer,
+        out: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        quantised: Fp8Rows | None = None,
+    ) -> torch.Tensor:
+        """dX [T, in_features], in `out` if given.
+
+        Args:
+            quantised: dy in e4m3, where `quantised_gradient` said.
+        """
+        assert quantised is not None, "dy in e4m3 is read here"
+        ranks, in_features = self._layout.a_shape
+        if out is None:
+            out = torch.empty(dye.shape[0], in_features, dtype=out_dtype or self.dtype, device=dye.device)
+        start = self._layout.low_rows[0].start
+        fp8_product(
+            quantised,
+            self._transposed(),
+            self._scale_of_transposed,
+            out,
+            low=dye,
+            b=buffer.a.t(),
+            parts=[LowPart(0, in_features, start, ranks)],
+        )
+        return out
+
+    def _transposed(self) -> torch.Tensor:
+        """The codes of all weights, [in_features, N]."""
+        if self._kept is not None:
+            return self._kept
+        codes = torch.empty(self._transposed_shape, dtype=E4M3, device=self._weights[0].codes.device)
+        codes = codes[:, : self.outputs]
+        for run in self._runs:
+            transpose(run.codes, codes[:, run.rows])
+        if self._keeps_transposed:
+            self._kept = codes
+        return codes
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbours of a group whose codes lie one behind the other, as one weight.
+
+    Attributes:
+        codes: e4m3 [rows of all, in_features].
+        members: which projections they are.
+        rows: of the group's outputs.
+        scales: rows of the group's scales.
+    """
+
+    codes: torch.Tensor
+    members: slice
+    rows: slice
+    scales: slice
+
+
+def _runs(weights: Sequence[Fp8Weight]) -> list[_Run]:
+    first = [0, *(at for at, (one, other) in enumerate(pairwise(weights), 1) if not _lie_together(one, other))]
+    runs: list[_Run] = []
+    rows = scales = 0
+    for start, stop in pairwise([*first, len(weights)]):
+        height = sum(weight.shape[0] for weight in weights[start:stop])
+        num_scales = sum(weight.scale.shape[0] for weight in weights[start:stop])
+        codes = weights[start].codes
+        whole = codes.as_strided((height, codes.shape[1]), codes.stride())
+        runs.append(_Run(whole, slice(start, stop), slice(rows, rows + height), slice(scales, scales + num_scales)))
+        rows, scales = rows + height, scales + num_scales
+    return runs
+
+
+def _lie_together(one: Fp8Weight, other: Fp8Weight) -> bool:
+    a, b = one.codes, other.codes
+    same = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return same and b.storage_offset() == a.storage_offset() + a.numel()
+
+
+def transpose(codes: torch.Tensor, out: torch.Tensor) -> None:
+    """Write e4m3 `codes` [N, K] into `out` [K, N], whose rows may be apart."""
+    assert out.shape == codes.t().shape and out.stride(1) == codes.stride(1) == 1, (codes.shape, out.shape)
+    if not uses_kernels(out):
+        out.copy_(codes.t())
+        return
+    from steep.kernels import fp8_weight
+
+    fp8_weight.transpose(codes, out)
+
+
+def fits_fp8(weights: Sequence[object], dtype: torch.dtype) -> bool:
+    """Whether fp8 products over these weights, one below the other, are there: all in e4m3 with the same kind of scale,
+    their rows at multiples of 16 bytes, and blocks that do not run across weights; beside adapters in 16 bit."""
+    stored = [weight for weight in weights if isinstance(weight, Fp8Weight)]
+    if len(stored) < len(weights) or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    has_blocks = stored[0].has_blocks
+    return (
+        all(weight.has_blocks == has_blocks and weight.shape[1] % 16 == 0 for weight in stored)
+        and not (has_blocks and any(weight.shape[0] % BLOCK for weight in stored[:-1]))
+    )  # fmt: skip
+
+
+def group_of(
+    projections: Sequence[Projection], dtype: torch.dtype, *, fp8: bool, keeps_transposed: bool = False
+) -> LoraGroup | Fp8Group:
+    """The group for products in `dtype`: on the fp8 units if `fp8` and all weights are fit for it (`fits_fp8`); else
+    the weights are dequantised."""
+    if fp8 and fits_fp8([projection.weight for projection in projections], dtype):
+        return Fp8Group(projections, dtype, keeps_transposed)
+    return LoraGroup(projections, dtype)
+
+
+def fp8_linear(x: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """[T, in_features] -> [T, out_features], in x's dtype, bf16 or fp16. Differentiable in x and in the adapters that
+    train. Saved for the backward pass: x and the adapters."""
+    return fp8_linears(x, (projection,))
+
+
+def fp8_linears(x: torch.Tensor, projections: Sequence[Projection]) -> torch.Tensor:
+    """[T, in_features] -> [T, sum of out_features]: projections that read the same x, as one group."""
+    return linears(x, Fp8Group(projections, x.dtype))
