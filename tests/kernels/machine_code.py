@@ -59,7 +59,8 @@ def launched(module: ModuleType) -> set[str]:
 def compilations_of(module: ModuleType, capability: int) -> list[Compilation]:
     """Those that are launched on such a card."""
     found: list[Compilation] = module.compilations(dtype_on(capability))
-    return [compilation for compilation in found if compilation.oldest <= divmod(capability, 10)]
+    card = divmod(capability, 10)
+    return [each for each in found if each.oldest <= card and (each.until is None or card < each.until)]
 
 
 def compilations(capability: int) -> list[Compilation]:
@@ -84,7 +85,12 @@ def build(compilation: Compilation, capability: int) -> dict[str, object]:
     # A launch specialises on pointers that are multiples of 16 bytes, as those of torch's tensors are.
     attributes = {place: [["tt.divisibility", 16]] for place in pointers(tuple(signature.values()))}
     source = ASTSource(kernel, signature, dict(compilation.constants), attributes)
+    for place, argument in enumerate(kernel.arg_names):
+        if argument in compilation.multiples and argument not in compilation.constants:
+            attributes[place,] = [["tt.divisibility", 16]]
     options = {"num_warps": compilation.num_warps}
+    if compilation.num_stages is not None:
+        options["num_stages"] = compilation.num_stages
     log = io.StringIO()
     name = f"{kernel.__module__.removeprefix('steep.kernels.')}.{kernel.__name__}"
     told: dict[str, object] = {"kernel": name, "constants": str(dict(compilation.constants)), "capability": capability}

@@ -31,6 +31,9 @@ class Compilation:
         constants: the value of each `tl.constexpr` argument.
         num_warps: as launched; the default is Triton's.
         oldest: compute capability of the oldest card on which it is launched: OLDEST_FP8_CARD of kernels with e4m3.
+        until: of the first card on which it is launched no longer.
+        num_stages: as launched; None: Triton's.
+        multiples: arguments that are multiples of 16, for which a launch specialises the kernel.
     """
 
     kernel: JITFunction
@@ -38,6 +41,9 @@ class Compilation:
     constants: Mapping[str, object]
     num_warps: int = 4
     oldest: tuple[int, int] = OLDEST_CARD
+    until: tuple[int, int] | None = None
+    num_stages: int | None = None
+    multiples: tuple[str, ...] = ()
 
 
 def triton_type(dtype: torch.dtype) -> str:

@@ -55,7 +55,6 @@ def fp8_product(
     assert out.stride(1) == codes.stride(1) == rows.codes.stride(1) == 1, (out.stride(), codes.stride())
     assert add is None or (add.shape, add.dtype, add.stride(1)) == (out.shape, out.dtype, 1), (add.shape, add.dtype)
     assert rows.has_pieces == (scale is not None and scale.dim() == 2), "pieces meet blocks, rows meet rows"
-    parts = [part for part in parts if part.width]
     if not uses_kernels(out):
         out.copy_(fp8_product_reference(rows, codes, scale, low=low, b=b, parts=parts, bias=bias, add=add))
         return
