@@ -406,6 +406,65 @@ def int8() -> Iterator[Case]:
     )  # fmt: skip
 
 
+def fp8() -> Iterator[Case]:
+    """Over a weight in e4m3: dequantised, turned, and multiplied with the adapters in its sum."""
+    from steep.ops.fp8 import empty_fp8_rows, fp8_reference, quantise_reference, quantise_weight
+    from steep.ops.fp8_linear import transpose
+    from steep.ops.fp8_product import LowPart, fp8_product, fp8_product_reference
+
+    for outputs, inputs in ((INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)):
+        stored = quantise_weight(random(outputs, inputs, std=0.02))
+        dense = torch.empty(outputs, inputs, dtype=torch.bfloat16, device=DEVICE)
+        turned = torch.empty(inputs, outputs, dtype=stored.codes.dtype, device=DEVICE)
+
+        def write(stored: Any = stored, dense: torch.Tensor = dense) -> torch.Tensor:
+            stored.write(dense)
+            return dense
+
+        def turn(stored: Any = stored, turned: torch.Tensor = turned) -> torch.Tensor:
+            transpose(stored.codes, turned)
+            return turned.float()
+
+        size = outputs * inputs
+        shape = f"{outputs} x {inputs}"
+        yield Case(
+            "fp8 dequantise", shape, ours=write, result=write, bytes=3 * size, inputs=(dense,),
+            reference=lambda _, stored=stored: fp8_reference(stored).to(torch.bfloat16),
+        )  # fmt: skip
+        yield Case(
+            "fp8 transpose", shape, ours=lambda stored=stored, turned=turned: transpose(stored.codes, turned),
+            result=turn, bytes=2 * size, inputs=(dense,), times_reference=False,
+            reference=lambda _, stored=stored: stored.codes.float().t(),
+        )  # fmt: skip
+
+        rows = empty_fp8_rows(TOKENS, inputs, dense.device, pieces=False)
+        quantise_reference(random(TOKENS, inputs), rows)
+        low, b = random(TOKENS, RANK), random(outputs, RANK, std=0.1)
+        out = torch.empty(TOKENS, outputs, dtype=torch.bfloat16, device=DEVICE)
+        adapters: dict[str, Any] = {"low": low, "b": b, "parts": [LowPart(0, outputs, 0, RANK)]}
+
+        def product(
+            rows: Any = rows, stored: Any = stored, out: torch.Tensor = out, adapters: Any = adapters
+        ) -> torch.Tensor:
+            fp8_product(rows, stored.codes, stored.scale, out, **adapters)
+            return out
+
+        def library(low: torch.Tensor, b: torch.Tensor, rows: Any = rows, stored: Any = stored) -> torch.Tensor:
+            """torch's, into whose rounded result it adds the adapters' product. It has row scales on a GPU only."""
+            if DEVICE == "cpu":
+                own = {"low": low, "b": b, "parts": [LowPart(0, len(b), 0, RANK)], "bias": None, "add": None}
+                return fp8_product_reference(rows, stored.codes, stored.scale, **own)
+            base = torch._scaled_mm(
+                rows.codes, stored.codes.t(), rows.scale[:, None], stored.scale[None], out_dtype=torch.bfloat16
+            )
+            return torch.addmm(base, low, b.t())
+
+        yield Case(
+            "fp8 product", f"{TOKENS} x {inputs} -> {outputs}, rank {RANK}", ours=product, result=product,
+            reference=library, inputs=(low, b), flops=2 * TOKENS * outputs * (inputs + RANK),
+        )  # fmt: skip
+
+
 def projection(outputs: int, inputs: int) -> Projection:
     b = random(outputs, RANK, std=0.01).requires_grad_()
     a = random(RANK, inputs, std=0.01).requires_grad_()
@@ -633,6 +692,7 @@ ROWS: dict[str, Callable[[], Iterator[Case]]] = {
         linear_cross_entropy,
         nf4,
         int8,
+        fp8,
         copy_rows,
         join_rows,
         lora_fill,

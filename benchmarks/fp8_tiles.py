@@ -1,0 +1,110 @@
+"""Which tiles the fp8 product should take on a card: each candidate's time beside torch's own product.
+
+    python -m benchmarks.fp8_tiles [--tokens 4096] [--rank 256] [--shapes 4096x6144 14336x4096 ...] [--backward]
+
+A shape is K x N. Prints one line of JSON a measurement: `torch` without and with fast accumulation (the bare product,
+row scales), `write` and `transpose` of such a weight, and each tile with the adapters of `--rank` in its sum. The clock
+falls under load, so compare within one call; `of_torch` is the share of the bare product's speed without fast
+accumulation, the adapter's own work counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.measuring import milliseconds
+from steep.kernels import fp8_linear, fp8_weight
+from steep.kernels.fp8_linear import Tile
+from steep.ops.fp8 import empty_fp8_rows, quantise_reference, quantise_weight
+from steep.ops.fp8_product import LowPart, fp8_product_reference
+
+SHAPES = ["4096x6144", "4096x4096", "4096x28672", "14336x4096", "6144x4096", "28672x4096"]
+TOLERANCE = 5e-3
+
+
+def candidates() -> Iterator[Tile]:
+    for rows, half, depth in itertools.product((64, 128, 256), (32, 64, 128), (64, 128)):
+        for warps, stages in itertools.product((4, 8), (2, 3, 4)):
+            a_thread = 2 * rows * half // (32 * warps)
+            fits = (rows + 2 * half) * depth * stages <= 227 * 1024
+            if fits and 32 <= a_thread <= 128:
+                yield Tile(rows, half, depth, min(depth, 64), warps, stages)
+
+
+def error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((value - truth).norm() / truth.norm()).item()
+
+
+def say(**figures: object) -> None:
+    print(json.dumps(figures), flush=True)
+
+
+def measure(tokens: int, depth: int, outputs: int, rank: int, backward: bool) -> None:
+    """`backward`: b with contiguous columns, and no scale of the weight."""
+    x, weight = torch.randn(tokens, depth, device="cuda"), torch.randn(outputs, depth, device="cuda")
+    rows, stored = empty_fp8_rows(tokens, depth, x.device, pieces=False), quantise_weight(weight)
+    quantise_reference(x, rows)
+    low = torch.randn(tokens, rank, dtype=torch.bfloat16, device="cuda")
+    b = torch.randn((rank, outputs) if backward else (outputs, rank), dtype=torch.bfloat16, device="cuda")
+    b = b.t() if backward else b
+    scale = None if backward else stored.scale
+    out = torch.empty(tokens, outputs, dtype=torch.bfloat16, device="cuda")
+    parts = [LowPart(0, outputs, 0, rank)]
+    truth = fp8_product_reference(rows, stored.codes, scale, low=low, b=b, parts=parts, bias=None, add=None)
+    what = {"shape": f"{tokens} x {depth} -> {outputs}", "rank": rank, "backward": backward}
+    bare = 2 * tokens * depth * outputs
+
+    def bare_product(fast: bool) -> torch.Tensor:
+        column_scale = torch.ones(1, outputs, device="cuda") if scale is None else scale[None]
+        return torch._scaled_mm(
+            rows.codes, stored.codes.t(), rows.scale[:, None], column_scale, out_dtype=torch.bfloat16,
+            use_fast_accum=fast,
+        )  # fmt: skip
+
+    times = {fast: milliseconds(lambda fast=fast: bare_product(fast)) for fast in (False, True)}
+    for fast, taken in times.items():
+        say(**what, name="torch", fast_accumulation=fast, ms=taken, tflops=bare / taken / 1e9)
+    dense = torch.empty(outputs, depth, dtype=torch.bfloat16, device="cuda")
+    turned = torch.empty(depth, outputs, dtype=stored.codes.dtype, device="cuda")
+    say(**what, name="write", ms=milliseconds(lambda: fp8_weight.write(stored.codes, stored.scale, dense)))
+    say(**what, name="transpose", ms=milliseconds(lambda: fp8_weight.transpose(stored.codes, turned)))
+
+    with_adapters = bare + 2 * tokens * rank * outputs
+    for tile in candidates():
+
+        def product(tile: Tile = tile) -> None:
+            fp8_linear.product(rows.codes, rows.scale, stored.codes, scale, out, low, b, parts, None, None, tile=tile)
+
+        try:
+            product()
+            wrong = error(out, truth)
+            taken = milliseconds(product)
+        except Exception as reason:  # a tile that does not fit on this card is an answer, too
+            say(**what, name="tile", **tile._asdict(), error=f"{type(reason).__name__}: {reason}"[:200])
+            continue
+        say(
+            **what, name="tile", **tile._asdict(), ms=taken, tflops=with_adapters / taken / 1e9,
+            of_torch=times[False] / taken * with_adapters / bare, wrong=wrong, right=wrong < TOLERANCE,
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--rank", type=int, default=256)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--backward", action="store_true")
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    for shape in given.shapes:
+        depth, outputs = map(int, shape.split("x"))
+        measure(given.tokens, depth, outputs, given.rank, given.backward)
+
+
+if __name__ == "__main__":
+    main()
