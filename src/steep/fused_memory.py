@@ -12,6 +12,7 @@ from steep.model.layer import Layer
 from steep.model.load import DTYPES
 from steep.model.recompute import level_lists, moments
 from steep.model.step_bytes import kept_bytes, loss_bytes, work_bytes
+from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
 
 
@@ -28,6 +29,7 @@ class FusedStep:
         processes: that train together. With several the gradients are always there: DDP's buckets hold them.
         trains_head: whether the head has a gradient.
         on_card: it is planned for a card.
+        fp8: which products are in fp8.
     """
 
     shape: Shape
@@ -42,6 +44,7 @@ class FusedStep:
     processes: int
     trains_head: bool
     on_card: bool
+    fp8: Fp8Products = "none"
 
     def by_item(self, levels: Sequence[int], way: Way) -> dict[str, int]:
         """Bytes by item at the peak of a step.
@@ -87,13 +90,13 @@ class FusedStep:
 
     @cached_property
     def _kept(self) -> list[int]:
-        kept = kept_bytes(self.layer, DTYPES[self.compute], DTYPES[self.stream])
+        kept = kept_bytes(self.layer, DTYPES[self.compute], DTYPES[self.stream], self.fp8)
         return [self.tokens * each for each in kept]
 
     @cached_property
     def _work(self) -> list[int]:
         compute, stream = DTYPES[self.compute], DTYPES[self.stream]
-        return [work_bytes(self.layer, compute, stream, level, self.tokens) for level in LEVELS]
+        return [work_bytes(self.layer, compute, stream, level, self.tokens, self.fp8) for level in LEVELS]
 
     # ---- moments of a step
 

@@ -70,6 +70,7 @@ class _Block(torch.autograd.Function):
             attended, saved = first.attend(rotated, weights)
             del rotated
             x2, attention_out = first.add(x, attended, weights)
+            attended = attended.extended
             weights = second.gate_up.filled_buffer(x.device)
             gate_up = second.project(second.normed(x2, weights), weights)
             del weights
@@ -99,30 +100,33 @@ class _Block(torch.autograd.Function):
             normed = weights = None
             if kept.qkv is None:
                 weights = first.qkv.filled_buffer(x.device)
-                normed = first.normed(x, weights)
-                kept.qkv = first.project(normed, weights)
+                multiplied = first.normed(x, weights)
+                kept.qkv, normed = first.project(multiplied, weights), multiplied.extended
+                del multiplied
                 rotated = first.rotate(kept.qkv)
             else:
                 rotated = kept.qkv if first.layer.attention.q_norm is None else first.rotate(kept.qkv)
             o_weights = first.o.filled_buffer(x.device)
             if kept.attended is None or kept.x2 is None:
-                kept.attended, kept.saved = first.attend(rotated, o_weights)
-                kept.x2, kept.attention_out = first.add(x, kept.attended, o_weights)
+                attended, kept.saved = first.attend(rotated, o_weights)
+                kept.x2, kept.attention_out = first.add(x, attended, o_weights)
+                kept.attended = attended.extended
+                del attended
             elif first.layer.attention_out_norm is not None and kept.attention_out is None:
-                kept.attention_out = first.output(kept.attended, o_weights)
+                kept.attention_out = first.output_again(kept.attended, o_weights)
             d_normed, of_mlp = second.backward(dy, kept.x2, kept.gate_up, kept.mlp_out)
             kept.gate_up = kept.mlp_out = None
             d_out, into = first.gradient_rows(x)
             dx2 = second.add_backward(d_normed, kept.x2, dy, into)
             kept.x2 = None
-            del d_normed
+            del d_normed, into
             d_qkv, of_o = first.attend_backward(
                 dx2, d_out, kept.attention_out, kept.attended, rotated, kept.qkv, kept.saved, o_weights
             )
             del rotated, kept, o_weights, d_out
             if normed is None or weights is None:
                 weights = first.qkv.filled_buffer(x.device)
-                normed = first.normed(x, weights)
+                normed = first.normed(x, weights, is_multiplied=False).extended
             dx, of_qkv = first.project_backward(d_qkv, dx2, x, normed, weights)
         gradients = [gradient for gradient in (*of_qkv, *of_o, *of_mlp) if gradient is not None]
         if len(gradients) != ctx.num_trained:

@@ -19,12 +19,14 @@ from steep.errors import UserError
 from steep.model.block import block
 from steep.model.fused import Fused
 from steep.model.layer import Batch, Layer
+from steep.model.machine import has_fp8_units
 from steep.model.projections import Unfused, compute_dtype, hooks_of, in_use
 from steep.model.read_layer import Traits, eps_of
 from steep.model.recompute import levels_within, room_on_card
 from steep.model.refusals import refuse_arguments, refuse_config, refuse_decoder, refuse_hooks_of_layer, row_lengths
 from steep.ops.backend import gradient_dtype, not_compiled
 from steep.ops.embedding import embedding
+from steep.ops.fp8_groups import Fp8Products
 from steep.ops.packing import Packing
 from steep.ops.rms_norm import rms_norm
 
@@ -192,9 +194,10 @@ class FusedDecoder(nn.Module):
         if kinds[0] is not None and kinds != list(self.config.layer_types)[: len(kinds)]:
             raise Unfused("config.layer_types are not those of its layers")
         turns = {kind: self._turns(positions, kind, valid) for kind in set(kinds)}
+        fp8 = self._fp8()
         levels = self._levels(hidden_states, dtype) if torch.is_grad_enabled() else [0] * len(kinds)
         for module, layer, kind, level in zip(self.layers, layers, kinds, levels, strict=True):
-            batch = Batch(packing, *turns[kind], dtype, level)
+            batch = Batch(packing, *turns[kind], dtype, fp8, level)
             hidden_states = module(hidden_states, batch=batch, fused=self.fused, layer=layer)
         traits = self.layers[0].traits
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -235,13 +238,21 @@ class FusedDecoder(nn.Module):
         cos, sin = cos[0, :, :half], sin[0, :, :half]
         return (cos.contiguous(), sin.contiguous()) if valid is None else (cos[valid], sin[valid])
 
+    def _fp8(self) -> Fp8Products:
+        fused = self.fused
+        if fused.fp8 is None:
+            fused.fp8 = "both" if has_fp8_units(self.norm.weight.device) else "none"
+        return fused.fp8
+
     def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:
         fused, tokens = self.fused, len(hidden_states)
         if fused.levels is None:
             fused.room = room_on_card(self)  # later, states of the optimizer would be counted twice
         if fused.levels is None or 0 < fused.chosen_for < tokens:
             layer, stream = fused.layer(self.layers[0]), hidden_states.dtype
-            fused.levels = levels_within(fused.room, len(self.layers), layer, dtype, stream, tokens, fused.beside)
+            fused.levels = levels_within(
+                fused.room, len(self.layers), layer, dtype, stream, tokens, fused.beside, self._fp8()
+            )
             fused.chosen_for = tokens
         return fused.levels
 

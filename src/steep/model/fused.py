@@ -9,6 +9,7 @@ from typing import Any
 from steep.model.backends import Backends
 from steep.model.layer import Layer
 from steep.model.reading import Reading
+from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way
 
 logger = logging.getLogger("steep")
@@ -24,6 +25,7 @@ class Fused:
         room: bytes of the card that the choice is within; None: there is no card.
         loss_way: how the loss is cut (`steep.ops.linear_cross_entropy`); None: as is faster.
         backends: of attention.
+        fp8: which products over an fp8 base are in fp8; None: all on a card with fp8 units, none elsewhere.
         logits: give logits beside the loss.
         beside: bytes that the head takes with its loss, for the choice of levels.
         beside_for: tokens of the batch that this was computed for: the longest that trained. 0: no call of the causal
@@ -38,6 +40,7 @@ class Fused:
     room: float | None = None
     loss_way: Way | None = None
     backends: Backends = field(default_factory=Backends)
+    fp8: Fp8Products | None = None
     logits: bool = False
     beside: int = 0
     beside_for: int = 0

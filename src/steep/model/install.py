@@ -24,9 +24,16 @@ from steep.model.read_layer import read_layer
 from steep.model.recompute import bytes_beside_decoder
 from steep.model.refusals import refuse_config, refuse_decoder, refuse_hooks_of_layer, refuse_prefixes
 from steep.model.unwrap import has_adapters, unwrap
+from steep.ops.fp8_groups import FP8_PRODUCTS, Fp8Products
 
 
-def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bool = False) -> Any:
+def install(
+    model: Any,
+    *,
+    levels: int | Sequence[int] | None = None,
+    logits: bool = False,
+    fp8_products: Fp8Products | None = None,
+) -> Any:
     """Let `model`, a causal LM of transformers or PEFT's wrapper around one, compute with steep's fused layers.
 
     Every call without a key-value cache is then fused, in training and in evaluation. A call that cannot be goes
@@ -37,6 +44,8 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
             `steep.model.block`. None: chosen for the free memory at the first call that trains, and again for a
             longer batch.
         logits: give logits too where there are labels, without a gradient (for `compute_metrics`).
+        fp8_products: which products over an fp8 base are in fp8: ``both`` directions, ``backward`` or ``none``. None:
+            both on a card with fp8 units, none elsewhere.
 
     Returns:
         `model` itself.
@@ -64,8 +73,13 @@ def install(model: Any, *, levels: int | Sequence[int] | None = None, logits: bo
             raise UserError(
                 "levels", f"{given} are no levels of {num_layers} layers", "Give one from 0 to 3, or one for each."
             )
+    if fp8_products not in (None, *FP8_PRODUCTS):
+        problem = f"{fp8_products!r} is unknown"
+        raise UserError("fp8_products", problem, f"Give one of {', '.join(FP8_PRODUCTS)}, or None.")
     replaced = not is_installed(model) and "forward" in vars(base)  # later, it is around the fused one
-    base.fused = decoder.fused = Fused(levels=levels, logits=logits, beside=bytes_beside_decoder(base))
+    base.fused = decoder.fused = Fused(
+        levels=levels, logits=logits, fp8=fp8_products, beside=bytes_beside_decoder(base)
+    )
     for module in (*_modules(base), model):
         module.__class__ = fused_class(type(module)) or type(module)
     if replaced:

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from steep.ops.lora import LoraGroup, Projection
+from steep.ops.fp8 import Fp8Rows
+from steep.ops.fp8_groups import Fp8Products, group_of
+from steep.ops.lora import Group, Projection
 from steep.ops.packing import Packing
 from steep.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from steep.ops.swiglu import Activation
@@ -55,10 +57,10 @@ class Attention:
 class Groups(NamedTuple):
     """The projections of a layer, by the input that they read."""
 
-    qkv: LoraGroup
-    o: LoraGroup
-    gate_up: LoraGroup
-    down: LoraGroup
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,17 @@ class Layer:
     down: Projection
     mlp_out_norm: Norm | None
     activation: Activation
-    _groups: dict[torch.dtype, Groups] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _groups: dict[tuple[torch.dtype, Fp8Products], Groups] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def groups(self, dtype: torch.dtype) -> Groups:
-        """For products in `dtype`. Kept with the layer: what a launch needs of them is put together once."""
-        groups = self._groups.get(dtype)
+    def groups(self, dtype: torch.dtype, fp8: Fp8Products) -> Groups:
+        """For products in `dtype`, or over an fp8 base as `fp8` says. Kept with the layer: what a launch needs of them
+        is put together once."""
+        groups = self._groups.get((dtype, fp8))
         if groups is None:
             members = self.qkv, (self.o,), self.gate_up, (self.down,)
-            groups = self._groups[dtype] = Groups(*[LoraGroup(group, dtype) for group in members])
+            groups = self._groups[dtype, fp8] = Groups(*[group_of(group, dtype, fp8) for group in members])
         return groups
 
     def trained(self) -> list[torch.Tensor]:
@@ -105,6 +110,7 @@ class Batch:
         packing: where documents begin and end among the T tokens.
         cos, sin: fp32 [T, R / 2], of this layer's kind.
         dtype: of products and of what lies between them.
+        fp8: which products over an fp8 base are in fp8.
         level: what the layer keeps for its backward pass (`steep.model.block`).
     """
 
@@ -112,7 +118,25 @@ class Batch:
     cos: torch.Tensor
     sin: torch.Tensor
     dtype: torch.dtype
+    fp8: Fp8Products
     level: int
+
+
+class Rows(NamedTuple):
+    """Rows that a group of projections reads: its input, or the gradient of its outputs.
+
+    Attributes:
+        extended: [T, W] with what LoRA adds beside (`steep.ops.lora`).
+        quantised: the same without that in e4m3, where the group's products are in fp8 and are still to come.
+    """
+
+    extended: torch.Tensor
+    quantised: Fp8Rows | None
+
+
+def place(like: torch.Tensor) -> tuple[int, torch.device]:
+    """T and the device of `like` [T, ...]."""
+    return like.shape[0], like.device
 
 
 def rows(like: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
-from steep.kernels import OLDEST_CARD
+from steep.kernels import OLDEST_CARD, OLDEST_FP8_CARD
 
 
 def why_not_here() -> str | None:
@@ -20,3 +20,8 @@ def why_not_here() -> str | None:
         oldest, here = (".".join(map(str, each)) for each in (OLDEST_CARD, capability))
         return f"its kernels need compute capability {oldest}, and the card has {here}"
     return None if find_spec("triton") else "triton is not installed"
+
+
+def has_fp8_units(device: torch.device) -> bool:
+    """Whether products in e4m3 run on that device by itself: Ada (compute capability 8.9), Hopper, Blackwell."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_FP8_CARD

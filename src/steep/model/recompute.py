@@ -10,6 +10,7 @@ import torch
 from steep.model.block import LEVELS
 from steep.model.layer import Layer
 from steep.model.step_bytes import kept_bytes, training_bytes, work_bytes
+from steep.ops.fp8_groups import Fp8Products
 
 # Of what the card has free at the first step: allocations of odd sizes leave gaps.
 USED_SHARE = 0.92
@@ -57,6 +58,7 @@ def levels_within(
     stream: torch.dtype,
     tokens: int,
     beside: int,
+    fp8: Fp8Products = "none",
 ) -> list[int]:
     """The first of `level_lists` whose layers need no more than a room (`room_on_card`), less what the head takes; all
     at level 3 where not even that fits, and at level 0 without a card.
@@ -64,11 +66,12 @@ def levels_within(
     Args:
         layer: one of the decoder's.
         beside: bytes that the head takes, with its loss.
+        fp8: which products are in fp8.
     """
     if room is None:
         return [LEVELS[0]] * num_layers
-    kept = [tokens * each for each in kept_bytes(layer, dtype, stream)]
-    work = [work_bytes(layer, dtype, stream, level, tokens) for level in LEVELS]
+    kept = [tokens * each for each in kept_bytes(layer, dtype, stream, fp8)]
+    work = [work_bytes(layer, dtype, stream, level, tokens, fp8) for level in LEVELS]
 
     def needed(levels: list[int]) -> int:
         return max(sum(kept[level] for level in levels[: i + 1]) + work[levels[i]] for i in moments(levels))

@@ -8,14 +8,14 @@ import torch
 
 from steep.model.layer import Layer
 from steep.ops.backend import gradient_dtype
+from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, chunk_size, faster_way, tile_size
-from steep.ops.lora import LoraGroup
+from steep.ops.lora import Group
 
 
-def kept_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype) -> list[int]:
+def kept_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype, fp8: Fp8Products = "none") -> list[int]:
     """Bytes a token that a layer keeps at each level, its input included."""
-    groups = [LoraGroup(group, dtype) for group in (layer.qkv, (layer.o,), layer.gate_up)]
-    qkv, o, gate_up = groups
+    qkv, o, gate_up, _ = layer.groups(dtype, fp8)
     hidden = layer.o.weight.shape[0]
     x, width = hidden * stream.itemsize, dtype.itemsize
     added = hidden * width
@@ -26,14 +26,14 @@ def kept_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype) -> list[in
     return [at_0, at_1, at_2, at_3]
 
 
-def work_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype, level: int, tokens: int) -> int:
+def work_bytes(
+    layer: Layer, dtype: torch.dtype, stream: torch.dtype, level: int, tokens: int, fp8: Fp8Products = "none"
+) -> int:
     """Bytes that a layer's backward pass takes beside what it kept, at its peak: weight buffers, rows that are computed
     again, and gradients between them. The peak is in the half that needs more; see `MlpHalf.backward` and
-    `AttentionHalf.attend_backward`."""
-    groups = [LoraGroup(group, dtype) for group in (layer.qkv, (layer.o,), layer.gate_up, (layer.down,))]
-    qkv, o, gate_up, down = groups
-    of_qkv, of_o, of_gate_up, of_down = (rows * columns for rows, columns in (group.buffer_shape for group in groups))
-    hidden, x = layer.o.weight.shape[0], layer.o.weight.shape[0] * stream.itemsize
+    `AttentionHalf.attend_backward`. Over an fp8 base also dy in e4m3, and the transposed weight of a product."""
+    qkv, o, gate_up, down = layer.groups(dtype, fp8)
+    hidden, x, width = layer.o.weight.shape[0], layer.o.weight.shape[0] * stream.itemsize, dtype.itemsize
     rotated = qkv.outputs if layer.attention.q_norm else 0
     again = rotated  # columns of rows that are there during the whole backward pass
     if level >= 1 and layer.attention_out_norm:
@@ -43,19 +43,27 @@ def work_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype, level: int
     if level >= 3:
         again += o.input_width
     residual = x * (2 if level >= 3 else 1)  # dy, and x2
-    buffers = of_o + (of_qkv if level >= 2 else 0)
-    of_down += tokens * (down.gradient_width + down.input_width)
-    of_gate_up += tokens * gate_up.input_width
-    in_attention = of_o + of_qkv + tokens * (o.gradient_width + o.input_width + qkv.gradient_width + qkv.outputs)
+    buffers = o.buffer_bytes + (qkv.buffer_bytes if level >= 2 else 0)
+    dy_of_qkv, dy_of_o, dy_of_gate_up, dy_of_down = (_dy_in_fp8(group, tokens) for group in (qkv, o, gate_up, down))
+    of_down = down.buffer_bytes + tokens * (down.gradient_width + down.input_width) * width
+    of_down += dy_of_down + max(down.transposed_bytes, dy_of_gate_up)
+    of_gate_up = gate_up.buffer_bytes + tokens * gate_up.input_width * width
+    to_normed = tokens * hidden * width + dy_of_gate_up + gate_up.transposed_bytes
+    in_attention = o.buffer_bytes + qkv.buffer_bytes + dy_of_o + dy_of_qkv
+    in_attention += tokens * (o.gradient_width + o.input_width + qkv.gradient_width + qkv.outputs) * width
     if level >= 1:
-        in_mlp = buffers + of_down + of_gate_up + tokens * gate_up.gradient_width
+        in_mlp = buffers + of_gate_up + tokens * gate_up.gradient_width * width + max(of_down, to_normed)
     else:
-        in_mlp = buffers + max(of_down, of_gate_up + tokens * hidden)
-        in_attention -= tokens * gate_up.gradient_width  # which was kept
+        in_mlp = buffers + max(of_down, of_gate_up + to_normed)
+        in_attention -= tokens * gate_up.gradient_width * width  # which was kept
     sums = 4 * tokens * layer.attention.num_heads * layer.attention.head_dim  # of dq in fp32, in some backends
-    return tokens * (again * dtype.itemsize + residual) + max(
-        in_mlp * dtype.itemsize, in_attention * dtype.itemsize + sums + tokens * x
-    )
+    return tokens * (again * width + residual) + max(in_mlp, in_attention + sums + tokens * x)
+
+
+def _dy_in_fp8(group: Group, tokens: int) -> int:
+    """Bytes of what a group's dX reads in e4m3, with its scales."""
+    rows = group.quantised_gradient(tokens, torch.device("meta"))
+    return 0 if rows is None else tokens * rows.codes.stride(0) + rows.scale.nbytes
 
 
 def loss_bytes(

@@ -77,9 +77,10 @@ def fp8_product_reference(
     """In fp32 [T, N], of the same rows and codes."""
     weight = codes.float()
     if scale is not None and scale.dim() == 2:
-        weight *= scale.repeat_interleave(BLOCK, 0)[: len(weight)].repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
+        wide = scale.repeat_interleave(BLOCK, 0)[: len(weight)].repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
+        weight = weight * wide
     elif scale is not None:
-        weight *= scale[:, None]
+        weight = weight * scale[:, None]
     result = dequantise_rows(rows) @ weight.t()
     for start, stop, column, width in parts:
         assert low is not None and b is not None
