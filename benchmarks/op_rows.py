@@ -235,8 +235,8 @@ def _gated(name: str, activation: Any) -> Iterator[Case]:
 
 
 def fp8_rows() -> Iterator[Case]:
-    """What writes its result in e4m3 beside it, rows with one scale: compared are the codes. Gradients are times factors,
-    as the scales of a weight's rows are folded into them."""
+    """What writes its result in e4m3 beside it, rows with one scale: compared are the codes. Gradients are times
+    factors, as the scales of a weight's rows are folded into them."""
     from steep.ops.backend import vjp
     from steep.ops.copy_rows import copy_rows
     from steep.ops.qk_norm import qk_norm_rope_backward, qk_norm_rope_reference

@@ -56,6 +56,7 @@ CHANGEABLE = {
     "adapter.lora_dropout",
     "model.attn_implementation",  # the same attention in another order of sums
     "model.fused",  # and so are all others
+    "model.fp8_products",  # the same weights, multiplied with another rounding
     *(f"training.{name}" for name in (
         "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_checkpointing",
         "deterministic", "full_determinism", "tf32", *_SPIKES,

@@ -21,6 +21,7 @@ from steep.model.install import why_not_fused
 from steep.model.layer import Layer
 from steep.model.read_layer import read_layer
 from steep.model.unwrap import unwrap
+from steep.ops.fp8_groups import Fp8Products
 from steep.schema import RunConfig
 
 
@@ -99,13 +100,15 @@ def fused_step(
     compute: str,
     trained: str,
     on_card: bool,
+    fp8: Fp8Products = "none",
 ) -> FusedStep:
     """The step of a run that is fused, as far as memory follows from it.
 
     Args:
-        layer: of `decide`.
+        layer: of `decide`, its weights as they are kept.
         tied: whether the head is the table of the input embeddings.
         on_card: it is planned for a card.
+        fp8: which products are in fp8.
     """
     saved, training = set(config.adapter.modules_to_save), config.training
     stored = base if base in ("bf16", "fp16", "fp32") else compute
@@ -122,6 +125,7 @@ def fused_step(
         processes=ranks.world_size(),
         trains_head="lm_head" in saved or (tied and bool(saved)),
         on_card=on_card,
+        fp8=fp8,
     )
 
 
@@ -138,7 +142,8 @@ def settle(config: RunConfig, step: FusedStep, budget: int | None, before: Choic
             levels, way = levels or [LEVELS[0]] * layers, step.faster_way
         else:
             levels, way = step.choose(budget - WORKSPACES, levels)
-    return replace(before, fused=True, trained_dtype=step.trained, levels=levels, chosen_for=0, loss_way=way)
+    settled = replace(before, fused=True, trained_dtype=step.trained, fp8_products=step.fp8)
+    return replace(settled, levels=levels, chosen_for=0, loss_way=way)
 
 
 def _why_not_with_options(config: RunConfig) -> str | None:

@@ -15,6 +15,7 @@ from steep.advice import advice, memory_advice
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
 from steep.errors import UserError
+from steep.fp8_choice import in_fp8, resolve_fp8_products
 from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
 from steep.generation import prompt_ids_of
 from steep.memory import Shape, shape_of
@@ -22,6 +23,7 @@ from steep.model.adapters import check_embeddings, check_rank, check_start
 from steep.model.choices import Choices
 from steep.model.embeddings import is_tied, untie
 from steep.model.empty import check_computes, empty_model
+from steep.model.fp8_published import has_blocks
 from steep.model.load import QUANTISED, check_4bit_rows, resolve_base, resolve_compute_dtype
 from steep.model.new_tokens import check_trained, rows_for
 from steep.model.positions import check_length
@@ -120,6 +122,7 @@ class Plan:
             "fused_reason": self.not_fused,
             "levels": self.choices.levels,
             "loss_way": self.choices.loss_way,
+            "fp8_products": self.choices.fp8_products,
             "parameters": {
                 "frozen": shape.linear + shape.embeddings + shape.other,
                 "adapters": shape.lora,
@@ -230,6 +233,8 @@ def _work_out(
     check_length(config.data.max_length, resolved.config)
     layer, not_fused = decide(config, empty, before)
     trained = resolve_trained_dtype(config, layer is not None, compute, before)
+    fused = layer is not None
+    products = resolve_fp8_products(config, base, compute, before, fused=fused, on_card=budget is not None)
     tokenizer = read_tokenizer(resolved)
     data, training = config.data, config.training
     precision = mixed_precision(base, compute, trained)
@@ -287,8 +292,18 @@ def _work_out(
     on_card = budget is not None
     step, choices = None, Choices(False, trained)
     if layer is not None:
+        if base == "fp8":
+            layer = in_fp8(layer, blocks=has_blocks(resolved.quantization))
         step = fused_step(
-            config, layer, shape, tied=is_tied(empty), base=base, compute=compute, trained=trained, on_card=on_card
+            config,
+            layer,
+            shape,
+            tied=is_tied(empty),
+            base=base,
+            compute=compute,
+            trained=trained,
+            on_card=on_card,
+            fp8=products,
         )
         choices = settle(config, step, budget, before)
     if on_card and model.compute_dtype == "auto" and not torch.cuda.is_available():

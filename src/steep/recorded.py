@@ -76,6 +76,7 @@ class Plan(TypedDict):
     fused_reason: NotRequired[str | None]
     levels: NotRequired[list[Level] | None]
     loss_way: NotRequired[Literal["tokens", "vocabulary"] | None]
+    fp8_products: NotRequired[Literal["both", "backward", "none"] | None]
     warnings: list[str]
 
 
@@ -236,6 +237,7 @@ class Choices(TypedDict):
     levels: list[Level] | None
     chosen_for: Count
     loss_way: Literal["tokens", "vocabulary"] | None
+    fp8_products: NotRequired[Literal["both", "backward", "none"] | None]
     backends: dict[str, str]
 
 

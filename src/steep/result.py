@@ -21,6 +21,7 @@ from steep.model.embeddings import untie
 from steep.model.empty import empty_model
 from steep.model.install import install
 from steep.model.load import as_folder, load_resolved, resolve_base, resolve_compute_dtype
+from steep.model.machine import lacks_fp8_units
 from steep.model.new_tokens import grow_embeddings
 from steep.model.original_module import offload_originals
 from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_folder, resolve
@@ -196,10 +197,13 @@ def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any
 
 
 def load_result(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, folder: RunFolder) -> Any:
-    """The model that a finished run trained: `final/` over the base. It computes as it did in training."""
+    """The model that a finished run trained: `final/` over the base. It computes as it did in training, but for
+    products in fp8 on a card that has no units for them."""
     base, choices = load_base(config, resolved, tokenizer), choices_of_run(folder)
     model = offload_originals(open_adapter(base, folder.final, trained_dtype=choices.trained_dtype))
-    return install(model) if choices.fused else model
+    if not choices.fused:
+        return model
+    return install(model, fp8_products=None if lacks_fp8_units() else choices.fp8_products)
 
 
 def choices_of_run(folder: RunFolder) -> Choices:
@@ -210,6 +214,7 @@ def choices_of_run(folder: RunFolder) -> Choices:
         plan.get("trained_dtype", "fp32"),
         levels=plan.get("levels"),
         loss_way=plan.get("loss_way"),
+        fp8_products=plan.get("fp8_products"),
     )
 
 

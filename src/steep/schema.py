@@ -65,6 +65,12 @@ class ModelSection(Section):
         description="Train and score with steep's own fused layers: faster, in less memory. auto: on a GPU where "
         "model, options and card allow it; the plan says why not. on: or it is an error; on a CPU too, to try it out.",
     )
+    fp8_products: Literal["auto", "both", "backward", "none"] = Field(
+        "auto",
+        description="Which products of a fused run over a base in fp8 run on the card's fp8 units: both directions, "
+        "the backward pass alone, or none (weights are dequantised: slower, closer to them). auto: both on a card that "
+        "has such units, else none. Its checkpoints keep it.",
+    )
     untie_embeddings: bool = Field(
         False, description="Train a head of its own from a checkpoint whose head is its embed_tokens."
     )

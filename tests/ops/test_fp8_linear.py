@@ -25,7 +25,8 @@ from steep.ops.fp8 import (
     fp8_reference,
     quantise_reference,
 )
-from steep.ops.fp8_linear import Fp8Group, fits_fp8, fp8_linear, fp8_linears, group_of
+from steep.ops.fp8_groups import Fp8BackwardGroup, Fp8Products, group_of
+from steep.ops.fp8_linear import Fp8Group, fits_fp8, fp8_linear, fp8_linears
 from steep.ops.fp8_product import LowPart, fp8_product, fp8_product_reference
 from steep.ops.lora import Lora, LoraGroup, Projection
 from steep.ops.lora_linear import extended_gradient, lora_linears
@@ -317,9 +318,9 @@ def test_group_at_real_size(in_features: int, outputs: tuple, blocks: bool) -> N
 @pytest.mark.parametrize("outlier", [1, 100])
 def test_an_outlier_in_x(outlier: int, blocks: bool) -> None:
     """A channel 100 times as large as the others, against the truth of x itself. What the other channels contribute is
-    off by 2.6 % (2.7 % beside the outlier, bf16's rounding of the larger sum included): e4m3 is a floating-point format,
-    and what is 100 times smaller than the largest of its row is still a normal number there. Of the whole output, which
-    then is mostly the outlier's, 0.6 %."""
+    off by 2.6 % (2.7 % beside the outlier, bf16's rounding of the larger sum included): e4m3 is a floating-point
+    format, and what is 100 times smaller than the largest of its row is still a normal number there. Of the whole
+    output, which then is mostly the outlier's, 0.6 %."""
     own = make_fp8_projection(512, 384, (), blocks=blocks, dtype=BF16)
     x = torch.randn(63, 512)
     x[:, 5] *= outlier
@@ -458,17 +459,16 @@ def test_which_group_is_chosen() -> None:
     whole_blocks = make_fp8_projection(144, 256, blocks=True)
     dense, narrow = make_projection(144, 96), make_fp8_projection(72, 96)
 
-    def chosen(*projections: Projection, dtype: torch.dtype = BF16, fp8: bool = True) -> type:
-        return type(group_of(projections, dtype, fp8=fp8))
+    def chosen(*projections: Projection, dtype: torch.dtype = BF16, fp8: Fp8Products = "both") -> type:
+        return type(group_of(projections, dtype, fp8))
 
     assert chosen(rows) is chosen(rows, rows) is chosen(blocks) is chosen(whole_blocks, blocks) is Fp8Group
     assert chosen(rows, dtype=torch.float16) is Fp8Group
-    assert chosen(rows, fp8=False) is chosen(rows, dtype=torch.float32) is LoraGroup
+    assert chosen(rows, fp8="none") is chosen(rows, dtype=torch.float32) is LoraGroup
     assert chosen(rows, dense) is chosen(rows, blocks) is chosen(narrow) is LoraGroup
     assert chosen(blocks, whole_blocks) is LoraGroup  # a block would run across both
     assert not fits_fp8([dense.weight], BF16)
-    kept = group_of([rows], BF16, fp8=True, keeps_transposed=True)
-    assert isinstance(kept, Fp8Group) and kept._keeps_transposed
+    assert chosen(rows, fp8="backward") is Fp8BackwardGroup and chosen(dense, fp8="backward") is LoraGroup
 
 
 @pytest.mark.parametrize("blocks", [False, True])

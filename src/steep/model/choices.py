@@ -12,6 +12,7 @@ from steep.model.install import fused_of, is_installed
 from steep.model.load import DTYPES
 from steep.model.recompute import room_on_card
 from steep.model.unwrap import unwrap
+from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way
 
 logger = logging.getLogger("steep")
@@ -28,6 +29,7 @@ class Choices:
         chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given.
         loss_way: how the loss is cut, see `steep.ops.linear_cross_entropy`; None: not known.
         backends: of attention, by kind of layer and batch.
+        fp8_products: which products over an fp8 base are in fp8; None: not known, or not fused.
     """
 
     fused: bool
@@ -36,6 +38,7 @@ class Choices:
     chosen_for: int = 0
     loss_way: Way | None = None
     backends: dict[str, str] = field(default_factory=dict)
+    fp8_products: Fp8Products | None = None
 
 
 def choices_of(model: Any) -> Choices:
@@ -47,7 +50,7 @@ def choices_of(model: Any) -> Choices:
         return Choices(False, trained_dtype)
     fused = fused_of(model)
     backends = dict(fused.backends.chosen)
-    return Choices(True, trained_dtype, fused.levels, fused.chosen_for, fused.loss_way, backends)
+    return Choices(True, trained_dtype, fused.levels, fused.chosen_for, fused.loss_way, backends, fused.fp8)
 
 
 def take_over(model: Any, choices: Choices) -> None:
@@ -62,4 +65,5 @@ def take_over(model: Any, choices: Choices) -> None:
         fused.levels, fused.chosen_for = choices.levels, choices.chosen_for
         fused.room = room_on_card(unwrap(model).model)  # there are no states of the optimizer yet
     fused.loss_way = fused.loss_way or choices.loss_way
+    fused.fp8 = fused.fp8 or choices.fp8_products
     fused.backends.chosen = {**choices.backends, **fused.backends.chosen}

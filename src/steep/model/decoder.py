@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from steep.errors import UserError
 from steep.model.block import block
+from steep.model.fp8_linear import Fp8Linear
 from steep.model.fused import Fused
 from steep.model.layer import Batch, Layer
 from steep.model.machine import has_fp8_units
@@ -241,7 +242,8 @@ class FusedDecoder(nn.Module):
     def _fp8(self) -> Fp8Products:
         fused = self.fused
         if fused.fp8 is None:
-            fused.fp8 = "both" if has_fp8_units(self.norm.weight.device) else "none"
+            stored = any(isinstance(module, Fp8Linear) for module in self.layers[0].modules())
+            fused.fp8 = "both" if stored and has_fp8_units(self.norm.weight.device) else "none"
         return fused.fp8
 
     def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:

@@ -29,6 +29,16 @@ def is_published_fp8(quantization: Mapping[str, Any] | None) -> bool:
     return quantization is not None and quantization.get("quant_method") in SCALES
 
 
+def has_blocks(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether such settings say that a scale is that of a block of 128 x 128."""
+    if quantization is None:
+        return False
+    if quantization.get("quant_method") == FINE_GRAINED:
+        return quantization.get("weight_block_size") is not None
+    groups: Any = quantization.get("config_groups") or {}
+    return any((group.get("weights") or {}).get("strategy") == "block" for group in groups.values())
+
+
 def scale_name(quantization: Mapping[str, Any], layer: str) -> str:
     """Which tensor of the checkpoint scales the weight of `layer`."""
     return f"{layer}.{SCALES[quantization['quant_method']]}"

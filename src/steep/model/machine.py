@@ -25,3 +25,8 @@ def why_not_here() -> str | None:
 def has_fp8_units(device: torch.device) -> bool:
     """Whether products in e4m3 run on that device by itself: Ada (compute capability 8.9), Hopper, Blackwell."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_FP8_CARD
+
+
+def lacks_fp8_units() -> bool:
+    """Whether there is a card, and it has none. Without a card plain torch computes the same."""
+    return torch.cuda.is_available() and not has_fp8_units(torch.device("cuda", torch.cuda.current_device()))

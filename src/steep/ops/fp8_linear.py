@@ -9,7 +9,7 @@ gradients are those of any group.
 
 A scale a row of W is one of a summand in dX, and so is folded into dy before its rows are quantised; the scales of
 blocks of 128 x 128 are not, and the products of both directions then go by 128 columns. dX wants the codes transposed:
-they are turned anew for each call, or kept beside the others.
+they are turned anew for each call.
 
     input      XE  = [x | x·A₁ᵀ | x·A₂ᵀ | ...]                    [T, input_width]
     gradient   DYE = [dy₁ | dy₂ | ... | dy₁·s·B₁ | dy₂·s·B₂ ...]    [T, gradient_width]
@@ -28,7 +28,7 @@ import torch
 from steep.ops.backend import uses_kernels
 from steep.ops.fp8 import BLOCK, E4M3, Fp8Rows, Fp8Weight, empty_fp8_rows
 from steep.ops.fp8_product import LowPart, fp8_product
-from steep.ops.lora import AdapterGroup, LoraGroup, Projection
+from steep.ops.lora import AdapterGroup, Projection
 from steep.ops.lora_fill import LoraFill
 from steep.ops.lora_layout import beside_layout_of
 from steep.ops.lora_linear import linears
@@ -45,9 +45,6 @@ class Fp8Buffer(NamedTuple):
 class Fp8Group(AdapterGroup):
     """A `Group`: projections that read the same input, over weights in e4m3 with the same kind of scale.
 
-    Args:
-        keeps_transposed: keep the transposed codes from the first backward pass on.
-
     Attributes:
         outputs: N, the features of all outputs.
         input_width, x_columns: of the input rows, and where x stands in them.
@@ -56,15 +53,13 @@ class Fp8Group(AdapterGroup):
         transposed_bytes: of the transposed codes.
     """
 
-    def __init__(self, projections: Sequence[Projection], dtype: torch.dtype, keeps_transposed: bool = False) -> None:
+    def __init__(self, projections: Sequence[Projection], dtype: torch.dtype) -> None:
         weights = [projection.weight for projection in projections]
         assert fits_fp8(weights, dtype), (weights, dtype)
         self._layout = layout = beside_layout_of(tuple([projection.member() for projection in projections]))
         super().__init__(projections, dtype, layout.places, layout.x_columns)
         self._weights: list[Fp8Weight] = [weight for weight in weights if isinstance(weight, Fp8Weight)]
         self._has_blocks = self._weights[0].has_blocks
-        self._keeps_transposed = keeps_transposed
-        self._kept: torch.Tensor | None = None
         self.outputs = layout.outputs
         self.input_width = layout.input_width
         self.gradient_width = layout.gradient_width
@@ -201,14 +196,10 @@ class Fp8Group(AdapterGroup):
 
     def _transposed(self) -> torch.Tensor:
         """The codes of all weights, [in_features, N]."""
-        if self._kept is not None:
-            return self._kept
         codes = torch.empty(self._transposed_shape, dtype=E4M3, device=self._weights[0].codes.device)
         codes = codes[:, : self.outputs]
         for run in self._runs:
             transpose(run.codes, codes[:, run.rows])
-        if self._keeps_transposed:
-            self._kept = codes
         return codes
 
 
@@ -271,16 +262,6 @@ def fits_fp8(weights: Sequence[object], dtype: torch.dtype) -> bool:
         all(weight.has_blocks == has_blocks and weight.shape[1] % 16 == 0 for weight in stored)
         and not (has_blocks and any(weight.shape[0] % BLOCK for weight in stored[:-1]))
     )  # fmt: skip
-
-
-def group_of(
-    projections: Sequence[Projection], dtype: torch.dtype, *, fp8: bool, keeps_transposed: bool = False
-) -> LoraGroup | Fp8Group:
-    """The group for products in `dtype`: on the fp8 units if `fp8` and all weights are fit for it (`fits_fp8`); else
-    the weights are dequantised."""
-    if fp8 and fits_fp8([projection.weight for projection in projections], dtype):
-        return Fp8Group(projections, dtype, keeps_transposed)
-    return LoraGroup(projections, dtype)
 
 
 def fp8_linear(x: torch.Tensor, projection: Projection) -> torch.Tensor:

@@ -155,7 +155,7 @@ def read_choices(checkpoint: Path, field: str = "--resume") -> Choices:
     except (ValueError, OSError) as error:
         problem = f"{checkpoint} is damaged: {CHOICES_FILE}: {error}"
         raise UserError(field, problem, "Give another checkpoint, or delete that one.") from error
-    return Choices(**{each.name: tree[each.name] for each in fields(Choices)})
+    return Choices(**{each.name: tree[each.name] for each in fields(Choices) if each.name in tree})
 
 
 def refuse_other_format(checkpoint: Checkpoint, field: str) -> None:
