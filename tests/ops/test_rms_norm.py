@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -127,7 +129,7 @@ def test_quantised(
         normed, added, dx, sum_dx = (
             fp8_rows(tokens, hidden, device, pieces=pieces, weighted=weighted) for _ in range(4)
         )
-        form = {"unit_offset": unit_offset}
+        form: dict[str, Any] = {"unit_offset": unit_offset}
         plain = [
             rms_norm_forward(x, weight, EPS, **form),
             rms_norm_forward(x, weight, EPS, residual=residual, **form),
