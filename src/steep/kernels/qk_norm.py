@@ -251,8 +251,9 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
             (backward_kernel, num_heads + num_kv_heads),
         ):
             heads_block, half_block, num_warps = configuration(handled, head_dim // 2)
-            blocks = {"HEADS_BLOCK": heads_block, "HALF_BLOCK": half_block, "SHARING": 0}
-            blocks |= dict.fromkeys(("codes", "code_scale", "factors"))
+            blocks: dict[str, object] = {"HEADS_BLOCK": heads_block, "HALF_BLOCK": half_block}
+            if kernel is backward_kernel:
+                blocks |= {"SHARING": 0, "codes": None, "code_scale": None, "factors": None}
             found.append(Compilation(kernel, signature, constants | blocks, num_warps))
         heads_block, half_block, num_warps = configuration(num_heads + 2 * num_kv_heads, head_dim // 2)
         blocks = {"HEADS_BLOCK": heads_block, "HALF_BLOCK": half_block, "SHARING": int(head_dim > 128)}
