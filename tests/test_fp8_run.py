@@ -26,6 +26,7 @@ from steep.result import evaluate_run, generate_run, load_result
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
+from steep.terminal import fused_line
 from steep.verify_resume import compare
 from tests.command_line import Steep
 from tests.fp8_checkpoints import FINE_GRAINED, publish
@@ -66,20 +67,33 @@ def test_losses_are_those_of_the_librarys_forward(llama_folder: Path, korean_cor
     assert ours == pytest.approx(theirs, rel=2e-5)
 
 
-@pytest.mark.parametrize("fused", ["on", "off"])
-def test_resumed_is_never_stopped(fused: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
-    def config(name: str) -> RunConfig:
+@pytest.mark.parametrize(("fused", "products"), [("on", "both"), ("on", "none"), ("off", "auto")])
+def test_resumed_is_never_stopped(
+    fused: str, products: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    """The run that goes on asks for nothing: what was chosen stands in the checkpoint."""
+
+    def config(name: str, asked: str) -> RunConfig:
         given = config_of(llama_folder, korean_corpus, tmp_path / name, fused=fused, save_total_limit=3).model_dump()
-        given["model"]["compute_dtype"] = "bf16"
+        given["model"] |= {"compute_dtype": "bf16", "fp8_products": asked}
         return parse_config(given)
 
-    train_run(config("whole"))
+    train_run(config("whole", products))
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "final")
     shutil.rmtree(tmp_path / "stopped" / "checkpoint-6")
-    train_run(config("stopped"), resume=True)
+    assert read(tmp_path / "whole" / "checkpoint-4" / "choices.json")["fp8_products"] == (
+        products if fused == "on" else None
+    )
+    train_run(config("stopped", "auto"), resume=True, allow=["model.fp8_products"])
     parts = compare(RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "stopped"))
     assert [part.difference for part in parts] == [None] * len(parts)
+    if products == "both":
+        assert fused_line(read(tmp_path / "stopped" / "plan.json")).endswith(", products in fp8")
+        scores, recorded = evaluate_run(tmp_path / "stopped")[1], lines(tmp_path / "stopped" / "evaluation.jsonl")
+        assert [score.loss for score in scores] == pytest.approx(
+            [row["loss"] for row in recorded if row["step"] == 6], rel=1e-6
+        )
 
 
 def test_no_other_base_goes_on(finished: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:

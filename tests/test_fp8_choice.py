@@ -1,0 +1,92 @@
+"""Which products of a run are in fp8: by what was asked, the base, the card, and the steps before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steep import fp8_choice
+from steep.errors import UserError
+from steep.fp8_choice import in_fp8, resolve_fp8_products
+from steep.model.choices import Choices
+from steep.model.install import install
+from steep.model.read_layer import read_layer
+from steep.model.step_bytes import kept_bytes, work_bytes
+from steep.model.unwrap import unwrap
+from steep.ops.fp8_groups import Fp8BackwardGroup
+from steep.ops.fp8_linear import Fp8Group
+from tests.model.test_fused import adapted
+from tests.test_run import run_file
+from tests.tiny import tiny_model
+
+
+def chosen(
+    asked: str = "auto",
+    base: str = "fp8",
+    compute: str = "bf16",
+    before: str | None = None,
+    *,
+    fused: bool = True,
+    on_card: bool = True,
+) -> str:
+    config = run_file(Path("model"), Path("text"), Path("run"), model={"fp8_products": asked})
+    kept: Any = None if before is None else Choices(True, "bf16", fp8_products=before)  # pyright: ignore[reportArgumentType]
+    return resolve_fp8_products(config, base, compute, kept, fused=fused, on_card=on_card)
+
+
+def card(monkeypatch: pytest.MonkeyPatch, *, lacks: bool) -> None:
+    monkeypatch.setattr(fp8_choice, "lacks_fp8_units", lambda: lacks)
+
+
+def test_auto_is_both_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen() == "both"
+    assert chosen(on_card=False) == "none"  # plain torch would compute the same, and slower
+    assert chosen(base="nf4") == chosen(compute="fp32") == chosen(fused=False) == "none"
+    card(monkeypatch, lacks=True)
+    assert chosen() == "none"
+
+
+def test_what_is_asked_for_is_done_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [chosen(asked, on_card=False) for asked in ("both", "backward", "none")] == ["both", "backward", "none"]
+    for faulty, reason in (
+        ({"base": "nf4"}, "model.base is nf4"),
+        ({"fused": False}, "not fused"),
+        ({"compute": "fp32"}, "compute_dtype is fp32"),
+    ):
+        with pytest.raises(UserError, match=rf"model\.fp8_products: .*{reason}"):
+            chosen("both", **faulty)
+        assert chosen("none", **faulty) == "none"
+    card(monkeypatch, lacks=True)
+    with pytest.raises(UserError, match="no fp8 units"):
+        chosen("backward")
+
+
+def test_a_run_goes_on_as_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(before="none") == "none" and chosen(before="backward", on_card=False) == "backward"
+    assert chosen("both", before="none") == "both"  # where --allow let it be
+    card(monkeypatch, lacks=True)
+    assert chosen("none", before="both") == "none"
+    with pytest.raises(UserError, match=r"--resume: .*no fp8 units.*--allow model\.fp8_products"):
+        chosen(before="both")
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_layer_on_paper(blocks: bool) -> None:
+    """What it keeps are rows of the same widths or less, and its work has no weight in 16 bit."""
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = install(adapted(tiny_model("llama", head_dim=128, **wide))).to("meta")
+    layer = unwrap(model).model.layers[0]
+    read, bf16 = read_layer(layer, layer.traits), torch.bfloat16
+    stored = in_fp8(read, blocks=blocks)
+    assert all(type(group) is Fp8Group for group in stored.groups(bf16, "both"))
+    assert all(type(group) is Fp8BackwardGroup for group in stored.groups(bf16, "backward"))
+    plain = kept_bytes(read, bf16, bf16)
+    assert kept_bytes(stored, bf16, bf16, "none") == plain
+    assert all(fp8 <= other for fp8, other in zip(kept_bytes(stored, bf16, bf16, "both"), plain, strict=True))
+    work = {products: [work_bytes(stored, bf16, bf16, level, 64, products) for level in range(4)]
+            for products in ("none", "both")}  # fmt: skip
+    assert work["none"] == [work_bytes(read, bf16, bf16, level, 64) for level in range(4)]
+    assert all(fp8 < other for fp8, other in zip(work["both"], work["none"], strict=True))  # short rows: weights count
