@@ -21,7 +21,10 @@ from tests.export.made import saved, trained
 FAMILIES = [("llama", False), ("gemma2", True), ("gemma3", True), ("qwen2", False)]
 
 
-@pytest.mark.parametrize(("base", "compute"), [("nf4", "fp32"), ("nf4", "bf16"), ("int8", "fp32"), ("bf16", "bf16")])
+@pytest.mark.parametrize(
+    ("base", "compute"),
+    [("nf4", "fp32"), ("nf4", "bf16"), ("int8", "fp32"), ("fp8", "fp32"), ("fp8", "bf16"), ("bf16", "bf16")],
+)
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
 def test_what_is_right_passes(family: str, tied: bool, base: str, compute: str, tmp_path: Path) -> None:
     made = trained(tmp_path, family, tied=tied, base=base, compute=compute)

@@ -41,7 +41,7 @@ def expected(model: Any, name: str) -> torch.Tensor:
     return module.weight.float().cpu()  # through PEFT's wrapper the trained copy
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8", "bf16", "fp32"])
+@pytest.mark.parametrize("base", ["nf4", "int8", "fp8", "bf16", "fp32"])
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("gemma3", True), ("qwen2", False), ("gemma2", True)])
 def test_the_merged_model_is_the_trained_one(family: str, tied: bool, base: str, tmp_path: Path) -> None:
     made = trained(tmp_path, family, tied=tied, base=base, compute="bf16" if base == "bf16" else "fp32")

@@ -103,9 +103,9 @@ def test_a_window_in_the_config_of_a_family_that_has_none(family: str) -> None:
     assert_same(adapted(tiny_model(family, sliding_window=4)), packed())
 
 
-@pytest.mark.parametrize("base", ["nf4", "fp32"])
+@pytest.mark.parametrize("base", ["nf4", "fp8", "fp32"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_base_in_4_and_32_bit(family: str, base: str, tmp_path: Path) -> None:
+def test_a_base_in_4_8_and_32_bit(family: str, base: str, tmp_path: Path) -> None:
     model, _ = load(str(save_tiny(family, tmp_path, hidden_size=128)), base=base, compute_dtype="fp32")
     assert_same(adapted(model), packed(), levels=1)
 

@@ -132,7 +132,7 @@ def test_state_goes_on_from_the_first_step(tmp_path: Path) -> None:
         watch(model).load_state(load_state(tmp_path, "proof"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.int64])
 @pytest.mark.parametrize("size", [1, 7, 8, 1000])
 def test_checksum_sees_any_flipped_bit(dtype: torch.dtype, size: int) -> None:
     tensor = (100 * torch.rand(size, generator=torch.Generator().manual_seed(1))).to(dtype)
