@@ -21,6 +21,7 @@ from steep.model.fp8_linear import Fp8Linear, quantised_linear, stack_groups, st
 from steep.model.load import load
 from steep.model.projections import base_weight, compute_dtype, projection
 from steep.ops.fp8 import BLOCK, E4M3, LARGEST, Fp8Weight, fp8_reference
+from steep.training.proof import frozen_checksums
 from tests.ops.closeness import error
 
 Model = Any
@@ -277,3 +278,14 @@ def test_other_starts(start: str, llama_folder: Path) -> None:
         assert error(begun / 2, base) > 0.4
     else:
         assert error(begun, truth) < 0.8 * error(base, truth)
+
+
+def test_the_proof_sees_codes_and_scales(model: Model) -> None:
+    before = frozen_checksums(model)
+    layer = model.model.layers[1].mlp.down_proj
+    name = "model.layers.1.mlp.down_proj"
+    assert {f"{name}.weight", f"{name}.scale"} <= set(before)
+    layer.weight.data.view(torch.uint8)[3, 5] ^= 1
+    layer.scale[7] *= 1.0001
+    now = frozen_checksums(model)
+    assert {each for each in before if before[each] != now[each]} == {f"{name}.weight", f"{name}.scale"}
