@@ -18,7 +18,7 @@ from steep.model.quantisable import plain_config, quantisable
 from steep.model.resolve import ResolvedModel
 from steep.ops.fp8 import E4M3, Fp8Weight, quantise_weight
 
-_AT_ONCE = 4  # layers that are read while others are quantised
+_AT_ONCE = 4  # layers that are read and go to a card at the same time
 _PIECE = 2**23  # weights of one that are
 
 
@@ -59,7 +59,8 @@ def load_fp8(
             return quantised_in_pieces(tensors[f"{name}.weight"], device)
         return quantised_in_pieces(model.get_submodule(name).weight.detach(), device)
 
-    with torch.no_grad(), ThreadPoolExecutor(_AT_ONCE) as pool:
+    # torch's own threads are all that a CPU has.
+    with torch.no_grad(), ThreadPoolExecutor(_AT_ONCE if device.type == "cuda" else 1) as pool:
         names = layers + put_together
         for name, weight in zip(names, pool.map(stored, names), strict=True):
             bias = model.get_submodule(name).bias
