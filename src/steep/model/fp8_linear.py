@@ -56,7 +56,7 @@ class Fp8Linear(nn.Linear):
         return _dequantised(self.stored, torch.float32)
 
     @property
-    def W_q(self) -> nn.Parameter:
+    def W_q(self) -> torch.Tensor:
         return self.weight
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Fp8Linear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        codes = self._parameters["weight"]
+        codes: Any = self._parameters["weight"]
         self._parameters["weight"] = nn.Parameter(codes.view(E4M3), requires_grad=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Fp8Linear:
