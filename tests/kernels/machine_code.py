@@ -77,7 +77,7 @@ def pointers(kinds: tuple[Type, ...], before: tuple[int, ...] = ()) -> Iterator[
 
 
 def build(compilation: Compilation, capability: int) -> dict[str, object]:
-    """Shared memory, registers a thread and bytes spilled, or the error, of one build."""
+    """Shared memory, registers a thread, bytes spilled and columns added in e4m3, or the error, of one build."""
     kernel = compilation.kernel
     signature = {
         name: "constexpr" if name in compilation.constants else compilation.signature[name] for name in kernel.arg_names
@@ -102,7 +102,20 @@ def build(compilation: Compilation, capability: int) -> dict[str, object]:
     used = re.search(r"Used (\d+) registers", log.getvalue())
     spilled = re.search(r"(\d+) bytes spill stores", log.getvalue())
     assert used and spilled, log.getvalue()
-    return told | {"shared": built.metadata.shared, "registers": int(used[1]), "spilled": int(spilled[1])}
+    told |= {"shared": built.metadata.shared, "registers": int(used[1]), "spilled": int(spilled[1])}
+    return told | {"e4m3_summed": e4m3_summed(built.asm["ptx"])}
+
+
+def e4m3_summed(ptx: str) -> int:
+    """How many columns Hopper's cores add in e4m3, at most, before something waits for the sum."""
+    longest = run = 0
+    for line in ptx.splitlines():
+        if "wgmma.wait_group" in line:
+            run = 0
+        product = re.search(r"wgmma\.mma_async\S*k(\d+)\.f32\.e4m3", line)
+        run += int(product[1]) if product else 0
+        longest = max(longest, run)
+    return longest
 
 
 @triton.jit

@@ -50,6 +50,14 @@ def test_every_kernel_fits_on_the_card(capability: int, builds: list[Build]) -> 
     assert [(build["kernel"], build["constants"], found) for build in own if (found := faults(build))] == []
 
 
+def test_sums_in_e4m3_are_split_on_hopper(builds: list[Build]) -> None:
+    """Its cores add them in a short accumulator: 128 columns at a time, and what adds these in fp32 waits for each."""
+    products = [
+        build for build in builds if build["kernel"] == "fp8_linear.product_kernel" and build["capability"] == 90
+    ]
+    assert [build["e4m3_summed"] for build in products] == [128] * len(products) != []
+
+
 def test_a_kernel_with_too_much_shared_memory_fails() -> None:
     small, large = run("--planted")
     (fault,) = faults(small)

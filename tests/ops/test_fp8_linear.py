@@ -221,9 +221,9 @@ def group_projections(
 
 
 GROUPS = [
-    (128, (256, 128, 128), ((16,), (8,), (24,))),
-    (208, (256, 128, 100), ((16, 4), (), (3,))),  # two adapters, none, and a rank that is padded
-    (144, (90,), ((12,),)),
+    (1, 128, (256, 128, 128), ((16,), (8,), (24,))),
+    (63, 208, (256, 128, 100), ((16, 4), (), (3,))),  # two adapters, none, and a rank that is padded
+    (70, 144, (90,), ((12,),)),
 ]
 
 
@@ -247,7 +247,7 @@ def quantised_alike(x: torch.Tensor, projections: Sequence[Projection], cotangen
 
     def rounding(values: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
         """What quantising changes."""
-        rows = empty_fp8_rows(*values.shape, values.device, pieces=blocks, factors=factors)
+        rows = empty_fp8_rows(len(values), values.shape[1], values.device, pieces=blocks, factors=factors)
         quantise_reference(values, rows)
         dequantised = dequantise_rows(rows)
         return dequantised - values.float() if factors is None else dequantised / factors - values.float()
@@ -260,8 +260,7 @@ def quantised_alike(x: torch.Tensor, projections: Sequence[Projection], cotangen
 
 @pytest.mark.parametrize("lie", ["apart", "stacked"])
 @pytest.mark.parametrize("blocks", [False, True])
-@pytest.mark.parametrize("tokens", [1, 63])
-@pytest.mark.parametrize(("route", "in_features", "outputs", "ranks"), cases(GROUPS))
+@pytest.mark.parametrize(("route", "tokens", "in_features", "outputs", "ranks"), cases(GROUPS))
 def test_group(
     monkeypatch: pytest.MonkeyPatch,
     route: str,
@@ -318,7 +317,7 @@ def test_group_at_real_size(in_features: int, outputs: tuple, blocks: bool) -> N
 @pytest.mark.parametrize("outlier", [1, 100])
 def test_an_outlier_in_x(outlier: int, blocks: bool) -> None:
     """A channel 100 times as large as the others, against the truth of x itself. What the other channels contribute is
-    off by 2.6 % (2.7 % beside the outlier, bf16's rounding of the larger sum included): e4m3 is a floating-point
+    off by 2.6 % (2.8 % beside the outlier, bf16's rounding of the larger sum included): e4m3 is a floating-point
     format, and what is 100 times smaller than the largest of its row is still a normal number there. Of the whole
     output, which then is mostly the outlier's, 0.6 %."""
     own = make_fp8_projection(512, 384, (), blocks=blocks, dtype=BF16)
@@ -338,7 +337,7 @@ def test_an_outlier_in_x(outlier: int, blocks: bool) -> None:
 
 def dequantised_outlier(x: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
     """Column 5 of x as the product sees it."""
-    rows = empty_fp8_rows(*x.shape, x.device, pieces=weight.has_blocks)
+    rows = empty_fp8_rows(len(x), x.shape[1], x.device, pieces=weight.has_blocks)
     quantise_reference(x, rows)
     return dequantise_rows(rows)[:, 5:6]
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from steep.ops.base_weight import DenseWeight
-from steep.ops.lora import Lora, LoraGroup, Projection
+from steep.ops.fp8_linear import fp8_linear, group_of
+from steep.ops.lora import Group, Lora, Projection
 from steep.ops.lora_linear import extended, extended_gradient, lora_linear, lora_linear_reference
+from tests.ops.fp8_cases import stored_in_fp8
 from tests.ops.lora_cases import stored_as
 
 SCALE = 0.7  # no power of two: s·B is rounded, too
@@ -57,20 +59,34 @@ def _exact_gradient(dy: torch.Tensor, projection: Projection) -> torch.Tensor:
     return adapter.scale * (dy.double() @ adapter.b.double() @ adapter.a.double())
 
 
+def _group(projection: Projection, dtype: torch.dtype) -> Group:
+    return group_of((projection,), dtype, fp8=True)
+
+
 def _gradient(dy: torch.Tensor, projection: Projection) -> torch.Tensor:
-    group = LoraGroup((projection,), dy.dtype)
+    group = _group(projection, dy.dtype)
     buffer = group.filled_buffer(dy.device)
-    return group.input_gradient(extended_gradient(dy, group, buffer), buffer)
+    rows = group.quantised_gradient(len(dy), dy.device)
+    return group.input_gradient(extended_gradient(dy, group, buffer, rows), buffer, quantised=rows)
 
 
 def _residual(x: torch.Tensor, projection: Projection) -> torch.Tensor:
     """Added to a residual stream, as o and down are."""
-    group = LoraGroup((projection,), x.dtype)
+    group = _group(projection, x.dtype)
     buffer = group.filled_buffer(x.device)
+    rows = group.quantised_input(len(x), x.device)
     residual = torch.linspace(-1, 1, group.outputs, device=x.device).to(x.dtype).expand(len(x), -1)
     out = torch.empty_like(residual)
-    group.forward(extended(x, group, buffer), buffer, out, add=residual)
+    group.forward(extended(x, group, buffer, rows), buffer, out, add=residual, quantised=rows)
     return out
+
+
+def _fp8_in_two_products(x: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """The fp8 product rounded, and the adapter's product added to that."""
+    (adapter,) = projection.adapters
+    low = torch.nn.functional.linear(x, adapter.a)
+    base = fp8_linear(x, replace(projection, adapters=()))
+    return base + torch.nn.functional.linear(low, adapter.b) * adapter.scale
 
 
 def _assert_reaches(gain: float) -> None:
@@ -90,6 +106,49 @@ def test_gain(path, exact, of_gradient, ratio) -> None:
     print(f"ratio {ratio:.0e}: gain {gain:.4f}, noise {noise:.3f}")
     _assert_reaches(gain)
     assert noise < 3e-3 / ratio
+
+
+@pytest.mark.parametrize(
+    ("path", "exact", "of_gradient"),
+    [(fp8_linear, _exact, False), (_residual, _exact, False), (_gradient, _exact_gradient, True)],
+    ids=["forward", "residual", "gradient"],
+)
+def test_gain_over_fp8(path, exact, of_gradient) -> None:
+    """Over 2 M outputs, the products of x and dy in e4m3."""
+    projection, x, dy = _case(2048, 2048, 1024, 64, 1e-3, "cpu")
+    gain, noise = _gain_and_noise(path, exact, dy if of_gradient else x, stored_in_fp8(projection, blocks=False))
+    print(f"gain {gain:.4f}, noise {noise:.3f}")
+    _assert_reaches(gain)
+    assert noise < 3
+
+
+def test_adding_to_a_rounded_fp8_product_loses_the_adapter() -> None:
+    projection, x, _ = _case(2048, 2048, 1024, 64, 1e-3, "cpu")
+    gain, _ = _gain_and_noise(_fp8_in_two_products, _exact, x, stored_in_fp8(projection, blocks=False))
+    assert gain < 0.7
+    with pytest.raises(AssertionError):
+        _assert_reaches(gain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("ratio", [1e-4, 1e-3, 1e-2])
+def test_gain_over_fp8_on_a_gpu(ratio, blocks) -> None:
+    """Over 29 M outputs."""
+    projection, x, dy = _case(14336, 4096, 2048, 256, ratio, "cuda")
+    projection = stored_in_fp8(projection, blocks)
+    paths: dict[str, tuple[Path, Path, torch.Tensor]] = {
+        "forward": (fp8_linear, _exact, x),
+        "residual": (_residual, _exact, x),
+        "gradient": (_gradient, _exact_gradient, dy),
+    }
+    for name, (path, exact, rows) in paths.items():
+        gain, noise = _gain_and_noise(path, exact, rows, projection)
+        print(f"ratio {ratio:.0e}, {name}: gain {gain:.4f}, noise {noise:.3f}")
+        _assert_reaches(gain)
+    if ratio <= 1e-3:
+        with pytest.raises(AssertionError):
+            _assert_reaches(_gain_and_noise(_fp8_in_two_products, _exact, x, projection)[0])
 
 
 @pytest.mark.parametrize("ratio", [1e-3])

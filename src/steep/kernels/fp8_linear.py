@@ -63,7 +63,7 @@ _WITHIN_99_KIB = Tiles(Tile(128, 64, 64, 32, 8, 3), Tile(64, 32, 128, 64, 4, 3),
 TILES: dict[tuple[int, int], Tiles] = {
     (8, 9): _WITHIN_99_KIB,
     (9, 0): Tiles(Tile(128, 128, 128, 64, 8, 4), Tile(64, 64, 128, 64, 4, 4), Tile(128, 64, 128, 64, 8, 4), True),
-    (10, 0): Tiles(Tile(128, 128, 128, 32, 8, 3), Tile(128, 64, 128, 32, 4, 4), Tile(128, 64, 128, 64, 8, 4), False),
+    (10, 0): Tiles(Tile(128, 128, 128, 32, 8, 3), Tile(128, 128, 128, 32, 8, 3), Tile(128, 64, 128, 64, 8, 4), False),
     (12, 0): _WITHIN_99_KIB,
 }
 
@@ -183,8 +183,9 @@ def product_kernel(
     if HAS_BLOCKS:  # either half has one scale at a time
         blocks = tl.cdiv(depth, BLOCK)
         x_scale_at = x_scale + read_rows * blocks
-        weight_scale_at = weight_scale + (column_tile * (2 * HALF) // BLOCK) * blocks
-        other_scale_at = weight_scale + ((column_tile * (2 * HALF) + HALF) // BLOCK) * blocks
+        first = column_tile * (2 * HALF)
+        weight_scale_at = weight_scale + (first // BLOCK) * blocks
+        other_scale_at = weight_scale + (tl.minimum(first + HALF, num_columns - 1) // BLOCK) * blocks
     else:
         x_scale_at = x_scale + read_rows
         weight_scale_at, other_scale_at = weight_scale, weight_scale
@@ -244,8 +245,7 @@ def product(
 ) -> None:
     """As `steep.ops.fp8_product.fp8_product`, in one launch; where a part ends within a tile, in one launch a part."""
     tiles = _tiles_on(x.device)
-    if tile is None:
-        tile = tile_of(tiles, *out.shape, x_scale.dim() == 2)
+    tile = tile or tile_of(tiles, out.shape[0], out.shape[1], x_scale.dim() == 2)
     if low is None or b is None or not any(width for *_, width in parts):
         parts = [(0, out.shape[1], 0, 0)]
         low = b = None

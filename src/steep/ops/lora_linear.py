@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from steep.ops.backend import without_autocast
 from steep.ops.copy_rows import copy_rows
-from steep.ops.fp8 import Fp8Rows, quantise_reference
+from steep.ops.fp8 import Fp8Rows
 from steep.ops.lora import Group, LoraGroup, Projection
 from steep.ops.products import sums_in_fp32
 
@@ -49,32 +49,25 @@ def linears(x: torch.Tensor, group: Group) -> torch.Tensor:
     return _Linears.apply(x, group, *tensors)  # pyright: ignore[reportReturnType]
 
 
-def extended(x: torch.Tensor, group: Group, buffer: Any) -> torch.Tensor:
-    """The group's input rows [T, input_width] of x."""
+def extended(x: torch.Tensor, group: Group, buffer: Any, quantised: Fp8Rows | None = None) -> torch.Tensor:
+    """The group's input rows [T, input_width] of x, which is written into `quantised` too."""
     xe = x.new_empty(x.shape[0], group.input_width)
-    _copy_into(xe[:, group.x_columns], x)
+    _copy_into(xe[:, group.x_columns], x, quantised)
     group.extend_input(xe, buffer)
     return xe
 
 
-def extended_gradient(dy: torch.Tensor, group: Group, buffer: Any) -> torch.Tensor:
-    """The group's gradient rows [T, gradient_width] of dy."""
+def extended_gradient(dy: torch.Tensor, group: Group, buffer: Any, quantised: Fp8Rows | None = None) -> torch.Tensor:
+    """The group's gradient rows [T, gradient_width] of dy, which is written into `quantised` too."""
     dye = dy.new_empty(dy.shape[0], group.gradient_width)
-    _copy_into(dye[:, : group.outputs], dy)
+    _copy_into(dye[:, : group.outputs], dy, quantised)
     group.extend_gradient(dye, buffer)
     return dye
 
 
-def _copy_into(columns: torch.Tensor, x: torch.Tensor) -> None:
-    """Write `x`, of any strides, into columns of a wider buffer."""
-    copy_rows(x if x.stride(1) == 1 else x.contiguous(), columns)
-
-
-def _quantised(values: torch.Tensor, rows: Fp8Rows | None) -> Fp8Rows | None:
-    """`rows`, written."""
-    if rows is not None:
-        quantise_reference(values, rows)
-    return rows
+def _copy_into(columns: torch.Tensor, x: torch.Tensor, quantised: Fp8Rows | None) -> None:
+    """Write `x`, of any strides, into columns of a wider buffer, and into `quantised`."""
+    copy_rows(x if x.stride(1) == 1 else x.contiguous(), columns, quantised=quantised)
 
 
 class _Linears(torch.autograd.Function):
@@ -84,8 +77,8 @@ class _Linears(torch.autograd.Function):
         with without_autocast(device.type), sums_in_fp32():
             buffer = group.filled_buffer(device)
             y = x.new_empty(tokens, group.outputs)
-            quantised = _quantised(x, group.quantised_input(tokens, device))
-            group.forward(extended(x, group, buffer), buffer, y, quantised=quantised)
+            rows = group.quantised_input(tokens, device)
+            group.forward(extended(x, group, buffer, rows), buffer, y, quantised=rows)
         ctx.group = group
         ctx.save_for_backward(x, *tensors)
         return y
@@ -97,8 +90,8 @@ class _Linears(torch.autograd.Function):
         dx = None
         with without_autocast(x.device.type), sums_in_fp32():
             buffer = group.filled_buffer(x.device)
-            dye = extended_gradient(dy, group, buffer)
+            rows = group.quantised_gradient(len(dy), x.device) if ctx.needs_input_grad[0] else None
+            dye = extended_gradient(dy, group, buffer, rows)
             if ctx.needs_input_grad[0]:
-                quantised = _quantised(dy, group.quantised_gradient(len(dy), x.device))
-                dx = group.input_gradient(dye, buffer, quantised=quantised)
+                dx = group.input_gradient(dye, buffer, quantised=rows)
             return dx, None, *group.adapter_gradients(dye, extended(x, group, buffer))
