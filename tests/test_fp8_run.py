@@ -82,7 +82,7 @@ def test_resumed_is_never_stopped(
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "final")
     shutil.rmtree(tmp_path / "stopped" / "checkpoint-6")
-    assert read(tmp_path / "whole" / "checkpoint-4" / "choices.json")["fp8_products"] == (
+    assert read(tmp_path / "whole" / "checkpoint-6" / "choices.json")["fp8_products"] == (
         products if fused == "on" else None
     )
     train_run(config("stopped", "auto"), resume=True, allow=["model.fp8_products"])
