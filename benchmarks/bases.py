@@ -105,7 +105,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=2048, help="tokens in a row")
     parser.add_argument("--r", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--heldout-tokens", type=int, default=60_000, help="scored of each language at the most")
+    parser.add_argument("--heldout-tokens", type=int, default=100_000, help="scored of each language at the most")
     parser.add_argument("--vram", default="8GiB", help="what a run may fill of the card: others may be on it")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-GPU-bases.jsonl")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="say what a file's lines come to, and run nothing")
