@@ -3,12 +3,13 @@ verdict, and `benchmarks.loading`."""
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import math
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from pathlib import Path
 from typing import Any, get_args
 
@@ -147,17 +148,17 @@ def test_an_unfused_run_on_a_gpu_is_no_result(
         bases.one_run(arguments, "nf4", 0)
 
 
-def test_several_processes_append_whole_lines(tmp_path: Path) -> None:
+def test_a_line_waits_for_another_process(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    code = (
-        "import sys; from pathlib import Path; from benchmarks.measuring import append\n"
-        "for number in range(60): append(Path(sys.argv[1]), {'process': sys.argv[2], 'curve': [number] * 9000})"
-    )
-    with ThreadPoolExecutor(3) as pool:
-        words = [[sys.executable, "-c", code, str(out), str(number)] for number in range(3)]
-        assert not any(done.returncode for done in pool.map(subprocess.run, words))
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) == 180 and all(len(row["curve"]) == 9000 for row in rows)
+    out.write_text("{}\n")
+    writer = threading.Thread(target=measuring.append, args=(out, {"arm": "nf4"}))
+    with out.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive() and out.read_text() == "{}\n"
+    writer.join(20)
+    assert out.read_text() == '{}\n{"arm": "nf4"}\n'
 
 
 def test_a_command_names_no_machines_folders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +312,7 @@ def test_files_are_dropped_and_found_in_memory(tmp_path: Path) -> None:
     assert loading.resident(files) < 1.0, "the system of this disk does not drop pages: loads would be warm"
 
 
-def test_a_load_that_fails_ends_the_call(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
+def test_a_load_that_fails_ends_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 1, ""))
     with pytest.raises(SystemExit, match="fp8 was not loaded"):
-        loading.loaded("fp8", tmp_path / "empty", tmp_path / "empty")
+        loading.loaded("fp8", tmp_path, tmp_path)
