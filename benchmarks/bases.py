@@ -51,6 +51,7 @@ from steep.export.adapter_weights import AdapterWeights
 from steep.export.gate import free_memory, open_plainly
 from steep.export.merged import Merger
 from steep.model.attention import attention
+from steep.model.choices import Choices
 from steep.model.load import DTYPES, as_folder
 from steep.model.resolve import read_tokenizer, resolve
 from steep.result import choices_of_run, plan_again
@@ -179,12 +180,22 @@ def columns(scores: list[DomainScore]) -> dict[str, dict[str, float]]:
     return {domain: found[domain] for domain in DOMAINS}
 
 
-def one_run(arguments: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
-    """Train, score, merge and score again; the line that says it.
-
-    Raises:
-        RuntimeError: the step was not fused, though there is a GPU.
+def refuse_other(arm: str, choices: Choices, on_gpu: bool) -> None:
     """
+    Raises:
+        RuntimeError: there is a GPU, and the step was not fused or its products not those of the arm.
+    """
+    if not on_gpu:
+        return
+    if not choices.fused:
+        raise RuntimeError("its step was not fused: not what `steep train` is meant to be")
+    wanted = ARMS[arm].get("fp8_products")
+    if wanted and choices.fp8_products != wanted:
+        raise RuntimeError(f"its products in fp8 were {choices.fp8_products}, and {wanted} are the arm's")
+
+
+def one_run(arguments: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
+    """Train, score, merge and score again; the line that says it."""
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(Path(temporary) / "run")
@@ -196,8 +207,7 @@ def one_run(arguments: argparse.Namespace, arm: str, seed: int) -> dict[str, Any
         peak = torch.cuda.max_memory_allocated() / GIB if on_gpu else None
         free_memory()
         choices = choices_of_run(folder)
-        if on_gpu and not choices.fused:
-            raise RuntimeError("its step was not fused: not what `steep train` is meant to be")
+        refuse_other(arm, choices, on_gpu)
         steps = folder.read_lines("metrics.jsonl")
         trained_s = time.perf_counter() - begun
         merged = scores_merged(config, folder, Path(temporary) / "merged")

@@ -49,10 +49,9 @@ def lines(llama_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFacto
     if torch.cuda.is_available():
         pytest.skip("the runs are those of a CPU, and steep takes a GPU where there is one")
     out = tmp_path_factory.mktemp("bases") / "rows.jsonl"
+    bases.main(words_for(llama_folder, data, out, "--arms", ARMS[0]))
+    first = out.read_text(encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(bases.ARMS, "fp8-none", {"base": "fp8"})  # on a CPU there are no other products
-        bases.main(words_for(llama_folder, data, out, "--arms", ARMS[0]))
-        first = out.read_text(encoding="utf-8")
         begun: list[tuple[str, int]] = []
         run = bases.one_run
         patch.setattr(bases, "one_run", lambda *given: begun.append(given[1:]) or run(*given))
@@ -101,10 +100,11 @@ def test_a_line_of_other_work_does_not_count(change: dict[str, str], data: Path,
     assert not bases.done(out, bases.work_of(other))
 
 
-@pytest.mark.parametrize("arm", ["nf4", "bf16"])
+@pytest.mark.parametrize("arm", bases.ARMS)
 def test_an_arm_is_a_run_file(arm: str, data: Path, tmp_path: Path) -> None:
     arguments = bases.parse(words_for(tmp_path, data, tmp_path / "rows.jsonl"))
     config = bases.run_config(arguments, arm, 3, tmp_path / "run")
+    assert config.model.fp8_products == bases.ARMS[arm].get("fp8_products", "auto")
     assert config.model.base == bases.ARMS[arm]["base"] and config.training.seed == 3
     assert [source.role for source in config.data.sources] == ["train"] * 2 + ["heldout"] * 3
     assert config.adapter.lora_alpha / config.adapter.r**0.5 == pytest.approx(2.0)
@@ -135,17 +135,28 @@ def test_what_is_not_there_is_said_before_anything_runs(
     assert said in f"{end.value.code}\n{capsys.readouterr().err}"
 
 
-def test_an_unfused_run_on_a_gpu_is_no_result(
-    llama_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("arm", "choices", "said"),
+    [
+        ("nf4", Choices(False, "bf16"), "not fused"),
+        ("fp8-both", Choices(True, "bf16", fp8_products="none"), "its products in fp8 were none, and both"),
+        ("fp8-none", Choices(True, "bf16", fp8_products="backward"), "were backward, and none"),
+    ],
+)
+def test_a_run_on_a_gpu_that_was_another_arms_is_no_result(
+    arm: str, choices: Choices, said: str, llama_folder: Path, data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(bases, "train_run", lambda config: {})
-    monkeypatch.setattr(bases, "choices_of_run", lambda folder: Choices(False, "bf16"))
+    monkeypatch.setattr(bases, "choices_of_run", lambda folder: choices)
     monkeypatch.setattr(bases, "free_memory", lambda: None)
     arguments = bases.parse(words_for(llama_folder, data, tmp_path / "rows.jsonl"))
     for name, value in (("is_available", True), ("reset_peak_memory_stats", None), ("max_memory_allocated", 0)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    with pytest.raises(RuntimeError, match="not fused"):
-        bases.one_run(arguments, "nf4", 0)
+    with pytest.raises(RuntimeError, match=said):
+        bases.one_run(arguments, arm, 0)
+    bases.refuse_other("fp8-both", Choices(True, "bf16", fp8_products="both"), on_gpu=True)
+    bases.refuse_other(arm, choices, on_gpu=False)
 
 
 def test_a_line_waits_for_another_process(tmp_path: Path) -> None:
