@@ -51,11 +51,12 @@ def test_auto_is_both_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_is_asked_for_is_done_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [chosen(asked, on_card=False) for asked in ("both", "backward", "none")] == ["both", "backward", "none"]
-    for faulty, reason in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"base": "nf4"}, "model.base is nf4"),
         ({"fused": False}, "not fused"),
         ({"compute": "fp32"}, "compute_dtype is fp32"),
-    ):
+    ]
+    for faulty, reason in cases:
         with pytest.raises(UserError, match=rf"model\.fp8_products: .*{reason}"):
             chosen("both", **faulty)
         assert chosen("none", **faulty) == "none"
@@ -76,7 +77,12 @@ def test_a_run_goes_on_as_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("blocks", [False, True])
 def test_a_layer_on_paper(blocks: bool) -> None:
     """What it keeps are rows of the same widths or less, and its work has no weight in 16 bit."""
-    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}
+    wide: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     model = install(adapted(tiny_model("llama", head_dim=128, **wide))).to("meta")
     layer = unwrap(model).model.layers[0]
     read, bf16 = read_layer(layer, layer.traits), torch.bfloat16

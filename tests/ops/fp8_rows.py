@@ -48,7 +48,8 @@ def assert_quantised(rows: Fp8Rows, truth: torch.Tensor) -> None:
     stand for is as near to the truth."""
     assert_codes_alone_are_written(rows)
     ours, truth = on_cpu(rows), truth.cpu()
-    expected = empty_fp8_rows(*truth.shape, torch.device("cpu"), pieces=ours.has_pieces, factors=ours.factors)
+    tokens, columns = truth.shape
+    expected = empty_fp8_rows(tokens, columns, torch.device("cpu"), pieces=ours.has_pieces, factors=ours.factors)
     quantise_reference(truth, expected)
     torch.testing.assert_close(ours.scale, expected.scale, rtol=SCALES, atol=0)
     off = (places(ours.codes) - places(expected.codes)).abs()

@@ -394,19 +394,18 @@ def test_bytes_of_a_group() -> None:
     assert group.transposed_bytes == 144 * 144  # 140 outputs, their rows at multiples of 16
 
 
-@pytest.mark.parametrize("keeps", [False, True])
-def test_the_transposed_codes_are_kept_or_made_anew(monkeypatch: pytest.MonkeyPatch, keeps: bool) -> None:
+def test_the_transposed_codes_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, transpose = [], op.transpose
     monkeypatch.setattr(op, "transpose", lambda *given: calls.append(1) or transpose(*given))
     own = group_projections(144, (96, 40), ((4,), (8,)), False, dtype=BF16)
-    group, device = Fp8Group(own, BF16, keeps), torch.device("cpu")
+    group, device = Fp8Group(own, BF16), torch.device("cpu")
     buffer, dy = group.filled_buffer(device), torch.randn(5, 136).bfloat16()
     of_dy = group.quantised_gradient(5, device)
     quantise_reference(dy, of_dy)
     first, second = [
         group.input_gradient(extended_gradient(dy, group, buffer), buffer, quantised=of_dy) for _ in range(2)
     ]
-    assert torch.equal(first, second) and len(calls) == (2 if keeps else 4)
+    assert torch.equal(first, second) and len(calls) == 4  # of two weights that stand apart
 
 
 def test_codes_that_lie_together_are_read_in_place() -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from steep.ops.base_weight import DenseWeight
-from steep.ops.fp8_linear import fp8_linear, group_of
+from steep.ops.fp8_groups import group_of
+from steep.ops.fp8_linear import fp8_linear
 from steep.ops.lora import Group, Lora, Projection
 from steep.ops.lora_linear import extended, extended_gradient, lora_linear, lora_linear_reference
 from tests.ops.fp8_cases import stored_in_fp8
@@ -60,7 +61,7 @@ def _exact_gradient(dy: torch.Tensor, projection: Projection) -> torch.Tensor:
 
 
 def _group(projection: Projection, dtype: torch.dtype) -> Group:
-    return group_of((projection,), dtype, fp8=True)
+    return group_of((projection,), dtype, "both")
 
 
 def _gradient(dy: torch.Tensor, projection: Projection) -> torch.Tensor:
