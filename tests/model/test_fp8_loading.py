@@ -19,6 +19,8 @@ from steep.model.adapters import add_adapters
 from steep.model.fp8_linear import Fp8Linear
 from steep.model.fp8_published import expanded_scale
 from steep.model.load import load
+from steep.model.resolve import resolve
+from steep.model.stored_weights import check_finite
 from steep.ops.fp8 import fp8_reference, quantise_weight
 from tests.fp8_checkpoints import FINE_GRAINED, IGNORED, compressed, publish
 from tests.ops.closeness import error
@@ -278,3 +280,16 @@ def test_e4m3_without_a_word_on_it_is_refused(llama_folder: Path, tmp_path: Path
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError, match=r"as F8_E4M3, and its config\.json names no quantisation"):
         load(str(folder), base="fp8")
+
+
+@pytest.mark.parametrize("part", ["weight", "weight_scale_inv"])
+def test_a_code_or_a_scale_that_is_no_number_is_found(part: str, llama_folder: Path, tmp_path: Path) -> None:
+    folder = publish(llama_folder, tmp_path / "published", FINE_GRAINED)
+    tensors = load_file(folder / "model.safetensors")
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    values = tensors[name].float()
+    values.view(-1)[0] = float("nan")
+    tensors[name] = values.to(tensors[name].dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"1 of the .* values of {name} in .* are NaN"):
+        check_finite(resolve(str(folder)))
