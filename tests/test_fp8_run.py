@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from steep import hand_over
+from steep import fp8_choice, hand_over, result
 from steep.config import parse_config
-from steep.errors import UserError
-from steep.export.gate import Gap
+from steep.errors import RunError, UserError
+from steep.export.gate import Gap, Measured
 from steep.hand_over import export_run
 from steep.model.fp8_linear import Fp8Linear
+from steep.model.install import fused_of
 from steep.model.resolve import read_tokenizer, resolve
 from steep.plan import plan_run
 from steep.result import evaluate_run, generate_run, load_result
@@ -201,3 +203,106 @@ def test_a_published_checkpoint_goes_the_whole_way(llama_folder: Path, korean_co
     assert "given as 8 bits (e4m3): its weights were dequantised to 16 bits" in card
     with pytest.raises(UserError, match="is stored in fp8 only"):
         export_run(tmp_path / "run", tmp_path / "other", base="original")
+
+
+# ---- trained with products in fp8
+
+
+@pytest.fixture(scope="module")
+def in_fp8(llama_folder: Path, korean_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fp8") / "run"
+    given = config_of(llama_folder, korean_corpus, folder, fused="on").model_dump()
+    given["model"] |= {"compute_dtype": "bf16", "fp8_products": "both"}
+    train_run(parse_config(given))
+    return folder
+
+
+def recorded_worse(run: Path, folder: Path) -> Path:
+    """A copy whose record is what products in fp8 may make of it, as far as another arithmetic can tell."""
+    shutil.copytree(run, folder)
+    file = folder / "evaluation.jsonl"
+    rows = [row | {"bits_per_byte": row["bits_per_byte"] + 0.02} for row in lines(file)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def without_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (fp8_choice, result):
+        monkeypatch.setattr(module, "lacks_fp8_units", lambda: True)
+
+
+def test_its_merge_is_proved_without_them(in_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With them the tiny model's logits are as far from the merged one's as a deep model's from the gate's limit."""
+    monkeypatch.setattr("steep.export.gate.LOGITS_LIMIT", 0.01)
+    measured: list[tuple[str | None, Measured]] = []
+    measure, gate_table, shown = hand_over.measure, hand_over.gate_table, []
+
+    def noted(model: Any, *given: Any, **how: Any) -> Measured:
+        found = measure(model, *given, **how)
+        measured.append((fused_of(model).fp8, found))
+        return found
+
+    monkeypatch.setattr(hand_over, "measure", noted)
+    monkeypatch.setattr(hand_over, "gate_table", lambda *given: shown.append(gate_table(*given)) or shown[-1])
+    assert export_run(in_fp8, tmp_path / "out")["base"] == "original"
+    (first, own), (second, exact) = measured
+    assert (first, second) == ("both", "none")
+    assert float((own.logits - exact.logits).norm() / exact.logits.norm()) > 0.012
+    recorded = [row["bits_per_byte"] for row in lines(in_fp8 / "evaluation.jsonl") if row["step"] == 6]
+    assert [score.bits_per_byte for score in own.scores] == pytest.approx(recorded, rel=1e-6)
+    assert [column.header for column in shown[0].columns] == [
+        "domain", "adapter", "in fp8", "merged, dequantised", "merged, original",
+    ]  # fmt: skip
+    with_them, without = own.scores[0].bits_per_byte, exact.scores[0].bits_per_byte
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"with them its bits per byte are: {own.scores[0].domain} {with_them:.4f} ({with_them - without:+.4f})" in card
+    )
+    assert f"| {own.scores[0].domain} | {without:.4f} |" in card
+
+
+def test_its_record_holds_where_they_are_computed(in_fp8: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not the model that the run ended with"):
+        export_run(recorded_worse(in_fp8, tmp_path / "run"), tmp_path / "out")
+
+
+def test_a_card_without_units_for_them_says_so_and_exports_it(
+    in_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_units(monkeypatch)
+    with caplog.at_level(logging.WARNING, "steep"):
+        assert export_run(recorded_worse(in_fp8, tmp_path / "run"), tmp_path / "out")["base"] == "original"
+    assert caplog.text.count("this card has no units for them") == 1
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "Here it has none of them." in card
+
+
+def test_a_card_without_units_for_them_says_so_and_scores_it(
+    in_fp8: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = evaluate_run(in_fp8)[1]
+    assert "no units" not in caplog.text
+    without_units(monkeypatch)
+    with caplog.at_level(logging.WARNING, "steep"):
+        other = evaluate_run(in_fp8)[1]
+    assert caplog.text.count("this card has no units for them") == 1
+    assert [score.loss for score in other] == pytest.approx([score.loss for score in own], rel=1e-2)
+    assert [score.loss for score in other] != pytest.approx([score.loss for score in own], rel=1e-6)
+
+
+@pytest.mark.parametrize(("products", "said"), [("both", True), ("backward", False), ("none", False)])
+def test_only_products_that_scores_depend_on_are_missed(
+    products: str,
+    said: bool,
+    in_fp8: Path,
+    llama_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run = shutil.copytree(in_fp8, tmp_path / "run")
+    (run / "plan.json").write_text(json.dumps(read(run / "plan.json") | {"fp8_products": products}), encoding="utf-8")
+    without_units(monkeypatch)
+    config, resolved = run_file(llama_folder, Path("unused"), run, model={"base": "fp8"}), resolve(str(llama_folder))
+    model = load_result(config, resolved, read_tokenizer(resolved), RunFolder(run))
+    assert fused_of(model).fp8 == "none" and ("no units" in caplog.text) is said

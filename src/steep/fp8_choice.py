@@ -19,13 +19,21 @@ FIELD = "model.fp8_products"
 
 
 def resolve_fp8_products(
-    config: RunConfig, base: str, compute: str, before: Choices | None, *, fused: bool, on_card: bool
+    config: RunConfig,
+    base: str,
+    compute: str,
+    before: Choices | None,
+    *,
+    fused: bool,
+    on_card: bool,
+    to_train: bool = True,
 ) -> Fp8Products:
     """`auto` in terms of the run: those of the steps before, else both where the card has fp8 units.
 
     Args:
         before: what the run that goes on was begun with.
         on_card: it is planned for a card; for one with such units where there is none here.
+        to_train: whether steps are still to come. What those of a finished run had is known, and any card opens it.
 
     Raises:
         UserError: some are asked for that cannot be, or the steps so far had some and this card cannot.
@@ -35,7 +43,7 @@ def resolve_fp8_products(
     if wanted == "none":
         return "none"
     reason = _why_not(base, compute, fused)
-    if reason is None and lacks_fp8_units():
+    if reason is None and to_train and lacks_fp8_units():
         reason = "the card has no fp8 units: those of compute capability 8.9 and newer have"
     if wanted == "auto":
         return "both" if reason is None and on_card else "none"

@@ -11,6 +11,7 @@ from typing import Any
 from steep.data.heldout import HeldoutDocuments, first_trained_by_domain
 from steep.errors import RunError, UserError, did_you_mean
 from steep.evaluation.board import gate_table
+from steep.evaluation.score import DomainScore
 from steep.export.adapter import write_adapter
 from steep.export.adapter_weights import AdapterWeights
 from steep.export.base_weights import Kind
@@ -23,6 +24,7 @@ from steep.export.merged import Merger
 from steep.export.push import check_push, push
 from steep.export.weight_check import wrong_weight
 from steep.model.attention import attention
+from steep.model.install import fused_of
 from steep.model.load import DTYPES, QUANTISED, as_folder
 from steep.model.resolve import read_tokenizer_folder, resolve
 from steep.out_of_memory import memory_told
@@ -178,8 +180,16 @@ class _Export:
         }
         terminal.say("scoring the adapter over the base of the run")
         model = load_result(config, plan.resolved, plan.tokenizer, self._folder)
+        in_fp8 = plan.choices.fp8_products == "both"
+        own = None
+        if in_fp8 and fused_of(model).fp8 == "both":
+            own = measure(model, documents, **how).scores
+            self._refuse_other_model(own)
+            terminal.say("scoring it again without its products in fp8, which the merged model has none of")
+            fused_of(model).fp8 = "none"
         trained = measure(model, documents, **how)
-        self._refuse_other_model(trained)
+        if not in_fp8:
+            self._refuse_other_model(trained.scores)
         measured: dict[Kind, Measured] = {}
         with published(self._output, existing="refuse") as staging:
             for kind in kinds:
@@ -193,11 +203,11 @@ class _Export:
                 terminal.say(f"opening the merged model ({kind}) with plain transformers, and scoring it")
                 measured[kind] = measure_folder(staging / kind, trained, documents, **opened, **how)
             gaps: dict[Kind, Gap] = {kind: compare(trained, found) for kind, found in measured.items()}
-            terminal.show(gate_table(trained.scores, {kind: found.scores for kind, found in measured.items()}))
+            terminal.show(gate_table(trained.scores, {kind: found.scores for kind, found in measured.items()}, own))
             self._refuse(gaps[exact].problem(may_fall=plan.base == "int8"))
             kept = _kept(measured, gaps, base, plan.base)
             gap, other = gaps[kept], next((gaps[kind] for kind in gaps if kind != kept), None)
-            gated = Gated(kept, kept == exact, gap, trained, measured[kept], other, text)
+            gated = Gated(kept, kept == exact, gap, trained, measured[kept], other, text, own)
             checks = {}
             if form == "gguf":
                 checks = self._write_gguf(staging, staging / kept, _as_text(documents, plan.tokenizer))
@@ -240,10 +250,10 @@ class _Export:
                 "Put the files back as they were, or hand on the adapter: --to adapter.",
             )
 
-    def _refuse_other_model(self, trained: Measured) -> None:
-        """Hold what was scored now against what the run recorded at its end."""
+    def _refuse_other_model(self, scores: Sequence[DomainScore]) -> None:
+        """Hold what was scored now, in the run's own arithmetic, against what it recorded at its end."""
         recorded = {score.domain: score.bits_per_byte for score in self._story.after}
-        for score in trained.scores:
+        for score in scores:
             if score.domain in recorded and not abs(score.bits_per_byte - recorded[score.domain]) <= _SAME_MODEL:
                 raise RunError(
                     f"this is not the model that the run ended with: {score.domain} is {score.bits_per_byte:.4f} bits "

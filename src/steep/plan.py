@@ -234,7 +234,9 @@ def _work_out(
     layer, not_fused = decide(config, empty, before)
     trained = resolve_trained_dtype(config, layer is not None, compute, before)
     fused = layer is not None
-    products = resolve_fp8_products(config, base, compute, before, fused=fused, on_card=budget is not None)
+    products = resolve_fp8_products(
+        config, base, compute, before, fused=fused, on_card=budget is not None, to_train=to_train
+    )
     tokenizer = read_tokenizer(resolved)
     data, training = config.data, config.training
     precision = mixed_precision(base, compute, trained)

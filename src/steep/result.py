@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -33,6 +34,8 @@ from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.settings import mixed_precision
 from steep.terminal import Terminal
+
+logger = logging.getLogger("steep")
 
 
 def finished(run_dir: str | Path, *, trust_remote_code: bool = False) -> tuple[RunConfig, RunFolder]:
@@ -198,12 +201,19 @@ def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any
 
 def load_result(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, folder: RunFolder) -> Any:
     """The model that a finished run trained: `final/` over the base. It computes as it did in training, but for
-    products in fp8 on a card that has no units for them."""
+    products in fp8 on a card that has no units for them, which is said."""
     base, choices = load_base(config, resolved, tokenizer), choices_of_run(folder)
     model = offload_originals(open_adapter(base, folder.final, trained_dtype=choices.trained_dtype))
     if not choices.fused:
         return model
-    return install(model, fp8_products=None if lacks_fp8_units() else choices.fp8_products)
+    if not lacks_fp8_units():
+        return install(model, fp8_products=choices.fp8_products)
+    if choices.fp8_products == "both":  # those of the backward pass are not computed here
+        logger.warning(
+            "the run was trained with products in fp8, and this card has no units for them: it computes in 16 bit, so "
+            "scores are not quite those of the run"
+        )
+    return install(model, fp8_products="none")
 
 
 def choices_of_run(folder: RunFolder) -> Choices:

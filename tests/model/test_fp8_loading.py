@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from steep.errors import UserError
 from steep.model import fp8_loading
 from steep.model.adapters import add_adapters
+from steep.model.attention import attention
 from steep.model.fp8_linear import Fp8Linear
 from steep.model.fp8_published import expanded_scale
 from steep.model.load import load
@@ -77,7 +78,7 @@ def test_every_linear_layer_but_the_head_is_quantised_from_what_is_stored(
     with torch.no_grad():
         for name, layer in layers.items():
             plain.get_submodule(name).weight.copy_(fp8_reference(layer.stored))
-        same: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        same: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **attention("auto", plain.config))
         for name, layer in layers.items():
             same.get_submodule(name).weight.copy_(fp8_reference(layer.stored).to(dtype))
         assert torch.equal(model(ids()).logits, same(ids()).logits)

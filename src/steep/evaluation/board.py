@@ -62,19 +62,28 @@ def board(
     return table
 
 
-def gate_table(adapter: Sequence[DomainScore], merged: Mapping[str, Sequence[DomainScore]]) -> Table:
+def gate_table(
+    adapter: Sequence[DomainScore],
+    merged: Mapping[str, Sequence[DomainScore]],
+    in_fp8: Sequence[DomainScore] | None = None,
+) -> Table:
     """Bits per byte of an adapter beside those of models that it was merged into, domain by domain.
 
     Args:
         merged: what was merged into → the scores of the same documents.
+        in_fp8: those of the adapter with products in fp8, where it was trained with them.
     """
+    others = {
+        **({"in fp8": in_fp8} if in_fp8 is not None else {}),
+        **{f"merged, {kind}": merged[kind] for kind in merged},
+    }
     table = Table(title="bits/byte", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("domain")
     table.add_column("adapter", justify="right", no_wrap=True)
-    for name in merged:
-        table.add_column(f"merged, {name}", justify="right", no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
     for index, score in enumerate(adapter):
-        gaps = [(scores[index].bits_per_byte, score.bits_per_byte) for scores in merged.values()]
+        gaps = [(scores[index].bits_per_byte, score.bits_per_byte) for scores in others.values()]
         shown = [f"{now:.4f} ({now - before:+.4f})" for now, before in gaps]
         table.add_row(Text(one_line(score.domain)), f"{score.bits_per_byte:.4f}", *shown)
     return table

@@ -82,6 +82,8 @@ class Gated:
         adapter, merged: both models' figures.
         other: the gap of the kind that was not kept, where both were measured.
         text: what was scored, in words.
+        own: the adapter's scores with the products in fp8 that it was trained with, which `adapter` has none of; None
+            where there were none, or no units for them.
     """
 
     kind: Kind
@@ -91,6 +93,7 @@ class Gated:
     merged: Measured
     other: Gap | None
     text: str
+    own: Sequence[DomainScore] | None = None
 
 
 @dataclass(frozen=True)
@@ -287,6 +290,8 @@ def _gate(gated: Gated, base: Base, story: Story) -> str:
     ]
     if story.plan["base"] == "int8":
         lines.append("Over int8 the adapter's activations are rounded to 8 bits too; the merged model's are not.")
+    if story.plan.get("fp8_products") == "both":
+        lines.append(_without_fp8(gated))
     if not gated.exact and gated.gap.rise > BITS_LIMIT:
         lines.append(
             f"**The merged model is worse than the trained one by up to {gated.gap.rise:.4f} bits per byte.** The "
@@ -299,6 +304,18 @@ def _gate(gated: Gated, base: Base, story: Story) -> str:
             f"Merged into {_kind_name(other, base)} the largest rise would be {gated.other.rise:+.4f} bits per byte."
         )
     return "\n\n".join(lines)
+
+
+def _without_fp8(gated: Gated) -> str:
+    text = "The adapter was trained with products in fp8, which round activations to 8 bits. Here it has none of them"
+    if gated.own is None:
+        return f"{text}."
+    exact = {score.domain: score.bits_per_byte for score in gated.adapter.scores}
+    own = [
+        f"{inline(score.domain)} {score.bits_per_byte:.4f} ({score.bits_per_byte - exact[score.domain]:+.4f})"
+        for score in gated.own
+    ]
+    return f"{text}; with them its bits per byte are: {', '.join(own)}."
 
 
 def _gguf(checks: Mapping[str, str]) -> str:
