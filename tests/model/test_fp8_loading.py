@@ -19,7 +19,7 @@ from steep.model.adapters import add_adapters
 from steep.model.attention import attention
 from steep.model.fp8_linear import Fp8Linear
 from steep.model.fp8_published import expanded_scale
-from steep.model.load import load
+from steep.model.load import DTYPES, load
 from steep.model.resolve import resolve
 from steep.model.stored_weights import check_finite
 from steep.ops.fp8 import fp8_reference, quantise_weight
@@ -116,19 +116,27 @@ def test_shards_are_read(tmp_path: Path, llama_folder: Path) -> None:
     assert torch.equal(ours, theirs)
 
 
-def test_what_the_checkpoint_has_in_pieces_is_quantised_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stored", "compute"), [("fp32", "fp32"), ("fp32", "bf16"), ("fp16", "bf16"), ("bf16", "bf16"), ("bf16", "fp32")]
+)
+def test_what_the_checkpoint_has_in_pieces_is_quantised_from_what_is_stored(
+    stored: str, compute: str, tmp_path: Path
+) -> None:
     """A base model alone has no prefix before its names: transformers finds their places."""
     folder = save_tiny("llama", tmp_path, tied=True)
-    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: each.to(DTYPES[stored]) for name, each in load_file(folder / "model.safetensors").items()}
     save_file(
         {name.removeprefix("model."): each for name, each in tensors.items()}, folder / "model.safetensors",
         {"format": "pt"},
     )  # fmt: skip
-    model, _ = load(str(folder), base="fp8")
+    model, _ = load(str(folder), base="fp8", compute_dtype=compute)
     layers = linear_layers(model)
     assert len(layers) == 14
     for name, layer in layers.items():
-        assert torch.equal(layer.scale, quantise_weight(tensors[f"{name}.weight"]).scale)
+        expected = quantise_weight(tensors[f"{name}.weight"])
+        assert torch.equal(layer.weight.view(torch.uint8), expected.codes.view(torch.uint8))
+        assert torch.equal(layer.scale, expected.scale) and layer.compute_dtype == DTYPES[compute]
+    assert model.model.embed_tokens.weight.dtype == DTYPES[compute]
 
 
 def test_a_gguf_file_is_a_base_too(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from steep.ops.fp8 import E4M3, Fp8Weight, quantise_weight
 
 _AT_ONCE = 4  # layers that are read and go to a card at the same time
 _PIECE = 2**23  # weights of one that are
+_KINDS = {torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors names them
 
 
 def load_fp8(
@@ -45,19 +46,25 @@ def load_fp8(
         for name in tensors
         if not is_scale(name, replaced)
     }
-    model = type(empty).from_pretrained(
-        None, config=plain_config(resolved.config), state_dict=state, dtype=compute_dtype, **attention
-    )
+
+    def put_into(dtype: torch.dtype) -> Any:
+        config = plain_config(resolved.config)
+        return type(empty).from_pretrained(None, config=config, state_dict=state, dtype=dtype, **attention)
+
+    model = put_into(compute_dtype)
     _take_settings(model, resolved)
-    # What the checkpoint has under another name, or in pieces, transformers has put together.
+    # What the checkpoint has under another name, or in pieces, transformers has put together: once more in fp32, which
+    # holds all that is stored, where the model's dtype does not.
     put_together = [] if published else [name for name in linear if name not in set(layers)]
+    holds_all = compute_dtype == torch.float32 or {tensors.kind(name) for name in tensors} == {_KINDS[compute_dtype]}
+    whole = model if holds_all or not put_together else put_into(torch.float32)
 
     def stored(name: str) -> Fp8Weight:
         if name not in put_together:
             if published:
                 return read_published(tensors, resolved.quantization or {}, name, device)
             return quantised_in_pieces(tensors[f"{name}.weight"], device)
-        return quantised_in_pieces(model.get_submodule(name).weight.detach(), device)
+        return quantised_in_pieces(whole.get_submodule(name).weight.detach(), device)
 
     # torch's own threads are all that a CPU has.
     with torch.no_grad(), ThreadPoolExecutor(_AT_ONCE if device.type == "cuda" else 1) as pool:
