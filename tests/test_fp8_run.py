@@ -28,7 +28,7 @@ from steep.result import evaluate_run, generate_run, load_result
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
-from steep.terminal import fused_line
+from steep.terminal import fused_line, human_bytes
 from steep.verify_resume import compare
 from tests.command_line import Steep
 from tests.fp8_checkpoints import FINE_GRAINED, publish
@@ -186,6 +186,22 @@ def test_a_plan_knows_it(llama_folder: Path, korean_corpus: Path, tmp_path: Path
     file.write_text(config.to_yaml(), encoding="utf-8")
     said = steep("plan", file)
     assert said.code == 0 and "fp8" in said.out
+    bases = plan.as_dict()["bases"]
+    widths = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1, "fp8": 1, "bf16": 2}
+    assert {name: base["bytes"] for name, base in bases.items()} == {
+        name: round(width * plan.shape.linear) for name, width in widths.items()
+    }
+    errors = {name: base["weight_error"] for name, base in bases.items()}
+    gaussian = {
+        "nf4": pytest.approx(0.094, rel=0.1),
+        "int8": pytest.approx(0.007, rel=0.3),
+        "fp8": pytest.approx(0.026, rel=0.1),
+    }
+    assert errors == {**gaussian, "bf16": None}
+    said_rows = said.out.partition("relative error of the weights")[2].splitlines()
+    for name, error in errors.items():
+        (row,) = [row for row in said_rows if f" {'16 bits' if error is None else name} " in row]
+        assert human_bytes(bases[name]["bytes"]) in row and ("–" if error is None else f"{error:.2%}") in row
 
 
 def test_a_published_checkpoint_goes_the_whole_way(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:

@@ -101,11 +101,12 @@ def plan(context: typer.Context, file: RunFile) -> None:
 
     config = load_config(file, context.args)
     from steep.plan import plan_run
-    from steep.terminal import plan_tables
+    from steep.terminal import bases_table, plan_tables
 
     with terminal.tokenising() as progress:
         worked_out = plan_run(config, progress)
-    for table in plan_tables(worked_out.as_dict()):
+    figures = worked_out.as_dict()
+    for table in (*plan_tables(figures), bases_table(figures)):
         terminal.show(table)
     for warning in worked_out.warnings:
         terminal.warn(warning)

@@ -18,7 +18,7 @@ from steep.errors import UserError
 from steep.fp8_choice import in_fp8, resolve_fp8_products
 from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
 from steep.generation import prompt_ids_of
-from steep.memory import Shape, shape_of
+from steep.memory import BASE_WIDTH, Shape, shape_of
 from steep.model.adapters import check_embeddings, check_rank, check_start
 from steep.model.choices import Choices
 from steep.model.embeddings import is_tied, untie
@@ -27,8 +27,10 @@ from steep.model.fp8_published import has_blocks
 from steep.model.load import QUANTISED, check_4bit_rows, resolve_base, resolve_compute_dtype
 from steep.model.new_tokens import check_trained, rows_for
 from steep.model.positions import check_length
+from steep.model.quantisable import quantisable
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.model.stored_weights import check_stored
+from steep.model.weight_error import weight_errors
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.settings import (
@@ -65,6 +67,7 @@ class Plan:
         vocabulary: the grown tokenizer, where there are new tokens; `tokenizer` is then the same.
         new_tokens: its figures.
         memory, host, disk: bytes by item, on the card (the host without one), on the host beside it, and on the disk.
+        weight_errors: of each quantised base, where it can be measured before the run.
         warnings: what a user should know before the run.
     """
 
@@ -86,6 +89,7 @@ class Plan:
     schedule: Schedule | None = None
     vocabulary: Vocabulary | None = None
     new_tokens: dict[str, Any] | None = None
+    weight_errors: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -142,6 +146,10 @@ class Plan:
             "lr_scheduler_type": training.lr_scheduler_type,
             "schedule": self.schedule.describe() if self.schedule else None,
             "memory_bytes": {**self.memory, "total": sum(self.memory.values())},
+            "bases": {
+                base: {"bytes": round(shape.linear * BASE_WIDTH[base]), "weight_error": self.weight_errors.get(base)}
+                for base in (*QUANTISED, "bf16")
+            },
             "host_bytes": self.host,
             "disk_bytes": {**self.disk, "total": sum(self.disk.values())},
             "warnings": self.warnings,
@@ -340,6 +348,8 @@ def _work_out(
         branch,
         schedule,
     )
+    if to_train:
+        plan.weight_errors = weight_errors(resolved, quantisable(empty))
     plan.warnings = [
         *stored,
         *memory_advice(memory, budget),

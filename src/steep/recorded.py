@@ -57,6 +57,11 @@ class PlannedText(TypedDict):
     mixing: Mixing
 
 
+class PlannedBase(TypedDict):
+    bytes: Count
+    weight_error: Number | None
+
+
 class Plan(TypedDict):
     model: str
     base: str
@@ -72,6 +77,7 @@ class Plan(TypedDict):
     learning_rate: Number
     embedding_learning_rate: Number
     memory_bytes: dict[str, Count]
+    bases: NotRequired[dict[str, PlannedBase]]
     fused: NotRequired[bool]
     fused_reason: NotRequired[str | None]
     levels: NotRequired[list[Level] | None]

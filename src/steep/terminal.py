@@ -235,6 +235,16 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
+def bases_table(plan: Mapping[str, Any]) -> Table:
+    """What the frozen linear weights take in each base, and how far they then are from the checkpoint's."""
+    table = Table("base", "frozen linear weights", "relative error of the weights", title="bases")
+    for name, base in plan["bases"].items():
+        error = base["weight_error"]
+        shown = "–" if error is None else f"{error:.2%}"
+        table.add_row("16 bits" if name == "bf16" else name, human_bytes(base["bytes"]), shown)
+    return table
+
+
 def fused_line(plan: Mapping[str, Any]) -> str:
     """Whether a run's steps are fused, in a line: what layers keep for the backward pass, or why they are not."""
     if not plan["fused"]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from steep.model.base_tensors import BaseTensors
 from steep.model.empty import empty_model
@@ -14,15 +15,14 @@ from steep.model.load import load
 from steep.model.projections import base_weight
 from steep.model.quantisable import quantisable
 from steep.model.resolve import ResolvedModel, resolve
-from steep.model.weight_error import weight_error
+from steep.model.weight_error import weight_errors
+from tests.fp8_checkpoints import FINE_GRAINED, publish
 from tests.tiny import save_tiny
 
 GAUSSIAN = {
     "nf4": (0.085, 0.105),
     "int8": (0.006, 0.010),
     "fp8": (0.024, 0.029),
-    "bf16": (0.001, 0.003),
-    "fp32": (0, 0),
 }
 
 
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[ResolvedModel, list
 @pytest.mark.parametrize("base", GAUSSIAN)
 def test_the_error_of_gaussian_weights(base: str, model: tuple[ResolvedModel, list[str]]) -> None:
     low, high = GAUSSIAN[base]
-    assert low <= weight_error(*model, base) <= high
+    assert low <= weight_errors(*model)[base] <= high
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8", "fp8"])
@@ -54,7 +54,7 @@ def test_it_is_that_of_the_loaded_model(base: str, model: tuple[ResolvedModel, l
         stored.write(whole)
         difference += float((whole - weight).square().sum())
         total += float(weight.square().sum())
-    assert weight_error(resolved, linear, base) == pytest.approx((difference / total) ** 0.5, rel=0.05)
+    assert weight_errors(resolved, linear)[base] == pytest.approx((difference / total) ** 0.5, rel=0.05)
 
 
 def test_only_some_rows_are_read(model: tuple[ResolvedModel, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,11 +63,22 @@ def test_only_some_rows_are_read(model: tuple[ResolvedModel, list[str]], monkeyp
     real = BaseTensors.__getitem__
     monkeypatch.setattr(BaseTensors, "__getitem__", lambda self, name: read.append(name) or real(self, name))
     many = [each for each in linear for _ in range(8)]
-    weight_error(resolved, many, "fp8")
+    weight_errors(resolved, many)
     assert 16 <= len(read) <= 20
     assert {name.split(".")[-2] for name in read} >= {"q_proj", "gate_proj", "down_proj"}
 
 
-def test_weights_of_nothing_have_no_error(tmp_path: Path) -> None:
-    resolved = resolve(str(save_tiny("llama", tmp_path)))
-    assert weight_error(resolved, [], "fp8") == 0.0
+def test_without_weights_in_16_or_32_bits_it_is_not_measured(
+    model: tuple[ResolvedModel, list[str]], llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved, linear = model
+    assert set(weight_errors(resolved, linear)) == set(GAUSSIAN)
+    assert weight_errors(resolved, []) == {}
+    published = resolve(str(publish(llama_folder, tmp_path / "published", FINE_GRAINED)))
+    assert weight_errors(published, linear) == {}
+    zeros = save_tiny("llama", tmp_path / "zeros")
+    tensors = load_file(zeros / "model.safetensors")
+    save_file({name: each.zero_() for name, each in tensors.items()}, zeros / "model.safetensors", {"format": "pt"})
+    assert weight_errors(resolve(str(zeros)), linear) == {}
+    monkeypatch.setattr("steep.model.base_tensors.weight_files", lambda *_, download, **__: [] if not download else 1)
+    assert weight_errors(resolved, linear) == {}  # not in the cache
