@@ -81,6 +81,15 @@ def test_another_dtype_alignment_device_or_number_is_another_variant(tensors: An
     assert [name for name, *_ in kernel.calls] == ["kernel", "kernel", "compiled at call 1", "compiled at call 2"]
 
 
+@pytest.mark.parametrize("other", [{"num_warps": 8, "num_stages": 3}, {"num_warps": 4, "num_stages": 2}, {}])
+def test_another_option_is_another_variant(other: dict[str, int]) -> None:
+    """As where tiles are timed that differ in nothing else."""
+    kernel = Kernel()
+    for options in ({"num_warps": 4, "num_stages": 3}, other) * 2:
+        launch(kernel, ONE, (TENSOR,), (16,), **options)
+    assert [name for name, *_ in kernel.calls] == ["kernel", "kernel", "compiled at call 1", "compiled at call 2"]
+
+
 def test_kernels_have_variants_of_their_own() -> None:
     first, second = Kernel(), Kernel()
     for kernel in (first, second):

@@ -25,14 +25,15 @@ def launch(
     free: tuple[int, ...] = (),
     **options: Any,
 ) -> None:
-    """`kernel[grid](*tensors, *free, *numbers, **options)`: its variant is looked up by tensors and numbers alone.
+    """`kernel[grid](*tensors, *free, *numbers, **options)`: its variant is looked up without asking Triton.
 
     Args:
         tensors: the first of them is there.
-        numbers: constants too; `options` are the same wherever these are.
+        numbers: constants too.
         free: numbers for which the kernel is not specialised, and which change often.
     """
-    key: list[Hashable] = [id(kernel), tensors[0].device, numbers]  # pyright: ignore[reportOptionalMemberAccess]
+    device = tensors[0].device  # pyright: ignore[reportOptionalMemberAccess]
+    key: list[Hashable] = [id(kernel), device, numbers, *options.items()]
     for tensor in tensors:
         key += (None,) if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
     variant = tuple(key)
