@@ -96,3 +96,8 @@ def test_a_layer_on_paper(blocks: bool) -> None:
             for products in ("none", "both")}  # fmt: skip
     assert work["none"] == [work_bytes(read, bf16, bf16, level, 64) for level in range(4)]
     assert all(fp8 < other for fp8, other in zip(work["both"], work["none"], strict=True))  # short rows: weights count
+    # With forward products in bf16, gate and up are computed again beside one's weight and outputs in fp32.
+    _, _, gate_up, _ = stored.groups(bf16, "backward")
+    there = gate_up.buffer_bytes + 64 * (gate_up.input_width + gate_up.gradient_width) * 2 + 512 * (256 * 2 + 64 * 4)
+    by_level = [work_bytes(stored, bf16, bf16, level, 64, "backward") for level in range(4)]
+    assert all(planned > there for planned in by_level[1:]) and work["both"][1] < by_level[1]

@@ -15,8 +15,8 @@ from tests.kernels.machine_code import SHARED_KIB, compilations, compilations_of
 
 REGISTERS = 255
 # Bytes a thread keeps in memory for want of registers: none, but for one number where ptxas prefers another warp on the
-# card.
-SPILLED_BYTES = {"adamw8bit.adamw8bit_kernel": 8}
+# card, and one of the fp8 product, whose large tile takes every register, where it adds a residual or goes backward.
+SPILLED_BYTES = {"adamw8bit.adamw8bit_kernel": 8, "fp8_linear.product_kernel": 4}
 
 Build = dict[str, object]
 
@@ -24,7 +24,7 @@ Build = dict[str, object]
 def run(*words: str) -> list[Build]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.machine_code", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -17,10 +17,11 @@ from torch import nn
 
 from steep.model import fp8_linear
 from steep.model.adapters import add_adapters
-from steep.model.fp8_linear import Fp8Linear, quantised_linear, stack_groups, stacked_weight
+from steep.model.fp8_linear import Fp8Linear, stack_groups
 from steep.model.load import load
 from steep.model.projections import base_weight, compute_dtype, projection
-from steep.ops.fp8 import BLOCK, E4M3, LARGEST, Fp8Weight, fp8_reference
+from steep.ops.fp8 import BLOCK, E4M3, LARGEST, Fp8Weight, fp8_reference, quantise_weight
+from steep.ops.fp8_linear import as_one
 from steep.training.proof import frozen_checksums
 from tests.ops.closeness import error
 
@@ -34,7 +35,7 @@ def layer(
     weight = torch.randn(outputs, inputs, generator=generator)
     b = torch.randn(outputs, generator=generator) if bias else None
     if not blocks:
-        return quantised_linear(weight, b, dtype)
+        return Fp8Linear(quantise_weight(weight), b, dtype)
     scale = 0.01 + 0.01 * torch.rand(-(-outputs // BLOCK), -(-inputs // BLOCK), generator=generator)
     return Fp8Linear(Fp8Weight((100 * weight).clamp(-LARGEST, LARGEST).to(E4M3), scale), b, dtype)
 
@@ -99,6 +100,17 @@ def test_no_dequantised_weight_waits_for_backward(monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         layer()(x)
     assert len(made) == 3
+
+
+def test_it_launches_on_the_card_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called by itself, in no decoder that sees to it: a later launch goes to the current card's stream."""
+    guarded: list[torch.Size] = []
+    own = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: guarded.append(tensor.shape) or own(tensor))
+    linear = layer()
+    linear(rows()).sum().backward()
+    linear.dequantize()
+    assert guarded == [(40, 72)] * 3
 
 
 def test_a_trained_bias_has_its_gradient() -> None:
@@ -169,16 +181,21 @@ def model(llama_folder: Path) -> Model:
     return load(str(llama_folder), base="fp8", compute_dtype="fp32")[0]
 
 
+def together(layers: list[Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return as_one([each.weight.data for each in layers]), as_one([each.scale for each in layers])
+
+
 def test_groups_lie_one_behind_the_other(model: Model) -> None:
     for block in model.model.layers:
         attention, mlp = block.self_attn, block.mlp
         for group in ([attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]):
-            weights = [each.stored for each in group]
-            whole = stacked_weight(weights)
-            assert whole is not None and whole.codes.data_ptr() == group[0].weight.data_ptr()
-            assert torch.equal(fp8_reference(whole), torch.cat([fp8_reference(each) for each in weights]))
-        assert stacked_weight([mlp.up_proj.stored, mlp.gate_proj.stored]) is None
-        assert stacked_weight([attention.o_proj.stored, mlp.gate_proj.stored]) is None
+            codes, scale = together(group)
+            assert codes is not None and codes.data_ptr() == group[0].weight.data_ptr()
+            assert scale is not None and scale.data_ptr() == group[0].scale.data_ptr()
+            expected = torch.cat([fp8_reference(each.stored) for each in group])
+            assert torch.equal(fp8_reference(Fp8Weight(codes, scale)), expected)
+        assert together([mlp.up_proj, mlp.gate_proj]) == (None, None)
+        assert together([attention.o_proj, mlp.gate_proj]) == (None, None)
 
 
 def test_stacking_changes_no_value_and_no_name(model: Model) -> None:
@@ -188,10 +205,10 @@ def test_stacking_changes_no_value_and_no_name(model: Model) -> None:
             module.weight.data = module.weight.data.view(torch.uint8).clone().view(E4M3)
             module.scale = module.scale.clone()
     first = apart.model.layers[0].self_attn
-    assert stacked_weight([first.q_proj.stored, first.k_proj.stored]) is None
+    assert together([first.q_proj, first.k_proj]) == (None, None)
     before = {name: tensor.clone() for name, tensor in apart.state_dict().items()}
     assert stack_groups(apart) == 4
-    assert stacked_weight([first.q_proj.stored, first.k_proj.stored]) is not None
+    assert all(each is not None for each in together([first.q_proj, first.k_proj]))
     after = apart.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
@@ -204,13 +221,13 @@ def test_blocks_are_stacked_where_they_end_with_their_layer() -> None:
             module.add_module(name, layer(outputs, 130, blocks=True, bias=False))
         return module
 
-    for outputs, together in ((256, True), (250, False)):
+    for outputs, fits in ((256, True), (250, False)):
         module: Any = group(outputs)
         assert stack_groups(module) == 1
-        whole = stacked_weight([module.gate_proj.stored, module.up_proj.stored])
-        assert (whole is not None) is together
-        if whole is not None:
-            assert whole.scale.shape == (4, 2)
+        codes, scale = together([module.gate_proj, module.up_proj])
+        assert codes is not None and (scale is not None) is fits
+        if scale is not None:
+            assert scale.shape == (4, 2)
 
 
 # ---- under PEFT

@@ -130,6 +130,17 @@ def test_another_scale_of_a_4_bit_weight_is_seen(whole: bool, tmp_path: Path) ->
     assert fused.layer(layer_of(model)) is not first
 
 
+def test_another_scale_of_a_weight_in_e4m3_is_seen(tmp_path: Path) -> None:
+    model, _ = load(str(save_tiny("llama", tmp_path)), base="fp8", compute_dtype="fp32")
+    model = install(adapted(model))
+    fused, base = fused_of(model), layer_of(model).mlp.up_proj.base_layer
+    first = fused.layer(layer_of(model))
+    base.scale *= 2  # as `load_state_dict` does it: read by reference
+    assert fused.layer(layer_of(model)) is first
+    base.scale = base.scale.clone()
+    assert fused.layer(layer_of(model)) is not first
+
+
 @pytest.mark.parametrize(
     ("family", "change"),
     [

@@ -19,6 +19,7 @@ from steep.model.recompute import level_lists, levels_within, moments, room_on_c
 from steep.model.step_bytes import kept_bytes, loss_bytes, training_bytes, work_bytes
 from steep.model.unwrap import unwrap
 from steep.ops.backend import interpreted
+from tests.allocations import allocations
 from tests.model.test_fused import adapted, packed
 from tests.tiny import FAMILIES, tiny_model
 
@@ -90,19 +91,6 @@ def test_levels_fill_a_room() -> None:
     assert within(3 * kept[0] + work[0] + 500) == [0, 0, 0]
     assert within(3 * kept[0] + work[0] + 499) == [1, 0, 0]
     assert within(2 * kept[1] + kept[0] + work[0] + 500) == [1, 1, 0]  # the last layer's pass needs the most
-
-
-def allocations(prof: Any, name: str) -> list[int]:
-    """Bytes that were taken, or given back (below 0), one by one inside of what was recorded as `name`."""
-
-    def nodes(some: Any) -> Any:
-        for node in some:
-            yield node
-            yield from nodes(node.children)
-
-    (span,) = (each for each in nodes(prof.profiler.kineto_results.experimental_event_tree()) if each.name == name)
-    found = [each for each in nodes([span]) if each.typed[0].name == "Allocation"]
-    return [each.typed[1].alloc_size for each in sorted(found, key=lambda each: each.start_time_ns)]
 
 
 @pytest.mark.parametrize(("family", "level"), [("llama", 0), ("llama", 1), ("gemma3", 2), ("gemma3", 3)])

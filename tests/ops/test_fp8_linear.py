@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from steep.kernels import fp8_linear as kernels
 from steep.kernels import fp8_weight
-from steep.kernels.fp8_linear import FEW, TILES, tile_of, tiles_of
+from steep.kernels.fp8_linear import FEW, TILES, Tile, Tiles, tile_of, tiles_of
+from steep.ops import fp8_groups
 from steep.ops import fp8_linear as op
 from steep.ops.backend import interpreted
 from steep.ops.fp8 import (
@@ -30,6 +33,7 @@ from steep.ops.fp8_linear import Fp8Group, fits_fp8, fp8_linear, fp8_linears
 from steep.ops.fp8_product import LowPart, fp8_product, fp8_product_reference
 from steep.ops.lora import Lora, LoraGroup, Projection
 from steep.ops.lora_linear import extended_gradient, lora_linears
+from tests.allocations import allocations
 from tests.ops.closeness import assert_as_good, error
 from tests.ops.fp8_cases import as_bytes, make_fp8_projection, stacked_in_one
 from tests.ops.lora_cases import copied, exact, fill_new_tensors, make_projection
@@ -422,6 +426,41 @@ def test_codes_that_lie_together_are_read_in_place() -> None:
     assert [len(run.codes) for run in between] == [96, 40]
 
 
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_scales_and_biases_that_are_written_over_are_read(blocks: bool, together: bool) -> None:
+    """As a checkpoint that is loaded into a model does: the group is that of before."""
+    own = group_projections(144, (128, 40), ((4,), (8,)), blocks, dtype=BF16)
+    if together:
+        scales = torch.cat([each.weight.scale for each in own]).split([len(each.weight.scale) for each in own])  # pyright: ignore
+        own = [
+            replace(each, weight=replace(each.weight, scale=scale))  # pyright: ignore[reportArgumentType]
+            for each, scale in zip(own, scales, strict=True)
+        ]
+    x, dy, device = torch.randn(5, 144).bfloat16(), torch.randn(5, 168).bfloat16(), torch.device("cpu")
+
+    def computed(group: Fp8Group) -> list[torch.Tensor]:
+        buffer, xe = group.filled_buffer(device), torch.zeros(5, group.input_width, dtype=BF16)
+        xe[:, group.x_columns] = x
+        of_x, of_dy = group.quantised_input(5, device), group.quantised_gradient(5, device)
+        quantise_reference(x, of_x)
+        quantise_reference(dy, of_dy)
+        group.extend_input(xe, buffer)
+        group.forward(xe, buffer, out := torch.empty(5, 168, dtype=BF16), quantised=of_x)
+        return [out, group.input_gradient(extended_gradient(dy, group, buffer), buffer, quantised=of_dy)]
+
+    group = Fp8Group(own, BF16)
+    assert (group._scale_in_place is not None) is together
+    before = computed(group)
+    for each in own:
+        assert isinstance(each.weight, Fp8Weight)
+        each.weight.scale.mul_(2)
+    assert own[0].bias is not None
+    own[0].bias.data.add_(1)
+    for now, then, new in zip(computed(group), before, computed(Fp8Group(own, BF16)), strict=True):
+        assert torch.equal(now, new) and error(now, then) > 0.4
+
+
 @pytest.mark.parametrize("trained", ["first", "a", "b"])
 def test_only_what_trains_gets_a_gradient(trained: str) -> None:
     (own,) = group_projections(144, (96,), ((8, 16),), False, dtype=BF16)
@@ -467,6 +506,32 @@ def test_which_group_is_chosen() -> None:
     assert chosen(blocks, whole_blocks) is LoraGroup  # a block would run across both
     assert not fits_fp8([dense.weight], BF16)
     assert chosen(rows, fp8="backward") is Fp8BackwardGroup and chosen(dense, fp8="backward") is LoraGroup
+    for weight in (rows, dense):
+        with pytest.raises(ValueError, match="'forward'; one of both, backward, none"):
+            chosen(weight, fp8="forward")  # pyright: ignore[reportArgumentType]
+
+
+def test_what_a_forward_product_in_16_bit_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight and outputs of the larger of two projections. The product is torch's of a card, which makes nothing
+    beside."""
+
+    def product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None, **_: object) -> torch.Tensor:
+        return torch.zeros(len(a), b.shape[1]) if out is None else out
+
+    monkeypatch.setattr(fp8_groups, "product", product)
+    monkeypatch.setattr(Fp8Weight, "write", lambda self, out: out.zero_())
+    own = group_projections(256, (1024, 512), ((8,), (8,)), False, dtype=BF16)
+    group = Fp8BackwardGroup([replace(each, bias=None) for each in own], BF16)
+    xe, buffer = torch.zeros(200, group.input_width, dtype=BF16), group.filled_buffer(torch.device("cpu"))
+    out, add = torch.zeros(200, 1536), torch.ones(200, 1536)
+    watched = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with watched as prof, torch.profiler.record_function("forward"):
+        group.forward(xe, buffer, out, add=add)
+    peak = max(accumulate(allocations(prof, "forward")))
+    planned = group.forward_bytes(200)
+    assert planned == 1024 * (256 * 2 + 200 * 4) and 0.95 * planned < peak <= planned
+    assert torch.equal(out, add)
+    assert Fp8Group(own, BF16).forward_bytes(200) == LoraGroup(own, BF16).forward_bytes(200) == 0
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -496,11 +561,51 @@ def test_tiles_are_those_of_the_card() -> None:
         assert tile_of(tiles, rows, FEW * 2 * tiles.large.half, has_blocks=False) is tiles.large
 
 
-@pytest.mark.parametrize("tile", sorted({tile for tiles in TILES.values() for tile in tiles[:3]}))
-def test_every_tile_in_the_interpreter(monkeypatch: pytest.MonkeyPatch, tile: kernels.Tile) -> None:
-    """Two tiles and a bit in each direction, the width of a tile's depth twice and a bit."""
-    product = kernels.product
-    monkeypatch.setattr(kernels, "product", lambda *given: product(*given, tile=tile))
+Launch = tuple[int, bool, bool, bool, bool, bool]
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_what_a_layer_launches_is_built(blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its parts, what is there, and whether b is turned: groups of a layer are among `compilations`."""
+    launched: set[Launch] = set()
+
+    def launch(kernel: object, grid: object, tensors: tuple, numbers: tuple, **_: object) -> None:
+        _, _, _, scale, _, low, _, bias, add = (each is not None for each in tensors)
+        b_row_stride, _, stops = numbers[7:10]
+        launched.add((len(stops), scale, low, bias, add, b_row_stride == 1))
+
+    monkeypatch.setattr(kernels, "variants", SimpleNamespace(launch=launch))
+    monkeypatch.setattr("steep.ops.fp8_product.uses_kernels", lambda tensor: True)
+    device = torch.device("cpu")
+    for outputs, rank, has_bias, has_add in (
+        ((512, 256, 256), 8, False, False), ((512, 256, 256), 8, True, False), ((256, 256), 8, False, False),
+        ((256,), 8, False, True), ((256,), 0, False, True),
+    ):  # fmt: skip
+        ranks = ((rank,) if rank else (),) * len(outputs)
+        own = stacked_in_one(group_projections(256, outputs, ranks, blocks, dtype=BF16))
+        own = own if has_bias else [replace(each, bias=None) for each in own]
+        group, total = Fp8Group(own, BF16), sum(outputs)
+        buffer = group.filled_buffer(device)
+        xe, dye = (torch.zeros(5, width, dtype=BF16) for width in (group.input_width, group.gradient_width))
+        out = torch.zeros(5, total, dtype=BF16)
+        group.forward(xe, buffer, out, add=out if has_add else None, quantised=group.quantised_input(5, device))
+        if rank:
+            group.input_gradient(dye, buffer, quantised=group.quantised_gradient(5, device))
+    built: set[Launch] = set()
+    for each in kernels.compilations(BF16):
+        if each.constants["HAS_BLOCKS"] == blocks:
+            scale, low, bias, add = (name not in each.constants for name in ("weight_scale", "low", "bias", "add"))
+            built.add((len(each.signature["stops"]), scale, low, bias, add, "b_row_stride" in each.constants))
+    assert launched == built
+
+
+@pytest.mark.parametrize(
+    ("tile", "splits"), sorted({(tile, tiles.splits) for tiles in TILES.values() for tile in tiles[:3]})
+)
+def test_every_tile_in_the_interpreter(monkeypatch: pytest.MonkeyPatch, tile: Tile, splits: bool) -> None:
+    """Two tiles and a bit in each direction, the width of a tile's depth twice and a bit; in one sum where a card's
+    cores add so."""
+    monkeypatch.setattr(kernels, "_tiles_on", lambda device: Tiles(tile, tile, tile, splits))
     tokens, outputs, depth = tile.rows + 5, 2 * tile.half + 7, tile.depth + 16
     for blocks in (False, True):
         own = operands(tokens, depth, (outputs,), (tile.low_depth + 8,), "cpu", blocks=blocks)

@@ -20,7 +20,8 @@ from steep.data.packed_dataset import IGNORE
 from steep.data.packing import Corpus
 from steep.data.sampler import FILLER
 from steep.errors import RunError, UserError
-from steep.model.fp8_linear import quantised_linear
+from steep.model.fp8_linear import Fp8Linear
+from steep.ops.fp8 import quantise_weight
 from steep.schema import RunConfig
 from steep.settings import planned_epochs, planned_steps, rows_per_step
 from steep.training import parallel
@@ -113,7 +114,10 @@ def test_processes_that_transformers_would_train_apart_are_refused(
 def test_frozen_weights_in_e4m3_are_compared_in_place_of_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     def model(value: float) -> Any:
         return nn.ModuleDict(
-            {"proj": quantised_linear(torch.full((4, 8), value), None, torch.float32), "head": nn.Linear(8, 4)}
+            {
+                "proj": Fp8Linear(quantise_weight(torch.full((4, 8), value)), None, torch.float32),
+                "head": nn.Linear(8, 4),
+            }
         )
 
     sent: list[bytes] = []

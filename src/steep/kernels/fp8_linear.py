@@ -329,39 +329,58 @@ def _tiles_on(device: torch.device) -> Tiles:
     return tiles_of(torch.cuda.get_device_capability(device) if device.type == "cuda" else OLDEST_FP8_CARD)
 
 
+class _Case(NamedTuple):
+    """A launch of a layer's pass: what it is handed, and how b stands in memory."""
+
+    parts: int
+    bias: bool = False
+    stream: torch.dtype | None = None  # of `add` and `out`; None: nothing is added
+    adapters: bool = True
+    backward: bool = False  # b's columns are contiguous, and a scale a row is in dy
+    even: bool = True
+
+
 def compilations(dtype: torch.dtype) -> list[Compilation]:
-    """How the kernel is launched on each card: forward over q, k and v with bias and residual, in both kinds of scale,
-    and backward; each tile of its own."""
-    e4m3, in_16_bit = triton_type(torch.float8_e4m3fn), triton_type(dtype)
+    """How the kernel is launched on each card, each tile of its own: over q, k and v (Qwen's have biases), gate and up,
+    o or down, into a stream in fp32 too, a layer without adapters, and backward."""
+    qkv, gate_up, added, backward = _Case(3), _Case(2), _Case(1, stream=dtype), _Case(1, backward=True)
+    with_bias, into_fp32 = qkv._replace(bias=True), added._replace(stream=torch.float32)
+    all_cases = [qkv, with_bias, gate_up, added, into_fp32, added._replace(adapters=False), backward]
+    uneven = qkv._replace(even=False)
+    found: list[Compilation] = []
+    for (capability, tiles), until in zip(TILES.items(), [*list(TILES)[1:], None], strict=True):
+        for tile, has_blocks, cases in (
+            (tiles.large, False, all_cases),
+            (tiles.small, False, [uneven, added, backward]),
+            (tiles.of_blocks, True, [uneven, *all_cases]),
+        ):
+            for case in cases:
+                constants = _constants(tile, has_blocks, tiles.splits, case)
+                signature, multiples = _signature(dtype, case)
+                found.append(
+                    Compilation(
+                        product_kernel, signature, constants, tile.warps, capability, until, tile.stages, multiples
+                    )
+                )
+    return found
+
+
+def _signature(dtype: torch.dtype, case: _Case) -> tuple[dict[str, Type], tuple[str, ...]]:
+    """Of all arguments, and those that are multiples of 16."""
+    e4m3, in_16_bit, out = triton_type(torch.float8_e4m3fn), triton_type(dtype), triton_type(case.stream or dtype)
     signature: dict[str, Type] = {"x": e4m3, "x_scale": "*fp32", "weight": e4m3, "weight_scale": "*fp32"}
-    signature |= {"out": in_16_bit, "low": in_16_bit, "b": in_16_bit, "bias": "*fp32", "add": in_16_bit}
+    signature |= {"out": out, "low": in_16_bit, "b": in_16_bit, "bias": "*fp32", "add": out}
     strides = "x_stride", "weight_stride", "out_stride", "add_stride", "low_stride", "b_row_stride", "b_column_stride"
     multiples = "num_columns", "depth", *strides
     signature |= dict.fromkeys(("num_rows", *multiples), "i32")
-    found: list[Compilation] = []
-    for (capability, tiles), until in zip(TILES.items(), [*list(TILES)[1:], None], strict=True):
-        for tile, has_blocks, forward, even in (
-            (tiles.large, False, True, True),
-            (tiles.large, False, False, True),
-            (tiles.small, False, True, False),
-            (tiles.small, False, False, True),
-            (tiles.of_blocks, True, True, False),
-            (tiles.of_blocks, True, False, True),
-        ):
-            number = 3 if forward else 1
-            found.append(
-                Compilation(
-                    product_kernel,
-                    signature | dict.fromkeys(("stops", "starts", "widths"), ("i32",) * number),
-                    dict(zip(("ROWS", "HALF", "DEPTH", "LOW_DEPTH"), tile, strict=False))
-                    | {"HAS_BLOCKS": has_blocks, "EVEN": even, "SPLIT": tiles.splits, "BLOCK": BLOCK, "GROUP": GROUP}
-                    | ({"b_column_stride": 1} if forward else {"b_row_stride": 1, "bias": None, "add": None})
-                    | ({} if forward or has_blocks else {"weight_scale": None}),
-                    tile.warps,
-                    capability,
-                    until,
-                    tile.stages,
-                    multiples,
-                )
-            )
-    return found
+    return signature | dict.fromkeys(("stops", "starts", "widths"), ("i32",) * case.parts), multiples
+
+
+def _constants(tile: Tile, has_blocks: bool, splits: bool, case: _Case) -> dict[str, object]:
+    constants: dict[str, object] = dict(zip(("ROWS", "HALF", "DEPTH", "LOW_DEPTH"), tile, strict=False))
+    constants |= {"HAS_BLOCKS": has_blocks, "EVEN": case.even, "SPLIT": splits, "BLOCK": BLOCK, "GROUP": GROUP}
+    if case.adapters:
+        constants["b_row_stride" if case.backward else "b_column_stride"] = 1
+    absent = {"low": not case.adapters, "b": not case.adapters, "bias": not case.bias, "add": case.stream is None}
+    absent["weight_scale"] = case.backward and not has_blocks
+    return constants | {name: None for name, is_absent in absent.items() if is_absent}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from steep.ops.fp8 import BLOCK, E4M3, Fp8Weight, quantise_weight
+from steep.ops.fp8 import BLOCK, E4M3, Fp8Weight
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers that read the same rows, by their names in the module around them."""
@@ -88,11 +88,6 @@ class Fp8Linear(nn.Linear):
         return f"{super().extra_repr()}, e4m3 with scales of {storage}, compute_dtype={self.compute_dtype}"
 
 
-def quantised_linear(weight: torch.Tensor, bias: torch.Tensor | None, compute_dtype: torch.dtype) -> Fp8Linear:
-    """A layer whose `weight` [out_features, in_features] is quantised where it lies, with a scale a row."""
-    return Fp8Linear(quantise_weight(weight), bias, compute_dtype)
-
-
 def stack_groups(model: nn.Module) -> int:
     """Let q, k and v of each layer, and gate and up, lie one behind the other in one tensor, of which each module's
     weight and scale are views: one product can read them. Layer by layer, so that only one is there twice.
@@ -113,18 +108,6 @@ def stack_groups(model: nn.Module) -> int:
     return stacked
 
 
-def stacked_weight(weights: Sequence[Fp8Weight]) -> Fp8Weight | None:
-    """The weights from top to bottom as one, by reference, where `stack_groups` put them so; else None."""
-    first = weights[0]
-    codes = _joined([weight.codes for weight in weights])
-    scale = _joined([weight.scale for weight in weights])
-    if codes is None or scale is None or any(weight.has_blocks != first.has_blocks for weight in weights):
-        return None
-    if first.has_blocks and any(weight.shape[0] % BLOCK for weight in weights[:-1]):
-        return None
-    return Fp8Weight(codes, scale)
-
-
 class _Product(torch.autograd.Function):
     """x W^T + b, and dx = dy W. W is there while it is multiplied with only: backward makes it once more."""
 
@@ -143,7 +126,8 @@ class _Product(torch.autograd.Function):
 
 def _dequantised(weight: Fp8Weight, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
-    weight.write(out)
+    with torch.cuda.device_of(out):  # Triton launches on the current device
+        weight.write(out)
     return out
 
 
@@ -179,14 +163,3 @@ def _stack(layers: Sequence[Any]) -> None:
         scale = torch.cat([layer.scale for layer in layers])
         for layer, own in zip(layers, scale.split([len(layer.scale) for layer in layers]), strict=True):
             layer.scale = own
-
-
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Contiguous tensors as one, where each begins where the one before ends."""
-    place = parts[0].data_ptr()
-    for part in parts:
-        if part.data_ptr() != place or part.untyped_storage().data_ptr() != parts[0].untyped_storage().data_ptr():
-            return None
-        place += part.nbytes
-    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-    return parts[0].as_strided(shape, parts[0].stride())

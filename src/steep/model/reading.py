@@ -13,6 +13,7 @@ from bitsandbytes.nn import Params4bit
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from steep.model.fp8_linear import Fp8Linear
 from steep.model.layer import Layer
 from steep.model.projections import hooks_of
 from steep.model.read_layer import Traits, read_layer
@@ -45,6 +46,7 @@ class Reading:
         self._holders = [part._parameters for part in parts if part._parameters]
         parameters = (parameter for part in parts for parameter in part._parameters.values())
         self._quantised = [parameter.__dict__ for parameter in parameters if isinstance(parameter, Params4bit)]
+        self._scales = [part._buffers for part in parts if isinstance(part, Fp8Linear)]
         self._classes: list[Any] = list({type(part): None for part in parts})
         self._owner: Any = library_class_of(module)
         own = [part.__dict__ for part in parts if type(part).__module__ == self._owner.__module__]
@@ -88,6 +90,9 @@ class Reading:
         for names in self._quantised:
             quant_state = names["quant_state"]
             state += (id(quant_state), quant_state.absmax.data_ptr())
+        for buffers in self._scales:
+            scale = buffers["scale"]
+            state += (id(scale), scale.data_ptr())  # pyright: ignore[reportOptionalMemberAccess]
         return state
 
 

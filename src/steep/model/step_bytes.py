@@ -31,7 +31,8 @@ def work_bytes(
 ) -> int:
     """Bytes that a layer's backward pass takes beside what it kept, at its peak: weight buffers, rows that are computed
     again, and gradients between them. The peak is in the half that needs more; see `MlpHalf.backward` and
-    `AttentionHalf.attend_backward`. Over an fp8 base also dy in e4m3, and the transposed weight of a product."""
+    `AttentionHalf.attend_backward`. Over an fp8 base also dy in e4m3, the transposed weight of a product,
+    and what products of the forward pass take that are not in fp8."""
     qkv, o, gate_up, down = layer.groups(dtype, fp8)
     hidden, x, width = layer.o.weight.shape[0], layer.o.weight.shape[0] * stream.itemsize, dtype.itemsize
     rotated = qkv.outputs if layer.attention.q_norm else 0
@@ -45,19 +46,22 @@ def work_bytes(
     residual = x * (2 if level >= 3 else 1)  # dy, and x2
     buffers = o.buffer_bytes + (qkv.buffer_bytes if level >= 2 else 0)
     dy_of_qkv, dy_of_o, dy_of_gate_up, dy_of_down = (_dy_in_fp8(group, tokens) for group in (qkv, o, gate_up, down))
-    of_down = down.buffer_bytes + tokens * (down.gradient_width + down.input_width) * width
-    of_down += dy_of_down + max(down.transposed_bytes, dy_of_gate_up)
+    of_down = dy_of_down + tokens * down.gradient_width * width + max(down.transposed_bytes, dy_of_gate_up)
+    of_down = down.buffer_bytes + tokens * down.input_width * width + max(of_down, down.forward_bytes(tokens))
     of_gate_up = gate_up.buffer_bytes + tokens * gate_up.input_width * width
     to_normed = tokens * hidden * width + dy_of_gate_up + gate_up.transposed_bytes
+    to_normed = max(to_normed, gate_up.forward_bytes(tokens))  # before, when gate_up is computed
     in_attention = o.buffer_bytes + qkv.buffer_bytes + dy_of_o + dy_of_qkv
     in_attention += tokens * (o.gradient_width + o.input_width + qkv.gradient_width + qkv.outputs) * width
+    in_forward = qkv.buffer_bytes + tokens * qkv.input_width * width
+    in_forward += max(qkv.forward_bytes(tokens), o.forward_bytes(tokens))
     if level >= 1:
         in_mlp = buffers + of_gate_up + tokens * gate_up.gradient_width * width + max(of_down, to_normed)
     else:
         in_mlp = buffers + max(of_down, of_gate_up + to_normed)
         in_attention -= tokens * gate_up.gradient_width * width  # which was kept
     sums = 4 * tokens * layer.attention.num_heads * layer.attention.head_dim  # of dq in fp32, in some backends
-    return tokens * (again * width + residual) + max(in_mlp, in_attention + sums + tokens * x)
+    return tokens * (again * width + residual) + max(in_mlp, in_attention + sums + tokens * x, in_forward)
 
 
 def _dy_in_fp8(group: Group, tokens: int) -> int:

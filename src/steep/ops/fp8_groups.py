@@ -24,6 +24,11 @@ class Fp8BackwardGroup(Fp8Group):
     def quantised_input(self, tokens: int, device: torch.device) -> None:
         """Where x belongs in e4m3: nowhere."""
 
+    def forward_bytes(self, tokens: int) -> int:
+        """A weight in 16 bit, and its outputs in fp32."""
+        shapes = (projection.weight.shape for projection in self.projections)
+        return max(outputs * (columns * self.dtype.itemsize + 4 * tokens) for outputs, columns in shapes)
+
     def forward(
         self,
         xe: torch.Tensor,
@@ -43,11 +48,20 @@ class Fp8BackwardGroup(Fp8Group):
                 product(xe[:, low], buffer.b[rows, :width].t(), add=y, out=y)
             if projection.bias is not None:
                 y += projection.bias
-            out[:, rows] = y if add is None else y + add[:, rows]
+            if add is not None:
+                y += add[:, rows]
+            out[:, rows] = y
+            del y  # before the next one's weight
 
 
 def group_of(projections: Sequence[Projection], dtype: torch.dtype, fp8: Fp8Products) -> LoraGroup | Fp8Group:
-    """The group for products in `dtype`, and in fp8 as `fp8` says, where its weights are fit for that (`fits_fp8`)."""
+    """The group for products in `dtype`, and in fp8 as `fp8` says, where its weights are fit for that (`fits_fp8`).
+
+    Raises:
+        ValueError: `fp8` is none of `FP8_PRODUCTS`.
+    """
+    if fp8 not in FP8_PRODUCTS:
+        raise ValueError(f"fp8 products: {fp8!r}; one of {', '.join(FP8_PRODUCTS)} is expected.")
     if fp8 == "none" or not fits_fp8([projection.weight for projection in projections], dtype):
         return LoraGroup(projections, dtype)
     return Fp8Group(projections, dtype) if fp8 == "both" else Fp8BackwardGroup(projections, dtype)

@@ -74,26 +74,26 @@ class Fp8Group(AdapterGroup):
         return _runs(self._weights)
 
     @cached_property
-    def _scale(self) -> torch.Tensor:
-        """Of all weights, one below the other."""
-        scales = [weight.scale for weight in self._weights]
-        return scales[0] if len(scales) == 1 else torch.cat(scales)
+    def _scale_in_place(self) -> torch.Tensor | None:
+        return as_one([weight.scale for weight in self._weights])
 
-    @cached_property
+    def _scale(self) -> torch.Tensor:
+        """Of all weights, one below the other. A copy is not kept: scales may be written over, as by a checkpoint."""
+        in_place = self._scale_in_place
+        return torch.cat([weight.scale for weight in self._weights]) if in_place is None else in_place
+
     def _scale_of_transposed(self) -> torch.Tensor | None:
         """That of a scale a row is in dy already."""
-        return self._scale.t().contiguous() if self._has_blocks else None
+        return self._scale().t().contiguous() if self._has_blocks else None
 
-    @cached_property
     def _bias(self) -> torch.Tensor | None:
-        """Of all outputs, in fp32."""
+        """Of all outputs, in fp32; no copy is kept either."""
         biases = [projection.bias for projection in self.projections]
         if all(bias is None for bias in biases):
             return None
         parts = zip(biases, self._weights, strict=True)
-        return torch.cat(
-            [weight.scale.new_zeros(weight.shape[0]) if bias is None else bias.float() for bias, weight in parts]
-        )
+        rows = [weight.scale.new_zeros(weight.shape[0]) if bias is None else bias for bias, weight in parts]
+        return torch.cat(rows).float()
 
     @cached_property
     def _fills(self) -> tuple[LoraFill, LoraFill]:
@@ -117,7 +117,7 @@ class Fp8Group(AdapterGroup):
 
     def quantised_gradient(self, tokens: int, device: torch.device) -> Fp8Rows:
         """Where dy belongs in e4m3, still empty."""
-        factors = None if self._has_blocks else self._scale
+        factors = None if self._has_blocks else self._scale()
         return empty_fp8_rows(tokens, self.outputs, device, pieces=self._has_blocks, factors=factors)
 
     def extend_input(self, xe: torch.Tensor, buffer: Fp8Buffer) -> None:
@@ -144,17 +144,18 @@ class Fp8Group(AdapterGroup):
             LowPart(rows.start, rows.stop, low.start, low.stop - low.start)
             for rows, low in zip(self._layout.rows, self._layout.lows, strict=True)
         ]
+        scale, bias = self._scale(), self._bias()
         for run in self._runs:
             of_run, rows = parts[run.members], run.rows
             fp8_product(
                 quantised,
                 run.codes,
-                self._scale[run.scales],
+                scale[run.scales],
                 out[:, rows],
                 low=xe,
                 b=buffer.b[rows],
                 parts=[part._replace(start=part.start - rows.start, stop=part.stop - rows.start) for part in of_run],
-                bias=None if self._bias is None else self._bias[rows],
+                bias=None if bias is None else bias[rows],
                 add=None if add is None else add[:, rows],
             )
 
@@ -186,7 +187,7 @@ class Fp8Group(AdapterGroup):
         fp8_product(
             quantised,
             self._transposed(),
-            self._scale_of_transposed,
+            self._scale_of_transposed(),
             out,
             low=dye,
             b=buffer.a.t(),
@@ -221,23 +222,29 @@ class _Run:
 
 
 def _runs(weights: Sequence[Fp8Weight]) -> list[_Run]:
-    first = [0, *(at for at, (one, other) in enumerate(pairwise(weights), 1) if not _lie_together(one, other))]
+    neighbours = enumerate(pairwise([weight.codes for weight in weights]), 1)
+    first = [0, *(at for at, pair in neighbours if as_one(pair) is None)]
     runs: list[_Run] = []
     rows = scales = 0
     for start, stop in pairwise([*first, len(weights)]):
         height = sum(weight.shape[0] for weight in weights[start:stop])
         num_scales = sum(weight.scale.shape[0] for weight in weights[start:stop])
-        codes = weights[start].codes
-        whole = codes.as_strided((height, codes.shape[1]), codes.stride())
+        whole = as_one([weight.codes for weight in weights[start:stop]])
+        assert whole is not None
         runs.append(_Run(whole, slice(start, stop), slice(rows, rows + height), slice(scales, scales + num_scales)))
         rows, scales = rows + height, scales + num_scales
     return runs
 
 
-def _lie_together(one: Fp8Weight, other: Fp8Weight) -> bool:
-    a, b = one.codes, other.codes
-    same = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-    return same and b.storage_offset() == a.storage_offset() + a.numel()
+def as_one(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Contiguous tensors of the same columns from top to bottom as one, by reference, where each begins where the one
+    before ends; else None."""
+    first = parts[0]
+    for one, other in pairwise(parts):
+        same = one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        if not same or other.storage_offset() != one.storage_offset() + one.numel():
+            return None
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
 def transpose(codes: torch.Tensor, out: torch.Tensor) -> None:

@@ -103,6 +103,8 @@ class Group(Protocol):
 
     def quantised_gradient(self, tokens: int, device: torch.device) -> Fp8Rows | None: ...
 
+    def forward_bytes(self, tokens: int) -> int: ...
+
     def extend_input(self, xe: torch.Tensor, buffer: Any) -> None: ...
 
     def forward(
@@ -145,6 +147,10 @@ class AdapterGroup:
         self.x_columns = x_columns
         self._adapters = [adapter for projection in projections for adapter in projection.adapters]
         self._places = places
+
+    def forward_bytes(self, tokens: int) -> int:
+        """Bytes that `forward` of [T, any] takes at its peak beside what it is handed: none."""
+        return 0
 
     def adapter_gradients(
         self, dye: torch.Tensor, xe: torch.Tensor, out_dtype: torch.dtype | None = None
