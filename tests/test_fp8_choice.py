@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 
 from steep import fp8_choice
 from steep.errors import UserError
-from steep.fp8_choice import in_fp8, resolve_fp8_products
+from steep.fp8_choice import dequantised, in_fp8, resolve_fp8_products
 from steep.model.choices import Choices
 from steep.model.install import install
+from steep.model.layer import Layer
 from steep.model.read_layer import read_layer
 from steep.model.step_bytes import kept_bytes, work_bytes
 from steep.model.unwrap import unwrap
@@ -21,6 +23,15 @@ from steep.ops.fp8_linear import Fp8Group
 from tests.model.test_fused import adapted
 from tests.test_run import run_file
 from tests.tiny import tiny_model
+
+
+@cache
+def layer_of(**shape: int) -> Layer:
+    """A layer on the meta device."""
+    wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2}
+    model = install(adapted(tiny_model("llama", **wide, **{"num_key_value_heads": 1, "head_dim": 128, **shape})))
+    layer = unwrap(model.to("meta")).model.layers[0]
+    return read_layer(layer, layer.traits)
 
 
 def chosen(
@@ -34,7 +45,8 @@ def chosen(
 ) -> str:
     config = run_file(Path("model"), Path("text"), Path("run"), model={"fp8_products": asked})
     kept: Any = None if before is None else Choices(True, "bf16", fp8_products=before)  # pyright: ignore[reportArgumentType]
-    return resolve_fp8_products(config, base, compute, kept, fused=fused, on_card=on_card)
+    layer = in_fp8(layer_of(), blocks=False) if fused else None
+    return resolve_fp8_products(config, base, compute, kept, layer=layer, on_card=on_card)
 
 
 def card(monkeypatch: pytest.MonkeyPatch, *, lacks: bool) -> None:
@@ -74,18 +86,27 @@ def test_a_run_goes_on_as_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen(before="both")
 
 
+def test_shapes_without_products_in_fp8() -> None:
+    config = run_file(Path("model"), Path("text"), Path("run"), model={"fp8_products": "both"})
+    uneven = in_fp8(layer_of(hidden_size=72, head_dim=36, intermediate_size=520), blocks=False)
+    with pytest.raises(UserError, match=r"model\.fp8_products: .*rows of 72 weights are no multiple of 16"):
+        resolve_fp8_products(config, "fp8", "bf16", None, layer=uneven, on_card=True)
+    config.model.fp8_products = "auto"
+    assert resolve_fp8_products(config, "fp8", "bf16", None, layer=uneven, on_card=True) == "none"
+    assert dequantised(layer_of(), "bf16") and not dequantised(in_fp8(layer_of(), blocks=True), "bf16")
+    (line,) = dequantised(
+        in_fp8(layer_of(num_attention_heads=8, num_key_value_heads=8, head_dim=80), blocks=True), "bf16"
+    )
+    assert (
+        line
+        == "1 groups of products in each layer are not in fp8: blocks of 128 x 128 run across heads of 80 (q, k, v)"
+    )
+
+
 @pytest.mark.parametrize("blocks", [False, True])
 def test_a_layer_on_paper(blocks: bool) -> None:
     """What it keeps are rows of the same widths or less, and its work has no weight in 16 bit."""
-    wide: dict[str, Any] = {
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    model = install(adapted(tiny_model("llama", head_dim=128, **wide))).to("meta")
-    layer = unwrap(model).model.layers[0]
-    read, bf16 = read_layer(layer, layer.traits), torch.bfloat16
+    read, bf16 = layer_of(), torch.bfloat16
     stored = in_fp8(read, blocks=blocks)
     assert all(type(group) is Fp8Group for group in stored.groups(bf16, "both"))
     assert all(type(group) is Fp8BackwardGroup for group in stored.groups(bf16, "backward"))

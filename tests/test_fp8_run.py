@@ -204,6 +204,18 @@ def test_a_plan_knows_it(llama_folder: Path, korean_corpus: Path, tmp_path: Path
         assert human_bytes(bases[name]["bytes"]) in row and ("–" if error is None else f"{error:.2%}") in row
 
 
+def test_a_plan_for_a_card_without_one_is_that_of_the_run(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run here would compute in emulated fp8 else."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = config_of(llama_folder, korean_corpus, tmp_path / "run", fused="on", vram="8GiB")
+    config.model.compute_dtype = "bf16"
+    assert plan_run(config).choices.fp8_products == "none"
+    config.model.fp8_products = "both"
+    assert plan_run(config).choices.fp8_products == "both"
+
+
 def test_a_published_checkpoint_goes_the_whole_way(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
     model = publish(llama_folder, tmp_path / "published", FINE_GRAINED)
     settings = {"base": "auto", "fused": "on"}

@@ -9,7 +9,8 @@ import torch
 from steep.errors import UserError
 from steep.model.choices import Choices
 from steep.model.layer import Layer
-from steep.model.machine import lacks_fp8_units
+from steep.model.load import DTYPES
+from steep.model.machine import LACKS_FP8_UNITS, lacks_fp8_units
 from steep.ops.fp8 import BLOCK, E4M3, Fp8Weight
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.lora import Projection
@@ -24,7 +25,7 @@ def resolve_fp8_products(
     compute: str,
     before: Choices | None,
     *,
-    fused: bool,
+    layer: Layer | None,
     on_card: bool,
     to_train: bool = True,
 ) -> Fp8Products:
@@ -32,7 +33,9 @@ def resolve_fp8_products(
 
     Args:
         before: what the run that goes on was begun with.
-        on_card: it is planned for a card; for one with such units where there is none here.
+        layer: of a fused run, with its weights as they are kept; None: it is not fused.
+        on_card: steps are computed on the card that is here. Without one `auto` is none, also where a card's memory is
+            planned for: a plan is that of the run on the same machine.
         to_train: whether steps are still to come. What those of a finished run had is known, and any card opens it.
 
     Raises:
@@ -42,9 +45,9 @@ def resolve_fp8_products(
     wanted = kept if asked == "auto" and kept is not None else asked
     if wanted == "none":
         return "none"
-    reason = _why_not(base, compute, fused)
+    reason = _why_not(base, compute, layer)
     if reason is None and to_train and lacks_fp8_units():
-        reason = "the card has no fp8 units: those of compute capability 8.9 and newer have"
+        reason = LACKS_FP8_UNITS
     if wanted == "auto":
         return "both" if reason is None and on_card else "none"
     if reason is not None:
@@ -55,12 +58,22 @@ def resolve_fp8_products(
     return wanted
 
 
-def _why_not(base: str, compute: str, fused: bool) -> str | None:
+def _why_not(base: str, compute: str, layer: Layer | None) -> str | None:
     if base != "fp8":
         return f"model.base is {base}"
-    if not fused:
+    if layer is None:
         return "the steps are not fused"
-    return "model.compute_dtype is fp32" if compute == "fp32" else None
+    if compute == "fp32":
+        return "model.compute_dtype is fp32"
+    return layer.why_no_fp8(DTYPES[compute])
+
+
+def dequantised(layer: Layer, compute: str) -> list[str]:
+    """What the user of a run with products in fp8 should know, in plain words: of which groups they are not."""
+    reasons = layer.why_dequantised(DTYPES[compute])
+    if not reasons:
+        return []
+    return [f"{len(reasons)} groups of products in each layer are not in fp8: {reasons[0]}"]
 
 
 def in_fp8(layer: Layer, *, blocks: bool) -> Layer:

@@ -15,7 +15,7 @@ from steep.advice import advice, memory_advice
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
 from steep.errors import UserError
-from steep.fp8_choice import in_fp8, resolve_fp8_products
+from steep.fp8_choice import dequantised, in_fp8, resolve_fp8_products
 from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
 from steep.generation import prompt_ids_of
 from steep.memory import BASE_WIDTH, Shape, shape_of
@@ -241,10 +241,12 @@ def _work_out(
     check_length(config.data.max_length, resolved.config)
     layer, not_fused = decide(config, empty, before)
     trained = resolve_trained_dtype(config, layer is not None, compute, before)
-    fused = layer is not None
-    products = resolve_fp8_products(
-        config, base, compute, before, fused=fused, on_card=budget is not None, to_train=to_train
-    )
+    if layer is not None and base == "fp8":
+        layer = in_fp8(layer, blocks=has_blocks(resolved.quantization))
+    has_card = budget is not None and torch.cuda.is_available()
+    products = resolve_fp8_products(config, base, compute, before, layer=layer, on_card=has_card, to_train=to_train)
+    if layer is not None and products != "none":
+        stored += dequantised(layer, compute)
     tokenizer = read_tokenizer(resolved)
     data, training = config.data, config.training
     precision = mixed_precision(base, compute, trained)
@@ -302,8 +304,6 @@ def _work_out(
     on_card = budget is not None
     step, choices = None, Choices(False, trained)
     if layer is not None:
-        if base == "fp8":
-            layer = in_fp8(layer, blocks=has_blocks(resolved.quantization))
         step = fused_step(
             config,
             layer,

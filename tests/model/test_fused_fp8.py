@@ -7,13 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from steep.model import decoder, projections
-from steep.model.install import fused_of, install, uninstall
+from steep.model import layer as layer_of_model
+from steep.errors import UserError
+from steep.model.choices import Choices, take_over
+from steep.model.fp8_linear import Fp8Linear
+from steep.model.install import fused_of, install, is_installed, uninstall
 from steep.model.unwrap import unwrap
-from steep.ops import fp8, fp8_linear, fp8_product
+from steep.ops import fp8, fp8_groups, fp8_linear, fp8_product
 from steep.ops.base_weight import DenseWeight
 from steep.ops.fp8 import Fp8Weight
+from tests.fp8_checkpoints import in_e4m3
 from tests.model.test_fused import adapted, assert_same, loss_and_gradients, packed
 from tests.ops.closeness import error
 from tests.tiny import FAMILIES, tiny_model
@@ -42,9 +48,10 @@ def exact(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         return Fp8Weight((values / wide).contiguous(), scale)
 
     monkeypatch.setattr(projections, "DenseWeight", lambda values: weight(values.detach()))
-    fits = fp8_linear.fits_fp8
-    monkeypatch.setattr(fp8_linear, "fits_fp8", lambda weights, dtype: fits(weights, torch.bfloat16))
-    monkeypatch.setattr("steep.ops.fp8_groups.fits_fp8", lambda weights, dtype: fits(weights, torch.bfloat16))
+    why_not = fp8_linear.why_not_fp8
+    for module in (fp8_linear, fp8_groups, layer_of_model):
+        monkeypatch.setattr(module, "why_not_fp8", lambda weights, _, *heads: why_not(weights, torch.bfloat16, *heads))
+    monkeypatch.setattr(decoder, "Fp8Linear", nn.Linear)
     monkeypatch.setattr(decoder, "has_fp8_units", lambda device: True)
 
 
@@ -108,3 +115,75 @@ def test_how_far_it_is_from_the_truth(family: str, monkeypatch: pytest.MonkeyPat
         found[products] = sum(errors) / len(errors)
     assert found["none"] < found["backward"] < found["both"] < 0.12
     assert found["both"] > 2 * found["none"]  # it is e4m3 that was measured
+
+
+# ---- where they cannot be
+
+
+def stored(model: Any, *, strategy: str = "channel", but: tuple[str, ...] = ()) -> Any:
+    """`model` in bf16 with its layers' weights in e4m3, other than those whose names end as `but` says."""
+    model = model.to(torch.bfloat16)
+    for name, module in list(model.model.layers.named_modules()):
+        if isinstance(module, nn.Linear) and not name.endswith(but or "none"):
+            codes, scale = in_e4m3(module.weight.detach(), strategy)
+            weight = Fp8Weight(codes.contiguous(), scale.squeeze(1) if strategy == "channel" else scale)
+            model.model.layers.set_submodule(name, Fp8Linear(weight, None, torch.bfloat16))
+    return adapted(model)
+
+
+def lacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card is one without fp8 units."""
+    for module in ("install", "choices"):
+        monkeypatch.setattr(f"steep.model.{module}.lacks_fp8_units", lambda: True)
+
+
+@pytest.mark.parametrize("head_dim", [80, 96])
+def test_blocks_that_run_across_heads_are_dequantised(head_dim: int) -> None:
+    heads = 8 if head_dim == 80 else 4
+    shape = {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": head_dim}
+    model = stored(tiny_model("llama", **shape), strategy="block")
+    _, truth = loss_and_gradients(copy.deepcopy(model).float(), packed())
+    install(model, levels=1, fp8_products="both")
+    _, gradients = loss_and_gradients(model, packed())
+    assert max(error(gradient, truth[name]) for name, gradient in gradients.items()) < 0.25
+    line = f"2 groups of products in 2 of 2 layers are not in fp8: blocks of 128 x 128 run across heads of {head_dim} "
+    assert fused_of(model).said == {line + "(q, k, v)"}
+
+
+def test_what_is_not_in_fp8_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = stored(tiny_model("llama"), but=("1.mlp.down_proj", "1.mlp.up_proj"))
+    install(model, levels=1, fp8_products="both")
+    for _ in range(2):
+        loss_and_gradients(model, packed())
+    line = "2 groups of products in 1 of 2 layers are not in fp8: not all weights are in e4m3 (gate, up)"
+    assert [record.message for record in caplog.records if "fp8" in record.message] == [line]
+    whole = install(stored(tiny_model("llama")), levels=1, fp8_products="both")
+    loss_and_gradients(whole, packed())
+    assert not fused_of(whole).said
+
+
+@pytest.mark.parametrize("products", ["both", "backward"])
+def test_what_no_group_can_have_is_refused(products: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = adapted(tiny_model("llama").to(torch.bfloat16))
+    in_fp32 = stored(tiny_model("llama")).float()
+    for model, reason in ((other, "no weight is in e4m3"), (in_fp32, "products are in float32")):
+        with pytest.raises(UserError, match=f"fp8_products: no product can be in fp8: {reason}"):
+            install(model, fp8_products=products)
+        assert not is_installed(model)
+        install(model, fp8_products="none")
+    model = stored(tiny_model("llama"))
+    lacking(monkeypatch)
+    with pytest.raises(UserError, match=r"fp8_products: .*no fp8 units.*compute capability 8\.9"):
+        install(model, fp8_products=products)
+    assert fused_of(install(model, fp8_products="none")).fp8 == "none"
+
+
+def test_a_card_without_units_takes_none_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Choices(True, "bf16", fp8_products="both")
+    model = install(stored(tiny_model("llama")))
+    lacking(monkeypatch)
+    with pytest.raises(UserError, match=r"fp8_products: .*so far.*compute capability 8\.9"):
+        take_over(model, before)
+    assert fused_of(model).fp8 is None
+    take_over(install(model, fp8_products="none"), before)
+    assert fused_of(model).fp8 == "none"

@@ -29,7 +29,7 @@ from steep.ops.fp8 import (
     quantise_reference,
 )
 from steep.ops.fp8_groups import Fp8BackwardGroup, Fp8Products, group_of
-from steep.ops.fp8_linear import Fp8Group, fits_fp8, fp8_linear, fp8_linears
+from steep.ops.fp8_linear import Fp8Group, fp8_linear, fp8_linears, why_not_fp8
 from steep.ops.fp8_product import LowPart, fp8_product, fp8_product_reference
 from steep.ops.lora import Lora, LoraGroup, Projection
 from steep.ops.lora_linear import extended_gradient, lora_linears
@@ -496,15 +496,20 @@ def test_which_group_is_chosen() -> None:
     whole_blocks = make_fp8_projection(144, 256, blocks=True)
     dense, narrow = make_projection(144, 96), make_fp8_projection(72, 96)
 
-    def chosen(*projections: Projection, dtype: torch.dtype = BF16, fp8: Fp8Products = "both") -> type:
-        return type(group_of(projections, dtype, fp8))
+    def chosen(
+        *projections: Projection, dtype: torch.dtype = BF16, fp8: Fp8Products = "both", head_dim: int | None = None
+    ) -> type:
+        return type(group_of(projections, dtype, fp8, head_dim))
 
     assert chosen(rows) is chosen(rows, rows) is chosen(blocks) is chosen(whole_blocks, blocks) is Fp8Group
     assert chosen(rows, dtype=torch.float16) is Fp8Group
     assert chosen(rows, fp8="none") is chosen(rows, dtype=torch.float32) is LoraGroup
     assert chosen(rows, dense) is chosen(rows, blocks) is chosen(narrow) is LoraGroup
     assert chosen(blocks, whole_blocks) is LoraGroup  # a block would run across both
-    assert not fits_fp8([dense.weight], BF16)
+    heads = {64: Fp8Group, 256: Fp8Group, 80: LoraGroup, 96: LoraGroup}
+    assert {head_dim: chosen(whole_blocks, whole_blocks, head_dim=head_dim) for head_dim in heads} == heads
+    assert chosen(rows, rows, head_dim=80) is Fp8Group
+    assert why_not_fp8([dense.weight], BF16) == "no weight is in e4m3"
     assert chosen(rows, fp8="backward") is Fp8BackwardGroup and chosen(dense, fp8="backward") is LoraGroup
     for weight in (rows, dense):
         with pytest.raises(ValueError, match="'forward'; one of both, backward, none"):

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from steep.errors import UserError
 from steep.model.install import fused_of, is_installed
 from steep.model.load import DTYPES
+from steep.model.machine import LACKS_FP8_UNITS, lacks_fp8_units
 from steep.model.recompute import room_on_card
 from steep.model.unwrap import unwrap
 from steep.ops.fp8_groups import Fp8Products
@@ -54,13 +56,20 @@ def choices_of(model: Any) -> Choices:
 
 
 def take_over(model: Any, choices: Choices) -> None:
-    """Let `model` go on with `choices`, where it was not told otherwise; a difference that it cannot mend is said."""
+    """Let `model` go on with `choices`, where it was not told otherwise; a difference that it cannot mend is said.
+
+    Raises:
+        UserError: products are in fp8 so far, and this card has no units for them.
+    """
     if is_installed(model) != choices.fused:
         now, before = ("fused", "not") if is_installed(model) else ("not fused", "fused")
         logger.warning("the steps from here on are %s, and those before were %s: sums round otherwise", now, before)
     if not (is_installed(model) and choices.fused):
         return
     fused = fused_of(model)
+    if fused.fp8 is None and choices.fp8_products in ("both", "backward") and lacks_fp8_units():
+        remedy = "Go on where it has, or give steep.install(model, fp8_products='none')."
+        raise UserError("fp8_products", f"products are in fp8 so far, and cannot be here: {LACKS_FP8_UNITS}", remedy)
     if fused.levels is None and choices.levels is not None:
         fused.levels, fused.chosen_for = choices.levels, choices.chosen_for
         fused.room = room_on_card(unwrap(model).model)  # there are no states of the optimizer yet

@@ -196,6 +196,9 @@ class FusedDecoder(nn.Module):
             raise Unfused("config.layer_types are not those of its layers")
         turns = {kind: self._turns(positions, kind, valid) for kind in set(kinds)}
         fp8 = self._fp8()
+        if fp8 != "none" and not self.fused.calls:
+            layers = list(layers)
+            self._say_dequantised([layer for layer in layers if layer is not None], dtype)
         levels = self._levels(hidden_states, dtype) if torch.is_grad_enabled() else [0] * len(kinds)
         for module, layer, kind, level in zip(self.layers, layers, kinds, levels, strict=True):
             batch = Batch(packing, *turns[kind], dtype, fp8, level)
@@ -245,6 +248,15 @@ class FusedDecoder(nn.Module):
             stored = any(isinstance(module, Fp8Linear) for module in self.layers[0].modules())
             fused.fp8 = "both" if stored and has_fp8_units(self.norm.weight.device) else "none"
         return fused.fp8
+
+    def _say_dequantised(self, layers: Sequence[Layer], dtype: torch.dtype) -> None:
+        """Products in fp8 are wanted: say of which groups they are not."""
+        reasons = [each for each in (layer.why_dequantised(dtype) for layer in layers) if each]
+        if reasons:
+            groups, of_layers = sum(map(len, reasons)), f"{len(reasons)} of {len(layers)} layers"
+            self.fused.say_once(
+                f"{groups} groups of products in {of_layers} are not in fp8: {reasons[0][0]}", fused=True
+            )
 
     def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:
         fused, tokens = self.fused, len(hidden_states)

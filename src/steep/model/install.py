@@ -18,8 +18,8 @@ from steep.model.block import LEVELS
 from steep.model.families import FUSED, fused_class, library_class
 from steep.model.fused import Fused
 from steep.model.loss import FusedCausalLM
-from steep.model.machine import why_not_here
-from steep.model.projections import Unfused, refuse_own_forward
+from steep.model.machine import LACKS_FP8_UNITS, lacks_fp8_units, why_not_here
+from steep.model.projections import Unfused, compute_dtype, refuse_own_forward
 from steep.model.read_layer import read_layer
 from steep.model.recompute import bytes_beside_decoder
 from steep.model.refusals import refuse_config, refuse_decoder, refuse_hooks_of_layer, refuse_prefixes
@@ -51,7 +51,8 @@ def install(
         `model` itself.
 
     Raises:
-        UserError: it is of no family that is known, or holds what is not computed fused; nothing is changed then.
+        UserError: it is of no family that is known, holds what is not computed fused, or can have no product in fp8
+            where some are asked for; nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise UserError(
@@ -76,6 +77,9 @@ def install(
     if fp8_products not in (None, *FP8_PRODUCTS):
         problem = f"{fp8_products!r} is unknown"
         raise UserError("fp8_products", problem, f"Give one of {', '.join(FP8_PRODUCTS)}, or None.")
+    if fp8_products in ("both", "backward") and (reason := _why_no_fp8(decoder)):
+        remedy = "Leave it out, or load the base with base='fp8' and compute_dtype='bf16', for a card that has them."
+        raise UserError("fp8_products", f"no product can be in fp8: {reason}", remedy)
     replaced = not is_installed(model) and "forward" in vars(base)  # later, it is around the fused one
     base.fused = decoder.fused = Fused(
         levels=levels, logits=logits, fp8=fp8_products, beside=bytes_beside_decoder(base)
@@ -148,6 +152,26 @@ def why_not_fused(model: Any) -> str | None:
     except Unfused as reason:
         return str(reason)
     return why_not_here()
+
+
+def _why_no_fp8(decoder: Any) -> str | None:
+    """Why none of its products can be in fp8; None: some can, or it is not known before a call."""
+    if lacks_fp8_units():
+        return LACKS_FP8_UNITS
+    reason = None
+    for layer in decoder.layers:
+        fused = fused_class(type(layer))
+        if fused is None:  # FSDP's wrapper: its tensors are other ones when it is called
+            return None
+        dtype = compute_dtype(layer.mlp.down_proj, decoder.norm.weight)
+        try:
+            of_layer = read_layer(layer, fused.traits).why_no_fp8(dtype)
+        except Unfused:  # something was changed since the model was installed
+            return None
+        if of_layer is None:
+            return None
+        reason = reason or of_layer
+    return reason
 
 
 def _modules(base: Any) -> Iterator[torch.nn.Module]:

@@ -9,6 +9,7 @@ import torch
 
 from steep.ops.fp8 import Fp8Rows
 from steep.ops.fp8_groups import Fp8Products, group_of
+from steep.ops.fp8_linear import why_not_fp8
 from steep.ops.lora import Group, Projection
 from steep.ops.packing import Packing
 from steep.ops.rms_norm import rms_norm_backward, rms_norm_forward
@@ -91,9 +92,26 @@ class Layer:
         is put together once."""
         groups = self._groups.get((dtype, fp8))
         if groups is None:
-            members = self.qkv, (self.o,), self.gate_up, (self.down,)
-            groups = self._groups[dtype, fp8] = Groups(*[group_of(group, dtype, fp8) for group in members])
+            parts = [group_of(group, dtype, fp8, head_dim) for group, head_dim in self._members()]
+            groups = self._groups[dtype, fp8] = Groups(*parts)
         return groups
+
+    def why_dequantised(self, dtype: torch.dtype) -> list[str]:
+        """Why groups have no products in fp8, whatever is asked for, where others are in `dtype`: a reason for each."""
+        reasons = []
+        for name, (group, head_dim) in zip(("q, k, v", "o", "gate, up", "down"), self._members(), strict=True):
+            if reason := why_not_fp8([projection.weight for projection in group], dtype, head_dim):
+                reasons.append(f"{reason} ({name})")
+        return reasons
+
+    def why_no_fp8(self, dtype: torch.dtype) -> str | None:
+        """Why no group at all has products in fp8; None: some have."""
+        reasons = self.why_dequantised(dtype)
+        return reasons[0] if len(reasons) == len(Groups._fields) else None
+
+    def _members(self) -> list[tuple[tuple[Projection, ...], int | None]]:
+        """The projections of each group, and the heads by which its dy is quantised."""
+        return [(self.qkv, self.attention.head_dim), ((self.o,), None), (self.gate_up, None), ((self.down,), None)]
 
     def trained(self) -> list[torch.Tensor]:
         """The adapters' matrices that require a gradient, in the order in which the backward pass gives theirs."""

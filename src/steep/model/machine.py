@@ -8,6 +8,8 @@ import torch
 
 from steep.kernels import OLDEST_CARD, OLDEST_FP8_CARD
 
+LACKS_FP8_UNITS = "the card has no fp8 units: those of compute capability 8.9 and newer have"
+
 
 def why_not_here() -> str | None:
     """Why they do not; None: they do, or there is no card, where plain torch computes the same."""

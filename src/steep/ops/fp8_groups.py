@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from steep.ops.fp8 import Fp8Rows
-from steep.ops.fp8_linear import Fp8Group, fits_fp8
+from steep.ops.fp8_linear import Fp8Group, why_not_fp8
 from steep.ops.lora import LoraGroup, Projection
 from steep.ops.products import product
 
@@ -54,14 +54,19 @@ class Fp8BackwardGroup(Fp8Group):
             del y  # before the next one's weight
 
 
-def group_of(projections: Sequence[Projection], dtype: torch.dtype, fp8: Fp8Products) -> LoraGroup | Fp8Group:
-    """The group for products in `dtype`, and in fp8 as `fp8` says, where its weights are fit for that (`fits_fp8`).
+def group_of(
+    projections: Sequence[Projection], dtype: torch.dtype, fp8: Fp8Products, head_dim: int | None = None
+) -> LoraGroup | Fp8Group:
+    """The group for products in `dtype`, and in fp8 as `fp8` says, where its weights are fit for that.
+
+    Args:
+        head_dim: of q, k and v, see `why_not_fp8`.
 
     Raises:
         ValueError: `fp8` is none of `FP8_PRODUCTS`.
     """
     if fp8 not in FP8_PRODUCTS:
         raise ValueError(f"fp8 products: {fp8!r}; one of {', '.join(FP8_PRODUCTS)} is expected.")
-    if fp8 == "none" or not fits_fp8([projection.weight for projection in projections], dtype):
+    if fp8 == "none" or why_not_fp8([projection.weight for projection in projections], dtype, head_dim):
         return LoraGroup(projections, dtype)
     return Fp8Group(projections, dtype) if fp8 == "both" else Fp8BackwardGroup(projections, dtype)

@@ -55,7 +55,7 @@ class Fp8Group(AdapterGroup):
 
     def __init__(self, projections: Sequence[Projection], dtype: torch.dtype) -> None:
         weights = [projection.weight for projection in projections]
-        assert fits_fp8(weights, dtype), (weights, dtype)
+        assert (reason := why_not_fp8(weights, dtype)) is None, reason
         self._layout = layout = beside_layout_of(tuple([projection.member() for projection in projections]))
         super().__init__(projections, dtype, layout.places, layout.x_columns)
         self._weights: list[Fp8Weight] = [weight for weight in weights if isinstance(weight, Fp8Weight)]
@@ -258,17 +258,33 @@ def transpose(codes: torch.Tensor, out: torch.Tensor) -> None:
     fp8_weight.transpose(codes, out)
 
 
-def fits_fp8(weights: Sequence[object], dtype: torch.dtype) -> bool:
-    """Whether fp8 products over these weights, one below the other, are there: all in e4m3 with the same kind of scale,
-    their rows at multiples of 16 bytes, and blocks that do not run across weights; beside adapters in 16 bit."""
+def why_not_fp8(weights: Sequence[object], dtype: torch.dtype, head_dim: int | None = None) -> str | None:
+    """Why there are no fp8 products over these weights, one below the other, beside adapters in `dtype`; None: there
+    are. All have to be in e4m3 with the same kind of scale, their rows at multiples of 16 bytes, and no block may run
+    across weights.
+
+    Args:
+        head_dim: of q, k and v, whose dy is quantised head by head: no block may run across heads either, unless it has
+            whole ones.
+    """
     stored = [weight for weight in weights if isinstance(weight, Fp8Weight)]
-    if len(stored) < len(weights) or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    has_blocks = stored[0].has_blocks
-    return (
-        all(weight.has_blocks == has_blocks and weight.shape[1] % 16 == 0 for weight in stored)
-        and not (has_blocks and any(weight.shape[0] % BLOCK for weight in stored[:-1]))
-    )  # fmt: skip
+    if not stored:
+        return "no weight is in e4m3"
+    if len(stored) < len(weights):
+        return "not all weights are in e4m3"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"products are in {str(dtype).removeprefix('torch.')}"
+    if any(weight.shape[1] % 16 for weight in stored):
+        return f"rows of {stored[0].shape[1]} weights are no multiple of 16"
+    if any(weight.has_blocks != stored[0].has_blocks for weight in stored):
+        return "some scales are of rows, others of blocks"
+    if not stored[0].has_blocks:
+        return None
+    if ragged := [weight.shape[0] for weight in stored[:-1] if weight.shape[0] % BLOCK]:
+        return f"blocks of {BLOCK} x {BLOCK} run across weights of {ragged[0]} rows"
+    if head_dim is not None and head_dim % BLOCK and BLOCK % head_dim:
+        return f"blocks of {BLOCK} x {BLOCK} run across heads of {head_dim}"
+    return None
 
 
 def fp8_linear(x: torch.Tensor, projection: Projection) -> torch.Tensor:
