@@ -28,8 +28,8 @@ from tests.tiny import tiny_model
 @cache
 def layer_of(**shape: int) -> Layer:
     """A layer on the meta device."""
-    wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2}
-    model = install(adapted(tiny_model("llama", **wide, **{"num_key_value_heads": 1, "head_dim": 128, **shape})))
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = install(adapted(tiny_model("llama", **{**wide, "head_dim": 128, **shape})))
     layer = unwrap(model.to("meta")).model.layers[0]
     return read_layer(layer, layer.traits)
 
@@ -99,7 +99,7 @@ def test_shapes_without_products_in_fp8() -> None:
     )
     assert (
         line
-        == "1 groups of products in each layer are not in fp8: blocks of 128 x 128 run across heads of 80 (q, k, v)"
+        == "1 of the 4 groups of products in each layer are not in fp8: blocks of 128 x 128 run across heads of 80 (q, k, v)"
     )
 
 

@@ -73,7 +73,7 @@ def dequantised(layer: Layer, compute: str) -> list[str]:
     reasons = layer.why_dequantised(DTYPES[compute])
     if not reasons:
         return []
-    return [f"{len(reasons)} groups of products in each layer are not in fp8: {reasons[0]}"]
+    return [f"{len(reasons)} of the 4 groups of products in each layer are not in fp8: {reasons[0]}"]
 
 
 def in_fp8(layer: Layer, *, blocks: bool) -> Layer:

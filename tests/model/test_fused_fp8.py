@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from steep.errors import UserError
 from steep.model import decoder, projections
 from steep.model import layer as layer_of_model
-from steep.errors import UserError
 from steep.model.choices import Choices, take_over
 from steep.model.fp8_linear import Fp8Linear
 from steep.model.install import fused_of, install, is_installed, uninstall
