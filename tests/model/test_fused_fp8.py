@@ -146,7 +146,7 @@ def test_blocks_that_run_across_heads_are_dequantised(head_dim: int) -> None:
     install(model, levels=1, fp8_products="both")
     _, gradients = loss_and_gradients(model, packed())
     assert max(error(gradient, truth[name]) for name, gradient in gradients.items()) < 0.25
-    line = f"2 groups of products in 2 of 2 layers are not in fp8: blocks of 128 x 128 run across heads of {head_dim} "
+    line = f"2 of the 8 groups of products, in 2 of 2 layers, are not in fp8: blocks of 128 x 128 run across heads of {head_dim} "
     assert fused_of(model).said == {line + "(q, k, v)"}
 
 
@@ -155,7 +155,7 @@ def test_what_is_not_in_fp8_is_said_once(caplog: pytest.LogCaptureFixture) -> No
     install(model, levels=1, fp8_products="both")
     for _ in range(2):
         loss_and_gradients(model, packed())
-    line = "2 groups of products in 1 of 2 layers are not in fp8: not all weights are in e4m3 (gate, up)"
+    line = "2 of the 8 groups of products, in 1 of 2 layers, are not in fp8: not all weights are in e4m3 (gate, up)"
     assert [record.message for record in caplog.records if "fp8" in record.message] == [line]
     whole = install(stored(tiny_model("llama")), levels=1, fp8_products="both")
     loss_and_gradients(whole, packed())

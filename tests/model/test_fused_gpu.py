@@ -1,4 +1,4 @@
-"""The fused forward on a GPU, its kernels compiled: every family over NF4 and bf16 against fp32 truth."""
+"""The fused forward on a GPU, its kernels compiled: every family over NF4, bf16 and fp8 against fp32 truth."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from steep.model.install import install, uninstall
+from steep.model.fp8_linear import Fp8Linear
+from steep.model.install import fused_of, install, uninstall
 from steep.model.load import load
 from steep.model.unwrap import unwrap
+from steep.ops.fp8_groups import Fp8Products
+from tests.fp8_checkpoints import FINE_GRAINED, publish
 from tests.model.test_fused import adapted, loss_and_gradients
 from tests.ops.closeness import error
 from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny
@@ -48,10 +51,14 @@ def truth_of(model: Any) -> Any:
     """A plain model in fp32 with the same weights."""
     plain = copy.deepcopy(model)
     for name, module in list(plain.named_modules()):
-        if isinstance(module, Linear4bit):
+        if isinstance(module, Linear4bit | Fp8Linear):
             linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="cuda")
             weight: Any = module.weight
-            linear.weight.data = dequantize_4bit(weight.data, weight.quant_state).float()
+            linear.weight.data = (
+                module.dequantize()
+                if isinstance(module, Fp8Linear)
+                else dequantize_4bit(weight.data, weight.quant_state).float()
+            )
             if module.bias is not None:
                 linear.bias.data = module.bias.data.float()
             plain.set_submodule(name, linear.requires_grad_(False))
@@ -75,6 +82,38 @@ def test_gradients_are_as_exact_as_the_librarys(
         for name, gradient in truth.items():
             bound = 1.1 * error(library[name], gradient) + 2e-3
             assert bound < 0.25, name
+            assert error(fused[name], gradient) <= bound, f"{name} at level {level}"
+            assert error(fused[name] / 2, gradient) > bound, name
+        uninstall(model)
+
+
+@pytest.mark.parametrize("lengths", [UNIFORM, PACKED], ids=["uniform", "packed"])
+@pytest.mark.parametrize("products", ["none", "backward", "both"])
+@pytest.mark.parametrize("scales", ["rows", "blocks"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_over_fp8_are_as_exact_as_in_plain_torch(
+    family: str, scales: str, products: Fp8Products, lengths: list[list[int]], tmp_path: Path
+) -> None:
+    """On the CPU the same layers quantise and multiply in plain torch. Halved gradients are further from the truth than
+    any bound."""
+    folder = save_tiny(family, tmp_path / "plain", **SHAPE)
+    if scales == "blocks":
+        folder = publish(folder, tmp_path / "published", FINE_GRAINED)
+    model, _ = load(str(folder), base="fp8", compute_dtype="bf16")
+    model = adapted(model, r=64, trained_dtype="bf16")
+    on_cpu = install(copy.deepcopy(model).cpu(), levels=1, fp8_products=products)
+    of_cpu = {name: tensor.cpu() for name, tensor in batch(lengths).items()}
+    _, in_plain_torch = loss_and_gradients(on_cpu, of_cpu)
+    truth_loss, truth = loss_and_gradients(truth_of(model), batch(lengths))
+    for level in (0, 1, 2, 3):
+        install(model, levels=level, fp8_products=products)
+        loss, fused = loss_and_gradients(model, batch(lengths))
+        assert abs(loss - truth_loss) < (1e-2 if products == "both" else 1e-3) * truth_loss
+        said = [line for line in fused_of(model).said if "fp8" in line]
+        assert len(said) == (scales == "blocks" and products != "none"), said  # of the layer that is stored in 16 bits
+        for name, gradient in truth.items():
+            bound = 1.15 * error(in_plain_torch[name].cuda(), gradient) + 2e-3
+            assert bound < 0.4, name
             assert error(fused[name], gradient) <= bound, f"{name} at level {level}"
             assert error(fused[name] / 2, gradient) > bound, name
         uninstall(model)

@@ -19,7 +19,7 @@ from steep.errors import UserError
 from steep.model.block import block
 from steep.model.fp8_linear import Fp8Linear
 from steep.model.fused import Fused
-from steep.model.layer import Batch, Layer
+from steep.model.layer import Batch, Groups, Layer
 from steep.model.machine import has_fp8_units
 from steep.model.projections import Unfused, compute_dtype, hooks_of, in_use
 from steep.model.read_layer import Traits, eps_of
@@ -253,10 +253,9 @@ class FusedDecoder(nn.Module):
         """Products in fp8 are wanted: say of which groups they are not."""
         reasons = [each for each in (layer.why_dequantised(dtype) for layer in layers) if each]
         if reasons:
-            groups, of_layers = sum(map(len, reasons)), f"{len(reasons)} of {len(layers)} layers"
-            self.fused.say_once(
-                f"{groups} groups of products in {of_layers} are not in fp8: {reasons[0][0]}", fused=True
-            )
+            groups = f"{sum(map(len, reasons))} of the {len(Groups._fields) * len(layers)} groups of products"
+            where = f"in {len(reasons)} of {len(layers)} layers"
+            self.fused.say_once(f"{groups}, {where}, are not in fp8: {reasons[0][0]}", fused=True)
 
     def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:
         fused, tokens = self.fused, len(hidden_states)
