@@ -26,9 +26,14 @@ from tests.tiny import tiny_model
 
 
 @cache
-def layer_of(**shape: int) -> Layer:
+def layer_of(**shape: Any) -> Layer:
     """A layer on the meta device."""
-    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1}
+    wide: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     model = install(adapted(tiny_model("llama", **{**wide, "head_dim": 128, **shape})))
     layer = unwrap(model.to("meta")).model.layers[0]
     return read_layer(layer, layer.traits)

@@ -77,7 +77,10 @@ def dequantised(layer: Layer, compute: str) -> list[str]:
 
 
 def in_fp8(layer: Layer, *, blocks: bool) -> Layer:
-    """A layer on the meta device with its weights in e4m3.
+    """A layer on the meta device with all its weights in e4m3.
+
+    Those that a published checkpoint has in 16 bits may be other ones in each layer, and one layer stands for all here:
+    the bytes and buffers of such weights are not counted.
 
     Args:
         blocks: a scale is that of a block of 128 x 128, else of a row.

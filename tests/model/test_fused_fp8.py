@@ -140,7 +140,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("head_dim", [80, 96])
 def test_blocks_that_run_across_heads_are_dequantised(head_dim: int) -> None:
     heads = 8 if head_dim == 80 else 4
-    shape = {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": head_dim}
+    shape: dict[str, Any] = {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": head_dim}
     model = stored(tiny_model("llama", **shape), strategy="block")
     _, truth = loss_and_gradients(copy.deepcopy(model).float(), packed())
     install(model, levels=1, fp8_products="both")
@@ -164,7 +164,8 @@ def test_what_is_not_in_fp8_is_said_once(caplog: pytest.LogCaptureFixture) -> No
 
 @pytest.mark.parametrize("products", ["both", "backward"])
 def test_what_no_group_can_have_is_refused(products: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = adapted(tiny_model("llama").to(torch.bfloat16))
+    plain: Any = tiny_model("llama")
+    other = adapted(plain.to(torch.bfloat16))
     in_fp32 = stored(tiny_model("llama")).float()
     for model, reason in ((other, "no weight is in e4m3"), (in_fp32, "products are in float32")):
         with pytest.raises(UserError, match=f"fp8_products: no product can be in fp8: {reason}"):
