@@ -21,7 +21,7 @@ SETTINGS = [
     field("data.holdout", 1, "1 is not valid", "below 1"),
     field("data.replay_share", 1, "1 is not valid", "below 1"),
     field("data.cache_dir", "a\x00b", "cannot hold the character NUL"),
-    field("model.base", "fp8", "'fp8' is not valid", "Give one of 'auto', 'nf4'"),
+    field("model.base", "fp4", "'fp4' is not valid", "Give one of 'auto', 'nf4'"),
     field("model.compute_dtype", "fp16", "fp16 needs a GPU", "Give fp32 or bf16"),
     field("model.attn_implementation", "flash_attention_2", "flash_attention_2 cannot be used", "Leave it at auto"),
     field("model.name", "no-such/model", "is not in the local cache", "HF_HUB_OFFLINE"),
