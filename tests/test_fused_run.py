@@ -75,7 +75,7 @@ def test_a_fused_run_ends_as_any_other(finished: Path) -> None:
 
 def test_what_was_chosen_stands_in_the_checkpoint(finished: Path) -> None:
     choices = read_choices(finished / "checkpoint-6")
-    assert choices == Choices(True, "fp32", [0, 0], 0, "tokens", choices.backends)
+    assert choices == Choices(True, "fp32", [0, 0], 0, "tokens", choices.backends, "none")
     assert choices.backends.keys() == {"documents of uneven lengths"}
     assert read(finished / "checkpoint-6" / "format.json")["format"] == FORMAT
     assert read(finished / "checkpoint-6" / "choices.json").keys() == {each.name for each in fields(Choices)}

@@ -82,10 +82,11 @@ def test_another_dtype_alignment_device_or_number_is_another_variant(tensors: An
 
 
 @pytest.mark.parametrize("other", [{"num_warps": 8, "num_stages": 3}, {"num_warps": 4, "num_stages": 2}, {}])
-def test_another_option_is_another_variant(other: dict[str, int]) -> None:
+def test_another_option_is_another_variant(other: dict[str, Any]) -> None:
     """As where tiles are timed that differ in nothing else."""
     kernel = Kernel()
-    for options in ({"num_warps": 4, "num_stages": 3}, other) * 2:
+    first: dict[str, Any] = {"num_warps": 4, "num_stages": 3}
+    for options in (first, other) * 2:
         launch(kernel, ONE, (TENSOR,), (16,), **options)
     assert [name for name, *_ in kernel.calls] == ["kernel", "kernel", "compiled at call 1", "compiled at call 2"]
 

@@ -574,8 +574,8 @@ def test_what_a_layer_launches_is_built(blocks: bool, monkeypatch: pytest.Monkey
     """By its parts, what is there, and whether b is turned: groups of a layer are among `compilations`."""
     launched: set[Launch] = set()
 
-    def launch(kernel: object, grid: object, tensors: tuple, numbers: tuple, **_: object) -> None:
-        _, _, _, scale, _, low, _, bias, add = (each is not None for each in tensors)
+    def launch(kernel: object, grid: object, tensors: tuple, numbers: tuple, **options: object) -> None:
+        _, _, _, scale, _, low, _, bias, add = [each is not None for each in tensors]
         b_row_stride, _, stops = numbers[7:10]
         launched.add((len(stops), scale, low, bias, add, b_row_stride == 1))
 
