@@ -13,6 +13,8 @@ import pytest
 from steep.kernels import OLDEST_CARD
 from tests.kernels.machine_code import SHARED_KIB, compilations, compilations_of, kernel_modules, launched
 
+pytestmark = pytest.mark.timeout(1200)  # some hundred builds, minutes on two busy cores
+
 REGISTERS = 255
 # Bytes a thread keeps in memory for want of registers: none, but for one number where ptxas prefers another warp on the
 # card, and one of the fp8 product, whose large tile takes every register, where it adds a residual or goes backward.
@@ -24,7 +26,7 @@ Build = dict[str, object]
 def run(*words: str) -> list[Build]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.machine_code", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1100)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
