@@ -88,8 +88,8 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(
     assert strike(stopped, stopped.go(), Aim("train", further, chance.random()), lengths)
     stopped.finish()
     assert_same(whole, stopped)
-    best = [whole.best_step("heldout", range(4, 21, 4))] if kind == "qlora" else []  # stays, too
-    assert whole.checkpoints() == [*best, 16, 20] and all(step < 16 for step in best)
+    best = {whole.best_step("heldout", range(4, 21, 4))} if kind == "qlora" else set()  # stays, too
+    assert whole.checkpoints() == sorted({*best, 16, 20})
     states = load_file(whole.folder / f"checkpoint-{whole.last_step}" / "optimizer.safetensors").values()
     assert ("torch.uint8" in {str(state.dtype) for state in states}) == ("8-bit" in kind)
 
