@@ -302,3 +302,49 @@ def test_a_code_or_a_scale_that_is_no_number_is_found(part: str, llama_folder: P
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=rf"1 of the .* values of {name} in .* are NaN"):
         check_finite(resolve(str(folder)))
+
+
+def with_scale(folder: Path, values: Any) -> Path:
+    """A published folder whose first layer's up_proj has a row of zeros, and `values` of its scales and codes."""
+    tensors = load_file(folder / "model.safetensors")
+    codes, scale = (tensors[f"model.layers.0.mlp.up_proj.{part}"] for part in ("weight", "weight_scale"))
+    codes.view(torch.uint8)[5] = 0
+    values(codes, scale)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "problem"),
+    [
+        (3, -0.5, r"up_proj\.weight_scale holds -0\.5, and a scale of e4m3 is above 0"),
+        (5, -0.5, r"up_proj\.weight_scale holds -0\.5"),
+        (3, 0.0, r"up_proj\.weight_scale holds 0 for codes of model\.layers\.0\.mlp\.up_proj\.weight that are not 0"),
+    ],
+)
+def test_a_scale_that_is_not_above_0_is_refused(
+    place: int, value: float, problem: str, llama_folder: Path, tmp_path: Path
+) -> None:
+    def damage(codes: torch.Tensor, scale: torch.Tensor) -> None:
+        scale[place] = value
+
+    folder = with_scale(publish(llama_folder, tmp_path / "published", compressed()), damage)
+    with pytest.raises(UserError, match=rf"^model\.name: .*{problem}"):
+        load(str(folder))
+    with pytest.raises(UserError, match=rf"^model\.name: .*{problem}"):
+        check_finite(resolve(str(folder)))
+
+
+def test_a_scale_of_0_over_codes_of_0_is_a_row_of_zeros(llama_folder: Path, tmp_path: Path) -> None:
+    """What some publisher makes of a row of zeros: its largest magnitude by 448."""
+
+    def damage(codes: torch.Tensor, scale: torch.Tensor) -> None:
+        scale[5] = 0.0
+        codes.view(torch.uint8)[5, 3] = 0x80  # -0
+
+    folder = with_scale(publish(llama_folder, tmp_path / "published", compressed()), damage)
+    check_finite(resolve(str(folder)))
+    model, _ = load(str(folder), compute_dtype="fp32")
+    weight = model.model.layers[0].mlp.up_proj.dequantize()
+    assert not weight[5].any() and weight[4].any()
+    assert bool(model(ids()).logits.isfinite().all())

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from steep.errors import UserError
-from steep.ops.fp8 import BLOCK, Fp8Weight
+from steep.ops.fp8 import BLOCK, Fp8Weight, fp8_reference
 
 FINE_GRAINED, COMPRESSED = "fp8", "compressed-tensors"
 STORED_E4M3 = "F8_E4M3"  # safetensors' name
 SCALES = {FINE_GRAINED: "weight_scale_inv", COMPRESSED: "weight_scale"}
 REMEDY = "Give the 16-bit checkpoint, or one in e4m3 with scales of rows or of blocks of 128 x 128."
+_NO_NUMBER = 0x7F  # the bits of NaN, whatever its sign; e4m3 has no infinity
 
 
 def is_published_fp8(quantization: Mapping[str, Any] | None) -> bool:
@@ -86,12 +87,40 @@ def scale_shape(stored: tuple[int, ...], shape: tuple[int, int]) -> tuple[int, .
 
 
 def read_published(
-    tensors: Mapping[str, torch.Tensor], quantization: Mapping[str, Any], layer: str, device: torch.device
+    tensors: Mapping[str, torch.Tensor],
+    quantization: Mapping[str, Any],
+    layer: str,
+    device: torch.device,
+    field: str = "model.name",
 ) -> Fp8Weight:
-    """The weight of `layer`: its codes as they are stored, to the bit."""
-    codes = tensors[f"{layer}.weight"].to(device, copy=True).contiguous()
-    scale = tensors[scale_name(quantization, layer)].to(device)
-    return Fp8Weight(codes, expanded_scale(scale, (codes.shape[0], codes.shape[1])))
+    """The weight of `layer`: its codes as they are stored, to the bit.
+
+    Raises:
+        UserError: a code or a scale is no number, or a scale is not above 0. One of 0 may be over codes of 0.
+    """
+    name, scale_of = f"{layer}.weight", scale_name(quantization, layer)
+    codes = tensors[name].to(device, copy=True).contiguous()
+    scale = expanded_scale(tensors[scale_of].to(device), (codes.shape[0], codes.shape[1]))
+    weight = Fp8Weight(codes, scale)
+    if problem := _no_weight(weight, name, scale_of):
+        raise UserError(field, problem, "Download it again, or give another checkpoint.")
+    return weight
+
+
+def _no_weight(weight: Fp8Weight, name: str, scale_of: str) -> str | None:
+    """What in the numbers of `weight` is none of a weight."""
+    scale = weight.scale
+    no_number = (weight.codes.view(torch.uint8) & _NO_NUMBER) == _NO_NUMBER
+    above, zero = (scale > 0) & scale.isfinite(), scale == 0
+    if bool(above.all() & ~no_number.any()):
+        return None
+    if bool(no_number.any()):
+        return f"{name} holds {int(no_number.sum()):,} codes that are NaN"
+    if not bool((above | zero).all()):
+        return f"{scale_of} holds {float(scale[~(above | zero)][0]):g}, and a scale of e4m3 is above 0"
+    if bool(fp8_reference(Fp8Weight(weight.codes, zero.float())).any()):
+        return f"{scale_of} holds 0 for codes of {name} that are not 0"
+    return None
 
 
 def _fine_grained(settings: Mapping[str, Any]) -> str | None:

@@ -18,8 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from steep.errors import UserError
 from steep.foreign import told_as_input
+from steep.model.base_tensors import BaseTensors
 from steep.model.fp8_published import REMEDY as REMEDY_FP8
-from steep.model.fp8_published import STORED_E4M3, is_published_fp8, scale_name, scale_shape
+from steep.model.fp8_published import STORED_E4M3, is_published_fp8, read_published, scale_name, scale_shape
 from steep.model.quantisable import plain_config, quantisable
 from steep.model.resolve import ODD_CONFIG, ResolvedModel
 from steep.model.weight_files import weight_files
@@ -85,19 +86,33 @@ def check_stored(resolved: ResolvedModel, empty: Any, field: str = "model.name",
 
 
 def check_finite(resolved: ResolvedModel, field: str = "model.name") -> None:
-    """Read every tensor once.
+    """Read every tensor once, of a checkpoint that `check_stored` let pass.
 
     Raises:
-        UserError: one holds NaN or infinite values, or a file is damaged.
+        UserError: one holds NaN or infinite values, the scale of one in e4m3 is not above 0, or a file is damaged.
     """
-    for file in weight_files(resolved.name, revision=resolved.arguments.get("revision"), field=field):
+    revision = resolved.arguments.get("revision")
+    for file in weight_files(resolved.name, revision=revision, field=field):
         with _opened(file, field) as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                tensor = tensors.get_tensor(name)
-                if not _is_finite(tensor):
-                    count = int((~torch.isfinite(tensor.float())).sum())  # e4m3 has no such op
-                    problem = f"{count:,} of the {tensor.numel():,} values of {name} in {file} are NaN or infinite"
-                    raise UserError(field, problem, _REMEDY)
+                refuse_not_finite(tensors.get_tensor(name), name, file, field)
+    if resolved.quantization is not None and is_published_fp8(resolved.quantization):
+        tensors = BaseTensors(resolved.name, revision=revision, field=field)
+        for name in tensors:
+            if tensors.kind(name) == STORED_E4M3:
+                layer = name.removesuffix(".weight")
+                read_published(tensors, resolved.quantization, layer, torch.device("cpu"), field)
+
+
+def refuse_not_finite(tensor: torch.Tensor, name: str, place: object, field: str = "model.name") -> None:
+    """
+    Raises:
+        UserError: `tensor`, stored as `name`, holds NaN or infinite values.
+    """
+    if not _is_finite(tensor):
+        count = int((~torch.isfinite(tensor.float())).sum())  # e4m3 has no such op
+        problem = f"{count:,} of the {tensor.numel():,} values of {name} in {place} are NaN or infinite"
+        raise UserError(field, problem, _REMEDY)
 
 
 def _take_published(
