@@ -15,9 +15,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from steep.errors import UserError
 from steep.model import fp8_linear
 from steep.model.adapters import add_adapters
 from steep.model.fp8_linear import Fp8Linear, stack_groups
+from steep.model.install import install
 from steep.model.load import load
 from steep.model.projections import base_weight, compute_dtype, projection
 from steep.ops.fp8 import BLOCK, E4M3, LARGEST, Fp8Weight, fp8_reference, quantise_weight
@@ -259,10 +261,40 @@ def test_pefts_own_merge_is_refused(model: Model, safely: bool) -> None:
     assert all(torch.equal(now[name].view(torch.uint8), each.view(torch.uint8)) for name, each in codes.items())
 
 
+@pytest.mark.parametrize("way", ["merge_and_unload", "merge_adapter"])
+def test_an_installed_model_is_not_merged_in_part(way: str, llama_folder: Path) -> None:
+    """Its first layers are in 16 bits, as a published checkpoint may have them: PEFT would change these."""
+    model, _ = load(str(llama_folder), base="fp8", compute_dtype="fp32")
+    for name, module in list(model.model.layers[0].named_modules()):
+        if isinstance(module, Fp8Linear):
+            plain = nn.Linear(module.in_features, module.out_features, bias=False)
+            plain.weight = nn.Parameter(module.dequantize(), requires_grad=False)
+            model.model.layers[0].set_submodule(name, plain)
+    peft_model: Any = install(add_adapters(model, r=4))
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            nn.init.ones_(parameter)
+    before = {name: tensor.detach().clone() for name, tensor in peft_model.state_dict().items()}
+    with pytest.raises(UserError, match=r"^model: adapters are on 7 layers in e4m3.* 16-bit original: steep export"):
+        getattr(peft_model, way)()
+    now = peft_model.state_dict()
+    assert all(torch.equal(now[name].float(), tensor.float()) for name, tensor in before.items())
+
+
+def test_an_installed_model_without_e4m3_is_merged(llama_folder: Path) -> None:
+    model, _ = load(str(llama_folder), base="fp32")
+    peft_model: Any = install(add_adapters(model, r=4))
+    peft_model.merge_adapter()
+    assert all(layer.mlp.up_proj.merged for layer in peft_model.get_base_model().model.layers)
+    peft_model.unmerge_adapter()
+    assert type(peft_model.merge_and_unload().model.layers[0].mlp.up_proj) is nn.Linear
+
+
 def test_the_base_by_itself_is_not_saved(model: Model, tmp_path: Path) -> None:
     """Others would read the codes as weights."""
-    with pytest.raises(ValueError, match="e4m3"):
+    with pytest.raises(ValueError, match=r"e4m3 .*save the adapter alone, or .* the 16-bit original: steep export RUN"):
         model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
     peft_model: Any = add_adapters(model, r=4)
     peft_model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

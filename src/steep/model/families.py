@@ -18,6 +18,7 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from steep.model.decoder import FusedDecoder, FusedLayer
+from steep.model.fp8_linear import refuse_merge
 from steep.model.loss import FusedCausalLM
 from steep.model.read_layer import Traits
 from steep.model.walked import Walked
@@ -110,6 +111,16 @@ class Gemma3ForCausalLM(FusedCausalLM, gemma3.Gemma3ForCausalLM):
 
 
 class InstalledAdapters(Walked):
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's own, of a model that it can merge into."""
+        refuse_merge(self)
+        return self.base_model.merge_and_unload(*args, **kwargs)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's own, of a model that it can merge into."""
+        refuse_merge(self)
+        self.base_model.merge_adapter(*args, **kwargs)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
     def _get_base_model_class(self, *args: Any, **kwargs: Any) -> type:
         """PEFT saves its name and module with adapters of no task type: who opens them need not have steep."""
         return library_class(super()._get_base_model_class(*args, **kwargs))  # pyright: ignore[reportAttributeAccessIssue]

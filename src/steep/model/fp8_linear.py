@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from steep.errors import UserError
 from steep.ops.fp8 import BLOCK, E4M3, Fp8Weight
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -106,6 +108,23 @@ def stack_groups(model: nn.Module) -> int:
                 _stack(layers)
                 stacked += 1
     return stacked
+
+
+def refuse_merge(model: nn.Module) -> None:
+    """Check that adapters can be merged into the layers that they are on: PEFT changes one after the other, and where
+    torch refuses to add to codes, those in 16 bits have theirs in them.
+
+    Raises:
+        UserError: one of the layers is in e4m3.
+    """
+    layers = (module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer))
+    if count := sum(isinstance(layer, Fp8Linear) for layer in layers):
+        raise UserError(
+            "model",
+            f"adapters are on {count} layers in e4m3, to which nothing can be added: a difference rounds away there",
+            "Merge into the 16-bit original: steep export RUN; or save the adapter, load the base with base='bf16', "
+            "and merge with PeftModel.from_pretrained over that.",
+        )
 
 
 class _Product(torch.autograd.Function):

@@ -20,6 +20,10 @@ from steep.ops.fp8 import E4M3, Fp8Weight, quantise_weight
 
 _AT_ONCE = 4  # layers that are read and go to a card at the same time
 _PIECE = 2**23  # weights of one that are
+# The name of the quantisation, as `save_pretrained` has it in its error.
+_METHOD = (
+    "e4m3 as nobody reads it but steep (save the adapter alone, or merge it into the 16-bit original: steep export RUN)"
+)
 _KINDS = {torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors names them
 
 
@@ -75,7 +79,7 @@ def load_fp8(
             model.set_submodule(name, Fp8Linear(weight, bias, compute_dtype).eval())
     model.to(device)
     stack_groups(model)
-    model.hf_quantizer = _NotSaved(QuantizationConfigMixin("e4m3"), pre_quantized=False)  # pyright: ignore[reportArgumentType]
+    model.hf_quantizer = _NotSaved(QuantizationConfigMixin(_METHOD), pre_quantized=False)  # pyright: ignore[reportArgumentType]
     return model
 
 
