@@ -417,6 +417,8 @@ def test_the_lines_in_final_open_it_over_a_gguf_file(run_over_gguf: tuple[Path, 
     _, run = run_over_gguf
     tokenizer, *ways = python_lines(run / "final" / "README.md")
     assert "PeftModel.from_pretrained(base" in ways[-1]
+    text = (run / "final" / "README.md").read_text(encoding="utf-8")
+    assert "The lines below need\n`peft`, `transformers` and `bitsandbytes`." in text
     for way in ways:  # where the reader of GGUF files adds a token, PEFT's one-go would resize the base: it is left out
         names: dict[str, Any] = {}
         exec(tokenizer + way, names)

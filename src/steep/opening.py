@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 from peft import PeftModel
 
+from steep.export.loading_code import LOFTQ_OVER_FP8, is_loftq_over_fp8, loading_by_steep, loading_code
 from steep.export.markdown import code, python
-from steep.model.loading_code import loading_code
 from steep.plan import Plan
 
 
@@ -26,21 +26,29 @@ def readme(plan: Plan, model: PeftModel, final: Path) -> str:
     """The text of `final/README.md`."""
     adapter = model.peft_config["default"]
     base, revision, place = str(adapter.base_model_name_or_path), plan.config.model.revision, python(str(final))
-    quantization, settings = loading_code(plan.base, plan.compute, plan.resolved.stored_by)
+    stored_by, start = plan.resolved.stored_by, plan.config.adapter.init_lora_weights
     grown = plan.shape.vocabulary > plan.resolved.config.get_text_config().vocab_size
     resize = f"base.resize_token_embeddings({plan.shape.vocabulary}, mean_resizing=False)\n" if grown else ""
-    pinned = f", revision={python(revision)}" if revision else ""
+    code_of = loading_code(plan.base, plan.compute, stored_by)
+    packages, ways = code_of.packages, []
+    if is_loftq_over_fp8(plan.base, stored_by, start):
+        packages = ["steep"]
+        load = loading_by_steep(base, plan.base, plan.compute, revision)
+        ways.append(_BY_STEEP.format(note=LOFTQ_OVER_FP8, load=load, resize=resize, final=place))
+    else:
+        pinned = f", revision={python(revision)}" if revision else ""
+        lines = {"quantization": code_of.quantization, "settings": code_of.settings, "final": place}
+        # PEFT reads the base's revision there. And it gives the base a row for each token that the tokenizer counts, of
+        # which transformers' reader of GGUF files adds one that no embedding has.
+        if adapter.revision == revision and len(plan.tokenizer) <= plan.shape.vocabulary:
+            imports = "".join(f"from transformers import {name}\n" for name in code_of.classes)
+            ways.append(_AUTO.format(imports=imports, **lines))
+        classes = ", ".join(["AutoModelForCausalLM", *code_of.classes])
+        ways.append(_BY_HAND.format(classes=classes, base=python(base), pinned=pinned, resize=resize, **lines))
+    needs = [code(package) for package in ("peft", "transformers", *packages)]
     head = yaml.safe_dump({"base_model": base}, allow_unicode=True, width=math.inf)
-    parts = [_HEAD.format(head=head, base=code(base)), _TOKENIZER.format(final=place)]
-    # PEFT reads the base's revision there. And it gives the base a row for each token that the tokenizer counts, of
-    # which transformers' reader of GGUF files adds one that no embedding has.
-    if adapter.revision == revision and len(plan.tokenizer) <= plan.shape.vocabulary:
-        parts.append(_AUTO.format(quantization=quantization, settings=settings, final=place))
-    parts.append(
-        _BY_HAND.format(
-            quantization=quantization, settings=settings, final=place, base=python(base), pinned=pinned, resize=resize
-        )
-    )
+    needed = f"{', '.join(needs[:-1])} and {needs[-1]}"
+    parts = [_HEAD.format(head=head, base=code(base), needed=needed), _TOKENIZER.format(final=place), *ways]
     if plan.vocabulary is not None:
         parts.append(_NEW_TOKENS.format(count=len(plan.vocabulary.tokens)))
     return "\n".join(parts)
@@ -54,7 +62,7 @@ pipeline_tag: text-generation
 # The result of a run
 
 A PEFT adapter and trained embeddings over {base}, made by steep. The lines below need
-`peft`, `transformers` and, for a quantised base, `bitsandbytes`.
+{needed}.
 """
 
 _TOKENIZER = """## The tokenizer
@@ -71,8 +79,7 @@ _AUTO = """## In one go
 ```python
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import BitsAndBytesConfig
-
+{imports}
 {quantization}model = AutoPeftModelForCausalLM.from_pretrained({final}, {settings})
 ```
 """
@@ -82,10 +89,22 @@ _BY_HAND = """## Over a base that you load
 ```python
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import {classes}
 
 {quantization}base = AutoModelForCausalLM.from_pretrained({base}, {settings}{pinned})
 {resize}model = PeftModel.from_pretrained(base, {final})
+```
+"""
+
+_BY_STEEP = """## Over the base that it was trained over
+
+{note}
+
+```python
+import steep
+from peft import PeftModel
+
+{load}{resize}model = PeftModel.from_pretrained(base, {final})
 ```
 """
 

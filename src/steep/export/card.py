@@ -15,9 +15,9 @@ from steep.errors import UserError
 from steep.evaluation.score import DomainScore
 from steep.export.base_weights import Kind
 from steep.export.gate import BITS_LIMIT, Gap, Measured
+from steep.export.loading_code import LOFTQ_OVER_FP8, is_loftq_over_fp8, loading_by_steep, loading_code
 from steep.export.markdown import code, inline, python, shell
 from steep.model.fp8_published import is_published_fp8
-from steep.model.loading_code import loading_code
 from steep.model.resolve import ResolvedModel
 
 
@@ -212,20 +212,23 @@ def _how_to_open(base: Base, story: Story, form: str, name: str, vocabulary_grew
 
 def _load_base(base: Base, story: Story) -> str:
     plan = story.plan
-    if base.stored == "GGUF":  # transformers quantises no GGUF file that it opens
+    if base.stored == "GGUF" or _is_loftq_over_fp8(base, story):  # transformers quantises no GGUF file that it opens
         return (
             "import steep\nfrom peft import PeftModel\nfrom transformers import AutoTokenizer\n\n"
-            f"base, _ = steep.load({python(base.name)}, base={python(plan['base'])}, "
-            f"compute_dtype={python(plan['compute_dtype'])})\n"
+            f"{loading_by_steep(base.name, plan['base'], plan['compute_dtype'], base.revision)}"
         )
-    quantization, settings = loading_code(plan["base"], plan["compute_dtype"], base.stored_by)
+    code_of = loading_code(plan["base"], plan["compute_dtype"], base.stored_by)
     revision = f", revision={python(base.revision)}" if base.revision else ""
+    classes = ", ".join(["AutoModelForCausalLM", "AutoTokenizer", *code_of.classes])
     return (
-        "import torch\nfrom peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig\n\n"
-        f"{quantization}base = AutoModelForCausalLM.from_pretrained({python(base.name)}, {settings}{revision}, "
-        'device_map="auto")\n'
+        f"import torch\nfrom peft import PeftModel\nfrom transformers import {classes}\n\n"
+        f"{code_of.quantization}base = AutoModelForCausalLM.from_pretrained({python(base.name)}, {code_of.settings}"
+        f'{revision}, device_map="auto")\n'
     )
+
+
+def _is_loftq_over_fp8(base: Base, story: Story) -> bool:
+    return is_loftq_over_fp8(story.plan["base"], base.stored_by, story.settings["adapter"]["init_lora_weights"])
 
 
 CONVERTER_NOTE = (
@@ -252,6 +255,8 @@ def adapter_notes(base: Base, story: Story) -> list[str]:
             f"vLLM and llama.cpp refuse adapters with {' and '.join(refused)}. For them merge: steep export RUN "
             "--to merged."
         )
+    if _is_loftq_over_fp8(base, story):
+        notes.append(LOFTQ_OVER_FP8)
     if not base.on_hub:
         notes.append(
             f"The base model, {base.name}, was a local one: the adapter names it without its place. Whoever opens the "
