@@ -18,17 +18,21 @@ from transformers import AutoModelForCausalLM
 from steep import fp8_choice, hand_over, result
 from steep.config import parse_config
 from steep.errors import RunError, UserError
+from steep.evaluation.perplexity import evaluate
+from steep.evaluation.score import scored_otherwise
 from steep.export.gate import Gap, Measured
 from steep.hand_over import export_run
 from steep.model.fp8_linear import Fp8Linear
 from steep.model.install import fused_of
 from steep.model.resolve import read_tokenizer, resolve
 from steep.plan import plan_run
+from steep.report.read import read_run
+from steep.report.verdict import headline
 from steep.result import evaluate_run, generate_run, load_result
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
-from steep.terminal import fused_line, human_bytes
+from steep.terminal import Terminal, fused_line, human_bytes
 from steep.verify_resume import compare
 from tests.command_line import Steep
 from tests.fp8_checkpoints import FINE_GRAINED, publish
@@ -139,6 +143,33 @@ def test_without_its_adapter_it_is_the_base(finished: Path, llama_folder: Path) 
 def test_how_it_opens_is_over_the_16_bit_original(finished: Path, llama_folder: Path) -> None:
     text = (finished / "final" / "README.md").read_text(encoding="utf-8")
     assert "quantization_config" not in text and f"from_pretrained({str(llama_folder)!r}" in text.replace('"', "'")
+    assert "The lines below need\n`peft` and `transformers`." in text and "BitsAndBytes" not in text
+
+
+def test_a_loftq_adapter_opens_over_e4m3(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    """It holds the correction of what was lost there: over the original it would correct what nothing lost."""
+    given = config_of(llama_folder, korean_corpus, tmp_path / "run").model_dump()
+    given["adapter"]["init_lora_weights"] = "loftq"
+    config = parse_config(given)
+    train_run(config)
+    with pytest.raises(UserError, match=r"^--base: a LoftQ adapter holds the quantisation's correction"):
+        export_run(tmp_path / "run", tmp_path / "merged", base="original")
+    export_run(tmp_path / "run", tmp_path / "out", to="adapter")
+    cards = [
+        (folder / "README.md").read_text(encoding="utf-8") for folder in (tmp_path / "run" / "final", tmp_path / "out")
+    ]
+    for text in cards:
+        assert "(LoftQ), which the 16-bit original does not need" in text and "AutoModelForCausalLM" not in text
+    assert "`peft`, `transformers` and `steep`." in cards[0]
+    names: dict[str, Any] = {}
+    (lines_of_it,) = [
+        block.split("```")[0] for block in cards[0].split("```python\n") if block.startswith("import steep")
+    ]
+    exec(lines_of_it, names)
+    (row,) = [row for row in lines(tmp_path / "run" / "evaluation.jsonl") if row["step"] == 6]
+    (found,) = evaluate(names["model"], plan_run(config).corpus.heldout, max_length=64)
+    assert found.loss == pytest.approx(row["loss"], rel=1e-4)
+    assert sum(isinstance(module, Fp8Linear) for module in names["base"].modules()) == 14
 
 
 def test_it_is_merged_into_the_original(finished: Path, llama_folder: Path, tmp_path: Path) -> None:
@@ -223,7 +254,8 @@ def test_a_published_checkpoint_goes_the_whole_way(llama_folder: Path, korean_co
     train_run(config)
     assert read(tmp_path / "run" / "plan.json")["base"] == "fp8" and read(tmp_path / "run" / "proof.json")["ok"]
     text = (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
-    assert "FineGrainedFP8Config(dequantize=True)" in text
+    assert "FineGrainedFP8Config(dequantize=True)" in text and "BitsAndBytes" not in text
+    assert "The lines below need\n`peft` and `transformers`." in text
     result = export_run(tmp_path / "run", tmp_path / "out")
     assert result["base"] == "dequantised" and set(result["gaps"]) == {"dequantised"}
     assert "quantization_config" not in read(tmp_path / "out" / "config.json")
@@ -234,6 +266,44 @@ def test_a_published_checkpoint_goes_the_whole_way(llama_folder: Path, korean_co
 
 
 # ---- trained with products in fp8
+
+
+def test_scores_of_two_arithmetics_are_not_shown_as_one(
+    in_fp8: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(in_fp8, tmp_path / "run")
+    for name in ("final", "checkpoint-6"):
+        shutil.rmtree(run / name)
+    given = config_of(llama_folder, korean_corpus, run, fused="on").model_dump()
+    given["model"] |= {"compute_dtype": "bf16", "fp8_products": "none"}
+    terminal, warned = Terminal(quiet=True), list[str]()
+    monkeypatch.setattr(terminal, "warn", warned.append)
+    train_run(parse_config(given), resume=True, allow=["model.fp8_products"], terminal=terminal)
+    assert [(row["step"], row["fp8_products"]) for row in lines(run / "evaluation.jsonl")] == [(0, "both"), (6, "none")]
+    said = "The first scores were taken with products in fp8 and the last without"
+    assert [line for line in warned if said in line] == [scored_otherwise(lines(run / "evaluation.jsonl"))]
+    export_run(run, tmp_path / "out", to="adapter")
+    assert said in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert said in headline(read_run(run))
+    assert "with products in fp8" not in headline(read_run(in_fp8))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "said"),
+    [
+        ("both", "none", "with products in fp8 and the last without"),
+        ("both", "backward", "with products in fp8 and the last without"),
+        ("none", "both", "without products in fp8 and the last with them"),
+        (None, "both", "without products in fp8 and the last with them"),
+        ("backward", "none", None),  # which score nothing
+        ("both", "both", None),
+        (None, None, None),
+    ],
+)
+def test_when_scores_are_of_two_arithmetics(first: str | None, last: str | None, said: str | None) -> None:
+    rows: list[dict[str, Any]] = [{"fp8_products": first}, {"fp8_products": last}]
+    assert (said or "") in (scored_otherwise(rows) or "") and (scored_otherwise(rows) is None) is (said is None)
+    assert scored_otherwise([]) is scored_otherwise([{}, rows[1]]) is None  # not recorded
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 from steep.data.heldout import HeldoutDocuments, first_trained_by_domain
 from steep.errors import RunError, UserError, did_you_mean
 from steep.evaluation.board import gate_table
-from steep.evaluation.score import DomainScore
+from steep.evaluation.score import DomainScore, scored_otherwise
 from steep.export.adapter import write_adapter
 from steep.export.adapter_weights import AdapterWeights
 from steep.export.base_weights import Kind
@@ -132,6 +132,7 @@ class _Export:
             before=before,
             after=after,
             roles={row["domain"]: row["role"] for row in rows},
+            scored_otherwise=scored_otherwise(rows),
         )
 
     def adapter(self) -> dict[str, Any]:

@@ -142,6 +142,7 @@ class Score(TypedDict):
     tokens: Count
     bytes: Count
     documents: Count
+    fp8_products: NotRequired[Literal["both", "backward", "none"] | None]
 
 
 class Sample(TypedDict):

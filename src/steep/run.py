@@ -16,7 +16,7 @@ from steep.changes import Change
 from steep.errors import RunError, UserError
 from steep.evaluation.adapters import base_model
 from steep.evaluation.board import board
-from steep.evaluation.score import DomainScore
+from steep.evaluation.score import DomainScore, scored_otherwise
 from steep.generation import sample
 from steep.model.adapters import add_adapters, load_adapter_weights
 from steep.model.choices import Choices, take_over
@@ -239,6 +239,8 @@ def _train(
     before, after = first_and_last(scores)
     if before:
         terminal.show(board(before, after, plan.corpus.roles))
+        if note := scored_otherwise(scores):
+            terminal.warn(note)
         if plan.branch is not None:
             at_parent = scores_at(scores, plan.first_step)
             terminal.show(board(at_parent, after, plan.corpus.roles, title=f"{plan.branch.name} → branch"))
@@ -308,7 +310,7 @@ class _Recorder(CheckpointCallback):
         self._show(row)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _record_scores(self._folder, self._trainer.evaluations[-1], self._plan.corpus.roles)
+        _record_scores(self._folder, self._trainer.evaluations[-1], self._plan)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._folder.write_json("ledger.json", self._trainer.ledger())
@@ -339,7 +341,7 @@ def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:
             with untouched_base(trainer.model, plan):
                 trainer.evaluate_documents(*documents_of_the_base(plan))
         if not any(isinstance(callback, _Recorder) for callback in trainer.callback_handler.callbacks):
-            _record_scores(folder, trainer.evaluations[-1], plan.corpus.roles)
+            _record_scores(folder, trainer.evaluations[-1], plan)
     if settings.prompts and missing("samples.jsonl", "prompt", settings.prompts) and ranks.is_main():
         base = plan.vocabulary if step == 0 else None  # before training, the base as it was without new tokens
         with nullcontext() if base is None else base_model(trainer.model, base.ids_before):
@@ -364,8 +366,10 @@ def _measure_parent(trainer: Trainer, folder: RunFolder, plan: Plan, terminal: T
     _measure(trainer, folder, plan)
 
 
-def _record_scores(folder: RunFolder, scores: list[DomainScore], roles: Any) -> None:
-    folder.append("evaluation.jsonl", [{**score.as_dict(), "role": roles[score.domain]} for score in scores])
+def _record_scores(folder: RunFolder, scores: list[DomainScore], plan: Plan) -> None:
+    roles, products = plan.corpus.roles, plan.choices.fp8_products
+    rows = [{**score.as_dict(), "role": roles[score.domain], "fp8_products": products} for score in scores]
+    folder.append("evaluation.jsonl", rows)
 
 
 def _proof_line(proof: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,34 @@ def test_a_loss_by_the_merge_is_said_loudly(tmp_path: Path) -> None:
         in card(tmp_path, HUB, "merged", gated("original", 1.89)).text
     )
     assert "worse" not in card(tmp_path, HUB, "merged", gated("original", 1.7549)).text
+
+
+@pytest.mark.parametrize(
+    ("base", "start", "stored_by", "by_steep"),
+    [
+        ("fp8", "loftq", None, True),
+        ("fp8", True, None, False),
+        ("nf4", "loftq", None, False),
+        ("fp8", True, "fp8", False),
+    ],
+)
+def test_a_loftq_adapter_opens_over_e4m3_as_steep_has_it(
+    base: str, start: bool | str, stored_by: str | None, by_steep: bool, tmp_path: Path
+) -> None:
+    told = story(init_lora_weights=start)
+    told.plan["base"] = base
+    text = card(tmp_path, replace(HUB, stored_by=stored_by), "adapter", told=told).text
+    line = 'base, _ = steep.load("mistralai/Mistral-7B-v0.3", base="fp8", compute_dtype="bf16", revision="main")'
+    assert (line in text) is ("holds the correction of what e4m3 lost" in text) is by_steep
+    assert ("BitsAndBytesConfig" in text) is (base == "nf4")
+
+
+def test_scores_of_two_arithmetics_are_told(tmp_path: Path) -> None:
+    told = replace(story(), scored_otherwise="The first scores were otherwise.")
+    assert (
+        "1.750 | 2.72 | 2.72 | 1,000 |\n\nThe first scores were otherwise."
+        in card(tmp_path, HUB, "merged", told=told).text
+    )
 
 
 def test_no_replay_is_stated_where_there_is_none(tmp_path: Path) -> None:

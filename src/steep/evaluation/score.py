@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -61,3 +61,18 @@ class DomainScore:
         if row["perplexity"] is None and row["loss"] is not None:
             values["perplexity"] = math.inf  # a finite loss whose exp is not
         return cls(**values)
+
+
+def scored_otherwise(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """What whoever holds the last scores of `evaluation.jsonl` against the first should know: they are of another
+    arithmetic, where a resumed run changed its products; None: they are not, or that is not recorded."""
+    if not rows or any("fp8_products" not in row for row in (rows[0], rows[-1])):
+        return None
+    first, last = (row["fp8_products"] == "both" for row in (rows[0], rows[-1]))  # scores have no backward pass
+    if first == last:
+        return None
+    how = ("with products in fp8", "without") if first else ("without products in fp8", "with them")
+    return (
+        f"The first scores were taken {how[0]} and the last {how[1]}: part of the difference is their rounding. "
+        "steep eval scores base and result alike."
+    )

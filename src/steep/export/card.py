@@ -105,6 +105,7 @@ class Story:
         plan, ledger, environment: the JSON files of those names.
         before, after: held-out scores of the base and of the result.
         roles: of each domain.
+        scored_otherwise: in what these scores differ beside the weights, if they do.
     """
 
     settings: Mapping[str, Any]
@@ -114,6 +115,7 @@ class Story:
     before: Sequence[DomainScore]
     after: Sequence[DomainScore]
     roles: Mapping[str, str]
+    scored_otherwise: str | None = None
 
 
 def write_card(
@@ -344,7 +346,8 @@ def _figures(story: Story) -> str:
         for score in story.before
     ]
     head = ("domain", "role", "bits per byte before", "after", "perplexity before", "after", "tokens scored")
-    return f"## Held-out text before and after\n\n{_table(head, rows)}"
+    note = f"\n\n{story.scored_otherwise}" if story.scored_otherwise else ""
+    return f"## Held-out text before and after\n\n{_table(head, rows)}{note}"
 
 
 _PISSA = "r trained, and r that take their beginning out of the base again, so that it stays the stock one"

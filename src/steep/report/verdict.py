@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from steep.evaluation.score import scored_otherwise
 from steep.report.read import Run
 
 LEARNED_ROLES = ("train",)
@@ -109,6 +110,8 @@ def headline(run: Run) -> str:
         sentences += _sentences(kept, ("worse", "Forgot some of"))
     if any(change.sign == "unknown" for change in measured):
         sentences.append("Some scores are not a number.")
+    if note := scored_otherwise(run.evaluation):
+        sentences.append(note)
     text = " ".join(sentences)
     return text if run.finished else f"So far: {text[0].lower()}{text[1:]}"
 
