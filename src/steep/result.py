@@ -191,6 +191,7 @@ def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any
         base=settings.base,
         compute_dtype=settings.compute_dtype,
         attn_implementation=settings.attn_implementation,
+        checked=True,  # `check_base`, of the run
     )
     if settings.new_tokens is not None:
         grow_embeddings(model, original, tokenizer)

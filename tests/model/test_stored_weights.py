@@ -50,6 +50,18 @@ def test_one_value_that_is_not_finite_is_found(
         check_finite(resolve(str(tmp_path)))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(("base", "prefix"), [("nf4", "model."), ("int8", "model."), ("fp8", "model."), ("fp8", "")])
+def test_no_base_is_made_of_it(base: str, prefix: str, value: float, tmp_path: Path) -> None:
+    """What is quantised from a NaN may be a number. Without a prefix transformers finds the place of a weight."""
+    file = save_tiny("llama", tmp_path, tied=True) / "model.safetensors"
+    stored = {f"{prefix}{name.removeprefix('model.')}": tensor for name, tensor in load_file(file).items()}
+    stored[f"{prefix}layers.1.mlp.up_proj.weight"][9, 3] = value
+    save_file(stored, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"^model\.name: 1 of the 8,192 values of .*layers\.1\.mlp\.up_proj\.weight"):
+        load(str(tmp_path), base=base)
+
+
 def test_values_at_the_end_of_a_dtype_are_no_fault(llama_folder: Path, tmp_path: Path) -> None:
     stored = load_file(llama_folder / "model.safetensors")
     stored["model.norm.weight"].fill_(torch.finfo(torch.float32).max)

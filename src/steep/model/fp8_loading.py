@@ -16,6 +16,7 @@ from steep.model.fp8_linear import Fp8Linear, stack_groups
 from steep.model.fp8_published import STORED_E4M3, is_published_fp8, is_scale, read_published
 from steep.model.quantisable import plain_config, quantisable
 from steep.model.resolve import ResolvedModel
+from steep.model.stored_weights import refuse_not_finite
 from steep.ops.fp8 import E4M3, Fp8Weight, quantise_weight
 
 _AT_ONCE = 4  # layers that are read and go to a card at the same time
@@ -38,6 +39,9 @@ def load_fp8(
     Args:
         empty: the model on the meta device, which `check_stored` has held against the checkpoint.
         attention: of `steep.model.attention.attention`.
+
+    Raises:
+        UserError: a weight to be quantised is not finite, or see `read_published`.
     """
     tensors = BaseTensors(resolved.name, revision=resolved.arguments.get("revision"))
     published = is_published_fp8(resolved.quantization)
@@ -67,8 +71,13 @@ def load_fp8(
         if name not in put_together:
             if published:
                 return read_published(tensors, resolved.quantization or {}, name, device)
-            return quantised_in_pieces(tensors[f"{name}.weight"], device)
-        return quantised_in_pieces(whole.get_submodule(name).weight.detach(), device)
+            weight, place = tensors[f"{name}.weight"], tensors.file(f"{name}.weight")
+        else:
+            weight, place = whole.get_submodule(name).weight.detach(), resolved.name
+        quantised = quantised_in_pieces(weight, device)
+        if not bool(quantised.scale.isfinite().all()):  # that of a row is not where a weight in it is not
+            refuse_not_finite(weight.float(), f"{name}.weight", place)
+        return quantised
 
     # torch's own threads are all that a CPU has.
     with torch.no_grad(), ThreadPoolExecutor(_AT_ONCE if device.type == "cuda" else 1) as pool:

@@ -16,7 +16,7 @@ from steep.model.fp8_published import is_published_fp8
 from steep.model.gguf import convert
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.model.safety import check_weights_in_safetensors
-from steep.model.stored_weights import check_stored
+from steep.model.stored_weights import check_finite, check_stored
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 QUANTISED = ("nf4", "int8", "fp8")
@@ -83,7 +83,8 @@ def load(
         The transformers model, every parameter frozen, and the tokenizer.
 
     Raises:
-        UserError: an unknown `base` or `compute_dtype`; and see `steep.model.resolve.resolve`.
+        UserError: an unknown `base` or `compute_dtype`, or a weight to be quantised that is not finite; and see
+            `steep.model.resolve.resolve`.
     """
     for field, given, known in (("base", base, BASES), ("compute_dtype", compute_dtype, DTYPES)):
         if given not in ("auto", *known):
@@ -97,9 +98,19 @@ def load(
 
 
 def load_resolved(
-    resolved: ResolvedModel, tokenizer: Any, *, base: str, compute_dtype: str, attn_implementation: str
+    resolved: ResolvedModel,
+    tokenizer: Any,
+    *,
+    base: str,
+    compute_dtype: str,
+    attn_implementation: str,
+    checked: bool = False,
 ) -> Any:
-    """`load` for a model and a tokenizer that were found already."""
+    """`load` for a model and a tokenizer that were found already.
+
+    Args:
+        checked: `check_finite` has read the checkpoint.
+    """
     resolved = as_folder(resolved, tokenizer)
     check_weights_in_safetensors(resolved)
     base = resolve_base(base, resolved)
@@ -107,7 +118,7 @@ def load_resolved(
     if base == "fp8":
         model = _load_fp8(resolved, compute, attn_implementation)
     else:
-        model = _load(resolved, base, compute, attn_implementation)
+        model = _load(resolved, base, compute, attn_implementation, checked)
     model.requires_grad_(False)
     model.config.use_cache = False  # packed documents would see each other through a cache
     return model
@@ -122,7 +133,7 @@ def _load_fp8(resolved: ResolvedModel, compute: torch.dtype, attn_implementation
         return load_fp8(resolved, empty, compute_dtype=compute, attention=chosen, device=device)
 
 
-def _load(resolved: ResolvedModel, base: str, compute: torch.dtype, attn_implementation: str) -> Any:
+def _load(resolved: ResolvedModel, base: str, compute: torch.dtype, attn_implementation: str, checked: bool) -> Any:
     arguments = {
         **resolved.arguments,
         **attention(attn_implementation, resolved.config),
@@ -138,6 +149,8 @@ def _load(resolved: ResolvedModel, base: str, compute: torch.dtype, attn_impleme
     empty = empty_model(resolved, attn_implementation)
     check_4bit_rows(empty, base)
     check_stored(resolved, empty)
+    if base in ("nf4", "int8") and not checked:  # bitsandbytes would make numbers of a NaN; load_fp8 looks as it reads
+        check_finite(resolved)
     with attention_refused(attn_implementation):
         model = AutoModelForCausalLM.from_pretrained(resolved.name, **arguments)
     if resolved.quantization is not None:
