@@ -103,8 +103,8 @@ def planned(work: Work) -> tuple[list[int], Any]:
     assert layer is not None  # on, and an error otherwise
     budget = vram_budget(config.training.vram)
     step = fused_step(
-        config, layer, shape_of(empty, config.adapter), tied=is_tied(empty), base="nf4", compute="bf16", trained="bf16",
-        on_card=budget is not None,
+        config, [layer], shape_of(empty, config.adapter), tied=is_tied(empty), base="nf4", compute="bf16",
+        trained="bf16", on_card=budget is not None,
     )  # fmt: skip
     choices = settle(config, step, budget, None)
     assert choices.levels is not None

@@ -339,7 +339,7 @@ def step_of(config: RunConfig, empty: Any, *, tied: bool = False) -> FusedStep:
     layer, _ = decide(config, empty, None)
     assert layer is not None
     shape = shape_of(empty, config.adapter)
-    return fused_step(config, layer, shape, tied=tied, base="nf4", compute="bf16", trained="bf16", on_card=True)
+    return fused_step(config, [layer], shape, tied=tied, base="nf4", compute="bf16", trained="bf16", on_card=True)
 
 
 @pytest.mark.parametrize("option", AdapterSection.model_fields)

@@ -21,7 +21,8 @@ class FusedStep:
     """A step of the fused forward.
 
     Attributes:
-        layer: one of the model's, on the meta device, with its adapters.
+        layers: those that there are in the model, on the meta device, with their adapters. Which stands where is not
+            counted: each is taken for the one that needs most.
         base, compute, trained, stream: storage of the frozen weights; dtypes of products, of what trains, and of the
             residual stream, which is that of the input embeddings.
         tokens: in one forward.
@@ -33,7 +34,7 @@ class FusedStep:
     """
 
     shape: Shape
-    layer: Layer
+    layers: Sequence[Layer]
     base: str
     compute: str
     trained: str
@@ -90,13 +91,16 @@ class FusedStep:
 
     @cached_property
     def _kept(self) -> list[int]:
-        kept = kept_bytes(self.layer, DTYPES[self.compute], DTYPES[self.stream], self.fp8)
-        return [self.tokens * each for each in kept]
+        kept = [kept_bytes(layer, DTYPES[self.compute], DTYPES[self.stream], self.fp8) for layer in self.layers]
+        return [self.tokens * max(each) for each in zip(*kept, strict=True)]
 
     @cached_property
     def _work(self) -> list[int]:
         compute, stream = DTYPES[self.compute], DTYPES[self.stream]
-        return [work_bytes(self.layer, compute, stream, level, self.tokens, self.fp8) for level in LEVELS]
+        return [
+            max(work_bytes(layer, compute, stream, level, self.tokens, self.fp8) for layer in self.layers)
+            for level in LEVELS
+        ]
 
     # ---- moments of a step
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -92,7 +93,7 @@ def resolve_trained_dtype(config: RunConfig, fused: bool, compute: str, before: 
 
 def fused_step(
     config: RunConfig,
-    layer: Layer,
+    layers: Sequence[Layer],
     shape: Shape,
     *,
     tied: bool,
@@ -105,7 +106,7 @@ def fused_step(
     """The step of a run that is fused, as far as memory follows from it.
 
     Args:
-        layer: of `decide`, its weights as they are kept.
+        layers: of `decide`, their weights as they are kept.
         tied: whether the head is the table of the input embeddings.
         on_card: it is planned for a card.
         fp8: which products are in fp8.
@@ -114,7 +115,7 @@ def fused_step(
     stored = base if base in ("bf16", "fp16", "fp32") else compute
     return FusedStep(
         shape=shape,
-        layer=layer,
+        layers=layers,
         base=base,
         compute=compute,
         trained=trained,

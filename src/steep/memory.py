@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,7 @@ class Shape:
 
     Attributes:
         linear: weights in linear layers, the head not counted.
+        linear_kept: those of them that a checkpoint published in e4m3 has in 16 bits.
         embeddings: values in the embeddings, a tied pair counted once.
         other: every other parameter (norms, biases).
         lora: values in the LoRA adapters that train.
@@ -51,14 +54,24 @@ class Shape:
     intermediate: int
     layers: int
     vocabulary: int
+    linear_kept: int = 0
+
+    def linear_bytes(self, base: str, compute: str) -> int:
+        """Bytes of the linear layers' weights in a base."""
+        kept = self.linear_kept if base == "fp8" else 0
+        return round((self.linear - kept) * BASE_WIDTH[base]) + kept * WIDTH[compute]
 
     @property
     def trained(self) -> int:
         return self.lora + self.trained_embeddings
 
 
-def shape_of(model: Any, adapter: AdapterSection) -> Shape:
-    """Count `model` (it may be on the meta device) and the adapters that it would get."""
+def shape_of(model: Any, adapter: AdapterSection, kept: Collection[str] = ()) -> Shape:
+    """Count `model` (it may be on the meta device) and the adapters that it would get.
+
+    Args:
+        kept: linear layers that an fp8 base has in 16 bits.
+    """
     config = model.config.get_text_config()
     shapes = linear_shapes(model)
     layers = targeted(shapes, adapter.target_modules).values()
@@ -84,6 +97,7 @@ def shape_of(model: Any, adapter: AdapterSection) -> Shape:
         intermediate=getattr(config, "intermediate_size", 4 * config.hidden_size),
         layers=config.num_hidden_layers,
         vocabulary=tables[0].weight.shape[0],
+        linear_kept=sum(math.prod(shapes[name]) for name in kept),
     )
 
 
@@ -92,7 +106,7 @@ def standing(shape: Shape, *, base: str, compute: str, trained: str, optim: str)
     (`steep.model.original_module`); the base is scored with its head in the place of gradients."""
     untrained = shape.embeddings - shape.trained_embeddings + shape.other
     return {
-        "frozen linear weights": round(shape.linear * BASE_WIDTH[base]),
+        "frozen linear weights": shape.linear_bytes(base, compute),
         "frozen embeddings and norms": untrained * WIDTH.get(base, WIDTH[compute]),
         "adapters": (shape.lora + shape.lora_start) * WIDTH[trained],
         "trained embeddings": shape.trained_embeddings * WIDTH[trained],

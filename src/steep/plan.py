@@ -15,10 +15,10 @@ from steep.advice import advice, memory_advice
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
 from steep.errors import UserError
-from steep.fp8_choice import dequantised, in_fp8, resolve_fp8_products
+from steep.fp8_choice import dequantised, in_fp8, kept_in_16_bits, resolve_fp8_products
 from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
 from steep.generation import prompt_ids_of
-from steep.memory import BASE_WIDTH, Shape, shape_of
+from steep.memory import Shape, shape_of
 from steep.model.adapters import check_embeddings, check_rank, check_start
 from steep.model.choices import Choices
 from steep.model.embeddings import is_tied, untie
@@ -147,7 +147,7 @@ class Plan:
             "schedule": self.schedule.describe() if self.schedule else None,
             "memory_bytes": {**self.memory, "total": sum(self.memory.values())},
             "bases": {
-                base: {"bytes": round(shape.linear * BASE_WIDTH[base]), "weight_error": self.weight_errors.get(base)}
+                base: {"bytes": shape.linear_bytes(base, self.compute), "weight_error": self.weight_errors.get(base)}
                 for base in (*QUANTISED, "bf16")
             },
             "host_bytes": self.host,
@@ -241,16 +241,18 @@ def _work_out(
     check_length(config.data.max_length, resolved.config)
     layer, not_fused = decide(config, empty, before)
     trained = resolve_trained_dtype(config, layer is not None, compute, before)
+    layers, linear = None if layer is None else [layer], quantisable(empty)
+    kept = kept_in_16_bits(resolved, linear) if base == "fp8" else set()
     if layer is not None and base == "fp8":
-        layer = in_fp8(layer, blocks=has_blocks(resolved.quantization))
+        layers = in_fp8(layer, linear, kept, blocks=has_blocks(resolved.quantization))
     has_card = budget is not None and torch.cuda.is_available()
-    products = resolve_fp8_products(config, base, compute, before, layer=layer, on_card=has_card, to_train=to_train)
-    if layer is not None and products != "none":
-        stored += dequantised(layer, compute)
+    products = resolve_fp8_products(config, base, compute, before, layers=layers, on_card=has_card, to_train=to_train)
+    if layers is not None and products != "none":
+        stored += dequantised(layers, compute)
     tokenizer = read_tokenizer(resolved)
     data, training = config.data, config.training
     precision = mixed_precision(base, compute, trained)
-    arguments = training_arguments(config, precision, fused=layer is not None, branch=branch is not None)
+    arguments = training_arguments(config, precision, fused=layers is not None, branch=branch is not None)
     if to_train:
         check_login(config.training.report_to)
     check_optimizer(arguments, empty)
@@ -271,7 +273,7 @@ def _work_out(
         tokenizer, sources = vocabulary.tokenizer, [read.source for read in vocabulary.before]
         rows = rows_for(tokenizer, empty.get_input_embeddings().weight.shape[0])
         empty.resize_token_embeddings(rows, mean_resizing=False)
-    shape = shape_of(empty, config.adapter)
+    shape = shape_of(empty, config.adapter, kept)
     for index, prompt in enumerate(config.evaluation.prompts):
         ids = prompt_ids_of(tokenizer, prompt, rows=shape.vocabulary, field=f"evaluation.prompts[{index}]")
         check_length(len(ids), resolved.config, f"evaluation.prompts[{index}]")
@@ -303,10 +305,10 @@ def _work_out(
         _check_warmup(arguments, steps)
     on_card = budget is not None
     step, choices = None, Choices(False, trained)
-    if layer is not None:
+    if layers is not None:
         step = fused_step(
             config,
-            layer,
+            layers,
             shape,
             tied=is_tied(empty),
             base=base,
@@ -349,7 +351,7 @@ def _work_out(
         schedule,
     )
     if to_train:
-        plan.weight_errors = weight_errors(resolved, quantisable(empty))
+        plan.weight_errors = weight_errors(resolved, linear)
     plan.warnings = [
         *stored,
         *memory_advice(memory, budget),
