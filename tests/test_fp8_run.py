@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from steep import fp8_choice, hand_over, result
+from steep import plan as plan_module
 from steep.config import parse_config
 from steep.errors import RunError, UserError
 from steep.evaluation.perplexity import evaluate
 from steep.evaluation.score import scored_otherwise
 from steep.export.gate import Gap, Measured
 from steep.hand_over import export_run
+from steep.model import load
 from steep.model.fp8_linear import Fp8Linear
 from steep.model.install import fused_of
 from steep.model.resolve import read_tokenizer, resolve
@@ -85,9 +87,7 @@ def test_resumed_is_never_stopped(
         return parse_config(given)
 
     train_run(config("whole", products))
-    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
-    shutil.rmtree(tmp_path / "stopped" / "final")
-    shutil.rmtree(tmp_path / "stopped" / "checkpoint-6")
+    stopped(tmp_path / "whole", tmp_path / "stopped")
     assert read(tmp_path / "whole" / "checkpoint-6" / "choices.json")["fp8_products"] == (
         products if fused == "on" else None
     )
@@ -108,6 +108,63 @@ def test_no_other_base_goes_on(finished: Path, llama_folder: Path, korean_corpus
     given["model"]["base"] = "nf4"
     with pytest.raises(UserError, match=r"model\.base"):
         train_run(parse_config(given), resume=True, allow=["model.base"])
+
+
+def stopped(finished: Path, folder: Path) -> Path:
+    """A run that was killed after its third step."""
+    shutil.copytree(finished, folder)
+    for name in ("final", "checkpoint-6"):
+        shutil.rmtree(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("asked", ["auto", "fp8"])
+def test_a_base_that_auto_chose_is_kept(
+    asked: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where `auto` would be another one now, as on another card; and where it is named."""
+
+    def config(base: str, name: str, **training: Any) -> RunConfig:
+        given = config_of(llama_folder, korean_corpus, tmp_path / name, fused="on", **training).model_dump()
+        given["model"]["base"] = base
+        return parse_config(given)
+
+    real = load.resolve_base
+    for module in (load, plan_module, result):
+        monkeypatch.setattr(module, "resolve_base", lambda base, *rest: real("fp8" if base == "auto" else base, *rest))
+    train_run(config("auto", "run"))
+    assert read(tmp_path / "run" / "plan.json")["base"] == "fp8"
+    run = stopped(tmp_path / "run", tmp_path / "stopped")
+    for module in (load, plan_module, result):
+        monkeypatch.setattr(module, "resolve_base", real)  # nf4
+    train_run(config(asked, "stopped"), resume=True)
+    assert read(run / "plan.json")["base"] == "fp8" and not (run / "changes.jsonl").exists()
+    parts = compare(RunFolder(tmp_path / "run"), RunFolder(run))
+    assert [part.difference for part in parts] == [None] * len(parts)
+    score = evaluate_run(tmp_path / "run")[1][0]  # whose run.yaml says auto
+    recorded = [row["loss"] for row in lines(run / "evaluation.jsonl") if row["step"] == 6]
+    assert [score.loss] == pytest.approx(recorded, rel=1e-6)
+    branch = config(asked, "branch", max_steps=1)
+    train_run(branch, branch=tmp_path / "run" / "checkpoint-3")
+    assert read(tmp_path / "branch" / "plan.json")["base"] == "fp8"
+    with pytest.raises(UserError, match=r"model\.base: 'fp8' → 'nf4'.*model\.base cannot change within a run"):
+        train_run(config("nf4", "stopped"), resume=True)
+
+
+def test_a_published_checkpoints_base_may_be_named_or_not(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    model = publish(llama_folder, tmp_path / "published", FINE_GRAINED)
+    for first, then in (("auto", "fp8"), ("fp8", "auto")):
+        configs = [
+            run_file(model, korean_corpus, tmp_path / first, model={"base": base}, evaluation={"prompts": []})
+            for base in (first, then)
+        ]
+        train_run(configs[0])
+        for name in ("final", "checkpoint-6"):
+            shutil.rmtree(tmp_path / first / name)
+        train_run(configs[1], resume=True)
+        assert (tmp_path / first / "final").is_dir()
 
 
 def test_it_is_scored_and_completes_texts(finished: Path) -> None:
@@ -271,9 +328,7 @@ def test_a_published_checkpoint_goes_the_whole_way(llama_folder: Path, korean_co
 def test_scores_of_two_arithmetics_are_not_shown_as_one(
     in_fp8: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = shutil.copytree(in_fp8, tmp_path / "run")
-    for name in ("final", "checkpoint-6"):
-        shutil.rmtree(run / name)
+    run = stopped(in_fp8, tmp_path / "run")
     given = config_of(llama_folder, korean_corpus, run, fused="on").model_dump()
     given["model"] |= {"compute_dtype": "bf16", "fp8_products": "none"}
     terminal, warned = Terminal(quiet=True), list[str]()

@@ -64,7 +64,7 @@ class PlannedBase(TypedDict):
 
 class Plan(TypedDict):
     model: str
-    base: str
+    base: Literal["nf4", "int8", "fp8", "bf16", "fp16", "fp32"]
     compute_dtype: str
     trained_dtype: str
     parameters: Parameters

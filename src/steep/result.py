@@ -29,7 +29,7 @@ from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_fo
 from steep.model.stored_weights import check_finite, check_stored
 from steep.out_of_memory import memory_told
 from steep.plan import Plan, plan_run
-from steep.resume import branch_of, has_other_text, streamed_commits
+from steep.resume import branch_of, has_other_text, streamed_commits, with_chosen_base
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.settings import mixed_precision
@@ -52,7 +52,7 @@ def finished(run_dir: str | Path, *, trust_remote_code: bool = False) -> tuple[R
     if not (folder / "run.yaml").is_file():
         raise UserError("run folder", f"{folder.path} holds no run", "Give the output_dir of a run, such as runs/ko.")
     folder.refuse_links()
-    config = recorded_config(folder / "run.yaml")
+    config = with_chosen_base(recorded_config(folder / "run.yaml"), folder)
     if not folder.final.is_dir():
         raise UserError(
             "run folder",

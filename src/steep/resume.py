@@ -53,6 +53,19 @@ def refuse_no_run(folder: RunFolder) -> None:
     folder.refuse_links("--resume")
 
 
+def with_chosen_base(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """`config` with what `model.base: auto` was for the run of `folder` in its place, whatever it would be here today.
+    As it is where a base is named, or none was chosen yet.
+
+    Raises:
+        UserError: what was recorded is damaged.
+    """
+    plan = _plan_of(folder)
+    if config.model.base != "auto" or plan is None:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"base": plan["base"]})})
+
+
 def accept_changes(folder: RunFolder, config: RunConfig, done: int, allow: Collection[str] = ()) -> list[Change]:
     """Compare the run file with the run's own, before anything is loaded.
 
@@ -68,8 +81,8 @@ def accept_changes(folder: RunFolder, config: RunConfig, done: int, allow: Colle
             run cannot change.
     """
     check_allowed(allow, config)
-    before = recorded_config(folder / "run.yaml", "--resume")
-    found = changes_between(before, config)
+    before = with_chosen_base(recorded_config(folder / "run.yaml", "--resume"), folder)
+    found = changes_between(before, with_chosen_base(config, folder))
     if any(change.field in LENGTHS for change in found):
         found = _with_length(folder, found, before, config, done)
     refused = [change for change in found if not (change.harmless or change.field in allow)]
@@ -256,9 +269,11 @@ def begin_branch(checkpoint: str | Path, config: RunConfig) -> Branch:
             "--branch", f"{parent.path} is not the folder of a run", "Give the checkpoint where its run wrote it."
         )
     parent.refuse_links("--branch")
-    before = recorded_config(parent / "run.yaml", "--branch")
+    before = with_chosen_base(recorded_config(parent / "run.yaml", "--branch"), parent)
     changed = changes_between(
-        before, config, lambda key: key in OWN_OF_A_BRANCH or key.startswith(("data.", "evaluation."))
+        before,
+        with_chosen_base(config, parent),
+        lambda key: key in OWN_OF_A_BRANCH or key.startswith(("data.", "evaluation.")),
     )
     if changed:
         raise UserError(

@@ -39,6 +39,7 @@ from steep.resume import (
     refuse_other_inputs,
     refuse_unlike_parent,
     streamed_commits,
+    with_chosen_base,
 )
 from steep.run_folder import FolderOfAnother, RunFolder, environment
 from steep.schema import RunConfig
@@ -95,6 +96,8 @@ def train_run(
     if allow:
         raise UserError("--allow", "it is of a run that goes on", "Give --resume too, or leave it out.")
     parent = begin_branch(branch, config) if branch is not None else None
+    if parent is not None:
+        config = with_chosen_base(config, RunFolder(Path(parent.checkpoint).parent))
     folder.refuse_data(config.data.sources)  # which nobody should be told to empty
     folder.refuse_contents(branch=parent is not None)
     commits = commits_of_parent(parent, config) if parent is not None else {}
@@ -121,6 +124,7 @@ def _resume(
 ) -> dict[str, Any]:
     folder.clear(resumed=True)
     folder.refuse_damage()
+    config = with_chosen_base(config, folder)
     found = choose(folder.path)
     changes = accept_changes(folder, config, found.step if found else 0, allow)
     parent = branch_of(folder)
