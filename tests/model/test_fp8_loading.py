@@ -17,11 +17,12 @@ from steep.errors import UserError
 from steep.model import fp8_loading
 from steep.model.adapters import add_adapters
 from steep.model.attention import attention
+from steep.model.empty import empty_model
 from steep.model.fp8_linear import Fp8Linear
 from steep.model.fp8_published import expanded_scale
 from steep.model.load import DTYPES, load
 from steep.model.resolve import resolve
-from steep.model.stored_weights import check_finite
+from steep.model.stored_weights import check_finite, check_stored
 from steep.ops.fp8 import fp8_reference, quantise_weight
 from tests.fp8_checkpoints import FINE_GRAINED, IGNORED, compressed, publish
 from tests.ops.closeness import error
@@ -348,3 +349,17 @@ def test_a_scale_of_0_over_codes_of_0_is_a_row_of_zeros(llama_folder: Path, tmp_
     weight = model.model.layers[0].mlp.up_proj.dequantize()
     assert not weight[5].any() and weight[4].any()
     assert bool(model(ids()).logits.isfinite().all())
+
+
+def test_scales_of_activations_that_are_dynamic_are_told_as_unused(llama_folder: Path, tmp_path: Path) -> None:
+    folder = publish(llama_folder, tmp_path / "published", FINE_GRAINED)
+    plain, _ = load(str(folder), compute_dtype="fp32")
+    tensors = load_file(folder / "model.safetensors")
+    layers = [name.removesuffix(".weight_scale_inv") for name in tensors if name.endswith(".weight_scale_inv")]
+    tensors |= {f"{layer}.input_scale": torch.tensor(0.1) for layer in layers}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    resolved = resolve(str(folder))
+    (told,) = check_stored(resolved, empty_model(resolved))
+    assert f".input_scale (and {len(layers) - 1} more), for which its config.json has no place: unused" in told
+    model, _ = load(str(folder), compute_dtype="fp32")
+    assert torch.equal(model(ids()).logits, plain(ids()).logits)
