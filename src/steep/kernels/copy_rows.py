@@ -13,11 +13,10 @@ import triton.language as tl
 
 from steep.kernels import OLDEST_FP8_CARD, variants
 from steep.kernels.compilation import Compilation, triton_type
-from steep.kernels.fp8_rows import Rows, sharing, store_columns
+from steep.kernels.fp8_rows import MAX_COLUMNS, Rows, sharing, store_columns, whole_row
 
 ELEMENTS = 4096  # of a program: 32 a thread
 WARPS = 4
-MAX_COLUMNS = 16384  # of a row that is written in e4m3
 
 
 @cache
@@ -25,14 +24,6 @@ def configuration(columns: int) -> tuple[int, int]:
     """(ROWS_BLOCK, COLUMNS_BLOCK)."""
     block = min(triton.next_power_of_2(columns), ELEMENTS)
     return ELEMENTS // block, block
-
-
-@cache
-def row_configuration(columns: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) for whole rows: 16 elements a thread, so two 16-byte reads of bf16."""
-    assert columns <= MAX_COLUMNS, f"a row of {columns} does not fit in registers"
-    block = triton.next_power_of_2(columns)
-    return block, min(max(block // 512, 1), 32)
 
 
 @triton.jit
@@ -144,7 +135,7 @@ def copy_rows(source: torch.Tensor, target: torch.Tensor) -> None:
 def copy_quantised(source: torch.Tensor, target: torch.Tensor, rows: Rows) -> None:
     """target = source, both [T, n] with rows apart; and in e4m3 into `rows`. A row a program."""
     num_rows, columns = source.shape
-    block, num_warps = row_configuration(columns)
+    block, num_warps = whole_row(columns)
     codes_stride, shared = sharing(rows, block)
     variants.launch(
         copy_quantised_kernel,
@@ -185,7 +176,7 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
     rows |= {"codes": "*fp8e4nv", "code_scale": "*fp32", "factors": "*fp32"}
     rows |= dict.fromkeys(("source_stride", "target_stride", "codes_stride"), "i32")
     for columns, pieces in ((4096, False), (MAX_COLUMNS, True)):
-        block, num_warps = row_configuration(columns)
+        block, num_warps = whole_row(columns)
         constants = {"COLUMNS": columns, "BLOCK": block, "SHARED": 128 if pieces else block}
         found.append(Compilation(copy_quantised_kernel, rows, constants, num_warps, OLDEST_FP8_CARD))
     numbers = ("rows", "columns", "other_columns", "first_stride", "second_stride", "third_stride", "target_stride")

@@ -9,25 +9,13 @@ Either can write its result in e4m3 too, for a product to read: the row is there
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
 from steep.kernels import OLDEST_FP8_CARD, variants
 from steep.kernels.compilation import Compilation, triton_type
-from steep.kernels.fp8_rows import NO_ROWS, Rows, sharing, store_columns
-
-MAX_HIDDEN = 16384
-
-
-@cache  # next_power_of_2 takes 1.5 us of the host, a third of an empty launch
-def configuration(hidden: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) for rows of `hidden` elements: 16 elements a thread, so two 16-byte reads of bf16."""
-    assert hidden <= MAX_HIDDEN, f"a row of {hidden} does not fit in registers"
-    block = triton.next_power_of_2(hidden)
-    return block, min(max(block // 512, 1), 32)
+from steep.kernels.fp8_rows import NO_ROWS, Rows, sharing, store_columns, whole_row
 
 
 @triton.jit
@@ -117,7 +105,7 @@ def forward(
 ) -> None:
     """out = (residual +) norm(x) · weight, all [T, H] with rows that may be apart; and in e4m3 into `rows`."""
     num_tokens, hidden = x.shape
-    block, num_warps = configuration(hidden)
+    block, num_warps = whole_row(hidden)
     residual_stride = 0 if residual is None else residual.stride(0)
     codes_stride, shared = sharing(rows, block)
     variants.launch(
@@ -142,7 +130,7 @@ def backward(
     """out = (add +) the gradient of `forward` by x; and in e4m3 into `rows`. `out` may be `add` or `dy`: a row is read,
     then written."""
     num_tokens, hidden = x.shape
-    block, num_warps = configuration(hidden)
+    block, num_warps = whole_row(hidden)
     add_stride = 0 if add is None else add.stride(0)
     codes_stride, shared = sharing(rows, block)
     variants.launch(
@@ -159,7 +147,7 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
     kind = triton_type(dtype)
     found = []
     for hidden, unit_offset, stream in ((4096, False, kind), (8192, False, "*fp32"), (2560, True, kind)):
-        block, num_warps = configuration(hidden)
+        block, num_warps = whole_row(hidden)
         constants = {"HIDDEN": hidden, "UNIT_OFFSET": unit_offset, "BLOCK": block}
         names = ("x_stride", "residual_stride", "dy_stride", "add_stride", "out_stride", "codes_stride")
         strides = dict.fromkeys(names, "i32")

@@ -71,7 +71,12 @@ class Fp8Group(AdapterGroup):
 
     @cached_property
     def _runs(self) -> list[_Run]:
-        return _runs(self._weights)
+        layout = self._layout
+        lows = [
+            LowPart(rows.start, rows.stop, low.start, low.stop - low.start)
+            for rows, low in zip(layout.rows, layout.lows, strict=True)
+        ]
+        return _runs(self._weights, lows)
 
     @cached_property
     def _scale_in_place(self) -> torch.Tensor | None:
@@ -140,13 +145,9 @@ class Fp8Group(AdapterGroup):
             quantised: x in e4m3, where `quantised_input` said.
         """
         assert quantised is not None, "x in e4m3 is read here"
-        parts = [
-            LowPart(rows.start, rows.stop, low.start, low.stop - low.start)
-            for rows, low in zip(self._layout.rows, self._layout.lows, strict=True)
-        ]
         scale, bias = self._scale(), self._bias()
         for run in self._runs:
-            of_run, rows = parts[run.members], run.rows
+            rows = run.rows
             fp8_product(
                 quantised,
                 run.codes,
@@ -154,7 +155,7 @@ class Fp8Group(AdapterGroup):
                 out[:, rows],
                 low=xe,
                 b=buffer.b[rows],
-                parts=[part._replace(start=part.start - rows.start, stop=part.stop - rows.start) for part in of_run],
+                parts=run.parts,
                 bias=None if bias is None else bias[rows],
                 add=None if add is None else add[:, rows],
             )
@@ -210,18 +211,22 @@ class _Run:
 
     Attributes:
         codes: e4m3 [rows of all, in_features].
-        members: which projections they are.
         rows: of the group's outputs.
         scales: rows of the group's scales.
+        parts: where the adapters of each stand, counted from the first of `rows`.
     """
 
     codes: torch.Tensor
-    members: slice
     rows: slice
     scales: slice
+    parts: list[LowPart]
 
 
-def _runs(weights: Sequence[Fp8Weight]) -> list[_Run]:
+def _runs(weights: Sequence[Fp8Weight], lows: Sequence[LowPart]) -> list[_Run]:
+    """
+    Args:
+        lows: where the adapters of each stand, counted from the group's first row.
+    """
     neighbours = enumerate(pairwise([weight.codes for weight in weights]), 1)
     first = [0, *(at for at, pair in neighbours if as_one(pair) is None)]
     runs: list[_Run] = []
@@ -231,7 +236,8 @@ def _runs(weights: Sequence[Fp8Weight]) -> list[_Run]:
         num_scales = sum(weight.scale.shape[0] for weight in weights[start:stop])
         whole = as_one([weight.codes for weight in weights[start:stop]])
         assert whole is not None
-        runs.append(_Run(whole, slice(start, stop), slice(rows, rows + height), slice(scales, scales + num_scales)))
+        parts = [low._replace(start=low.start - rows, stop=low.stop - rows) for low in lows[start:stop]]
+        runs.append(_Run(whole, slice(rows, rows + height), slice(scales, scales + num_scales), parts))
         rows, scales = rows + height, scales + num_scales
     return runs
 
