@@ -15,13 +15,14 @@ from steep.evaluation.score import DomainScore, scored_otherwise
 from steep.export.adapter import write_adapter
 from steep.export.adapter_weights import AdapterWeights
 from steep.export.base_weights import Kind
-from steep.export.card import CONVERTER_NOTE, Gated, Story, adapter_notes, describe_base, original_name, write_card
+from steep.export.card import CONVERTER_NOTE, adapter_notes, original_name, write_card
 from steep.export.gate import BITS_LIMIT, Gap, Measured, compare, free_memory, measure, measure_folder
 from steep.export.gguf import check_convertible, write_gguf
 from steep.export.gguf_check import GgufJudge
 from steep.export.gguf_tokenizer import is_misread_by_converter
 from steep.export.merged import Merger
 from steep.export.push import check_push, push
+from steep.export.story import Gated, Story, describe_base
 from steep.export.weight_check import wrong_weight
 from steep.model.attention import attention
 from steep.model.install import fused_of

@@ -12,8 +12,9 @@ from huggingface_hub import ModelCard
 
 from steep.evaluation.score import DomainScore
 from steep.export.base_weights import Kind
-from steep.export.card import Base, Gated, Story, describe_base, write_card
+from steep.export.card import write_card
 from steep.export.gate import Measured, compare
+from steep.export.story import Base, Gated, Story, describe_base
 from steep.model.resolve import resolve
 from tests.tiny import save_tiny
 
@@ -146,7 +147,7 @@ def test_a_loftq_adapter_opens_over_e4m3_as_steep_has_it(
     base: str, start: bool | str, stored_by: str | None, by_steep: bool, tmp_path: Path
 ) -> None:
     told = story(init_lora_weights=start)
-    told.plan["base"] = base
+    told = replace(told, plan={**told.plan, "base": base})
     text = card(tmp_path, replace(HUB, stored_by=stored_by), "adapter", told=told).text
     line = 'base, _ = steep.load("mistralai/Mistral-7B-v0.3", base="fp8", compute_dtype="bf16", revision="main")'
     assert (line in text) is ("holds the correction of what e4m3 lost" in text) is by_steep

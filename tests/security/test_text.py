@@ -17,7 +17,8 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt  # rich brings it
 
 from steep.export import markdown
-from steep.export.card import Base, write_card
+from steep.export.card import write_card
+from steep.export.story import Base
 from steep.opening import readme
 from steep.report.page import page_data, plot_library, render_page
 from steep.report.read import read_runs
