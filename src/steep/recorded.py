@@ -64,7 +64,7 @@ class PlannedBase(TypedDict):
 
 class Plan(TypedDict):
     model: str
-    base: Literal["nf4", "int8", "fp8", "bf16", "fp16", "fp32"]
+    base: str
     compute_dtype: str
     trained_dtype: str
     parameters: Parameters

@@ -26,6 +26,7 @@ from steep.changes import (
 from steep.config import recorded_config
 from steep.errors import UserError
 from steep.model.adapter_start import START
+from steep.model.load import BASES
 from steep.plan import Plan
 from steep.run_folder import RunFolder, environment
 from steep.schema import RunConfig
@@ -55,13 +56,13 @@ def refuse_no_run(folder: RunFolder) -> None:
 
 def with_chosen_base(config: RunConfig, folder: RunFolder) -> RunConfig:
     """`config` with what `model.base: auto` was for the run of `folder` in its place, whatever it would be here today.
-    As it is where a base is named, or none was chosen yet.
+    As it is where a base is named, or none was chosen yet that is known here.
 
     Raises:
         UserError: what was recorded is damaged.
     """
     plan = _plan_of(folder)
-    if config.model.base != "auto" or plan is None:
+    if config.model.base != "auto" or plan is None or plan["base"] not in BASES:
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"base": plan["base"]})})
 

@@ -221,7 +221,9 @@ def test_an_exotic_place_in_the_readme_of_a_result(
 def test_a_base_with_a_hostile_name_in_the_readme_of_a_result() -> None:
     name = "a/b\nlicense: evil\n---\n<script>"
     plan: Any = SimpleNamespace(
-        config=SimpleNamespace(model=SimpleNamespace(revision='main"); import os; ("')),
+        config=SimpleNamespace(
+            model=SimpleNamespace(revision='main"); import os; ("'), adapter=SimpleNamespace(init_lora_weights=True)
+        ),
         base="fp32",
         compute="fp32",
         resolved=SimpleNamespace(
