@@ -24,7 +24,7 @@ from steep.errors import UserError
 from steep.fused_memory import FusedStep
 from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
 from steep.hand_over import export_run
-from steep.memory import WORKSPACES, shape_of
+from steep.memory import WORKSPACES, memory_by_item, shape_of
 from steep.model import decoder, install, machine
 from steep.model.choices import Choices
 from steep.model.embeddings import is_tied
@@ -442,6 +442,47 @@ def test_gradients_are_always_there_where_several_processes_train(
     (table, *_), (of_one, *_) = step._at_the_update(), alone._at_the_update()
     assert table["gradients"] == of_all + of_head
     assert of_one["gradients"] == (of_all if accumulation == 1 else 2 * (of_all + of_head))
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["embed_tokens"], ["lm_head"], []])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_updates_inside_backward_need_few_gradients(tied: bool, saved: list[str]) -> None:
+    """A tied head's gradient waits for its table's, any other is gone before the layers; a layer's own are there."""
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    empty = empty_llama(vocab_size=128_256, num_hidden_layers=8, tie_word_embeddings=tied, **large)
+    trained = {"modules_to_save": ["embed_tokens", "lm_head"] if tied and saved else saved}
+    lean = {"optimizer_in_backward": True, "max_grad_norm": 0}
+    step, whole = (step_of(config_of(adapter=trained, training=training), empty, tied=tied) for training in (lean, {}))
+    assert step.shape.tied == tied and step.in_backward and not whole.in_backward
+    of_table, of_layer, levels = 2 * 128_256 * 4096, 2 * step.shape.lora // 8, [0] * 8
+    of_head = of_table if "lm_head" in trained["modules_to_save"] else 0
+    waits = of_head if tied else 0
+    assert step._at_the_loss(levels, "tokens")["gradients"] == of_head
+    assert {items["gradients"] for items in step._in_layers(levels)} == {waits + of_layer}
+    (last,) = step._at_the_update()
+    assert last["gradients"] == waits + (of_table if "embed_tokens" in trained["modules_to_save"] else 0)
+    for state, at_the_end in zip(step._in_layers(levels), whole._in_layers(levels), strict=True):
+        assert state["activations"] == at_the_end["activations"] and state["gradients"] <= at_the_end["gradients"]
+    for level in range(4):
+        lean_peak, peak = (sum(each.by_item([level] * 8, "vocabulary").values()) for each in (step, whole))
+        assert lean_peak <= peak
+    budget = sum(whole.by_item([2] * 8, "vocabulary").values())
+    assert sum(step.choose(budget)[0]) <= sum(whole.choose(budget)[0])
+
+
+def test_the_library_too_needs_few_gradients() -> None:
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    for tied in (False, True):
+        empty = empty_llama(vocab_size=128_256, num_hidden_layers=8, tie_word_embeddings=tied, **large)
+        shape = shape_of(empty, config_of().adapter)
+        how: dict[str, Any] = {"base": "nf4", "compute": "bf16", "trained": "bf16", "optim": "adamw_8bit"}
+        how |= {"checkpointing": True, "accumulates": False, "on_card": True}
+        whole, lean = (memory_by_item(shape, tokens=64, **how, in_backward=each) for each in (False, True))
+        of_table = 2 * 128_256 * 4096
+        assert whole["gradients"] == 2 * shape.trained and lean["gradients"] == of_table * (2 if tied else 1)
+        assert {name for name in lean if lean[name] != whole[name]} <= {"gradients", "activations"}
+        whole, lean = (memory_by_item(shape, tokens=65_536, **how, in_backward=each) for each in (False, True))
+        assert lean["gradients"] <= whole["gradients"] and sum(lean.values()) <= sum(whole.values())
 
 
 @pytest.mark.parametrize("asked", [None, True, False])

@@ -26,7 +26,7 @@ HARMLESS = {
         "logging_first_step", "logging_strategy", "eval_steps", "eval_strategy", "eval_delay", "report_to", "run_name",
         "project", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "log_level",
         "max_nonfinite_steps", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
-        "dataloader_multiprocessing_context", "torch_empty_cache_steps",
+        "dataloader_multiprocessing_context", "torch_empty_cache_steps", "optimizer_in_backward",
     )),
 }  # fmt: skip
 

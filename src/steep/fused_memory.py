@@ -27,6 +27,7 @@ class FusedStep:
             residual stream, which is that of the input embeddings.
         tokens: in one forward.
         accumulates: several micro-batches make a step, so that gradients are there while the next one is computed.
+        in_backward: a gradient is gone as soon as it is whole (`optimizer_in_backward`).
         processes: that train together. With several the gradients are always there: DDP's buckets hold them.
         trains_head: whether the head has a gradient.
         on_card: it is planned for a card.
@@ -42,6 +43,7 @@ class FusedStep:
     optim: str
     tokens: int
     accumulates: bool
+    in_backward: bool
     processes: int
     trains_head: bool
     on_card: bool
@@ -113,15 +115,22 @@ class FusedStep:
         for index in moments(levels):
             kept = sum(self._kept[level] for level in levels[: index + 1])
             done = self._of_head + of_layer * (len(levels) - index)
+            if self.in_backward:
+                done = self._of_waiting_head + of_layer
             gradients = self._gradients_before if self._gradients_stay else done  # else added to those that are there
             yield _items(kept, self._work[levels[index]], 0, gradients)
 
     def _at_the_update(self) -> tuple[dict[str, int], ...]:
+        scratch = update_scratch(self.optim, self.trained, self.on_card)
+        if self.in_backward:
+            waiting = self._of_waiting_head
+            last = self.shape.trained_embeddings * self.gradient_width - (self._of_head - waiting)  # the table's
+            return (_items(0, 0, 0, waiting + last + scratch),)
         gradients = self.shape.trained * self.gradient_width
-        of_table = self.shape.vocabulary * self.shape.hidden * self.gradient_width if self._gradients_stay else 0
+        of_table = self.shape.table * self.gradient_width if self._gradients_stay else 0
         return (
             _items(0, 0, 0, gradients + (of_table if self.shape.trained_embeddings else 0)),
-            _items(0, 0, 0, gradients + update_scratch(self.optim, self.trained, self.on_card)),
+            _items(0, 0, 0, gradients + scratch),
         )
 
     @property
@@ -130,7 +139,12 @@ class FusedStep:
 
     @property
     def _of_head(self) -> int:
-        return self.shape.vocabulary * self.shape.hidden * self.gradient_width if self.trains_head else 0
+        return self.shape.table * self.gradient_width if self.trains_head else 0
+
+    @property
+    def _of_waiting_head(self) -> int:
+        """The gradient of a tied head, which is whole with that of its table."""
+        return self._of_head if self.shape.tied else 0
 
     def _loss(self, way: Way) -> int:
         shape, gradient = self.shape, self.gradient_width if self.trains_head else 0

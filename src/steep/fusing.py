@@ -123,6 +123,7 @@ def fused_step(
         optim=training.optim,
         tokens=training.per_device_train_batch_size * config.data.max_length,
         accumulates=training.gradient_accumulation_steps > 1,
+        in_backward=training.optimizer_in_backward,
         processes=ranks.world_size(),
         trains_head="lm_head" in saved or (tied and bool(saved)),
         on_card=on_card,

@@ -65,6 +65,16 @@ class Shape:
     def trained(self) -> int:
         return self.lora + self.trained_embeddings
 
+    @property
+    def table(self) -> int:
+        """Values in one of the embeddings."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the table of the input embeddings."""
+        return self.embeddings == self.table
+
 
 def shape_of(model: Any, adapter: AdapterSection, kept: Collection[str] = ()) -> Shape:
     """Count `model` (it may be on the meta device) and the adapters that it would get.
@@ -131,6 +141,7 @@ def memory_by_item(
     checkpointing: bool,
     accumulates: bool,
     on_card: bool,
+    in_backward: bool = False,
 ) -> dict[str, int]:
     """Bytes by item at the peak of a step over `tokens` tokens in one forward of the library's.
 
@@ -141,6 +152,7 @@ def memory_by_item(
     Args:
         accumulates: gradients are there while the next loss is computed, as where several micro-batches make a step.
         on_card: it is planned for a card.
+        in_backward: a gradient is gone as soon as it is whole (`optimizer_in_backward`).
     """
     stream = WIDTH[trained]
     inside = tokens * (8 * shape.hidden * stream + 5 * shape.intermediate * WIDTH[compute])
@@ -154,5 +166,13 @@ def memory_by_item(
         "logits and loss": whole_logits_bytes(tokens, shape.vocabulary),
         "gradients": gradients if accumulates else 0,
     }
-    at_the_end = {"activations": inside, "logits and loss": 0, "gradients": gradients + scratch}
-    return {**fixed, **max(at_the_loss, at_the_end, key=lambda items: sum(items.values()))}
+    states = [at_the_loss]
+    if in_backward:
+        of_table = shape.table * WIDTH[trained] if shape.trained_embeddings else 0
+        of_layer = shape.lora * WIDTH[trained] // shape.layers
+        waits = of_table if shape.tied else 0  # the head's, for that of the same table
+        for activations, there in ((kept, of_table), (inside, waits + of_layer), (0, waits + of_table)):
+            states.append({"activations": activations, "logits and loss": 0, "gradients": there + scratch})
+    else:
+        states.append({"activations": inside, "logits and loss": 0, "gradients": gradients + scratch})
+    return {**fixed, **max(states, key=lambda items: sum(items.values()))}

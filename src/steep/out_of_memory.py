@@ -41,7 +41,8 @@ def memory_told(plan: Plan | None, *, loading: bool = False) -> Iterator[None]:
             said = f"{human_bytes(sum(plan.memory.values()))} were planned for a step, and "
             remedy = f"Lower, in this order: {', '.join(what_to_lower(plan, loading=loading))}"
             remedy += "" if loading else ". The last checkpoint is as it was"
-        raise RunError(f"{place} memory ran out: {said}{_there_was(place)}. {remedy}") from error
+        notes = "".join(f". {note}" for note in getattr(error, "__notes__", ()))
+        raise RunError(f"{place} memory ran out: {said}{_there_was(place)}. {remedy}{notes}") from error
 
 
 def what_to_lower(plan: Plan, *, loading: bool = False) -> list[str]:

@@ -208,6 +208,12 @@ class TrainingSection(BaseModel):
     weight_decay: Number = Field(0.0, ge=0, description="AdamW's weight decay; never on norms and biases.")
     max_grad_norm: Number = Field(1.0, ge=0, description="Clip the global gradient norm here; 0: never.")
     optim: str = Field("adamw_8bit", description="adamw_8bit, adamw_torch or any other of transformers.")
+    optimizer_in_backward: bool = Field(
+        False,
+        description="Update each tensor within the backward pass, as soon as its gradient is whole, and free that: a "
+        "step never holds all gradients. Exact, so only with max_grad_norm: 0, gradient_accumulation_steps: 1, "
+        "adamw_8bit, one process. The first NaN or infinite step ends the run at its last checkpoint.",
+    )
     gradient_checkpointing: bool | None = Field(
         None,
         description="Recompute activations in the backward pass: much less memory; default: on a GPU. In a fused run: "

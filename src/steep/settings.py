@@ -16,6 +16,7 @@ from steep.model.load import DTYPES
 from steep.schema import RunConfig
 from steep.trackers import check_trackers
 from steep.training.arguments import TrainingArguments
+from steep.training.in_backward import check_in_backward
 from steep.training.schedules import check_schedule
 from steep.training.trainer import Trainer
 
@@ -125,6 +126,7 @@ def training_arguments(
         remedy = "See transformers.TrainingArguments for what the field takes."
         raise UserError("training", f"transformers refuses it: {reason}", remedy) from error
     check_schedule(arguments, branch=branch, section="training.")
+    check_in_backward(arguments, section="training.")
     _check_rates(config)
     if arguments.dataloader_multiprocessing_context and not arguments.dataloader_num_workers:
         raise UserError(

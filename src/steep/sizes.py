@@ -43,6 +43,7 @@ def memory_of(
         checkpointing=uses_checkpointing(config),
         accumulates=training.gradient_accumulation_steps > 1 or ranks.world_size() > 1,  # in DDP's buckets
         on_card=on_card,
+        in_backward=training.optimizer_in_backward,
     )
     return of_step | of_libraries
 

@@ -65,6 +65,7 @@ def accounts(ledger: Mapping[str, Any], unit: str) -> list[Account]:
 
 OUTCOMES = {
     "refused": "not applied",
+    "ended": "the run ended",
     "warn": "applied",
     "recurs": "applied, as a kind of text",
     "skip": "not applied",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes import functional
@@ -38,15 +38,21 @@ def stochastic_round_(target: torch.Tensor, values: torch.Tensor, generator: tor
     target.view(torch.int16).copy_(bits.view(torch.int16)[1::2])
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """A parameter that has a gradient, its state, and its place: group, number in the group, number in all groups."""
+class _Place(NamedTuple):
+    """Of a parameter: its group, its number in the group, and that in all groups."""
 
-    parameter: torch.Tensor
-    state: dict[str, Any]
     gindex: int
     pindex: int
     index: int
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A parameter that has a gradient, its state and its place."""
+
+    parameter: torch.Tensor
+    state: dict[str, Any]
+    place: _Place
 
     @property
     def gradient(self) -> torch.Tensor:
@@ -65,6 +71,7 @@ class _Piece:
         step: updates of this parameter, this one included.
         state: the whole parameter's, for its code tables.
         config: bitsandbytes' settings of this parameter.
+        noise: of the rounding, drawn from piece to piece of this parameter.
     """
 
     weights: torch.Tensor
@@ -73,6 +80,7 @@ class _Piece:
     step: int
     state: dict[str, Any]
     config: dict[str, Any]
+    noise: torch.Generator
 
     def joins(self, other: _Piece) -> bool:
         """Whether `other` can follow this one in a single update: same settings, same kind, whole blocks so far.
@@ -117,12 +125,11 @@ def _gradients(optimizer: AdamW8bit) -> list[torch.Tensor | None]:
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """A step up to its launches: the slots that the kernel updates, by group those that bitsandbytes does."""
+class _Work:
+    """An update up to its launches: the slots that the kernel updates, by group those that bitsandbytes does."""
 
-    depends_on: _Dependencies
     slots: list[_Slot]
-    others: list[tuple[int, list[_Slot]]]
+    others: dict[int, list[_Slot]]
     launches: dict[torch.device, list[Launch]]
 
 
@@ -130,8 +137,8 @@ class AdamW8bit(AdamW):
     """bitsandbytes' AdamW with 8-bit states; bf16 parameters are updated in fp32 and rounded stochastically.
 
     fp32 parameters are updated as bitsandbytes does, and fp16 ones by bitsandbytes. The rounding noise is keyed by
-    (seed, step, tensor) on a GPU, and drawn from a generator seeded by (seed, step, group) on a CPU: a resumed run
-    draws what an uninterrupted one would have drawn.
+    (seed, step, tensor), on a CPU too: a resumed run draws what an uninterrupted one would have drawn, and the order
+    of tensors is of no matter.
 
     Args:
         params: parameters or groups, as for every optimizer.
@@ -148,13 +155,21 @@ class AdamW8bit(AdamW):
         super().__init__(params, **{**kwargs, "optim_bits": 8})
         self.seed = seed
         self.gradient_factor: torch.Tensor | None = None
-        self._prepared: _Prepared | None = None
+        self._prepared: tuple[_Dependencies, _Work] | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._places: dict[torch.Tensor, _Place] = {}
+        for gindex, group in enumerate(self.param_groups):
+            for pindex, parameter in enumerate(group["params"]):
+                self._places[parameter] = _Place(gindex, pindex, len(self._places))
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Work out the next `step` as far as the host has to, while the GPU still computes the gradients that there are
         now. A step over other gradients, or at other rates, works it out anew."""
-        self._prepared = self._ready()
+        work = self._worked_out(self._places)  # which may move a parameter
+        self._prepared = _Dependencies(self), work
 
     def forget_prepared(self) -> None:
         """Let go of a step that was prepared and is not taken, and of the gradients that it holds."""
@@ -172,73 +187,70 @@ class AdamW8bit(AdamW):
             with torch.enable_grad():
                 loss = closure()
         factor, self.gradient_factor = self.gradient_factor, None
-        ready, self._prepared = self._prepared, None
-        if ready is None or not ready.depends_on.hold(self):
-            ready = self._ready()
-        for gindex, group in ready.others:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0].hold(self):
+            self._apply(prepared[1], factor)
+        else:
+            self._apply(self._worked_out(self._places), factor)
+        return loss
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[torch.Tensor]) -> None:
+        """The update of these tensors alone, of those that have a gradient: to the bit as `step` makes it among all."""
+        self._apply(self._worked_out(parameters), None)
+
+    def _apply(self, work: _Work, factor: torch.Tensor | None) -> None:
+        for gindex, slots in work.others.items():
             if factor is not None:
-                for slot in group:
+                for slot in slots:
                     slot.gradient.mul_(factor.to(slot.parameter.device))
-            self._step_by_bitsandbytes(gindex, group)
-        for slot in ready.slots:
+            self._step_by_bitsandbytes(gindex, slots)
+        for slot in work.slots:
             slot.state["step"] += 1
-        for device, launches_there in ready.launches.items():
+        for device, launches_there in work.launches.items():
             on_device = None if factor is None else factor.to(device, torch.float32).view(1)
             for launch in launches_there:
                 launch.run(on_device)
-        return loss
 
-    def _ready(self) -> _Prepared:
+    def _worked_out(self, parameters: Iterable[torch.Tensor]) -> _Work:
         if not self.initialized:
             self.check_overrides()
             self.to_gpu()
             self.initialized = True
-        slots, others = self._divided()
-        by_device: dict[torch.device, list[_Slot]] = {}
-        for slot in slots:
-            by_device.setdefault(slot.parameter.device, []).append(slot)
-        launches_by_device = {device: self._launches(members) for device, members in by_device.items()}
-        return _Prepared(_Dependencies(self), slots, others, launches_by_device)
-
-    def _divided(self) -> tuple[list[_Slot], list[tuple[int, list[_Slot]]]]:
-        """What the kernel updates, and by group what bitsandbytes does."""
         by_kernel: list[_Slot] = []
-        others: list[tuple[int, list[_Slot]]] = []
-        for gindex, slots in enumerate(self._slots()):
-            rest: list[_Slot] = []
-            for slot in slots:
-                fit = uses_kernels(slot.parameter) and slot.parameter.dtype in (torch.bfloat16, torch.float32)
-                (by_kernel if fit else rest).append(slot)
-            others.append((gindex, rest))
-        return by_kernel, others
+        others: dict[int, list[_Slot]] = {}
+        by_device: dict[torch.device, list[_Slot]] = {}
+        for slot in self._slots(parameters):
+            if uses_kernels(slot.parameter) and slot.parameter.dtype in (torch.bfloat16, torch.float32):
+                by_kernel.append(slot)
+                by_device.setdefault(slot.parameter.device, []).append(slot)
+            else:
+                others.setdefault(slot.place.gindex, []).append(slot)
+        return _Work(by_kernel, others, {device: self._launches(slots) for device, slots in by_device.items()})
 
-    def _slots(self) -> Iterator[list[_Slot]]:
-        """Of each group the parameters that have a gradient, with their states."""
-        first = 0
-        for gindex, group in enumerate(self.param_groups):
-            slots: list[_Slot] = []
-            for pindex, parameter in enumerate(group["params"]):
-                if parameter.grad is None:
-                    continue
-                if len(self.state[parameter]) == 0:
-                    parameter.data = parameter.data.contiguous()  # the states take its strides
-                    self.init_state(group, parameter, gindex, pindex)
-                slots.append(_Slot(parameter, self.state[parameter], gindex, pindex, first + pindex))
-            first += len(group["params"])
-            yield slots
+    def _slots(self, parameters: Iterable[torch.Tensor]) -> Iterator[_Slot]:
+        """Those that have a gradient, with their states."""
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            place = self._places[parameter]
+            if len(self.state[parameter]) == 0:
+                parameter.data = parameter.data.contiguous()  # the states take its strides
+                self.init_state(self.param_groups[place.gindex], parameter, place.gindex, place.pindex)
+            yield _Slot(parameter, self.state[parameter], place)
 
     def _launches(self, slots: list[_Slot]) -> list[Launch]:
         """The next update of tensors of one device."""
         updates: list[Update] = []
         for slot in slots:
-            state, config = slot.state, self.get_config(slot.gindex, slot.pindex, self.param_groups[slot.gindex])
+            state, config = slot.state, self._config(slot.place)
             step, coded = state["step"] + 1, state["state1"].dtype == torch.uint8
             updates.append(
                 Update(
                     slot.parameter, slot.gradient.contiguous(), (state["state1"], state["state2"]),
                     (state["absmax1"], state["absmax2"]) if coded else None,
                     step, config["lr"], tuple(config["betas"][:2]), config["eps"], config["weight_decay"],
-                    noise_key(self.seed, step, slot.index),
+                    noise_key(self.seed, step, slot.place.index),
                 )
             )  # fmt: skip
         device = slots[0].parameter.device
@@ -246,29 +258,30 @@ class AdamW8bit(AdamW):
             self.name2qmap[name] = self.name2qmap[name].to(device)
         return launches(updates, (self.name2qmap["dynamic"], self.name2qmap["udynamic"]))
 
+    def _config(self, place: _Place) -> dict[str, Any]:
+        return self.get_config(place.gindex, place.pindex, self.param_groups[place.gindex])
+
     def _step_by_bitsandbytes(self, gindex: int, slots: list[_Slot]) -> None:
         """Update tensors of one group. Many small bf16 tensors share one update."""
-        generators: dict[tuple[torch.device, int], torch.Generator] = {}
         # One batch after the other: the device works on it while the next one's pieces are cut.
         for batch in _batches(self._pieces(gindex, slots)):
-            key = batch[0].weights.device, batch[0].step
-            if key not in generators:
-                noise_seed = hash((self.seed, key[1], gindex)) & (2**63 - 1)
-                generators[key] = torch.Generator(key[0]).manual_seed(noise_seed)
-            _update(batch, generators[key])
+            _update(batch)
 
     def _pieces(self, gindex: int, slots: list[_Slot]) -> Iterator[_Piece]:
         """The bf16 tensors of a group in pieces; those of other dtypes are updated on the way, as bitsandbytes does."""
-        group = self.param_groups[gindex]
         for slot in slots:
             if slot.parameter.dtype != torch.bfloat16:
-                self.update_step(group, slot.parameter, gindex, slot.pindex)
+                self.update_step(self.param_groups[gindex], slot.parameter, gindex, slot.place.pindex)
                 continue
             slot.state["step"] += 1
-            yield from _cut(slot.parameter, slot.state, self.get_config(gindex, slot.pindex, group))
+            noise = torch.Generator(slot.parameter.device)
+            noise.manual_seed(noise_key(self.seed, slot.state["step"], slot.place.index))
+            yield from _cut(slot.parameter, slot.state, self._config(slot.place), noise)
 
 
-def _cut(parameter: torch.Tensor, state: dict[str, Any], config: dict[str, Any]) -> Iterator[_Piece]:
+def _cut(
+    parameter: torch.Tensor, state: dict[str, Any], config: dict[str, Any], noise: torch.Generator
+) -> Iterator[_Piece]:
     """A parameter in pieces of at most SLICE elements. SLICE is a multiple of BLOCK, so scales divide evenly."""
     assert parameter.grad is not None
     weights, gradient = parameter.detach().view(-1), parameter.grad.contiguous().view(-1)
@@ -278,7 +291,7 @@ def _cut(parameter: torch.Tensor, state: dict[str, Any], config: dict[str, Any])
         blocks = slice(start // BLOCK, -(-stop // BLOCK))
         moments = [state[name].view(-1)[start:stop] for name in ("state1", "state2")]
         moments += [scale[blocks] for scale in scales]
-        yield _Piece(weights[start:stop], gradient[start:stop], moments, state["step"], state, config)
+        yield _Piece(weights[start:stop], gradient[start:stop], moments, state["step"], state, config, noise)
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
@@ -295,12 +308,12 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _update(pieces: list[_Piece], generator: torch.Generator) -> None:
+def _update(pieces: list[_Piece]) -> None:
     """bitsandbytes' update of all `pieces` as one tensor, rounded stochastically into their weights."""
-    weights = _joined([piece.weights for piece in pieces])
+    values = _joined([piece.weights for piece in pieces]).float()
     gradient = _joined([piece.gradient for piece in pieces]).float()
     moments = [_joined(list(parts)) for parts in zip(*(piece.moments for piece in pieces), strict=True)]
-    values, step, state, config = weights.float(), pieces[0].step, pieces[0].state, pieces[0].config
+    step, state, config = pieces[0].step, pieces[0].state, pieces[0].config
     (beta1, beta2), eps, lr, decay = config["betas"], config["eps"], config["lr"], config["weight_decay"]
     if len(moments) == 2:
         functional.optimizer_update_32bit(
@@ -311,13 +324,10 @@ def _update(pieces: list[_Piece], generator: torch.Generator) -> None:
             "adam", gradient, values, moments[0], moments[1], beta1, beta2, 0.0, 0.0, eps, step, lr,
             state["qmap1"], state["qmap2"], moments[2], moments[3], weight_decay=decay,
         )  # fmt: skip
-    stochastic_round_(weights, values, generator)
-    if len(pieces) > 1:  # a single piece was updated in place
-        for joined, parts in zip(
-            (weights, *moments),
-            ([p.weights for p in pieces], *zip(*(p.moments for p in pieces), strict=True)),
-            strict=True,
-        ):
+    for piece, part in zip(pieces, values.split([len(piece.weights) for piece in pieces]), strict=True):
+        stochastic_round_(piece.weights, part, piece.noise)
+    if len(pieces) > 1:  # the moments of a single piece were updated in place
+        for joined, parts in zip(moments, zip(*(piece.moments for piece in pieces), strict=True), strict=True):
             torch._foreach_copy_(list(parts), list(joined.split([len(part) for part in parts])))
 
 

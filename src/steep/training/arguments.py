@@ -31,6 +31,8 @@ class TrainingArguments(transformers.TrainingArguments):
             all; default: 0.2), and how: "1-sqrt" (default), "linear" or "cosine".
         cooldown_steps, stable_lr_rate: in so many steps after the warm-up (below 1: their share) constant_with_warmup
             and warmup_stable_decay fall from the peak rates to this share of them, and stay there.
+        optimizer_in_backward: update each tensor as soon as its gradient is whole, and free the gradient: to the bit
+            the update at the end of a step without clipping, in less memory. See `steep.training.in_backward`.
         deterministic: on a GPU, train with kernels only that give the same bits each time, so that a resumed run ends
             in those of one never stopped; slower. Sets the variable CUBLAS_WORKSPACE_CONFIG, which stays.
         eval_stride: new tokens that each window of a long held-out document scores; default: half a row.
@@ -57,6 +59,7 @@ class TrainingArguments(transformers.TrainingArguments):
     decay_steps: float | None = field(default=None)
     decay_type: str | None = field(default=None)
     max_nonfinite_steps: int = field(default=3)
+    optimizer_in_backward: bool = field(default=False)
     deterministic: bool = field(default=False)
     spike_action: str = field(default="warn")
     spike_threshold: float = field(default=6.0)

@@ -7,7 +7,7 @@ not finite (a step that has one is not applied), and the proof that every traine
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,30 @@ class GradientReport:
         return [name for name, norm in zip(self.names, self.norms.tolist(), strict=True) if not math.isfinite(norm)]
 
 
+def norms_of(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """L2 norm of each, one fp32 on its device: in the own dtype the sum of squares of a bf16 tensor would be rounded to
+    8 bits."""
+    return list(torch._foreach_norm(gradients, 2, dtype=torch.float32))  # pyright: ignore[reportCallIssue]
+
+
+def all_norms(of_each: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`norms_of` all gradients and last their global norm, fp64 [len(of_each) + 1], on their device."""
+    each = torch.stack(list(of_each)).double()
+    return torch.cat([each, torch.linalg.vector_norm(each)[None]])
+
+
+def read_norms(parameters: Mapping[str, nn.Parameter], there: Sequence[str], norms: torch.Tensor) -> GradientReport:
+    """The report on the gradients of `parameters`: one transfer to the host.
+
+    Args:
+        there: names of those that have one.
+        norms: their `all_norms`.
+    """
+    *known, total = norms.tolist()
+    of = dict(zip(there, known, strict=True))
+    return GradientReport(list(parameters), torch.tensor([of.get(name, 0.0) for name in parameters]), total)
+
+
 def measure_and_clip(
     parameters: Mapping[str, nn.Parameter],
     max_norm: float | None,
@@ -55,23 +79,16 @@ def measure_and_clip(
             are scaled here.
         meanwhile: called while the GPU still works on what the norms are of; not where nothing has a gradient.
     """
-    names, norms = list(parameters), torch.zeros(len(parameters))
-    with_gradient = [parameter for parameter in parameters.values() if parameter.grad is not None]
-    if not with_gradient:
-        return GradientReport(names, norms, 0.0)
-    gradients = [parameter.grad for parameter in with_gradient]
-    # fp32 per tensor whatever its own dtype: the sum of squares of a bf16 tensor would be rounded to 8 bits.
-    of_each = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).double()  # pyright: ignore
-    of_all = torch.linalg.vector_norm(of_each)
-    measured = torch.cat([of_each, of_all[None]])
-    factor = None if max_norm is None else (max_norm / (of_all + 1e-6)).clamp(max=1.0).float()
-    there = torch.tensor([parameter.grad is not None for parameter in parameters.values()])
+    there = {name: parameter for name, parameter in parameters.items() if parameter.grad is not None}
+    if not there:
+        return GradientReport(list(parameters), torch.zeros(len(parameters)), 0.0)
+    norms = all_norms(norms_of([parameter.grad for parameter in there.values() if parameter.grad is not None]))
+    factor = None if max_norm is None else (max_norm / (norms[-1] + 1e-6)).clamp(max=1.0).float()
     meanwhile()
-    *known, total = measured.tolist()
-    norms.masked_scatter_(there, torch.tensor(known))
-    if max_norm is not None and math.isfinite(total):
+    report = read_norms(parameters, list(there), norms)
+    if max_norm is not None and report.finite:
         if hasattr(optimizer, "gradient_factor"):
             optimizer.gradient_factor = factor
         else:
-            torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, of_all.float())
-    return GradientReport(names, norms, total)
+            torch.nn.utils.clip_grads_with_norm_(there.values(), max_norm, norms[-1].float())
+    return report

@@ -110,6 +110,7 @@ class Guard:
 
         Raises:
             GoBack: it is a spike, and the run goes back for it.
+            RunError: nothing of it may stay, and it is applied already (`optimizer_in_backward`).
         """
         if not math.isfinite(loss) or not (gradients.finite or overflowed):
             self._refuse(step, loss, gradients, rows)
@@ -146,10 +147,18 @@ class Guard:
         self._detector.remember(skipped.loss, skipped.grad_norm)  # nothing is computed now
 
     def _refuse(self, step: int, loss: float, gradients: GradientReport, rows: np.ndarray) -> None:
-        self.steps_not_finite += 1
-        self._not_finite_in_a_row += 1
         is_loss = not math.isfinite(loss)
         what = "loss" if is_loss else f"gradient of {', '.join(gradients.offenders[:3])}"
+        if self._args.optimizer_in_backward:
+            self._write(step, f"{'loss' if is_loss else 'gradient'} not finite", "ended", loss, gradients, rows)
+            raise RunError(
+                f"step {step}: the {what} is not finite, and the weights are partly updated by it "
+                "(training.optimizer_in_backward). Nothing of that step is saved: go on from the last checkpoint "
+                "(--resume), with training.optimizer_in_backward: false, which leaves such a step out, or a lower "
+                f"training.learning_rate (now {self._args.learning_rate:g}). Its text is in {self._incidents.path}"
+            )
+        self.steps_not_finite += 1
+        self._not_finite_in_a_row += 1
         logger.warning("step %d: the %s is not finite; the step is not applied", step, what)
         self._write(step, f"{'loss' if is_loss else 'gradient'} not finite", "refused", loss, gradients, rows)
         if self._not_finite_in_a_row >= self._args.max_nonfinite_steps:
@@ -167,7 +176,7 @@ class Guard:
         recent = {*self._skipped, *self.skip_list.steps, step}
         count = sum(step - window < other <= step for other in recent)
         if action != "warn" and count > most:
-            action = "skip"
+            action = "ended" if self._args.optimizer_in_backward else "skip"
             self.failure = RunError(
                 f"{count} of the last {window} steps were spikes and were not trained, more than {most}: this is not a "
                 f"few bad rows. Lower training.learning_rate (now {self._args.learning_rate:g}), raise "
@@ -178,6 +187,7 @@ class Guard:
         done = {
             "warn": "the step is applied",
             "skip": "the step is not applied",
+            "ended": "the run ends, and goes on from its last checkpoint",
             "rollback": "the run goes back to its last checkpoint, and will pass over the rows of this step",
         }
         hint = self._hint(spike, rows) if action != "warn" and spike.alike >= _SEVERAL else ""
@@ -186,6 +196,9 @@ class Guard:
             step, spike.kind, spike.value, spike.z, spike.median, done[action], FILE, hint,
         )  # fmt: skip
         self._write(step, spike.kind, action, loss, gradients, rows, spike)
+        if action == "ended":
+            assert self.failure is not None
+            raise self.failure  # at once and not behind a checkpoint: the step is applied already
         if action == "rollback":
             self.skip_list.add(step, Skipped(rows.tolist(), loss, gradients.total))
             raise GoBack(step)

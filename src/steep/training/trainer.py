@@ -19,10 +19,10 @@ from steep.data.sampler import EpochSampler
 from steep.errors import RunError, UserError
 from steep.model.install import is_installed
 from steep.model.unwrap import unwrap
-from steep.model.walked import Walked
 from steep.stopping import Stop
 from steep.training import parallel
 from steep.training.adamw8bit import AdamW8bit
+from steep.training.ahead import forget_ahead, work_ahead
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
 from steep.training.counting import COUNTS
@@ -31,6 +31,7 @@ from steep.training.fused import check_logits, gradients_summed_in_fp32
 from steep.training.gradients import GradientReport, measure_and_clip
 from steep.training.groups import parameter_groups
 from steep.training.guard import GoBack, Guard, Outcome
+from steep.training.in_backward import UpdatesInBackward, check_trainer, updates_in_backward
 from steep.training.incidents import described
 from steep.training.observations import refuse_other_counts
 from steep.training.proof import Proof
@@ -93,12 +94,14 @@ class Trainer(Reporting):
         check_logits(model, args, **kwargs)
         super().__init__(model, args, data_collator, rows, eval_dataset, **kwargs)
         parallel.settle_trainer(self)
+        check_trainer(self)
         self.let_end(stop)
         self.add_callback(_StepObserver(self))
         self.proof: Proof | None = None
         self.guard = Guard(args, self._described)
         self._judged = False
         self._until_trained = ExitStack()
+        self._updates: UpdatesInBackward | None = None
         self._gradients: GradientReport | None = None
         self._losses_of_step: list[torch.Tensor] = []
         self._outcome = Outcome.APPLIED
@@ -171,6 +174,7 @@ class Trainer(Reporting):
     # ---- one step
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._until_trained.close()  # a run that goes back comes by here again
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.resumed_state is None:
             parallel.draw_apart(self.args.seed)
@@ -179,6 +183,8 @@ class Trainer(Reporting):
             gradients_summed_in_fp32(self.model, self._own_optimizer, self.args.gradient_accumulation_steps)
         )
         proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
+        if self.args.optimizer_in_backward:
+            self._updates = self._until_trained.enter_context(updates_in_backward(self._trainable, self._own_optimizer))
         self._begin_step()
         self._losses_of_step.clear()
         if self._begins_branch:
@@ -273,9 +279,11 @@ class Trainer(Reporting):
         self.accelerator.unscale_gradients()
         own = torch.stack(self._losses_of_step).sum()
         arriving = own.to("cpu", non_blocking=True)
-        self._gradients = measure_and_clip(
-            self._trainable, max_norm, self._own_optimizer, partial(self._work_ahead, model)
-        )
+        ahead = partial(work_ahead, self._own_optimizer, model)
+        if self._updates is None:
+            self._gradients = measure_and_clip(self._trainable, max_norm, self._own_optimizer, ahead)
+        else:
+            self._gradients = self._updates.report(ahead)
         if own.is_cuda:
             torch.cuda.current_stream(own.device).synchronize()  # at once: the norms came after it
         # transformers multiplies each process's share by their number, because DDP divides the gradients by it.
@@ -288,33 +296,19 @@ class Trainer(Reporting):
         try:
             self._outcome = self.guard.judge(step, loss, self._gradients, overflowed, self._rows)
         except GoBack:
-            self._forget_ahead()
+            forget_ahead(self._own_optimizer, self.model)
             self.finish_saving()  # what is gone back to may be on its way; that it failed would end the run
             raise
         self.ending = self.guard.failure
         if self._outcome is not Outcome.APPLIED:
             model.zero_grad(set_to_none=True)  # an optimizer passes over tensors without a gradient
-            self._forget_ahead()
+            forget_ahead(self._own_optimizer, self.model)
         return torch.tensor(self._gradients.total)
 
     @property
     def _own_optimizer(self) -> Any:
         """The optimizer inside accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
-
-    def _work_ahead(self, model: Any) -> None:
-        """What the host would else do between two steps, while the GPU has nothing to do."""
-        if isinstance(self._own_optimizer, AdamW8bit):
-            self._own_optimizer.prepare()
-        if isinstance(model, Walked):
-            model.look_ahead()
-
-    def _forget_ahead(self) -> None:
-        """Let go of what `_work_ahead` made, where no step follows: it holds the step's gradients."""
-        if isinstance(self._own_optimizer, AdamW8bit):
-            self._own_optimizer.forget_prepared()
-        if isinstance(self.model, Walked):
-            self.model.forget_ahead()
 
     def _have_no_gradients(self, model: Any) -> None:
         scaler = self.accelerator.scaler
@@ -354,11 +348,10 @@ class Trainer(Reporting):
         if self.corpus is not None:
             check_best_metric(self.args, self.corpus.heldout)
         try:
-            with deterministic(self.args.deterministic), self.finishing_steps():
+            with deterministic(self.args.deterministic), self.finishing_steps(), self._until_trained:
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self._forget_ahead()
-            self._until_trained.close()
+            forget_ahead(self._own_optimizer, self.model)
         assert self.proof is not None
         self.proof.judge()
         changed = self.proof.changed_frozen()
