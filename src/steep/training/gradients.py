@@ -42,7 +42,7 @@ class GradientReport:
 def norms_of(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """L2 norm of each, one fp32 on its device: in the own dtype the sum of squares of a bf16 tensor would be rounded to
     8 bits."""
-    return list(torch._foreach_norm(gradients, 2, dtype=torch.float32))  # pyright: ignore[reportCallIssue]
+    return list(torch._foreach_norm(list(gradients), 2, dtype=torch.float32))
 
 
 def all_norms(of_each: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.training_args import OptimizerNames
 
 from steep import ranks
 from steep.errors import RunError, UserError
@@ -58,7 +59,7 @@ def check_in_backward(args: TrainingArguments, section: str = "") -> None:
         (
             "optim",
             args.optim not in ("adamw_8bit", "adamw_bnb_8bit"),
-            f"{args.optim} applies all gradients at once",
+            f"{OptimizerNames(args.optim).value} applies all gradients at once",
             "Set it to adamw_8bit",
         ),
         (
