@@ -22,8 +22,8 @@ from tests.test_run import lines, run_file
 LEAN: dict[str, Any] = {"optimizer_in_backward": True, "max_grad_norm": 0}
 
 
-def lean_file(model: Path, corpus: Path, folder: Path, fused: str, **training: Any) -> RunConfig:
-    sections = {"model": {"base": "nf4", "fused": fused}, "training": {**LEAN, **training}}
+def lean_file(model: Path, corpus: Path, folder: Path, fused: str, r: int = 8, **training: Any) -> RunConfig:
+    sections = {"model": {"base": "nf4", "fused": fused}, "adapter": {"r": r}, "training": {**LEAN, **training}}
     return run_file(model, corpus, folder, **sections)
 
 
@@ -92,9 +92,14 @@ def test_a_loss_scaler_is_found_by_the_plan(llama_folder: Path, korean_corpus: P
 
 @pytest.mark.parametrize("fused", ["on", "off"])
 def test_the_plan_counts_it(fused: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
-    """Long rows would hide it: then the peak is where no gradients are."""
+    """Its rows are short, for else the peak is where no gradients are."""
     whole, lean = (
-        plan_run(lean_file(llama_folder, korean_corpus, tmp_path / "run", fused, optimizer_in_backward=each)).memory
+        plan_run(
+            lean_file(
+                llama_folder, korean_corpus, tmp_path / "run", fused, r=64, per_device_train_batch_size=1,
+                optimizer_in_backward=each,
+            )
+        ).memory
         for each in (False, True)
-    )
+    )  # fmt: skip
     assert lean["gradients"] < whole["gradients"] and sum(lean.values()) < sum(whole.values())

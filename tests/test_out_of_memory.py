@@ -154,6 +154,11 @@ def test_what_to_lower_first(llama_folder: Path, korean_corpus: Path, tmp_path: 
         "adapter": {"modules_to_save": []},
     }
     assert names(narrow) == ["data.max_length", "model.trained_dtype", "adapter.r"]
+    narrow["training"] |= {"max_grad_norm": 0}
+    assert names(narrow)[0] == "training.optimizer_in_backward"
+    narrow["training"] |= {"optimizer_in_backward": True, "per_device_train_batch_size": 2}
+    planned = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **narrow))
+    assert what_to_lower(planned)[0] == "training.per_device_train_batch_size (now 2)"
     planned = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **wide))
     assert what_to_lower(planned)[0] == (
         "training.per_device_train_batch_size (now 4; with more gradient_accumulation_steps, now 1, a step stays what "

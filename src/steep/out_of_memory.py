@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from steep.errors import RunError
+from steep.errors import RunError, UserError
 from steep.machine_faults import PINNED, place_that_ran_out
+from steep.memory import ADAMW_8BIT
 from steep.model.block import LEVELS
 from steep.plan import Plan
 from steep.settings import uses_checkpointing
 from steep.terminal import human_bytes
+from steep.training.in_backward import check_in_backward
 
 
 @contextmanager
@@ -51,7 +54,12 @@ def what_to_lower(plan: Plan, *, loading: bool = False) -> list[str]:
     training = config.training
     if not loading:
         batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-        if batch > 1:
+        lean = training.optimizer_in_backward
+        if not lean and _could_be_lean(plan):
+            found.append("training.optimizer_in_backward: true (now false; nothing else changes)")
+        if batch > 1 and lean:
+            found.append(f"training.per_device_train_batch_size (now {batch})")
+        elif batch > 1:
             found.append(
                 f"training.per_device_train_batch_size (now {batch}; with more gradient_accumulation_steps, now "
                 f"{accumulation}, a step stays what it is)"
@@ -60,7 +68,7 @@ def what_to_lower(plan: Plan, *, loading: bool = False) -> list[str]:
             found.append(f"training.vram (now {training.vram}), or training.gradient_checkpointing: true")
         elif not plan.fused and not uses_checkpointing(config):
             found.append("training.gradient_checkpointing: true (now false)")
-        if training.optim not in ("adamw_8bit", "adamw_bnb_8bit"):
+        if training.optim not in ADAMW_8BIT:
             found.append(f"training.optim: adamw_8bit (now {training.optim})")
         found.append(f"data.max_length (now {config.data.max_length})")
     if plan.trained_dtype != "bf16" and plan.compute == "bf16":
@@ -71,6 +79,17 @@ def what_to_lower(plan: Plan, *, loading: bool = False) -> list[str]:
     if config.adapter.modules_to_save:
         found.append(f"adapter.modules_to_save (now {', '.join(config.adapter.modules_to_save)})")
     return found
+
+
+def _could_be_lean(plan: Plan) -> bool:
+    """Whether updates inside backward change nothing but the memory."""
+    arguments = copy.copy(plan.arguments)
+    arguments.optimizer_in_backward = True
+    try:
+        check_in_backward(arguments)
+    except UserError:
+        return False
+    return True
 
 
 def _lock_less(plan: Plan | None) -> str:
