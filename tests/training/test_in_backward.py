@@ -173,18 +173,19 @@ def test_a_layer_is_updated_in_one_go(
     assert left == [0, 0] and not held(trainer)
 
 
-def test_the_gradient_is_freed_and_not_held(corpus: Corpus, tmp_path: Path) -> None:
-    """The memory of the head's gradient is free before the backward pass of the last layer."""
-    model = model_of(BF16, fused=True)
-    head = next(p for name, p in model.named_parameters() if "lm_head" in name and p.requires_grad)
-    last = next(p for name, p in model.named_parameters() if "layers.1" in name and p.requires_grad)
-    trainer = lean(model, corpus, tmp_path, max_steps=1)
-    storages, alive = list[Any](), list[bool]()
-    head.register_hook(lambda gradient: storages.append(StorageWeakRef(
-        gradient.untyped_storage())))  # fmt: skip
-    last.register_hook(lambda gradient: alive.append(not storages[0].expired()))
-    trainer.train()
-    assert alive == [False]
+@pytest.mark.parametrize("fused", [False, True], ids=["library", "fused"])
+@pytest.mark.parametrize("in_backward", [True, False])
+def test_gradients_are_freed_and_not_held(in_backward: bool, fused: bool, corpus: Corpus, tmp_path: Path) -> None:
+    """The memory of the head's and of the last layer's is free when the first of the layer before come."""
+    model = model_of(BF16, fused=fused, r=4)
+    storages, alive = list[StorageWeakRef](), list[bool]()
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and ("lm_head" in name or "layers.1." in name):
+            weight.register_hook(lambda gradient: storages.append(StorageWeakRef(gradient.untyped_storage())))
+        elif weight.requires_grad and "layers.0." in name:
+            weight.register_hook(lambda gradient: alive.extend(not each.expired() for each in storages))
+    lean(model, corpus, tmp_path, max_steps=1, optimizer_in_backward=in_backward).train()
+    assert len(storages) == 15 and len(alive) == 14 * 15 and set(alive) == {not in_backward}
 
 
 # ---- what is left, and what cannot be
