@@ -66,7 +66,7 @@ def steep_bare(work: Work) -> Peer:
     model = install(offload_originals(model))
     if work.cap_gib:
         fused = fused_of(model)
-        fused.levels, fused.loss_way = planned(work)
+        fused.levels, fused.loss_way, fused.tile = planned(work)
     return Peer(model, AdamW8bit(trained(model), lr=LEARNING_RATE, seed=0))
 
 
@@ -85,7 +85,7 @@ def steep_script(work: Work) -> Peer:
     return peer
 
 
-def planned(work: Work) -> tuple[list[int], Any]:
+def planned(work: Work) -> tuple[list[int], Any, Any]:
     """What `steep train` would keep in each layer within the work's memory, and how it would cut the loss."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -108,7 +108,7 @@ def planned(work: Work) -> tuple[list[int], Any]:
     )  # fmt: skip
     choices = settle(config, step, budget, None)
     assert choices.levels is not None
-    return choices.levels, choices.loss_way
+    return choices.levels, choices.loss_way, choices.tile
 
 
 def calls_of(model: Any) -> int:

@@ -30,6 +30,7 @@ from steep.model.choices import Choices
 from steep.model.embeddings import is_tied
 from steep.model.install import is_installed
 from steep.model.resolve import read_tokenizer, resolve
+from steep.model.tiling import tile_sizes
 from steep.plan import plan_run
 from steep.result import evaluate_run, generate_run, load_result
 from steep.run import train_run
@@ -404,18 +405,19 @@ def test_layers_keep_what_the_budget_allows(accumulation: int) -> None:
     )  # fmt: skip
     config = config_of(training={"gradient_accumulation_steps": accumulation})
     step = step_of(config, empty)
-    peaks = {level: sum(step.by_item([level] * 4, "vocabulary").values()) for level in range(4)}
+    peaks = {level: sum(step.by_item([level] * 4, "vocabulary", step.tokens).values()) for level in range(4)}
     assert sorted(peaks.values(), reverse=True) == list(peaks.values())
     seen: list[int] = []
     for budget in range(round(0.98 * peaks[3]), round(1.1 * peaks[0]), 2**26):
-        levels, way = step.choose(budget)
-        peak = sum(step.by_item(levels, way).values())
+        levels, way, tile = step.choose(budget)
+        assert tile == step.tokens or (levels == [3] * 4 and peaks[3] > budget)
+        peak = sum(step.by_item(levels, way, tile).values())
         assert levels == sorted(levels, reverse=True) and max(levels) - min(levels) <= 1
         assert peak <= budget or peaks[3] > budget
         if sum(levels):
             lower = [*levels]
             lower[max(index for index, level in enumerate(levels) if level == max(levels))] -= 1
-            assert all(sum(step.by_item(lower, each).values()) > budget for each in ("tokens", "vocabulary"))
+            assert all(sum(step.by_item(lower, each, tile).values()) > budget for each in ("tokens", "vocabulary"))
         seen.append(sum(levels))
     assert seen == sorted(seen, reverse=True) and seen[-1] == 0 and len(set(seen)) > 4
     assert settle(config, step, None, None).levels == [0] * 4  # without a card
@@ -436,9 +438,9 @@ def test_gradients_are_always_there_where_several_processes_train(
     step = step_of(config, empty)
     assert (step.processes, step.gradient_width, alone.gradient_width) == (2, 2, 2 if accumulation == 1 else 4)
     of_all, of_head = 2 * step.shape.trained, 2 * step.shape.vocabulary * step.shape.hidden
-    assert step.by_item([0, 0], "tokens")["gradients"] >= of_all
+    assert step.by_item([0, 0], "tokens", step.tokens)["gradients"] >= of_all
     assert step._at_the_loss([0, 0], "tokens")["gradients"] == of_all + of_head
-    assert all(items["gradients"] == of_all for items in step._in_layers([0, 0]))
+    assert all(items["gradients"] == of_all for items in step._in_layers([0, 0], step.tokens))
     (table, *_), (of_one, *_) = step._at_the_update(), alone._at_the_update()
     assert table["gradients"] == of_all + of_head
     assert of_one["gradients"] == (of_all if accumulation == 1 else 2 * (of_all + of_head))
@@ -492,14 +494,16 @@ def test_the_way_of_other_levels_is_not_taken_over(asked: bool | None) -> None:
     empty = empty_llama(vocab_size=128_256, num_hidden_layers=4, **large)
     config = config_of(training={"gradient_checkpointing": asked, "per_device_train_batch_size": 8})
     step, levels = step_of(config, empty), [0 if asked is False else 3] * 4
-    lean, fast = (sum(step.by_item(levels, way).values()) for way in ("vocabulary", "tokens"))
+    tile = tile_sizes(step.tokens)[-1 if levels[0] else 0]
+    lean, fast = (sum(step.by_item(levels, way, tile).values()) for way in ("vocabulary", "tokens"))
     assert step.faster_way == "tokens" and lean < fast
     for before in (Choices(True, "bf16", None, loss_way="tokens"), Choices(True, "bf16", [1] * 4, loss_way="tokens")):
         if asked is None and before.levels is not None:
             continue
         settled = settle(config, step, lean + WORKSPACES, before)
         assert settled.levels is not None and settled.loss_way == "vocabulary"
-        assert sum(step.by_item(settled.levels, settled.loss_way).values()) <= lean
+        assert settled.tile is not None
+        assert sum(step.by_item(settled.levels, settled.loss_way, settled.tile).values()) <= lean
         assert settle(config, step, 10**15, replace(before, loss_way="vocabulary")).loss_way == "tokens"
 
 
@@ -518,7 +522,7 @@ def test_the_peak_is_the_measured_one(row: dict[str, Any]) -> None:
     tree = benchmark_file(work, Path("text"), Path("run"))
     config, empty = parse_config({**tree, "model": {**tree["model"], "fused": "on"}}), empty_model(row["shape"])
     step = step_of(config, empty, tied=is_tied(empty))
-    planned = sum(step.by_item(row["levels"], row["loss_way"]).values()) + WORKSPACES
+    planned = sum(step.by_item(row["levels"], row["loss_way"], row.get("tile") or step.tokens).values()) + WORKSPACES
     assert planned / 2**30 == pytest.approx(row["peak_allocated_gib"], abs=0.1)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 
 from steep.memory import ADAMW_8BIT, WIDTH, Shape, standing, update_scratch
 from steep.model.block import LEVELS
@@ -12,6 +13,7 @@ from steep.model.layer import Layer
 from steep.model.load import DTYPES
 from steep.model.recompute import level_lists, moments
 from steep.model.step_bytes import kept_bytes, loss_bytes, work_bytes
+from steep.model.tiling import fast_sizes, tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
 
@@ -48,31 +50,32 @@ class FusedStep:
     trains_head: bool
     on_card: bool
     fp8: Fp8Products = "none"
+    _works: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def by_item(self, levels: Sequence[int], way: Way) -> dict[str, int]:
-        """Bytes by item at the peak of a step.
+    def by_item(self, levels: Sequence[int], way: Way, tile: int) -> dict[str, int]:
+        """Bytes by item at the peak of a step, whose layers compute `tile` tokens at a time.
 
         The peak is at the loss, in the backward pass of a layer (`moments`), or at the update.
         """
         fixed = standing(self.shape, base=self.base, compute=self.compute, trained=self.trained, optim=self.optim)
-        states = (self._at_the_loss(levels, way), *self._in_layers(levels), *self._at_the_update())
+        states = (self._at_the_loss(levels, way), *self._in_layers(levels, tile), *self._at_the_update())
         return {**fixed, **max(states, key=lambda items: sum(items.values()))}
 
-    def choose(self, budget: float, given: list[int] | None = None) -> tuple[list[int], Way]:
-        """What each layer keeps, and how the loss is cut, so that the peak is within `budget` bytes: the least that is
-        computed again; level 3 everywhere where not even that fits. The loss is cut by the vocabulary where that is
-        faster, or where more fits by it.
+    def choose(self, budget: float, given: list[int] | None = None) -> tuple[list[int], Way, int]:
+        """What each layer keeps, how the loss is cut, and the tile, so that the peak is within `budget` bytes: the
+        least that is computed again; level 3 everywhere in the smallest tile where not even that fits. The loss is cut
+        by the vocabulary where that is faster, or where more fits by it.
 
         Args:
             given: levels, where only the cut is open.
         """
         ways: list[Way] = ["vocabulary"] if self.faster_way == "vocabulary" else ["tokens", "vocabulary"]
         lists = [given] if given is not None else level_lists(self.shape.layers)
-        for levels in lists:
-            for way in ways:
-                if sum(self.by_item(levels, way).values()) <= budget:
-                    return levels, way
-        return given or [LEVELS[-1]] * self.shape.layers, min(ways, key=self._loss)
+        sizes = tile_sizes(self.tokens)
+        for levels, tile, way in product(lists, fast_sizes(sizes) if given is None else sizes, ways):
+            if sum(self.by_item(levels, way, tile).values()) <= budget:
+                return levels, way, tile
+        return given or [LEVELS[-1]] * self.shape.layers, min(ways, key=self._loss), sizes[-1]
 
     @property
     def faster_way(self) -> Way:
@@ -96,13 +99,13 @@ class FusedStep:
         kept = [kept_bytes(layer, DTYPES[self.compute], DTYPES[self.stream], self.fp8) for layer in self.layers]
         return [self.tokens * max(each) for each in zip(*kept, strict=True)]
 
-    @cached_property
-    def _work(self) -> list[int]:
-        compute, stream = DTYPES[self.compute], DTYPES[self.stream]
-        return [
-            max(work_bytes(layer, compute, stream, level, self.tokens, self.fp8) for layer in self.layers)
-            for level in LEVELS
-        ]
+    def _work(self, tile: int) -> list[int]:
+        """By level."""
+        if tile not in self._works:
+            how = DTYPES[self.compute], DTYPES[self.stream]
+            works = ([work_bytes(layer, *how, level, self.tokens, self.fp8, tile) for level in LEVELS] for layer in self.layers)
+            self._works[tile] = [max(each) for each in zip(*works, strict=True)]
+        return self._works[tile]
 
     # ---- moments of a step
 
@@ -110,7 +113,7 @@ class FusedStep:
         kept = sum(self._kept[level] for level in levels)
         return _items(kept, 0, self._loss(way), self._gradients_before + self._of_head)
 
-    def _in_layers(self, levels: Sequence[int]) -> Iterator[dict[str, int]]:
+    def _in_layers(self, levels: Sequence[int], tile: int) -> Iterator[dict[str, int]]:
         of_layer = self.shape.lora * self.gradient_width // self.shape.layers
         for index in moments(levels):
             kept = sum(self._kept[level] for level in levels[: index + 1])
@@ -118,7 +121,7 @@ class FusedStep:
             if self.in_backward:
                 done = self._of_waiting_head + of_layer
             gradients = self._gradients_before if self._gradients_stay else done  # else added to those that are there
-            yield _items(kept, self._work[levels[index]], 0, gradients)
+            yield _items(kept, self._work(tile)[levels[index]], 0, gradients)
 
     def _at_the_update(self) -> tuple[dict[str, int], ...]:
         scratch = update_scratch(self.optim, self.trained, self.on_card)

@@ -21,6 +21,7 @@ from steep.model.families import fused_class
 from steep.model.install import why_not_fused
 from steep.model.layer import Layer
 from steep.model.read_layer import read_layer
+from steep.model.tiling import tile_sizes
 from steep.model.unwrap import unwrap
 from steep.ops.fp8_groups import Fp8Products
 from steep.schema import RunConfig
@@ -136,16 +137,17 @@ def settle(config: RunConfig, step: FusedStep, budget: int | None, before: Choic
     `budget` bytes of the card allow. Without a card everything is kept."""
     layers, asked = step.shape.layers, config.training.gradient_checkpointing
     before = before or Choices(True, step.trained)
-    levels, way = before.levels, before.loss_way
+    levels, way, tile = before.levels, before.loss_way, before.tile
     if asked is not None:
         levels = [LEVELS[-1] if asked else LEVELS[0]] * layers
-    if levels is None or levels != before.levels or way is None:  # a way was chosen for its levels
+    if levels is None or levels != before.levels or way is None:  # a way and a tile were chosen for its levels
         if budget is None:
-            levels, way = levels or [LEVELS[0]] * layers, step.faster_way
+            levels, way, tile = levels or [LEVELS[0]] * layers, step.faster_way, None
         else:
-            levels, way = step.choose(budget - WORKSPACES, levels)
+            levels, way, tile = step.choose(budget - WORKSPACES, levels)
+    tile = tile or tile_sizes(step.tokens)[0]
     settled = replace(before, fused=True, trained_dtype=step.trained, fp8_products=step.fp8)
-    return replace(settled, levels=levels, chosen_for=0, loss_way=way)
+    return replace(settled, levels=levels, chosen_for=0, loss_way=way, tile=tile)
 
 
 def _why_not_with_options(config: RunConfig) -> str | None:

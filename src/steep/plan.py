@@ -126,6 +126,7 @@ class Plan:
             "fused_reason": self.not_fused,
             "levels": self.choices.levels,
             "loss_way": self.choices.loss_way,
+            "tile": self.choices.tile,
             "fp8_products": self.choices.fp8_products,
             "parameters": {
                 "frozen": shape.linear + shape.embeddings + shape.other,

@@ -82,6 +82,7 @@ class Plan(TypedDict):
     fused_reason: NotRequired[str | None]
     levels: NotRequired[list[Level] | None]
     loss_way: NotRequired[Literal["tokens", "vocabulary"] | None]
+    tile: NotRequired[Count | None]
     fp8_products: NotRequired[Literal["both", "backward", "none"] | None]
     warnings: list[str]
 
@@ -244,6 +245,7 @@ class Choices(TypedDict):
     levels: list[Level] | None
     chosen_for: Count
     loss_way: Literal["tokens", "vocabulary"] | None
+    tile: NotRequired[Count | None]
     fp8_products: NotRequired[Literal["both", "backward", "none"] | None]
     backends: dict[str, str]
 

@@ -225,6 +225,7 @@ def choices_of_run(folder: RunFolder) -> Choices:
         plan.get("trained_dtype", "fp32"),
         levels=plan.get("levels"),
         loss_way=plan.get("loss_way"),
+        tile=plan.get("tile"),
         fp8_products=plan.get("fp8_products"),
     )
 

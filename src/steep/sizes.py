@@ -31,8 +31,8 @@ def memory_of(
     training = config.training
     of_libraries = {"libraries' workspaces": WORKSPACES} if on_card else {}
     if step is not None:
-        assert choices.levels is not None and choices.loss_way is not None
-        return step.by_item(choices.levels, choices.loss_way) | of_libraries
+        assert choices.levels is not None and choices.loss_way is not None and choices.tile is not None
+        return step.by_item(choices.levels, choices.loss_way, choices.tile) | of_libraries
     of_step = memory_by_item(
         shape,
         base=base,

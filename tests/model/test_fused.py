@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import find_labels
 
 from steep.errors import UserError
-from steep.model import decoder
+from steep.model import decoder, mlp_half, tiling
 from steep.model import loss as loss_of_steep
 from steep.model.adapters import add_adapters
 from steep.model.families import FUSED, library_class
@@ -68,11 +68,13 @@ def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor,
     return loss.detach(), {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
 
 
-def assert_same(model: Any, batch: dict[str, Any], *, levels: Any = 0, bound: float = EXACT) -> None:
+def assert_same(
+    model: Any, batch: dict[str, Any], *, levels: Any = 0, bound: float = EXACT, tile: int | None = None
+) -> None:
     """The fused model's loss and gradients are the library's; and it was the fused forward that gave them."""
     uninstall(model)
     loss, gradients = loss_and_gradients(model, batch)
-    install(model, levels=levels)
+    install(model, levels=levels, tile=tile)
     fused_loss, fused = loss_and_gradients(model, batch)
     assert unwrap(model).fused.calls == 1  # pyright: ignore[reportAttributeAccessIssue]
     assert abs(fused_loss - loss) <= bound * loss, (fused_loss, loss)
@@ -86,6 +88,44 @@ def assert_same(model: Any, batch: dict[str, Any], *, levels: Any = 0, bound: fl
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma"])
 def test_every_family_at_every_level(family: str, level: int) -> None:
     assert_same(adapted(tiny_model(family)), packed(), levels=level)
+
+
+@pytest.mark.parametrize("levels", [[0, 3], [2, 1]])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma"])
+def test_every_family_in_tiles(family: str, levels: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a size that divides neither the batch nor its documents: nothing wider than the residual stream, but what
+    attention reads and what a level keeps, has the rows of all tokens."""
+    widest: list[int] = []
+    own = mlp_half.rows
+    monkeypatch.setattr(mlp_half, "rows", lambda x, *given: widest.append(len(x)) or own(x, *given))
+    model = adapted(tiny_model(family))
+    assert_same(model, packed(), levels=levels, tile=50)
+    assert {50, 28} <= set(widest)
+    gemma_keeps = family in ("gemma2", "gemma3")
+    assert widest.count(128) == levels.count(0) + (2 if gemma_keeps else 0)
+
+
+def test_a_tile_of_one_token_and_of_more_than_all() -> None:
+    for tile in (1, 1000):
+        assert_same(adapted(tiny_model("llama")), packed([[3, 5], [1, 7]]), levels=[3, 1], tile=tile)
+
+
+@pytest.mark.parametrize("tile", [0, -1, 4.0, True, "4096"])
+def test_a_tile_that_is_no_number_of_tokens(tile: Any) -> None:
+    model = adapted(tiny_model("llama"))
+    with pytest.raises(UserError, match="tile") as caught:
+        install(model, tile=tile)
+    assert "4096" in str(caught.value) and not is_installed(model)
+
+
+def test_a_long_batch_is_computed_in_tiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "WHOLE", 100)
+    monkeypatch.setattr(tiling, "LARGE", 64)
+    tiles: list[int] = []
+    block = decoder.block
+    monkeypatch.setattr(decoder, "block", lambda x, layer, batch, *given: tiles.append(batch.tile) or block(x, layer, batch, *given))  # fmt: skip
+    assert_same(adapted(tiny_model("llama")), packed(), levels=1)
+    assert tiles == [64, 64]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -54,6 +54,14 @@ def test_every_family(family: str, levels: list[int], launched: set[str]) -> Non
     assert launched == {*EVERYWHERE, "qk_norm" if family in ("qwen3", "gemma3") else "rope"}
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_in_tiles(family: str, launched: set[str]) -> None:
+    """Each kernel on parts of wider buffers' rows."""
+    model = install(adapted(tiny_model(family)), tile=5)
+    assert_kernels_agree(model, [3, 0])
+    assert launched == {*EVERYWHERE, "qk_norm" if family == "qwen3" else "rope"}
+
+
 def test_a_base_in_4_bit(tmp_path: Path, launched: set[str]) -> None:
     model, _ = load(str(save_tiny("llama", tmp_path, hidden_size=128)), base="nf4", compute_dtype="fp32")
     assert_kernels_agree(install(adapted(model)), [0, 3])

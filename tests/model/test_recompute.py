@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from steep.model import choices, decoder
+from steep.model.adapters import add_adapters
 from steep.model.install import fused_of, install
 from steep.model.mlp_half import MlpHalf
-from steep.model.read_layer import read_layer
+from steep.model.read_layer import Traits, read_layer
 from steep.model.recompute import level_lists, levels_within, moments, room_on_card
 from steep.model.step_bytes import kept_bytes, loss_bytes, training_bytes, work_bytes
+from steep.model.tiling import fast_sizes, tile_sizes
 from steep.model.unwrap import unwrap
 from steep.ops.backend import interpreted
 from tests.allocations import allocations
@@ -85,7 +88,9 @@ def test_levels_fill_a_room() -> None:
     work = [work_bytes(read, bf16, bf16, level, 1000) for level in range(4)]
 
     def within(room: float | None) -> list[int]:
-        return levels_within(room, 3, read, bf16, bf16, 1000, 500)
+        levels, tile = levels_within(room, 3, read, bf16, bf16, 1000, 500)
+        assert tile == 1000
+        return levels
 
     assert within(None) == [0, 0, 0] and within(0) == [3, 3, 3]
     assert within(3 * kept[0] + work[0] + 500) == [0, 0, 0]
@@ -93,22 +98,71 @@ def test_levels_fill_a_room() -> None:
     assert within(2 * kept[1] + kept[0] + work[0] + 500) == [1, 1, 0]  # the last layer's pass needs the most
 
 
-@pytest.mark.parametrize(("family", "level"), [("llama", 0), ("llama", 1), ("gemma3", 2), ("gemma3", 3)])
-def test_the_work_of_a_layer_is_what_is_planned(family: str, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_are_even_parts() -> None:
+    assert tile_sizes(1000) == [1000] and tile_sizes(0) == [1] and tile_sizes(4096) == [4096, 1024]
+    assert tile_sizes(10_000) == [10_000, 3392, 1024] and tile_sizes(16_384) == [16_384, 4096, 1024]
+    assert tile_sizes(16_385) == [3328, 1024] and tile_sizes(131_072) == [4096, 1024]
+    assert all(-(-tokens // 4096) == -(-tokens // tile_sizes(tokens)[-2]) for tokens in (9000, 20_001, 99_999))
+    assert fast_sizes([7, 3, 1]) == [7, 3] and fast_sizes([7]) == [7]
+
+
+def test_a_smaller_tile_comes_before_more_is_computed_again() -> None:
+    """And the smallest after it."""
+    model = install(adapted(tiny_model("llama")))
+    layer, bf16, tokens = unwrap(model).model.layers[0], torch.bfloat16, 10_000
+    read = read_layer(layer, layer.traits)
+    kept = [tokens * each for each in kept_bytes(read, bf16, bf16)]
+    whole, tiled, least = ([work_bytes(read, bf16, bf16, level, tokens, "none", tile) for level in range(4)]
+                           for tile in tile_sizes(tokens))  # fmt: skip
+    assert all(a > b > c for a, b, c in zip(whole, tiled, least, strict=True))
+
+    def within(room: float) -> tuple[list[int], int]:
+        return levels_within(room, 3, read, bf16, bf16, tokens, 0)
+
+    assert within(3 * kept[0] + whole[0]) == ([0, 0, 0], 10_000)
+    assert within(3 * kept[0] + whole[0] - 1) == ([0, 0, 0], 3392)
+    assert within(3 * kept[0] + tiled[0] - 1)[0] == [1, 0, 0]
+    assert within(3 * kept[3] + tiled[3]) == ([3, 3, 3], 3392)
+    assert within(3 * kept[3] + tiled[3] - 1) == within(0) == ([3, 3, 3], 1024)
+
+
+def test_a_long_batch_takes_what_attention_reads_and_no_more() -> None:
+    """Bytes a token of Llama-3-8B's layer, from 65,536 tokens on."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8
+    )
+    with torch.device("meta"):
+        base = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+        read = read_layer(add_adapters(base, r=256).base_model.model.model.layers[0], Traits())
+    bf16 = torch.bfloat16
+    short, long = (work_bytes(read, bf16, bf16, 3, tokens, "none", 4096) for tokens in (65_536, 131_072))
+    assert 40_000 < (long - short) / 65_536 < 55 * 1024
+
+
+@pytest.mark.parametrize(
+    ("family", "level", "tile"),
+    [("llama", 0, 64), ("llama", 1, 64), ("gemma3", 2, 64), ("gemma3", 3, 64), ("llama", 3, 16), ("gemma3", 0, 16)],
+)
+def test_the_work_of_a_layer_is_what_is_planned(
+    family: str, level: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a backward pass up to the end of its MLP half, which needs the most but at level 0: with the kernels, since
     plain torch takes more. Attention has others on a GPU."""
     calls: list[Any] = []
+    passed: list[Any] = []
     block, mlp_backward = decoder.block, MlpHalf.backward
     monkeypatch.setattr(decoder, "block", lambda *given: calls.append(given) or block(*given))
 
     def up_to_here(half: Any, *given: Any) -> Any:
         made = mlp_backward(half, *given)
-        spans.pop().__exit__(None, None, None)
+        passed.append(half)
+        if len(passed) == len(half.batch.tiles):
+            spans.pop().__exit__(None, None, None)
         return made
 
     monkeypatch.setattr(MlpHalf, "backward", up_to_here)
     with interpreted():
-        model = install(adapted(tiny_model(family)), levels=level)
+        model = install(adapted(tiny_model(family)), levels=level, tile=tile)
         model(**packed([[16] * 4]), use_cache=False)
         x, layer, batch, backend = calls[-1]
         x = x.detach().requires_grad_()
@@ -120,7 +174,7 @@ def test_the_work_of_a_layer_is_what_is_planned(family: str, level: int, monkeyp
             spans[0].__enter__()
             y.backward(dy)
     peak = max(accumulate(allocations(prof, "work")))
-    planned = work_bytes(layer, torch.float32, torch.float32, level, len(x)) - dy.nbytes
+    planned = work_bytes(layer, torch.float32, torch.float32, level, len(x), "none", tile) - dy.nbytes
     gradients = sum(adapter.nbytes for adapter in layer.trained())  # of which some are not there yet
     assert (0.7 if level == 0 else 0.9) * planned < peak <= planned + gradients
 
@@ -241,7 +295,7 @@ def test_a_longer_batch_chooses_levels_again(monkeypatch: pytest.MonkeyPatch) ->
     for lengths in (first, short, long, first):
         model(**packed(lengths), use_cache=False).loss.backward()
         chosen.append((fused.chosen_for, fused.levels, fused.beside))
-    expected = levels_within(rooms[0], 2, read, fp32, fp32, 192, head(192))
+    expected, _ = levels_within(rooms[0], 2, read, fp32, fp32, 192, head(192))
     assert chosen == [(128, [0, 0], head(128))] * 2 + [(192, expected, head(192))] * 2
     assert max(expected) > 0
     assert len(rooms) == 1  # measured before there are gradients and states

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from steep.model.layer import Batch, Layer, Rows, place, rows
-from steep.ops.attention import attention_backward, attention_forward
+from steep.model.weights import AdapterGradients, Weights
+from steep.ops.attention import attention_backward, attention_backward_in_place, attention_forward
 from steep.ops.copy_rows import copy_rows
 from steep.ops.fp8 import Fp8Rows
 from steep.ops.qk_norm import qk_norm_rope_backward, qk_norm_rope_forward
@@ -39,11 +40,15 @@ class AttentionHalf:
         self.qkv.extend_input(normed, weights)
         return Rows(normed, quantised)
 
-    def project(self, normed: Rows, weights: Any) -> torch.Tensor:
-        """q, k and v, as they are before norms and rope."""
-        qkv = rows(normed.extended, self.qkv.outputs, self.batch.dtype)
-        self.qkv.forward(normed.extended, weights, qkv, quantised=normed.quantised)
-        return qkv
+    def project(self, x: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """q, k and v of all tokens, as they are before norms and rope; and the input rows, where one tile has all."""
+        qkv, normed = rows(x, self.qkv.outputs, self.batch.dtype), None
+        for tile in self.batch.tiles:
+            multiplied = self.normed(x[tile], weights.buffer)
+            self.qkv.forward(multiplied.extended, weights.buffer, qkv[tile], quantised=multiplied.quantised)
+            weights.used()
+            normed = multiplied.extended
+        return qkv, normed if len(self.batch.tiles) == 1 else None
 
     def rotate(self, qkv: torch.Tensor) -> torch.Tensor:
         """q and k normed, where the layer norms them, and turned; in place where it does not."""
@@ -65,38 +70,37 @@ class AttentionHalf:
         )
         return rotated
 
-    def attend(self, rotated: torch.Tensor, weights: Any) -> tuple[Rows, tuple[Any, ...]]:
-        """The input rows of o, whose filled buffer `weights` is: they hold attention's output. And what attention's
-        backward needs beside them."""
+    def attend(self, rotated: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        """Attention's output [T, NH * D], and what its backward needs beside it."""
         out, saved = attention_forward(*self._heads(rotated), self.batch.packing, **self._how())
-        attended = rows(rotated, self.o.input_width, self.batch.dtype)
-        quantised = self.o.quantised_input(*place(rotated))
-        copy_rows(out.flatten(1), attended[:, self.o.x_columns], quantised=quantised)
-        self.o.extend_input(attended, weights)
-        return Rows(attended, quantised), saved
+        return out.flatten(1), saved
 
-    def output(self, attended: Rows, weights: Any) -> torch.Tensor:
+    def attended(self, out: torch.Tensor, weights: Any, *, is_multiplied: bool = True) -> Rows:
+        """The input rows of o, of attention's output; see `normed`."""
+        attended = rows(out, self.o.input_width, self.batch.dtype)
+        quantised = self.o.quantised_input(*place(out)) if is_multiplied else None
+        copy_rows(out, attended[:, self.o.x_columns], quantised=quantised)
+        self.o.extend_input(attended, weights)
+        return Rows(attended, quantised)
+
+    def output(self, attended: Rows, weights: Any, out: torch.Tensor | None = None) -> torch.Tensor:
         """o's output, where a norm follows it."""
-        out = rows(attended.extended, self.o.outputs, self.batch.dtype)
+        if out is None:
+            out = rows(attended.extended, self.o.outputs, self.batch.dtype)
         self.o.forward(attended.extended, weights, out, quantised=attended.quantised)
         return out
 
-    def output_again(self, attended: torch.Tensor, weights: Any) -> torch.Tensor:
-        """`output`, of rows that were kept for the backward pass."""
-        quantised, columns = self.o.quantised_input(*place(attended)), attended[:, self.o.x_columns]
-        if quantised is not None:
-            copy_rows(columns, columns, quantised=quantised)
-        return self.output(Rows(attended, quantised), weights)
-
-    def add(self, x: torch.Tensor, attended: Rows, weights: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x2, and o's output where a norm follows it."""
+    def add(
+        self, x: torch.Tensor, attended: Rows, weights: Any, x2: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Write x2. Gives o's output where a norm follows it, in `out` if there is one."""
         norm = self.layer.attention_out_norm
-        if norm is not None:
-            out = self.output(attended, weights)
-            return norm.forward(out, residual=x), out
-        x2 = torch.empty_like(x)
-        self.o.forward(attended.extended, weights, x2, add=x, quantised=attended.quantised)
-        return x2, None
+        if norm is None:
+            self.o.forward(attended.extended, weights, x2, add=x, quantised=attended.quantised)
+            return None
+        out = self.output(attended, weights, out)
+        norm.forward(out, residual=x, out=x2)
+        return out
 
     # ---- backward
 
@@ -106,57 +110,84 @@ class AttentionHalf:
         same = self.layer.attention_out_norm is None and x.dtype == self.batch.dtype
         return d_out, Rows(d_out.extended[:, : self.o.outputs], d_out.quantised) if same else None
 
-    def attend_backward(
+    def output_backward(
         self,
         dx2: torch.Tensor,
         d_out: Rows,
         out: torch.Tensor | None,
         attended: torch.Tensor,
-        rotated: torch.Tensor,
-        qkv: torch.Tensor,
-        saved: tuple[Any, ...],
         weights: Any,
-    ) -> tuple[Rows, list[torch.Tensor | None]]:
-        """The gradient rows of qkv, from that of x2; and the gradients of o's adapters. `weights` is o's buffer,
-        `d_out` what `gradient_rows` gave."""
-        (d_out_rows, quantised), norm = d_out, self.layer.attention_out_norm
-        columns = d_out_rows[:, : self.o.outputs]
+        gradients: AdapterGradients,
+        into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The gradient of attention's output, from that of x2.
+
+        Args:
+            d_out: what `gradient_rows` gave.
+            out: o's output where a norm follows it.
+            attended, weights: o's input rows and buffer.
+            into: where to write it.
+        """
+        (extended, quantised), norm = d_out, self.layer.attention_out_norm
+        columns = extended[:, : self.o.outputs]
         if norm is not None:
             assert out is not None
             norm.backward(dx2, out, out=columns, quantised=quantised)
         elif dx2.data_ptr() != columns.data_ptr():
             copy_rows(dx2, columns, quantised=quantised)
-        self.o.extend_gradient(d_out_rows, weights)
-        d_attended = self.o.input_gradient(d_out_rows, weights, quantised=quantised)
-        gradients = self.o.adapter_gradients(d_out_rows, attended)
-        d_qkv = rows(dx2, self.qkv.gradient_width, self.batch.dtype)
-        d_heads = d_qkv[:, : self.qkv.outputs]
-        attention_backward(
-            self._per_head(d_attended),
-            *self._heads(rotated),
-            self._per_head(attended[:, self.o.x_columns]),
-            saved,
-            self.batch.packing,
-            into=d_heads,
-            **self._how(),
-        )
-        quantised = self.qkv.quantised_gradient(*place(dx2))
-        self._rotate_backward(d_heads, qkv, quantised)
-        return Rows(d_qkv, quantised), gradients
+        self.o.extend_gradient(extended, weights)
+        d_attended = self.o.input_gradient(extended, weights, out=into, quantised=quantised)
+        gradients.add(extended, attended)
+        return d_attended
+
+    def attend_backward(
+        self, d_attended: torch.Tensor, rotated: torch.Tensor, attended: torch.Tensor, saved: tuple[Any, ...]
+    ) -> torch.Tensor:
+        """The gradients of q, k and v, as they are before rope's backward: the first columns of gradient rows, or
+        where there are several tiles written over `rotated`, so that there is no more of them than that."""
+        given = self._per_head(d_attended), *self._heads(rotated), self._per_head(attended), saved, self.batch.packing
+        if len(self.batch.tiles) > 1:
+            attention_backward_in_place(*given, **self._how())
+            return rotated
+        d_qkv = rows(rotated, self.qkv.gradient_width, self.batch.dtype)
+        attention_backward(*given, into=d_qkv[:, : self.qkv.outputs], **self._how())
+        return d_qkv
 
     def project_backward(
-        self, d_qkv: Rows, dx2: torch.Tensor, x: torch.Tensor, normed: torch.Tensor, weights: Any
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """The gradients of x and of the adapters of q, k and v."""
-        self.qkv.extend_gradient(d_qkv.extended, weights)
-        d_normed = self.qkv.input_gradient(d_qkv.extended, weights, quantised=d_qkv.quantised)
-        gradients = self.qkv.adapter_gradients(d_qkv.extended, normed)
-        return self.layer.attention_norm.backward(d_normed, x, add=dx2), gradients
+        self,
+        d_qkv: torch.Tensor,
+        qkv: torch.Tensor,
+        dx2: torch.Tensor,
+        x: torch.Tensor,
+        normed: torch.Tensor | None,
+        tile: slice,
+        weights: Any,
+        gradients: AdapterGradients,
+        into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The gradient of x.
 
-    def _rotate_backward(self, d_qkv: torch.Tensor, qkv: torch.Tensor, quantised: Fp8Rows | None) -> None:
-        attention, batch = self.layer.attention, self.batch
+        Args:
+            d_qkv: of `attend_backward`; as all here, of the tokens of `tile`.
+            normed: the input rows of qkv; None: made again.
+            into: where to write it; may be `dx2`.
+        """
+        quantised, columns = self.qkv.quantised_gradient(*place(dx2)), d_qkv
+        if d_qkv.shape[1] < self.qkv.gradient_width:
+            d_qkv = rows(d_qkv, self.qkv.gradient_width, self.batch.dtype)
+            copy_rows(columns, d_qkv[:, : self.qkv.outputs])
+        self._rotate_backward(d_qkv[:, : self.qkv.outputs], qkv, tile, quantised)
+        if normed is None:
+            normed = self.normed(x, weights, is_multiplied=False).extended
+        self.qkv.extend_gradient(d_qkv, weights)
+        d_normed = self.qkv.input_gradient(d_qkv, weights, quantised=quantised)
+        gradients.add(d_qkv, normed)
+        return self.layer.attention_norm.backward(d_normed, x, add=dx2, out=into)
+
+    def _rotate_backward(self, d_qkv: torch.Tensor, qkv: torch.Tensor, tile: slice, quantised: Fp8Rows | None) -> None:
+        attention, cos, sin = self.layer.attention, self.batch.cos[tile], self.batch.sin[tile]
         if attention.q_norm is None or attention.k_norm is None:
-            rope_backward(d_qkv, batch.cos, batch.sin, *attention.heads, quantised=quantised)
+            rope_backward(d_qkv, cos, sin, *attention.heads, quantised=quantised)
             return
         qk_norm_rope_backward(
             d_qkv,
@@ -164,8 +195,8 @@ class AttentionHalf:
             attention.q_norm.weight,
             attention.k_norm.weight,
             attention.q_norm.eps,
-            batch.cos,
-            batch.sin,
+            cos,
+            sin,
             *attention.heads,
             unit_offset=attention.q_norm.unit_offset,
             quantised=quantised,

@@ -13,6 +13,9 @@ is the layer's level:
 
 `down` is never computed again: where a norm follows it (Gemma) its output is kept.
 
+All but attention is row by row, and computed for a tile of tokens at a time (`Batch.tile`), so that of a long sequence
+only what attention reads and gives is there as a whole. The tiles share one filled weight buffer of each group.
+
 The residual stream (x, x2, y and their gradients) keeps the dtype that it comes in; all else is in the compute dtype,
 with fp32 inside norms, products and softmax. Autocast is off inside.
 """
@@ -26,9 +29,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from steep.model.attention_half import AttentionHalf
-from steep.model.layer import Batch, Layer
+from steep.model.layer import Batch, Layer, rows
 from steep.model.mlp_half import MlpHalf
+from steep.model.weights import AdapterGradients, Weights
 from steep.ops.backend import without_autocast
+from steep.ops.copy_rows import copy_rows
 from steep.ops.products import sums_in_fp32
 
 LEVELS = (0, 1, 2, 3)
@@ -61,28 +66,37 @@ class _Block(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, layer: Layer, batch: Batch, backend: str, *trained: torch.Tensor
     ) -> torch.Tensor:
-        first, second, level = AttentionHalf(layer, batch, backend), MlpHalf(layer, batch), batch.level
+        first, second, keeps = AttentionHalf(layer, batch, backend), MlpHalf(layer, batch), any(ctx.needs_input_grad)
+        kept, level = _Kept(), batch.level if keeps else LEVELS[-1]
         with without_autocast(x.device.type), sums_in_fp32():
-            weights = first.qkv.filled_buffer(x.device)
-            qkv = first.project(first.normed(x, weights), weights)
+            qkv, _ = first.project(x, batch.weights(first.qkv))
             rotated = first.rotate(qkv)
-            weights = first.o.filled_buffer(x.device)
-            attended, saved = first.attend(rotated, weights)
-            del rotated
-            x2, attention_out = first.add(x, attended, weights)
-            attended = attended.extended
-            weights = second.gate_up.filled_buffer(x.device)
-            gate_up = second.project(second.normed(x2, weights), weights)
-            del weights
-            y, mlp_out = second.add(x2, gate_up)
-        if any(ctx.needs_input_grad):
-            kept = _Kept(mlp_out=mlp_out)
-            if level <= 2:
-                kept.x2, kept.attended, kept.saved = x2, attended, saved
             if level <= 1:
                 kept.qkv = qkv
+            del qkv
+            attended, saved = first.attend(rotated)
+            del rotated
+            x2 = torch.empty_like(x)
+            if level == 0 and layer.attention_out_norm is not None:
+                kept.attention_out = rows(x, first.o.outputs, batch.dtype)
+            weights = batch.weights(first.o)
+            for tile in batch.tiles:
+                of_tile = first.attended(attended[tile], weights.buffer)
+                first.add(x[tile], of_tile, weights.buffer, x2[tile], _at(kept.attention_out, tile))
+                weights.used()
+            if level <= 2:
+                kept.x2, kept.attended, kept.saved = x2, attended, saved
+            del attended, saved, of_tile
+            y = torch.empty_like(x2) if level <= 2 else x2
             if level == 0:
-                kept.gate_up, kept.attention_out = gate_up, attention_out
+                kept.gate_up = second.gradient_rows(x2)
+            if keeps and layer.mlp_out_norm is not None:
+                kept.mlp_out = rows(x, second.down.outputs, batch.dtype)
+            of_gate_up, of_down = batch.weights(second.gate_up), batch.weights(second.down)
+            for tile in batch.tiles:
+                to_keep = _at(kept.gate_up, tile), _at(kept.mlp_out, tile)
+                second.forward(x2[tile], of_gate_up, of_down, *to_keep, y[tile])
+        if keeps:
             ctx.save_for_backward(x, *trained)  # an adapter that is changed before the backward pass is an error
             ctx.halves, ctx.kept, ctx.num_trained = (first, second), kept, len(trained)
         return y
@@ -94,41 +108,90 @@ class _Block(torch.autograd.Function):
         kept, (first, second) = ctx.kept, ctx.halves
         if kept is None:
             raise RuntimeError("a fused layer's gradients are written over what it kept, so that there is one backward")
-        dy = dy.contiguous()
         ctx.kept = None  # nothing stays behind while the graph is alive
         with without_autocast(x.device.type), sums_in_fp32():
-            normed = weights = None
-            if kept.qkv is None:
-                weights = first.qkv.filled_buffer(x.device)
-                multiplied = first.normed(x, weights)
-                kept.qkv, normed = first.project(multiplied, weights), multiplied.extended
-                del multiplied
-                rotated = first.rotate(kept.qkv)
-            else:
-                rotated = kept.qkv if first.layer.attention.q_norm is None else first.rotate(kept.qkv)
-            o_weights = first.o.filled_buffer(x.device)
-            if kept.attended is None or kept.x2 is None:
-                attended, kept.saved = first.attend(rotated, o_weights)
-                kept.x2, kept.attention_out = first.add(x, attended, o_weights)
-                kept.attended = attended.extended
-                del attended
-            elif first.layer.attention_out_norm is not None and kept.attention_out is None:
-                kept.attention_out = first.output_again(kept.attended, o_weights)
-            d_normed, of_mlp = second.backward(dy, kept.x2, kept.gate_up, kept.mlp_out)
-            kept.gate_up = kept.mlp_out = None
-            d_out, into = first.gradient_rows(x)
-            dx2 = second.add_backward(d_normed, kept.x2, dy, into)
-            kept.x2 = None
-            del d_normed, into
-            d_qkv, of_o = first.attend_backward(
-                dx2, d_out, kept.attention_out, kept.attended, rotated, kept.qkv, kept.saved, o_weights
-            )
-            del rotated, kept, o_weights, d_out
-            if normed is None or weights is None:
-                weights = first.qkv.filled_buffer(x.device)
-                normed = first.normed(x, weights, is_multiplied=False).extended
-            dx, of_qkv = first.project_backward(d_qkv, dx2, x, normed, weights)
-        gradients = [gradient for gradient in (*of_qkv, *of_o, *of_mlp) if gradient is not None]
+            dx, gradients = _Backward(first, second, kept).run(x, dy.contiguous())
         if len(gradients) != ctx.num_trained:
             raise RuntimeError("an adapter was frozen, or made to train, after the forward of a fused layer")
         return (dx if ctx.needs_input_grad[0] else None, None, None, None, *gradients)
+
+
+class _Backward:
+    """The backward pass of one layer: between its two ends, which attention separates, all is row by row."""
+
+    def __init__(self, first: AttentionHalf, second: MlpHalf, kept: _Kept) -> None:
+        self.first, self.second, self.kept, self.batch = first, second, kept, first.batch
+        groups = first.qkv, first.o, second.gate_up, second.down
+        self.gradients = [AdapterGradients(group, len(self.batch.tiles)) for group in groups]
+
+    def run(self, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The gradients of x, and of the adapters that train."""
+        first, kept, tiles, normed = self.first, self.kept, self.batch.tiles, None
+        weights = self.batch.weights(first.qkv, passes=1 if kept.qkv is not None else 2)
+        if kept.qkv is None:
+            kept.qkv, normed = first.project(x, weights)
+            rotated = first.rotate(kept.qkv)
+        else:
+            rotated = kept.qkv if first.layer.attention.q_norm is None else first.rotate(kept.qkv)
+        if kept.attended is None:
+            kept.attended, kept.saved = first.attend(rotated)
+        dx2, d_attended = self._between(x, dy)
+        d_qkv = first.attend_backward(d_attended, rotated, kept.attended, kept.saved)
+        del rotated, d_attended
+        kept.attended, kept.saved = None, ()
+        dx = dx2 if len(tiles) > 1 else None
+        for tile in tiles:
+            of_tile = d_qkv[tile], kept.qkv[tile], dx2[tile], x[tile], normed
+            made = first.project_backward(*of_tile, tile, weights.buffer, self.gradients[0], into=_at(dx, tile))
+            weights.used()
+        return made if dx is None else dx, [each for gradients in self.gradients for each in gradients.take()]
+
+    def _between(self, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of x2 and of attention's output."""
+        first, second, kept, tiles = self.first, self.second, self.kept, self.batch.tiles
+        assert kept.attended is not None
+        dx2 = d_attended = None
+        if len(tiles) > 1:
+            dx2, d_attended = torch.empty_like(x), torch.empty_like(kept.attended)
+        of_o, of_gate_up, of_down = map(self.batch.weights, (first.o, second.gate_up, second.down))
+        of_mlp = self.gradients[2], self.gradients[3]
+        for tile in tiles:
+            x2, attended, out = self._again(x[tile], tile, of_o)
+            gate_up, mlp_out = _at(kept.gate_up, tile), _at(kept.mlp_out, tile)
+            if tile is tiles[-1]:
+                kept.x2 = kept.attention_out = kept.gate_up = kept.mlp_out = None
+            d_normed = second.backward(dy[tile], x2, gate_up, mlp_out, of_gate_up, of_down, of_mlp)
+            del gate_up, mlp_out
+            d_out, into = first.gradient_rows(x2)
+            d_x2 = second.add_backward(d_normed, x2, dy[tile], into)
+            del d_normed, x2, into
+            if attended is None:
+                attended = first.attended(kept.attended[tile], of_o.buffer, is_multiplied=False).extended
+            given = d_out, out, attended, of_o.buffer, self.gradients[1]
+            made = first.output_backward(d_x2, *given, into=_at(d_attended, tile))
+            of_o.used()
+            del given, d_out, out, attended
+            if dx2 is not None:
+                copy_rows(d_x2, dx2[tile])
+        return d_x2 if dx2 is None else dx2, made if d_attended is None else d_attended
+
+    def _again(
+        self, x: torch.Tensor, tile: slice, weights: Weights
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """x2; o's input rows, if they were needed to make it again; and o's output, where a norm follows it."""
+        first, kept = self.first, self.kept
+        assert kept.attended is not None
+        x2, out = _at(kept.x2, tile), _at(kept.attention_out, tile)
+        if x2 is not None and (out is not None or first.layer.attention_out_norm is None):
+            return x2, None, out
+        attended = first.attended(kept.attended[tile], weights.buffer)
+        if x2 is None:
+            x2 = torch.empty_like(x)
+            out = first.add(x, attended, weights.buffer, x2)
+        else:
+            out = first.output(attended, weights.buffer)
+        return x2, attended.extended, out
+
+
+def _at(whole: torch.Tensor | None, tile: slice) -> torch.Tensor | None:
+    return None if whole is None else whole[tile]

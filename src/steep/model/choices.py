@@ -29,6 +29,7 @@ class Choices:
         trained_dtype: of what trains: fp32, bf16, or torch's name of another.
         levels: what each fused layer keeps for its backward pass; None: not known yet.
         chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given.
+        tile: tokens that a fused layer computes at a time; None: not known.
         loss_way: how the loss is cut, see `steep.ops.linear_cross_entropy`; None: not known.
         backends: of attention, by kind of layer and batch.
         fp8_products: which products over an fp8 base are in fp8; None: not known, or not fused.
@@ -41,6 +42,7 @@ class Choices:
     loss_way: Way | None = None
     backends: dict[str, str] = field(default_factory=dict)
     fp8_products: Fp8Products | None = None
+    tile: int | None = None
 
 
 def choices_of(model: Any) -> Choices:
@@ -52,7 +54,7 @@ def choices_of(model: Any) -> Choices:
         return Choices(False, trained_dtype)
     fused = fused_of(model)
     backends = dict(fused.backends.chosen)
-    return Choices(True, trained_dtype, fused.levels, fused.chosen_for, fused.loss_way, backends, fused.fp8)
+    return Choices(True, trained_dtype, fused.levels, fused.chosen_for, fused.loss_way, backends, fused.fp8, fused.tile)
 
 
 def take_over(model: Any, choices: Choices) -> None:
@@ -71,7 +73,7 @@ def take_over(model: Any, choices: Choices) -> None:
         remedy = "Go on where it has, or give steep.install(model, fp8_products='none')."
         raise UserError("fp8_products", f"products are in fp8 so far, and cannot be here: {LACKS_FP8_UNITS}", remedy)
     if fused.levels is None and choices.levels is not None:
-        fused.levels, fused.chosen_for = choices.levels, choices.chosen_for
+        fused.levels, fused.chosen_for, fused.tile = choices.levels, choices.chosen_for, choices.tile
         fused.room = room_on_card(unwrap(model).model)  # there are no states of the optimizer yet
     fused.loss_way = fused.loss_way or choices.loss_way
     fused.fp8 = fused.fp8 or choices.fp8_products

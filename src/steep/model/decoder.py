@@ -25,6 +25,7 @@ from steep.model.projections import Unfused, compute_dtype, hooks_of, in_use
 from steep.model.read_layer import Traits, eps_of
 from steep.model.recompute import levels_within, room_on_card
 from steep.model.refusals import refuse_arguments, refuse_config, refuse_decoder, refuse_hooks_of_layer, row_lengths
+from steep.model.tiling import tile_sizes
 from steep.ops.backend import gradient_dtype, not_compiled
 from steep.ops.embedding import embedding
 from steep.ops.fp8_groups import Fp8Products
@@ -200,8 +201,9 @@ class FusedDecoder(nn.Module):
             layers = list(layers)
             self._say_dequantised([layer for layer in layers if layer is not None], dtype)
         levels = self._levels(hidden_states, dtype) if torch.is_grad_enabled() else [0] * len(kinds)
+        tile = self.fused.tile or tile_sizes(packing.num_tokens)[0]
         for module, layer, kind, level in zip(self.layers, layers, kinds, levels, strict=True):
-            batch = Batch(packing, *turns[kind], dtype, fp8, level)
+            batch = Batch(packing, *turns[kind], dtype, fp8, level, tile)
             hidden_states = module(hidden_states, batch=batch, fused=self.fused, layer=layer)
         traits = self.layers[0].traits
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -263,7 +265,7 @@ class FusedDecoder(nn.Module):
             fused.room = room_on_card(self)  # later, states of the optimizer would be counted twice
         if fused.levels is None or 0 < fused.chosen_for < tokens:
             layer, stream = fused.layer(self.layers[0]), hidden_states.dtype
-            fused.levels = levels_within(
+            fused.levels, fused.tile = levels_within(
                 fused.room, len(self.layers), layer, dtype, stream, tokens, fused.beside, self._fp8()
             )
             fused.chosen_for = tokens

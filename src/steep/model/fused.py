@@ -23,6 +23,7 @@ class Fused:
         levels: what each layer keeps (`steep.model.block`); None: chosen at the first call that trains.
         chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given.
         room: bytes of the card that the choice is within; None: there is no card.
+        tile: tokens that a layer computes at a time (`steep.model.block`); None: as many as is fast.
         loss_way: how the loss is cut (`steep.ops.linear_cross_entropy`); None: as is faster.
         backends: of attention.
         fp8: which products over an fp8 base are in fp8; None: all on a card with fp8 units, none elsewhere.
@@ -38,6 +39,7 @@ class Fused:
     levels: list[int] | None = None
     chosen_for: int = 0
     room: float | None = None
+    tile: int | None = None
     loss_way: Way | None = None
     backends: Backends = field(default_factory=Backends)
     fp8: Fp8Products | None = None

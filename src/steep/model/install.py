@@ -33,6 +33,7 @@ def install(
     levels: int | Sequence[int] | None = None,
     logits: bool = False,
     fp8_products: Fp8Products | None = None,
+    tile: int | None = None,
 ) -> Any:
     """Let `model`, a causal LM of transformers or PEFT's wrapper around one, compute with steep's fused layers.
 
@@ -46,6 +47,8 @@ def install(
         logits: give logits too where there are labels, without a gradient (for `compute_metrics`).
         fp8_products: which products over an fp8 base are in fp8: ``both`` directions, ``backward`` or ``none``. None:
             both on a card with fp8 units, none elsewhere.
+        tile: tokens that a layer computes at a time where rows do not depend on each other: the fewer, the less memory
+            a long batch takes. None: chosen with `levels`, or all up to 16,384.
 
     Returns:
         `model` itself.
@@ -74,6 +77,8 @@ def install(
             raise UserError(
                 "levels", f"{given} are no levels of {num_layers} layers", "Give one from 0 to 3, or one for each."
             )
+    if tile is not None and (type(tile) is not int or tile < 1):
+        raise UserError("tile", f"{tile!r} is no number of tokens", "Give a whole number above 0, such as 4096.")
     if fp8_products not in (None, *FP8_PRODUCTS):
         problem = f"{fp8_products!r} is unknown"
         raise UserError("fp8_products", problem, f"Give one of {', '.join(FP8_PRODUCTS)}, or None.")
@@ -82,7 +87,7 @@ def install(
         raise UserError("fp8_products", f"no product can be in fp8: {reason}", remedy)
     replaced = not is_installed(model) and "forward" in vars(base)  # later, it is around the fused one
     base.fused = decoder.fused = Fused(
-        levels=levels, logits=logits, fp8=fp8_products, beside=bytes_beside_decoder(base)
+        levels=levels, logits=logits, fp8=fp8_products, tile=tile, beside=bytes_beside_decoder(base)
     )
     for module in (*_modules(base), model):
         module.__class__ = fused_class(type(module)) or type(module)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
+from steep.model.weights import Weights
 from steep.ops.fp8 import Fp8Rows
 from steep.ops.fp8_groups import Fp8Products, group_of
 from steep.ops.fp8_linear import why_not_fp8
@@ -130,6 +132,7 @@ class Batch:
         dtype: of products and of what lies between them.
         fp8: which products over an fp8 base are in fp8.
         level: what the layer keeps for its backward pass (`steep.model.block`).
+        tile: tokens that what is row by row is computed for at a time.
     """
 
     packing: Packing
@@ -138,6 +141,17 @@ class Batch:
     dtype: torch.dtype
     fp8: Fp8Products
     level: int
+    tile: int
+
+    @cached_property
+    def tiles(self) -> list[slice]:
+        """All T tokens, in order."""
+        tokens = self.packing.num_tokens
+        return [slice(start, min(start + self.tile, tokens)) for start in range(0, max(tokens, 1), self.tile)]
+
+    def weights(self, group: Group, passes: int = 1) -> Weights:
+        """The buffer of `group`, for so many passes over all tiles."""
+        return Weights(group, self.cos.device, passes * len(self.tiles))
 
 
 class Rows(NamedTuple):

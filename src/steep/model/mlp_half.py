@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from steep.model.layer import Batch, Layer, Rows, place, rows
+from steep.model.weights import AdapterGradients, Weights
 from steep.ops.copy_rows import copy_rows
 from steep.ops.swiglu import gated_backward, gated_forward
 
@@ -35,43 +36,69 @@ class MlpHalf:
         self.gate_up.extend_input(normed, weights)
         return Rows(normed, quantised)
 
-    def project(self, normed: Rows, weights: Any) -> torch.Tensor:
-        """gate_up, as wide as its gradient's rows, which the backward pass writes over it."""
-        gate_up = rows(normed.extended, self.gate_up.gradient_width, self.batch.dtype)
+    def gradient_rows(self, x2: torch.Tensor) -> torch.Tensor:
+        """gate_up, still empty, as wide as its gradient's rows, which the backward pass writes over it."""
+        return rows(x2, self.gate_up.gradient_width, self.batch.dtype)
+
+    def project(self, normed: Rows, weights: Any, gate_up: torch.Tensor) -> None:
+        """Write gate and up."""
         out = gate_up[:, : self.gate_up.outputs]
         self.gate_up.forward(normed.extended, weights, out, quantised=normed.quantised)
-        return gate_up
 
-    def add(self, x2: torch.Tensor, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """y, and down's output where a norm follows it."""
+    def forward(
+        self,
+        x2: torch.Tensor,
+        of_gate_up: Weights,
+        of_down: Weights,
+        gate_up: torch.Tensor | None,
+        out: torch.Tensor | None,
+        y: torch.Tensor,
+    ) -> None:
+        """Write y, which may be x2.
+
+        Args:
+            gate_up: where to keep it; None: nowhere.
+            out: where to keep down's output, if a norm follows it.
+        """
+        if gate_up is None:
+            gate_up = self.gradient_rows(x2)
+        self.project(self.normed(x2, of_gate_up.buffer), of_gate_up.buffer, gate_up)
+        of_gate_up.used()
         hidden, quantised = rows(x2, self.down.input_width, self.batch.dtype), self.down.quantised_input(*place(x2))
         columns = hidden[:, self.down.x_columns]
         gated_forward(gate_up, self.intermediate, self.layer.activation, out=columns, quantised=quantised)
-        weights, norm = self.down.filled_buffer(x2.device), self.layer.mlp_out_norm
+        weights, norm = of_down.buffer, self.layer.mlp_out_norm
         self.down.extend_input(hidden, weights)
         if norm is None:
-            y = torch.empty_like(x2)
             self.down.forward(hidden, weights, y, add=x2, quantised=quantised)
-            return y, None
-        out = rows(x2, self.down.outputs, self.batch.dtype)
-        self.down.forward(hidden, weights, out, quantised=quantised)
-        return norm.forward(out, residual=x2), out
+        else:
+            if out is None:
+                out = rows(x2, self.down.outputs, self.batch.dtype)
+            self.down.forward(hidden, weights, out, quantised=quantised)
+            norm.forward(out, residual=x2, out=y)
+        of_down.used()
 
     def backward(
-        self, dy: torch.Tensor, x2: torch.Tensor, gate_up: torch.Tensor | None, out: torch.Tensor | None
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """The gradient of norm(x2), and those of the adapters of gate, up and down.
+        self,
+        dy: torch.Tensor,
+        x2: torch.Tensor,
+        gate_up: torch.Tensor | None,
+        out: torch.Tensor | None,
+        of_gate_up: Weights,
+        of_down: Weights,
+        gradients: tuple[AdapterGradients, AdapterGradients],
+    ) -> torch.Tensor:
+        """The gradient of norm(x2).
 
         Args:
-            gate_up: as `project` gave it, and overwritten; None: computed again.
+            gate_up: what `forward` kept, and overwritten; None: computed again.
             out: down's output where a norm follows it.
+            gradients: of gate and up, and of down: added to.
         """
-        norm = self.layer.mlp_out_norm
-        normed = weights = None
+        norm, normed = self.layer.mlp_out_norm, None
         if gate_up is None:
-            weights = self.gate_up.filled_buffer(dy.device)
-            multiplied = self.normed(x2, weights)
-            gate_up = self.project(multiplied, weights)
+            multiplied, gate_up = self.normed(x2, of_gate_up.buffer), self.gradient_rows(x2)
+            self.project(multiplied, of_gate_up.buffer, gate_up)
             normed = multiplied.extended
             del multiplied
         d_out = rows(dy, self.down.gradient_width, self.batch.dtype)
@@ -81,22 +108,23 @@ class MlpHalf:
         else:
             assert out is not None
             norm.backward(dy, out, out=d_out[:, : self.down.outputs], quantised=quantised)
-        of_down_weights = self.down.filled_buffer(dy.device)
-        self.down.extend_gradient(d_out, of_down_weights)
+        self.down.extend_gradient(d_out, of_down.buffer)
         hidden = rows(dy, self.down.input_width, self.batch.dtype)
         dh = hidden[:, self.down.x_columns]
-        self.down.input_gradient(d_out, of_down_weights, out=dh, quantised=quantised)
+        self.down.input_gradient(d_out, of_down.buffer, out=dh, quantised=quantised)
         quantised = self.gate_up.quantised_gradient(*place(dy))
         gated_backward(dh, gate_up, self.intermediate, self.layer.activation, quantised=quantised)
-        self.down.extend_input(hidden, of_down_weights)
-        of_down = self.down.adapter_gradients(d_out, hidden)
-        del hidden, dh, d_out, of_down_weights  # the widest there is, before what follows
-        if normed is None or weights is None:
-            weights = self.gate_up.filled_buffer(dy.device)
-            normed = self.normed(x2, weights, is_multiplied=False).extended
-        self.gate_up.extend_gradient(gate_up, weights)
-        d_normed = self.gate_up.input_gradient(gate_up, weights, quantised=quantised)
-        return d_normed, self.gate_up.adapter_gradients(gate_up, normed) + of_down
+        self.down.extend_input(hidden, of_down.buffer)
+        gradients[1].add(d_out, hidden)
+        of_down.used()
+        del hidden, dh, d_out  # the widest there is, before what follows
+        if normed is None:
+            normed = self.normed(x2, of_gate_up.buffer, is_multiplied=False).extended
+        self.gate_up.extend_gradient(gate_up, of_gate_up.buffer)
+        d_normed = self.gate_up.input_gradient(gate_up, of_gate_up.buffer, quantised=quantised)
+        of_gate_up.used()
+        gradients[0].add(gate_up, normed)
+        return d_normed
 
     def add_backward(
         self, d_normed: torch.Tensor, x2: torch.Tensor, dy: torch.Tensor, into: Rows | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from steep.model.block import LEVELS
 from steep.model.layer import Layer
 from steep.model.step_bytes import kept_bytes, training_bytes, work_bytes
+from steep.model.tiling import fast_sizes, tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 
 # Of what the card has free at the first step: allocations of odd sizes leave gaps.
@@ -59,22 +61,26 @@ def levels_within(
     tokens: int,
     beside: int,
     fp8: Fp8Products = "none",
-) -> list[int]:
-    """The first of `level_lists` whose layers need no more than a room (`room_on_card`), less what the head takes; all
-    at level 3 where not even that fits, and at level 0 without a card.
+) -> tuple[list[int], int]:
+    """The first of `level_lists` whose layers need no more than a room (`room_on_card`), less what the head takes, and
+    the largest tile with which they do; all at level 3 in the smallest where not even that fits, and at level 0 without
+    a card.
 
     Args:
         layer: one of the decoder's.
         beside: bytes that the head takes, with its loss.
         fp8: which products are in fp8.
     """
+    sizes = tile_sizes(tokens)
     if room is None:
-        return [LEVELS[0]] * num_layers
+        return [LEVELS[0]] * num_layers, sizes[0]
     kept = [tokens * each for each in kept_bytes(layer, dtype, stream, fp8)]
-    work = [work_bytes(layer, dtype, stream, level, tokens, fp8) for level in LEVELS]
+    work = {tile: [work_bytes(layer, dtype, stream, level, tokens, fp8, tile) for level in LEVELS] for tile in sizes}
 
-    def needed(levels: list[int]) -> int:
-        return max(sum(kept[level] for level in levels[: i + 1]) + work[levels[i]] for i in moments(levels))
+    def needed(levels: list[int], tile: int) -> int:
+        return max(sum(kept[level] for level in levels[: i + 1]) + work[tile][levels[i]] for i in moments(levels))
 
-    lists = level_lists(num_layers)
-    return next((levels for levels in lists if needed(levels) <= room - beside), [LEVELS[-1]] * num_layers)
+    for levels, tile in product(level_lists(num_layers), fast_sizes(sizes)):
+        if needed(levels, tile) <= room - beside:
+            return levels, tile
+    return [LEVELS[-1]] * num_layers, sizes[-1]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from steep.model.layer import Layer
+from steep.ops.attention import GROUP_BYTES
 from steep.ops.backend import gradient_dtype
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, chunk_size, faster_way, tile_size
@@ -15,53 +16,86 @@ from steep.ops.lora import Group
 
 def kept_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype, fp8: Fp8Products = "none") -> list[int]:
     """Bytes a token that a layer keeps at each level, its input included."""
-    qkv, o, gate_up, _ = layer.groups(dtype, fp8)
+    qkv, _, gate_up, _ = layer.groups(dtype, fp8)
     hidden = layer.o.weight.shape[0]
     x, width = hidden * stream.itemsize, dtype.itemsize
     added = hidden * width
     at_3 = x + (added if layer.mlp_out_norm else 0)
-    at_2 = at_3 + x + o.input_width * width + 4 * layer.attention.num_heads
+    at_2 = at_3 + x + layer.attention.num_heads * (layer.attention.head_dim * width + 4)
     at_1 = at_2 + qkv.outputs * width
     at_0 = at_1 + gate_up.gradient_width * width + (added if layer.attention_out_norm else 0)
     return [at_0, at_1, at_2, at_3]
 
 
 def work_bytes(
-    layer: Layer, dtype: torch.dtype, stream: torch.dtype, level: int, tokens: int, fp8: Fp8Products = "none"
+    layer: Layer,
+    dtype: torch.dtype,
+    stream: torch.dtype,
+    level: int,
+    tokens: int,
+    fp8: Fp8Products = "none",
+    tile: int | None = None,
 ) -> int:
     """Bytes that a layer's backward pass takes beside what it kept, at its peak: weight buffers, rows that are computed
-    again, and gradients between them. The peak is in the half that needs more; see `MlpHalf.backward` and
-    `AttentionHalf.attend_backward`. Over an fp8 base also dy in e4m3, the transposed weight of a product,
-    and what products of the forward pass take that are not in fp8."""
-    qkv, o, gate_up, down = layer.groups(dtype, fp8)
-    hidden, x, width = layer.o.weight.shape[0], layer.o.weight.shape[0] * stream.itemsize, dtype.itemsize
-    rotated = qkv.outputs if layer.attention.q_norm else 0
-    again = rotated  # columns of rows that are there during the whole backward pass
-    if level >= 1 and layer.attention_out_norm:
-        again += hidden
+    again, and gradients between them. The peak is in the MLP or in attention's backward; see `steep.model.block`. Over
+    an fp8 base also dy in e4m3, the transposed weight of a product, and what products of the forward pass take that are
+    not in fp8.
+
+    Args:
+        tile: tokens that are computed at a time where that is row by row; None: all.
+    """
+    qkv, o, _, _ = layer.groups(dtype, fp8)
+    attention, width, x = layer.attention, dtype.itemsize, layer.o.weight.shape[0] * stream.itemsize
+    heads, several = attention.num_heads * attention.head_dim, tile is not None and tile < tokens
+    of_tile = min(tile or tokens, tokens)
+    whole = qkv.outputs if attention.q_norm else 0  # columns of all tokens, during the whole backward pass
     if level >= 2:
-        again += qkv.input_width + qkv.outputs
+        whole += qkv.outputs if several else qkv.input_width + qkv.outputs
     if level >= 3:
+        whole += heads
+    standing = tokens * (whole * width + x)  # and dy
+    again = 0  # columns of a tile, while it is differentiated from y to attention's output
+    if level >= 1 and layer.attention_out_norm:
+        again += o.outputs
+    if level >= 3 or again:
         again += o.input_width
-    residual = x * (2 if level >= 3 else 1)  # dy, and x2
-    buffers = o.buffer_bytes + (qkv.buffer_bytes if level >= 2 else 0)
-    dy_of_qkv, dy_of_o, dy_of_gate_up, dy_of_down = (_dy_in_fp8(group, tokens) for group in (qkv, o, gate_up, down))
+    between = of_tile * (again * width + (x if level >= 3 else 0)) + o.buffer_bytes
+    between += qkv.buffer_bytes if level >= 2 else 0
+    between += _in_mlp(layer, dtype, level, of_tile, fp8, several=several)
+    buffers = qkv.buffer_bytes + _dy_in_fp8(qkv, of_tile)
+    dq = 4 * heads  # in fp32, in some backends
+    if several:
+        made = tokens * (x + heads * width)  # the gradients of x2 and of attention's output
+        in_fp32 = 4 * sum(matrix.numel() for matrix in layer.trained())
+        group = min(
+            max(GROUP_BYTES, tokens * qkv.outputs * width // attention.num_kv_heads), tokens * qkv.outputs * width
+        )
+        group += group * (2 * heads * width + dq) // (qkv.outputs * width)  # two copies of q's size
+        rows = of_tile * (qkv.gradient_width + qkv.input_width + o.outputs) * width
+        return standing + made + in_fp32 + max(between, group, buffers + rows)
+    in_attention = buffers + tokens * (x + dq + (o.gradient_width + heads + qkv.gradient_width + qkv.outputs) * width)
+    in_forward = qkv.buffer_bytes + tokens * qkv.input_width * width
+    in_forward += max(qkv.forward_bytes(tokens), o.forward_bytes(tokens))
+    if level == 0:
+        in_attention -= tokens * layer.groups(dtype, fp8).gate_up.gradient_width * width  # which was kept
+    return standing + max(between, in_attention, in_forward)
+
+
+def _in_mlp(layer: Layer, dtype: torch.dtype, level: int, tokens: int, fp8: Fp8Products, *, several: bool) -> int:
+    """Bytes of `MlpHalf.backward` of one tile; where there are several, both weight buffers stay."""
+    _, _, gate_up, down = layer.groups(dtype, fp8)
+    width, hidden = dtype.itemsize, layer.o.weight.shape[0]
+    dy_of_gate_up, dy_of_down = _dy_in_fp8(gate_up, tokens), _dy_in_fp8(down, tokens)
     of_down = dy_of_down + tokens * down.gradient_width * width + max(down.transposed_bytes, dy_of_gate_up)
     of_down = down.buffer_bytes + tokens * down.input_width * width + max(of_down, down.forward_bytes(tokens))
     of_gate_up = gate_up.buffer_bytes + tokens * gate_up.input_width * width
     to_normed = tokens * hidden * width + dy_of_gate_up + gate_up.transposed_bytes
     to_normed = max(to_normed, gate_up.forward_bytes(tokens))  # before, when gate_up is computed
-    in_attention = o.buffer_bytes + qkv.buffer_bytes + dy_of_o + dy_of_qkv
-    in_attention += tokens * (o.gradient_width + o.input_width + qkv.gradient_width + qkv.outputs) * width
-    in_forward = qkv.buffer_bytes + tokens * qkv.input_width * width
-    in_forward += max(qkv.forward_bytes(tokens), o.forward_bytes(tokens))
+    if several:
+        to_normed += down.buffer_bytes
     if level >= 1:
-        in_mlp = buffers + of_gate_up + tokens * gate_up.gradient_width * width + max(of_down, to_normed)
-    else:
-        in_mlp = buffers + max(of_down, of_gate_up + to_normed)
-        in_attention -= tokens * gate_up.gradient_width * width  # which was kept
-    sums = 4 * tokens * layer.attention.num_heads * layer.attention.head_dim  # of dq in fp32, in some backends
-    return tokens * (again * width + residual) + max(in_mlp, in_attention + sums + tokens * x, in_forward)
+        return of_gate_up + tokens * gate_up.gradient_width * width + max(of_down, to_normed)
+    return max(of_down + (gate_up.buffer_bytes if several else 0), of_gate_up + to_normed)
 
 
 def _dy_in_fp8(group: Group, tokens: int) -> int:

@@ -28,6 +28,8 @@ from steep.ops.packing import Packing
 
 __all__ = ["BACKENDS", "attention", "attention_backward", "attention_forward", "attention_reference"]
 
+GROUP_BYTES = 2**28  # of the gradients of some heads, where they are written over q, k and v
+
 # In the order of preference.
 BACKENDS: dict[str, Any] = {
     "cudnn": cudnn,
@@ -97,6 +99,40 @@ def attention_backward(
     if into is not None:
         join_heads(gradients, into)
     return gradients
+
+
+def attention_backward_in_place(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    packing: Packing,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: str,
+    group_bytes: int = GROUP_BYTES,
+) -> None:
+    """`attention_backward`, its gradients written over q, k and v: some heads at a time, so that of gradients beside
+    them there are no more than `group_bytes`, or those of one key and value head."""
+    window = _effective(window, packing)
+    _check(q, k, v, packing, window, softcap, backend)
+    assert dout.shape == out.shape == q.shape, (dout.shape, out.shape, q.shape)
+    one = BACKENDS[backend]
+    num_kv_heads, shared = k.shape[1], q.shape[1] // k.shape[1]
+    of_one = q.element_size() * len(q) * q.shape[2] * (shared + 2)
+    at_once = max(1, group_bytes // max(of_one, 1))
+    for first in range(0, num_kv_heads, at_once):
+        last = min(first + at_once, num_kv_heads)
+        heads, kv_heads = slice(first * shared, last * shared), slice(first, last)
+        part = q[:, heads], k[:, kv_heads], v[:, kv_heads]
+        kept = tuple(one.of_heads(each, heads, packing) for each in saved)
+        gradients = one.backward(dout[:, heads], *part, out[:, heads], kept, packing, scale, window, softcap)
+        for target, gradient in zip(part, gradients, strict=True):
+            target.copy_(gradient)
 
 
 def attention(

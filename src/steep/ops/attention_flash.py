@@ -73,6 +73,12 @@ def backward(
     return tuple(gradient.reshape(x.shape) for gradient, x in zip(gradients, (q, k, v), strict=True))
 
 
+def of_heads(logsumexp: torch.Tensor, heads: slice, packing: Packing) -> torch.Tensor:
+    """What the forward of these heads alone would have saved, of what that of all did: [heads, T] where documents are
+    packed, else [documents, heads, L]."""
+    return (logsumexp[heads] if packing.uniform is None else logsumexp[:, heads]).contiguous()
+
+
 def _shaped(x_THD: torch.Tensor, packing: Packing) -> torch.Tensor:
     """Packed as it is; [documents, length, heads, head_dim] where all are equally long, which is a little faster."""
     return x_THD if packing.uniform is None else x_THD.unflatten(0, (len(packing.lengths), packing.max_length))
