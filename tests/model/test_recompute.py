@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from steep.model import choices, decoder
 from steep.model.adapters import add_adapters
 from steep.model.install import fused_of, install
+from steep.model.layer import Layer
 from steep.model.mlp_half import MlpHalf
 from steep.model.read_layer import Traits, read_layer
 from steep.model.recompute import level_lists, levels_within, moments, room_on_card
@@ -106,35 +107,37 @@ def test_tiles_are_even_parts() -> None:
     assert fast_sizes([7, 3, 1]) == [7, 3] and fast_sizes([7]) == [7]
 
 
+def layer_of_8b() -> Layer:
+    """Of Llama-3-8B's shape, without data."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8
+    )
+    with torch.device("meta"):
+        base = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+        return read_layer(add_adapters(base, r=256).base_model.model.model.layers[0], Traits())
+
+
 def test_a_smaller_tile_comes_before_more_is_computed_again() -> None:
     """And the smallest after it."""
-    model = install(adapted(tiny_model("llama")))
-    layer, bf16, tokens = unwrap(model).model.layers[0], torch.bfloat16, 10_000
-    read = read_layer(layer, layer.traits)
+    read, bf16, tokens = layer_of_8b(), torch.bfloat16, 10_000
     kept = [tokens * each for each in kept_bytes(read, bf16, bf16)]
     whole, tiled, least = ([work_bytes(read, bf16, bf16, level, tokens, "none", tile) for level in range(4)]
                            for tile in tile_sizes(tokens))  # fmt: skip
-    assert all(a > b > c for a, b, c in zip(whole, tiled, least, strict=True))
+    assert all(a > b > c for a, b, c in list(zip(whole, tiled, least, strict=True))[1:])
+    assert whole[0] < tiled[0]  # which has gate and up of all tokens in any case
 
     def within(room: float) -> tuple[list[int], int]:
         return levels_within(room, 3, read, bf16, bf16, tokens, 0)
 
     assert within(3 * kept[0] + whole[0]) == ([0, 0, 0], 10_000)
-    assert within(3 * kept[0] + whole[0] - 1) == ([0, 0, 0], 3392)
-    assert within(3 * kept[0] + tiled[0] - 1)[0] == [1, 0, 0]
+    assert within(3 * kept[2] + tiled[2]) == ([2, 2, 2], 3392)
     assert within(3 * kept[3] + tiled[3]) == ([3, 3, 3], 3392)
     assert within(3 * kept[3] + tiled[3] - 1) == within(0) == ([3, 3, 3], 1024)
 
 
 def test_a_long_batch_takes_what_attention_reads_and_no_more() -> None:
     """Bytes a token of Llama-3-8B's layer, from 65,536 tokens on."""
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8
-    )
-    with torch.device("meta"):
-        base = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
-        read = read_layer(add_adapters(base, r=256).base_model.model.model.layers[0], Traits())
-    bf16 = torch.bfloat16
+    read, bf16 = layer_of_8b(), torch.bfloat16
     short, long = (work_bytes(read, bf16, bf16, 3, tokens, "none", 4096) for tokens in (65_536, 131_072))
     assert 40_000 < (long - short) / 65_536 < 55 * 1024
 
@@ -176,7 +179,8 @@ def test_the_work_of_a_layer_is_what_is_planned(
     peak = max(accumulate(allocations(prof, "work")))
     planned = work_bytes(layer, torch.float32, torch.float32, level, len(x), "none", tile) - dy.nbytes
     gradients = sum(adapter.nbytes for adapter in layer.trained())  # of which some are not there yet
-    assert (0.7 if level == 0 else 0.9) * planned < peak <= planned + gradients
+    in_tiles = tile < len(x)  # of so few tokens: attention then needs the most
+    assert (0.7 if level == 0 or in_tiles else 0.9) * planned < peak <= planned + gradients
 
 
 @pytest.mark.parametrize("tied", [False, True])

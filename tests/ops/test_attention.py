@@ -14,7 +14,14 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steep.ops import attention_backends, attention_flex
-from steep.ops.attention import BACKENDS, attention, attention_backward, attention_forward, attention_reference
+from steep.ops.attention import (
+    BACKENDS,
+    attention,
+    attention_backward,
+    attention_backward_in_place,
+    attention_forward,
+    attention_reference,
+)
 from steep.ops.attention_backends import (
     fastest_backend,
     measured_backends,
@@ -112,15 +119,26 @@ def explicit(
     return [out, *split(buffer, heads, head_dim)]
 
 
+def in_place(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, packing: Packing, **options: Any
+) -> list[torch.Tensor]:
+    """The gradients written over q, k and v, a key and value head at a time."""
+    q, k, v = split(torch.cat([x.flatten(1) for x in (q, k, v)], 1), (q.shape[1], k.shape[1]), q.shape[2])
+    out, saved = attention_forward(q, k, v, packing, **options)
+    attention_backward_in_place(dout, q, k, v, out, saved, packing, **options, group_bytes=1)
+    return [out, q, k, v]
+
+
 def check(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, packing: Packing, backend: str, **more: Any
 ) -> None:
-    """The explicit and the differentiable form, every output and gradient, against fp32 truth."""
+    """The explicit forms and the differentiable one, every output and gradient, against fp32 truth."""
     options = {"scale": q.shape[-1] ** -0.5, **more}
     truth = with_gradients(attention_reference, *(x.float() for x in (q, k, v, dout)), packing, **options)
     reference = with_gradients(eager, q, k, v, dout, packing, **options)
     for ours in (
         explicit(q, k, v, dout, packing, **options, backend=backend),
+        in_place(q, k, v, dout, packing, **options, backend=backend),
         with_gradients(attention, q, k, v, dout, packing, **options, backend=backend),
     ):
         for name, mine, theirs, true in zip(NAMES, ours, reference, truth, strict=True):
@@ -233,6 +251,25 @@ def test_gradients_may_be_written_over_the_inputs() -> None:
     out, saved = attention_forward(q, k, v, packing, **options)
     assert q._base is not None
     attention_backward(dout, q, k, v, out, saved, packing, **options, into=q._base)
+    for written, right in zip((q, k, v), wanted[1:], strict=True):
+        assert torch.equal(written, right)
+
+
+@pytest.mark.parametrize(("group_bytes", "calls"), [(1, 4), (2 * 13 * 16 * 4 * 3, 2), (10**9, 1)])
+def test_as_many_heads_at_once_as_there_is_room_for(
+    group_bytes: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packing, options = Packing.from_lengths([9, 4], "cpu"), {"scale": 0.2, "backend": "reference"}
+    q, k, v, dout = draw(13, (4, 4), 16, torch.float32)
+    wanted = explicit(q, k, v, dout, packing, **options)
+    heads: list[int] = []
+    own = BACKENDS["reference"].backward
+    monkeypatch.setattr(
+        BACKENDS["reference"], "backward", lambda dout, *given: heads.append(dout.shape[1]) or own(dout, *given)
+    )
+    out, saved = attention_forward(q, k, v, packing, **options)
+    attention_backward_in_place(dout, q, k, v, out, saved, packing, **options, group_bytes=group_bytes)
+    assert heads == [4 // calls] * calls
     for written, right in zip((q, k, v), wanted[1:], strict=True):
         assert torch.equal(written, right)
 
@@ -373,6 +410,13 @@ def test_what_is_handed_to_torch_fits_its_operations(backend: str, lengths: Sequ
     assert [x.shape for x in (out, *gradients)] == [tensors[3].shape, *(x.shape for x in tensors[:3])]
     assert all(x.is_contiguous() for x in gradients)
     assert sum(x.numel() for x in saved) == packing.num_tokens * 8
+    for heads, kv_heads in ((slice(0, 4), slice(0, 1)), (slice(4, 8), slice(1, 2))):  # what each half would have saved
+        _, own = attention_forward(tensors[0][:, heads], *(x[:, kv_heads] for x in tensors[1:3]), packing, **options)
+        parts = [BACKENDS[backend].of_heads(each, heads, packing) for each in saved]
+        assert [(x.shape, x.stride()) for x in parts] == [(x.shape, x.stride()) for x in own]
+    with Calls() as calls:
+        attention_backward_in_place(tensors[3], *tensors[:3], out, saved, packing, **options, group_bytes=1)
+    assert calls.counts[OPERATIONS[backend][1]] == 2
 
 
 # --- which backend ----------------------------------------------------------------------------------------------
