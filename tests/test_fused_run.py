@@ -76,7 +76,8 @@ def test_a_fused_run_ends_as_any_other(finished: Path) -> None:
 
 def test_what_was_chosen_stands_in_the_checkpoint(finished: Path) -> None:
     choices = read_choices(finished / "checkpoint-6")
-    assert choices == Choices(True, "fp32", [0, 0], 0, "tokens", choices.backends, "none")
+    assert choices == Choices(True, "fp32", [0, 0], 0, "tokens", choices.backends, "none", choices.tile)
+    assert choices.tile is not None and read(finished / "plan.json")["tile"] is None
     assert choices.backends.keys() == {"documents of uneven lengths"}
     assert read(finished / "checkpoint-6" / "format.json")["format"] == FORMAT
     assert read(finished / "checkpoint-6" / "choices.json").keys() == {each.name for each in fields(Choices)}

@@ -103,7 +103,10 @@ class FusedStep:
         """By level."""
         if tile not in self._works:
             how = DTYPES[self.compute], DTYPES[self.stream]
-            works = ([work_bytes(layer, *how, level, self.tokens, self.fp8, tile) for level in LEVELS] for layer in self.layers)
+            works = (
+                [work_bytes(layer, *how, level, self.tokens, self.fp8, tile) for level in LEVELS]
+                for layer in self.layers
+            )
             self._works[tile] = [max(each) for each in zip(*works, strict=True)]
         return self._works[tile]
 

@@ -114,6 +114,13 @@ class Plan:
     def last_step(self) -> int:
         return self.first_step + self.steps
 
+    @property
+    def _tile(self) -> int | None:
+        """Tokens that a fused layer computes at a time; None: all."""
+        tile, config = self.choices.tile, self.config
+        tokens = config.training.per_device_train_batch_size * config.data.max_length
+        return tile if tile is not None and tile < tokens else None
+
     def as_dict(self) -> dict[str, Any]:
         """`plan.json`."""
         training, shape = self.config.training, self.shape
@@ -126,7 +133,7 @@ class Plan:
             "fused_reason": self.not_fused,
             "levels": self.choices.levels,
             "loss_way": self.choices.loss_way,
-            "tile": self.choices.tile,
+            "tile": self._tile,
             "fp8_products": self.choices.fp8_products,
             "parameters": {
                 "frozen": shape.linear + shape.embeddings + shape.other,

@@ -253,7 +253,8 @@ def fused_line(plan: Mapping[str, Any]) -> str:
     layers = " and ".join(f"{level} in {count} layers" for level, count in sorted(counts.items()))
     products = {"both": ", products in fp8", "backward": ", products of the backward pass in fp8"}
     in_fp8 = products.get(plan.get("fp8_products") or "none", "")
-    return f"yes, at level {layers} (0 computes least again, 3 most){in_fp8}"
+    in_tiles = f", in tiles of {plan['tile']:,} tokens" if plan.get("tile") else ""
+    return f"yes, at level {layers} (0 computes least again, 3 most){in_tiles}{in_fp8}"
 
 
 def _new_tokens_table(figures: Mapping[str, Any]) -> Table:

@@ -72,6 +72,14 @@ def test_every_family_at_every_level(family: str, level: int, monkeypatch: pytes
     assert len(calls) == 2 * (forward + again + 4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.usefixtures("exact")
+def test_in_tiles(family: str) -> None:
+    model = adapted(tiny_model(family))
+    assert_same(model, packed(), levels=[3, 0], tile=50)
+    assert fused_of(model).fp8 == "both"
+
+
 @pytest.mark.parametrize("products", ["backward", "none"])
 @pytest.mark.usefixtures("exact")
 def test_fewer_products_in_fp8_compute_the_same(products: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,14 +75,14 @@ def test_gradients_are_as_exact_as_the_librarys(
     model = adapted(model, r=64, trained_dtype="bf16")
     truth_loss, truth = loss_and_gradients(truth_of(model), batch(lengths))
     _, library = loss_and_gradients(model, batch(lengths))
-    for level in (0, 1, 2, 3):
-        install(model, levels=level)
+    for level, tile in ((0, None), (1, None), (2, None), (3, None), (0, 100), (1, 100), (2, 100), (3, 100)):
+        install(model, levels=level, tile=tile)
         loss, fused = loss_and_gradients(model, batch(lengths))
         assert abs(loss - truth_loss) < 1e-3 * truth_loss
         for name, gradient in truth.items():
             bound = 1.1 * error(library[name], gradient) + 2e-3
             assert bound < 0.25, name
-            assert error(fused[name], gradient) <= bound, f"{name} at level {level}"
+            assert error(fused[name], gradient) <= bound, f"{name} at level {level}, tile {tile}"
             assert error(fused[name] / 2, gradient) > bound, name
         uninstall(model)
 
@@ -105,8 +105,8 @@ def test_gradients_over_fp8_are_as_exact_as_in_plain_torch(
     of_cpu = {name: tensor.cpu() for name, tensor in batch(lengths).items()}
     _, in_plain_torch = loss_and_gradients(on_cpu, of_cpu)
     truth_loss, truth = loss_and_gradients(truth_of(model), batch(lengths))
-    for level in (0, 1, 2, 3):
-        install(model, levels=level, fp8_products=products)
+    for level, tile in ((0, None), (1, None), (2, None), (3, None), (1, 100), (3, 100)):
+        install(model, levels=level, fp8_products=products, tile=tile)
         loss, fused = loss_and_gradients(model, batch(lengths))
         assert abs(loss - truth_loss) < (1e-2 if products == "both" else 1e-3) * truth_loss
         said = [line for line in fused_of(model).said if "fp8" in line]
@@ -114,7 +114,7 @@ def test_gradients_over_fp8_are_as_exact_as_in_plain_torch(
         for name, gradient in truth.items():
             bound = 1.15 * error(in_plain_torch[name].cuda(), gradient) + 2e-3
             assert bound < 0.4, name
-            assert error(fused[name], gradient) <= bound, f"{name} at level {level}"
+            assert error(fused[name], gradient) <= bound, f"{name} at level {level}, tile {tile}"
             assert error(fused[name] / 2, gradient) > bound, name
         uninstall(model)
 
