@@ -411,7 +411,7 @@ def test_layers_keep_what_the_budget_allows(accumulation: int) -> None:
     seen: list[int] = []
     for budget in range(round(0.98 * peaks[3]), round(1.1 * peaks[0]), 2**26):
         levels, way, tile = step.choose(budget)
-        assert tile == step.tokens or (levels == [3] * 4 and peaks[3] > budget)
+        assert tile == step.tokens or peaks[3] > budget
         peak = sum(step.by_item(levels, way, tile).values())
         assert levels == sorted(levels, reverse=True) and max(levels) - min(levels) <= 1
         assert peak <= budget or peaks[3] > budget
@@ -419,7 +419,8 @@ def test_layers_keep_what_the_budget_allows(accumulation: int) -> None:
             lower = [*levels]
             lower[max(index for index, level in enumerate(levels) if level == max(levels))] -= 1
             assert all(sum(step.by_item(lower, each, tile).values()) > budget for each in ("tokens", "vocabulary"))
-        seen.append(sum(levels))
+        if tile == step.tokens:  # a smaller one has fewer bytes by the layer, and so levels of its own
+            seen.append(sum(levels))
     assert seen == sorted(seen, reverse=True) and seen[-1] == 0 and len(set(seen)) > 4
     assert settle(config, step, None, None).levels == [0] * 4  # without a card
     for asked, level in ((True, 3), (False, 0)):
@@ -524,6 +525,10 @@ def test_the_peak_is_the_measured_one(row: dict[str, Any]) -> None:
     config, empty = parse_config({**tree, "model": {**tree["model"], "fused": "on"}}), empty_model(row["shape"])
     step = step_of(config, empty, tied=is_tied(empty))
     planned = sum(step.by_item(row["levels"], row["loss_way"], row.get("tile") or step.tokens).values()) + WORKSPACES
+    if "tile" not in row:  # attention's output was kept with what LoRA adds beside
+        o = step.layer.groups(torch.bfloat16, "none").o
+        beside = o.input_width - step.layer.attention.num_heads * step.layer.attention.head_dim
+        planned += 2 * step.tokens * beside * sum(level <= 2 for level in row["levels"])
     assert planned / 2**30 == pytest.approx(row["peak_allocated_gib"], abs=0.1)
 
 

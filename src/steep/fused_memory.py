@@ -11,9 +11,9 @@ from steep.memory import ADAMW_8BIT, WIDTH, Shape, standing, update_scratch
 from steep.model.block import LEVELS
 from steep.model.layer import Layer
 from steep.model.load import DTYPES
-from steep.model.recompute import level_lists, moments
+from steep.model.recompute import candidates, moments
 from steep.model.step_bytes import kept_bytes, loss_bytes, work_bytes
-from steep.model.tiling import fast_sizes, tile_sizes
+from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
 
@@ -70,12 +70,13 @@ class FusedStep:
             given: levels, where only the cut is open.
         """
         ways: list[Way] = ["vocabulary"] if self.faster_way == "vocabulary" else ["tokens", "vocabulary"]
-        lists = [given] if given is not None else level_lists(self.shape.layers)
-        sizes = tile_sizes(self.tokens)
-        for levels, tile, way in product(lists, fast_sizes(sizes) if given is None else sizes, ways):
+        all_of_them = candidates(self.shape.layers, self.tokens)
+        if given is not None:
+            all_of_them = ((given, tile) for tile in tile_sizes(self.tokens))
+        for (levels, tile), way in product(all_of_them, ways):
             if sum(self.by_item(levels, way, tile).values()) <= budget:
                 return levels, way, tile
-        return given or [LEVELS[-1]] * self.shape.layers, min(ways, key=self._loss), sizes[-1]
+        return given or [LEVELS[-1]] * self.shape.layers, min(ways, key=self._loss), tile_sizes(self.tokens)[-1]
 
     @property
     def faster_way(self) -> Way:

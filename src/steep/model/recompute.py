@@ -11,7 +11,7 @@ import torch
 from steep.model.block import LEVELS
 from steep.model.layer import Layer
 from steep.model.step_bytes import kept_bytes, training_bytes, work_bytes
-from steep.model.tiling import fast_sizes, tile_sizes
+from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 
 # Of what the card has free at the first step: allocations of odd sizes leave gaps.
@@ -25,6 +25,15 @@ def level_lists(num_layers: int) -> Iterator[list[int]]:
         for lower in range(num_layers, 0, -1):
             yield [low + 1] * (num_layers - lower) + [low] * lower
     yield [LEVELS[-1]] * num_layers
+
+
+def candidates(num_layers: int, tokens: int) -> Iterator[tuple[list[int], int]]:
+    """Levels of all layers with a tile, from the fastest to the leanest. The smallest tile is slower than the others,
+    and comes after all of them."""
+    *fast, smallest = tile_sizes(tokens)
+    yield from product(level_lists(num_layers), fast or [smallest])
+    if fast:
+        yield from ((levels, smallest) for levels in level_lists(num_layers))
 
 
 def moments(levels: Sequence[int]) -> list[int]:
@@ -62,25 +71,24 @@ def levels_within(
     beside: int,
     fp8: Fp8Products = "none",
 ) -> tuple[list[int], int]:
-    """The first of `level_lists` whose layers need no more than a room (`room_on_card`), less what the head takes, and
-    the largest tile with which they do; all at level 3 in the smallest where not even that fits, and at level 0 without
-    a card.
+    """The first of `candidates` that needs no more than a room (`room_on_card`), less what the head takes, or the last
+    one; the first one without a card.
 
     Args:
         layer: one of the decoder's.
         beside: bytes that the head takes, with its loss.
         fp8: which products are in fp8.
     """
-    sizes = tile_sizes(tokens)
     if room is None:
-        return [LEVELS[0]] * num_layers, sizes[0]
+        return next(candidates(num_layers, tokens))
     kept = [tokens * each for each in kept_bytes(layer, dtype, stream, fp8)]
-    work = {tile: [work_bytes(layer, dtype, stream, level, tokens, fp8, tile) for level in LEVELS] for tile in sizes}
+    work = {
+        tile: [work_bytes(layer, dtype, stream, level, tokens, fp8, tile) for level in LEVELS]
+        for tile in tile_sizes(tokens)
+    }
 
     def needed(levels: list[int], tile: int) -> int:
         return max(sum(kept[level] for level in levels[: i + 1]) + work[tile][levels[i]] for i in moments(levels))
 
-    for levels, tile in product(level_lists(num_layers), fast_sizes(sizes)):
-        if needed(levels, tile) <= room - beside:
-            return levels, tile
-    return [LEVELS[-1]] * num_layers, sizes[-1]
+    chosen = [LEVELS[-1]] * num_layers, tile_sizes(tokens)[-1]
+    return next((each for each in candidates(num_layers, tokens) if needed(*each) <= room - beside), chosen)

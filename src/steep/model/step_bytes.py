@@ -59,7 +59,8 @@ def work_bytes(
         again += o.outputs
     if level >= 3 or again:
         again += o.input_width
-    between = of_tile * (again * width + (x if level >= 3 else 0)) + o.buffer_bytes
+    between = of_tile * (again * width + (x if level >= 3 else 0))
+    between += o.buffer_bytes if again or several else 0  # else it is filled after the MLP
     between += qkv.buffer_bytes if level >= 2 else 0
     between += _in_mlp(layer, dtype, level, of_tile, fp8, several=several)
     buffers = qkv.buffer_bytes + _dy_in_fp8(qkv, of_tile)

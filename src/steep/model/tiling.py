@@ -16,11 +16,6 @@ def tile_sizes(tokens: int) -> list[int]:
     return sizes
 
 
-def fast_sizes(sizes: list[int]) -> list[int]:
-    """Those that are tried before layers compute more again: all but the leanest of several."""
-    return sizes[:-1] or sizes
-
-
 def _even(tokens: int, largest: int) -> int:
     """The size of equal parts, as few as can be with `largest` at most; a multiple of 64, but for a batch below it."""
     tokens = max(tokens, 1)
