@@ -526,8 +526,8 @@ def test_the_peak_is_the_measured_one(row: dict[str, Any]) -> None:
     step = step_of(config, empty, tied=is_tied(empty))
     planned = sum(step.by_item(row["levels"], row["loss_way"], row.get("tile") or step.tokens).values()) + WORKSPACES
     if "tile" not in row:  # attention's output was kept with what LoRA adds beside
-        o = step.layer.groups(torch.bfloat16, "none").o
-        beside = o.input_width - step.layer.attention.num_heads * step.layer.attention.head_dim
+        o = step.layers[0].groups(torch.bfloat16, "none").o
+        beside = o.input_width - step.layers[0].attention.num_heads * step.layers[0].attention.head_dim
         planned += 2 * step.tokens * beside * sum(level <= 2 for level in row["levels"])
     assert planned / 2**30 == pytest.approx(row["peak_allocated_gib"], abs=0.1)
 
