@@ -462,15 +462,15 @@ def test_updates_inside_backward_need_few_gradients(tied: bool, saved: list[str]
     of_head = of_table if "lm_head" in trained["modules_to_save"] else 0
     waits = of_head if tied else 0
     assert step._at_the_loss(levels, "tokens")["gradients"] == of_head
-    assert {items["gradients"] for items in step._in_layers(levels)} == {waits + of_layer}
+    assert {items["gradients"] for items in step._in_layers(levels, step.tokens)} == {waits + of_layer}
     (last,) = step._at_the_update()
     assert last["gradients"] == waits + (of_table if "embed_tokens" in trained["modules_to_save"] else 0)
-    for state, at_the_end in zip(step._in_layers(levels), whole._in_layers(levels), strict=True):
+    for state, at_the_end in zip(*(each._in_layers(levels, each.tokens) for each in (step, whole)), strict=True):
         assert state["activations"] == at_the_end["activations"] and state["gradients"] <= at_the_end["gradients"]
     for level in range(4):
-        lean_peak, peak = (sum(each.by_item([level] * 8, "vocabulary").values()) for each in (step, whole))
+        lean_peak, peak = (sum(each.by_item([level] * 8, "vocabulary", each.tokens).values()) for each in (step, whole))
         assert lean_peak <= peak
-    budget = sum(whole.by_item([2] * 8, "vocabulary").values())
+    budget = sum(whole.by_item([2] * 8, "vocabulary", whole.tokens).values())
     assert sum(step.choose(budget)[0]) <= sum(whole.choose(budget)[0])
 
 

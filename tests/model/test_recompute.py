@@ -114,8 +114,8 @@ def layer_of_8b() -> Layer:
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8
     )
     with torch.device("meta"):
-        base = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
-        return read_layer(add_adapters(base, r=256).base_model.model.model.layers[0], Traits())
+        base: Any = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
+        return read_layer(unwrap(add_adapters(base, r=256)).model.layers[0], Traits())
 
 
 def test_a_smaller_tile_comes_before_more_is_computed_again() -> None:
@@ -182,7 +182,7 @@ def test_the_work_of_a_layer_is_what_is_planned(
     planned = work_bytes(layer, torch.float32, torch.float32, level, len(x), "none", tile) - dy.nbytes
     gradients = sum(adapter.nbytes for adapter in layer.trained())  # of which some are not there yet
     in_tiles = tile < len(x)  # of so few tokens: attention then needs the most
-    assert (0.7 if level == 0 or in_tiles else 0.9) * planned < peak <= planned + gradients
+    assert (0.7 if level == 0 or in_tiles else 0.85) * planned < peak <= planned + gradients
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -381,5 +381,5 @@ def test_a_step_takes_what_was_planned(level: int, accumulation: int) -> None:
     # In a run the originals of trained embeddings are not in memory.
     originals = sum(p.nbytes for name, p in model.named_parameters() if "original_module" in name)
     assert originals == 2 * 32_000 * 2048 * 2
-    planned = sum(step.by_item([level] * 8, step.faster_way).values()) + originals
+    planned = sum(step.by_item([level] * 8, step.faster_way, step.tokens).values()) + originals
     assert planned == pytest.approx(peak, rel=0.1), f"{peak / 2**30:.2f} GiB, planned {planned / 2**30:.2f}"

@@ -411,7 +411,8 @@ def test_what_is_handed_to_torch_fits_its_operations(backend: str, lengths: Sequ
     assert all(x.is_contiguous() for x in gradients)
     assert sum(x.numel() for x in saved) == packing.num_tokens * 8
     for heads, kv_heads in ((slice(0, 4), slice(0, 1)), (slice(4, 8), slice(1, 2))):  # what each half would have saved
-        _, own = attention_forward(tensors[0][:, heads], *(x[:, kv_heads] for x in tensors[1:3]), packing, **options)
+        k, v = (x[:, kv_heads] for x in tensors[1:3])
+        _, own = attention_forward(tensors[0][:, heads], k, v, packing, **options)
         parts = [BACKENDS[backend].of_heads(each, heads, packing) for each in saved]
         assert [(x.shape, x.stride()) for x in parts] == [(x.shape, x.stride()) for x in own]
     with Calls() as calls:
