@@ -92,6 +92,7 @@ def planned(work: Work) -> tuple[list[int], Any, Any]:
     from steep.fusing import decide, fused_step, settle
     from steep.memory import shape_of
     from steep.model.embeddings import is_tied
+    from steep.model.machine import card_here
     from steep.schema import RunConfig
     from steep.vram import vram_budget
 
@@ -99,9 +100,10 @@ def planned(work: Work) -> tuple[list[int], Any, Any]:
     config = RunConfig.model_validate({**tree, "model": {**tree["model"], "fused": "on"}})
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(work.folder), dtype=torch.bfloat16)
-    layer, _ = decide(config, empty, None)
+    card = card_here()
+    layer, _ = decide(config, empty, None, card)
     assert layer is not None  # on, and an error otherwise
-    budget = vram_budget(config.training.vram)
+    budget = vram_budget(config.training.vram, card)
     step = fused_step(
         config, [layer], shape_of(empty, config.adapter), tied=is_tied(empty), base="nf4", compute="bf16",
         trained="bf16", on_card=budget is not None,

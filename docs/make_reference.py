@@ -117,6 +117,8 @@ def _kind(annotation: Any) -> str:
     if origin is list:
         inner = arguments[0]
         return "list of sources" if inner is Source else f"list of {_kind(inner)}"
+    if origin is dict:
+        return "settings"
     if annotation is Learned:
         return "`auto: NUMBER`"
     return _PLAIN[annotation]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from steep import fp8_choice, plan
+from steep import computation
 from steep.errors import UserError
 from steep.fp8_choice import dequantised, in_fp8, kept_in_16_bits, resolve_fp8_products
 from steep.fused_memory import FusedStep
@@ -18,12 +18,14 @@ from steep.fusing import fused_step
 from steep.model.choices import Choices
 from steep.model.install import install
 from steep.model.layer import Layer
+from steep.model.machine import Card
 from steep.model.read_layer import read_layer
 from steep.model.step_bytes import kept_bytes, work_bytes
 from steep.model.unwrap import unwrap
 from steep.ops.fp8_groups import Fp8BackwardGroup
 from steep.ops.fp8_linear import Fp8Group
 from steep.ops.lora import LoraGroup
+from steep.plan import plan_run
 from tests.fp8_checkpoints import compressed, publish
 from tests.model.test_fused import adapted
 from tests.test_run import run_file
@@ -54,6 +56,9 @@ def stored(layer: Layer, *, blocks: bool = False) -> Layer:
     return only
 
 
+ADA, AMPERE = (Card("fake", (8, capability), 2**34, 2**34) for capability in (9, 6))
+
+
 def chosen(
     asked: str = "auto",
     base: str = "fp8",
@@ -61,28 +66,23 @@ def chosen(
     before: str | None = None,
     *,
     fused: bool = True,
-    on_card: bool = True,
+    card: Card | None = ADA,
 ) -> str:
     config = run_file(Path("model"), Path("text"), Path("run"), model={"fp8_products": asked})
     kept: Any = None if before is None else Choices(True, "bf16", fp8_products=before)  # pyright: ignore[reportArgumentType]
     layers = [stored(layer_of())] if fused else None
-    return resolve_fp8_products(config, base, compute, kept, layers=layers, on_card=on_card)
+    return resolve_fp8_products(config, base, compute, kept, layers=layers, card=card)
 
 
-def card(monkeypatch: pytest.MonkeyPatch, *, lacks: bool) -> None:
-    monkeypatch.setattr(fp8_choice, "lacks_fp8_units", lambda: lacks)
-
-
-def test_auto_is_both_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_both_where_they_can_be() -> None:
     assert chosen() == "both"
-    assert chosen(on_card=False) == "none"  # plain torch would compute the same, and slower
+    assert chosen(card=None) == "none"  # plain torch would compute the same, and slower
     assert chosen(base="nf4") == chosen(compute="fp32") == chosen(fused=False) == "none"
-    card(monkeypatch, lacks=True)
-    assert chosen() == "none"
+    assert chosen(card=AMPERE) == "none"
 
 
-def test_what_is_asked_for_is_done_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [chosen(asked, on_card=False) for asked in ("both", "backward", "none")] == ["both", "backward", "none"]
+def test_what_is_asked_for_is_done_or_refused() -> None:
+    assert [chosen(asked, card=None) for asked in ("both", "backward", "none")] == ["both", "backward", "none"]
     cases: list[tuple[dict[str, Any], str]] = [
         ({"base": "nf4"}, "model.base is nf4"),
         ({"fused": False}, "not fused"),
@@ -92,27 +92,25 @@ def test_what_is_asked_for_is_done_or_refused(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(UserError, match=rf"model\.fp8_products: .*{reason}"):
             chosen("both", **faulty)
         assert chosen("none", **faulty) == "none"
-    card(monkeypatch, lacks=True)
     with pytest.raises(UserError, match="no fp8 units"):
-        chosen("backward")
+        chosen("backward", card=AMPERE)
 
 
-def test_a_run_goes_on_as_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chosen(before="none") == "none" and chosen(before="backward", on_card=False) == "backward"
+def test_a_run_goes_on_as_it_began() -> None:
+    assert chosen(before="none") == "none" and chosen(before="backward", card=None) == "backward"
     assert chosen("both", before="none") == "both"  # where --allow let it be
-    card(monkeypatch, lacks=True)
-    assert chosen("none", before="both") == "none"
+    assert chosen("none", before="both", card=AMPERE) == "none"
     with pytest.raises(UserError, match=r"--resume: .*no fp8 units.*--allow model\.fp8_products"):
-        chosen(before="both")
+        chosen(before="both", card=AMPERE)
 
 
 def test_shapes_without_products_in_fp8() -> None:
     config = run_file(Path("model"), Path("text"), Path("run"), model={"fp8_products": "both"})
     uneven = [stored(layer_of(hidden_size=72, head_dim=36, intermediate_size=520))]
     with pytest.raises(UserError, match=r"model\.fp8_products: .*rows of 72 weights are no multiple of 16"):
-        resolve_fp8_products(config, "fp8", "bf16", None, layers=uneven, on_card=True)
+        resolve_fp8_products(config, "fp8", "bf16", None, layers=uneven, card=ADA)
     config.model.fp8_products = "auto"
-    assert resolve_fp8_products(config, "fp8", "bf16", None, layers=uneven, on_card=True) == "none"
+    assert resolve_fp8_products(config, "fp8", "bf16", None, layers=uneven, card=ADA) == "none"
     assert dequantised([layer_of()], "bf16") and not dequantised([stored(layer_of(), blocks=True)], "bf16")
     heads = layer_of(num_attention_heads=8, num_key_value_heads=8, head_dim=80)
     (line,) = dequantised([stored(heads, blocks=True)], "bf16")
@@ -153,7 +151,7 @@ def test_layers_are_planned_as_they_are_stored() -> None:
     assert kinds == [[Fp8Group] * 4, [Fp8Group] * 3 + [LoraGroup], [LoraGroup] * 4]
     config = run_file(Path("model"), Path("text"), Path("run"), model={"fp8_products": "auto"})
     for layers, products in (([first], "both"), ([third, first], "both"), ([third], "none")):
-        assert resolve_fp8_products(config, "fp8", "bf16", None, layers=layers, on_card=True) == products
+        assert resolve_fp8_products(config, "fp8", "bf16", None, layers=layers, card=ADA) == products
     assert dequantised([first, second], "bf16") == [
         "1 of the 4 groups of products in some layers are not in fp8: no weight is in e4m3 (down)"
     ]
@@ -166,12 +164,14 @@ def test_which_layers_a_published_checkpoint_keeps(
     """Seen by its tensors: patterns and prefixes of the config's lists differ from writer to writer."""
     given = {"base": "auto", "fused": "on", "compute_dtype": "bf16", "fp8_products": "both"}
     steps: list[FusedStep] = []
-    monkeypatch.setattr(plan, "fused_step", lambda *given, **how: steps.append(fused_step(*given, **how)) or steps[-1])
+    monkeypatch.setattr(
+        computation, "fused_step", lambda *given, **how: steps.append(fused_step(*given, **how)) or steps[-1]
+    )
     planned = {}
     for name in ("whole", "published"):
         folder = llama_folder if name == "whole" else publish(llama_folder, tmp_path / name, compressed())
         model = {**given, "base": "fp8"} if name == "whole" else given
-        planned[name] = plan.plan_run(run_file(folder, korean_corpus, tmp_path / f"run-{name}", model=model))
+        planned[name] = plan_run(run_file(folder, korean_corpus, tmp_path / f"run-{name}", model=model))
     (layers,) = [step.layers for step in steps[1:]]
     assert len(steps[0].layers) == 1 and len(layers) == 2
     assert [type(layer.groups(torch.bfloat16, "both").down) for layer in layers] == [Fp8Group, LoraGroup]

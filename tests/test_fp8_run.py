@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from steep import fp8_choice, hand_over, result
+from steep import computation, hand_over, result
 from steep import plan as plan_module
 from steep.config import parse_config
 from steep.errors import RunError, UserError
@@ -26,6 +26,7 @@ from steep.hand_over import export_run
 from steep.model import load
 from steep.model.fp8_linear import Fp8Linear
 from steep.model.install import fused_of
+from steep.model.machine import Card
 from steep.model.resolve import read_tokenizer, resolve
 from steep.plan import plan_run
 from steep.report.read import read_run
@@ -130,12 +131,12 @@ def test_a_base_that_auto_chose_is_kept(
         return parse_config(given)
 
     real = load.resolve_base
-    for module in (load, plan_module, result):
+    for module in (load, plan_module, computation, result):
         monkeypatch.setattr(module, "resolve_base", lambda base, *rest: real("fp8" if base == "auto" else base, *rest))
     train_run(config("auto", "run"))
     assert read(tmp_path / "run" / "plan.json")["base"] == "fp8"
     run = stopped(tmp_path / "run", tmp_path / "stopped")
-    for module in (load, plan_module, result):
+    for module in (load, plan_module, computation, result):
         monkeypatch.setattr(module, "resolve_base", real)  # nf4
     train_run(config(asked, "stopped"), resume=True)
     assert read(run / "plan.json")["base"] == "fp8" and not (run / "changes.jsonl").exists()
@@ -380,8 +381,9 @@ def recorded_worse(run: Path, folder: Path) -> Path:
 
 
 def without_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fp8_choice, result):
-        monkeypatch.setattr(module, "lacks_fp8_units", lambda: True)
+    ampere = Card("fake", (8, 6), 2**34, 2**34)
+    monkeypatch.setattr("steep.plan.card_here", lambda: ampere)
+    monkeypatch.setattr(result, "lacks_fp8_units", lambda: True)
 
 
 def test_its_merge_is_proved_without_them(in_fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

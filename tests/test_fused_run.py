@@ -18,17 +18,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OlmoConfig
 from benchmarks.peers import Work
 from benchmarks.shapes import empty_model
 from benchmarks.steep_run import run_file as benchmark_file
-from steep import fusing, vram
+from steep import fusing
 from steep.config import parse_config, read_yaml
 from steep.errors import UserError
 from steep.fused_memory import FusedStep
 from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
 from steep.hand_over import export_run
 from steep.memory import WORKSPACES, memory_by_item, shape_of
-from steep.model import decoder, install, machine
+from steep.model import decoder, machine
 from steep.model.choices import Choices
 from steep.model.embeddings import is_tied
 from steep.model.install import is_installed
+from steep.model.machine import Card
 from steep.model.resolve import read_tokenizer, resolve
 from steep.model.tiling import tile_sizes
 from steep.plan import plan_run
@@ -38,6 +39,7 @@ from steep.run_folder import RunFolder
 from steep.schema import AdapterSection, RunConfig
 from steep.training.checkpoint import FORMAT, read_choices
 from steep.verify_resume import compare
+from steep.vram import vram_budget
 from tests.command_line import Steep
 from tests.test_run import lines, run_file
 
@@ -168,16 +170,15 @@ def test_choices_stay_on_resume(finished: Path, tmp_path: Path, monkeypatch: pyt
         assert (settled.levels, settled.loss_way) == ([level] * 2, "vocabulary")
         assert settled.backends == choices.backends
     config.model.fused = "auto"
-    assert decide(config, empty, choices)[0] is not None  # though a CPU would not choose it
+    assert decide(config, empty, choices, None)[0] is not None  # though a CPU would not choose it
     not_fused = replace(choices, fused=False)
-    assert "no GPU" in (decide(config, empty, not_fused)[1] or "")
+    assert "no GPU" in (decide(config, empty, not_fused, None)[1] or "")
     with monkeypatch.context() as patch:
-        patch.setattr(fusing, "_why_not_by_itself", lambda config: None)
-        assert decide(config, empty, None)[0] is not None
-        assert decide(config, empty, not_fused) == (None, "the run began so")
-    monkeypatch.setattr(install, "why_not_here", lambda: "it is another card")
-    with pytest.raises(UserError, match=r"--resume: the run is fused so far, .* it is another card"):
-        decide(config, empty, choices)
+        patch.setattr(fusing, "_why_not_by_itself", lambda config, card: None)
+        assert decide(config, empty, None, None)[0] is not None
+        assert decide(config, empty, not_fused, None) == (None, "the run began so")
+    with pytest.raises(UserError, match=r"--resume: the run is fused so far, .* the card has 7\.0"):
+        decide(config, empty, choices, card_of((7, 0), is_here=False))
 
 
 def test_levels_are_chosen_anew_where_they_are_no_longer_asked_for(
@@ -289,7 +290,7 @@ def test_an_unknown_family_is_named() -> None:
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(OlmoConfig(hidden_size=64, num_hidden_layers=1, intermediate_size=64))
     with pytest.raises(UserError, match=r"model\.fused: .*OlmoForCausalLM is not one of LlamaForCausalLM, "):
-        decide(config_of(), empty, None)
+        decide(config_of(), empty, None, None)
 
 
 @pytest.mark.parametrize("value", ["much", "0GiB", "-3GiB", "101%", "12", "12 TB", "", 12, 0.8, None, True, ["8GiB"]])
@@ -338,7 +339,7 @@ def config_of(**sections: Any) -> RunConfig:
 
 
 def step_of(config: RunConfig, empty: Any, *, tied: bool = False) -> FusedStep:
-    layer, _ = decide(config, empty, None)
+    layer, _ = decide(config, empty, None, None)
     assert layer is not None
     shape = shape_of(empty, config.adapter)
     return fused_step(config, [layer], shape, tied=tied, base="nf4", compute="bf16", trained="bf16", on_card=True)
@@ -350,28 +351,35 @@ def test_every_option_of_the_adapter_is_fused_or_named(option: str) -> None:
     for value, reason in OPTIONS[option]:
         config = config_of(adapter={"r": 8, option: value})
         if reason is None:
-            assert decide(config, empty_llama(), None)[1] is None
+            assert decide(config, empty_llama(), None, None)[1] is None
             continue
         with pytest.raises(UserError, match=reason):
-            decide(config, empty_llama(), None)
+            decide(config, empty_llama(), None, None)
+
+
+def card_of(capability: tuple[int, int], **others: Any) -> Card:
+    """24 GB, nothing on it."""
+    return Card("fake", capability, 24 * 10**9, 24 * 10**9, **others)
 
 
 def test_auto_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     config, empty = config_of(model={"fused": "auto"}), empty_llama()
-    assert "no GPU" in (decide(config, empty, None)[1] or "")
+    assert "no GPU" in (decide(config, empty, None, None)[1] or "")
+    old, new = card_of((7, 0), is_here=False), card_of((8, 6), is_here=False)
+    assert "compute capability 7.5, and the card has 7.0" in (decide(config, empty, None, old)[1] or "")
+    assert decide(config, empty, None, new)[1] is None
+    config.model.attn_implementation = "eager"
+    assert "asks for transformers' eager" in (decide(config, empty, None, new)[1] or "")
+    config.model.attn_implementation = "auto"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    assert "compute capability 7.5" in (decide(config, empty, None)[1] or "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
-    assert decide(config, empty, None)[1] is None
-    config.model.attn_implementation = "eager"
-    assert "asks for transformers' eager" in (decide(config, empty, None)[1] or "")
-    config.model.attn_implementation = "auto"
+    here = card_of((8, 6))
     monkeypatch.setattr(machine, "find_spec", lambda name: None)
-    assert decide(config, empty, None)[1] == "triton is not installed"
+    assert decide(config, empty, None, here)[1] == "triton is not installed"
+    assert decide(config, empty, None, new)[1] is None  # where the other card is it will be
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "NVIDIA" in (decide(config, empty, None)[1] or "")
+    assert "NVIDIA" in (decide(config, empty, None, here)[1] or "")
 
 
 @pytest.mark.parametrize(
@@ -537,25 +545,20 @@ def test_the_peak_is_the_measured_one(row: dict[str, Any]) -> None:
     [("auto", 0.9 * 80e9 - 20e9), ("22GiB", 22 * 2**30), ("24gb", 24e9), ("20000 MiB", 20000 * 2**20), ("80%", 64e9)],
 )
 def test_the_budget(asked: str, found: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_a_card = vram.vram_budget(asked)
+    without_a_card = vram_budget(asked, None)
     assert without_a_card == (None if asked in ("auto", "80%") else pytest.approx(found))
     fake = SimpleNamespace(
-        is_available=lambda: True, mem_get_info=lambda: (50 * 10**9, 80 * 10**9), memory_reserved=lambda: 10 * 10**9
-    )
-    monkeypatch.setattr(vram.torch, "cuda", fake)
-    assert vram.vram_budget(asked) == pytest.approx(found)
+        is_available=lambda: True, mem_get_info=lambda: (50 * 10**9, 80 * 10**9), memory_reserved=lambda: 10 * 10**9,
+        get_device_capability=lambda: (9, 0), get_device_name=lambda: "NVIDIA X",
+    )  # fmt: skip
+    monkeypatch.setattr(machine.torch, "cuda", fake)
+    card = machine.card_here()
+    assert card == Card("NVIDIA X", (9, 0), 80 * 10**9, 60 * 10**9)
+    assert vram_budget(asked, card) == pytest.approx(found)
+    assert vram_budget("90GB", card) == 80 * 10**9  # no card holds more than it has
     fake.mem_get_info = lambda: (0, 80 * 10**9)
     fake.memory_reserved = lambda: 0
-    assert vram.vram_budget("auto") == 0  # others hold all of it
-
-
-def test_a_plan_beyond_the_budget_warns(
-    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("steep.plan.vram_budget", lambda vram: 2**20)
-    plan = plan_run(fused_file(llama_folder, korean_corpus, tmp_path / "run"))
-    assert plan.choices.levels == [3, 3]
-    assert any("training.vram" in warning for warning in plan.warnings)
+    assert vram_budget("auto", machine.card_here()) == 0  # others hold all of it
 
 
 def test_a_broken_choices_file_is_named(finished: Path, tmp_path: Path) -> None:
@@ -585,4 +588,4 @@ def test_an_amount_of_vram_is_planned_for_without_a_card(
     in_bf16, _ = planned(between, "bf16")
     in_fp32, warned = planned(between, "auto")
     assert sum(in_bf16) < sum(in_fp32)
-    assert "planned for a card without one, with products in fp32 as here: give model.compute_dtype" in warned
+    assert "planned for a card without one, with products in fp32 as here: name the card (steep plan --card)" in warned

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from steep.data.packing import Corpus
+from steep.errors import UserError
+from steep.export.gguf_families import family_of
 from steep.memory import ADAMW_8BIT, Shape
 from steep.model.resolve import ResolvedModel, looks_like_chat
 from steep.schema import RunConfig
@@ -16,18 +18,6 @@ PARAMETERS_PER_TOKEN = 0.5
 MANY_TOKENS_PER_CHARACTER = 1.0
 ADVISED_RATES = (1e-5, 5e-4)
 ADVISED_EMBEDDING_RATIO = (2, 20)
-
-
-def memory_advice(memory: dict[str, int], budget: int | None) -> list[str]:
-    """What to lower, where a step needs more than `budget` bytes of the card."""
-    needed = sum(memory.values())
-    if budget is None or needed <= budget:
-        return []
-    return [
-        f"a step needs about {needed / 2**30:.3g} GiB, and {budget / 2**30:.3g} GiB of the card may be filled "
-        "(training.vram). Lower training.per_device_train_batch_size (with more gradient_accumulation_steps), "
-        "data.max_length or adapter.r."
-    ]
 
 
 def _of_options(config: RunConfig) -> list[str]:
@@ -98,6 +88,11 @@ def advice(
             "optim: adamw_8bit, which rounds stochastically, or trained_dtype: fp32."
         )
     found += _of_options(config)
+    if resolved.stretched is not None:
+        try:
+            family_of(resolved.stretched)
+        except UserError as error:
+            found.append(f"steep export --to gguf will refuse the result, for model.rope_scaling: {error.problem}.")
     rate, ratio = config.training.learning_rate, config.training.learning_rate / max(embedding_rate(config), 1e-30)
     if not ADVISED_RATES[0] <= rate <= ADVISED_RATES[1]:
         found.append(f"learning_rate {rate:g} is far from the advice ({ADVISED_RATES[0]:g} to {ADVISED_RATES[1]:g}).")

@@ -91,20 +91,38 @@ def init(
 
 @app.command(context_settings=_OVERRIDES)
 @ranks.joined()
-def plan(context: typer.Context, file: RunFile) -> None:
+def plan(
+    context: typer.Context,
+    file: RunFile,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Plan for this card, which need not be here: T4, L4, 3090, 4090, 5090, A100-40, A100-80, H100, H200, "
+            "B200 and others.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Say what a run will do and need, before any GPU time: parameters, tokens, steps, memory, disk, warnings.
 
     Tokenises the text (once, into the cache) and finds every input error. Override any field: --section.field VALUE.
+
+    A step that does not fit the card is said, with the nearest settings that do. train refuses it.
+
+    steep plan ko.yaml --card 4090
     """
     terminal = _attached_terminal()
     from steep.config import load_config
 
     config = load_config(file, context.args)
+    from steep.cards import card_named
     from steep.plan import plan_run
     from steep.terminal import bases_table, plan_tables
 
+    named = card_named(card) if card is not None else None
     with terminal.tokenising() as progress:
-        worked_out = plan_run(config, progress)
+        worked_out = plan_run(config, progress, card=named)
     figures = worked_out.as_dict()
     for table in (*plan_tables(figures), bases_table(figures)):
         terminal.show(table)

@@ -13,7 +13,7 @@ from steep.model.choices import Choices
 from steep.model.fp8_published import STORED_E4M3, is_published_fp8
 from steep.model.layer import Layer
 from steep.model.load import DTYPES
-from steep.model.machine import LACKS_FP8_UNITS, lacks_fp8_units
+from steep.model.machine import LACKS_FP8_UNITS, Card
 from steep.model.resolve import ResolvedModel
 from steep.ops.fp8 import BLOCK, E4M3, Fp8Weight
 from steep.ops.fp8_groups import Fp8Products
@@ -30,7 +30,7 @@ def resolve_fp8_products(
     before: Choices | None,
     *,
     layers: Sequence[Layer] | None,
-    on_card: bool,
+    card: Card | None,
     to_train: bool = True,
 ) -> Fp8Products:
     """`auto` in terms of the run: those of the steps before, else both where the card has fp8 units.
@@ -38,8 +38,8 @@ def resolve_fp8_products(
     Args:
         before: what the run that goes on was begun with.
         layers: those that there are of a fused run, with their weights as they are kept; None: it is not fused.
-        on_card: steps are computed on the card that is here. Without one `auto` is none, also where a card's memory is
-            planned for: a plan is that of the run on the same machine.
+        card: that the steps are planned for. Without one `auto` is none, also where an amount of memory is planned for:
+            a plan is that of the run on the same machine.
         to_train: whether steps are still to come. What those of a finished run had is known, and any card opens it.
 
     Raises:
@@ -50,10 +50,10 @@ def resolve_fp8_products(
     if wanted == "none":
         return "none"
     reason = _why_not(base, compute, layers)
-    if reason is None and to_train and lacks_fp8_units():
+    if reason is None and to_train and card is not None and not card.has_fp8_units:
         reason = LACKS_FP8_UNITS
     if wanted == "auto":
-        return "both" if reason is None and on_card else "none"
+        return "both" if reason is None and to_train and card is not None else "none"
     if reason is not None:
         if asked == "auto":
             remedy = "Go on where it can be, or set model.fp8_products: none, with --allow model.fp8_products."

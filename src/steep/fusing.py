@@ -18,8 +18,9 @@ from steep.model.adapters import add_adapters
 from steep.model.block import LEVELS
 from steep.model.choices import Choices
 from steep.model.families import fused_class
-from steep.model.install import why_not_fused
+from steep.model.install import why_not_this_model
 from steep.model.layer import Layer
+from steep.model.machine import Card, why_not_on
 from steep.model.read_layer import read_layer
 from steep.model.tiling import tile_sizes
 from steep.model.unwrap import unwrap
@@ -27,12 +28,13 @@ from steep.ops.fp8_groups import Fp8Products
 from steep.schema import RunConfig
 
 
-def decide(config: RunConfig, empty: Any, before: Choices | None) -> tuple[Layer | None, str | None]:
+def decide(config: RunConfig, empty: Any, before: Choices | None, card: Card | None) -> tuple[Layer | None, str | None]:
     """A layer of the fused run, on the meta device with its adapters; or None, and why the run is not fused.
 
     Args:
         empty: the model on the meta device.
         before: what the run that goes on was begun with.
+        card: that it is planned for, if any.
 
     Raises:
         UserError: `model.fused: on`, or the steps so far, are fused, and cannot be here.
@@ -40,10 +42,10 @@ def decide(config: RunConfig, empty: Any, before: Choices | None) -> tuple[Layer
     asked, was_fused = config.model.fused, before is not None and before.fused
     if asked == "off":
         return None, "model.fused is off"
-    if asked == "auto" and not was_fused and (reason := _why_not_by_itself(config)):
+    if asked == "auto" and not was_fused and (reason := _why_not_by_itself(config, card)):
         return None, reason
     model = adapted(config, empty)
-    reason = _why_not_with_options(config) or why_not_fused(model)
+    reason = _why_not_with_options(config) or why_not_this_model(model) or why_not_on(card)
     if asked == "auto" and before is not None and not was_fused:
         return None, reason or "the run began so"
     if asked == "on" and reason is not None:
@@ -157,9 +159,9 @@ def _why_not_with_options(config: RunConfig) -> str | None:
     return "adapter.use_dora is true" if adapter.use_dora else None
 
 
-def _why_not_by_itself(config: RunConfig) -> str | None:
+def _why_not_by_itself(config: RunConfig, card: Card | None) -> str | None:
     """What `auto` heeds: it can be fused, but need not be better."""
-    if not torch.cuda.is_available():
+    if card is None:
         return "there is no GPU, and on a CPU the library's forward is faster"
     if config.model.attn_implementation != "auto":
         return f"model.attn_implementation asks for transformers' {config.model.attn_implementation}"

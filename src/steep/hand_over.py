@@ -122,7 +122,10 @@ class _Export:
         self._output, self._name, self._terminal = output, name, terminal
         settings = config.model
         self._resolved = resolve(
-            settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+            settings.name,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            rope_scaling=settings.rope_scaling,
         )
         self._base = describe_base(settings.name, settings.revision, self._resolved)
         before, after = first_and_last(folder.read_lines("evaluation.jsonl"))

@@ -29,11 +29,11 @@ def readme(plan: Plan, model: PeftModel, final: Path) -> str:
     stored_by, start = plan.resolved.stored_by, plan.config.adapter.init_lora_weights
     grown = plan.shape.vocabulary > plan.resolved.config.get_text_config().vocab_size
     resize = f"base.resize_token_embeddings({plan.shape.vocabulary}, mean_resizing=False)\n" if grown else ""
-    code_of = loading_code(plan.base, plan.compute, stored_by)
+    code_of = loading_code(plan.base, plan.compute, stored_by, plan.resolved.stretched)
     packages, ways = code_of.packages, []
     if is_loftq_over_fp8(plan.base, stored_by, start):
         packages = ["steep"]
-        load = loading_by_steep(base, plan.base, plan.compute, revision)
+        load = loading_by_steep(base, plan.base, plan.compute, revision, plan.config.model.rope_scaling)
         ways.append(_BY_STEEP.format(note=LOFTQ_OVER_FP8, load=load, resize=resize, final=place))
     else:
         pinned = f", revision={python(revision)}" if revision else ""
@@ -49,6 +49,8 @@ def readme(plan: Plan, model: PeftModel, final: Path) -> str:
     head = yaml.safe_dump({"base_model": base}, allow_unicode=True, width=math.inf)
     needed = f"{', '.join(needs[:-1])} and {needs[-1]}"
     parts = [_HEAD.format(head=head, base=code(base), needed=needed), _TOKENIZER.format(final=place), *ways]
+    if (stretched := plan.resolved.stretched) is not None:
+        parts.append(_SCALED.format(kind=stretched.get_text_config().rope_parameters["rope_type"]))
     if plan.vocabulary is not None:
         parts.append(_NEW_TOKENS.format(count=len(plan.vocabulary.tokens)))
     return "\n".join(parts)
@@ -106,6 +108,12 @@ from peft import PeftModel
 
 {load}{resize}model = PeftModel.from_pretrained(base, {final})
 ```
+"""
+
+_SCALED = """## Positions
+
+The run trained with scaled rotary positions ({kind}), which the lines above set. Over the base with the positions of
+its own config the adapter computes something else.
 """
 
 _NEW_TOKENS = """## New tokens

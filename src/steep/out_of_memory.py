@@ -66,7 +66,7 @@ def what_to_lower(plan: Plan, *, loading: bool = False) -> list[str]:
             )
         if plan.fused and any(level < LEVELS[-1] for level in plan.choices.levels or ()):
             found.append(f"training.vram (now {training.vram}), or training.gradient_checkpointing: true")
-        elif not plan.fused and not uses_checkpointing(config):
+        elif not plan.fused and not uses_checkpointing(config, plan.card is not None):
             found.append("training.gradient_checkpointing: true (now false)")
         if training.optim not in ADAMW_8BIT:
             found.append(f"training.optim: adamw_8bit (now {training.optim})")

@@ -11,20 +11,22 @@ from typing import Any
 import torch
 
 from steep import ranks
-from steep.advice import advice, memory_advice
+from steep.advice import advice
+from steep.computation import Ground
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
 from steep.errors import UserError
-from steep.fp8_choice import dequantised, in_fp8, kept_in_16_bits, resolve_fp8_products
-from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
+from steep.fitting import Shortfall, shortfall_of
+from steep.fp8_choice import dequantised
+from steep.fusing import decide
 from steep.generation import prompt_ids_of
-from steep.memory import Shape, shape_of
+from steep.memory import Shape
 from steep.model.adapters import check_embeddings, check_rank, check_start
 from steep.model.choices import Choices
 from steep.model.embeddings import is_tied, untie
 from steep.model.empty import check_computes, empty_model
-from steep.model.fp8_published import has_blocks
-from steep.model.load import QUANTISED, check_4bit_rows, resolve_base, resolve_compute_dtype
+from steep.model.load import QUANTISED, check_4bit_rows, resolve_base
+from steep.model.machine import Card, card_here
 from steep.model.new_tokens import check_trained, rows_for
 from steep.model.positions import check_length
 from steep.model.quantisable import quantisable
@@ -35,6 +37,8 @@ from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.settings import (
     check_optimizer,
+    check_warmup,
+    choose_best_metric,
     embedding_rate,
     mixed_precision,
     planned_epochs,
@@ -42,13 +46,12 @@ from steep.settings import (
     rows_per_step,
     training_arguments,
 )
-from steep.sizes import memory_of, storage_of
+from steep.sizes import storage_of
 from steep.trackers import check_login
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
 from steep.training.deterministic import prepare_cublas
-from steep.training.retention import check_best_metric
-from steep.training.schedules import Schedule, kind_of_schedule, schedule_of
+from steep.training.schedules import Schedule, schedule_of
 from steep.vocabulary import Vocabulary, grown, warnings
 from steep.vram import vram_budget
 
@@ -63,10 +66,12 @@ class Plan:
         base, compute: the automatic choices made: storage of frozen weights, dtype of products.
         choices: those that the run keeps for good, and that a resumed one takes over.
         not_fused: why the steps are not fused; None where they are.
+        card: that it is planned for; None: there is none, and nothing is planned for one but an amount of memory.
         rows, steps, tokens, targets: rows an epoch, optimizer steps, tokens and targets an epoch.
         vocabulary: the grown tokenizer, where there are new tokens; `tokenizer` is then the same.
         new_tokens: its figures.
         memory, host, disk: bytes by item, on the card (the host without one), on the host beside it, and on the disk.
+        shortfall: how the memory of the card falls short of a step; None: it does not.
         weight_errors: of each quantised base, where it can be measured before the run.
         warnings: what a user should know before the run.
     """
@@ -81,6 +86,7 @@ class Plan:
     compute: str
     choices: Choices
     not_fused: str | None
+    card: Card | None
     steps: int
     memory: dict[str, int]
     host: dict[str, int]
@@ -89,6 +95,7 @@ class Plan:
     schedule: Schedule | None = None
     vocabulary: Vocabulary | None = None
     new_tokens: dict[str, Any] | None = None
+    shortfall: Shortfall | None = None
     weight_errors: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -153,7 +160,9 @@ class Plan:
             "embedding_learning_rate": embedding_rate(self.config),
             "lr_scheduler_type": training.lr_scheduler_type,
             "schedule": self.schedule.describe() if self.schedule else None,
+            "card": self.card.as_dict() if self.card else None,
             "memory_bytes": {**self.memory, "total": sum(self.memory.values())},
+            "shortfall": self.shortfall.as_dict() if self.shortfall else None,
             "bases": {
                 base: {"bytes": shape.linear_bytes(base, self.compute), "weight_error": self.weight_errors.get(base)}
                 for base in (*QUANTISED, "bf16")
@@ -172,7 +181,9 @@ def plan_run(
     commits: Mapping[int, str] | None = None,
     grown_tokenizer: Path | None = None,
     choices: Choices | None = None,
+    card: Card | None = None,
     to_train: bool = True,
+    refuses: bool = False,
 ) -> Plan:
     """Work out a run: check every input, tokenise the text (once, into the cache), count, and estimate memory and disk.
 
@@ -184,7 +195,9 @@ def plan_run(
         commits: of streamed sources, by number, to take in place of what their revision names today.
         grown_tokenizer: the folder of the tokenizer that a begun run has, if it has new tokens.
         choices: what was chosen for the steps before, if the run goes on: it stays.
+        card: that it is planned for, in place of the one that is here.
         to_train: whether steps are still to come, so that the disk has to hold their checkpoints.
+        refuses: a step that does not fit the card is an error; else it is said in a warning.
 
     Raises:
         UserError: anything that is wrong with the model, the adapter, the data or the settings.
@@ -196,7 +209,9 @@ def plan_run(
         branch=branch,
         grown_tokenizer=grown_tokenizer,
         before=choices,
+        card=card or card_here(),
         to_train=to_train,
+        refuses=refuses,
     )
     plan = work_out(commits or {}) if ranks.is_main() else None
     read = ranks.from_main(lambda: _commits(plan))
@@ -224,7 +239,9 @@ def _work_out(
     branch: Branch | None,
     grown_tokenizer: Path | None,
     before: Choices | None,
+    card: Card | None,
     to_train: bool,
+    refuses: bool,
 ) -> Plan:
     model = config.model
     if config.training.deterministic:
@@ -232,12 +249,16 @@ def _work_out(
     folder = RunFolder(config.training.output_dir)
     folder.check_place()
     folder.refuse_data(config.data.sources)
-    resolved = resolve(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    resolved = resolve(
+        model.name,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        rope_scaling=model.rope_scaling,
+    )
     base = resolve_base(model.base, resolved)
-    compute = resolve_compute_dtype(model.compute_dtype, base)
     empty = empty_model(resolved, model.attn_implementation)
     check_computes(empty)
-    budget = vram_budget(config.training.vram) if to_train else None
+    budget = vram_budget(config.training.vram, card) if to_train else None
     if budget is None:  # else it is planned for a card
         check_4bit_rows(empty, base)
     stored = check_stored(resolved, empty, download=False)
@@ -247,20 +268,16 @@ def _work_out(
     _check_adapter(config, base, resolved)
     check_rank(empty, config.adapter.target_modules, config.adapter.r)
     check_length(config.data.max_length, resolved.config)
-    layer, not_fused = decide(config, empty, before)
-    trained = resolve_trained_dtype(config, layer is not None, compute, before)
-    layers, linear = None if layer is None else [layer], quantisable(empty)
-    kept = kept_in_16_bits(resolved, linear) if base == "fp8" else set()
-    if layer is not None and base == "fp8":
-        layers = in_fp8(layer, linear, kept, blocks=has_blocks(resolved.quantization))
-    has_card = budget is not None and torch.cuda.is_available()
-    products = resolve_fp8_products(config, base, compute, before, layers=layers, on_card=has_card, to_train=to_train)
-    if layers is not None and products != "none":
-        stored += dequantised(layers, compute)
+    layer, not_fused = decide(config, empty, before, card)
+    ground = Ground(resolved, empty, layer, card, budget, before, to_train)
+    computation = ground.computation(config)
+    compute, trained = computation.compute, computation.trained
+    if computation.layers is not None and computation.products != "none":
+        stored += dequantised(computation.layers, compute)
     tokenizer = read_tokenizer(resolved)
     data, training = config.data, config.training
     precision = mixed_precision(base, compute, trained)
-    arguments = training_arguments(config, precision, fused=layers is not None, branch=branch is not None)
+    arguments = training_arguments(config, precision, fused=layer is not None, branch=branch is not None)
     if to_train:
         check_login(config.training.report_to)
     check_optimizer(arguments, empty)
@@ -281,7 +298,16 @@ def _work_out(
         tokenizer, sources = vocabulary.tokenizer, [read.source for read in vocabulary.before]
         rows = rows_for(tokenizer, empty.get_input_embeddings().weight.shape[0])
         empty.resize_token_embeddings(rows, mean_resizing=False)
-    shape = shape_of(empty, config.adapter, kept)
+    sizes = ground.sized(config, computation)
+    shape, memory = sizes.shape, sizes.memory
+    if budget is not None and card is None and model.compute_dtype == "auto":
+        stored.append(
+            f"it is planned for a card without one, with products in {compute} as here: name the card (steep plan "
+            "--card), or give model.compute_dtype, bf16 for one that has it"
+        )
+    shortfall = shortfall_of(config, ground, computation, sizes, is_branch=branch is not None)
+    if refuses and shortfall is not None and shortfall.is_refused:
+        raise shortfall.error()
     for index, prompt in enumerate(config.evaluation.prompts):
         ids = prompt_ids_of(tokenizer, prompt, rows=shape.vocabulary, field=f"evaluation.prompts[{index}]")
         check_length(len(ids), resolved.config, f"evaluation.prompts[{index}]")
@@ -306,32 +332,11 @@ def _work_out(
             "there is no held-out text to evaluate",
             "Raise data.holdout, add a source with role: heldout, or leave it out.",
         )
-    _choose_best_metric(arguments, corpus)
+    choose_best_metric(arguments, corpus)
     steps = planned_steps(config, len(corpus.train))
     schedule = schedule_of(arguments, steps, start=branch.rate_factor if branch else None, section="training.")
     if branch is None:  # which begins at a rate that it has
-        _check_warmup(arguments, steps)
-    on_card = budget is not None
-    step, choices = None, Choices(False, trained)
-    if layers is not None:
-        step = fused_step(
-            config,
-            layers,
-            shape,
-            tied=is_tied(empty),
-            base=base,
-            compute=compute,
-            trained=trained,
-            on_card=on_card,
-            fp8=products,
-        )
-        choices = settle(config, step, budget, before)
-    if on_card and model.compute_dtype == "auto" and not torch.cuda.is_available():
-        stored.append(
-            f"it is planned for a card without one, with products in {compute} as here: give model.compute_dtype, bf16 "
-            "for a card that has it"
-        )
-    memory = memory_of(config, shape, step, choices, base=base, compute=compute, on_card=on_card)
+        check_warmup(arguments, steps)
     host, disk = storage_of(
         config,
         memory,
@@ -349,21 +354,23 @@ def _work_out(
         shape,
         base,
         compute,
-        choices,
+        sizes.choices,
         not_fused,
+        card,
         steps,
         memory,
         host,
         disk,
         branch,
         schedule,
+        shortfall=shortfall,
     )
     if to_train:
-        plan.weight_errors = weight_errors(resolved, linear)
+        plan.weight_errors = weight_errors(resolved, quantisable(empty))
     plan.warnings = [
         *stored,
-        *memory_advice(memory, budget),
-        *advice(config, resolved, tokenizer, corpus, shape, trained, choices.fused),
+        *([str(shortfall)] if shortfall else []),
+        *advice(config, resolved, tokenizer, corpus, shape, trained, sizes.choices.fused),
         *corpus.warnings,
     ]
     if vocabulary is not None:
@@ -377,42 +384,6 @@ def _work_out(
             "Give another folder, or lower training.save_total_limit or adapter.r.",
         )
     return plan
-
-
-def _choose_best_metric(arguments: TrainingArguments, corpus: Corpus) -> None:
-    """Set what the best checkpoint is the best by, if scores are taken during training.
-
-    Raises:
-        UserError: the one asked for is none that an evaluation gives.
-    """
-    trained = [domain for domain in corpus.heldout if corpus.roles[domain] == "train"]
-    if arguments.metric_for_best_model is None and arguments.eval_strategy != "no" and trained:
-        arguments.metric_for_best_model = f"eval_{trained[0]}_bits_per_byte"
-    arguments.greater_is_better = False
-    check_best_metric(arguments, corpus.heldout, section="training.")
-
-
-def _check_warmup(arguments: TrainingArguments, steps: int) -> None:
-    """Check that the run outlasts its warm-up, which begins with a step that trains nothing.
-
-    Raises:
-        UserError: it does not.
-    """
-    if kind_of_schedule(arguments) == "constant":
-        return
-    warmup = arguments.get_warmup_steps(steps)
-    if warmup > steps:
-        raise UserError(
-            "training.warmup_steps",
-            f"a warm-up of {warmup} steps is longer than the {steps} that the run has",
-            "Shorten it (below 1 it is a share of all steps), or train more steps.",
-        )
-    if steps == warmup == 1 and not arguments.warmup_lr_rate:
-        raise UserError(
-            "training.warmup_steps",
-            "the run has one step, and a warm-up begins at a rate of 0: nothing would train",
-            "Set warmup_steps: 0, or train more steps.",
-        )
 
 
 def _check_adapter(config: RunConfig, base: str, resolved: ResolvedModel) -> None:

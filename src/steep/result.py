@@ -22,7 +22,7 @@ from steep.model.embeddings import untie
 from steep.model.empty import empty_model
 from steep.model.install import install
 from steep.model.load import as_folder, load_resolved, resolve_base, resolve_compute_dtype
-from steep.model.machine import lacks_fp8_units
+from steep.model.machine import card_here, lacks_fp8_units
 from steep.model.new_tokens import grow_embeddings
 from steep.model.original_module import offload_originals
 from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_folder, resolve
@@ -148,13 +148,18 @@ def generate_run(
     check_settings(max_new_tokens, temperature)
     config, folder = finished(run_dir, trust_remote_code=trust_remote_code)
     settings = config.model
-    resolved = resolve(settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    resolved = resolve(
+        settings.name,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        rope_scaling=settings.rope_scaling,
+    )
     original = tokenizer = read_tokenizer(resolved)
     if settings.new_tokens is not None:
         tokenizer = read_tokenizer_folder(folder.tokenizer)
     prompt_ids_of(original, prompt, rows=resolved.config.get_text_config().vocab_size)
     base = resolve_base(settings.base, resolved)
-    compute = resolve_compute_dtype(settings.compute_dtype, base)
+    compute = resolve_compute_dtype(settings.compute_dtype, base, card_here())
     with memory_told(None):
         model = load_result(config, resolved, tokenizer, folder)
         return generate_side_by_side(

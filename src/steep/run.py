@@ -160,7 +160,15 @@ def _plan(
     choices: Choices | None,
 ) -> Plan:
     with terminal.tokenising() as progress:
-        return plan_run(config, progress, branch=parent, commits=commits, grown_tokenizer=begun, choices=choices)
+        return plan_run(
+            config,
+            progress,
+            branch=parent,
+            commits=commits,
+            grown_tokenizer=begun,
+            choices=choices,
+            refuses=True,
+        )
 
 
 def _train(

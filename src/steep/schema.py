@@ -71,6 +71,12 @@ class ModelSection(Section):
         "the backward pass alone, or none (weights are dequantised: slower, closer to them). auto: both on a card that "
         "has such units, else none. Its checkpoints keep it.",
     )
+    rope_scaling: dict[str, Any] | None = Field(
+        None,
+        description="For rows longer than the model was made for: how its rotary positions are stretched, in the terms "
+        "of transformers' rope_parameters, such as {rope_type: yarn, factor: 4.0}; also linear, dynamic, llama3, "
+        "longrope. Default: the model's own.",
+    )
     untie_embeddings: bool = Field(
         False, description="Train a head of its own from a checkpoint whose head is its embed_tokens."
     )
@@ -221,8 +227,10 @@ class TrainingSection(BaseModel):
     )
     vram: str = Field(
         "auto",
-        description="Memory of the card that a fused run may fill, such as 22GiB or 80%; auto: 90 % of it, less what "
-        "others hold there when the run is planned. What fits is kept, the rest computed again in the backward pass.",
+        description="Memory of the card that a step may fill, such as 22GiB or 80%; auto: 90 % of it, less what "
+        "others hold there when the run is planned. A fused run keeps what fits, and computes the rest again in the "
+        "backward pass. A step that needs more than auto is refused; set by hand, only one that needs more than that "
+        "and than the card has.",
     )
     deterministic: bool = Field(
         False,

@@ -11,13 +11,15 @@ from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from steep import ranks
+from steep.data.packing import Corpus
 from steep.errors import UserError, did_you_mean
 from steep.model.load import DTYPES
 from steep.schema import RunConfig
 from steep.trackers import check_trackers
 from steep.training.arguments import TrainingArguments
 from steep.training.in_backward import check_in_backward
-from steep.training.schedules import check_schedule
+from steep.training.retention import check_best_metric
+from steep.training.schedules import check_schedule, kind_of_schedule
 from steep.training.trainer import Trainer
 
 MIN_LR_RATE = {"cosine": 0.1, "linear": 0.1}  # Ibrahim et al. 2024 end at a tenth of the peak rate
@@ -48,10 +50,10 @@ def rows_per_step(config: RunConfig) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * ranks.world_size()
 
 
-def uses_checkpointing(config: RunConfig) -> bool:
+def uses_checkpointing(config: RunConfig, on_card: bool) -> bool:
     """Whether transformers' forward recomputes activations: as asked, by default on a GPU."""
     given = config.training.gradient_checkpointing
-    return torch.cuda.is_available() if given is None else given
+    return on_card if given is None else given
 
 
 def embedding_rate(config: RunConfig) -> float:
@@ -95,7 +97,7 @@ def training_arguments(
     names = TrainingArguments.__dataclass_fields__
     # transformers 5.23 renames gradient to activation checkpointing; 5.17 knows only the old name.
     prefix = "activation" if "activation_checkpointing" in names else "gradient"
-    checkpointing = uses_checkpointing(config) and not fused
+    checkpointing = uses_checkpointing(config, torch.cuda.is_available()) and not fused
     settings = {
         f"{prefix}_checkpointing": checkpointing,
         f"{prefix}_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
@@ -148,6 +150,42 @@ def check_optimizer(arguments: TrainingArguments, model: Any, field: str = "trai
     except (ImportError, ValueError, RuntimeError) as error:
         name, reason = OptimizerNames(arguments.optim).value, str(error).splitlines()[0]
         raise UserError(field, f"{name} cannot be used: {reason}", "Do what it says, or give adamw_8bit.") from error
+
+
+def choose_best_metric(arguments: TrainingArguments, corpus: Corpus) -> None:
+    """Set what the best checkpoint is the best by, if scores are taken during training.
+
+    Raises:
+        UserError: the one asked for is none that an evaluation gives.
+    """
+    trained = [domain for domain in corpus.heldout if corpus.roles[domain] == "train"]
+    if arguments.metric_for_best_model is None and arguments.eval_strategy != "no" and trained:
+        arguments.metric_for_best_model = f"eval_{trained[0]}_bits_per_byte"
+    arguments.greater_is_better = False
+    check_best_metric(arguments, corpus.heldout, section="training.")
+
+
+def check_warmup(arguments: TrainingArguments, steps: int) -> None:
+    """Check that the run outlasts its warm-up, which begins with a step that trains nothing.
+
+    Raises:
+        UserError: it does not.
+    """
+    if kind_of_schedule(arguments) == "constant":
+        return
+    warmup = arguments.get_warmup_steps(steps)
+    if warmup > steps:
+        raise UserError(
+            "training.warmup_steps",
+            f"a warm-up of {warmup} steps is longer than the {steps} that the run has",
+            "Shorten it (below 1 it is a share of all steps), or train more steps.",
+        )
+    if steps == warmup == 1 and not arguments.warmup_lr_rate:
+        raise UserError(
+            "training.warmup_steps",
+            "the run has one step, and a warm-up begins at a rate of 0: nothing would train",
+            "Set warmup_steps: 0, or train more steps.",
+        )
 
 
 def _check_rates(config: RunConfig) -> None:

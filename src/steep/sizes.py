@@ -40,7 +40,7 @@ def memory_of(
         trained=choices.trained_dtype,
         optim=training.optim,
         tokens=training.per_device_train_batch_size * config.data.max_length,
-        checkpointing=uses_checkpointing(config),
+        checkpointing=uses_checkpointing(config, on_card),
         accumulates=training.gradient_accumulation_steps > 1 or ranks.world_size() > 1,  # in DDP's buckets
         on_card=on_card,
         in_backward=training.optimizer_in_backward,

@@ -200,11 +200,12 @@ def _cell(text: str) -> Text:
 def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     """`plan.json` for the eye: the run, its text, memory, host memory and disk by item."""
     run = Table(title="plan", show_header=False)
-    parameters, data = plan["parameters"], plan["data"]
+    parameters, data, card = plan["parameters"], plan["data"], plan["card"]
     for name, value in {
         "model": f"{_last_part(plan['model'])}, frozen in {plan['base']}, computed in {plan['compute_dtype']}",
         "parameters": f"{parameters['frozen']:,} frozen, {parameters['trained']:,} trained in {plan['trained_dtype']} "
         f"({parameters['adapters']:,} adapters, {parameters['trained_embeddings']:,} embeddings)",
+        "card": f"{card['name']}, {human_bytes(card['memory_bytes'])}" if card else "none",
         "fused": fused_line(plan),
         "rates": f"adapters {plan['learning_rate']:g}, embeddings {plan['embedding_learning_rate']:g}",
         "schedule": f"{plan['lr_scheduler_type']}{': ' + plan['schedule'] if plan['schedule'] else ''}",

@@ -120,7 +120,7 @@ def _shortened(config: RunConfig, steps: int, quiet: bool) -> tuple[RunConfig, i
     training = short.training
     training.report_to = "none"
     with terminal.tokenising() as progress:
-        whole = plan_run(short, progress).steps
+        whole = plan_run(short, progress, refuses=True).steps
     for name in ("warmup_steps", "decay_steps", "cooldown_steps"):  # as long a part of the run as they were
         length = getattr(training, name)
         if length is not None and length >= 1:

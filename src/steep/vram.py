@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import torch
-
+from steep.model.machine import Card
 from steep.schema import VRAM
 
 SHARE = 0.9  # of the card: allocations of odd sizes leave gaps
 _UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
 
-def vram_budget(vram: str) -> int | None:
-    """Bytes that `training.vram` stands for, on the card that is used where it depends on that; None without one.
+def vram_budget(vram: str, card: Card | None) -> int | None:
+    """Bytes that `training.vram` stands for on `card`, never more than it has; None without one, unless it is an
+    amount, which can be planned for.
 
-    ``auto`` leaves out what others hold on the card now. An amount can be planned for without a card.
+    ``auto`` leaves out what is not free there.
     """
-    number, unit = (SHARE * 100, "%") if vram == "auto" else as_amount(vram)
+    if card is None:
+        return None if vram == "auto" or "%" in vram else asked_bytes(vram, card)
+    if vram == "auto":
+        return max(round(SHARE * card.memory) - (card.memory - card.free), 0)
+    return min(asked_bytes(vram, card), card.memory)
+
+
+def asked_bytes(vram: str, card: Card | None) -> int:
+    """What is set by hand, though a card may have less."""
+    number, unit = as_amount(vram)
     if unit != "%":
         return round(number * _UNITS[unit])
-    if not torch.cuda.is_available():
-        return None
-    free, total = torch.cuda.mem_get_info()
-    others = total - free - torch.cuda.memory_reserved() if vram == "auto" else 0
-    return max(round(number / 100 * total) - others, 0)
+    assert card is not None  # a share is of one
+    return round(number / 100 * card.memory)
 
 
 def as_amount(vram: str) -> tuple[float, str]:

@@ -26,7 +26,10 @@ def test_a_scaled_rope_reaches_further(settings: dict[str, Any], limit: int) -> 
     config = tiny_config("llama", **settings)
     assert positions(config) == limit
     check_length(limit, config)
-    with pytest.raises(UserError, match=rf"{limit + 1} tokens are beyond the {limit} positions .*rope_parameters"):
+    with pytest.raises(
+        UserError,
+        match=rf"{limit + 1} tokens are beyond the {limit} positions .*model.rope_scaling, such as .*factor: 2.0",
+    ):
         check_length(limit + 1, config)
 
 

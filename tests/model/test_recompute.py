@@ -357,7 +357,7 @@ def test_a_step_takes_what_was_planned(level: int, accumulation: int) -> None:
         empty = AutoModelForCausalLM.from_config(small)
     training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
     config = config_of(adapter={"r": 64}, training=training)
-    shape, (layer, _) = shape_of(empty, config.adapter), decide(config, empty, None)
+    shape, (layer, _) = shape_of(empty, config.adapter), decide(config, empty, None, None)
     assert layer is not None
     step = fused_step(config, [layer], shape, tied=False, base="bf16", compute="bf16", trained="bf16", on_card=True)
     before = torch.cuda.memory_allocated()

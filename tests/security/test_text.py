@@ -227,7 +227,9 @@ def test_a_base_with_a_hostile_name_in_the_readme_of_a_result() -> None:
         base="fp32",
         compute="fp32",
         resolved=SimpleNamespace(
-            stored_by=None, config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=3))
+            stored_by=None,
+            stretched=None,
+            config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=3)),
         ),
         shape=SimpleNamespace(vocabulary=3),
         tokenizer="abc",

@@ -113,11 +113,12 @@ def _how_to_open(base: Base, story: Story, form: str, name: str, vocabulary_grew
 def _load_base(base: Base, story: Story) -> str:
     plan = story.plan
     if base.stored == "GGUF" or _is_loftq_over_fp8(base, story):  # transformers quantises no GGUF file that it opens
+        scaling = story.settings["model"].get("rope_scaling")
         return (
             "import steep\nfrom peft import PeftModel\nfrom transformers import AutoTokenizer\n\n"
-            f"{loading_by_steep(base.name, plan['base'], plan['compute_dtype'], base.revision)}"
+            f"{loading_by_steep(base.name, plan['base'], plan['compute_dtype'], base.revision, scaling)}"
         )
-    code_of = loading_code(plan["base"], plan["compute_dtype"], base.stored_by)
+    code_of = loading_code(plan["base"], plan["compute_dtype"], base.stored_by, base.stretched)
     revision = f", revision={python(base.revision)}" if base.revision else ""
     classes = ", ".join(["AutoModelForCausalLM", "AutoTokenizer", *code_of.classes])
     return (
@@ -150,6 +151,11 @@ def adapter_notes(base: Base, story: Story) -> list[str]:
         *(["DoRA"] if adapter["use_dora"] else []),
     ]
     notes = []
+    if base.stretched is not None:
+        notes.append(
+            "It was trained with scaled rotary positions, which the lines of its card set. Over the base with the "
+            "positions of its own config it computes something else."
+        )
     if refused:
         notes.append(
             f"vLLM and llama.cpp refuse adapters with {' and '.join(refused)}. For them merge: steep export RUN "

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from transformers import PretrainedConfig
 
 from steep.export.markdown import python
 from steep.model.fp8_published import COMPRESSED, FINE_GRAINED
+from steep.model.rope import as_arguments
 
 _TORCH = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
 _BITSANDBYTES = {
@@ -49,13 +53,16 @@ class LoadingCode(NamedTuple):
     packages: list[str]
 
 
-def loading_code(base: str, compute_dtype: str, stored_by: str | None) -> LoadingCode:
+def loading_code(
+    base: str, compute_dtype: str, stored_by: str | None, stretched: PretrainedConfig | None
+) -> LoadingCode:
     """
     Args:
         base: ``nf4``, ``int8``, ``fp8``, ``bf16``, ``fp16`` or ``fp32``. An adapter that was trained over a 16-bit
             checkpoint in e4m3 opens over this checkpoint itself: it is close, and transformers has no such storage.
         compute_dtype: ``bf16``, ``fp16`` or ``fp32``.
         stored_by: the method by which the checkpoint itself is quantised, as its config names it, if it is.
+        stretched: the config with the run's own scaling of positions, if it names one.
     """
     dtype = _TORCH[base if base in _TORCH else compute_dtype]
     name, lines, package = None, "", None
@@ -66,6 +73,8 @@ def loading_code(base: str, compute_dtype: str, stored_by: str | None) -> Loadin
         if stored_by is None:  # else the checkpoint says it
             name, lines = "BitsAndBytesConfig", _BITSANDBYTES[base].format(dtype)
     settings = f"dtype={dtype}{', quantization_config=quantization' if lines else ''}"
+    if stretched is not None:
+        settings += f", {as_arguments(stretched)}"
     return LoadingCode([name] if name else [], lines, settings, [package] if package else [])
 
 
@@ -74,7 +83,12 @@ def is_loftq_over_fp8(base: str, stored_by: str | None, start: bool | str) -> bo
     return base == "fp8" and stored_by is None and start == "loftq"
 
 
-def loading_by_steep(name: str, base: str, compute_dtype: str, revision: str | None) -> str:
+def loading_by_steep(
+    name: str, base: str, compute_dtype: str, revision: str | None, rope_scaling: Mapping[str, Any] | None
+) -> str:
     """The line that loads it as `base`."""
-    pinned = f", revision={python(revision)}" if revision else ""
-    return f"base, _ = steep.load({python(name)}, base={python(base)}, compute_dtype={python(compute_dtype)}{pinned})\n"
+    further = f", revision={python(revision)}" if revision else ""
+    further += f", rope_scaling={dict(rope_scaling)!r}" if rope_scaling else ""
+    return (
+        f"base, _ = steep.load({python(name)}, base={python(base)}, compute_dtype={python(compute_dtype)}{further})\n"
+    )

@@ -213,6 +213,12 @@ class Merger:
         config["torch_dtype"] = str(self.dtype).removeprefix("torch.")  # the older name, which every reader knows
         config["tie_word_embeddings"] = self.tied
         config["vocab_size"] = self._shapes[self._table][0]
+        if (stretched := self._resolved.stretched) is not None:
+            text: Any = stretched.get_text_config()
+            config["max_position_embeddings"] = text.max_position_embeddings
+            # Readers from before transformers 5 know the other two names.
+            config["rope_parameters"] = config["rope_scaling"] = dict(text.rope_parameters)
+            config["rope_theta"] = text.rope_parameters["rope_theta"]
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         generation = self._resolved.file("generation_config.json")
         if generation is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
+from transformers import PretrainedConfig
 
 from steep.errors import UserError
 from steep.evaluation.score import DomainScore
@@ -29,6 +30,7 @@ class Base:
         stored: how its checkpoint exists, where that is not 16 bits: ``GGUF``, ``4 or 8 bits (bitsandbytes)``,
             ``8 bits (e4m3)``.
         stored_by: the method that its config names for that, if it does.
+        stretched: its config with the run's own scaling of positions, if the run named one.
         licence: `license`, `license_name` and `license_link` of its own card, as far as it has them.
     """
 
@@ -38,6 +40,7 @@ class Base:
     stored: str | None = None
     licence: Mapping[str, Any] = field(default_factory=dict)
     stored_by: str | None = None
+    stretched: PretrainedConfig | None = None
 
 
 def describe_base(name: str, revision: str | None, resolved: ResolvedModel) -> Base:
@@ -65,7 +68,9 @@ def describe_base(name: str, revision: str | None, resolved: ResolvedModel) -> B
         for key in ("license", "license_name", "license_link"):
             if isinstance(value := stated.get(key), str):
                 licence[key] = value
-    return Base(name if on_hub else Path(name).name, on_hub, revision, stored, licence, resolved.stored_by)
+    return Base(
+        name if on_hub else Path(name).name, on_hub, revision, stored, licence, resolved.stored_by, resolved.stretched
+    )
 
 
 @dataclass(frozen=True)

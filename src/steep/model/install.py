@@ -135,9 +135,12 @@ def fused_of(model: Any) -> Fused:
 
 def why_not_fused(model: Any) -> str | None:
     """Why `install` would refuse; None: it would not."""
+    return None if is_installed(model) else why_not_this_model(model) or why_not_here()
+
+
+def why_not_this_model(model: Any) -> str | None:
+    """What of the model itself forbids it, on any card."""
     base: Any = unwrap(model)
-    if is_installed(model):
-        return None
     family = fused_class(type(base))
     decoder = getattr(base, "model", None)
     if family is None or decoder is None or fused_class(type(decoder)) is None:
@@ -156,7 +159,7 @@ def why_not_fused(model: Any) -> str | None:
         refuse_decoder(decoder)
     except Unfused as reason:
         return str(reason)
-    return why_not_here()
+    return None
 
 
 def _why_no_fp8(decoder: Any) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -114,6 +115,12 @@ class Layer:
     def _members(self) -> list[tuple[tuple[Projection, ...], int | None]]:
         """The projections of each group, and the heads by which its dy is quantised."""
         return [(self.qkv, self.attention.head_dim), ((self.o,), None), (self.gate_up, None), ((self.down,), None)]
+
+    def mapped(self, change: Callable[[Projection], Projection]) -> Layer:
+        """The same layer with other projections."""
+        q, k, v = map(change, self.qkv)
+        gate, up = map(change, self.gate_up)
+        return replace(self, qkv=(q, k, v), o=change(self.o), gate_up=(gate, up), down=change(self.down))
 
     def trained(self) -> list[torch.Tensor]:
         """The adapters' matrices that require a gradient, in the order in which the backward pass gives theirs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from steep.model.empty import empty_model
 from steep.model.fp8_loading import load_fp8
 from steep.model.fp8_published import is_published_fp8
 from steep.model.gguf import convert
+from steep.model.machine import Card, card_here
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.model.safety import check_weights_in_safetensors
 from steep.model.stored_weights import check_finite, check_stored
@@ -23,14 +26,14 @@ QUANTISED = ("nf4", "int8", "fp8")
 BASES = (*QUANTISED, *DTYPES)
 
 
-def resolve_compute_dtype(compute_dtype: str, base: str, field: str = "model.compute_dtype") -> str:
-    """`auto` in terms of this machine: bf16 on a GPU that has it, fp16 on one that has not; on a CPU fp32, or bf16 over
-    a base in bf16.
+def resolve_compute_dtype(compute_dtype: str, base: str, card: Card | None, field: str = "model.compute_dtype") -> str:
+    """`auto` in terms of the card, or of none: bf16 on one that has it, fp16 on one that has not; on a CPU fp32, or
+    bf16 over a base in bf16.
 
     Raises:
         UserError: fp16 without a GPU, or fp32 over a base in 16 bit.
     """
-    if compute_dtype == "fp16" and not torch.cuda.is_available():
+    if compute_dtype == "fp16" and card is None:
         raise UserError(field, "fp16 needs a GPU, for its loss scaling", "Give fp32 or bf16.")
     if compute_dtype == "fp32" and base in ("bf16", "fp16"):
         raise UserError(
@@ -40,10 +43,9 @@ def resolve_compute_dtype(compute_dtype: str, base: str, field: str = "model.com
         )
     if compute_dtype != "auto":
         return compute_dtype
-    if not torch.cuda.is_available():
+    if card is None:
         return "bf16" if base in ("bf16", "fp16") else "fp32"
-    # By capability: torch also calls emulated bf16 supported, at a tenth of the speed.
-    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    return "bf16" if card.has_bf16 else "fp16"
 
 
 def resolve_base(base: str, model: ResolvedModel, field: str = "model.base") -> str:
@@ -69,6 +71,7 @@ def load(
     attn_implementation: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    rope_scaling: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal language model with frozen weights, and its tokenizer.
 
@@ -78,6 +81,7 @@ def load(
             4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023), ``fp8`` is e4m3 with a scale a
             row (or as a checkpoint is published in it).
         compute_dtype: ``auto | bf16 | fp16 | fp32``: what products run in, and what is not quantised is kept in.
+        rope_scaling: of its positions, in place of its own, such as ``{"rope_type": "yarn", "factor": 4.0}``.
 
     Returns:
         The transformers model, every parameter frozen, and the tokenizer.
@@ -89,7 +93,7 @@ def load(
     for field, given, known in (("base", base, BASES), ("compute_dtype", compute_dtype, DTYPES)):
         if given not in ("auto", *known):
             raise UserError(f"model.{field}", f"{given!r} is unknown", f"Give one of auto, {', '.join(known)}.")
-    resolved = resolve(name, revision=revision, trust_remote_code=trust_remote_code)
+    resolved = resolve(name, revision=revision, trust_remote_code=trust_remote_code, rope_scaling=rope_scaling)
     tokenizer = read_tokenizer(resolved)
     model = load_resolved(
         resolved, tokenizer, base=base, compute_dtype=compute_dtype, attn_implementation=attn_implementation
@@ -114,7 +118,7 @@ def load_resolved(
     resolved = as_folder(resolved, tokenizer)
     check_weights_in_safetensors(resolved)
     base = resolve_base(base, resolved)
-    compute = DTYPES[resolve_compute_dtype(compute_dtype, base)]
+    compute = DTYPES[resolve_compute_dtype(compute_dtype, base, card_here())]
     if base == "fp8":
         model = _load_fp8(resolved, compute, attn_implementation)
     else:
@@ -140,6 +144,8 @@ def _load(resolved: ResolvedModel, base: str, compute: torch.dtype, attn_impleme
         "dtype": DTYPES.get(base, compute),
         "use_safetensors": True,
     }
+    if resolved.rope_scaling is not None:
+        arguments["config"] = copy.deepcopy(resolved.config)
     if "local_files_only" in arguments:
         arguments["adapter_kwargs"] = {"local_files_only": True}  # its look for an adapter heeds only these
     if base in ("nf4", "int8") and resolved.quantization is None:
@@ -184,7 +190,8 @@ def as_folder(resolved: ResolvedModel, tokenizer: Any) -> ResolvedModel:
     """`resolved` itself, or what stands for a GGUF file: the folder that it is converted into, once."""
     if "gguf_file" not in resolved.arguments:
         return resolved
-    return resolve(str(convert(Path(resolved.name) / resolved.arguments["gguf_file"], tokenizer)))
+    folder = convert(Path(resolved.name) / resolved.arguments["gguf_file"], tokenizer)
+    return resolve(str(folder), rope_scaling=resolved.rope_scaling)
 
 
 def keep_4bit_layout(model: torch.nn.Module) -> None:

@@ -1,31 +1,94 @@
-"""Whether the kernels of the fused forward run on this machine."""
+"""The card of this machine, and whether the kernels of the fused forward run on a card."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from steep.kernels import OLDEST_CARD, OLDEST_FP8_CARD
 
+OLDEST_BF16_CARD = (8, 0)  # torch also calls emulated bf16 supported, at a tenth of the speed
 LACKS_FP8_UNITS = "the card has no fp8 units: those of compute capability 8.9 and newer have"
 
 
+@dataclass(frozen=True)
+class Card:
+    """A GPU that steps are planned for.
+
+    Attributes:
+        name: the maker's, or that in `steep.cards`.
+        capability: its compute capability.
+        memory: bytes, as CUDA counts them.
+        free: those of them that a run may take: neither others hold them, nor CUDA itself.
+        is_here: it is this machine's.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+    free: int
+    is_here: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """In `plan.json`."""
+        capability = ".".join(map(str, self.capability))
+        return {
+            "name": self.name,
+            "compute_capability": capability,
+            "memory_bytes": self.memory,
+            "is_here": self.is_here,
+        }
+
+    @property
+    def has_bf16(self) -> bool:
+        return self.capability >= OLDEST_BF16_CARD
+
+    @property
+    def has_fp8_units(self) -> bool:
+        """Whether products in e4m3 run on it by itself: Ada (compute capability 8.9), Hopper, Blackwell."""
+        return self.capability >= OLDEST_FP8_CARD
+
+
+def card_here() -> Card | None:
+    """The card that this process computes on, as full as it is now; None: there is none."""
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    capability = torch.cuda.get_device_capability()
+    return Card(torch.cuda.get_device_name(), capability, total, free + torch.cuda.memory_reserved())
+
+
+def why_not_on(card: Card | None) -> str | None:
+    """Why they do not run on `card`; None: they do, or there is none, where plain torch computes the same. On a card of
+    another machine whatever they need beside it is taken to be there."""
+    if card is None:
+        return None
+    return why_not_here() if card.is_here else _too_old(card.capability)
+
+
 def why_not_here() -> str | None:
-    """Why they do not; None: they do, or there is no card, where plain torch computes the same."""
+    """The same of the card that is here."""
     if not torch.cuda.is_available():
         return None
     if torch.version.cuda is None:
         return "its kernels are for NVIDIA's cards"
-    capability = torch.cuda.get_device_capability()
-    if capability < OLDEST_CARD:
-        oldest, here = (".".join(map(str, each)) for each in (OLDEST_CARD, capability))
-        return f"its kernels need compute capability {oldest}, and the card has {here}"
+    if reason := _too_old(torch.cuda.get_device_capability()):
+        return reason
     return None if find_spec("triton") else "triton is not installed"
 
 
+def _too_old(capability: tuple[int, int]) -> str | None:
+    if capability >= OLDEST_CARD:
+        return None
+    oldest, has = (".".join(map(str, each)) for each in (OLDEST_CARD, capability))
+    return f"its kernels need compute capability {oldest}, and the card has {has}"
+
+
 def has_fp8_units(device: torch.device) -> bool:
-    """Whether products in e4m3 run on that device by itself: Ada (compute capability 8.9), Hopper, Blackwell."""
+    """Whether products in e4m3 run on that device by itself."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_FP8_CARD
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,8 +38,8 @@ def check_length(max_length: int, config: PretrainedConfig, field: str = "data.m
         raise UserError(
             field,
             f"{max_length} tokens are beyond the {limit} positions that the model was made for",
-            f"Give {limit} or less; for longer texts stretch the model's rope first: rope_parameters and "
-            "max_position_embeddings in a copy of its config.json.",
+            f"Give {limit} or less, or stretch them: model.rope_scaling, such as {{rope_type: yarn, factor: "
+            f"{math.ceil(max_length / limit):.1f}}}.",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from steep.model.generation_config import check_generation_config
 from steep.model.gguf import check_readable, converted_folder, correct_special_tokens
 from steep.model.look_up import find, is_taken_as_it_is
 from steep.model.names import can_only_be_path
+from steep.model.rope import stretch
 from steep.model.safety import check_safe, refuse_link_outside
 
 ODD_CONFIG = "Put its values back as they were, or download it again."
@@ -42,18 +43,25 @@ class ResolvedModel:
     Attributes:
         name: hub name or folder that transformers' `from_pretrained` takes.
         arguments: what else `from_pretrained` needs (`revision`, `gguf_file`, `trust_remote_code`, `local_files_only`).
-        config: its transformers config.
+        config: its transformers config, with the run's own scaling of positions in it.
+        rope_scaling: that scaling, if the run names one.
     """
 
     name: str
     arguments: dict[str, Any]
     config: PretrainedConfig
+    rope_scaling: Mapping[str, Any] | None = None
 
     @property
     def quantization(self) -> dict[str, Any] | None:
         """The checkpoint's own quantisation settings, if it is stored quantised."""
         stored = getattr(self.config, "quantization_config", None)
         return stored if stored is None or isinstance(stored, dict) else stored.to_dict()
+
+    @property
+    def stretched(self) -> PretrainedConfig | None:
+        """The config, if it is not the checkpoint's own."""
+        return None if self.rope_scaling is None else self.config
 
     @property
     def stored_by(self) -> str | None:
@@ -73,9 +81,17 @@ class ResolvedModel:
 
 
 def resolve(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, field: str = "model.name"
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    rope_scaling: Mapping[str, Any] | None = None,
+    field: str = "model.name",
 ) -> ResolvedModel:
     """Find the model called `name` and check that steep can continue its pretraining.
+
+    Args:
+        rope_scaling: of its positions, in place of its own (`steep.model.rope`).
 
     Raises:
         UserError: no such folder or hub model, offline, no config, not a causal language model, an unknown
@@ -104,7 +120,7 @@ def resolve(
             what = "holds an adapter, not a model" if is_adapter else "has no config.json"
             raise UserError(field, f"the folder {name} {what}", remedy)
     config = read_config(name, arguments, field)
-    resolved = ResolvedModel(name, arguments, config)
+    resolved = ResolvedModel(name, arguments, config, rope_scaling)
     with told_as_input(field, f"the config.json of {name} cannot be understood", ODD_CONFIG):
         _check_causal(config, name, field)
         quantization = resolved.quantization or {}
@@ -121,6 +137,8 @@ def resolve(
     if is_taken_as_it_is(name, revision):
         arguments["local_files_only"] = True  # transformers would wait for the hub at each file that is not there
     check_generation_config(name, revision, field)
+    if rope_scaling is not None:
+        stretch(config, rope_scaling)
     return resolved
 
 

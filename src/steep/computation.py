@@ -1,0 +1,129 @@
+"""In what a run computes, and the bytes of its step: from the run file and the shapes of a layer alone, so that other
+settings can be tried for a moment's work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from steep.fp8_choice import in_fp8, kept_in_16_bits, resolve_fp8_products
+from steep.fusing import fused_step, resolve_trained_dtype, settle
+from steep.memory import Shape, shape_of
+from steep.model.choices import Choices
+from steep.model.embeddings import is_tied
+from steep.model.fp8_published import has_blocks
+from steep.model.layer import Layer
+from steep.model.load import resolve_base, resolve_compute_dtype
+from steep.model.machine import Card
+from steep.model.quantisable import quantisable
+from steep.model.resolve import ResolvedModel
+from steep.ops.fp8_groups import Fp8Products
+from steep.schema import RunConfig
+from steep.sizes import memory_of
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What `auto` becomes.
+
+    Attributes:
+        base: storage of the frozen weights.
+        compute, trained: dtypes of products, and of what trains.
+        layers: those that there are of a fused run, on the meta device with their adapters, their weights as they are
+            kept; None: not fused.
+        products: which are in fp8.
+    """
+
+    base: str
+    compute: str
+    trained: str
+    layers: list[Layer] | None
+    products: Fp8Products
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A step in numbers.
+
+    Attributes:
+        choices: what the run keeps for good.
+        memory: bytes by item at the peak of a step.
+    """
+
+    shape: Shape
+    choices: Choices
+    memory: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a step stands on, whatever its settings are.
+
+    Attributes:
+        empty: the model on the meta device; it may get rows for new tokens before `sized`.
+        layer: of `steep.fusing.decide`; None: the run is not fused.
+        card: that it is planned for, if any.
+        budget: bytes of it that may be filled, or of a card that nothing more is known of; None: there is none.
+        before: what the run that goes on was begun with.
+        to_train: whether steps are still to come.
+    """
+
+    resolved: ResolvedModel
+    empty: Any
+    layer: Layer | None
+    card: Card | None
+    budget: int | None
+    before: Choices | None
+    to_train: bool = True
+
+    def computation(self, config: RunConfig) -> Computation:
+        """What `auto` becomes here.
+
+        Raises:
+            UserError: settings that do not go together.
+        """
+        model, layers = config.model, None if self.layer is None else [self.layer]
+        base = resolve_base(model.base, self.resolved)
+        compute = resolve_compute_dtype(model.compute_dtype, base, self.card)
+        trained = resolve_trained_dtype(config, layers is not None, compute, self.before)
+        if self.layer is not None and base == "fp8":
+            blocks = has_blocks(self.resolved.quantization)
+            layers = in_fp8(self.layer, quantisable(self.empty), self._kept, blocks=blocks)
+        products = resolve_fp8_products(
+            config, base, compute, self.before, layers=layers, card=self.card, to_train=self.to_train
+        )
+        return Computation(base, compute, trained, layers, products)
+
+    @cached_property
+    def _kept(self) -> set[str]:
+        """Linear layers that a checkpoint published in e4m3 has in 16 bits."""
+        return kept_in_16_bits(self.resolved, quantisable(self.empty))
+
+    def _shape(self, config: RunConfig, base: str) -> Shape:
+        return shape_of(self.empty, config.adapter, self._kept if base == "fp8" else set())
+
+    def sized(self, config: RunConfig, computation: Computation) -> Sizes:
+        """A step of that computation, within the budget as far as it can be."""
+        base, compute, trained = computation.base, computation.compute, computation.trained
+        shape, on_card = self._shape(config, base), self.budget is not None
+        step, choices = None, Choices(False, trained)
+        if computation.layers is not None:
+            step = fused_step(
+                config,
+                computation.layers,
+                shape,
+                tied=is_tied(self.empty),
+                base=base,
+                compute=compute,
+                trained=trained,
+                on_card=on_card,
+                fp8=computation.products,
+            )
+            choices = settle(config, step, self.budget, self.before)
+        memory = memory_of(config, shape, step, choices, base=base, compute=compute, on_card=on_card)
+        return Sizes(shape, choices, memory)

@@ -1,0 +1,271 @@
+"""Whether a step fits the card; and where it does not, the nearest settings with which it does.
+
+They are found by planning the memory of other settings, those first that change the result least: a batch in more parts
+makes the same step, optimizer states and weights in fewer bits nearly the same; shorter rows and a lower rank make
+another run, and so do embeddings that stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations, product
+from typing import Any
+
+import torch
+
+from steep.computation import Computation, Ground, Sizes
+from steep.errors import UserError
+from steep.memory import ADAMW_8BIT, GIB
+from steep.model.layer import Layer
+from steep.model.machine import Card
+from steep.ops.lora import Lora, Projection
+from steep.schema import RunConfig
+from steep.vram import asked_bytes
+
+SHORTEST, LOWEST_RANK = 256, 8  # that are proposed
+MOST = 3
+
+Settings = dict[str, Any]  # fields as on the command line, with their values
+Knob = list[Settings]  # what one of the settings, or a pair, is turned to: what changes the result least comes first
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Settings with which a step fits, and the bytes that it then needs."""
+
+    settings: Settings
+    peak: float
+
+    def __str__(self) -> str:
+        named = [f"{name}: {'null' if value is None else value}" for name, value in self.settings.items()]
+        return f"{' with '.join(named)} ({_gib(self.peak)})"
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """A step that needs more than it may fill.
+
+    Attributes:
+        peak: bytes that it needs.
+        budget: bytes that it may fill.
+        limit: bytes above which the run is refused; None: it never is.
+        vram: as in the run file.
+        nearest: what fits.
+        goes_on: the run was begun before.
+        is_branch: or its parent was.
+    """
+
+    peak: int
+    budget: int
+    limit: int | None
+    card: Card | None
+    vram: str
+    nearest: list[Alternative]
+    goes_on: bool
+    is_branch: bool
+
+    @property
+    def is_refused(self) -> bool:
+        return self.limit is not None and self.peak > self.limit
+
+    @property
+    def problem(self) -> str:
+        of_card = "of the card"
+        if self.card is not None:
+            of_card = f"of the {_gib(self.card.memory)} of the {self.card.name}"
+            if self.card.is_here:
+                of_card += f" ({_gib(self.card.free)} are free)"
+        return (
+            f"a step needs about {_gib(self.peak)}, and {_gib(self.budget)} {of_card} may be filled (training.vram: "
+            f"{self.vram})"
+        )
+
+    @property
+    def remedy(self) -> str:
+        if self.nearest:
+            allow = f", with --allow {next(iter(self.nearest[0].settings))}" if self.goes_on else ""
+            said = f"What fits, nearest first: {'; or '.join(map(str, self.nearest))}{allow}."
+        elif self.goes_on or self.is_branch:
+            said = "Go on where there is more."
+        else:
+            said = "Nothing that is trained otherwise fits: take a smaller model, or a card with more."
+        if self.is_refused and not (self.goes_on or self.is_branch):  # whose training.vram stays
+            said += f" To try it all the same: training.vram: {math.ceil(self.peak / GIB)}GiB."
+        return said
+
+    def error(self) -> UserError:
+        return UserError("training.vram", self.problem, self.remedy)
+
+    def __str__(self) -> str:
+        refused = ", and steep train refuses it" if self.is_refused else ""
+        return f"{self.problem}{refused}. {self.remedy}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """In `plan.json`."""
+        nearest = [{"settings": each.settings, "bytes": each.peak} for each in self.nearest]
+        return {"budget_bytes": self.budget, "refused": self.is_refused, "nearest": nearest}
+
+
+def shortfall_of(
+    config: RunConfig, ground: Ground, computation: Computation, sizes: Sizes, *, is_branch: bool
+) -> Shortfall | None:
+    """How much more a step needs than the budget that it is planned within; None: no more, or there is no budget.
+
+    A run is refused above what `auto` lets it fill. What is set by hand is taken at its word: there it is refused above
+    that, and above all that the card has. One that goes on filled `auto` as that was when it began: it is refused above
+    what is free.
+    """
+    budget, card, vram = ground.budget, ground.card, config.training.vram
+    if budget is None or sizes.peak <= budget:
+        return None
+    goes_on, limit = ground.before is not None and not is_branch, None
+    if card is not None:
+        of_auto = budget if ground.before is None else card.free
+        limit = of_auto if vram == "auto" else max(asked_bytes(vram, card), card.memory)
+    if is_branch:
+        knobs = [_lengths(config)]
+    elif goes_on:
+        knobs = [_most_recomputed(config)]
+    else:
+        knobs = _knobs(config, computation)
+    nearest = _Trials(config, ground, budget).nearest(knobs)
+    return Shortfall(sizes.peak, budget, limit, card, vram, nearest, goes_on, is_branch)
+
+
+# ---- what may be turned
+
+
+def _knobs(config: RunConfig, computation: Computation) -> list[Knob]:
+    """Those of a new run, in the order in which they change its result."""
+    training, ranks = config.training, range((config.adapter.r - 1).bit_length() - 1, -1, -1)
+    return [
+        [{"training.gradient_checkpointing": None}] if training.gradient_checkpointing is False else [],
+        _batches(config),
+        [] if training.optim in ADAMW_8BIT else [{"training.optim": "adamw_8bit"}],
+        [] if computation.base == "nf4" else [{"model.base": "nf4"}],
+        [] if computation.trained == "bf16" else [{"model.trained_dtype": "bf16"}],
+        _lengths(config),
+        [{"adapter.r": 2**power} for power in ranks if 2**power >= LOWEST_RANK],
+        _no_embeddings(config),
+    ]
+
+
+def _batches(config: RunConfig) -> Knob:
+    """The same step in more parts."""
+    training = config.training
+    batch, rows = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    rows *= batch
+    return [
+        {"training.per_device_train_batch_size": part, "training.gradient_accumulation_steps": rows // part}
+        for part in range(batch - 1, 0, -1)
+        if rows % part == 0
+    ]
+
+
+def _lengths(config: RunConfig) -> Knob:
+    shortest = max(SHORTEST, (config.evaluation.stride or 0) + 1)
+    powers = range((config.data.max_length - 1).bit_length() - 1, -1, -1)
+    return [{"data.max_length": 2**power} for power in powers if 2**power >= shortest]
+
+
+def _no_embeddings(config: RunConfig) -> Knob:
+    model, adapter = config.model, config.adapter
+    needed = model.new_tokens or model.untie_embeddings or config.training.embedding_learning_rate is not None
+    return [] if needed or not adapter.modules_to_save else [{"adapter.modules_to_save": []}]
+
+
+def _most_recomputed(config: RunConfig) -> Knob:
+    return [] if config.training.gradient_checkpointing else [{"training.gradient_checkpointing": True}]
+
+
+# ---- trying them
+
+
+@dataclass
+class _Trials:
+    """The peaks of a run with other settings, each worked out once."""
+
+    config: RunConfig
+    ground: Ground
+    budget: int
+    _peaks: dict[str, float] = field(default_factory=dict)
+
+    def nearest(self, knobs: Sequence[Knob]) -> list[Alternative]:
+        """What fits, at most three: first that for which the last knob that is turned is the earliest, and turned the
+        least, with as few others as can be; then later knobs that do it alone."""
+        found: list[Alternative] = []
+        for number, knob in enumerate(knobs):
+            others = [] if found else knobs[:number]
+            settings = next(self._fitting(knob, [other for other in others if other]), None)
+            if settings is not None:
+                found.append(Alternative(settings, self._peak(settings)))
+        return found[:MOST]
+
+    def _fitting(self, knob: Knob, others: Sequence[Knob]) -> Iterator[Settings]:
+        """Settings that fit, with and without others."""
+        for turned in knob:
+            for number in range(len(others) + 1):
+                for chosen in combinations(others, number):
+                    if not self._fits(_merged(*(other[-1] for other in chosen), turned)):
+                        continue  # not even with all of each
+                    for values in product(*reversed(chosen)):  # the later ones, which change more, vary slowest
+                        settings = _merged(*reversed(values), turned)
+                        if self._fits(settings):
+                            yield settings
+
+    def _fits(self, settings: Settings) -> bool:
+        return self._peak(settings) <= self.budget
+
+    def _peak(self, settings: Settings) -> float:
+        key = repr(sorted(settings.items()))
+        if key not in self._peaks:
+            self._peaks[key] = self._planned(settings)
+        return self._peaks[key]
+
+    def _planned(self, settings: Settings) -> float:
+        """Bytes; infinite where the settings do not go together."""
+        config, ground = changed(self.config, settings), self.ground
+        if ground.before is not None:
+            ground = replace(ground, before=replace(ground.before, levels=None))
+        if ground.layer is not None and "adapter.r" in settings:
+            ground = replace(ground, layer=with_rank(ground.layer, config.adapter.r))
+        try:
+            computation = ground.computation(config)
+        except UserError:
+            return math.inf
+        return ground.sized(config, computation).peak
+
+
+def changed(config: RunConfig, settings: Settings) -> RunConfig:
+    """A copy with other values of some fields."""
+    copy = config.model_copy(deep=True)
+    for name, value in settings.items():
+        section, field_name = name.split(".")
+        setattr(getattr(copy, section), field_name, value)
+    return copy
+
+
+def with_rank(layer: Layer, rank: int) -> Layer:
+    """A layer on the meta device with adapters of another rank, lower where a projection's smaller side is."""
+
+    def lowered(projection: Projection) -> Projection:
+        return replace(projection, adapters=tuple(of_rank(lora) for lora in projection.adapters))
+
+    def of_rank(lora: Lora) -> Lora:
+        (outputs, _), (_, inputs) = lora.b.shape, lora.a.shape
+        own = min(rank, outputs, inputs)
+        a, b = torch.empty(own, inputs, dtype=lora.a.dtype), torch.empty(outputs, own, dtype=lora.b.dtype)
+        return Lora(a.requires_grad_(lora.a.requires_grad), b.requires_grad_(lora.b.requires_grad), lora.scale)
+
+    with torch.device("meta"):
+        return layer.mapped(lowered)
+
+
+def _merged(*settings: Settings) -> Settings:
+    return {name: value for part in settings for name, value in part.items()}
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.3g} GiB"

@@ -1,0 +1,104 @@
+"""A scaling of rotary positions that the run file names, put into a model's config before the model is made."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from steep.errors import UserError, shown
+
+KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope")
+_FROM = "original_max_position_embeddings"
+_KNOW_THEIR_ORIGIN = ("yarn", "llama3", "longrope")  # by that name, beside a length that is already the longer one
+
+
+def stretch(config: PretrainedConfig, scaling: Mapping[str, Any], field: str = "model.rope_scaling") -> None:
+    """Give `config` that scaling in place of its own, in the terms of transformers' `rope_parameters`.
+
+    Which length is stretched is the model's own, unless `original_max_position_embeddings` says it.
+
+    Raises:
+        UserError: the model has no positions that can be scaled, or transformers does not take it.
+    """
+    text: Any = config.get_text_config()
+    own, limit = getattr(text, "rope_parameters", None), getattr(text, "max_position_embeddings", None)
+    if not isinstance(own, Mapping) or limit is None or "rope_theta" not in own:
+        several = isinstance(own, Mapping) and any(isinstance(each, Mapping) for each in own.values())
+        what = "a rope for each kind of layer" if several else "no rotary positions"
+        raise UserError(
+            field, f"a model of type {config.model_type} has {what}, which this cannot scale", "Leave it out."
+        )
+    kind = scaling.get("rope_type")
+    factor: Any = scaling.get("factor")
+    if kind not in KINDS:
+        raise UserError(field, f"rope_type is {shown(kind)}", f"Give one of {', '.join(KINDS)}.")
+    if not _is_number(factor) or factor < 1:
+        raise UserError(field, f"factor is {shown(factor)}", "Give how many times as far it shall reach, such as 4.0.")
+    kept = {name: own[name] for name in ("rope_theta", "partial_rotary_factor") if name in own}
+    parameters = {**kept, **scaling}
+    if own.get("rope_type", "default") != "default" and _FROM not in scaling:
+        raise UserError(
+            field,
+            f"the model has a scaling of its own ({own['rope_type']}), which this takes the place of",
+            f"Say which length is stretched: {_FROM}, with yarn, llama3 or longrope.",
+        )
+    if kind in _KNOW_THEIR_ORIGIN:
+        origin = parameters.setdefault(_FROM, limit)
+        if not _is_number(origin) or origin < 1 or origin * factor != int(origin * factor):
+            raise UserError(
+                field, f"{shown(factor)} times {shown(origin)} positions is no whole number", "Change factor."
+            )
+        text.max_position_embeddings = max(limit, int(origin * factor))
+    text.rope_parameters = parameters
+    with _complaints() as found:
+        try:
+            text.validate_rope()
+            frequencies, _ = ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"), seq_len=limit)
+            if not torch.isfinite(frequencies).all():
+                found.append("its frequencies are not finite")
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+            found.append(str(error) or type(error).__name__)
+    if found:
+        raise UserError(
+            field, f"transformers does not take it: {found[0]}", "See its rope_parameters for the settings."
+        )
+
+
+def as_arguments(config: PretrainedConfig) -> str:
+    """What `from_pretrained` of the original gets besides, as Python, to make a model of that config."""
+    text: Any = config.get_text_config()
+    return f"rope_parameters={dict(text.rope_parameters)!r}, max_position_embeddings={text.max_position_embeddings}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class _Kept(logging.Handler):
+    """Messages, in a list."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._found = found
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._found.append(record.getMessage())
+
+
+@contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """What transformers only warns of, and goes on with."""
+    found: list[str] = []
+    logger, kept = logging.getLogger("transformers.modeling_rope_utils"), _Kept(found)
+    logger.addHandler(kept)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(kept)

@@ -1,0 +1,100 @@
+"""Plans for a card that is not here: its memory, dtypes and units, and none of this machine's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from steep.cards import CARDS, CONTEXT, card_named
+from steep.errors import UserError
+from steep.memory import WORKSPACES
+from steep.plan import Plan, plan_run
+from tests.command_line import Steep, assert_one_error_line
+from tests.test_run import run_file
+
+
+@pytest.fixture
+def planned(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> Any:
+    def plan(card: str | None, **sections: dict[str, Any]) -> Plan:
+        config = run_file(llama_folder, korean_corpus, tmp_path / "run", **{"model": {"base": "auto"}, **sections})
+        return plan_run(config, card=card_named(card) if card else None)
+
+    return plan
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_has_less_than_is_sold_and_what_cuda_holds_is_not_free(name: str) -> None:
+    card = card_named(name)
+    assert card == card_named(f" {name.lower()} ") and not card.is_here
+    sold = {"T4": 16, "L4": 24, "3090": 24, "5090": 32, "A100-80": 80, "H100": 80, "H200": 141, "B200": 192}
+    assert 0.9 < card.memory / (sold.get(name, card.memory / 1e9) * 1e9) < 1.1
+    assert card.free == card.memory - CONTEXT
+    assert card.has_bf16 == (name != "T4")
+    assert card.has_fp8_units == (name not in ("T4", "3060", "3090", "A10", "A6000", "A100-40", "A100-80"))
+
+
+def test_an_unknown_card_is_named() -> None:
+    with pytest.raises(UserError, match=r"--card: 'H10' is unknown\. Did you mean 'H100'\? Known are: T4, .*B200\."):
+        card_named("H10")
+
+
+@pytest.mark.parametrize(
+    ("card", "compute", "trained", "products"),
+    [("T4", "fp16", "fp32", "none"), ("A100-40", "bf16", "bf16", "none"), ("4090", "bf16", "bf16", "both")],
+)
+def test_what_is_chosen_is_what_the_run_would_choose_there(
+    planned: Any, card: str, compute: str, trained: str, products: str
+) -> None:
+    plan = planned(card)
+    assert (plan.base, plan.compute, plan.trained_dtype, plan.fused) == ("nf4", compute, trained, True)
+    assert plan.memory["libraries' workspaces"] == WORKSPACES and "16-bit copies" not in plan.memory
+    assert plan.as_dict()["card"]["name"] == card
+    over_fp8 = planned(card, model={"base": "fp8", "compute_dtype": "bf16"})
+    assert over_fp8.choices.fp8_products == products
+
+
+def test_a_plan_without_a_card_is_that_of_the_cpu(planned: Any) -> None:
+    plan = planned(None)
+    assert (plan.compute, plan.trained_dtype, plan.fused, plan.card) == ("fp32", "fp32", False, None)
+    assert plan.as_dict()["card"] is None and "libraries' workspaces" not in plan.memory
+
+
+def test_what_is_not_fused_recomputes_as_on_a_gpu(planned: Any) -> None:
+    off = {"model": {"base": "nf4", "fused": "off", "compute_dtype": "bf16", "trained_dtype": "fp32"}}
+    sizes = {"data": {"max_length": 512}, "training": {"per_device_train_batch_size": 8}}
+    here, there = planned(None, **off, **sizes), planned("L4", **off, **sizes)
+    assert there.memory["activations"] < here.memory["activations"]
+
+
+def test_units_that_a_card_lacks_are_an_error(planned: Any) -> None:
+    model = {"base": "fp8", "fp8_products": "both", "compute_dtype": "bf16"}
+    assert planned("L40S", model=model).choices.fp8_products == "both"
+    with pytest.raises(UserError, match=r"model\.fp8_products: .*no fp8 units"):
+        planned("A100-80", model=model)
+
+
+def test_levels_and_shares_are_of_that_card(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    fits = planned("H100", training={"vram": "50%"})
+    assert fits.choices.levels == [0, 0] and fits.shortfall is None
+    monkeypatch.setattr(
+        "steep.computation.settle", lambda config, step, budget, before: seen.append(budget) or fits.choices
+    )
+    for vram in ("auto", "50%", "20GB", "200GB"):
+        planned("H100", training={"vram": vram})
+    memory = card_named("H100").memory
+    assert seen == [round(0.9 * memory) - CONTEXT, round(0.5 * memory), 20 * 10**9, memory]
+
+
+def test_the_command(steep: Steep, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    config = run_file(llama_folder, korean_corpus, tmp_path / "run")
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    said = steep("plan", file, "--card", "t4", "--model.base", "nf4")
+    assert said.code == 0, said
+    assert "T4, 14.56 GiB" in said.out and "computed in fp16" in said.out and "yes, at level 0" in said.out
+    assert_one_error_line(steep("plan", file, "--card", "T5"), "--card", "'T5' is unknown", "T4", "H200")
+    assert "--card" in steep("plan", "--help").out

@@ -1,0 +1,265 @@
+"""A step that does not fit its card: when it is refused, and what is proposed instead."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks.shapes import empty_model
+from steep import run
+from steep.cards import card_named
+from steep.computation import Ground
+from steep.errors import UserError
+from steep.fitting import Alternative, Shortfall, changed, shortfall_of, with_rank
+from steep.fusing import decide
+from steep.memory import WORKSPACES
+from steep.model.choices import Choices
+from steep.model.layer import Layer
+from steep.model.machine import Card
+from steep.plan import plan_run
+from steep.run import train_run
+from steep.schema import RunConfig
+from steep.vram import vram_budget
+from tests.test_fused_run import config_of, empty_llama
+from tests.test_run import run_file
+
+BATCH, PARTS = "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
+
+
+@cache
+def read(shape: str, rank: int) -> tuple[Any, Layer]:
+    """The model on the meta device, and a layer of it with PEFT's own adapters."""
+    empty = empty_model(shape)
+    layer, _ = decide(config_of(adapter={"r": rank}), empty, None, None)
+    assert layer is not None
+    return empty, layer
+
+
+def ground_of(config: RunConfig, card: Card | None, shape: str = "llama-3-8b", before: Choices | None = None) -> Ground:
+    (empty, layer), resolved = read(shape, config.adapter.r), SimpleNamespace(quantization=None)
+    budget = vram_budget(config.training.vram, card)
+    return Ground(resolved, empty, layer, card, budget, before)  # pyright: ignore[reportArgumentType]
+
+
+def shortfall(config: RunConfig, ground: Ground, is_branch: bool = False) -> Shortfall | None:
+    computation = ground.computation(config)
+    return shortfall_of(config, ground, computation, ground.sized(config, computation), is_branch=is_branch)
+
+
+def settings_of(found: Shortfall | None) -> list[dict[str, Any]]:
+    assert found is not None
+    return [each.settings for each in found.nearest]
+
+
+def peak_of(config: RunConfig, card: Card, shape: str) -> int:
+    """As the run itself would plan it."""
+    ground = ground_of(config, card, shape)
+    return ground.sized(config, ground.computation(config)).peak
+
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "8B, large batch": ("4090", "llama-3-8b", {"training": {BATCH.split(".")[1]: 16}}),
+    "8B in bf16": ("4090", "llama-3-8b", {"model": {"base": "bf16"}}),
+    "8B in fp32 states": ("4090", "llama-3-8b", {"training": {"optim": "adamw_torch"}}),
+    "8B, long rows": ("3090", "llama-3-8b", {"data": {"max_length": 131072}, "training": {BATCH.split(".")[1]: 1}}),
+    "8B on a small card": ("T4", "llama-3-8b", {"model": {"base": "auto"}}),
+    "8B, all of it": (
+        "4090", "llama-3-8b",
+        {
+            "model": {"base": "bf16"}, "adapter": {"r": 512},
+            "training": {"optim": "adamw_torch", BATCH.split(".")[1]: 8},
+        },
+    ),
+    "70B": ("A100-80", "llama-3-70b", {"data": {"max_length": 8192}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_proposed_fits_and_nothing_of_it_can_be_left_out(name: str) -> None:
+    card, shape, sections = CASES[name]
+    config, there = config_of(**sections), card_named(card)
+    found = shortfall(config, ground_of(config, there, shape))
+    assert found is not None and found.is_refused and 1 <= len(found.nearest) <= 3
+    for each in found.nearest:
+        assert peak_of(changed(config, each.settings), there, shape) == each.peak <= found.budget
+        steps = [changed(config, each.settings), config]
+        rows = [c.training.per_device_train_batch_size * c.training.gradient_accumulation_steps for c in steps]
+        assert rows[0] == rows[1]
+        names = [name for name in each.settings if name != PARTS]
+        if len(names) > 1:
+            for left_out in names:
+                pair = (BATCH, PARTS) if left_out == BATCH else (left_out,)
+                fewer = {name: value for name, value in each.settings.items() if name not in pair}
+                assert peak_of(changed(config, fewer), there, shape) > found.budget
+    assert all(len(set(each.settings) - {BATCH, PARTS}) <= 1 for each in found.nearest[1:])
+
+
+def test_what_changes_the_result_least_comes_first() -> None:
+    config = config_of(training={"per_device_train_batch_size": 16, "gradient_accumulation_steps": 3})
+    first, *others = settings_of(shortfall(config, ground_of(config, card_named("4090"))))
+    assert first.keys() == {BATCH, PARTS} and first[BATCH] * first[PARTS] == 48
+    more = next(part for part in range(first[BATCH] + 1, 17) if 48 % part == 0)
+    whole = changed(config, {BATCH: more, PARTS: 48 // more})
+    assert shortfall(whole, ground_of(whole, card_named("4090"))) is not None  # no larger part fits
+    assert [list(each) for each in others] == [["data.max_length"]]
+    config = config_of(training={"optim": "adamw_torch"})
+    assert settings_of(shortfall(config, ground_of(config, card_named("4090"))))[0] == {"training.optim": "adamw_8bit"}
+    config = config_of(training={"gradient_checkpointing": False, "per_device_train_batch_size": 4})
+    first, *_ = settings_of(shortfall(config, ground_of(config, card_named("4090"))))
+    assert first == {"training.gradient_checkpointing": None}
+
+
+def test_the_smallest_combination() -> None:
+    config = config_of(model={"base": "bf16"}, training={"optim": "adamw_torch", "per_device_train_batch_size": 8})
+    first, *others = settings_of(shortfall(config, ground_of(config, card_named("4090"))))
+    assert len(first) > 1 and not others, (first, others)
+
+
+def test_rows_that_a_window_of_the_evaluation_needs_stay() -> None:
+    config = config_of(data={"max_length": 65536}, training={"per_device_train_batch_size": 1})
+    ground = ground_of(config, card_named("4090"))
+    lengths = [each["data.max_length"] for each in settings_of(shortfall(config, ground)) if "data.max_length" in each]
+    assert lengths and all(length < 65536 and length.bit_count() == 1 for length in lengths)
+    config.evaluation.stride = lengths[0]
+    left = [each.get("data.max_length", 65536) for each in settings_of(shortfall(config, ground))]
+    assert left and min(left) > lengths[0]
+
+
+def test_a_layer_of_another_rank_is_that_of_the_run() -> None:
+    for start in (True, "pissa"):
+        of_rank = []
+        for rank in (8, 64, 2):
+            config = config_of(
+                adapter={"r": rank, "init_lora_weights": start, "target_modules": ["q_proj", "down_proj"]}
+            )
+            layer, _ = decide(config, empty_llama(), None, None)
+            assert layer is not None
+            of_rank.append(layer)
+
+        def shapes(layer: Any) -> list[Any]:
+            projections = (*layer.qkv, layer.o, *layer.gate_up, layer.down)
+            return [[(m.shape, m.dtype, m.requires_grad, m.is_meta) for m in each.tensors()] for each in projections]
+
+        for layer in of_rank:
+            for rank, own in zip((8, 64, 2), of_rank, strict=True):
+                assert shapes(with_rank(layer, rank)) == shapes(own)
+        assert shapes(of_rank[0]) != shapes(of_rank[1])
+
+
+# ---- when a run is refused
+
+
+def far(vram: str = "auto", *, free: float = 24e9, memory: float = 24e9, before: Choices | None = None) -> Shortfall:
+    """How a step of 29 GB falls short of a card."""
+    card = Card("fake", (8, 9), round(memory), round(free))
+    config = config_of(training={"vram": vram, "gradient_checkpointing": True, "per_device_train_batch_size": 20})
+    ground = ground_of(config, card, before=before)
+    found = shortfall(config, ground)
+    assert found is not None and found.peak == pytest.approx(29e9, rel=0.1)
+    return found
+
+
+def test_auto_refuses_above_what_it_would_fill() -> None:
+    assert far().is_refused
+    nearly = far(memory=31e9, free=31e9)  # it would go in, with no room for gaps
+    assert nearly.is_refused and nearly.peak < 31e9
+    text = str(far(free=20e9).error())
+    assert text.startswith("training.vram: a step needs about 2") and "(18.6 GiB are free)" in text
+    assert "What fits, nearest first: data.max_length: 512 (" in text
+    assert "To try it all the same: training.vram: " in text and "\n" not in text
+
+
+def test_what_is_set_by_hand_is_taken_at_its_word() -> None:
+    for vram, memory, refused in (
+        ("10GB", 80e9, False),  # said, and no more: the card has it
+        ("10%", 80e9, False),
+        ("10GB", 24e9, True),
+        ("100%", 24e9, True),
+        ("25GB", 24e9, True),
+        ("40GB", 24e9, False),  # who says so knows better
+    ):
+        found = far(vram, memory=memory, free=memory)
+        assert found.is_refused == refused, vram
+        assert ("To try it all the same" in found.remedy) == refused
+        assert ("steep train refuses it" in str(found)) == refused
+    escape = far().remedy.rpartition("training.vram: ")[2].rstrip(".")
+    assert not far(escape).is_refused
+
+
+def test_a_run_that_goes_on_keeps_what_it_has() -> None:
+    before = Choices(True, "bf16", [3] * 32, loss_way="tokens")
+    assert far(before=before, memory=80e9, free=24e9).is_refused
+    there = far(before=before, memory=31e9, free=31e9)
+    assert not there.is_refused and there.nearest == []  # its levels filled the card when it began
+    assert "To try it all the same" not in far(before=before).remedy  # training.vram stays
+    config = config_of(training={"per_device_train_batch_size": 8})
+    ground = ground_of(config, card_named("4090"), before=replace(before, levels=[0] * 32))
+    found = shortfall(config, ground)
+    assert settings_of(found) == [{"training.gradient_checkpointing": True}]
+    assert found is not None and "with --allow training.gradient_checkpointing." in found.remedy
+
+
+def test_a_branch_may_have_other_rows() -> None:
+    before = Choices(True, "bf16", None, loss_way="tokens")
+    config = config_of(training={"per_device_train_batch_size": 16})
+    found = shortfall(config, ground_of(config, card_named("4090"), before=before), is_branch=True)
+    assert [each.keys() for each in settings_of(found)] == [{"data.max_length"}]
+    assert found is not None and "--allow" not in found.remedy and "all the same" not in found.remedy
+
+
+def test_what_nothing_helps() -> None:
+    config = config_of(training={"vram": "2GiB", "per_device_train_batch_size": 1})
+    found = shortfall(config, ground_of(config, card_named("T4")))
+    assert found is not None and found.nearest == [] and "take a smaller model, or a card with more" in found.remedy
+
+
+def test_without_a_card_nothing_is_refused() -> None:
+    config = config_of(training={"vram": "8GiB"}, model={"compute_dtype": "bf16"})
+    found = shortfall(config, ground_of(config, None))
+    assert found is not None and not found.is_refused and "of the card may be filled" in found.problem
+    assert settings_of(found)
+    config.training.vram = "auto"
+    assert shortfall(config, ground_of(config, None)) is None
+
+
+def test_an_alternative_in_words() -> None:
+    told = str(Alternative({"training.gradient_checkpointing": None, "adapter.r": 64}, 3 * 2**30))
+    assert told == "training.gradient_checkpointing: null with adapter.r: 64 (3 GiB)"
+
+
+# ---- from the run file
+
+
+def test_train_refuses_before_it_loads_and_plan_says_it(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config_with(**training: Any) -> RunConfig:
+        sizes = {"per_device_train_batch_size": 8, **training}
+        model = {"base": "nf4", "compute_dtype": "bf16", "fused": "on"}
+        return run_file(llama_folder, korean_corpus, tmp_path / "run", model=model, training=sizes)
+
+    whole = sum(plan_run(config_with(vram="1MiB")).memory.values())
+    between = round((WORKSPACES + 0.7 * (whole - WORKSPACES)) / 0.9)
+    card = Card("fake", (8, 6), between, between)
+    monkeypatch.setattr("steep.plan.card_here", lambda: card)
+    monkeypatch.setattr(run, "check_base", lambda *given: pytest.fail("the base is read"))
+    with pytest.raises(UserError) as raised:
+        train_run(config_with())
+    assert raised.value.field == "training.vram" and f"{BATCH}: " in raised.value.remedy
+    assert not (tmp_path / "run").exists()
+    plan = plan_run(config_with())
+    assert plan.shortfall is not None and str(plan.shortfall) in plan.warnings
+    assert "and steep train refuses it. What fits, nearest first: " in str(plan.shortfall)
+    told = plan.as_dict()["shortfall"]
+    assert told["refused"] and told["nearest"][0]["settings"].keys() == {BATCH, PARTS}
+    assert told["nearest"][0]["bytes"] <= told["budget_bytes"] < whole
+    nearest = config_with(**{name.split(".")[1]: value for name, value in told["nearest"][0]["settings"].items()})
+    assert plan_run(nearest, refuses=True).shortfall is None
+    assert plan_run(config_with(vram="1GiB"), refuses=True).choices.levels is not None
+    monkeypatch.setattr("steep.plan.card_here", lambda: None)
+    assert plan_run(config_with(vram="1MiB"), refuses=True).shortfall is not None
