@@ -157,7 +157,7 @@ def test_a_layer_of_another_rank_is_that_of_the_run() -> None:
 def far(vram: str = "auto", *, free: float = 24e9, memory: float = 24e9, before: Choices | None = None) -> Shortfall:
     """How a step of 29 GB falls short of a card."""
     card = Card("fake", (8, 9), round(memory), round(free))
-    config = config_of(training={"vram": vram, "gradient_checkpointing": True, "per_device_train_batch_size": 20})
+    config = config_of(training={"vram": vram, "gradient_checkpointing": True, "per_device_train_batch_size": 26})
     ground = ground_of(config, card, before=before)
     found = shortfall(config, ground)
     assert found is not None and found.peak == pytest.approx(29e9, rel=0.1)
