@@ -13,7 +13,7 @@ import pytest
 from steep.kernels import OLDEST_CARD
 from tests.kernels.machine_code import SHARED_KIB, compilations, compilations_of, kernel_modules, launched
 
-pytestmark = pytest.mark.timeout(1200)  # some hundred builds, minutes on two busy cores
+pytestmark = pytest.mark.timeout(2400)  # some hundred builds, many minutes on two busy cores
 
 REGISTERS = 255
 # Bytes a thread keeps in memory for want of registers: none, but for one number where ptxas prefers another warp on the
@@ -26,7 +26,7 @@ Build = dict[str, object]
 def run(*words: str) -> list[Build]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.machine_code", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1100)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=2300)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
