@@ -91,7 +91,6 @@ def planned(work: Work) -> tuple[list[int], Any, Any]:
 
     from steep.fusing import decide, fused_step, settle
     from steep.memory import shape_of
-    from steep.model.embeddings import is_tied
     from steep.model.machine import card_here
     from steep.schema import RunConfig
     from steep.vram import vram_budget
@@ -105,7 +104,7 @@ def planned(work: Work) -> tuple[list[int], Any, Any]:
     assert layer is not None  # on, and an error otherwise
     budget = vram_budget(config.training.vram, card)
     step = fused_step(
-        config, [layer], shape_of(empty, config.adapter), tied=is_tied(empty), base="nf4", compute="bf16",
+        config, [layer], shape_of(empty, config.adapter), base="nf4", compute="bf16",
         trained="bf16", on_card=budget is not None,
     )  # fmt: skip
     choices = settle(config, step, budget, None)

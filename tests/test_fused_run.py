@@ -27,7 +27,6 @@ from steep.hand_over import export_run
 from steep.memory import WORKSPACES, memory_by_item, shape_of
 from steep.model import decoder, machine
 from steep.model.choices import Choices
-from steep.model.embeddings import is_tied
 from steep.model.install import is_installed
 from steep.model.machine import Card
 from steep.model.resolve import read_tokenizer, resolve
@@ -338,11 +337,11 @@ def config_of(**sections: Any) -> RunConfig:
     return parse_config({**given, **{name: {**given.get(name, {}), **part} for name, part in sections.items()}})
 
 
-def step_of(config: RunConfig, empty: Any, *, tied: bool = False) -> FusedStep:
+def step_of(config: RunConfig, empty: Any) -> FusedStep:
     layer, _ = decide(config, empty, None, None)
     assert layer is not None
     shape = shape_of(empty, config.adapter)
-    return fused_step(config, [layer], shape, tied=tied, base="nf4", compute="bf16", trained="bf16", on_card=True)
+    return fused_step(config, [layer], shape, base="nf4", compute="bf16", trained="bf16", on_card=True)
 
 
 @pytest.mark.parametrize("option", AdapterSection.model_fields)
@@ -464,7 +463,7 @@ def test_updates_inside_backward_need_few_gradients(tied: bool, saved: list[str]
     empty = empty_llama(vocab_size=128_256, num_hidden_layers=8, tie_word_embeddings=tied, **large)
     trained = {"modules_to_save": ["embed_tokens", "lm_head"] if tied and saved else saved}
     lean = {"optimizer_in_backward": True, "max_grad_norm": 0}
-    step, whole = (step_of(config_of(adapter=trained, training=training), empty, tied=tied) for training in (lean, {}))
+    step, whole = (step_of(config_of(adapter=trained, training=training), empty) for training in (lean, {}))
     assert step.shape.tied == tied and step.in_backward and not whole.in_backward
     of_table, of_layer, levels = 2 * 128_256 * 4096, 2 * step.shape.lora // 8, [0] * 8
     of_head = of_table if "lm_head" in trained["modules_to_save"] else 0
@@ -531,7 +530,7 @@ def test_the_peak_is_the_measured_one(row: dict[str, Any]) -> None:
     work = Work("x", row["batch"], row["seq"], row["r"], 12, row["packed"], "cuda")
     tree = benchmark_file(work, Path("text"), Path("run"))
     config, empty = parse_config({**tree, "model": {**tree["model"], "fused": "on"}}), empty_model(row["shape"])
-    step = step_of(config, empty, tied=is_tied(empty))
+    step = step_of(config, empty)
     planned = sum(step.by_item(row["levels"], row["loss_way"], row.get("tile") or step.tokens).values()) + WORKSPACES
     if "tile" not in row:  # attention's output was kept with what LoRA adds beside
         o = step.layers[0].groups(torch.bfloat16, "none").o

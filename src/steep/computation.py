@@ -11,7 +11,6 @@ from steep.fp8_choice import in_fp8, kept_in_16_bits, resolve_fp8_products
 from steep.fusing import fused_step, resolve_trained_dtype, settle
 from steep.memory import Shape, shape_of
 from steep.model.choices import Choices
-from steep.model.embeddings import is_tied
 from steep.model.fp8_published import has_blocks
 from steep.model.layer import Layer
 from steep.model.load import resolve_base, resolve_compute_dtype
@@ -117,7 +116,6 @@ class Ground:
                 config,
                 computation.layers,
                 shape,
-                tied=is_tied(self.empty),
                 base=base,
                 compute=compute,
                 trained=trained,

@@ -76,7 +76,7 @@ class FusedStep:
         for (levels, tile), way in product(all_of_them, ways):
             if sum(self.by_item(levels, way, tile).values()) <= budget:
                 return levels, way, tile
-        return given or [LEVELS[-1]] * self.shape.layers, min(ways, key=self._loss), tile_sizes(self.tokens)[-1]
+        return levels, min(ways, key=self._loss), tile  # the leanest
 
     @property
     def faster_way(self) -> Way:

@@ -99,7 +99,6 @@ def fused_step(
     layers: Sequence[Layer],
     shape: Shape,
     *,
-    tied: bool,
     base: str,
     compute: str,
     trained: str,
@@ -110,11 +109,11 @@ def fused_step(
 
     Args:
         layers: of `decide`, their weights as they are kept.
-        tied: whether the head is the table of the input embeddings.
         on_card: it is planned for a card.
         fp8: which products are in fp8.
     """
     saved, training = set(config.adapter.modules_to_save), config.training
+    tied = shape.tied
     stored = base if base in ("bf16", "fp16", "fp32") else compute
     return FusedStep(
         shape=shape,

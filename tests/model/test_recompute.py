@@ -359,7 +359,7 @@ def test_a_step_takes_what_was_planned(level: int, accumulation: int) -> None:
     config = config_of(adapter={"r": 64}, training=training)
     shape, (layer, _) = shape_of(empty, config.adapter), decide(config, empty, None, None)
     assert layer is not None
-    step = fused_step(config, [layer], shape, tied=False, base="bf16", compute="bf16", trained="bf16", on_card=True)
+    step = fused_step(config, [layer], shape, base="bf16", compute="bf16", trained="bf16", on_card=True)
     before = torch.cuda.memory_allocated()
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16).requires_grad_(False)

@@ -90,5 +90,7 @@ def levels_within(
     def needed(levels: list[int], tile: int) -> int:
         return max(sum(kept[level] for level in levels[: i + 1]) + work[tile][levels[i]] for i in moments(levels))
 
-    chosen = [LEVELS[-1]] * num_layers, tile_sizes(tokens)[-1]
-    return next((each for each in candidates(num_layers, tokens) if needed(*each) <= room - beside), chosen)
+    for levels, tile in candidates(num_layers, tokens):
+        if needed(levels, tile) <= room - beside:
+            break
+    return levels, tile
