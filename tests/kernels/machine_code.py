@@ -19,6 +19,7 @@ import pkgutil
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -107,14 +108,15 @@ def build(compilation: Compilation, capability: int) -> dict[str, object]:
 
 
 def e4m3_summed(ptx: str) -> int:
-    """How many columns Hopper's cores add in e4m3, at most, before something waits for the sum."""
-    longest = run = 0
+    """How many columns Hopper's cores add in e4m3 into one sum, at most, before something waits for it."""
+    longest, runs = 0, Counter[str]()
     for line in ptx.splitlines():
         if "wgmma.wait_group" in line:
-            run = 0
-        product = re.search(r"wgmma\.mma_async\S*k(\d+)\.f32\.e4m3", line)
-        run += int(product[1]) if product else 0
-        longest = max(longest, run)
+            runs.clear()
+        product = re.search(r"wgmma\.mma_async\S*k(\d+)\.f32\.e4m3\S*\s+\{\s*(%\w+)", line)
+        if product:
+            runs[product[2]] += int(product[1])
+            longest = max(longest, runs[product[2]])
     return longest
 
 

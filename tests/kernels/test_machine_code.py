@@ -17,8 +17,8 @@ pytestmark = pytest.mark.timeout(2400)  # some hundred builds, many minutes on t
 
 REGISTERS = 255
 # Bytes a thread keeps in memory for want of registers: none, but for one number where ptxas prefers another warp on the
-# card, and one of the fp8 product, whose large tile takes every register, where it adds a residual or goes backward.
-SPILLED_BYTES = {"adamw8bit.adamw8bit_kernel": 8, "fp8_linear.product_kernel": 4}
+# card, and 16 of the fp8 product, whose large tile takes every register, where it ends with a residual in fp32.
+SPILLED_BYTES = {"adamw8bit.adamw8bit_kernel": 8, "fp8_linear.product_kernel": 64}
 
 Build = dict[str, object]
 

@@ -32,14 +32,20 @@ GROUP = 8  # tiles of rows that run beside one another, so that they read the sa
 
 class Tile(NamedTuple):
     """Rows of a program's output, and columns of either half of it; columns of both operands that it reads at a time,
-    in e4m3 and in 16 bit; warps, and stages in flight."""
+    in e4m3 and in 16 bit; warps, and stages in flight.
+
+    Attributes:
+        splits: sums of `depth` products are added to the total by themselves, since the card's cores add products of
+            e4m3 in a short accumulator. Where pieces and blocks have a scale they are so in any case.
+    """
 
     rows: int
     half: int  # divides BLOCK
-    depth: int  # divides BLOCK
+    depth: int  # divides BLOCK where that has a scale
     low_depth: int
     warps: int
     stages: int
+    splits: bool = True
 
 
 class Tiles(NamedTuple):
@@ -48,22 +54,22 @@ class Tiles(NamedTuple):
     Attributes:
         large, small: `small` where `large` ones would be fewer than FEW.
         of_blocks: where pieces and blocks have a scale.
-        splits: whether its cores add in a short accumulator.
     """
 
     large: Tile
     small: Tile
     of_blocks: Tile
-    splits: bool
 
 
 FEW = 128
-_WITHIN_99_KIB = Tiles(Tile(128, 64, 64, 32, 8, 3), Tile(64, 32, 128, 64, 4, 3), Tile(128, 64, 64, 32, 8, 3), True)
-# By compute capability, from which on; what suits an H200 was compiled, not yet timed.
+_WITHIN_99_KIB = Tiles(Tile(128, 64, 64, 32, 8, 3), Tile(64, 32, 128, 64, 4, 3), Tile(128, 64, 64, 32, 8, 3))
+_LARGEST = Tile(128, 128, 128, 32, 8, 3, splits=False)
+# By compute capability, from which on. On an H200 `large` is the fastest of 76 (`benchmarks.fp8_tiles`, 4,096 tokens of
+# 4,096 to 6,144 columns, either way); the others were compiled, not timed.
 TILES: dict[tuple[int, int], Tiles] = {
     (8, 9): _WITHIN_99_KIB,
-    (9, 0): Tiles(Tile(128, 128, 128, 64, 8, 4), Tile(64, 64, 128, 64, 4, 4), Tile(128, 64, 128, 64, 8, 4), True),
-    (10, 0): Tiles(Tile(128, 128, 128, 32, 8, 3), Tile(128, 128, 128, 32, 8, 3), Tile(128, 64, 128, 64, 8, 4), False),
+    (9, 0): Tiles(Tile(128, 64, 128, 64, 4, 3), Tile(64, 64, 128, 64, 4, 4), Tile(128, 64, 128, 64, 8, 4)),
+    (10, 0): Tiles(_LARGEST, _LARGEST, Tile(128, 64, 128, 64, 8, 4)),
     (12, 0): _WITHIN_99_KIB,
 }
 
@@ -244,14 +250,13 @@ def product(
     tile: Tile | None = None,
 ) -> None:
     """As `steep.ops.fp8_product.fp8_product`, in one launch; where a part ends within a tile, in one launch a part."""
-    tiles = _tiles_on(x.device)
-    tile = tile or tile_of(tiles, out.shape[0], out.shape[1], x_scale.dim() == 2)
+    tile = tile or tile_of(_tiles_on(x.device), out.shape[0], out.shape[1], x_scale.dim() == 2)
     if low is None or b is None or not any(width for *_, width in parts):
         parts = [(0, out.shape[1], 0, 0)]
         low = b = None
     columns = 2 * tile.half
     if all(stop % columns == 0 for _, stop, _, _ in parts[:-1]):
-        _launch(x, x_scale, weight, weight_scale, out, low, b, parts, bias, add, tile, tiles.splits)
+        _launch(x, x_scale, weight, weight_scale, out, low, b, parts, bias, add, tile)
         return
     for start, stop, column, width in parts:
         own = slice(start, stop)
@@ -270,7 +275,6 @@ def product(
             None if bias is None else bias[own],
             None if add is None else add[:, own],
             tile,
-            tiles.splits,
         )
 
 
@@ -286,7 +290,6 @@ def _launch(
     bias: torch.Tensor | None,
     add: torch.Tensor | None,
     tile: Tile,
-    splits: bool,
 ) -> None:
     (tokens, depth), columns = x.shape, weight.shape[0]
     assert x.stride(0) % 16 == weight.stride(0) % 16 == 0, (x.stride(), weight.stride())
@@ -310,7 +313,7 @@ def _launch(
             tuple([-(-width // 8) for *_, width in parts]),
             has_blocks,
             depth % tile.depth == 0,
-            splits,
+            tile.splits,
             BLOCK,
             GROUP,
             tile.rows,
@@ -355,7 +358,7 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
             (tiles.of_blocks, True, [uneven, *all_cases]),
         ):
             for case in cases:
-                constants = _constants(tile, has_blocks, tiles.splits, case)
+                constants = _constants(tile, has_blocks, case)
                 signature, multiples = _signature(dtype, case)
                 found.append(
                     Compilation(
@@ -376,9 +379,9 @@ def _signature(dtype: torch.dtype, case: _Case) -> tuple[dict[str, Type], tuple[
     return signature | dict.fromkeys(("stops", "starts", "widths"), ("i32",) * case.parts), multiples
 
 
-def _constants(tile: Tile, has_blocks: bool, splits: bool, case: _Case) -> dict[str, object]:
+def _constants(tile: Tile, has_blocks: bool, case: _Case) -> dict[str, object]:
     constants: dict[str, object] = dict(zip(("ROWS", "HALF", "DEPTH", "LOW_DEPTH"), tile, strict=False))
-    constants |= {"HAS_BLOCKS": has_blocks, "EVEN": case.even, "SPLIT": splits, "BLOCK": BLOCK, "GROUP": GROUP}
+    constants |= {"HAS_BLOCKS": has_blocks, "EVEN": case.even, "SPLIT": tile.splits, "BLOCK": BLOCK, "GROUP": GROUP}
     if case.adapters:
         constants["b_row_stride" if case.backward else "b_column_stride"] = 1
     absent = {"low": not case.adapters, "b": not case.adapters, "bias": not case.bias, "add": case.stream is None}
