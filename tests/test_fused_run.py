@@ -21,6 +21,7 @@ from benchmarks.steep_run import run_file as benchmark_file
 from steep import fusing
 from steep.config import parse_config, read_yaml
 from steep.errors import UserError
+from steep.fp8_choice import in_fp8
 from steep.fused_memory import FusedStep
 from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
 from steep.hand_over import export_run
@@ -29,8 +30,10 @@ from steep.model import decoder, machine
 from steep.model.choices import Choices
 from steep.model.install import is_installed
 from steep.model.machine import Card
+from steep.model.quantisable import quantisable
 from steep.model.resolve import read_tokenizer, resolve
 from steep.model.tiling import tile_sizes
+from steep.ops.fp8_groups import Fp8Products
 from steep.plan import plan_run
 from steep.result import evaluate_run, generate_run, load_result
 from steep.run import train_run
@@ -337,11 +340,14 @@ def config_of(**sections: Any) -> RunConfig:
     return parse_config({**given, **{name: {**given.get(name, {}), **part} for name, part in sections.items()}})
 
 
-def step_of(config: RunConfig, empty: Any) -> FusedStep:
+def step_of(config: RunConfig, empty: Any, fp8: Fp8Products = "none") -> FusedStep:
+    """Over nf4, or over e4m3 where some products are in fp8."""
     layer, _ = decide(config, empty, None, None)
     assert layer is not None
-    shape = shape_of(empty, config.adapter)
-    return fused_step(config, [layer], shape, base="nf4", compute="bf16", trained="bf16", on_card=True)
+    base = "nf4" if fp8 == "none" else "fp8"
+    layers = [layer] if base == "nf4" else in_fp8(layer, quantisable(empty), (), blocks=False)
+    how: dict[str, Any] = {"compute": "bf16", "trained": "bf16", "on_card": True, "fp8": fp8}
+    return fused_step(config, layers, shape_of(empty, config.adapter), base=base, **how)
 
 
 @pytest.mark.parametrize("option", AdapterSection.model_fields)
@@ -521,16 +527,24 @@ def measured() -> Iterator[dict[str, Any]]:
     for day in ("28", "29"):
         file = BENCHMARKS / "results" / f"2026-11-{day}-h200-train.jsonl"
         for row in lines(file):
-            if row["peer"] == "steep" and "failed" not in row and (day, row["batch"] * row["seq"]) != ("28", 16_384):
+            if (
+                row["peer"] in ("steep", "steep-fp8")
+                and "failed" not in row
+                and (day, row["batch"] * row["seq"]) != ("28", 16_384)
+            ):
                 yield row
 
 
-@pytest.mark.parametrize("row", list(measured()), ids=lambda row: f"{row['shape']}, {row['batch']} x {row['seq']}")
+def work_of(row: dict[str, Any]) -> str:
+    return f"{row['peer']}, {row['shape']}, {row['batch']} x {row['seq']}"
+
+
+@pytest.mark.parametrize("row", list(measured()), ids=work_of)
 def test_the_peak_is_the_measured_one(row: dict[str, Any]) -> None:
     work = Work("x", row["batch"], row["seq"], row["r"], 12, row["packed"], "cuda")
     tree = benchmark_file(work, Path("text"), Path("run"))
     config, empty = parse_config({**tree, "model": {**tree["model"], "fused": "on"}}), empty_model(row["shape"])
-    step = step_of(config, empty)
+    step = step_of(config, empty, row.get("fp8_products", "none"))
     planned = sum(step.by_item(row["levels"], row["loss_way"], row.get("tile") or step.tokens).values()) + WORKSPACES
     if "tile" not in row:  # attention's output was kept with what LoRA adds beside
         o = step.layers[0].groups(torch.bfloat16, "none").o
