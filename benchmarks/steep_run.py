@@ -23,6 +23,7 @@ import torch
 import yaml
 
 from benchmarks.peers import ALPHA, LEARNING_RATE, LONGEST, SHORTEST, Peer, Work, hf, synchronize, trained
+from benchmarks.profiling import account, events_of
 from benchmarks.shapes import SPECIAL
 
 RUNS: dict[str, tuple[str, ...]] = {"steep": (), "steep-fp8": ("--model.base", "fp8")}
@@ -127,8 +128,15 @@ def chosen(model: Any, forwards: int) -> dict[str, Any]:
     return choices | {"fused": choices["fused"] and calls_of(model) >= forwards}
 
 
-def steep_train(work: Work, vocab_size: int, temporary: Path, begun: float, words: list[str]) -> dict[str, Any]:
-    """As `bare_loop`, and what it chose; `words` are further ones for the command."""
+def steep_train(
+    work: Work, vocab_size: int, temporary: Path, begun: float, words: list[str], profiled: int = 0
+) -> dict[str, Any]:
+    """As `bare_loop`, and what it chose.
+
+    Args:
+        words: further ones for the command.
+        profiled: the last steps of which a profile is taken; they are not timed.
+    """
     from steep import cli
     from steep.training.trainer import Trainer
 
@@ -141,6 +149,7 @@ def steep_train(work: Work, vocab_size: int, temporary: Path, begun: float, word
     losses: list[float] = []
     computed: dict[str, Any] = {}
     first, before = 0.0, 0
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if profiled else None
     stepped, logged = Trainer._after_optimizer_step, Trainer.log
 
     def after(self: Trainer) -> None:
@@ -151,6 +160,9 @@ def steep_train(work: Work, vocab_size: int, temporary: Path, begun: float, word
             first = time.time() - begun
             before = calls_of(self.model)  # the base was scored too
         ends.append(time.perf_counter())
+        if profile and len(ends) in (work.steps - profiled, work.steps):
+            synchronize(work.device)
+            (profile.start if len(ends) < work.steps else profile.stop)()
         if len(ends) == work.steps:
             computed.update(chosen(self.model, before + work.steps - 1))
 
@@ -169,4 +181,6 @@ def steep_train(work: Work, vocab_size: int, temporary: Path, begun: float, word
     finally:
         Trainer._after_optimizer_step, Trainer.log = stepped, logged
     seconds = [end - begin for begin, end in zip([float("nan"), *ends], ends, strict=False)]  # the first has no begin
-    return {"seconds": seconds, "losses": losses, "first_step_s": first, "chosen": computed}
+    seconds = seconds[: work.steps - profiled]
+    found = {"seconds": seconds, "losses": losses, "first_step_s": first, "chosen": computed}
+    return found | ({"profile": account(events_of(profile), profiled)} if profile else {})

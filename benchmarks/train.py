@@ -20,6 +20,10 @@ The losses of all bare loops have to agree, the first and the last, and steep's 
 other tokens let it; over e4m3 its base has other weights too, and the first loss may differ as much as that of another
 model. On a GPU steep has to compute fused, unless --steep-args has `--model.fused off`.
 
+--profile says where the time of `steep` and `steep-fp8` goes: of the last steps, milliseconds by class of kernel, the
+share in which no kernel runs, and how much of copies to and from the host is hidden behind kernels
+(`benchmarks/profiling.py`).
+
 Appends one line of JSON a peer to `benchmarks/results/DATE-GPU-train.jsonl`, one that failed with its reason, and
 prints them as a table.
 """
@@ -95,6 +99,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--r", type=count, default=256)
     parser.add_argument("--steps", type=count, default=12, help=f"of these, {WARM_UP} are not timed")
     parser.add_argument("--packed", action="store_true")
+    parser.add_argument(
+        "--profile",
+        type=count,
+        default=0,
+        metavar="STEPS",
+        help="of `steep train`, the last so many steps are not timed but profiled: time by class of kernel, and idle",
+    )
     parser.add_argument("--cap-gib", type=cap, help="what steep has of the GPU's memory; hf: as much as hf took")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--weights", type=Path, help="folder for the weights; default: in the system's temporary one")
@@ -136,8 +147,11 @@ def refuse(arguments: argparse.Namespace, peers: list[str]) -> None:
     """
     if unknown := [peer for peer in peers if peer not in RUNS and peer not in BARE]:
         raise SystemExit(f"no such peer: {', '.join(unknown)}. There are {', '.join([*RUNS, *BARE])}.")
-    if arguments.steps <= WARM_UP:
-        raise SystemExit(f"--steps: the first {WARM_UP} are not timed; give more.")
+    if arguments.steps - arguments.profile <= WARM_UP:
+        of_profile = f", nor the {arguments.profile} of the profile" if arguments.profile else ""
+        raise SystemExit(f"--steps: the first {WARM_UP} are not timed{of_profile}; give more.")
+    if arguments.profile and arguments.device == "cpu":
+        raise SystemExit("--profile is of a GPU's kernels: leave it out.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU. To try the command on a CPU: --device cpu --shape tiny --r 8.")
     if absent := [f"{peer} ({NEEDS[peer]})" for peer in peers if not is_there(peer)]:
@@ -178,7 +192,7 @@ def measure(arguments: argparse.Namespace, peer: str) -> dict[str, Any]:
         vocab_size = config_of(arguments.shape).vocab_size
         with tempfile.TemporaryDirectory() as temporary:
             words = [*RUNS[peer], *shlex.split(arguments.steep_args)]
-            result = steep_train(work, vocab_size, Path(temporary), begun, words)
+            result = steep_train(work, vocab_size, Path(temporary), begun, words, arguments.profile)
     else:
         made = BARE[peer](work)
         result = bare_loop(made, work, begun)
@@ -260,6 +274,7 @@ def row_of(arguments: argparse.Namespace, peer: str, result: dict[str, Any], cei
         "loss_first": result["losses"][0],
         "loss_last": result["losses"][-1],
         **result.get("chosen", {}),
+        **({"profile": result["profile"]} if "profile" in result else {}),
         "versions": result["versions"],
     }
 
@@ -273,8 +288,19 @@ def shown(row: dict[str, Any]) -> str:
         f"{row['tokens_per_second']:8.0f} tokens/s, MFU {number('mfu', '.1%')}, peak "
         f"{number('peak_allocated_gib', '.2f')} allocated {number('peak_reserved_gib', '.2f')} reserved GiB, "
         f"first step after {row['first_step_s']:.1f} s, loss {row['loss_first']:.4f} to {row['loss_last']:.4f}"
-        f"{'' if row.get('fused', True) else ', not fused'}"
+        f"{'' if row.get('fused', True) else ', not fused'}{_shown_profile(row.get('profile'))}"
     )
+
+
+def _shown_profile(profile: dict[str, Any] | None) -> str:
+    if profile is None:
+        return ""
+    step, hidden = profile["step_ms"], profile["hidden_share"]
+    lines = [f"  profile: {step:.1f} ms a step, no kernel in {profile['idle_ms'] / step:.1%} of it"]
+    if hidden is not None:
+        lines.append(f"  copies to and from the host: {hidden:.0%} of their time is hidden behind kernels")
+    lines += [f"  {taken:8.2f} ms  {kind}" for kind, taken in profile["by_class_ms"].items()]
+    return "\n" + "\n".join(lines)
 
 
 def disagreements(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:

@@ -347,7 +347,10 @@ def test_over_e4m3_is_the_same_command_with_another_base(
 ) -> None:
     told: list[list[str]] = []
 
-    def steep_train(work: Work, vocab_size: int, temporary: Path, begun: float, words: list[str]) -> dict[str, Any]:
+    def steep_train(
+        work: Work, vocab_size: int, temporary: Path, begun: float, words: list[str], profiled: int
+    ) -> dict[str, Any]:
+        assert profiled == 0
         told.append(words)
         return measured(0.1, 6.0, 5.9)
 

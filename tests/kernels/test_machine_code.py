@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(2400)  # some hundred builds, many minutes on t
 REGISTERS = 255
 # Bytes a thread keeps in memory for want of registers: none, but for one number where ptxas prefers another warp on the
 # card, and 16 of the fp8 product, whose large tile takes every register, where it ends with a residual in fp32.
-SPILLED_BYTES = {"adamw8bit.adamw8bit_kernel": 8, "fp8_linear.product_kernel": 64}
+SPILLED_BYTES = {"adamw8bit.adamw8bit_kernel": 8, "fp8_linear.fp8_product_kernel": 64}
 
 Build = dict[str, object]
 
@@ -55,7 +55,7 @@ def test_every_kernel_fits_on_the_card(capability: int, builds: list[Build]) -> 
 def test_sums_in_e4m3_are_split_on_hopper(builds: list[Build]) -> None:
     """Its cores add them in a short accumulator: 128 columns at a time, and what adds these in fp32 waits for each."""
     products = [
-        build for build in builds if build["kernel"] == "fp8_linear.product_kernel" and build["capability"] == 90
+        build for build in builds if build["kernel"] == "fp8_linear.fp8_product_kernel" and build["capability"] == 90
     ]
     assert [build["e4m3_summed"] for build in products] == [128] * len(products) != []
 

@@ -122,7 +122,7 @@ def test_what_was_compiled_for_other_memory_is_not_launched(monkeypatch: pytest.
 
             return run
 
-    monkeypatch.setattr(kernels, "fill_kernel", Kernel())
+    monkeypatch.setattr(kernels, "lora_fill_kernel", Kernel())
     group = _group("one", "no biases", torch.bfloat16, torch.bfloat16, "cpu")
     a = group.projections[0].adapters[0].a
     buffer = torch.empty(group.buffer_shape, dtype=group.dtype)

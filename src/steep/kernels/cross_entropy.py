@@ -112,7 +112,7 @@ def loss_and_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=["first", "ignore_index"])
-def statistics_kernel(
+def loss_statistics_kernel(
     logits,
     labels,
     statistics,
@@ -143,7 +143,7 @@ def statistics_kernel(
 
 
 @triton.jit(do_not_specialize=["first", "ignore_index"])
-def gradient_kernel(
+def loss_gradient_kernel(
     logits,
     labels,
     lse,
@@ -239,7 +239,7 @@ def statistics(
     """Take the columns from `first` on into `running` [3, rows]: maximum, sum of exponentials, the label's logit."""
     width, block, num_warps = _geometry(logits, labels)
     assert running.stride(1) == 1
-    statistics_kernel[(logits.shape[0],)](
+    loss_statistics_kernel[(logits.shape[0],)](
         logits,
         labels,
         running,
@@ -269,7 +269,7 @@ def gradient(
 ) -> None:
     """Turn the columns from `first` on into their gradient, given log(sum(exp)) of the whole rows."""
     width, block, num_warps = _geometry(logits, labels)
-    gradient_kernel[(logits.shape[0],)](
+    loss_gradient_kernel[(logits.shape[0],)](
         logits,
         labels,
         lse,
@@ -310,8 +310,8 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
     common |= {"logits": logits, "labels": "*i64", "scale": "fp32", "softcap": "fp32"}
     kernels = [
         (loss_and_gradient_kernel, {"losses": "*fp32", "factor": "*fp32"}),
-        (statistics_kernel, {"statistics": "*fp32", "statistics_stride": "i32", "first": "i32"}),
-        (gradient_kernel, {"lse": "*fp32", "factor": "*fp32", "first": "i32"}),
+        (loss_statistics_kernel, {"statistics": "*fp32", "statistics_stride": "i32", "first": "i32"}),
+        (loss_gradient_kernel, {"lse": "*fp32", "factor": "*fp32", "first": "i32"}),
     ]
     found = []
     for kernel, own in kernels:

@@ -139,7 +139,7 @@ def _finish(total, bias, add, out, rows, columns, num_rows, num_columns, add_str
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def product_kernel(
+def fp8_product_kernel(
     x,
     x_scale,
     weight,
@@ -296,7 +296,7 @@ def _launch(
     assert low is None or low.stride(0) % 8 == 0, low.stride()
     has_blocks = x_scale.dim() == 2
     variants.launch(
-        product_kernel,
+        fp8_product_kernel,
         (-(-tokens // tile.rows) * -(-columns // (2 * tile.half)), 1, 1),
         (x, x_scale, weight, weight_scale, out, low, b, bias, add),
         (
@@ -362,7 +362,7 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
                 signature, multiples = _signature(dtype, case)
                 found.append(
                     Compilation(
-                        product_kernel, signature, constants, tile.warps, capability, until, tile.stages, multiples
+                        fp8_product_kernel, signature, constants, tile.warps, capability, until, tile.stages, multiples
                     )
                 )
     return found

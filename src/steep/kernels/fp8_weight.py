@@ -32,7 +32,7 @@ def decoded(code):
 
 
 @triton.jit
-def write_kernel(
+def fp8_write_kernel(
     codes,
     scale,
     out,
@@ -61,7 +61,7 @@ def write_kernel(
 
 
 @triton.jit
-def transpose_kernel(codes, out, num_rows, num_columns, codes_stride, out_stride, TILE: tl.constexpr):
+def fp8_transpose_kernel(codes, out, num_rows, num_columns, codes_stride, out_stride, TILE: tl.constexpr):
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     code = tl.load(
@@ -84,7 +84,7 @@ def write(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
     """
     rows, columns = codes.shape
     variants.launch(
-        write_kernel,
+        fp8_write_kernel,
         (-(-rows // ROWS), -(-columns // (BLOCKS * BLOCK)), 1),
         (codes.view(torch.uint8), scale, out),
         (rows, columns, out.stride(0), scale.dim() == 2, ROWS, BLOCKS, BLOCK),
@@ -96,7 +96,7 @@ def transpose(codes: torch.Tensor, out: torch.Tensor) -> None:
     """out [K, N] = codes [N, K] turned, both of one byte an element; rows of both may be apart."""
     rows, columns = codes.shape
     variants.launch(
-        transpose_kernel,
+        fp8_transpose_kernel,
         (-(-rows // TILE), -(-columns // TILE), 1),
         (codes.view(torch.uint8), out.view(torch.uint8)),
         (rows, columns, codes.stride(0), out.stride(0), TILE),
@@ -114,8 +114,8 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
     constants = {"ROWS": ROWS, "BLOCKS": BLOCKS, "BLOCK": BLOCK}
     return [
         *(
-            Compilation(write_kernel, write, constants | {"HAS_BLOCKS": has_blocks}, NUM_WARPS, multiples=of_write)
+            Compilation(fp8_write_kernel, write, constants | {"HAS_BLOCKS": has_blocks}, NUM_WARPS, multiples=of_write)
             for has_blocks in (False, True)
         ),
-        Compilation(transpose_kernel, turn, {"TILE": TILE}, TURNING_WARPS, OLDEST_FP8_CARD, multiples=of_turn),
+        Compilation(fp8_transpose_kernel, turn, {"TILE": TILE}, TURNING_WARPS, OLDEST_FP8_CARD, multiples=of_turn),
     ]

@@ -17,7 +17,7 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def write_kernel(codes, absmax, out, num_columns, codes_stride, out_stride, COLUMNS: tl.constexpr):
+def int8_write_kernel(codes, absmax, out, num_columns, codes_stride, out_stride, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < num_columns
@@ -30,7 +30,7 @@ def write(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
     """out [out_features, in_features] = codes · absmax / 127. Rows may be apart."""
     rows, columns = out.shape
     variants.launch(
-        write_kernel,
+        int8_write_kernel,
         (rows, -(-columns // COLUMNS), 1),
         (codes, absmax, out),
         (columns, codes.stride(0), out.stride(0), COLUMNS),
@@ -42,4 +42,4 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
     """How the kernel is launched to write a weight in `dtype`."""
     signature = {"codes": "*i8", "absmax": "*fp32", "out": triton_type(dtype)}
     signature |= {"num_columns": "i32", "codes_stride": "i32", "out_stride": "i32"}
-    return [Compilation(write_kernel, signature, {"COLUMNS": COLUMNS}, NUM_WARPS)]
+    return [Compilation(int8_write_kernel, signature, {"COLUMNS": COLUMNS}, NUM_WARPS)]

@@ -58,7 +58,7 @@ def _write_tile(
 
 
 @triton.jit(do_not_specialize=["out_stride"])
-def fill_kernel(
+def lora_fill_kernel(
     out,
     out_stride,  # in units of 8 elements where ALIGNED
     table,
@@ -165,7 +165,7 @@ def fill(
                 *BIAS_TILE,
             )
 
-        prepared.launch(fill_kernel, out, arguments, number=number, num_warps=NUM_WARPS)
+        prepared.launch(lora_fill_kernel, out, arguments, number=number, num_warps=NUM_WARPS)
 
 
 def compilations(dtype: torch.dtype) -> list[Compilation]:
@@ -175,7 +175,7 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
     constants = dict(zip(("ROWS", "COLUMNS", "BIAS_ROWS", "BIAS_COLUMNS"), TILE + BIAS_TILE, strict=True))
     return [
         Compilation(
-            fill_kernel,
+            lora_fill_kernel,
             signature | {"matrices": (triton_type(adapter),) * MATRICES} | written,
             constants | {"ALIGNED": aligned} | missing,
             NUM_WARPS,

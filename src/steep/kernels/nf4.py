@@ -38,7 +38,7 @@ def absmax_of(block, inside, absmax, code_book, nested_absmax, offset, NESTED_BL
 
 
 @triton.jit(do_not_specialize=["out_stride", "units_a_row"])
-def write_kernel(
+def nf4_write_kernel(
     out,
     weights,
     units,  # of each weight
@@ -116,7 +116,7 @@ def write(
         return grid, (weights, units, *numbers, aligned, block_size, nested_block_size, PARTS, 32 * NUM_WARPS)
 
     # The absmax is a product, rounded, and a sum, rounded, as bitsandbytes has it.
-    prepared.launch(write_kernel, out, arguments, num_warps=NUM_WARPS, enable_fp_fusion=False)
+    prepared.launch(nf4_write_kernel, out, arguments, num_warps=NUM_WARPS, enable_fp_fusion=False)
 
 
 def compilations(dtype: torch.dtype) -> list[Compilation]:
@@ -126,7 +126,7 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
     nested, plain = ("*i32", "*fp32", "*u8", "*fp32", "*fp32", "*fp32"), ("*i32", "*fp32", "*fp32")
     return [
         Compilation(
-            write_kernel,
+            nf4_write_kernel,
             {"weights": (stored,) * number, "units": ("i32",) * number, "out": triton_type(dtype)} | numbers,
             constants | {"ALIGNED": aligned},
             NUM_WARPS,

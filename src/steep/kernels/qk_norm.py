@@ -40,7 +40,7 @@ def load_scale(q_weight, k_weight, is_q, column, inside, UNIT_OFFSET: tl.constex
 
 
 @triton.jit
-def forward_kernel(
+def qk_norm_kernel(
     qkv,
     q_weight,
     k_weight,
@@ -96,7 +96,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def qk_norm_backward_kernel(
     dqkv,
     qkv,
     q_weight,
@@ -194,7 +194,7 @@ def forward(
     strides = qkv.stride(0), cos.stride(0), sin.stride(0), out.stride(0)
     heads = num_heads, num_kv_heads, head_dim
     variants.launch(
-        forward_kernel,
+        qk_norm_kernel,
         (qkv.shape[0], 1, 1),
         (qkv, q_weight, k_weight, cos, sin, out),
         (*strides, eps, *heads, half, unit_offset, heads_block, half_block, rest_block(head_dim - 2 * half)),
@@ -226,7 +226,7 @@ def backward(
     heads = num_heads, num_kv_heads, head_dim
     blocks = heads_block, half_block, rest_block(head_dim - 2 * half)
     variants.launch(
-        backward_kernel,
+        qk_norm_backward_kernel,
         (qkv.shape[0], 1, 1),
         (dqkv, qkv, q_weight, k_weight, cos, sin, *(rows or NO_ROWS)),
         (*strides, eps, *heads, half, unit_offset, *blocks, sharing),
@@ -247,16 +247,16 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
         constants = {"NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim}
         constants |= {"HALF": head_dim // 2, "UNIT_OFFSET": unit_offset, "REST_BLOCK": 1}
         for kernel, handled in (
-            (forward_kernel, num_heads + 2 * num_kv_heads),
-            (backward_kernel, num_heads + num_kv_heads),
+            (qk_norm_kernel, num_heads + 2 * num_kv_heads),
+            (qk_norm_backward_kernel, num_heads + num_kv_heads),
         ):
             heads_block, half_block, num_warps = configuration(handled, head_dim // 2)
             blocks: dict[str, object] = {"HEADS_BLOCK": heads_block, "HALF_BLOCK": half_block}
-            if kernel is backward_kernel:
+            if kernel is qk_norm_backward_kernel:
                 blocks |= {"SHARING": 0, "codes": None, "code_scale": None, "factors": None}
             found.append(Compilation(kernel, signature, constants | blocks, num_warps))
         heads_block, half_block, num_warps = configuration(num_heads + 2 * num_kv_heads, head_dim // 2)
         blocks = {"HEADS_BLOCK": heads_block, "HALF_BLOCK": half_block, "SHARING": int(head_dim > 128)}
         rows = signature | {"codes": "*fp8e4nv", "code_scale": "*fp32", "factors": "*fp32"}
-        found.append(Compilation(backward_kernel, rows, constants | blocks, num_warps, OLDEST_FP8_CARD))
+        found.append(Compilation(qk_norm_backward_kernel, rows, constants | blocks, num_warps, OLDEST_FP8_CARD))
     return found

@@ -19,7 +19,7 @@ from steep.kernels.fp8_rows import NO_ROWS, Rows, sharing, store_columns, whole_
 
 
 @triton.jit
-def forward_kernel(
+def rms_norm_kernel(
     x,
     weight,
     residual,  # or None
@@ -54,7 +54,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def rms_norm_backward_kernel(
     dy,
     x,
     weight,
@@ -109,7 +109,7 @@ def forward(
     residual_stride = 0 if residual is None else residual.stride(0)
     codes_stride, shared = sharing(rows, block)
     variants.launch(
-        forward_kernel,
+        rms_norm_kernel,
         (num_tokens, 1, 1),
         (x, weight, residual, out, *(rows or NO_ROWS)),
         (x.stride(0), residual_stride, out.stride(0), codes_stride, eps, hidden, unit_offset, block, shared),
@@ -134,7 +134,7 @@ def backward(
     add_stride = 0 if add is None else add.stride(0)
     codes_stride, shared = sharing(rows, block)
     variants.launch(
-        backward_kernel,
+        rms_norm_backward_kernel,
         (num_tokens, 1, 1),
         (dy, x, weight, add, out, *(rows or NO_ROWS)),
         (dy.stride(0), x.stride(0), add_stride, out.stride(0), codes_stride, eps, hidden, unit_offset, block, shared),
@@ -156,16 +156,16 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
         backward_signature = common | {"out": stream, "add": stream, "dy": kind}
         plain = constants | {"codes": None, "code_scale": None, "factors": None, "SHARED": 0}
         found += [
-            Compilation(forward_kernel, forward_signature, plain | {"residual": None}, num_warps),
-            Compilation(backward_kernel, backward_signature, plain, num_warps),
+            Compilation(rms_norm_kernel, forward_signature, plain | {"residual": None}, num_warps),
+            Compilation(rms_norm_backward_kernel, backward_signature, plain, num_warps),
         ]
         if unit_offset:  # Gemma norms a branch before it is added
-            found.append(Compilation(forward_kernel, forward_signature, plain, num_warps))
+            found.append(Compilation(rms_norm_kernel, forward_signature, plain, num_warps))
         rows = {"codes": "*fp8e4nv", "code_scale": "*fp32", "factors": "*fp32"}
         x_rows = constants | {"residual": None, "factors": None, "SHARED": 128 if unit_offset else block}
         dy_rows = constants | {"SHARED": block}
         found += [
-            Compilation(forward_kernel, forward_signature | rows, x_rows, num_warps, OLDEST_FP8_CARD),
-            Compilation(backward_kernel, backward_signature | rows, dy_rows, num_warps, OLDEST_FP8_CARD),
+            Compilation(rms_norm_kernel, forward_signature | rows, x_rows, num_warps, OLDEST_FP8_CARD),
+            Compilation(rms_norm_backward_kernel, backward_signature | rows, dy_rows, num_warps, OLDEST_FP8_CARD),
         ]
     return found

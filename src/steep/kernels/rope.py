@@ -34,7 +34,7 @@ def rest_block(rest: int) -> int:
 
 
 @triton.jit
-def rotate_kernel(
+def rope_kernel(
     qkv,
     cos,
     sin,
@@ -64,7 +64,7 @@ def rotate_kernel(
 
 
 @triton.jit
-def rotate_back_kernel(
+def rope_backward_kernel(
     dqkv,
     cos,
     sin,
@@ -118,7 +118,7 @@ def rotate(
     heads_block, half_block, num_warps = configuration(num_heads, half)
     strides = qkv.stride(0), cos.stride(0), sin.stride(0)
     variants.launch(
-        rotate_kernel,
+        rope_kernel,
         (qkv.shape[0], 1, 1),
         (qkv, cos, sin),
         (*strides, num_heads, head_dim, half, inverse, heads_block, half_block),
@@ -136,7 +136,7 @@ def rotate_back(
     strides = dqkv.stride(0), cos.stride(0), sin.stride(0), codes_stride
     blocks = heads_block, half_block, rest_block(head_dim - 2 * half)
     variants.launch(
-        rotate_back_kernel,
+        rope_backward_kernel,
         (dqkv.shape[0], 1, 1),
         (dqkv, cos, sin, *rows),
         (*strides, num_rotated, num_heads, head_dim, half, *blocks, sharing),
@@ -154,7 +154,7 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
         heads_block, half_block, num_warps = configuration(num_heads, head_dim // 2)
         constants = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "HALF": head_dim // 2, "INVERSE": inverse}
         constants |= {"HEADS_BLOCK": heads_block, "HALF_BLOCK": half_block}
-        found.append(Compilation(rotate_kernel, signature, constants, num_warps))
+        found.append(Compilation(rope_kernel, signature, constants, num_warps))
     signature |= {"dqkv": triton_type(dtype), "dqkv_stride": "i32", "codes_stride": "i32"}
     signature |= {"codes": "*fp8e4nv", "code_scale": "*fp32", "factors": "*fp32"}
     for num_rotated, num_heads, head_dim, sharing in ((40, 48, 128, 0), (40, 48, 64, 2)):
@@ -162,5 +162,5 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
         constants = {"NUM_ROTATED": num_rotated, "NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "HALF": head_dim // 2}
         constants |= {"HEADS_BLOCK": heads_block, "HALF_BLOCK": half_block, "REST_BLOCK": 1, "SHARING": sharing}
         constants |= {"factors": None} if sharing else {}
-        found.append(Compilation(rotate_back_kernel, signature, constants, num_warps, OLDEST_FP8_CARD))
+        found.append(Compilation(rope_backward_kernel, signature, constants, num_warps, OLDEST_FP8_CARD))
     return found

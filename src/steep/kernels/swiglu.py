@@ -40,7 +40,7 @@ def sigmoid_of(gate, IS_GELU: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def gated_kernel(
     gate_up,
     h,
     gate_up_stride,
@@ -72,7 +72,7 @@ def gradients(gate, up, gradient, IS_GELU: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(
+def gated_backward_kernel(
     dh,  # becomes h
     gate_up,  # become their gradients
     dh_stride,
@@ -103,7 +103,7 @@ def load_streamed(pointer, inside):
 
 
 @triton.jit
-def forward_quantised_kernel(
+def gated_fp8_kernel(
     gate_up,
     h,
     codes,
@@ -151,7 +151,7 @@ def forward_quantised_kernel(
 
 
 @triton.jit
-def backward_quantised_kernel(
+def gated_backward_fp8_kernel(
     dh,  # becomes h
     gate_up,  # become their gradients
     codes,
@@ -207,7 +207,7 @@ def backward_quantised_kernel(
 def forward(gate_up: torch.Tensor, intermediate: int, is_gelu: bool, h: torch.Tensor) -> None:
     """h [T, I] = activation(gate) · up, of gate_up [T, >= 2·I]."""
     variants.launch(
-        forward_kernel,
+        gated_kernel,
         (gate_up.shape[0] * -(-intermediate // FORWARD_BLOCK), 1, 1),
         (gate_up, h),
         (gate_up.stride(0), h.stride(0), intermediate, is_gelu, FORWARD_BLOCK),
@@ -218,7 +218,7 @@ def forward(gate_up: torch.Tensor, intermediate: int, is_gelu: bool, h: torch.Te
 def backward(dh: torch.Tensor, gate_up: torch.Tensor, intermediate: int, is_gelu: bool) -> None:
     """In place: dh becomes h, gate and up become their gradients."""
     variants.launch(
-        backward_kernel,
+        gated_backward_kernel,
         (gate_up.shape[0] * -(-intermediate // BACKWARD_BLOCK), 1, 1),
         (dh, gate_up),
         (dh.stride(0), gate_up.stride(0), intermediate, is_gelu, BACKWARD_BLOCK),
@@ -230,7 +230,7 @@ def forward_quantised(gate_up: torch.Tensor, intermediate: int, is_gelu: bool, h
     """As `forward`, and h in e4m3 into `rows`."""
     codes_stride, shared = sharing(rows, ROW_BLOCK)
     variants.launch(
-        forward_quantised_kernel,
+        gated_fp8_kernel,
         (gate_up.shape[0], 1, 1),
         (gate_up, h, *rows),
         (gate_up.stride(0), h.stride(0), codes_stride, intermediate, is_gelu, ROW_BLOCK, shared),
@@ -242,7 +242,7 @@ def backward_quantised(dh: torch.Tensor, gate_up: torch.Tensor, intermediate: in
     """As `backward`, and the gradients of gate and up in e4m3 into `rows` [T, 2·I]."""
     codes_stride, shared = sharing(rows, ROW_BLOCK)
     variants.launch(
-        backward_quantised_kernel,
+        gated_backward_fp8_kernel,
         (gate_up.shape[0], 1, 1),
         (dh, gate_up, *rows),
         (dh.stride(0), gate_up.stride(0), codes_stride, intermediate, is_gelu, ROW_BLOCK, shared),
@@ -260,12 +260,15 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
     for intermediate, is_gelu in ((14336, False), (10240, True)):
         constants = {"INTERMEDIATE": intermediate, "IS_GELU": is_gelu}
         found += [
-            Compilation(forward_kernel, signature, constants | {"BLOCK": FORWARD_BLOCK}, FORWARD_WARPS),
-            Compilation(backward_kernel, signature, constants | {"BLOCK": BACKWARD_BLOCK}, BACKWARD_WARPS),
+            Compilation(gated_kernel, signature, constants | {"BLOCK": FORWARD_BLOCK}, FORWARD_WARPS),
+            Compilation(gated_backward_kernel, signature, constants | {"BLOCK": BACKWARD_BLOCK}, BACKWARD_WARPS),
         ]
         constants |= {"BLOCK": ROW_BLOCK, "SHARED": 128 if is_gelu else ROW_BLOCK}
         found += [
             Compilation(kernel, signature, constants | unweighted, ROW_WARPS, OLDEST_FP8_CARD)
-            for kernel, unweighted in ((forward_quantised_kernel, {"factors": None}), (backward_quantised_kernel, {}))
+            for kernel, unweighted in (
+                (gated_fp8_kernel, {"factors": None}),
+                (gated_backward_fp8_kernel, {}),
+            )
         ]
     return found
