@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ def account(events: Sequence[Event], steps: int) -> dict[str, Any]:
         events: not empty.
         steps: that they are of.
     """
-    by_class, copies, kernels = Counter[str](), list[Event](), list[Event]()
+    by_class, copies, kernels = defaultdict[str, float](float), list[Event](), list[Event]()
     for event in events:
         kind = class_of(event.name)
         by_class[kind] += event.end - event.begin
@@ -59,7 +59,7 @@ def account(events: Sequence[Event], steps: int) -> dict[str, Any]:
     return {
         "step_ms": whole / in_ms,
         "idle_ms": (whole - _length(busy)) / in_ms,
-        "by_class_ms": {kind: taken / in_ms for kind, taken in by_class.most_common()},
+        "by_class_ms": {kind: by_class[kind] / in_ms for kind in sorted(by_class, key=lambda kind: -by_class[kind])},
         "hidden_share": hidden / _length(moved) if moved else None,
     }
 
