@@ -26,6 +26,7 @@ from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
 from steep.hand_over import export_run
 from steep.memory import WORKSPACES, memory_by_item, shape_of
 from steep.model import decoder, machine
+from steep.model.block import Place
 from steep.model.choices import Choices
 from steep.model.install import is_installed
 from steep.model.machine import Card
@@ -417,7 +418,8 @@ def test_layers_keep_what_the_budget_allows(accumulation: int) -> None:
     assert sorted(peaks.values(), reverse=True) == list(peaks.values())
     seen: list[int] = []
     for budget in range(round(0.98 * peaks[3]), round(1.1 * peaks[0]), 2**26):
-        levels, way, tile = step.choose(budget)
+        levels, places, way, tile = step.choose(budget)
+        assert places is None  # of the host there is nothing
         assert tile == step.tokens or peaks[3] > budget
         peak = sum(step.by_item(levels, way, tile).values())
         assert levels == sorted(levels, reverse=True) and max(levels) - min(levels) <= 1
@@ -448,8 +450,8 @@ def test_gradients_are_always_there_where_several_processes_train(
     assert (step.processes, step.gradient_width, alone.gradient_width) == (2, 2, 2 if accumulation == 1 else 4)
     of_all, of_head = 2 * step.shape.trained, 2 * step.shape.vocabulary * step.shape.hidden
     assert step.by_item([0, 0], "tokens", step.tokens)["gradients"] >= of_all
-    assert step._at_the_loss([0, 0], "tokens")["gradients"] == of_all + of_head
-    assert all(items["gradients"] == of_all for items in step._in_layers([0, 0], step.tokens))
+    assert step._at_the_loss([0, 0], ["gpu"] * 2, "tokens")["gradients"] == of_all + of_head
+    assert all(items["gradients"] == of_all for items in step._in_layers([0, 0], ["gpu"] * 2, step.tokens))
     (table, *_), (of_one, *_) = step._at_the_update(), alone._at_the_update()
     assert table["gradients"] == of_all + of_head
     assert of_one["gradients"] == (of_all if accumulation == 1 else 2 * (of_all + of_head))
@@ -467,12 +469,13 @@ def test_updates_inside_backward_need_few_gradients(tied: bool, saved: list[str]
     assert step.shape.tied == tied and step.in_backward and not whole.in_backward
     of_table, of_layer, levels = 2 * 128_256 * 4096, 2 * step.shape.lora // 8, [0] * 8
     of_head = of_table if "lm_head" in trained["modules_to_save"] else 0
+    here: list[Place] = ["gpu"] * 8
     waits = of_head if tied else 0
-    assert step._at_the_loss(levels, "tokens")["gradients"] == of_head
-    assert {items["gradients"] for items in step._in_layers(levels, step.tokens)} == {waits + of_layer}
+    assert step._at_the_loss(levels, here, "tokens")["gradients"] == of_head
+    assert {items["gradients"] for items in step._in_layers(levels, here, step.tokens)} == {waits + of_layer}
     (last,) = step._at_the_update()
     assert last["gradients"] == waits + (of_table if "embed_tokens" in trained["modules_to_save"] else 0)
-    for state, at_the_end in zip(*(each._in_layers(levels, each.tokens) for each in (step, whole)), strict=True):
+    for state, at_the_end in zip(*(each._in_layers(levels, here, each.tokens) for each in (step, whole)), strict=True):
         assert state["activations"] == at_the_end["activations"] and state["gradients"] <= at_the_end["gradients"]
     for level in range(4):
         lean_peak, peak = (sum(each.by_item([level] * 8, "vocabulary", each.tokens).values()) for each in (step, whole))
