@@ -63,7 +63,8 @@ class FusedStep:
         Args:
             places: where layers keep what they keep; None: on the GPU.
         """
-        places = places or ["gpu"] * len(levels)
+        on_gpu: list[Place] = ["gpu"] * len(levels)
+        places = places or on_gpu
         states = (self._at_the_loss(levels, places, way), *self._in_layers(levels, places, tile))
         return {**self.standing, **max((*states, *self._at_the_update()), key=lambda items: sum(items.values()))}
 

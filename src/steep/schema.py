@@ -288,7 +288,7 @@ class TrainingSection(BaseModel):
     @classmethod
     def _an_amount_of_the_host(cls, value: Any) -> Any:
         found = VRAM.fullmatch(value.strip()) if isinstance(value, str) else None
-        if value == "auto" or (found and found["unit"] != "%"):
+        if value == "auto" or (found and found["unit"] != "%" and float(found["number"]) > 0):
             return value
         raise ValueError("give an amount such as 64GiB, 100GB or 20000MiB, or auto")
 

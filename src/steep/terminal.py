@@ -260,7 +260,7 @@ def fused_line(plan: Mapping[str, Any]) -> str:
 
 def _on_host(plan: Mapping[str, Any]) -> str:
     """What of it is in host memory."""
-    counts = Counter(plan.get("places") or ())
+    counts: Counter[str] = Counter(plan.get("places") or ())
     what = {"x": "the input", "attention": "all but gate and up", "all": "all"}
     said = [f"{name} of {counts[place]} layers" for place, name in what.items() if counts[place]]
     return f", with {' and '.join(said)} in host memory" if said else ""

@@ -318,7 +318,7 @@ def on_card(layers: int = 4, hidden: int = 512) -> Any:
             vocab_size=512, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
             num_attention_heads=hidden // 64, num_key_value_heads=2,
         )  # fmt: skip
-        model: Any = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+        model: Any = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
         return add_adapters(model, r=64, trained_dtype="bf16").train()
 
 

@@ -108,7 +108,8 @@ def test_as_few_as_fit(of_8b: Kept) -> None:
         assert places[-1] == "gpu"  # whose backward pass comes at once
     assert within(2 * whole) == ["attention"] * 7 + ["gpu"] and within(2 * whole - 1) is None
     assert within(6 * whole, room=0) is None
-    assert within(8 * whole - 4 * x, room=6 * x) == ["x"] * 6 + ["gpu"] * 2
+    assert within(8 * whole - 4 * x, room=4 * x) == ["x"] * 4 + ["gpu"] * 4
+    assert within(8 * whole - 4 * x, room=4 * x - 1) is None
     assert of_8b.most(levels, 7 * x + 2 * (whole - x)) == ["attention"] * 2 + ["x"] * 5 + ["gpu"]
 
 

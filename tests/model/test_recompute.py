@@ -372,7 +372,7 @@ def test_a_step_takes_what_was_planned(level: int, place: Place, accumulation: i
     assert layer is not None
     step = fused_step(config, [layer], shape, base="bf16", compute="bf16", trained="bf16", on_card=True)
     before = torch.cuda.memory_allocated()
-    places: list[Place] = [*[place] * 7, "gpu"]
+    places: list[Place] = [place if number < 7 else "gpu" for number in range(8)]
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16).requires_grad_(False)
     model = install(add_adapters(model, r=64, trained_dtype="bf16").train(), levels=level, places=places)

@@ -160,12 +160,12 @@ class _Block(torch.autograd.Function):
         saved, kept = ctx.saved_tensors, ctx.kept
         if kept is None:
             raise RuntimeError("a fused layer's gradients are written over what it kept, so that there is one backward")
-        halves, ctx.kept, ctx.halves = ctx.halves, None, None  # nothing stays behind while the graph is alive
+        (first, second), ctx.kept, ctx.halves = ctx.halves, None, None  # nothing stays behind while the graph is alive
         try:
             kept.from_host()
             x = saved[0] if kept.x is None else kept.x
             with without_autocast(x.device.type), sums_in_fp32():
-                dx, gradients = _Backward(*halves, kept).run(x, dy.contiguous())
+                dx, gradients = _Backward(first, second, kept).run(x, dy.contiguous())
         except BaseException:
             kept.leave_host()
             raise

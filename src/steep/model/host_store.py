@@ -26,6 +26,7 @@ import torch
 
 from steep.ops.pinned import pinned_zeros
 
+_Event = torch.cuda.Event | torch.Event
 _ALIGNMENT = 256  # bytes: what the card's own allocator gives
 _SLOTS = 2  # the layer that computes, and the one before it
 
@@ -94,7 +95,7 @@ class _Held:
 
     tensors: list[torch.Tensor]
     versions: list[int]
-    copied: torch.cuda.Event | None
+    copied: _Event | None
 
 
 @dataclass
@@ -108,14 +109,14 @@ class _OnHost:
 
     buffer: torch.Tensor
     tensors: list[torch.Tensor]
-    copied: torch.cuda.Event | None
+    copied: _Event | None
 
 
 @dataclass
 class _Fetched:
     slot: int
     tensors: list[torch.Tensor]
-    there: torch.cuda.Event | None
+    there: _Event | None
 
 
 @dataclass(eq=False)

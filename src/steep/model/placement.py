@@ -94,7 +94,7 @@ class Kept:
         others = len(levels) - 1
         inputs, rest = min(count, others), max(count - others, 0)
         numbers = [max(self.furthest[level], 1) for level in levels[:rest]] + [1] * (inputs - rest)
-        return [PLACES[number] for number in numbers] + [PLACES[0]] * (len(levels) - inputs)
+        return [PLACES[number] for number in (*numbers, *[0] * (len(levels) - inputs))]
 
     def _reach(self, levels: Sequence[int], room: int) -> int:
         """The largest count of `_places` within the room."""
