@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, OlmoConfig
 
 from benchmarks.peers import Work
@@ -27,6 +28,7 @@ from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
 from steep.hand_over import export_run
 from steep.memory import WORKSPACES, memory_by_item, shape_of
 from steep.model import decoder, machine
+from steep.model.block import Place
 from steep.model.choices import Choices
 from steep.model.install import is_installed
 from steep.model.machine import Card
@@ -39,11 +41,13 @@ from steep.result import evaluate_run, generate_run, load_result
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import AdapterSection, RunConfig
+from steep.terminal import fused_line
 from steep.training.checkpoint import FORMAT, read_choices
 from steep.verify_resume import compare
-from steep.vram import vram_budget
+from steep.vram import host_budget, vram_budget
 from tests.command_line import Steep
 from tests.test_run import lines, run_file
+from tests.tiny import save_tiny
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -423,7 +427,8 @@ def test_layers_keep_what_the_budget_allows(accumulation: int) -> None:
     assert sorted(peaks.values(), reverse=True) == list(peaks.values())
     seen: list[int] = []
     for budget in range(round(0.98 * peaks[3]), round(1.1 * peaks[0]), 2**26):
-        levels, way, tile = step.choose(budget)
+        levels, places, way, tile = step.choose(budget)
+        assert places is None  # of the host there is nothing
         assert tile == step.tokens or peaks[3] > budget
         peak = sum(step.by_item(levels, way, tile).values())
         assert levels == sorted(levels, reverse=True) and max(levels) - min(levels) <= 1
@@ -452,10 +457,11 @@ def test_gradients_are_always_there_where_several_processes_train(
     monkeypatch.setattr("steep.ranks.world_size", lambda: 2)
     step = step_of(config, empty)
     assert (step.processes, step.gradient_width, alone.gradient_width) == (2, 2, 2 if accumulation == 1 else 4)
+    here: list[Place] = ["gpu"] * 2
     of_all, of_head = 2 * step.shape.trained, 2 * step.shape.vocabulary * step.shape.hidden
     assert step.by_item([0, 0], "tokens", step.tokens)["gradients"] >= of_all
-    assert step._at_the_loss([0, 0], "tokens")["gradients"] == of_all + of_head
-    assert all(items["gradients"] == of_all for items in step._in_layers([0, 0], step.tokens))
+    assert step._at_the_loss([0, 0], here, "tokens")["gradients"] == of_all + of_head
+    assert all(items["gradients"] == of_all for items in step._in_layers([0, 0], here, step.tokens))
     (table, *_), (of_one, *_) = step._at_the_update(), alone._at_the_update()
     assert table["gradients"] == of_all + of_head
     assert of_one["gradients"] == (of_all if accumulation == 1 else 2 * (of_all + of_head))
@@ -473,12 +479,13 @@ def test_updates_inside_backward_need_few_gradients(tied: bool, saved: list[str]
     assert step.shape.tied == tied and step.in_backward and not whole.in_backward
     of_table, of_layer, levels = 2 * 128_256 * 4096, 2 * step.shape.lora // 8, [0] * 8
     of_head = of_table if "lm_head" in trained["modules_to_save"] else 0
+    here: list[Place] = ["gpu"] * 8
     waits = of_head if tied else 0
-    assert step._at_the_loss(levels, "tokens")["gradients"] == of_head
-    assert {items["gradients"] for items in step._in_layers(levels, step.tokens)} == {waits + of_layer}
+    assert step._at_the_loss(levels, here, "tokens")["gradients"] == of_head
+    assert {items["gradients"] for items in step._in_layers(levels, here, step.tokens)} == {waits + of_layer}
     (last,) = step._at_the_update()
     assert last["gradients"] == waits + (of_table if "embed_tokens" in trained["modules_to_save"] else 0)
-    for state, at_the_end in zip(*(each._in_layers(levels, each.tokens) for each in (step, whole)), strict=True):
+    for state, at_the_end in zip(*(each._in_layers(levels, here, each.tokens) for each in (step, whole)), strict=True):
         assert state["activations"] == at_the_end["activations"] and state["gradients"] <= at_the_end["gradients"]
     for level in range(4):
         lean_peak, peak = (sum(each.by_item([level] * 8, "vocabulary", each.tokens).values()) for each in (step, whole))
@@ -602,3 +609,107 @@ def test_an_amount_of_vram_is_planned_for_without_a_card(
     in_fp32, warned = planned(between, "auto")
     assert sum(in_bf16) < sum(in_fp32)
     assert "planned for a card without one, with products in fp32 as here: name the card (steep plan --card)" in warned
+
+
+# ---- host memory
+
+
+def test_the_budget_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the host of a card that is not here nothing is known; two processes share one."""
+    here = Card("X", (9, 0), 80 * 10**9, 80 * 10**9)
+    monkeypatch.setattr("steep.vram.room_on_host", lambda: 10**9)
+    for card in (None, here, replace(here, is_here=False)):
+        assert host_budget("64GiB", card) == 64 * 2**30
+        assert host_budget("auto", card) == (10**9 if card is here else 0)
+    monkeypatch.setattr("steep.ranks.world_size", lambda: 2)
+    assert host_budget("auto", here) == 2 * 10**9 and host_budget("64GiB", here) == 64 * 2**30
+
+
+def test_the_room_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is available; within a container what that may still take, its page cache included."""
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    assert 0 < machine.room_on_host() < machine.host_memory()
+    monkeypatch.setattr(machine, "_meminfo", lambda: {"MemTotal": 10**12, "MemAvailable": 10**11})
+    assert machine.host_memory() == 10**11 and machine.room_on_host() == 8 * 10**10
+    for name, text in (
+        ("memory.max", "50000"),
+        ("memory.current", "45000"),
+        ("memory.stat", "anon 9\ninactive_file 2000"),
+    ):
+        assert machine.host_memory() == 10**11
+        (tmp_path / name).write_text(f"{text}\n")
+    assert machine.host_memory() == 7000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.host_memory() == 10**11
+    monkeypatch.setattr("steep.ranks.world_size", lambda: 2)
+    assert machine.room_on_host() == 4 * 10**10
+
+
+def test_a_step_takes_the_host_before_it_computes_again() -> None:
+    empty = empty_llama(
+        vocab_size=1000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=6, num_attention_heads=32,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    step = step_of(config_of(), empty)
+    whole = sum(step.by_item([0] * 6, "tokens", step.tokens).values())
+    levels, places, way, tile = step.choose(whole - 1, 10**12)
+    assert levels == [0] * 6 and places is not None and places[0] != "gpu" and places[-1] == "gpu"
+    assert (
+        sum(step.by_item(levels, way, tile, places).values()) < whole <= sum(step.by_item(levels, way, tile).values())
+    )
+    at_2 = sum(step.by_item([2] * 6, "tokens", step.tokens).values())
+    levels, places, way, tile = step.choose(at_2, 10**12)
+    without, nowhere, *_ = step.choose(at_2)
+    assert sum(levels) < sum(without) and nowhere is None and places is not None
+    assert step.in_host_memory(levels, places) > 0 == step.in_host_memory(levels, None)
+    config = config_of(training={"gradient_checkpointing": True})
+    leanest = settle(config, step, WORKSPACES, None, 10**12)
+    assert (leanest.levels, leanest.places) == ([3] * 6, ["x"] * 5 + ["gpu"])
+    room = step.in_host_memory([3] * 6, ["x"] * 3 + ["gpu"] * 3)
+    assert settle(config, step, WORKSPACES, None, room).places == ["x"] * 3 + ["gpu"] * 3
+    assert settle(config, step, WORKSPACES, leanest, 0).places == leanest.places  # as before
+    assert settle(config_of(), step, 10**15, replace(leanest, levels=None), 0).places is None
+
+
+def test_a_run_keeps_what_it_has_in_host_memory(korean_corpus: Path, tmp_path: Path) -> None:
+    """Planned, said, recorded, and the bits of one that has it where it computes; resumed with it, or refused."""
+    model = save_tiny("llama", tmp_path / "model", num_hidden_layers=5)
+
+    def config(folder: str, **training: Any) -> RunConfig:
+        training = {"host_memory": "1GiB", "optim": "sgd", "save_total_limit": 3, **training}
+        return fused_file(model, korean_corpus, tmp_path / folder, training=training)
+
+    planned = plan_run(config("planned", vram="1GiB"))
+    assert planned.choices.places is None and "kept for the backward pass" not in planned.host
+    vram = f"{(sum(planned.memory.values()) - 1) / 2**20:.9f}MiB"
+    train_run(config("host", vram=vram))
+    train_run(config("gpu", vram="1GiB"))
+    plan = read(tmp_path / "host" / "plan.json")
+    places = read_choices(tmp_path / "host" / "checkpoint-6").places
+    assert plan["levels"] == [0] * 5 and plan["places"] == places and places is not None
+    assert places[0] == "x" and places[-1] == "gpu"
+    assert plan["host_bytes"]["kept for the backward pass"] > 0
+    inputs = places.count("x")
+    assert (
+        f"at level 0 in 5 layers (0 computes least again, 3 most), with the input of {inputs} layers in host memory"
+        in (fused_line(plan))
+    )
+    assert tensors_of(tmp_path / "host") == tensors_of(tmp_path / "gpu")
+
+    shutil.rmtree(tmp_path / "host" / "final")
+    shutil.rmtree(tmp_path / "host" / "checkpoint-6")
+    with pytest.raises(UserError, match=r"training\.host_memory: .* in host memory, and needs .* may be filled"):
+        train_run(config("host", vram=vram, host_memory="0.001MiB"), resume=True)
+    train_run(config("host", vram=vram, host_memory="2GiB"), resume=True)
+    assert read_choices(tmp_path / "host" / "checkpoint-6").places == places
+    assert tensors_of(tmp_path / "host") == tensors_of(tmp_path / "gpu")
+
+
+def tensors_of(folder: Path) -> dict[str, list[Any]]:
+    return {name: tensor.tolist() for name, tensor in load_file(folder / "final" / "adapter_model.safetensors").items()}
+
+
+@pytest.mark.parametrize("value", ["10%", "much", 64, True, None, "0GiB"])
+def test_host_memory_is_an_amount(value: Any, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.host_memory.*[Gg]ive an amount"):
+        run_file(llama_folder, korean_corpus, tmp_path / "run", training={"host_memory": value})

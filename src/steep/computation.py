@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from steep import ranks
 from steep.fp8_choice import in_fp8, kept_in_16_bits, resolve_fp8_products
 from steep.fusing import fused_step, resolve_trained_dtype, settle
 from steep.memory import Shape, shape_of
@@ -19,7 +20,7 @@ from steep.model.quantisable import quantisable
 from steep.model.resolve import ResolvedModel
 from steep.ops.fp8_groups import Fp8Products
 from steep.schema import RunConfig
-from steep.sizes import memory_of
+from steep.sizes import checkpoint_bytes, memory_of
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,13 @@ class Sizes:
     Attributes:
         choices: what the run keeps for good.
         memory: bytes by item at the peak of a step.
+        on_host: bytes that layers keep in host memory, of each process.
     """
 
     shape: Shape
     choices: Choices
     memory: dict[str, int]
+    on_host: int = 0
 
     @property
     def peak(self) -> int:
@@ -70,6 +73,7 @@ class Ground:
         budget: bytes of it that may be filled, or of a card that nothing more is known of; None: there is none.
         before: what the run that goes on was begun with.
         to_train: whether steps are still to come.
+        host: bytes of host memory that may be filled, of all processes.
     """
 
     resolved: ResolvedModel
@@ -79,6 +83,7 @@ class Ground:
     budget: int | None
     before: Choices | None
     to_train: bool = True
+    host: int = 0
 
     def computation(self, config: RunConfig) -> Computation:
         """What `auto` becomes here.
@@ -122,6 +127,8 @@ class Ground:
                 on_card=on_card,
                 fp8=computation.products,
             )
-            choices = settle(config, step, self.budget, self.before)
+            copy, _ = checkpoint_bytes(step.standing, tied=shape.tied)
+            choices = settle(config, step, self.budget, self.before, (self.host - copy) // ranks.world_size())
         memory = memory_of(config, shape, step, choices, base=base, compute=compute, on_card=on_card)
-        return Sizes(shape, choices, memory)
+        on_host = step.in_host_memory(choices.levels, choices.places) if step and choices.levels else 0
+        return Sizes(shape, choices, memory, on_host)

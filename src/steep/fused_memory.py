@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 
 from steep.memory import ADAMW_8BIT, WIDTH, Shape, standing, update_scratch
-from steep.model.block import LEVELS
+from steep.model.block import LEVELS, Place
 from steep.model.layer import Layer
 from steep.model.load import DTYPES
-from steep.model.recompute import candidates, moments
-from steep.model.step_bytes import kept_bytes, loss_bytes, work_bytes
+from steep.model.placement import Kept
+from steep.model.recompute import candidates
+from steep.model.step_bytes import loss_bytes, work_bytes
 from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
@@ -52,31 +53,50 @@ class FusedStep:
     fp8: Fp8Products = "none"
     _works: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def by_item(self, levels: Sequence[int], way: Way, tile: int) -> dict[str, int]:
+    def by_item(
+        self, levels: Sequence[int], way: Way, tile: int, places: Sequence[Place] | None = None
+    ) -> dict[str, int]:
         """Bytes by item at the peak of a step, whose layers compute `tile` tokens at a time.
 
         The peak is at the loss, in the backward pass of a layer (`moments`), or at the update.
-        """
-        fixed = standing(self.shape, base=self.base, compute=self.compute, trained=self.trained, optim=self.optim)
-        states = (self._at_the_loss(levels, way), *self._in_layers(levels, tile), *self._at_the_update())
-        return {**fixed, **max(states, key=lambda items: sum(items.values()))}
-
-    def choose(self, budget: float, given: list[int] | None = None) -> tuple[list[int], Way, int]:
-        """What each layer keeps, how the loss is cut, and the tile, so that the peak is within `budget` bytes: the
-        least that is computed again; level 3 everywhere in the smallest tile where not even that fits. The loss is cut
-        by the vocabulary where that is faster, or where more fits by it.
 
         Args:
-            given: levels, where only the cut is open.
+            places: where layers keep what they keep; None: on the GPU.
+        """
+        on_gpu: list[Place] = ["gpu"] * len(levels)
+        places = places or on_gpu
+        states = (self._at_the_loss(levels, places, way), *self._in_layers(levels, places, tile))
+        return {**self.standing, **max((*states, *self._at_the_update()), key=lambda items: sum(items.values()))}
+
+    def in_host_memory(self, levels: Sequence[int], places: Sequence[Place] | None) -> int:
+        """Bytes that layers keep on the host."""
+        return 0 if places is None else self._kept.in_host_memory(levels, places)
+
+    def choose(
+        self, budget: float, host_room: int = 0, given: list[int] | None = None
+    ) -> tuple[list[int], list[Place] | None, Way, int]:
+        """What each layer keeps and where, how the loss is cut, and the tile, so that the peak is within `budget`
+        bytes: the least that is computed again, and of that the fewest layers with something in host memory; level 3
+        everywhere in the smallest tile where not even that fits. The loss is cut by the vocabulary where that is
+        faster, or where more fits by it.
+
+        Args:
+            host_room: bytes that layers may have in host memory.
+            given: levels, where the rest is open.
         """
         ways: list[Way] = ["vocabulary"] if self.faster_way == "vocabulary" else ["tokens", "vocabulary"]
         all_of_them = candidates(self.shape.layers, self.tokens)
         if given is not None:
             all_of_them = ((given, tile) for tile in tile_sizes(self.tokens))
+
+        def fits(levels: list[int], way: Way, tile: int, places: list[Place]) -> bool:
+            return sum(self.by_item(levels, way, tile, places).values()) <= budget
+
         for (levels, tile), way in product(all_of_them, ways):
-            if sum(self.by_item(levels, way, tile).values()) <= budget:
-                return levels, way, tile
-        return levels, min(ways, key=self._loss), tile  # the leanest
+            places = self._kept.fewest(levels, host_room, partial(fits, levels, way, tile))
+            if places is not None:
+                return levels, _some(places), way, tile
+        return levels, _some(self._kept.most(levels, host_room)), min(ways, key=self._loss), tile  # the leanest
 
     @property
     def faster_way(self) -> Way:
@@ -96,9 +116,13 @@ class FusedStep:
         return self.accumulates or self.processes > 1
 
     @cached_property
-    def _kept(self) -> list[int]:
-        kept = [kept_bytes(layer, DTYPES[self.compute], DTYPES[self.stream], self.fp8) for layer in self.layers]
-        return [self.tokens * max(each) for each in zip(*kept, strict=True)]
+    def standing(self) -> dict[str, int]:
+        """Bytes by item of what is there all the time."""
+        return standing(self.shape, base=self.base, compute=self.compute, trained=self.trained, optim=self.optim)
+
+    @cached_property
+    def _kept(self) -> Kept:
+        return Kept.of(self.layers, DTYPES[self.compute], DTYPES[self.stream], self.fp8, self.tokens)
 
     def _work(self, tile: int) -> list[int]:
         """By level."""
@@ -113,14 +137,13 @@ class FusedStep:
 
     # ---- moments of a step
 
-    def _at_the_loss(self, levels: Sequence[int], way: Way) -> dict[str, int]:
-        kept = sum(self._kept[level] for level in levels)
+    def _at_the_loss(self, levels: Sequence[int], places: Sequence[Place], way: Way) -> dict[str, int]:
+        kept = self._kept.on_gpu(levels, places)
         return _items(kept, 0, self._loss(way), self._gradients_before + self._of_head)
 
-    def _in_layers(self, levels: Sequence[int], tile: int) -> Iterator[dict[str, int]]:
+    def _in_layers(self, levels: Sequence[int], places: Sequence[Place], tile: int) -> Iterator[dict[str, int]]:
         of_layer = self.shape.lora * self.gradient_width // self.shape.layers
-        for index in moments(levels):
-            kept = sum(self._kept[level] for level in levels[: index + 1])
+        for index, kept in self._kept.in_backward(levels, places):
             done = self._of_head + of_layer * (len(levels) - index)
             if self.in_backward:
                 done = self._of_waiting_head + of_layer
@@ -158,6 +181,11 @@ class FusedStep:
         converts = self.trains_head and self.trained != self.compute
         width = WIDTH[self.compute]
         return loss_bytes(self.tokens, shape.vocabulary, shape.hidden, width, gradient, way, converts=converts)
+
+
+def _some(places: list[Place]) -> list[Place] | None:
+    """None where all is on the GPU."""
+    return places if any(place != "gpu" for place in places) else None
 
 
 def _items(activations: int, work: int, loss: int, gradients: int) -> dict[str, int]:

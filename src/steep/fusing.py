@@ -133,22 +133,25 @@ def fused_step(
     )
 
 
-def settle(config: RunConfig, step: FusedStep, budget: int | None, before: Choices | None) -> Choices:
-    """What the layers of a fused run keep for the backward pass, and how its loss is cut: as asked, as before, or as
-    `budget` bytes of the card allow. Without a card everything is kept."""
+def settle(
+    config: RunConfig, step: FusedStep, budget: int | None, before: Choices | None, host_room: int = 0
+) -> Choices:
+    """What the layers of a fused run keep for the backward pass and where, and how its loss is cut: as asked, as
+    before, or as `budget` bytes of the card and `host_room` bytes of the host allow. Without a card everything is kept.
+    """
     layers, asked = step.shape.layers, config.training.gradient_checkpointing
     before = before or Choices(True, step.trained)
-    levels, way, tile = before.levels, before.loss_way, before.tile
+    levels, places, way, tile = before.levels, before.places, before.loss_way, before.tile
     if asked is not None:
         levels = [LEVELS[-1] if asked else LEVELS[0]] * layers
-    if levels is None or levels != before.levels or way is None:  # a way and a tile were chosen for its levels
+    if levels is None or levels != before.levels or way is None:  # the rest was chosen for its levels
         if budget is None:
-            levels, way, tile = levels or [LEVELS[0]] * layers, step.faster_way, None
+            levels, places, way, tile = levels or [LEVELS[0]] * layers, None, step.faster_way, None
         else:
-            levels, way, tile = step.choose(budget - WORKSPACES, levels)
+            levels, places, way, tile = step.choose(budget - WORKSPACES, host_room, levels)
     tile = tile or tile_sizes(step.tokens)[0]
     settled = replace(before, fused=True, trained_dtype=step.trained, fp8_products=step.fp8)
-    return replace(settled, levels=levels, chosen_for=0, loss_way=way, tile=tile)
+    return replace(settled, levels=levels, places=places, chosen_for=0, loss_way=way, tile=tile)
 
 
 def _why_not_with_options(config: RunConfig) -> str | None:

@@ -53,7 +53,7 @@ from steep.training.branch import Branch
 from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import Schedule, schedule_of
 from steep.vocabulary import Vocabulary, grown, warnings
-from steep.vram import vram_budget
+from steep.vram import host_budget, vram_budget
 
 
 @dataclass
@@ -139,6 +139,7 @@ class Plan:
             "fused": self.fused,
             "fused_reason": self.not_fused,
             "levels": self.choices.levels,
+            "places": self.choices.places,
             "loss_way": self.choices.loss_way,
             "tile": self._tile,
             "fp8_products": self.choices.fp8_products,
@@ -269,7 +270,8 @@ def _work_out(
     check_rank(empty, config.adapter.target_modules, config.adapter.r)
     check_length(config.data.max_length, resolved.config)
     layer, not_fused = decide(config, empty, before, card)
-    ground = Ground(resolved, empty, layer, card, budget, before, to_train)
+    host_memory = host_budget(config.training.host_memory, card) if to_train else 0
+    ground = Ground(resolved, empty, layer, card, budget, before, to_train, host_memory)
     computation = ground.computation(config)
     compute, trained = computation.compute, computation.trained
     if computation.layers is not None and computation.products != "none":
@@ -344,7 +346,16 @@ def _work_out(
         tied=is_tied(empty),
         rolls_back=arguments.spike_action == "rollback",
         keeps_best=arguments.metric_for_best_model is not None,
+        kept_on_host=sizes.on_host,
     )
+    if refuses and sizes.on_host and sum(host.values()) > host_memory:
+        raise UserError(
+            "training.host_memory",
+            f"the run has {sizes.on_host / 2**30:.3g} GiB of what its layers keep in host memory, and needs "
+            f"{sum(host.values()) / 2**30:.3g} GiB there; {host_memory / 2**30:.3g} GiB may be filled",
+            "Free some, or give the amount that there is. gradient_checkpointing: true, with --allow "
+            "training.gradient_checkpointing, chooses again.",
+        )
     plan = Plan(
         config,
         resolved,

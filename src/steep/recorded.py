@@ -24,6 +24,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 Level = Annotated[int, Field(ge=0, le=3)]  # steep.model.block.LEVELS
+Place = Literal["gpu", "x", "attention", "all"]  # steep.model.block.PLACES
 
 
 class Parameters(TypedDict):
@@ -81,6 +82,7 @@ class Plan(TypedDict):
     fused: NotRequired[bool]
     fused_reason: NotRequired[str | None]
     levels: NotRequired[list[Level] | None]
+    places: NotRequired[list[Place] | None]
     loss_way: NotRequired[Literal["tokens", "vocabulary"] | None]
     tile: NotRequired[Count | None]
     fp8_products: NotRequired[Literal["both", "backward", "none"] | None]
@@ -246,6 +248,7 @@ class Choices(TypedDict):
     chosen_for: Count
     loss_way: Literal["tokens", "vocabulary"] | None
     tile: NotRequired[Count | None]
+    places: NotRequired[list[Place] | None]
     fp8_products: NotRequired[Literal["both", "backward", "none"] | None]
     backends: dict[str, str]
 

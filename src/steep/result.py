@@ -229,6 +229,7 @@ def choices_of_run(folder: RunFolder) -> Choices:
         plan.get("fused", False),
         plan.get("trained_dtype", "fp32"),
         levels=plan.get("levels"),
+        places=plan.get("places"),
         loss_way=plan.get("loss_way"),
         tile=plan.get("tile"),
         fp8_products=plan.get("fp8_products"),

@@ -232,6 +232,12 @@ class TrainingSection(BaseModel):
         "backward pass. A step that needs more than auto is refused; set by hand, only one that needs more than that "
         "and than the card has.",
     )
+    host_memory: str = Field(
+        "auto",
+        description="Memory of the host that a fused run may fill with what layers keep for the backward pass and with "
+        "the copy of a checkpoint, of all its processes, such as 64GiB; auto: 80 % of what is available when the run "
+        "is planned, and none for a card that is not here. Some virtual machines report less than they have.",
+    )
     deterministic: bool = Field(
         False,
         description="On a GPU, take only kernels that give the same bits each time, so that a resumed run ends in "
@@ -277,6 +283,14 @@ class TrainingSection(BaseModel):
         if value == "auto" or (found and 0 < float(found["number"]) <= most):
             return value
         raise ValueError("give an amount such as 22GiB, 24GB or 20000MiB, a share of the card such as 80%, or auto")
+
+    @field_validator("host_memory", mode="before")
+    @classmethod
+    def _an_amount_of_the_host(cls, value: Any) -> Any:
+        found = VRAM.fullmatch(value.strip()) if isinstance(value, str) else None
+        if value == "auto" or (found and found["unit"] != "%" and float(found["number"]) > 0):
+            return value
+        raise ValueError("give an amount such as 64GiB, 100GB or 20000MiB, or auto")
 
     @field_validator("spike_action", mode="before")
     @classmethod

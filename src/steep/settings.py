@@ -93,7 +93,7 @@ def training_arguments(
     _check_choice("lr_scheduler_type", training.lr_scheduler_type, schedules)
     _check_choice("optim", training.optim, {name.value for name in OptimizerNames})
     check_trackers(training.report_to)
-    given = training.model_dump(exclude={"gradient_checkpointing", "vram", *training.further})
+    given = training.model_dump(exclude={"gradient_checkpointing", "vram", "host_memory", *training.further})
     names = TrainingArguments.__dataclass_fields__
     # transformers 5.23 renames gradient to activation checkpointing; 5.17 knows only the old name.
     prefix = "activation" if "activation_checkpointing" in names else "gradient"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from steep import ranks
 from steep.fused_memory import FusedStep
@@ -32,7 +33,7 @@ def memory_of(
     of_libraries = {"libraries' workspaces": WORKSPACES} if on_card else {}
     if step is not None:
         assert choices.levels is not None and choices.loss_way is not None and choices.tile is not None
-        return step.by_item(choices.levels, choices.loss_way, choices.tile) | of_libraries
+        return step.by_item(choices.levels, choices.loss_way, choices.tile, choices.places) | of_libraries
     of_step = memory_by_item(
         shape,
         base=base,
@@ -48,20 +49,39 @@ def memory_of(
     return of_step | of_libraries
 
 
+def checkpoint_bytes(memory: Mapping[str, int], *, tied: bool) -> tuple[int, int]:
+    """Bytes of a checkpoint; and of the result, which is part of it.
+
+    Args:
+        memory: with what `steep.memory.standing` gives.
+    """
+    result = (2 if tied else 1) * memory["trained embeddings"] + memory["adapters"]  # PEFT's format holds both names
+    return result + memory["optimizer states"], result
+
+
 def storage_of(
-    config: RunConfig, memory: dict[str, int], steps: int, *, tied: bool, rolls_back: bool, keeps_best: bool
+    config: RunConfig,
+    memory: dict[str, int],
+    steps: int,
+    *,
+    tied: bool,
+    rolls_back: bool,
+    keeps_best: bool,
+    kept_on_host: int = 0,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by item on the host beside the model, and on the disk.
 
     Args:
         memory: of `memory_of`.
         rolls_back: the run saves its start too, to go back to.
+        kept_on_host: bytes that layers keep there, of each process.
     """
     training = config.training
-    result = (2 if tied else 1) * memory["trained embeddings"] + memory["adapters"]  # PEFT's format holds both names
+    checkpoint, result = checkpoint_bytes(memory, tied=tied)
     interval = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
     written = math.ceil(steps / max(interval, 1)) + rolls_back
     kept = min(written, training.save_total_limit or written) + 1  # one more while the next is written
-    checkpoint = result + memory["optimizer states"]
     host = {"copy of a checkpoint": checkpoint}  # which is written while training goes on
+    if kept_on_host:
+        host["kept for the backward pass"] = kept_on_host * ranks.world_size()
     return host, {"checkpoints": (kept + keeps_best) * checkpoint, "final": result}

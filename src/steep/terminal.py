@@ -255,7 +255,15 @@ def fused_line(plan: Mapping[str, Any]) -> str:
     products = {"both": ", products in fp8", "backward": ", products of the backward pass in fp8"}
     in_fp8 = products.get(plan.get("fp8_products") or "none", "")
     in_tiles = f", in tiles of {plan['tile']:,} tokens" if plan.get("tile") else ""
-    return f"yes, at level {layers} (0 computes least again, 3 most){in_tiles}{in_fp8}"
+    return f"yes, at level {layers} (0 computes least again, 3 most){_on_host(plan)}{in_tiles}{in_fp8}"
+
+
+def _on_host(plan: Mapping[str, Any]) -> str:
+    """What of it is in host memory."""
+    counts: Counter[str] = Counter(plan.get("places") or ())
+    what = {"x": "the input", "attention": "all but gate and up", "all": "all"}
+    said = [f"{name} of {counts[place]} layers" for place, name in what.items() if counts[place]]
+    return f", with {' and '.join(said)} in host memory" if said else ""
 
 
 def _new_tokens_table(figures: Mapping[str, Any]) -> Table:

@@ -1,8 +1,9 @@
-"""The memory of the card that a plan may fill."""
+"""The memory of the card, and of the host, that a plan may fill."""
 
 from __future__ import annotations
 
-from steep.model.machine import Card
+from steep import ranks
+from steep.model.machine import Card, room_on_host
 from steep.schema import VRAM
 
 SHARE = 0.9  # of the card: allocations of odd sizes leave gaps
@@ -20,6 +21,14 @@ def vram_budget(vram: str, card: Card | None) -> int | None:
     if vram == "auto":
         return max(round(SHARE * card.memory) - (card.memory - card.free), 0)
     return min(asked_bytes(vram, card), card.memory)
+
+
+def host_budget(host_memory: str, card: Card | None) -> int:
+    """Bytes that `training.host_memory` stands for, of all processes. ``auto`` knows nothing of the host of a card that
+    is not here."""
+    if host_memory != "auto":
+        return asked_bytes(host_memory, card)
+    return room_on_host() * ranks.world_size() if card is not None and card.is_here else 0
 
 
 def asked_bytes(vram: str, card: Card | None) -> int:

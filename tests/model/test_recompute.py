@@ -13,12 +13,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from steep.model import choices, decoder
+from steep.model import fused as fused_module
 from steep.model.adapters import add_adapters
+from steep.model.block import Place
 from steep.model.install import fused_of, install
 from steep.model.layer import Layer
 from steep.model.mlp_half import MlpHalf
+from steep.model.placement import moments
 from steep.model.read_layer import Traits, read_layer
-from steep.model.recompute import candidates, level_lists, levels_within, moments, room_on_card
+from steep.model.recompute import candidates, level_lists, levels_within, room_on_card
 from steep.model.step_bytes import kept_bytes, loss_bytes, training_bytes, work_bytes
 from steep.model.tiling import tile_sizes
 from steep.model.unwrap import unwrap
@@ -78,7 +81,10 @@ def test_more_is_needed_where_more_is_computed_again() -> None:
 
 def test_lists_of_levels() -> None:
     assert list(level_lists(2)) == [[0, 0], [1, 0], [1, 1], [2, 1], [2, 2], [3, 2], [3, 3]]
-    assert moments([1, 1, 0, 0, 0]) == [0, 1, 4] and moments([2]) == [0] and moments([3, 3]) == [0, 1]
+    here: Any = ["gpu"] * 5
+    assert moments([1, 1, 0, 0, 0], here) == [0, 1, 4]
+    assert moments([2], here[:1]) == [0] and moments([3, 3], here[:2]) == [0, 1]
+    assert moments([3] * 5, ["x", "x", "gpu", "gpu", "gpu"]) == [0, 1, 2, 4]
 
 
 def test_levels_fill_a_room() -> None:
@@ -89,8 +95,8 @@ def test_levels_fill_a_room() -> None:
     work = [work_bytes(read, bf16, bf16, level, 1000) for level in range(4)]
 
     def within(room: float | None) -> list[int]:
-        levels, tile = levels_within(room, 3, read, bf16, bf16, 1000, 500)
-        assert tile == 1000
+        levels, places, tile = levels_within(room, 0, 3, read, bf16, bf16, 1000, 500)
+        assert tile == 1000 and places == ["gpu"] * 3
         return levels
 
     assert within(None) == [0, 0, 0] and within(0) == [3, 3, 3]
@@ -128,7 +134,8 @@ def test_a_smaller_tile_comes_before_more_is_computed_again() -> None:
     assert whole[0] < tiled[0]  # which has gate and up of all tokens in any case
 
     def within(room: float) -> tuple[list[int], int]:
-        return levels_within(room, 3, read, bf16, bf16, tokens, 0)
+        levels, _, tile = levels_within(room, 0, 3, read, bf16, bf16, tokens, 0)
+        return levels, tile
 
     assert within(3 * kept[0] + whole[0]) == ([0, 0, 0], 10_000)
     levels, tile = within(3 * kept[2] + tiled[2])
@@ -251,7 +258,8 @@ def test_levels_are_chosen_within_what_the_head_leaves(monkeypatch: pytest.Monke
         fused, layer = fused_of(model), unwrap(model).model.layers[0]
         read, fp32 = read_layer(layer, layer.traits), torch.float32
         room = work_bytes(read, fp32, fp32, 0, 128) + 2 * 128 * kept_bytes(read, fp32, fp32)[0]
-        monkeypatch.setattr(decoder, "room_on_card", lambda _, room=room: room)
+        monkeypatch.setattr(fused_module, "room_on_card", lambda _, room=room: room)
+        monkeypatch.setattr(fused_module, "room_on_host", lambda: 0)
         if labels == "none":
             del batch["labels"]
         model(**batch, use_cache=False)
@@ -295,13 +303,14 @@ def test_a_longer_batch_chooses_levels_again(monkeypatch: pytest.MonkeyPatch) ->
         rooms.append(work + head(128) + 2 * 128 * kept_bytes(read, fp32, fp32)[0])
         return rooms[-1]
 
-    monkeypatch.setattr(decoder, "room_on_card", room_on_card)
+    monkeypatch.setattr(fused_module, "room_on_card", room_on_card)
+    monkeypatch.setattr(fused_module, "room_on_host", lambda: 0)
     short, first, long = ([[n, 64 - n]] * rows for n, rows in ((20, 1), (5, 2), (40, 3)))
     chosen: list[tuple[int, Any, int]] = []
     for lengths in (first, short, long, first):
         model(**packed(lengths), use_cache=False).loss.backward()
         chosen.append((fused.chosen_for, fused.levels, fused.beside))
-    expected, _ = levels_within(rooms[0], 2, read, fp32, fp32, 192, head(192))
+    expected, _, _ = levels_within(rooms[0], 0, 2, read, fp32, fp32, 192, head(192))
     assert chosen == [(128, [0, 0], head(128))] * 2 + [(192, expected, head(192))] * 2
     assert max(expected) > 0
     assert len(rooms) == 1  # measured before there are gradients and states
@@ -318,7 +327,8 @@ def test_levels_of_a_checkpoint_are_chosen_again_for_a_longer_batch(
     chosen_for: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if on a card with no room; but not those that were given (0)."""
-    monkeypatch.setattr(choices, "room_on_card", lambda _: 0.0)
+    monkeypatch.setattr(fused_module, "room_on_card", lambda _: 0.0)
+    monkeypatch.setattr(fused_module, "room_on_host", lambda: 0)
     begun, model = (install(adapted(tiny_model("llama"))) for _ in range(2))
     fused_of(begun).levels, fused_of(begun).chosen_for = [0, 1], chosen_for
     choices.take_over(model, choices.choices_of(begun))
@@ -339,8 +349,9 @@ def test_evaluation_chooses_no_levels() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("level", [0, 1, 2, 3])
-def test_a_step_takes_what_was_planned(level: int, accumulation: int) -> None:
+@pytest.mark.parametrize(("level", "place"), [(0, "gpu"), (1, "gpu"), (2, "gpu"), (3, "gpu"), (0, "attention"),
+                                              (1, "attention"), (2, "x"), (3, "x")])  # fmt: skip
+def test_a_step_takes_what_was_planned(level: int, place: Place, accumulation: int) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from steep.fusing import decide, fused_step
@@ -361,9 +372,10 @@ def test_a_step_takes_what_was_planned(level: int, accumulation: int) -> None:
     assert layer is not None
     step = fused_step(config, [layer], shape, base="bf16", compute="bf16", trained="bf16", on_card=True)
     before = torch.cuda.memory_allocated()
+    places: list[Place] = [place if number < 7 else "gpu" for number in range(8)]
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16).requires_grad_(False)
-    model = install(add_adapters(model, r=64, trained_dtype="bf16").train(), levels=level)
+    model = install(add_adapters(model, r=64, trained_dtype="bf16").train(), levels=level, places=places)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad_dtype = torch.float32 if accumulation > 1 else torch.bfloat16
@@ -381,5 +393,5 @@ def test_a_step_takes_what_was_planned(level: int, accumulation: int) -> None:
     # In a run the originals of trained embeddings are not in memory.
     originals = sum(p.nbytes for name, p in model.named_parameters() if "original_module" in name)
     assert originals == 2 * 32_000 * 2048 * 2
-    planned = sum(step.by_item([level] * 8, step.faster_way, step.tokens).values()) + originals
+    planned = sum(step.by_item([level] * 8, step.faster_way, step.tokens, places).values()) + originals
     assert planned == pytest.approx(peak, rel=0.1), f"{peak / 2**30:.2f} GiB, planned {planned / 2**30:.2f}"

@@ -13,6 +13,14 @@ is the layer's level:
 
 `down` is never computed again: where a norm follows it (Gemma) its output is kept.
 
+Where it is kept is the layer's place: on the GPU, or in host memory (`steep.model.host_store`), from each place on also
+what the one before has there:
+
+    gpu        nothing is in host memory
+    x          x
+    attention  x2, qkv, a, and o's output where a norm follows it
+    all        gate and up, and down's output where a norm follows it
+
 All but attention is row by row, and computed for a tile of tokens at a time (`Batch.tile`), so that of a long sequence
 only what attention reads and gives is there as a whole. The tiles share one filled weight buffer of each group.
 
@@ -23,12 +31,13 @@ with fp32 inside norms, products and softmax. Autocast is off inside.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from steep.model.attention_half import AttentionHalf
+from steep.model.host_store import HostLayer
 from steep.model.layer import Batch, Layer, rows
 from steep.model.mlp_half import MlpHalf
 from steep.model.weights import AdapterGradients, Weights
@@ -37,6 +46,15 @@ from steep.ops.copy_rows import copy_rows
 from steep.ops.products import sums_in_fp32
 
 LEVELS = (0, 1, 2, 3)
+Place = Literal["gpu", "x", "attention", "all"]
+PLACES: tuple[Place, ...] = get_args(Place)
+# What is in host memory with each, and not with the one before.
+_ON_HOST = {
+    "gpu": (),
+    "x": ("x",),
+    "attention": ("x2", "qkv", "attended", "saved", "attention_out"),
+    "all": ("gate_up", "mlp_out"),
+}
 
 
 def block(x: torch.Tensor, layer: Layer, batch: Batch, backend: str) -> torch.Tensor:
@@ -50,15 +68,46 @@ def block(x: torch.Tensor, layer: Layer, batch: Batch, backend: str) -> torch.Te
 
 @dataclass
 class _Kept:
-    """What a forward pass leaves to its backward pass, beside x. None: computed again, or not there."""
+    """What a forward pass leaves to its backward pass. None: computed again, or not there, or in host memory; x is
+    here for that alone.
 
+    Attributes:
+        saved: tensors beside attention's output.
+    """
+
+    x: torch.Tensor | None = None
     x2: torch.Tensor | None = None
     qkv: torch.Tensor | None = None
     attended: torch.Tensor | None = None
-    saved: tuple[Any, ...] = ()
+    saved: tuple[torch.Tensor, ...] = ()
     attention_out: torch.Tensor | None = None
     gate_up: torch.Tensor | None = None
     mlp_out: torch.Tensor | None = None
+    host: HostLayer | None = None
+    _on_host: tuple[str, ...] = ()
+
+    def to_host(self, host: HostLayer) -> None:
+        """Let go of what belongs there."""
+        there: list[tuple[str, torch.Tensor]] = []
+        for place in PLACES[: PLACES.index(host.place) + 1]:
+            for name in _ON_HOST[place]:
+                kept = getattr(self, name)
+                there += [(name, each) for each in (kept if name == "saved" else (kept,)) if each is not None]
+                setattr(self, name, () if name == "saved" else None)
+        host.keep([tensor for _, tensor in there])
+        self.host, self._on_host = host, tuple(name for name, _ in there)
+
+    def from_host(self) -> None:
+        """Have it again."""
+        if self.host is None:
+            return
+        for name, tensor in zip(self._on_host, self.host.fetch(), strict=True):
+            setattr(self, name, (*self.saved, tensor) if name == "saved" else tensor)
+
+    def leave_host(self) -> None:
+        """The backward pass failed."""
+        if self.host is not None:
+            self.host.leave()
 
 
 class _Block(torch.autograd.Function):
@@ -97,20 +146,29 @@ class _Block(torch.autograd.Function):
                 to_keep = _at(kept.gate_up, tile), _at(kept.mlp_out, tile)
                 second.forward(x2[tile], of_gate_up, of_down, *to_keep, y[tile])
         if keeps:
-            ctx.save_for_backward(x, *trained)  # an adapter that is changed before the backward pass is an error
+            kept.x = x
+            if batch.host is not None:
+                kept.to_host(batch.host)
+            stays, kept.x = () if kept.x is None else (x,), None
+            ctx.save_for_backward(*stays, *trained)  # what is changed before the backward pass is an error
             ctx.halves, ctx.kept, ctx.num_trained = (first, second), kept, len(trained)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, *_ = ctx.saved_tensors
-        kept, (first, second) = ctx.kept, ctx.halves
+        saved, kept = ctx.saved_tensors, ctx.kept
         if kept is None:
             raise RuntimeError("a fused layer's gradients are written over what it kept, so that there is one backward")
-        ctx.kept = None  # nothing stays behind while the graph is alive
-        with without_autocast(x.device.type), sums_in_fp32():
-            dx, gradients = _Backward(first, second, kept).run(x, dy.contiguous())
+        (first, second), ctx.kept, ctx.halves = ctx.halves, None, None  # nothing stays behind while the graph is alive
+        try:
+            kept.from_host()
+            x = saved[0] if kept.x is None else kept.x
+            with without_autocast(x.device.type), sums_in_fp32():
+                dx, gradients = _Backward(first, second, kept).run(x, dy.contiguous())
+        except BaseException:
+            kept.leave_host()
+            raise
         if len(gradients) != ctx.num_trained:
             raise RuntimeError("an adapter was frozen, or made to train, after the forward of a fused layer")
         return (dx if ctx.needs_input_grad[0] else None, None, None, None, *gradients)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from steep.errors import UserError
+from steep.model.block import Place
 from steep.model.install import fused_of, is_installed
 from steep.model.load import DTYPES
 from steep.model.machine import LACKS_FP8_UNITS, lacks_fp8_units
-from steep.model.recompute import room_on_card
 from steep.model.unwrap import unwrap
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way
@@ -33,6 +33,7 @@ class Choices:
         loss_way: how the loss is cut, see `steep.ops.linear_cross_entropy`; None: not known.
         backends: of attention, by kind of layer and batch.
         fp8_products: which products over an fp8 base are in fp8; None: not known, or not fused.
+        places: where each fused layer keeps it (`steep.model.block`); None: on the GPU, or not known yet.
     """
 
     fused: bool
@@ -43,6 +44,7 @@ class Choices:
     backends: dict[str, str] = field(default_factory=dict)
     fp8_products: Fp8Products | None = None
     tile: int | None = None
+    places: list[Place] | None = None
 
 
 def choices_of(model: Any) -> Choices:
@@ -54,7 +56,17 @@ def choices_of(model: Any) -> Choices:
         return Choices(False, trained_dtype)
     fused = fused_of(model)
     backends = dict(fused.backends.chosen)
-    return Choices(True, trained_dtype, fused.levels, fused.chosen_for, fused.loss_way, backends, fused.fp8, fused.tile)
+    return Choices(
+        True,
+        trained_dtype,
+        fused.levels,
+        fused.chosen_for,
+        fused.loss_way,
+        backends,
+        fused.fp8,
+        fused.tile,
+        fused.places,
+    )
 
 
 def take_over(model: Any, choices: Choices) -> None:
@@ -74,7 +86,8 @@ def take_over(model: Any, choices: Choices) -> None:
         raise UserError("fp8_products", f"products are in fp8 so far, and cannot be here: {LACKS_FP8_UNITS}", remedy)
     if fused.levels is None and choices.levels is not None:
         fused.levels, fused.chosen_for, fused.tile = choices.levels, choices.chosen_for, choices.tile
-        fused.room = room_on_card(unwrap(model).model)  # there are no states of the optimizer yet
+        fused.places = choices.places
+        fused.measure(unwrap(model).model)  # there are no states of the optimizer yet
     fused.loss_way = fused.loss_way or choices.loss_way
     fused.fp8 = fused.fp8 or choices.fp8_products
     fused.backends.chosen = {**choices.backends, **fused.backends.chosen}

@@ -23,7 +23,7 @@ from steep.model.layer import Batch, Groups, Layer
 from steep.model.machine import has_fp8_units
 from steep.model.projections import Unfused, compute_dtype, hooks_of, in_use
 from steep.model.read_layer import Traits, eps_of
-from steep.model.recompute import levels_within, room_on_card
+from steep.model.recompute import levels_within
 from steep.model.refusals import refuse_arguments, refuse_config, refuse_decoder, refuse_hooks_of_layer, row_lengths
 from steep.model.tiling import tile_sizes
 from steep.ops.backend import gradient_dtype, not_compiled
@@ -200,11 +200,16 @@ class FusedDecoder(nn.Module):
         if fp8 != "none" and not self.fused.calls:
             layers = list(layers)
             self._say_dequantised([layer for layer in layers if layer is not None], dtype)
-        levels = self._levels(hidden_states, dtype) if torch.is_grad_enabled() else [0] * len(kinds)
+        levels, hosts = [0] * len(kinds), [None] * len(kinds)
+        if torch.is_grad_enabled():
+            levels = self._levels(hidden_states, dtype)
+            hosts = self.fused.host_layers(len(kinds), hidden_states.device)
         tile = self.fused.tile or tile_sizes(packing.num_tokens)[0]
-        for module, layer, kind, level in zip(self.layers, layers, kinds, levels, strict=True):
-            batch = Batch(packing, *turns[kind], dtype, fp8, level, tile)
+        for module, layer, kind, level, host in zip(self.layers, layers, kinds, levels, hosts, strict=True):
+            batch = Batch(packing, *turns[kind], dtype, fp8, level, tile, host)
             hidden_states = module(hidden_states, batch=batch, fused=self.fused, layer=layer)
+        if hosts[-1] is not None:
+            hosts[-1].let_go()
         traits = self.layers[0].traits
         with torch.autocast(hidden_states.device.type, enabled=False):
             return rms_norm(hidden_states, self.norm.weight, eps_of(self.norm), unit_offset=traits.unit_offset)
@@ -262,11 +267,11 @@ class FusedDecoder(nn.Module):
     def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:
         fused, tokens = self.fused, len(hidden_states)
         if fused.levels is None:
-            fused.room = room_on_card(self)  # later, states of the optimizer would be counted twice
+            fused.measure(self)  # later, states of the optimizer would be counted twice
         if fused.levels is None or 0 < fused.chosen_for < tokens:
             layer, stream = fused.layer(self.layers[0]), hidden_states.dtype
-            fused.levels, fused.tile = levels_within(
-                fused.room, len(self.layers), layer, dtype, stream, tokens, fused.beside, self._fp8()
+            fused.levels, fused.places, fused.tile = levels_within(
+                fused.room, fused.host_room, len(self.layers), layer, dtype, stream, tokens, fused.beside, self._fp8()
             )
             fused.chosen_for = tokens
         return fused.levels

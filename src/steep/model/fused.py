@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from steep.model.backends import Backends
+from steep.model.block import Place
+from steep.model.host_store import HostLayer, HostStore
 from steep.model.layer import Layer
+from steep.model.machine import room_on_host
 from steep.model.reading import Reading
+from steep.model.recompute import room_on_card
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way
 
@@ -21,8 +28,10 @@ class Fused:
 
     Attributes:
         levels: what each layer keeps (`steep.model.block`); None: chosen at the first call that trains.
+        places: where each layer keeps it (`steep.model.block`); None: on the GPU, or not chosen yet.
         chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given.
         room: bytes of the card that the choice is within; None: there is no card.
+        host_room: bytes of host memory that it is within.
         tile: tokens that a layer computes at a time (`steep.model.block`); None: as many as is fast.
         loss_way: how the loss is cut (`steep.ops.linear_cross_entropy`); None: as is faster.
         backends: of attention.
@@ -37,8 +46,10 @@ class Fused:
     """
 
     levels: list[int] | None = None
+    places: list[Place] | None = None
     chosen_for: int = 0
     room: float | None = None
+    host_room: int = 0
     tile: int | None = None
     loss_way: Way | None = None
     backends: Backends = field(default_factory=Backends)
@@ -50,9 +61,10 @@ class Fused:
     was_fused: bool = False
     said: set[str] = field(default_factory=set)
     _readings: dict[int, Reading] = field(default_factory=dict, repr=False)
+    _host: HostStore = field(default_factory=HostStore, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readings": {}}  # of these modules, not of a copy's
+        return {**self.__dict__, "_readings": {}, "_host": HostStore()}  # of these modules, not of a copy's
 
     def layer(self, module: Any) -> Layer:
         """The tensors of a decoder layer as they are now: PEFT may switch adapters on and off between two calls."""
@@ -62,6 +74,23 @@ class Fused:
             readings.pop(key, None)
             reading = readings[key] = Reading(module, module.traits, lambda _: readings.pop(key, None))
         return reading.layer
+
+    def measure(self, decoder: Any) -> None:
+        """Note the room that there is for what layers keep: before the first backward pass."""
+        self.room = room_on_card(decoder)
+        self.host_room = 0 if self.room is None else room_on_host()
+
+    def host_layers(self, num_layers: int, device: torch.device) -> Sequence[HostLayer | None]:
+        """The layers' parts of host memory, for a forward pass that may be differentiated; None: all is on the GPU."""
+        nowhere = [None] * num_layers
+        if self.places is None or all(place == "gpu" for place in self.places):
+            return nowhere
+        begun = self._host.begin(device)
+        if begun is None:
+            held = "a forward before the backward of another keeps all on the GPU: host memory is for one"
+            self.say_once(held, fused=True)
+            return nowhere
+        return [HostLayer(begun, index, place) for index, place in enumerate(self.places)]
 
     def forget(self) -> None:
         """Let go of what was read: it is read again."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from steep.errors import UserError
-from steep.model.block import LEVELS
+from steep.model.block import LEVELS, PLACES, Place
 from steep.model.families import FUSED, fused_class, library_class
 from steep.model.fused import Fused
 from steep.model.loss import FusedCausalLM
@@ -31,6 +31,7 @@ def install(
     model: Any,
     *,
     levels: int | Sequence[int] | None = None,
+    places: Place | Sequence[Place] | None = None,
     logits: bool = False,
     fp8_products: Fp8Products | None = None,
     tile: int | None = None,
@@ -44,6 +45,9 @@ def install(
         levels: what layers keep for the backward pass, from 0 (most memory, fastest) to 3, for all or for each; see
             `steep.model.block`. None: chosen for the free memory at the first call that trains, and again for a
             longer batch.
+        places: where layers keep that, for all or for each: ``gpu``, or in host memory ``x`` (a layer's input),
+            ``attention`` (all but the MLP's) or ``all``; see `steep.model.block`. With `levels`
+            only. None: on the GPU, or chosen with the levels.
         logits: give logits too where there are labels, without a gradient (for `compute_metrics`).
         fp8_products: which products over an fp8 base are in fp8: ``both`` directions, ``backward`` or ``none``. None:
             both on a card with fp8 units, none elsewhere.
@@ -70,13 +74,12 @@ def install(
     base: Any = unwrap(model)
     decoder = base.model
     num_layers = len(decoder.layers)
-    if levels is not None:
-        given = levels
-        levels = list(given) if isinstance(given, Sequence) else [given] * num_layers
-        if len(levels) != num_layers or any(type(level) is not int or level not in LEVELS for level in levels):
-            raise UserError(
-                "levels", f"{given} are no levels of {num_layers} layers", "Give one from 0 to 3, or one for each."
-            )
+    levels = _for_each(levels, num_layers, "levels", LEVELS, "from 0 to 3")
+    places = _for_each(places, num_layers, "places", PLACES, f"of {', '.join(PLACES)}")
+    if places is not None and levels is None:
+        raise UserError(
+            "places", "they are chosen with the levels where those are not given", "Give levels too, or neither."
+        )
     if tile is not None and (type(tile) is not int or tile < 1):
         raise UserError("tile", f"{tile!r} is no number of tokens", "Give a whole number above 0, such as 4096.")
     if fp8_products not in (None, *FP8_PRODUCTS):
@@ -87,7 +90,12 @@ def install(
         raise UserError("fp8_products", f"no product can be in fp8: {reason}", remedy)
     replaced = not is_installed(model) and "forward" in vars(base)  # later, it is around the fused one
     base.fused = decoder.fused = Fused(
-        levels=levels, logits=logits, fp8=fp8_products, tile=tile, beside=bytes_beside_decoder(base)
+        levels=levels,
+        places=places,
+        logits=logits,
+        fp8=fp8_products,
+        tile=tile,
+        beside=bytes_beside_decoder(base),
     )
     for module in (*_modules(base), model):
         module.__class__ = fused_class(type(module)) or type(module)
@@ -160,6 +168,16 @@ def why_not_this_model(model: Any) -> str | None:
     except Unfused as reason:
         return str(reason)
     return None
+
+
+def _for_each(given: Any, num_layers: int, field: str, known: Sequence[Any], which: str) -> list[Any] | None:
+    """One value of `known` for each layer."""
+    if given is None:
+        return None
+    values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * num_layers
+    if len(values) != num_layers or any(type(value) is not type(known[0]) or value not in known for value in values):
+        raise UserError(field, f"{given} are no {field} of {num_layers} layers", f"Give one {which}, or one for each.")
+    return values
 
 
 def _why_no_fp8(decoder: Any) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from steep.model.host_store import HostLayer
 from steep.model.weights import Weights
 from steep.ops.fp8 import Fp8Rows
 from steep.ops.fp8_groups import Fp8Products, group_of
@@ -140,6 +141,7 @@ class Batch:
         fp8: which products over an fp8 base are in fp8.
         level: what the layer keeps for its backward pass (`steep.model.block`).
         tile: tokens that what is row by row is computed for at a time.
+        host: where the layer keeps some of it in host memory; None: no layer does.
     """
 
     packing: Packing
@@ -149,6 +151,7 @@ class Batch:
     fp8: Fp8Products
     level: int
     tile: int
+    host: HostLayer | None = None
 
     @cached_property
     def tiles(self) -> list[slice]:

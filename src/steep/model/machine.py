@@ -1,15 +1,19 @@
-"""The card of this machine, and whether the kernels of the fused forward run on a card."""
+"""The card and the memory of this machine, and whether the kernels of the fused forward run on a card."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from steep import ranks
 from steep.kernels import OLDEST_CARD, OLDEST_FP8_CARD
 
+HOST_SHARE = 0.8
+_CGROUP = Path("/sys/fs/cgroup")
 OLDEST_BF16_CARD = (8, 0)  # torch also calls emulated bf16 supported, at a tenth of the speed
 LACKS_FP8_UNITS = "the card has no fp8 units: those of compute capability 8.9 and newer have"
 
@@ -59,6 +63,28 @@ def card_here() -> Card | None:
     free, total = torch.cuda.mem_get_info()
     capability = torch.cuda.get_device_capability()
     return Card(torch.cuda.get_device_name(), capability, total, free + torch.cuda.memory_reserved())
+
+
+def host_memory() -> int:
+    """Bytes of the host that are free, or can be freed at once; within a container no more than that may take."""
+    free = _meminfo()["MemAvailable"]
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        cached = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())["inactive_file"]
+    except (OSError, KeyError):
+        return free
+    return free if limit == "max" else min(free, max(int(limit) - int(used) + int(cached), 0))
+
+
+def room_on_host() -> int:
+    """Those of them that a process may fill for long: the others are for what it loads, and for those beside it."""
+    return round(HOST_SHARE * host_memory()) // ranks.world_size()
+
+
+def _meminfo() -> dict[str, int]:
+    """In bytes."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    return {name.rstrip(":"): int(number) * 1024 for name, number, *_ in lines}
 
 
 def why_not_on(card: Card | None) -> str | None:

@@ -1,16 +1,18 @@
-"""What each layer keeps for its backward pass, chosen to fill the memory that is free."""
+"""What each layer keeps for its backward pass, and where, chosen to fill the memory that is free."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 
-from steep.model.block import LEVELS
+from steep.model.block import LEVELS, Place
 from steep.model.layer import Layer
-from steep.model.step_bytes import kept_bytes, training_bytes, work_bytes
+from steep.model.placement import Kept
+from steep.model.step_bytes import training_bytes, work_bytes
 from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 
@@ -36,13 +38,6 @@ def candidates(num_layers: int, tokens: int) -> Iterator[tuple[list[int], int]]:
         yield from ((levels, smallest) for levels in level_lists(num_layers))
 
 
-def moments(levels: Sequence[int]) -> list[int]:
-    """The layers in whose backward pass a step may need the most memory: the last of each run of equal levels, since a
-    pass frees what its layer kept, and the first layer, after which all gradients are there."""
-    last = len(levels) - 1
-    return [index for index, level in enumerate(levels) if index in (0, last) or levels[index + 1] != level]
-
-
 def room_on_card(decoder: Any) -> float | None:
     """Bytes of the card that training may use beside the weights: most of what is free now, before the first backward
     pass, less gradients and states of what trains in the decoder. None: its weights are on no card."""
@@ -63,6 +58,7 @@ def bytes_beside_decoder(model: Any) -> int:
 
 def levels_within(
     room: float | None,
+    host_room: int,
     num_layers: int,
     layer: Layer,
     dtype: torch.dtype,
@@ -70,27 +66,30 @@ def levels_within(
     tokens: int,
     beside: int,
     fp8: Fp8Products = "none",
-) -> tuple[list[int], int]:
-    """The first of `candidates` that needs no more than a room (`room_on_card`), less what the head takes, or the last
-    one; the first one without a card.
+) -> tuple[list[int], list[Place], int]:
+    """The first of `candidates` that needs no more than a room (`room_on_card`), less what the head takes, with the
+    fewest layers that have something in host memory; or the last one; the first one without a card.
 
     Args:
+        host_room: bytes of host memory that layers may have.
         layer: one of the decoder's.
         beside: bytes that the head takes, with its loss.
         fp8: which products are in fp8.
     """
     if room is None:
-        return next(candidates(num_layers, tokens))
-    kept = [tokens * each for each in kept_bytes(layer, dtype, stream, fp8)]
+        levels, tile = next(candidates(num_layers, tokens))
+        return levels, ["gpu"] * num_layers, tile
+    kept, limit = Kept.of([layer], dtype, stream, fp8, tokens), room - beside
     work = {
         tile: [work_bytes(layer, dtype, stream, level, tokens, fp8, tile) for level in LEVELS]
         for tile in tile_sizes(tokens)
     }
 
-    def needed(levels: list[int], tile: int) -> int:
-        return max(sum(kept[level] for level in levels[: i + 1]) + work[tile][levels[i]] for i in moments(levels))
+    def fits(levels: list[int], places: list[Place], tile: int) -> bool:
+        return all(own + work[tile][levels[index]] <= limit for index, own in kept.in_backward(levels, places))
 
     for levels, tile in candidates(num_layers, tokens):
-        if needed(levels, tile) <= room - beside:
-            break
-    return levels, tile
+        places = kept.fewest(levels, host_room, partial(fits, levels, tile=tile))
+        if places is not None:
+            return levels, places, tile
+    return levels, kept.most(levels, host_room), tile

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from itertools import accumulate
 
 import torch
 
@@ -16,15 +18,32 @@ from steep.ops.lora import Group
 
 def kept_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype, fp8: Fp8Products = "none") -> list[int]:
     """Bytes a token that a layer keeps at each level, its input included."""
+    return [places[-1] for places in host_bytes(layer, dtype, stream, fp8)]
+
+
+def host_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype, fp8: Fp8Products = "none") -> list[list[int]]:
+    """Bytes a token of that which are in host memory: of each level at each place. Nothing stays at the last one."""
     qkv, _, gate_up, _ = layer.groups(dtype, fp8)
     hidden = layer.o.weight.shape[0]
     x, width = hidden * stream.itemsize, dtype.itemsize
     added = hidden * width
-    at_3 = x + (added if layer.mlp_out_norm else 0)
-    at_2 = at_3 + x + layer.attention.num_heads * (layer.attention.head_dim * width + 4)
+    at_2 = x + layer.attention.num_heads * (layer.attention.head_dim * width + 4)
     at_1 = at_2 + qkv.outputs * width
-    at_0 = at_1 + gate_up.gradient_width * width + (added if layer.attention_out_norm else 0)
-    return [at_0, at_1, at_2, at_3]
+    at_0 = at_1 + (added if layer.attention_out_norm else 0)
+    of_mlp = added if layer.mlp_out_norm else 0
+    gate_up_bytes = gate_up.gradient_width * width
+    parts = [(x, at_0, gate_up_bytes + of_mlp), (x, at_1, of_mlp), (x, at_2, of_mlp), (x, 0, of_mlp)]
+    return [[0, *accumulate(of_level)] for of_level in parts]
+
+
+def products_a_byte(layer: Layer, host: int) -> float:
+    """Floating-point operations of a layer's forward pass for each byte that is copied to the host meanwhile.
+
+    Args:
+        host: bytes a token.
+    """
+    projections = (*layer.qkv, layer.o, *layer.gate_up, layer.down)
+    return 2 * sum(math.prod(projection.weight.shape) for projection in projections) / max(host, 1)
 
 
 def work_bytes(
