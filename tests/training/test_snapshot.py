@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,48 +116,6 @@ def assert_as_peft(model: Any, corpus: Any, tmp_path: Path) -> None:
     trainer._snapshot(tmp_path / "snapshot", rng_states()).write(tmp_path / "snapshot")
     written = contents(tmp_path / "snapshot")
     assert {name: written[name] for name in contents(tmp_path / "peft")} == contents(tmp_path / "peft")
-
-
-def refused(error: Any) -> Any:
-    """torch's `cudart`, which locks nothing."""
-    return SimpleNamespace(cudaHostRegister=lambda address, size, flags: error())
-
-
-def test_memory_that_cannot_be_locked_is_used_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def check(code: int) -> None:
-        raise RuntimeError(f"CUDA error {code}")
-
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: refused(lambda: 2))
-    monkeypatch.setattr(torch.cuda, "check_error", check)
-    memory = HostMemory()
-    for size in (2**20, 2**19, 2**21):
-        memory._reserve(size, torch.device("cpu"))
-    assert memory._memory.numel() == 2**21
-    memory.release()
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{size} MiB of host memory cannot be page-locked (CUDA error 2): training will wait longer for each checkpoint"
-        for size in ("1.0", "2.0")
-    ]
-
-
-@pytest.mark.gpu
-def test_a_gpu_is_copied_from_into_memory_that_cannot_be_locked(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """And the error of that is none of a kernel that comes after it."""
-    runtime: Any = torch.cuda.cudart()
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: refused(lambda: runtime.cudaHostRegister(0, 4096, 0)))
-    given = [torch.randn(1000, 777, device="cuda"), torch.ones(7)]
-    memory = HostMemory()
-    copies = memory.copies(given)
-    assert "cannot be page-locked" in caplog.text and not copies[0].is_pinned()
-    expected = [tensor.cpu().clone() for tensor in given]
-    given[0].add_(1)
-    torch.cuda.synchronize()
-    assert tree_differences(expected, copies) == []
-    memory.release()
 
 
 @pytest.mark.gpu

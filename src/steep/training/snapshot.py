@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import json
-import logging
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from steep.ops.pinned import pinned_zeros
 from steep.tensor_files import write_tensors
 from steep.training.state_files import encode
-
-logger = logging.getLogger("steep")
 
 Finish = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 _ALIGNMENT = 64  # bytes
 
 
 class HostMemory:
-    """Page-locked memory that tensors of a GPU are copied into: allocated once, at its exact size, and used again.
-
-    torch's own page-locked tensors would be rounded up to the next power of two, each. Where the system lets none be
-    locked, the memory is used as it is: the copy then takes longer.
-    """
+    """Page-locked memory that tensors of a GPU are copied into: allocated once, at its exact size, and used again."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._unlock: weakref.finalize | None = None
 
     def copies(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Contiguous copies on the CPU. Those of GPU tensors last until the next call."""
@@ -45,28 +37,13 @@ class HostMemory:
 
     def release(self) -> None:
         """Give the memory back."""
-        if self._unlock is not None:
-            self._unlock()
-        self._memory, self._unlock = torch.empty(0, dtype=torch.uint8), None
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
     def _reserve(self, size: int, device: torch.device) -> None:
         if self._memory.numel() >= size:
             return
         self.release()
-        self._memory = torch.empty(size, dtype=torch.uint8)
-        runtime: Any = torch.cuda.cudart()
-        address = self._memory.data_ptr()
-        try:
-            torch.cuda.check_error(runtime.cudaHostRegister(address, size, 0))
-        except RuntimeError as error:
-            logger.warning(
-                "%.1f MiB of host memory cannot be page-locked (%s): training will wait longer for each checkpoint",
-                size / 2**20,
-                error,
-            )
-            _take_error_back(device)
-            return
-        self._unlock = weakref.finalize(self, runtime.cudaHostUnregister, address)
+        self._memory = pinned_zeros((size,), torch.uint8, device, "training will wait longer for each checkpoint")
 
     @staticmethod
     def _copy(tensor: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -114,14 +91,6 @@ class Snapshot:
         for name, tensors in self._tensors.items():
             finish, metadata = self._finish.get(name, (dict, None))
             write_tensors(finish(tensors), folder / name, metadata)
-
-
-def _take_error_back(device: torch.device) -> None:
-    """CUDA keeps the error of a call that failed and reports it with the next kernel too: this one, not training's."""
-    try:
-        torch.ones(1, device=device).add_(1)
-    except RuntimeError as error:
-        logger.debug("reported once more: %s", error)
 
 
 def _clone(tensor: torch.Tensor) -> torch.Tensor:
