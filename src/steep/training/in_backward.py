@@ -159,6 +159,7 @@ class UpdatesInBackward:
         Args:
             meanwhile: called while the GPU still works.
         """
+        self._optimizer.finish_updates()
         left = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         found, self._norms = self._norms, {}
         for arrived in self._arrived.values():
@@ -188,6 +189,7 @@ def updates_in_backward(parameters: Mapping[str, nn.Parameter], optimizer: Any) 
     finally:
         for hook in hooks:
             hook.remove()
+        optimizer.finish_updates()
 
 
 def _layer_of(name: str) -> str:
