@@ -588,3 +588,37 @@ def test_an_amount_of_vram_is_planned_for_without_a_card(
     in_fp32, warned = planned(between, "auto")
     assert sum(in_bf16) < sum(in_fp32)
     assert "planned for a card without one, with products in fp32 as here: name the card (steep plan --card)" in warned
+
+
+@pytest.mark.parametrize("offload", ["embeddings", "all"])
+@pytest.mark.parametrize("lean", [False, True], ids=["at the end", "in backward"])
+def test_states_in_host_memory_leave_the_plan_of_the_card(offload: str, lean: bool) -> None:
+    """For three slots, and inside backward the gradients that their updates still read. On a CPU nothing moves."""
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    empty = empty_llama(vocab_size=128_256, num_hidden_layers=8, **large)
+    given = {"optimizer_in_backward": True, "max_grad_norm": 0} if lean else {}
+    whole = step_of(config_of(training=given), empty)
+    step = step_of(config_of(training={**given, "offload_optimizer": offload}), empty)
+    shape, levels = step.shape, [3] * 8
+    ours, theirs = (each.by_item(levels, "vocabulary", each.tokens) for each in (step, whole))
+    left = {"embeddings": shape.lora, "all": 0}[offload]
+    assert ours["optimizer states"] == round(left * (2 + 8 / 256)) < theirs["optimizer states"]
+    assert (ours["staging of states"], theirs["staging of states"]) == (3 * (2**25 + 2**19), 0)
+    of_head, of_layer = 2 * shape.table, 2 * shape.lora // 8
+    more = [
+        a["gradients"] - b["gradients"]
+        for a, b in zip(*(s._in_layers(levels, s.tokens) for s in (step, whole)), strict=True)
+    ]
+    first_layer = {"embeddings": 0, "all": 4 * of_layer}[offload]
+    assert more == ([first_layer, of_head] if lean else [0, 0])
+    assert sum(ours.values()) < sum(theirs.values())
+    on_cpu = fused_step(
+        config_of(training={**given, "offload_optimizer": offload}), step.layers, shape,
+        base="nf4", compute="bf16", trained="bf16", on_card=False,
+    )  # fmt: skip
+    assert on_cpu.by_item(levels, "vocabulary", on_cpu.tokens)["optimizer states"] == theirs["optimizer states"]
+    how: dict[str, Any] = {"base": "nf4", "compute": "bf16", "trained": "bf16", "optim": "adamw_8bit", "tokens": 64}
+    how |= {"checkpointing": True, "accumulates": False, "on_card": True, "in_backward": lean}
+    library, on_card = (memory_by_item(shape, **how, offload=each) for each in (offload, "none"))
+    assert library["optimizer states"] == ours["optimizer states"]
+    assert sum(library.values()) < sum(on_card.values())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 
-from steep.memory import ADAMW_8BIT, WIDTH, Shape, standing, update_scratch
+from steep.memory import ADAMW_8BIT, WIDTH, Shape, standing, update_scratch, updates_under_way
 from steep.model.block import LEVELS
 from steep.model.layer import Layer
 from steep.model.load import DTYPES
@@ -16,6 +16,7 @@ from steep.model.step_bytes import kept_bytes, loss_bytes, work_bytes
 from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
+from steep.training.adamw8bit import UPDATES_UNDER_WAY, Offload
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class FusedStep:
         trains_head: whether the head has a gradient.
         on_card: it is planned for a card.
         fp8: which products are in fp8.
+        offload: whose optimizer states live in host memory; there has to be a card.
     """
 
     shape: Shape
@@ -50,6 +52,7 @@ class FusedStep:
     trains_head: bool
     on_card: bool
     fp8: Fp8Products = "none"
+    offload: Offload = "none"
     _works: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def by_item(self, levels: Sequence[int], way: Way, tile: int) -> dict[str, int]:
@@ -57,7 +60,8 @@ class FusedStep:
 
         The peak is at the loss, in the backward pass of a layer (`moments`), or at the update.
         """
-        fixed = standing(self.shape, base=self.base, compute=self.compute, trained=self.trained, optim=self.optim)
+        how = {"base": self.base, "compute": self.compute, "trained": self.trained, "optim": self.optim}
+        fixed = standing(self.shape, **how, offload=self.offload)
         states = (self._at_the_loss(levels, way), *self._in_layers(levels, tile), *self._at_the_update())
         return {**fixed, **max(states, key=lambda items: sum(items.values()))}
 
@@ -123,7 +127,7 @@ class FusedStep:
             kept = sum(self._kept[level] for level in levels[: index + 1])
             done = self._of_head + of_layer * (len(levels) - index)
             if self.in_backward:
-                done = self._of_waiting_head + of_layer
+                done = self._of_waiting_head + of_layer + self._under_way(len(levels) - 1 - index)
             gradients = self._gradients_before if self._gradients_stay else done  # else added to those that are there
             yield _items(kept, self._work(tile)[levels[index]], 0, gradients)
 
@@ -132,13 +136,19 @@ class FusedStep:
         if self.in_backward:
             waiting = self._of_waiting_head
             last = self.shape.trained_embeddings * self.gradient_width - (self._of_head - waiting)  # the table's
-            return (_items(0, 0, 0, waiting + last + scratch),)
+            return (_items(0, 0, 0, waiting + last + scratch + self._under_way(self.shape.layers)),)
         gradients = self.shape.trained * self.gradient_width
         of_table = self.shape.table * self.gradient_width if self._gradients_stay else 0
         return (
             _items(0, 0, 0, gradients + (of_table if self.shape.trained_embeddings else 0)),
             _items(0, 0, 0, gradients + scratch),
         )
+
+    def _under_way(self, layers: int) -> int:
+        """Gradients that updates over host memory still read, so many layers behind the head."""
+        of_layer = self.shape.lora * self.gradient_width // self.shape.layers
+        of_head = self._of_head - self._of_waiting_head if layers < UPDATES_UNDER_WAY else 0
+        return updates_under_way(of_head, min(layers, 1) * of_layer, self.offload)
 
     @property
     def _gradients_before(self) -> int:

@@ -339,6 +339,7 @@ def _work_out(
         check_warmup(arguments, steps)
     host, disk = storage_of(
         config,
+        shape,
         memory,
         steps,
         tied=is_tied(empty),

@@ -6,7 +6,7 @@ import math
 
 from steep import ranks
 from steep.fused_memory import FusedStep
-from steep.memory import WORKSPACES, Shape, memory_by_item
+from steep.memory import WORKSPACES, Shape, memory_by_item, states_bytes
 from steep.model.choices import Choices
 from steep.schema import RunConfig
 from steep.settings import uses_checkpointing
@@ -44,12 +44,20 @@ def memory_of(
         accumulates=training.gradient_accumulation_steps > 1 or ranks.world_size() > 1,  # in DDP's buckets
         on_card=on_card,
         in_backward=training.optimizer_in_backward,
+        offload=training.offload_optimizer if on_card else "none",
     )
     return of_step | of_libraries
 
 
 def storage_of(
-    config: RunConfig, memory: dict[str, int], steps: int, *, tied: bool, rolls_back: bool, keeps_best: bool
+    config: RunConfig,
+    shape: Shape,
+    memory: dict[str, int],
+    steps: int,
+    *,
+    tied: bool,
+    rolls_back: bool,
+    keeps_best: bool,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by item on the host beside the model, and on the disk.
 
@@ -62,6 +70,8 @@ def storage_of(
     interval = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
     written = math.ceil(steps / max(interval, 1)) + rolls_back
     kept = min(written, training.save_total_limit or written) + 1  # one more while the next is written
-    checkpoint = result + memory["optimizer states"]
-    host = {"copy of a checkpoint": checkpoint}  # which is written while training goes on
+    states = states_bytes(shape, training.optim)
+    checkpoint = result + states
+    # A copy of a checkpoint is written while training goes on. States are on the card or here.
+    host = {"copy of a checkpoint": checkpoint, "optimizer states": states - memory["optimizer states"]}
     return host, {"checkpoints": (kept + keeps_best) * checkpoint, "final": result}
