@@ -10,12 +10,12 @@ import torch
 
 from steep.kernels import adamw8bit as kernels
 from steep.ops import host_states
-from steep.ops.adamw8bit import Launch, adamw8bit_reference
 from steep.ops.backend import interpreted
 from steep.training import adamw8bit
 from steep.training.adamw8bit import AdamW8bit, stochastic_round_
 from tests.ops.closeness import assert_as_good
 from tests.ops.moment_codes import assert_same_codes
+from tests.training.helpers import update_by_reference
 
 SIZE = 8192  # two moments in 8 bit need at least 4,096 elements
 RATE = 5e-6
@@ -429,11 +429,8 @@ def test_a_prepared_step_is_the_step_and_another_is_worked_out_anew() -> None:
 
 @pytest.fixture
 def by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Updates as on a card, each kernel replaced by its reference: `tests/ops` hold the kernels to it."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(adamw8bit, "uses_kernels", lambda tensor: True)
-        reference = adamw8bit_reference
-        monkeypatch.setattr(Launch, "run", lambda self, factor=None: reference(self.updates, self.maps, factor))
+        update_by_reference(monkeypatch)
 
 
 def offloaded(offload: adamw8bit.Offload, kind: str = "step") -> tuple[list[torch.nn.Parameter], AdamW8bit]:
