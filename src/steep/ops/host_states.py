@@ -111,7 +111,8 @@ def part(update: Update, piece: slice, state: Sequence[torch.Tensor]) -> Update:
     return replace(
         update,
         parameter=update.parameter.view(-1)[piece],
-        gradient=update.gradient.view(-1)[piece],
+        gradient=update.gradient if update.rows is not None else update.gradient.view(-1)[piece],
+        first=update.first + piece.start,
         moments=(state[0], state[1]),
         scales=(state[2], state[3]) if len(state) == 4 else None,
         key=update.key ^ piece.start // BLOCK,

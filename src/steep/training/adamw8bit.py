@@ -24,6 +24,7 @@ from bitsandbytes.optim import AdamW
 from steep.ops.adamw8bit import Launch, Update, launches, noise_key
 from steep.ops.backend import uses_kernels
 from steep.ops.host_states import HostState, Staging
+from steep.ops.row_gradient import coalesced, places, values_of
 
 Offload = Literal["none", "embeddings", "all"]
 OFFLOADS: tuple[Offload, ...] = ("none", "embeddings", "all")
@@ -125,7 +126,7 @@ class _Dependencies:
         )
 
     def _addresses(self) -> list[int]:
-        gradients = [gradient.data_ptr() for gradient in self._gradients if gradient is not None]
+        gradients = [values_of(gradient).data_ptr() for gradient in self._gradients if gradient is not None]
         return [parameter.data_ptr() for parameter in self._parameters] + gradients
 
 
@@ -339,6 +340,8 @@ class AdamW8bit(AdamW):
                 else:
                     by_device.setdefault(device, []).append(slot)
             else:
+                if slot.gradient.is_sparse:
+                    slot.parameter.grad = slot.gradient.to_dense()
                 others.setdefault(slot.place.gindex, []).append(slot)
         launches = {device: self._launches(slots) for device, slots in by_device.items()}
         return _Work(by_kernel, others, launches, hosted)
@@ -361,11 +364,15 @@ class AdamW8bit(AdamW):
     def _update_of(self, slot: _Slot) -> Update:
         state, config = slot.state, self._config(slot.place)
         step, coded = state["step"] + 1, state["state1"].dtype == torch.uint8
+        gradient, rows = slot.gradient, None
+        if gradient.is_sparse:
+            gradient = coalesced(gradient)
+            rows, gradient = places(gradient._indices()[0], len(gradient)), gradient._values()
         return Update(
-            slot.parameter, slot.gradient.contiguous(), (state["state1"], state["state2"]),
+            slot.parameter, gradient.contiguous(), (state["state1"], state["state2"]),
             (state["absmax1"], state["absmax2"]) if coded else None,
             step, config["lr"], tuple(config["betas"][:2]), config["eps"], config["weight_decay"],
-            noise_key(self.seed, step, slot.place.index),
+            noise_key(self.seed, step, slot.place.index), rows,
         )  # fmt: skip
 
     def _maps(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

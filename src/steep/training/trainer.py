@@ -27,7 +27,7 @@ from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
 from steep.training.counting import COUNTS
 from steep.training.deterministic import deterministic
-from steep.training.fused import check_logits, gradients_summed_in_fp32
+from steep.training.fused import check_logits, gradients_by_rows, gradients_summed_in_fp32
 from steep.training.gradients import GradientReport, measure_and_clip
 from steep.training.groups import parameter_groups
 from steep.training.guard import GoBack, Guard, Outcome
@@ -183,6 +183,7 @@ class Trainer(Reporting):
         self._until_trained.enter_context(
             gradients_summed_in_fp32(self.model, self._own_optimizer, self.args.gradient_accumulation_steps)
         )
+        self._until_trained.enter_context(gradients_by_rows(self.model, self._own_optimizer, self.accelerator.scaler))
         proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
         if self.args.optimizer_in_backward:
             self._updates = self._until_trained.enter_context(updates_in_backward(self._trainable, self._own_optimizer))
