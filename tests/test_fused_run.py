@@ -471,7 +471,8 @@ def test_updates_inside_backward_need_few_gradients(tied: bool, saved: list[str]
     assert step._at_the_loss(levels, "tokens")["gradients"] == of_head
     assert {items["gradients"] for items in step._in_layers(levels, step.tokens)} == {waits + of_layer}
     (last,) = step._at_the_update()
-    assert last["gradients"] == waits + (of_table if "embed_tokens" in trained["modules_to_save"] else 0)
+    of_rows = of_table if tied else 2 * 2 * step.tokens * 4096  # those that a batch looks up, and their sums
+    assert last["gradients"] == waits + (of_rows if "embed_tokens" in trained["modules_to_save"] else 0)
     for state, at_the_end in zip(*(each._in_layers(levels, each.tokens) for each in (step, whole)), strict=True):
         assert state["activations"] == at_the_end["activations"] and state["gradients"] <= at_the_end["gradients"]
     for level in range(4):
@@ -530,7 +531,7 @@ def test_the_peak_is_the_measured_one(row: dict[str, Any]) -> None:
     work = Work("x", row["batch"], row["seq"], row["r"], 12, row["packed"], "cuda")
     tree = benchmark_file(work, Path("text"), Path("run"))
     config, empty = parse_config({**tree, "model": {**tree["model"], "fused": "on"}}), empty_model(row["shape"])
-    step = step_of(config, empty)
+    step = replace(step_of(config, empty), trains_table=False)  # its gradient was dense then
     planned = sum(step.by_item(row["levels"], row["loss_way"], row.get("tile") or step.tokens).values()) + WORKSPACES
     if "tile" not in row:  # attention's output was kept with what LoRA adds beside
         o = step.layers[0].groups(torch.bfloat16, "none").o
@@ -622,3 +623,21 @@ def test_states_in_host_memory_leave_the_plan_of_the_card(offload: str, lean: bo
     library, on_card = (memory_by_item(shape, **how, offload=each) for each in (offload, "none"))
     assert library["optimizer states"] == ours["optimizer states"]
     assert sum(library.values()) < sum(on_card.values())
+
+
+@pytest.mark.parametrize(("batches", "accumulation"), [(1, 1), (2, 8), (1, 32)])
+def test_the_gradient_of_the_table_is_of_its_rows(batches: int, accumulation: int) -> None:
+    """Where those of all tokens of a step, and their sums, are fewer; in one process, by AdamW8bit, on a card."""
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    empty = empty_llama(vocab_size=128_256, num_hidden_layers=2, **large)
+    training = {"per_device_train_batch_size": batches, "gradient_accumulation_steps": accumulation}
+    step = step_of(config_of(training=training), empty)
+    looked_up, width = 2048 * batches * accumulation, step.gradient_width
+    fewer = 2 * looked_up < 128_256
+    assert fewer == (accumulation < 32)
+    of_all = width * step.shape.trained
+    of_rows = width * (2 * looked_up * 4096 - step.shape.table) if fewer else 0
+    *_, at_the_end = step._at_the_update()
+    assert at_the_end["gradients"] == of_all + of_rows
+    for other in ({"optim": "adamw_torch"}, {"processes": 2}, {"on_card": False}, {"trains_table": False}):
+        assert replace(step, **other)._spared_by_rows == 0

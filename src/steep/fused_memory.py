@@ -16,6 +16,7 @@ from steep.model.step_bytes import kept_bytes, loss_bytes, work_bytes
 from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
+from steep.ops.row_gradient import fewer_rows
 from steep.training.adamw8bit import UPDATES_UNDER_WAY, Offload
 
 
@@ -36,6 +37,8 @@ class FusedStep:
         on_card: it is planned for a card.
         fp8: which products are in fp8.
         offload: whose optimizer states live in host memory; there has to be a card.
+        micro_batches: that make a step.
+        trains_table: whether the input embeddings have a gradient.
     """
 
     shape: Shape
@@ -53,6 +56,8 @@ class FusedStep:
     on_card: bool
     fp8: Fp8Products = "none"
     offload: Offload = "none"
+    micro_batches: int = 1
+    trains_table: bool = False
     _works: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def by_item(self, levels: Sequence[int], way: Way, tile: int) -> dict[str, int]:
@@ -136,9 +141,10 @@ class FusedStep:
         if self.in_backward:
             waiting = self._of_waiting_head
             last = self.shape.trained_embeddings * self.gradient_width - (self._of_head - waiting)  # the table's
+            last -= self._spared_by_rows
             return (_items(0, 0, 0, waiting + last + scratch + self._under_way(self.shape.layers)),)
-        gradients = self.shape.trained * self.gradient_width
-        of_table = self.shape.table * self.gradient_width if self._gradients_stay else 0
+        gradients = self.shape.trained * self.gradient_width - self._spared_by_rows
+        of_table = self.shape.table * self.gradient_width if self._gradients_stay and not self._spared_by_rows else 0
         return (
             _items(0, 0, 0, gradients + (of_table if self.shape.trained_embeddings else 0)),
             _items(0, 0, 0, gradients + scratch),
@@ -152,7 +158,17 @@ class FusedStep:
 
     @property
     def _gradients_before(self) -> int:
-        return self.shape.trained * self.gradient_width if self._gradients_stay else 0
+        return self.shape.trained * self.gradient_width - self._spared_by_rows if self._gradients_stay else 0
+
+    @property
+    def _spared_by_rows(self) -> int:
+        """What the gradient of the table does not take since it has the rows of the batch alone: those of each token,
+        and their sums."""
+        looked_up, shape = self.tokens * self.micro_batches, self.shape
+        takes_them = self.trains_table and not shape.tied and self.processes == 1 and self.optim in ADAMW_8BIT
+        if not takes_them or not self.on_card or not fewer_rows(looked_up, shape.vocabulary):
+            return 0
+        return (shape.table - 2 * looked_up * shape.hidden) * self.gradient_width
 
     @property
     def _of_head(self) -> int:

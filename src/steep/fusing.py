@@ -131,6 +131,8 @@ def fused_step(
         on_card=on_card,
         fp8=fp8,
         offload=training.offload_optimizer if on_card else "none",
+        micro_batches=training.gradient_accumulation_steps,
+        trains_table="embed_tokens" in saved,
     )
 
 

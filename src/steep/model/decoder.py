@@ -274,9 +274,9 @@ class FusedDecoder(nn.Module):
         return fused.levels
 
 
-def looked_up(module: Any, input_ids: torch.Tensor, by_rows: bool = False) -> torch.Tensor:
+def looked_up(module: Any, input_ids: torch.Tensor, by_rows: int = 0) -> torch.Tensor:
     """The embeddings of `input_ids`: the module's own, but with a gradient in what autograd keeps of the table's, and
-    of these rows alone where it is wanted `by_rows`."""
+    of these rows alone where it is wanted `by_rows` (`steep.ops.embedding`)."""
     table = in_use(module)
     scale = getattr(table, "embed_scale", None)  # Gemma's own class multiplies by it
     known = type(table) is nn.Embedding or (isinstance(table, nn.Embedding) and scale is not None)

@@ -42,13 +42,14 @@ class _Embedding(torch.autograd.Function):
 
 
 def embedding(
-    table_VH: torch.Tensor, ids: torch.Tensor, padding_id: int | None = None, by_rows: bool = False
+    table_VH: torch.Tensor, ids: torch.Tensor, padding_id: int | None = None, by_rows: int = 0
 ) -> torch.Tensor:
     """The rows [..., H] of `ids` [...], in the table's dtype.
 
     Args:
         padding_id: a row that gets no gradient.
-        by_rows: the table's gradient is sparse (`row_gradient`). It is dense all the same where that is no larger.
+        by_rows: the table's gradient is sparse (`row_gradient`), and so many batches are added up. Where that is no
+            smaller it is dense all the same. 0: it is dense.
     """
-    by_rows = by_rows and fewer_rows(ids.numel(), len(table_VH))
-    return _Embedding.apply(table_VH, ids, padding_id, by_rows)  # pyright: ignore[reportReturnType]
+    sparse = by_rows > 0 and fewer_rows(by_rows * ids.numel(), len(table_VH))
+    return _Embedding.apply(table_VH, ids, padding_id, sparse)  # pyright: ignore[reportReturnType]

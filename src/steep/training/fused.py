@@ -71,7 +71,7 @@ def gradients_summed_in_fp32(model: Any, optimizer: Any, micro_batches: int) -> 
 
 
 @contextmanager
-def gradients_by_rows(model: Any, optimizer: Any, scaler: Any = None) -> Iterator[None]:
+def gradients_by_rows(model: Any, optimizer: Any, micro_batches: int, scaler: Any = None) -> Iterator[None]:
     """Within, the gradient of a fused model's input embeddings is of the rows alone that a batch looks up, a sparse
     tensor (`steep.ops.row_gradient`): what `AdamW8bit` takes, in one process, without a loss scaler. A tied table has a
     gradient in every row, from the head.
@@ -85,11 +85,12 @@ def gradients_by_rows(model: Any, optimizer: Any, scaler: Any = None) -> Iterato
     whole, fused = unwrap(model), fused_of(model)
     table, head = in_use(whole.get_input_embeddings()), in_use(whole.get_output_embeddings())
     trains = isinstance(table, nn.Embedding) and table.weight.requires_grad
-    fused.row_gradients = trains and table.weight is not getattr(head, "weight", None)
+    if trains and table.weight is not getattr(head, "weight", None):
+        fused.row_gradients = micro_batches
     try:
         yield
     finally:
-        fused.row_gradients = False
+        fused.row_gradients = 0
         if trains and table.weight.grad is not None and table.weight.grad.is_sparse:
             table.weight.grad = None
 

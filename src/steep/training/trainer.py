@@ -183,7 +183,11 @@ class Trainer(Reporting):
         self._until_trained.enter_context(
             gradients_summed_in_fp32(self.model, self._own_optimizer, self.args.gradient_accumulation_steps)
         )
-        self._until_trained.enter_context(gradients_by_rows(self.model, self._own_optimizer, self.accelerator.scaler))
+        self._until_trained.enter_context(
+            gradients_by_rows(
+                self.model, self._own_optimizer, self.args.gradient_accumulation_steps, self.accelerator.scaler
+            )
+        )
         proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
         if self.args.optimizer_in_backward:
             self._updates = self._until_trained.enter_context(updates_in_backward(self._trainable, self._own_optimizer))
