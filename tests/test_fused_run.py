@@ -484,7 +484,8 @@ def test_updates_inside_backward_need_few_gradients(tied: bool, saved: list[str]
     assert step._at_the_loss(levels, here, "tokens")["gradients"] == of_head
     assert {items["gradients"] for items in step._in_layers(levels, here, step.tokens)} == {waits + of_layer}
     (last,) = step._at_the_update()
-    assert last["gradients"] == waits + (of_table if "embed_tokens" in trained["modules_to_save"] else 0)
+    of_rows = of_table if tied else 2 * 2 * step.tokens * 4096  # those that a batch looks up, and their sums
+    assert last["gradients"] == waits + (of_rows if "embed_tokens" in trained["modules_to_save"] else 0)
     for state, at_the_end in zip(*(each._in_layers(levels, here, each.tokens) for each in (step, whole)), strict=True):
         assert state["activations"] == at_the_end["activations"] and state["gradients"] <= at_the_end["gradients"]
     for level in range(4):
@@ -551,7 +552,8 @@ def test_the_peak_is_the_measured_one(row: dict[str, Any]) -> None:
     work = Work("x", row["batch"], row["seq"], row["r"], 12, row["packed"], "cuda")
     tree = benchmark_file(work, Path("text"), Path("run"))
     config, empty = parse_config({**tree, "model": {**tree["model"], "fused": "on"}}), empty_model(row["shape"])
-    step = step_of(config, empty, row.get("fp8_products", "none"))
+    # The table's gradient was dense then.
+    step = replace(step_of(config, empty, row.get("fp8_products", "none")), trains_table=False)
     planned = sum(step.by_item(row["levels"], row["loss_way"], row.get("tile") or step.tokens).values()) + WORKSPACES
     if "tile" not in row:  # attention's output was kept with what LoRA adds beside
         o = step.layers[0].groups(torch.bfloat16, "none").o
@@ -698,7 +700,7 @@ def test_a_run_keeps_what_it_has_in_host_memory(korean_corpus: Path, tmp_path: P
 
     shutil.rmtree(tmp_path / "host" / "final")
     shutil.rmtree(tmp_path / "host" / "checkpoint-6")
-    with pytest.raises(UserError, match=r"training\.host_memory: .* in host memory, and needs .* may be filled"):
+    with pytest.raises(UserError, match=r"training\.host_memory: .* in host memory, and .* needs .* may be filled"):
         train_run(config("host", vram=vram, host_memory="0.001MiB"), resume=True)
     train_run(config("host", vram=vram, host_memory="2GiB"), resume=True)
     assert read_choices(tmp_path / "host" / "checkpoint-6").places == places
@@ -713,3 +715,56 @@ def tensors_of(folder: Path) -> dict[str, list[Any]]:
 def test_host_memory_is_an_amount(value: Any, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"training\.host_memory.*[Gg]ive an amount"):
         run_file(llama_folder, korean_corpus, tmp_path / "run", training={"host_memory": value})
+
+
+@pytest.mark.parametrize("offload", ["embeddings", "all"])
+@pytest.mark.parametrize("lean", [False, True], ids=["at the end", "in backward"])
+def test_states_in_host_memory_leave_the_plan_of_the_card(offload: str, lean: bool) -> None:
+    """For three slots, and inside backward the gradients that their updates still read. On a CPU nothing moves."""
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    empty = empty_llama(vocab_size=128_256, num_hidden_layers=8, **large)
+    given = {"optimizer_in_backward": True, "max_grad_norm": 0} if lean else {}
+    whole = step_of(config_of(training=given), empty)
+    step = step_of(config_of(training={**given, "offload_optimizer": offload}), empty)
+    shape, levels = step.shape, [3] * 8
+    here: list[Place] = ["gpu"] * 8
+    ours, theirs = (each.by_item(levels, "vocabulary", each.tokens) for each in (step, whole))
+    left = {"embeddings": shape.lora, "all": 0}[offload]
+    assert ours["optimizer states"] == round(left * (2 + 8 / 256)) < theirs["optimizer states"]
+    assert (ours["staging of states"], theirs["staging of states"]) == (3 * (2**25 + 2**19), 0)
+    of_head, of_layer = 2 * shape.table, 2 * shape.lora // 8
+    more = [
+        a["gradients"] - b["gradients"]
+        for a, b in zip(*(s._in_layers(levels, here, s.tokens) for s in (step, whole)), strict=True)
+    ]
+    first_layer = {"embeddings": 0, "all": 4 * of_layer}[offload]
+    assert more == ([first_layer, of_head] if lean else [0, 0])
+    assert sum(ours.values()) < sum(theirs.values())
+    on_cpu = fused_step(
+        config_of(training={**given, "offload_optimizer": offload}), step.layers, shape,
+        base="nf4", compute="bf16", trained="bf16", on_card=False,
+    )  # fmt: skip
+    assert on_cpu.by_item(levels, "vocabulary", on_cpu.tokens)["optimizer states"] == theirs["optimizer states"]
+    how: dict[str, Any] = {"base": "nf4", "compute": "bf16", "trained": "bf16", "optim": "adamw_8bit", "tokens": 64}
+    how |= {"checkpointing": True, "accumulates": False, "on_card": True, "in_backward": lean}
+    library, on_card = (memory_by_item(shape, **how, offload=each) for each in (offload, "none"))
+    assert library["optimizer states"] == ours["optimizer states"]
+    assert sum(library.values()) < sum(on_card.values())
+
+
+@pytest.mark.parametrize(("batches", "accumulation"), [(1, 1), (2, 8), (1, 32)])
+def test_the_gradient_of_the_table_is_of_its_rows(batches: int, accumulation: int) -> None:
+    """Where those of all tokens of a step, and their sums, are fewer; in one process, by AdamW8bit, on a card."""
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    empty = empty_llama(vocab_size=128_256, num_hidden_layers=2, **large)
+    training = {"per_device_train_batch_size": batches, "gradient_accumulation_steps": accumulation}
+    step = step_of(config_of(training=training), empty)
+    looked_up, width = 2048 * batches * accumulation, step.gradient_width
+    fewer = 2 * looked_up < 128_256
+    assert fewer == (accumulation < 32)
+    of_all = width * step.shape.trained
+    of_rows = width * (2 * looked_up * 4096 - step.shape.table) if fewer else 0
+    *_, at_the_end = step._at_the_update()
+    assert at_the_end["gradients"] == of_all + of_rows
+    for other in ({"optim": "adamw_torch"}, {"processes": 2}, {"on_card": False}, {"trains_table": False}):
+        assert replace(step, **other)._spared_by_rows == 0

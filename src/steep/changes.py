@@ -27,7 +27,7 @@ HARMLESS = {
         "project", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "log_level",
         "max_nonfinite_steps", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
         "dataloader_multiprocessing_context", "torch_empty_cache_steps", "optimizer_in_backward",
-        "host_memory",
+        "host_memory", "offload_optimizer",
     )),
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from steep.model.quantisable import quantisable
 from steep.model.resolve import ResolvedModel
 from steep.ops.fp8_groups import Fp8Products
 from steep.schema import RunConfig
-from steep.sizes import checkpoint_bytes, memory_of
+from steep.sizes import host_bytes, memory_of
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class Ground:
                 on_card=on_card,
                 fp8=computation.products,
             )
-            copy, _ = checkpoint_bytes(step.standing, tied=shape.tied)
-            choices = settle(config, step, self.budget, self.before, (self.host - copy) // ranks.world_size())
+            others = sum(host_bytes(config, shape, step.standing).values())
+            choices = settle(config, step, self.budget, self.before, (self.host - others) // ranks.world_size())
         memory = memory_of(config, shape, step, choices, base=base, compute=compute, on_card=on_card)
         on_host = step.in_host_memory(choices.levels, choices.places) if step and choices.levels else 0
         return Sizes(shape, choices, memory, on_host)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import product
 
-from steep.memory import ADAMW_8BIT, WIDTH, Shape, standing, update_scratch
+from steep.memory import ADAMW_8BIT, WIDTH, Shape, standing, update_scratch, updates_under_way
 from steep.model.block import LEVELS, Place
 from steep.model.layer import Layer
 from steep.model.load import DTYPES
@@ -17,6 +17,8 @@ from steep.model.step_bytes import loss_bytes, work_bytes
 from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
+from steep.ops.row_gradient import fewer_rows
+from steep.training.adamw8bit import UPDATES_UNDER_WAY, Offload
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class FusedStep:
         trains_head: whether the head has a gradient.
         on_card: it is planned for a card.
         fp8: which products are in fp8.
+        offload: whose optimizer states live in host memory; there has to be a card.
+        micro_batches: that make a step.
+        trains_table: whether the input embeddings have a gradient.
     """
 
     shape: Shape
@@ -51,6 +56,9 @@ class FusedStep:
     trains_head: bool
     on_card: bool
     fp8: Fp8Products = "none"
+    offload: Offload = "none"
+    micro_batches: int = 1
+    trains_table: bool = False
     _works: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def by_item(
@@ -118,7 +126,8 @@ class FusedStep:
     @cached_property
     def standing(self) -> dict[str, int]:
         """Bytes by item of what is there all the time."""
-        return standing(self.shape, base=self.base, compute=self.compute, trained=self.trained, optim=self.optim)
+        how = {"base": self.base, "compute": self.compute, "trained": self.trained, "optim": self.optim}
+        return standing(self.shape, **how, offload=self.offload)
 
     @cached_property
     def _kept(self) -> Kept:
@@ -146,7 +155,7 @@ class FusedStep:
         for index, kept in self._kept.in_backward(levels, places):
             done = self._of_head + of_layer * (len(levels) - index)
             if self.in_backward:
-                done = self._of_waiting_head + of_layer
+                done = self._of_waiting_head + of_layer + self._under_way(len(levels) - 1 - index)
             gradients = self._gradients_before if self._gradients_stay else done  # else added to those that are there
             yield _items(kept, self._work(tile)[levels[index]], 0, gradients)
 
@@ -155,17 +164,34 @@ class FusedStep:
         if self.in_backward:
             waiting = self._of_waiting_head
             last = self.shape.trained_embeddings * self.gradient_width - (self._of_head - waiting)  # the table's
-            return (_items(0, 0, 0, waiting + last + scratch),)
-        gradients = self.shape.trained * self.gradient_width
-        of_table = self.shape.table * self.gradient_width if self._gradients_stay else 0
+            last -= self._spared_by_rows
+            return (_items(0, 0, 0, waiting + last + scratch + self._under_way(self.shape.layers)),)
+        gradients = self.shape.trained * self.gradient_width - self._spared_by_rows
+        of_table = self.shape.table * self.gradient_width if self._gradients_stay and not self._spared_by_rows else 0
         return (
             _items(0, 0, 0, gradients + (of_table if self.shape.trained_embeddings else 0)),
             _items(0, 0, 0, gradients + scratch),
         )
 
+    def _under_way(self, layers: int) -> int:
+        """Gradients that updates over host memory still read, so many layers behind the head."""
+        of_layer = self.shape.lora * self.gradient_width // self.shape.layers
+        of_head = self._of_head - self._of_waiting_head if layers < UPDATES_UNDER_WAY else 0
+        return updates_under_way(of_head, min(layers, 1) * of_layer, self.offload)
+
     @property
     def _gradients_before(self) -> int:
-        return self.shape.trained * self.gradient_width if self._gradients_stay else 0
+        return self.shape.trained * self.gradient_width - self._spared_by_rows if self._gradients_stay else 0
+
+    @property
+    def _spared_by_rows(self) -> int:
+        """What the gradient of the table does not take since it has the rows of the batch alone: those of each token,
+        and their sums."""
+        looked_up, shape = self.tokens * self.micro_batches, self.shape
+        takes_them = self.trains_table and not shape.tied and self.processes == 1 and self.optim in ADAMW_8BIT
+        if not takes_them or not self.on_card or not fewer_rows(looked_up, shape.vocabulary):
+            return 0
+        return (shape.table - 2 * looked_up * shape.hidden) * self.gradient_width
 
     @property
     def _of_head(self) -> int:

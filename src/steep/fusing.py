@@ -130,6 +130,9 @@ def fused_step(
         trains_head="lm_head" in saved or (tied and bool(saved)),
         on_card=on_card,
         fp8=fp8,
+        offload=training.offload_optimizer if on_card else "none",
+        micro_batches=training.gradient_accumulation_steps,
+        trains_table="embed_tokens" in saved,
     )
 
 

@@ -11,7 +11,9 @@ from steep.model.adapters import linear_shapes, targeted
 from steep.model.embeddings import is_tied
 from steep.model.names import EMBEDDINGS
 from steep.model.step_bytes import whole_logits_bytes
+from steep.ops.host_states import staging_bytes
 from steep.schema import AdapterSection
+from steep.training.adamw8bit import UPDATES_UNDER_WAY, Offload
 
 GIB = 2**30
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -111,16 +113,35 @@ def shape_of(model: Any, adapter: AdapterSection, kept: Collection[str] = ()) ->
     )
 
 
-def standing(shape: Shape, *, base: str, compute: str, trained: str, optim: str) -> dict[str, int]:
+def states_bytes(shape: Shape, optim: str, offload: Offload = "none") -> int:
+    """Bytes of the optimizer's states, less those that live in host memory (`offload_optimizer`)."""
+    trained = {"none": shape.trained, "embeddings": shape.lora, "all": 0}[offload]
+    return round(trained * OPTIMIZER_WIDTH.get(optim, 8.0))
+
+
+def updates_under_way(of_head: int, of_layer: int, offload: Offload) -> int:
+    """Bytes of gradients that updates over host memory still read while the layers behind them are in their backward
+    pass (`optimizer_in_backward`): the head's, and with all states there those of the layers before."""
+    return {"none": 0, "embeddings": of_head, "all": of_head + UPDATES_UNDER_WAY * of_layer}[offload]
+
+
+def standing(
+    shape: Shape, *, base: str, compute: str, trained: str, optim: str, offload: Offload = "none"
+) -> dict[str, int]:
     """Bytes by item of what is there all the time. The frozen originals of trained embeddings are not
-    (`steep.model.original_module`); the base is scored with its head in the place of gradients."""
+    (`steep.model.original_module`); the base is scored with its head in the place of gradients.
+
+    Args:
+        offload: whose optimizer states live in host memory; there has to be a card.
+    """
     untrained = shape.embeddings - shape.trained_embeddings + shape.other
     return {
         "frozen linear weights": shape.linear_bytes(base, compute),
         "frozen embeddings and norms": untrained * WIDTH.get(base, WIDTH[compute]),
         "adapters": (shape.lora + shape.lora_start) * WIDTH[trained],
         "trained embeddings": shape.trained_embeddings * WIDTH[trained],
-        "optimizer states": round(shape.trained * OPTIMIZER_WIDTH.get(optim, 8.0)),
+        "optimizer states": states_bytes(shape, optim, offload),
+        "staging of states": 0 if offload == "none" else staging_bytes(),
     }
 
 
@@ -142,6 +163,7 @@ def memory_by_item(
     accumulates: bool,
     on_card: bool,
     in_backward: bool = False,
+    offload: Offload = "none",
 ) -> dict[str, int]:
     """Bytes by item at the peak of a step over `tokens` tokens in one forward of the library's.
 
@@ -153,6 +175,7 @@ def memory_by_item(
         accumulates: gradients are there while the next loss is computed, as where several micro-batches make a step.
         on_card: it is planned for a card.
         in_backward: a gradient is gone as soon as it is whole (`optimizer_in_backward`).
+        offload: whose optimizer states live in host memory.
     """
     stream = WIDTH[trained]
     inside = tokens * (8 * shape.hidden * stream + 5 * shape.intermediate * WIDTH[compute])
@@ -160,7 +183,8 @@ def memory_by_item(
     gradients = shape.trained * WIDTH[trained]
     scratch = update_scratch(optim, trained, on_card)
     copies = (shape.trained + shape.lora_start) * WIDTH[compute] if trained != compute else 0
-    fixed = {**standing(shape, base=base, compute=compute, trained=trained, optim=optim), "16-bit copies": copies}
+    always = standing(shape, base=base, compute=compute, trained=trained, optim=optim, offload=offload)
+    fixed = {**always, "16-bit copies": copies}
     at_the_loss = {
         "activations": kept,
         "logits and loss": whole_logits_bytes(tokens, shape.vocabulary),
@@ -171,6 +195,8 @@ def memory_by_item(
         of_table = shape.table * WIDTH[trained] if shape.trained_embeddings else 0
         of_layer = shape.lora * WIDTH[trained] // shape.layers
         waits = of_table if shape.tied else 0  # the head's, for that of the same table
+        if not shape.tied:
+            of_layer += updates_under_way(of_table, of_layer, offload)
         for activations, there in ((kept, of_table), (inside, waits + of_layer), (0, waits + of_table)):
             states.append({"activations": activations, "logits and loss": 0, "gradients": there + scratch})
     else:

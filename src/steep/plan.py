@@ -341,20 +341,22 @@ def _work_out(
         check_warmup(arguments, steps)
     host, disk = storage_of(
         config,
+        shape,
         memory,
         steps,
-        tied=is_tied(empty),
         rolls_back=arguments.spike_action == "rollback",
         keeps_best=arguments.metric_for_best_model is not None,
         kept_on_host=sizes.on_host,
     )
-    if refuses and sizes.on_host and sum(host.values()) > host_memory:
+    locked = {name: size for name, size in host.items() if name != "copy of a checkpoint" and size}
+    if refuses and locked and sum(host.values()) > host_memory:
+        parts = " and ".join(f"{size / 2**30:.3g} GiB of {name}" for name, size in locked.items())
         raise UserError(
             "training.host_memory",
-            f"the run has {sizes.on_host / 2**30:.3g} GiB of what its layers keep in host memory, and needs "
+            f"the run has {parts} in host memory, and with a copy of a checkpoint needs "
             f"{sum(host.values()) / 2**30:.3g} GiB there; {host_memory / 2**30:.3g} GiB may be filled",
-            "Free some, or give the amount that there is. gradient_checkpointing: true, with --allow "
-            "training.gradient_checkpointing, chooses again.",
+            "Free some, or give the amount that there is; training.offload_optimizer: none leaves the states on the "
+            "card, and gradient_checkpointing: true, with --allow training.gradient_checkpointing, chooses again.",
         )
     plan = Plan(
         config,

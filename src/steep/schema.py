@@ -220,6 +220,11 @@ class TrainingSection(BaseModel):
         "step never holds all gradients. Exact, so only with max_grad_norm: 0, gradient_accumulation_steps: 1, "
         "adamw_8bit, one process. The first NaN or infinite step ends the run at its last checkpoint.",
     )
+    offload_optimizer: Literal["none", "embeddings", "all"] = Field(
+        "none",
+        description="Whose optimizer states live in page-locked host memory: none, of the trained embeddings, or all. "
+        "They come and go on streams of their own. The same weights to the bit, with adamw_8bit only.",
+    )
     gradient_checkpointing: bool | None = Field(
         None,
         description="Recompute activations in the backward pass: much less memory; default: on a GPU. In a fused run: "

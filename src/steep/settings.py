@@ -18,6 +18,7 @@ from steep.schema import RunConfig
 from steep.trackers import check_trackers
 from steep.training.arguments import TrainingArguments
 from steep.training.in_backward import check_in_backward
+from steep.training.offload import check_embeddings_train, check_offload
 from steep.training.retention import check_best_metric
 from steep.training.schedules import check_schedule, kind_of_schedule
 from steep.training.trainer import Trainer
@@ -129,6 +130,8 @@ def training_arguments(
         raise UserError("training", f"transformers refuses it: {reason}", remedy) from error
     check_schedule(arguments, branch=branch, section="training.")
     check_in_backward(arguments, section="training.")
+    check_offload(arguments, section="training.")
+    check_embeddings_train(arguments.offload_optimizer, bool(config.adapter.modules_to_save), section="training.")
     _check_rates(config)
     if arguments.dataloader_multiprocessing_context and not arguments.dataloader_num_workers:
         raise UserError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from steep import ranks
 from steep.fused_memory import FusedStep
-from steep.memory import WORKSPACES, Shape, memory_by_item
+from steep.memory import WORKSPACES, Shape, memory_by_item, states_bytes
 from steep.model.choices import Choices
 from steep.schema import RunConfig
 from steep.settings import uses_checkpointing
@@ -45,26 +45,38 @@ def memory_of(
         accumulates=training.gradient_accumulation_steps > 1 or ranks.world_size() > 1,  # in DDP's buckets
         on_card=on_card,
         in_backward=training.optimizer_in_backward,
+        offload=training.offload_optimizer if on_card else "none",
     )
     return of_step | of_libraries
 
 
-def checkpoint_bytes(memory: Mapping[str, int], *, tied: bool) -> tuple[int, int]:
-    """Bytes of a checkpoint; and of the result, which is part of it.
+def result_bytes(memory: Mapping[str, int], *, tied: bool) -> int:
+    """Bytes of `final/`, which is also part of a checkpoint.
 
     Args:
         memory: with what `steep.memory.standing` gives.
     """
-    result = (2 if tied else 1) * memory["trained embeddings"] + memory["adapters"]  # PEFT's format holds both names
-    return result + memory["optimizer states"], result
+    return (2 if tied else 1) * memory["trained embeddings"] + memory["adapters"]  # PEFT's format holds both names
+
+
+def host_bytes(config: RunConfig, shape: Shape, memory: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by item on the host beside the model and what its layers keep there.
+
+    Args:
+        memory: of a step, by item.
+    """
+    # A copy of a checkpoint is written while training goes on. States are on the card or here.
+    states = states_bytes(shape, config.training.optim)
+    checkpoint = result_bytes(memory, tied=shape.tied) + states
+    return {"copy of a checkpoint": checkpoint, "optimizer states": states - memory["optimizer states"]}
 
 
 def storage_of(
     config: RunConfig,
+    shape: Shape,
     memory: dict[str, int],
     steps: int,
     *,
-    tied: bool,
     rolls_back: bool,
     keeps_best: bool,
     kept_on_host: int = 0,
@@ -77,11 +89,11 @@ def storage_of(
         kept_on_host: bytes that layers keep there, of each process.
     """
     training = config.training
-    checkpoint, result = checkpoint_bytes(memory, tied=tied)
+    host, result = host_bytes(config, shape, memory), result_bytes(memory, tied=shape.tied)
+    if kept_on_host:
+        host["kept for the backward pass"] = kept_on_host * ranks.world_size()
     interval = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
     written = math.ceil(steps / max(interval, 1)) + rolls_back
     kept = min(written, training.save_total_limit or written) + 1  # one more while the next is written
-    host = {"copy of a checkpoint": checkpoint}  # which is written while training goes on
-    if kept_on_host:
-        host["kept for the backward pass"] = kept_on_host * ranks.world_size()
-    return host, {"checkpoints": (kept + keeps_best) * checkpoint, "final": result}
+    checkpoints = (kept + keeps_best) * host["copy of a checkpoint"]
+    return host, {"checkpoints": checkpoints, "final": result}

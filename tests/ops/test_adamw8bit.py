@@ -17,6 +17,7 @@ from bitsandbytes import functional
 
 from steep.kernels import adamw8bit as kernels
 from steep.ops.adamw8bit import Update, adamw8bit, adamw8bit_reference, noise_key, rounding_noise
+from steep.ops.row_gradient import places
 from tests.ops.closeness import assert_as_good
 from tests.ops.moment_codes import assert_same_codes
 from tests.ops.routes import along, cases
@@ -217,6 +218,40 @@ def test_an_epsilon_whose_square_is_zero(route: str) -> None:
 
 def test_nothing_to_do() -> None:
     adamw8bit([], maps())
+
+
+# --- rows of a table ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("route", "rows", "width", "first"),
+    cases([(5, 1000, 0), (70, 64, 256), (3, 2304, 512)], real=[(20_001, 896, 0), (2**16, 4096, 2**26)]),
+)
+@pytest.mark.parametrize(("dtype", "gradient"), [(BF16, FP32), (FP32, FP32), (BF16, BF16)])
+def test_a_gradient_of_some_rows_is_the_dense_one(
+    route: str, rows: int, width: int, first: int, dtype: torch.dtype, gradient: torch.dtype
+) -> None:
+    """To the bit, of a whole table or of its part from `first` on: rows without a gradient decay and move too."""
+    with along(route, kernels, launch=2) as device:
+        (dense,), (ours,) = (tensors((rows * width - first,), dtype, gradient, device) for _ in range(2))
+        table = torch.zeros(rows * width, dtype=gradient, device=device)
+        table[first:] = dense.gradient
+        table = table.view(rows, width)
+        there = torch.arange(0, rows, 3, device=device)
+        absent = torch.ones(rows, dtype=torch.bool, device=device).index_fill_(0, there, False)
+        table[absent] = 0
+        dense = replace(dense, gradient=table.view(-1)[first:])
+        place = places(there, rows)
+        assert place[absent].eq(-1).all() and place[there].tolist() == list(range(len(there)))
+        ours = replace(ours, gradient=table[there].contiguous(), rows=place, first=first)
+        start = ours.parameter.clone()
+        adamw8bit([ours], maps(device))
+        adamw8bit([dense], maps(device))
+    assert_equal(ours, dense)
+    assert (ours.parameter != start)[absent.repeat_interleave(width)[first:]].any()
+    (wrong,) = tensors((rows * width - first,), dtype, gradient, device)
+    adamw8bit_reference([replace(wrong, gradient=ours.gradient, rows=place.roll(1), first=first)], maps(device))
+    assert not torch.equal(wrong.parameter, ours.parameter)
 
 
 # --- bitsandbytes ---------------------------------------------------------------------------------------------------

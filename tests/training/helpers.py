@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
 from steep.data.packing import Corpus
 from steep.model.adapters import add_adapters
+from steep.ops.adamw8bit import Launch, adamw8bit_reference
+from steep.training import adamw8bit
 from steep.training.arguments import TrainingArguments
 from steep.training.snapshot import HostMemory, Snapshot
 from steep.training.trainer import Trainer
@@ -71,6 +74,13 @@ def save_state(state: Any, folder: Path, name: str) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, by name."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def update_by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU let `AdamW8bit` update as on a card, with the reference of each kernel: tests/ops hold it to that."""
+    reference = adamw8bit_reference
+    monkeypatch.setattr(adamw8bit, "uses_kernels", lambda tensor: True)
+    monkeypatch.setattr(Launch, "run", lambda self, factor=None: reference(self.updates, self.maps, factor))
 
 
 class AtStep(transformers.TrainerCallback):

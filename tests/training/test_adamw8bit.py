@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from steep.kernels import adamw8bit as kernels
+from steep.ops import host_states
 from steep.ops.backend import interpreted
 from steep.training import adamw8bit
 from steep.training.adamw8bit import AdamW8bit, stochastic_round_
 from tests.ops.closeness import assert_as_good
 from tests.ops.moment_codes import assert_same_codes
+from tests.training.helpers import update_by_reference
 
 SIZE = 8192  # two moments in 8 bit need at least 4,096 elements
 RATE = 5e-6
@@ -420,3 +422,117 @@ def test_a_prepared_step_is_the_step_and_another_is_worked_out_anew() -> None:
         for one, other in zip(updated(True, change), updated(False, change), strict=True):
             assert torch.equal(one, other), change
     assert not torch.equal(updated(True)[0], updated(True, "rate")[0])
+
+
+# --- states in host memory ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        update_by_reference(monkeypatch)
+
+
+def offloaded(offload: adamw8bit.Offload, kind: str = "step") -> tuple[list[torch.nn.Parameter], AdamW8bit]:
+    """Three steps of large and small tensors in two groups; kind: by `step`, prepared, or by `update`, or resumed with
+    the other choice in their midst."""
+    parameters = [*mixed(), *(torch.nn.Parameter(weights(12_289).to(dtype)) for dtype in (torch.bfloat16, torch.float))]
+
+    def made(choice: adamw8bit.Offload) -> AdamW8bit:
+        groups = [
+            {"params": parameters[:3], "lr": 1e-2, "name": "adapters_a"},
+            {"params": parameters[3:], "lr": 1e-3, "weight_decay": 0.1, "name": "embeddings"},
+        ]
+        return AdamW8bit(groups, seed=3, offload=choice)
+
+    optimizer = made(offload)
+    for step in range(3):
+        for index, parameter in enumerate(parameters):
+            draw = torch.Generator().manual_seed(10 * step + index)
+            parameter.grad = torch.randn(parameter.shape, generator=draw).to(DEVICE, parameter.dtype)
+        if kind == "resumed":
+            other = made("all" if (offload == "none") == (step == 1) else "none")
+            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer = other
+        optimizer.gradient_factor = torch.tensor([0.5], device=DEVICE) if kind != "update" else None
+        if kind == "prepared":
+            optimizer.prepare()
+        if kind == "update":
+            for index in (4, 0, 2, 1, 3):
+                optimizer.update([parameters[index]])
+            optimizer.finish_updates()
+        else:
+            optimizer.step()
+    return parameters, optimizer
+
+
+@pytest.mark.usefixtures("by_reference")
+@pytest.mark.parametrize("kind", ["step", "prepared", "update", "resumed"])
+@pytest.mark.parametrize("offload", ["embeddings", "all"])
+def test_states_in_host_memory_are_those_on_the_card(
+    offload: adamw8bit.Offload, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and states, to the bit; and the states never leave their page-locked blocks."""
+    monkeypatch.setattr(host_states, "PIECE", 2**12)
+    updated: list[int] = []
+    run = host_states.Staging.run
+    monkeypatch.setattr(
+        host_states.Staging,
+        "run",
+        lambda self, updates, *rest: updated.append(len(updates)) or run(self, updates, *rest),
+    )
+    wanted, whole = offloaded("none", "step" if kind == "resumed" else kind)
+    assert updated == []
+    found, optimizer = offloaded(offload, kind)
+    each = {"embeddings": [2], "all": [4]}[offload]  # the one of 100 elements keeps its own
+    if kind == "update":
+        each = each[0] * [1]
+    assert updated == (3 * each if kind != "resumed" else updated) and updated
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+        kept, theirs = optimizer.state[one], whole.state[other]
+        assert kept.keys() == theirs.keys() and kept["step"] == theirs["step"] == 3
+        assert all(torch.equal(kept[key].cpu(), theirs[key].cpu()) for key in kept.keys() - {"step"})
+        assert all(kept[key].shape == theirs[key].shape for key in kept.keys() - {"step"})
+    if kind != "resumed":
+        hosted = {"embeddings": [3, 4], "all": [0, 2, 3, 4]}[offload]
+        assert [index for index, one in enumerate(found) if one in optimizer._hosted] == hosted
+        for index in hosted:
+            state = optimizer.state[found[index]]
+            assert state["state1"] is optimizer._hosted[found[index]].moments[0]
+            assert all(state[key].device.type == "cpu" for key in ("state1", "state2", "absmax1", "absmax2"))
+    assert not optimizer._under_way
+
+
+@pytest.mark.usefixtures("by_reference")
+def test_updates_over_host_memory_are_awaited_a_few_calls_later() -> None:
+    """What they read lives until then: on a card they run on a stream of their own."""
+    parameters = [torch.nn.Parameter(weights(4096)) for _ in range(6)]
+    optimizer = AdamW8bit([{"params": parameters, "lr": 1e-2}], offload="all")
+    held = []
+    for parameter in parameters:
+        parameter.grad = gradients(1, 4096)[0]
+        optimizer.update([parameter])
+        parameter.grad = None
+        held.append(len(optimizer._under_way))
+    assert held == [1, 2, 3, 4, 4, 4] and adamw8bit.UPDATES_UNDER_WAY == 4
+    optimizer.finish_updates()
+    assert not optimizer._under_way
+
+
+@pytest.mark.usefixtures("by_reference")
+def test_states_of_a_checkpoint_stay_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bitsandbytes would move them to the parameter."""
+    parameters, optimizer = offloaded("all")
+    saved, moved = optimizer.state_dict(), []
+    to = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *args, **kw: moved.append(self.numel()) or to(self, *args, **kw)
+    )
+    groups = [{"params": parameters[:3]}, {"params": parameters[3:], "name": "embeddings"}]
+    other = AdamW8bit(groups, offload="all")
+    other.load_state_dict(saved)
+    other.to_gpu()
+    assert 256 in moved and not {4200, 4096, 12_289} & {*moved}  # code maps; the small tensor's states
+    AdamW8bit(groups).load_state_dict(saved)
+    assert {4200, 4096, 12_289} <= {*moved}

@@ -37,7 +37,10 @@ NUM_WARPS = 1  # the largest of a block is found without shared memory
 ALIGNMENT = 16  # bytes
 
 # Columns of the two tables.
-ADDRESSES = ("parameter", "gradient", "moment1", "moment2", "scale1", "scale2", "numel", "first_chunk", "key", "chunks")
+ADDRESSES = (
+    "parameter", "gradient", "moment1", "moment2", "scale1", "scale2", "numel", "first_chunk", "key", "rows", "width",
+    "first_element", "chunks",
+)  # fmt: skip
 SETTINGS = ("decay", "step_size", "epsilon", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2")
 
 _COLUMNS = tl.constexpr(len(ADDRESSES))
@@ -113,7 +116,7 @@ def _write(pointers, values, there, WHOLE: tl.constexpr):
 def _update(
     row, setting, map1, map2, factor, start, left,
     WHOLE: tl.constexpr, DTYPE: tl.constexpr, GRADIENT: tl.constexpr, CODED: tl.constexpr, ALIGNED: tl.constexpr,
-    SCALED: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update the `left` elements of one tensor from `start` on; WHOLE: in whole blocks."""
     decay, step_size, epsilon = tl.load(setting), tl.load(setting + 1), tl.load(setting + 2)
@@ -125,7 +128,16 @@ def _update(
     STOCHASTIC: tl.constexpr = DTYPE == tl.bfloat16  # noqa: SIM300
     MOMENT: tl.constexpr = tl.uint8 if CODED else tl.float32
     parameters = _address(row, 0, DTYPE, ALIGNED) + start
-    gradients = _address(row, 1, GRADIENT, ALIGNED) + start
+    gradients = _address(row, 1, GRADIENT, ALIGNED)
+    if ROWS:
+        places = _address(row, 9, tl.int32, False)
+        width = tl.load(row + 10)
+        element = tl.load(row + 11) + start  # of the whole table
+        first_row = element // width
+        first_column = (element - first_row * width).to(tl.int32)
+        width32 = width.to(tl.int32)
+    else:
+        gradients += start
     moments1 = _address(row, 2, MOMENT, ALIGNED) + start
     moments2 = _address(row, 3, MOMENT, ALIGNED) + start
     scales1 = _address(row, 4, tl.float32, False) + start // BLOCK
@@ -140,7 +152,14 @@ def _update(
         there = inside < left
         first = _read(moments1 + inside, there, WHOLE)
         second = _read(moments2 + inside, there, WHOLE)
-        gradient = _read(gradients + inside, there, WHOLE).to(tl.float32)
+        if ROWS:
+            column = first_column + inside
+            down = column // width32
+            place = _read(places + first_row + down, there, WHOLE).to(tl.int64)
+            column -= down * width32
+            gradient = tl.load(gradients + place * width + column, there & (place >= 0), 0.0).to(tl.float32)
+        else:
+            gradient = _read(gradients + inside, there, WHOLE).to(tl.float32)
         value = _read(parameters + inside, there, WHOLE).to(tl.float32)
         if CODED:
             has_block = block * BLOCK < left
@@ -183,13 +202,14 @@ def _update(
 def adamw8bit_kernel(
     addresses, settings, owners, map1, map2, factor,
     DTYPE: tl.constexpr, GRADIENT: tl.constexpr, CODED: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk, BLOCKS blocks of one tensor.
 
     addresses: int64 and settings: fp32, [tensors, columns as ADDRESSES and SETTINGS].
     owners: [chunks], the tensor of each chunk. map1, map2: fp32 [256]. factor: fp32 [1], of gradients (SCALED).
     DTYPE: of the parameters; bf16 is rounded stochastically. CODED: the moments are codes, not fp32.
+    ROWS: the gradient has some rows of a table alone, and a map says where each is (-1: it is zero).
     """
     CHUNK: tl.constexpr = BLOCKS * BLOCK
     chunk = tl.program_id(0)
@@ -200,10 +220,10 @@ def adamw8bit_kernel(
     left = tl.load(row + 6) - start
     if left >= CHUNK:
         _update(row, setting, map1, map2, factor, start, CHUNK,
-                True, DTYPE, GRADIENT, CODED, ALIGNED, SCALED, BLOCK)  # fmt: skip
+                True, DTYPE, GRADIENT, CODED, ALIGNED, SCALED, ROWS, BLOCK)  # fmt: skip
     else:
         _update(row, setting, map1, map2, factor, start, left.to(tl.int32),
-                False, DTYPE, GRADIENT, CODED, ALIGNED, SCALED, BLOCK)  # fmt: skip
+                False, DTYPE, GRADIENT, CODED, ALIGNED, SCALED, ROWS, BLOCK)  # fmt: skip
 
 
 def launch(
@@ -217,6 +237,7 @@ def launch(
     gradient: torch.dtype,
     coded: bool,
     aligned: bool,
+    rows: bool,
 ) -> None:
     """Update every tensor of the tables, all of one kind, in one launch.
 
@@ -230,15 +251,16 @@ def launch(
         gradient: bf16, fp16 or fp32.
         coded: the moments are 8-bit codes, else fp32.
         aligned: every address of a parameter, gradient or moment is a multiple of ALIGNMENT bytes.
+        rows: gradients are of some rows alone.
     """
-    constants = _constants(parameter, gradient, coded, aligned, factor is not None)
+    constants = _constants(parameter, gradient, coded, aligned, factor is not None, rows)
     adamw8bit_kernel[(owners.numel(),)](
         addresses, settings, owners, *maps, settings if factor is None else factor, **constants, num_warps=NUM_WARPS
     )  # fmt: skip
 
 
 def _constants(
-    parameter: torch.dtype, gradient: torch.dtype, coded: bool, aligned: bool, scaled: bool
+    parameter: torch.dtype, gradient: torch.dtype, coded: bool, aligned: bool, scaled: bool, rows: bool
 ) -> dict[str, object]:
     return {
         "DTYPE": _TYPES[parameter],
@@ -246,6 +268,7 @@ def _constants(
         "CODED": coded,
         "ALIGNED": aligned,
         "SCALED": scaled,
+        "ROWS": rows,
         "BLOCK": BLOCK,
         "BLOCKS": BLOCKS,
     }
@@ -258,7 +281,8 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
     if dtype == torch.bfloat16:
         kinds += [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
     return [
-        Compilation(adamw8bit_kernel, signature, _constants(*kind, coded, aligned, scaled=True), NUM_WARPS)
+        Compilation(adamw8bit_kernel, signature, _constants(*kind, coded, aligned, scaled=True, rows=rows), NUM_WARPS)
         for kind in kinds
         for coded, aligned in ((True, True), (True, False), (False, True))
+        for rows in ((False, True) if coded else (False,))
     ]

@@ -163,7 +163,9 @@ class FusedDecoder(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
         refuse_decoder(self)
-        embedded = inputs_embeds if input_ids is None else looked_up(self.embed_tokens, input_ids)
+        embedded = (
+            inputs_embeds if input_ids is None else looked_up(self.embed_tokens, input_ids, self.fused.row_gradients)
+        )
         assert embedded is not None
         shape, device = embedded.shape[:2], embedded.device
         lengths = row_lengths(attention_mask, position_ids, shape)
@@ -277,15 +279,17 @@ class FusedDecoder(nn.Module):
         return fused.levels
 
 
-def looked_up(module: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    """The embeddings of `input_ids`: the module's own, but with a gradient in what autograd keeps of the table's."""
+def looked_up(module: Any, input_ids: torch.Tensor, by_rows: int = 0) -> torch.Tensor:
+    """The embeddings of `input_ids`: the module's own, but with a gradient in what autograd keeps of the table's, and
+    of these rows alone where it is wanted `by_rows` (`steep.ops.embedding`)."""
     table = in_use(module)
     scale = getattr(table, "embed_scale", None)  # Gemma's own class multiplies by it
     known = type(table) is nn.Embedding or (isinstance(table, nn.Embedding) and scale is not None)
     hooked = any(any(hooks_of(part)) or "forward" in part.__dict__ for part in (module, table))
-    if not known or hooked or table.max_norm is not None or gradient_dtype(table.weight) == table.weight.dtype:
+    as_torch_does = not by_rows and gradient_dtype(table.weight) == table.weight.dtype
+    if not known or hooked or table.max_norm is not None or as_torch_does:
         return module(input_ids)
-    rows = embedding(table.weight, input_ids, table.padding_idx)
+    rows = embedding(table.weight, input_ids, table.padding_idx, by_rows)
     return rows if scale is None else rows * scale.to(rows.dtype)
 
 

@@ -37,6 +37,8 @@ class Fused:
         backends: of attention.
         fp8: which products over an fp8 base are in fp8; None: all on a card with fp8 units, none elsewhere.
         logits: give logits beside the loss.
+        row_gradients: the gradient of the input embeddings is of the rows alone that a batch looks up, a sparse tensor;
+            of how many batches, that are added up. 0: it is dense.
         beside: bytes that the head takes with its loss, for the choice of levels.
         beside_for: tokens of the batch that this was computed for: the longest that trained. 0: no call of the causal
             LM did, and no loss is counted (a trainer may call the decoder by itself).
@@ -55,6 +57,7 @@ class Fused:
     backends: Backends = field(default_factory=Backends)
     fp8: Fp8Products | None = None
     logits: bool = False
+    row_gradients: int = 0
     beside: int = 0
     beside_for: int = 0
     calls: int = 0

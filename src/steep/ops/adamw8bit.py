@@ -35,12 +35,14 @@ class Update:
 
     Attributes:
         parameter: bf16 (rounded stochastically) or fp32, N elements; written.
-        gradient: bf16, fp16 or fp32, N elements.
+        gradient: bf16, fp16 or fp32, N elements; with `rows` that of some rows of a table, [R, width].
         moments: m and v, uint8 codes or fp32, N elements each; written.
         scales: of codes, fp32 [ceil(N / 256)] each; written. None with fp32 moments.
         step: of this tensor, from 1 on.
         lr, betas, eps, weight_decay: as in AdamW.
         key: of the rounding noise, 64 bits: `noise_key`.
+        rows: int32, where in `gradient` each row of the table is; -1: its gradient is zero.
+        first: where in the table the N elements begin, if they are a part of it.
     """
 
     parameter: torch.Tensor
@@ -53,11 +55,22 @@ class Update:
     eps: float
     weight_decay: float
     key: int = 0
+    rows: torch.Tensor | None = None
+    first: int = 0
 
     @property
     def settings(self) -> tuple[float, ...]:
         """As `kernel.SETTINGS` names them."""
         return _settings(self.step, self.lr, self.betas, self.eps, self.weight_decay)
+
+    def dense_gradient(self) -> torch.Tensor:
+        """Of all N elements, flat."""
+        if self.rows is None:
+            return self.gradient.view(-1)
+        width = self.gradient.shape[1]
+        element = torch.arange(self.first, self.first + self.parameter.numel(), device=self.gradient.device)
+        place = self.rows[element // width].long()
+        return self.gradient.view(-1)[place.clamp(min=0) * width + element % width].masked_fill(place < 0, 0)
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
@@ -68,12 +81,14 @@ class Update:
             found.append(tensor.data_ptr())
         return (*found, 0, 0) if self.scales is None else tuple(found)
 
-    def kind(self, alignment: int) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool]:
-        """What all tensors of one launch have in common; the last is whether they begin at multiples of `alignment`."""
+    def kind(self, alignment: int) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool, bool]:
+        """What all tensors of one launch have in common; the last are whether they begin at multiples of `alignment`,
+        and whether their gradients are of rows."""
         parameter, gradient, moment1, moment2, *_ = self.addresses
         aligned = (parameter | gradient | moment1 | moment2) % alignment == 0
         return (
-            self.parameter.device, self.parameter.dtype, self.gradient.dtype, self.scales is not None, aligned
+            self.parameter.device, self.parameter.dtype, self.gradient.dtype, self.scales is not None, aligned,
+            self.rows is not None,
         )  # fmt: skip
 
 
@@ -129,7 +144,7 @@ def adamw8bit_reference(
     """`adamw8bit` in plain torch."""
     for update in updates:
         decay, step_size, epsilon, beta1, rest1, beta2, rest2 = update.settings
-        gradient = update.gradient.view(-1).float() * (1 if factor is None else factor)
+        gradient = update.dense_gradient().float() * (1 if factor is None else factor)
         first, second = (moment.view(-1) for moment in update.moments)
         if update.scales is not None:
             first, second = map(_decode, (first, second), maps, update.scales)
@@ -162,6 +177,7 @@ class Launch:
     gradient: torch.dtype
     coded: bool
     aligned: bool
+    rows: bool
 
     def run(self, factor: torch.Tensor | None = None) -> None:
         from steep.kernels import adamw8bit as kernel
@@ -170,6 +186,7 @@ class Launch:
             kernel.launch(
                 *self.tables, self.maps, factor,
                 parameter=self.parameter, gradient=self.gradient, coded=self.coded, aligned=self.aligned,
+                rows=self.rows,
             )  # fmt: skip
 
 
@@ -178,23 +195,26 @@ def launches(updates: Sequence[Update], maps: tuple[torch.Tensor, torch.Tensor])
     from steep.kernels import adamw8bit as kernel
 
     assert kernel.BLOCK == BLOCK
-    kinds: dict[tuple[torch.device, torch.dtype, torch.dtype, bool, bool], list[Update]] = {}
+    kinds: dict[tuple[torch.device, torch.dtype, torch.dtype, bool, bool, bool], list[Update]] = {}
     for update in updates:
         kinds.setdefault(update.kind(kernel.ALIGNMENT), []).append(update)
     found: list[Launch] = []
-    for (device, parameter, gradient, coded, aligned), members in kinds.items():
+    for (device, parameter, gradient, coded, aligned, by_rows), members in kinds.items():
         chunks = [-(-update.parameter.numel() // kernel.CHUNK) for update in members]
         rows: list[tuple[int, ...]] = []
         first = 0
         for update, count in zip(members, chunks, strict=True):
-            rows.append((*update.addresses, update.parameter.numel(), first, update.key, count))
+            table_of_rows = (0, 0) if update.rows is None else (update.rows.data_ptr(), update.gradient.shape[1])
+            rows.append(
+                (*update.addresses, update.parameter.numel(), first, update.key, *table_of_rows, update.first, count)
+            )
             first += count
         if first == 0:
             continue
         table = _upload(torch.tensor(rows, dtype=torch.int64), device)
         settings = _upload(torch.tensor([update.settings for update in members], dtype=torch.float32), device)
         owners = torch.repeat_interleave(table[:, -1], output_size=first)
-        found.append(Launch(members, (table, settings, owners), maps, parameter, gradient, coded, aligned))
+        found.append(Launch(members, (table, settings, owners), maps, parameter, gradient, coded, aligned, by_rows))
     return found
 
 

@@ -5,15 +5,17 @@ update rounds back to the old value. Stochastic rounding keeps the update in exp
 al. 2020): the update runs in fp32, and the result is rounded up or down with the probability of its distance.
 
 On a GPU `ops/adamw8bit.py` updates all tensors in a launch or a few. On a CPU bitsandbytes' own functions do. The
-states are bitsandbytes' on both, in name and format.
+states are bitsandbytes' on both, in name and format. Those that live in host memory come to the card for their update
+(`ops/host_states.py`), and leave it the same weights and states, to the bit.
 """
 
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from bitsandbytes import functional
@@ -21,9 +23,21 @@ from bitsandbytes.optim import AdamW
 
 from steep.ops.adamw8bit import Launch, Update, launches, noise_key
 from steep.ops.backend import uses_kernels
+from steep.ops.host_states import HostState, Staging
+from steep.ops.row_gradient import coalesced, places, values_of
+
+Offload = Literal["none", "embeddings", "all"]
+OFFLOADS: tuple[Offload, ...] = ("none", "embeddings", "all")
 
 BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit states
 SLICE = 2**24  # elements updated at once: bounds the copies to 0.4 GiB whatever the size of a tensor
+SMALLEST_OFFLOADED = 4096  # elements; what is smaller keeps 32-bit states, and they stay with it
+
+# Calls of `update` within which one over host memory is to be done: a head's takes as long as the backward pass of a
+# few layers, and its gradient stays meanwhile.
+UPDATES_UNDER_WAY = 4
+
+_STATES = ("state1", "state2", "absmax1", "absmax2")
 
 
 def stochastic_round_(target: torch.Tensor, values: torch.Tensor, generator: torch.Generator) -> None:
@@ -112,7 +126,7 @@ class _Dependencies:
         )
 
     def _addresses(self) -> list[int]:
-        gradients = [gradient.data_ptr() for gradient in self._gradients if gradient is not None]
+        gradients = [values_of(gradient).data_ptr() for gradient in self._gradients if gradient is not None]
         return [parameter.data_ptr() for parameter in self._parameters] + gradients
 
 
@@ -131,6 +145,16 @@ class _Work:
     slots: list[_Slot]
     others: dict[int, list[_Slot]]
     launches: dict[torch.device, list[Launch]]
+    hosted: dict[torch.device, list[tuple[Update, HostState]]]
+
+
+class _UnderWay(NamedTuple):
+    """An update over host memory: the number of its call, its end, and what it reads until then."""
+
+    call: int
+    done: torch.cuda.Event | None
+    device: torch.device
+    reads: object
 
 
 class AdamW8bit(AdamW):
@@ -143,6 +167,8 @@ class AdamW8bit(AdamW):
     Args:
         params: parameters or groups, as for every optimizer.
         seed: of the rounding noise.
+        offload: whose states live in page-locked host memory: of the group named ``embeddings``, of all, or of none.
+            A tensor of less than 4,096 elements keeps them.
         **kwargs: `bitsandbytes.optim.AdamW`'s own.
 
     Attributes:
@@ -151,11 +177,17 @@ class AdamW8bit(AdamW):
             place.
     """
 
-    def __init__(self, params: Any, *, seed: int = 0, **kwargs: Any) -> None:
+    def __init__(self, params: Any, *, seed: int = 0, offload: Offload = "none", **kwargs: Any) -> None:
+        assert offload in OFFLOADS, offload
+        self.offload: Offload = offload
         super().__init__(params, **{**kwargs, "optim_bits": 8})
         self.seed = seed
         self.gradient_factor: torch.Tensor | None = None
         self._prepared: tuple[_Dependencies, _Work] | None = None
+        self._hosted: dict[torch.Tensor, HostState] = {}
+        self._staging: dict[torch.device, Staging] = {}
+        self._under_way: deque[_UnderWay] = deque()
+        self._calls = 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -192,12 +224,85 @@ class AdamW8bit(AdamW):
             self._apply(prepared[1], factor)
         else:
             self._apply(self._worked_out(self._places), factor)
+        self.finish_updates()
         return loss
 
     @torch.no_grad()
     def update(self, parameters: Iterable[torch.Tensor]) -> None:
-        """The update of these tensors alone, of those that have a gradient: to the bit as `step` makes it among all."""
+        """The update of these tensors alone, of those that have a gradient: to the bit as `step` makes it among all.
+
+        Over host memory it may still be under way on a stream of its own: `finish_updates` comes before anybody reads
+        these tensors.
+        """
+        self.finish_updates(but=UPDATES_UNDER_WAY - 1)
+        self._calls += 1
         self._apply(self._worked_out(parameters), None)
+
+    def finish_updates(self, but: int = 0) -> None:
+        """Let what the current stream does from now on come after all updates, but those of the last calls. The host
+        does not wait."""
+        while self._under_way and self._under_way[0].call <= self._calls - but:
+            under_way = self._under_way.popleft()
+            if under_way.done is not None:
+                torch.cuda.current_stream(under_way.device).wait_event(under_way.done)
+
+    # ---- states
+
+    def state_dict(self) -> dict[str, Any]:
+        """bitsandbytes' own. The host waits for states that are still on their way to it."""
+        for staging in self._staging.values():
+            staging.synchronize()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        super().load_state_dict(state_dict, move_to_device=False)
+        if move_to_device:
+            self._put_states(of_cpu=True)
+
+    def to_gpu(self) -> None:
+        self._put_states()
+
+    def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        if self._is_offloaded(p):  # the next update puts it into its block
+            return torch.zeros(p.shape, dtype=dtype)
+        return super().get_state_buffer(p, dtype)
+
+    def _put_states(self, of_cpu: bool = False) -> None:
+        """Put each state where its parameter is, or into host memory; of_cpu: those of parameters on a CPU too."""
+        for parameter in self._places:
+            if parameter not in self.state or (parameter.device.type == "cpu" and not of_cpu):
+                continue
+            state = self.state[parameter]
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    stays = name in _STATES and self._is_offloaded(parameter)
+                    state[name] = value.cpu() if stays else value.to(parameter.device)
+
+    def _is_offloaded(self, parameter: torch.Tensor) -> bool:
+        if self.offload == "none" or parameter.numel() < SMALLEST_OFFLOADED:
+            return False
+        group = self.param_groups[self._places[parameter].gindex]
+        return self.offload == "all" or group.get("name") == "embeddings"
+
+    def _host_state(self, slot: _Slot) -> HostState:
+        """The block of a tensor's states, which are put into it where they are not: new ones, and those of a
+        checkpoint."""
+        there = [slot.state[name] for name in _STATES if name in slot.state]
+        kept = self._hosted.get(slot.parameter)
+        if kept is None or not all(map(operator.is_, kept.tensors, there)):
+            scales = (there[2], there[3]) if len(there) == 4 else None
+            if kept is not None:  # which goes, and may be on its way
+                self._staging_on(slot.parameter.device).synchronize()
+            kept = self._hosted[slot.parameter] = HostState((there[0], there[1]), scales, slot.parameter.device)
+            slot.state.update(zip(_STATES, kept.tensors, strict=False))
+        return kept
+
+    def _staging_on(self, device: torch.device) -> Staging:
+        if device not in self._staging:
+            self._staging[device] = Staging(device)
+        return self._staging[device]
+
+    # ---- the update
 
     def _apply(self, work: _Work, factor: torch.Tensor | None) -> None:
         for gindex, slots in work.others.items():
@@ -207,6 +312,10 @@ class AdamW8bit(AdamW):
             self._step_by_bitsandbytes(gindex, slots)
         for slot in work.slots:
             slot.state["step"] += 1
+        for device, updates in work.hosted.items():  # first: their copies take longest
+            on_device = None if factor is None else factor.to(device, torch.float32).view(1)
+            done = self._staging_on(device).run(updates, self._maps(device), on_device)
+            self._under_way.append(_UnderWay(self._calls, done, device, (updates, on_device)))
         for device, launches_there in work.launches.items():
             on_device = None if factor is None else factor.to(device, torch.float32).view(1)
             for launch in launches_there:
@@ -220,13 +329,22 @@ class AdamW8bit(AdamW):
         by_kernel: list[_Slot] = []
         others: dict[int, list[_Slot]] = {}
         by_device: dict[torch.device, list[_Slot]] = {}
+        hosted: dict[torch.device, list[tuple[Update, HostState]]] = {}
         for slot in self._slots(parameters):
             if uses_kernels(slot.parameter) and slot.parameter.dtype in (torch.bfloat16, torch.float32):
                 by_kernel.append(slot)
-                by_device.setdefault(slot.parameter.device, []).append(slot)
+                device = slot.parameter.device
+                if self._is_offloaded(slot.parameter):
+                    state = self._host_state(slot)  # first: it moves what the update reads
+                    hosted.setdefault(device, []).append((self._update_of(slot), state))
+                else:
+                    by_device.setdefault(device, []).append(slot)
             else:
+                if slot.gradient.is_sparse:
+                    slot.parameter.grad = slot.gradient.to_dense()
                 others.setdefault(slot.place.gindex, []).append(slot)
-        return _Work(by_kernel, others, {device: self._launches(slots) for device, slots in by_device.items()})
+        launches = {device: self._launches(slots) for device, slots in by_device.items()}
+        return _Work(by_kernel, others, launches, hosted)
 
     def _slots(self, parameters: Iterable[torch.Tensor]) -> Iterator[_Slot]:
         """Those that have a gradient, with their states."""
@@ -241,22 +359,26 @@ class AdamW8bit(AdamW):
 
     def _launches(self, slots: list[_Slot]) -> list[Launch]:
         """The next update of tensors of one device."""
-        updates: list[Update] = []
-        for slot in slots:
-            state, config = slot.state, self._config(slot.place)
-            step, coded = state["step"] + 1, state["state1"].dtype == torch.uint8
-            updates.append(
-                Update(
-                    slot.parameter, slot.gradient.contiguous(), (state["state1"], state["state2"]),
-                    (state["absmax1"], state["absmax2"]) if coded else None,
-                    step, config["lr"], tuple(config["betas"][:2]), config["eps"], config["weight_decay"],
-                    noise_key(self.seed, step, slot.place.index),
-                )
-            )  # fmt: skip
-        device = slots[0].parameter.device
+        return launches([self._update_of(slot) for slot in slots], self._maps(slots[0].parameter.device))
+
+    def _update_of(self, slot: _Slot) -> Update:
+        state, config = slot.state, self._config(slot.place)
+        step, coded = state["step"] + 1, state["state1"].dtype == torch.uint8
+        gradient, rows = slot.gradient, None
+        if gradient.is_sparse:
+            gradient = coalesced(gradient)
+            rows, gradient = places(gradient._indices()[0], len(gradient)), gradient._values()
+        return Update(
+            slot.parameter, gradient.contiguous(), (state["state1"], state["state2"]),
+            (state["absmax1"], state["absmax2"]) if coded else None,
+            step, config["lr"], tuple(config["betas"][:2]), config["eps"], config["weight_decay"],
+            noise_key(self.seed, step, slot.place.index), rows,
+        )  # fmt: skip
+
+    def _maps(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         for name in ("dynamic", "udynamic"):  # a resumed run has made no state that would have moved them
             self.name2qmap[name] = self.name2qmap[name].to(device)
-        return launches(updates, (self.name2qmap["dynamic"], self.name2qmap["udynamic"]))
+        return self.name2qmap["dynamic"], self.name2qmap["udynamic"]
 
     def _config(self, place: _Place) -> dict[str, Any]:
         return self.get_config(place.gindex, place.pindex, self.param_groups[place.gindex])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import transformers
 
 from steep.errors import UserError
+from steep.training.adamw8bit import OFFLOADS
 from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import FALLS
 
@@ -33,6 +34,8 @@ class TrainingArguments(transformers.TrainingArguments):
             and warmup_stable_decay fall from the peak rates to this share of them, and stay there.
         optimizer_in_backward: update each tensor as soon as its gradient is whole, and free the gradient: to the bit
             the update at the end of a step without clipping, in less memory. See `steep.training.in_backward`.
+        offload_optimizer: whose optimizer states live in page-locked host memory: of the trained "embeddings", of "all"
+            tensors, or of "none". The same update to the bit, with `adamw_8bit`. See `steep.training.offload`.
         deterministic: on a GPU, train with kernels only that give the same bits each time, so that a resumed run ends
             in those of one never stopped; slower. Sets the variable CUBLAS_WORKSPACE_CONFIG, which stays.
         eval_stride: new tokens that each window of a long held-out document scores; default: half a row.
@@ -60,6 +63,7 @@ class TrainingArguments(transformers.TrainingArguments):
     decay_type: str | None = field(default=None)
     max_nonfinite_steps: int = field(default=3)
     optimizer_in_backward: bool = field(default=False)
+    offload_optimizer: str = field(default="none")
     deterministic: bool = field(default=False)
     spike_action: str = field(default="warn")
     spike_threshold: float = field(default=6.0)
@@ -93,6 +97,10 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise UserError(name, f"{steps} is no number of steps", "Give one above 0; below 1 it is a share.")
         if self.decay_type not in (None, *FALLS):
             raise UserError("decay_type", f"{self.decay_type!r} is unknown", f"Give one of {', '.join(FALLS)}.")
+        if self.offload_optimizer not in OFFLOADS:
+            raise UserError(
+                "offload_optimizer", f"{self.offload_optimizer!r} is unknown", f"Give {', '.join(OFFLOADS)}."
+            )
         if self.max_nonfinite_steps < 1:
             raise UserError("max_nonfinite_steps", f"{self.max_nonfinite_steps} is too few", "Give a number ≥ 1.")
         if self.spike_action not in SPIKE_ACTIONS:

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from steep import ranks
 from steep.errors import UserError
 from steep.model.install import fused_of, is_installed
+from steep.model.projections import in_use
+from steep.model.unwrap import unwrap
 from steep.training.adamw8bit import AdamW8bit
 
 logger = logging.getLogger("steep")
@@ -65,6 +68,31 @@ def gradients_summed_in_fp32(model: Any, optimizer: Any, micro_batches: int) -> 
     finally:
         for parameter, dtype in before.items():
             _keep_gradient_in(parameter, dtype)
+
+
+@contextmanager
+def gradients_by_rows(model: Any, optimizer: Any, micro_batches: int, scaler: Any = None) -> Iterator[None]:
+    """Within, the gradient of a fused model's input embeddings is of the rows alone that a batch looks up, a sparse
+    tensor (`steep.ops.row_gradient`): what `AdamW8bit` takes, in one process, without a loss scaler. A tied table has a
+    gradient in every row, from the head.
+
+    Afterwards any optimizer can train the model: the gradients of a step that was broken off are gone.
+    """
+    alone = isinstance(optimizer, AdamW8bit) and ranks.world_size() == 1 and scaler is None
+    if not alone or not is_installed(model):
+        yield
+        return
+    whole, fused = unwrap(model), fused_of(model)
+    table, head = in_use(whole.get_input_embeddings()), in_use(whole.get_output_embeddings())
+    trains = isinstance(table, nn.Embedding) and table.weight.requires_grad
+    if trains and table.weight is not getattr(head, "weight", None):
+        fused.row_gradients = micro_batches
+    try:
+        yield
+    finally:
+        fused.row_gradients = 0
+        if trains and table.weight.grad is not None and table.weight.grad.is_sparse:
+            table.weight.grad = None
 
 
 def _keep_gradient_in(parameter: torch.Tensor, dtype: torch.dtype | None) -> None:

@@ -7,12 +7,14 @@ not finite (a step that has one is not applied), and the proof that every traine
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from steep.ops.row_gradient import coalesced, values_of
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,17 @@ class GradientReport:
         return [name for name, norm in zip(self.names, self.norms.tolist(), strict=True) if not math.isfinite(norm)]
 
 
+def sum_up_rows(parameters: Iterable[torch.Tensor]) -> None:
+    """Coalesce the gradients that are sparse: those of a table's rows (`steep.ops.row_gradient`)."""
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = coalesced(parameter.grad)
+
+
 def norms_of(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """L2 norm of each, one fp32 on its device: in the own dtype the sum of squares of a bf16 tensor would be rounded to
-    8 bits."""
-    return list(torch._foreach_norm(list(gradients), 2, dtype=torch.float32))
+    8 bits. Sparse ones are coalesced."""
+    return list(torch._foreach_norm([values_of(gradient) for gradient in gradients], 2, dtype=torch.float32))
 
 
 def all_norms(of_each: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -82,6 +91,7 @@ def measure_and_clip(
     there = {name: parameter for name, parameter in parameters.items() if parameter.grad is not None}
     if not there:
         return GradientReport(list(parameters), torch.zeros(len(parameters)), 0.0)
+    sum_up_rows(there.values())
     norms = all_norms(norms_of([parameter.grad for parameter in there.values() if parameter.grad is not None]))
     factor = None if max_norm is None else (max_norm / (norms[-1] + 1e-6)).clamp(max=1.0).float()
     meanwhile()

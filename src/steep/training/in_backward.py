@@ -23,7 +23,7 @@ from steep import ranks
 from steep.errors import RunError, UserError
 from steep.training.adamw8bit import AdamW8bit
 from steep.training.arguments import TrainingArguments
-from steep.training.gradients import GradientReport, all_norms, norms_of, read_norms
+from steep.training.gradients import GradientReport, all_norms, norms_of, read_norms, sum_up_rows
 
 FIELD = "optimizer_in_backward"
 PARTLY = "The weights are partly updated, and nothing of that step is saved: go on from the last checkpoint (--resume)"
@@ -147,6 +147,7 @@ class UpdatesInBackward:
         if len(arrived) < len(members):
             return
         arrived.clear()
+        sum_up_rows(members)
         gradients = [member.grad for member in members if member.grad is not None]
         self._norms |= zip((self._names[member] for member in members), norms_of(gradients), strict=True)
         self._optimizer.update(members)
@@ -159,6 +160,8 @@ class UpdatesInBackward:
         Args:
             meanwhile: called while the GPU still works.
         """
+        self._optimizer.finish_updates()
+        sum_up_rows(self._parameters.values())
         left = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         found, self._norms = self._norms, {}
         for arrived in self._arrived.values():
@@ -188,6 +191,7 @@ def updates_in_backward(parameters: Mapping[str, nn.Parameter], optimizer: Any) 
     finally:
         for hook in hooks:
             hook.remove()
+        optimizer.finish_updates()
 
 
 def _layer_of(name: str) -> str:

@@ -20,14 +20,14 @@ from steep.errors import RunError, UserError
 from steep.model.install import is_installed
 from steep.model.unwrap import unwrap
 from steep.stopping import Stop
-from steep.training import parallel
+from steep.training import offload, parallel
 from steep.training.adamw8bit import AdamW8bit
 from steep.training.ahead import forget_ahead, work_ahead
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
 from steep.training.counting import COUNTS
 from steep.training.deterministic import deterministic
-from steep.training.fused import check_logits, gradients_summed_in_fp32
+from steep.training.fused import check_logits, gradients_by_rows, gradients_summed_in_fp32
 from steep.training.gradients import GradientReport, measure_and_clip
 from steep.training.groups import parameter_groups
 from steep.training.guard import GoBack, Guard, Outcome
@@ -95,6 +95,7 @@ class Trainer(Reporting):
         super().__init__(model, args, data_collator, rows, eval_dataset, **kwargs)
         parallel.settle_trainer(self)
         check_trainer(self)
+        offload.check_trainer(self)
         self.let_end(stop)
         self.add_callback(_StepObserver(self))
         self.proof: Proof | None = None
@@ -114,7 +115,7 @@ class Trainer(Reporting):
         cls, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
         if args.optim in ("adamw_8bit", "adamw_bnb_8bit"):
             kwargs = {key: value for key, value in kwargs.items() if key not in ("optim_bits", "is_paged")}
-            return AdamW8bit, {**kwargs, "seed": args.seed}
+            return AdamW8bit, {**kwargs, "seed": args.seed, "offload": args.offload_optimizer}
         return cls, kwargs
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -181,6 +182,11 @@ class Trainer(Reporting):
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._until_trained.enter_context(
             gradients_summed_in_fp32(self.model, self._own_optimizer, self.args.gradient_accumulation_steps)
+        )
+        self._until_trained.enter_context(
+            gradients_by_rows(
+                self.model, self._own_optimizer, self.args.gradient_accumulation_steps, self.accelerator.scaler
+            )
         )
         proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
         if self.args.optimizer_in_backward:

@@ -1,0 +1,247 @@
+"""AdamW updates whose moments live in host memory: they come to the card in pieces, and go back updated.
+
+Three slots on the card and three streams: while one piece is updated, the next comes up and the one before goes down.
+Events alone order them, and the host waits for none. A piece gets the bits that it has in an update of the whole: no
+block is cut, and what rounds a weight is a function of the tensor's key and the number of the block, which differ in
+bits of their own (`part`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+
+from steep.ops.adamw8bit import BLOCK, Update, adamw8bit
+from steep.ops.pinned import pinned_zeros
+
+PIECE = 2**24  # elements with 8-bit moments that are updated at once; a power of two, see `part`
+SLOTS = 3
+_ALIGNMENT = 64  # bytes
+_OTHERWISE = "each step waits for the moments of the optimizer"
+
+
+def state_bytes(numel: int, coded: bool = True) -> int:
+    """What moments and scales of a tensor take in host memory, or of a piece on the card."""
+    return _places(numel, coded)[1]
+
+
+def staging_bytes() -> int:
+    """What the slots take on the card."""
+    return SLOTS * state_bytes(PIECE)
+
+
+def _places(numel: int, coded: bool) -> tuple[list[slice], int]:
+    """Where moments and scales stand in a block of bytes, and its size."""
+    sizes = [numel, numel, *[4 * -(-numel // BLOCK)] * 2] if coded else [4 * numel] * 2
+    places: list[slice] = []
+    end = 0
+    for size in sizes:
+        places.append(slice(end, end + size))
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return places, end
+
+
+def _views(block: torch.Tensor, numel: int, coded: bool) -> tuple[torch.Tensor, ...]:
+    """Moments and scales in a block, flat."""
+    places, _ = _places(numel, coded)
+    dtypes = [torch.uint8] * 2 + [torch.float32] * 2 if coded else [torch.float32] * 2
+    return tuple(block[place].view(dtype) for place, dtype in zip(places, dtypes, strict=True))
+
+
+class HostState:
+    """Moments and scales of one tensor in one block of page-locked memory.
+
+    Args:
+        moments: m and v on a CPU, uint8 codes or fp32, N elements each; copied.
+        scales: of codes, fp32 [ceil(N / 256)] each; copied.
+        device: that the tensor is on.
+
+    Attributes:
+        moments, scales: the same in the block, in their shapes.
+    """
+
+    def __init__(
+        self,
+        moments: tuple[torch.Tensor, torch.Tensor],
+        scales: tuple[torch.Tensor, torch.Tensor] | None,
+        device: torch.device,
+    ) -> None:
+        self.numel, self.coded = moments[0].numel(), scales is not None
+        self._block = pinned_zeros((state_bytes(self.numel, self.coded),), torch.uint8, device, _OTHERWISE)
+        given = (*moments, *(scales or ()))
+        kept = [
+            view.view(one.shape).copy_(one)
+            for view, one in zip(_views(self._block, self.numel, self.coded), given, strict=True)
+        ]
+        self.moments = (kept[0], kept[1])
+        self.scales = (kept[2], kept[3]) if self.coded else None
+        self._written: torch.cuda.Event | None = None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (*self.moments, *(self.scales or ()))
+
+    def pieces(self) -> Iterator[slice]:
+        """The elements of each piece."""
+        step = PIECE if self.coded else PIECE // 4  # as many bytes
+        return (slice(start, min(start + step, self.numel)) for start in range(0, self.numel, step))
+
+    def copies(self, piece: slice, slot: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each range of bytes here, and its place in a slot whose layout is that of a block of the piece's size."""
+        numel = piece.stop - piece.start
+        if numel == self.numel:
+            yield self._block, slot[: self._block.numel()]
+            return
+        places, _ = _places(numel, self.coded)
+        for tensor, place in zip(self.tensors, places, strict=True):
+            first = piece.start // BLOCK if tensor.numel() < self.numel else piece.start
+            begin = first * tensor.element_size()
+            yield tensor.view(-1).view(torch.uint8)[begin : begin + place.stop - place.start], slot[place]
+
+
+def part(update: Update, piece: slice, state: Sequence[torch.Tensor]) -> Update:
+    """The update of elements `piece` of a tensor; `state` are their moments and scales.
+
+    The noise of block b of the tensor is that of b ^ key. Pieces begin at multiples of a power of two of blocks, and
+    have no more: so b of the tensor is `first` ^ (b of the piece), and the piece's key is key ^ `first`.
+    """
+    return replace(
+        update,
+        parameter=update.parameter.view(-1)[piece],
+        gradient=update.gradient if update.rows is not None else update.gradient.view(-1)[piece],
+        first=update.first + piece.start,
+        moments=(state[0], state[1]),
+        scales=(state[2], state[3]) if len(state) == 4 else None,
+        key=update.key ^ piece.start // BLOCK,
+    )
+
+
+class _Lane:
+    """A stream of its own, or on a CPU none: there each thing is done when the next begins."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def record(self) -> torch.cuda.Event | None:
+        """All that is queued so far."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def wait(self, event: torch.cuda.Event | None) -> None:
+        if self._stream is not None and event is not None:
+            self._stream.wait_event(event)
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Its memory is not used again before what is queued here when it is freed."""
+        if self._stream is not None:
+            tensor.record_stream(self._stream)
+
+    def synchronize(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    update: Update  # of the whole tensor
+    state: HostState
+    elements: slice
+
+    @property
+    def bytes(self) -> int:
+        return state_bytes(self.elements.stop - self.elements.start, self.state.coded)
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces in order, as many at a time as a slot holds."""
+    batch: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        if batch and size + piece.bytes > state_bytes(PIECE):
+            yield batch
+            batch, size = [], 0
+        batch.append(piece)
+        size += piece.bytes
+    if batch:
+        yield batch
+
+
+class Staging:
+    """The slots and streams of one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._up, self._compute, self._down = (_Lane(device) for _ in range(3))
+        self._slots = [torch.empty(state_bytes(PIECE), dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+        self._free: list[torch.cuda.Event | None] = [self._so_far()] * SLOTS  # of what had that memory before
+        for slot in self._slots:
+            for lane in (self._up, self._compute, self._down):
+                lane.keep(slot)
+        self._next = 0
+
+    def run(
+        self,
+        updates: Sequence[tuple[Update, HostState]],
+        maps: tuple[torch.Tensor, torch.Tensor],
+        factor: torch.Tensor | None = None,
+    ) -> torch.cuda.Event | None:
+        """Queue the update of every tensor, behind what the current stream has queued so far.
+
+        Args:
+            updates: whose moments and scales are those of the state beside each.
+            maps, factor: as in `adamw8bit`.
+
+        Returns:
+            What to wait for before a parameter is read, or the memory of a gradient or of the factor used again.
+        """
+        self._compute.wait(self._so_far())
+        pieces = (_Piece(update, state, elements) for update, state in updates for elements in state.pieces())
+        for batch in _batches(pieces):
+            self._run(batch, maps, factor)
+        return self._compute.record()
+
+    def synchronize(self) -> None:
+        """Let the host wait until all that is updated is in its memory."""
+        self._down.synchronize()
+
+    def _so_far(self) -> torch.cuda.Event | None:
+        return torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
+
+    def _run(self, batch: list[_Piece], maps: tuple[torch.Tensor, torch.Tensor], factor: torch.Tensor | None) -> None:
+        index = self._next
+        self._next = (index + 1) % SLOTS
+        slots = self._slots[index].split([*(piece.bytes for piece in batch), self._left(batch)])
+        copies = [
+            pair for piece, slot in zip(batch, slots, strict=False) for pair in piece.state.copies(piece.elements, slot)
+        ]
+        self._up.wait(self._free[index])
+        for piece in batch:
+            if piece.elements.start == 0:  # the others are none of what was written since
+                self._up.wait(piece.state._written)
+        with self._up():
+            for host, card in copies:
+                card.copy_(host, non_blocking=True)
+        self._compute.wait(self._up.record())
+        with self._compute():  # so that tables of the launch are memory of this stream
+            adamw8bit([self._part(piece, slot) for piece, slot in zip(batch, slots, strict=False)], maps, factor)
+        self._down.wait(self._compute.record())
+        with self._down():
+            for host, card in copies:
+                host.copy_(card, non_blocking=True)
+        self._free[index] = written = self._down.record()
+        for piece in batch:
+            piece.state._written = written
+
+    @staticmethod
+    def _left(batch: list[_Piece]) -> int:
+        return state_bytes(PIECE) - sum(piece.bytes for piece in batch)
+
+    @staticmethod
+    def _part(piece: _Piece, slot: torch.Tensor) -> Update:
+        numel = piece.elements.stop - piece.elements.start
+        return part(piece.update, piece.elements, _views(slot, numel, piece.state.coded))

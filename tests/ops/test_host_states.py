@@ -1,0 +1,128 @@
+"""Updates over moments in host memory: to the bit those over moments on the card, in whatever pieces."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from steep.kernels import adamw8bit as kernels
+from steep.ops import host_states
+from steep.ops.adamw8bit import Update, adamw8bit
+from steep.ops.host_states import HostState, Staging, staging_bytes, state_bytes
+from tests.ops.routes import cases
+from tests.ops.test_adamw8bit import BF16, DTYPES, FP32, along, maps, tensors
+
+SIZES = (4097, 100, 12_289, 4096)
+LARGE = (2**24 + 5, 2**22, 3 * 2**24, 100)
+
+
+def hosted(updates: list[Update], device: str) -> list[tuple[Update, HostState]]:
+    """The same updates with their moments on the host."""
+    found = []
+    for update in updates:
+        scales = update.scales
+        first, second = (moment.cpu() for moment in update.moments)
+        kept = None if scales is None else (scales[0].cpu(), scales[1].cpu())
+        state = HostState((first, second), kept, torch.device(device))
+        found.append((replace(update, moments=state.moments, scales=state.scales), state))
+    return found
+
+
+def moved(update: Update) -> list[torch.Tensor]:
+    return [tensor.cpu() for tensor in (update.parameter, *update.moments, *(update.scales or ()))]
+
+
+def differ(one: Update, other: Update) -> bool:
+    return not all(torch.equal(*pair) for pair in zip(moved(one), moved(other), strict=True))
+
+
+@pytest.mark.parametrize(("route", "sizes", "piece", "launches"), cases([(SIZES, 2**12, 8)], real=[(LARGE, 2**24, 6)]))
+@pytest.mark.parametrize(("dtype", "gradient"), DTYPES)
+def test_pieces_are_the_whole_to_the_bit(
+    route: str,
+    sizes: tuple[int, ...],
+    piece: int,
+    launches: int,
+    dtype: torch.dtype,
+    gradient: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over several steps, whose pieces meet other slots each time."""
+    monkeypatch.setattr(host_states, "PIECE", piece)
+    device = "cuda" if route == "gpu" else "cpu"
+    whole, given = tensors(sizes, dtype, gradient, device), tensors(sizes, dtype, gradient, device)
+    ours, factor = hosted(given, device), torch.tensor([0.37], device=device)
+    staging = Staging(torch.device(device))
+    steps = 1 if route == "interpreter" else 3
+    for step in range(steps):
+        scale = factor if step < 2 else None
+        with along(route, kernels, launch=2 + launches):
+            adamw8bit(whole, maps(device), scale)
+            done = staging.run(ours, maps(device), scale)
+        if done is not None:
+            torch.cuda.current_stream().wait_event(done)
+        for update in (*whole, *(update for update, _ in ours)):
+            update.gradient.mul_(-1.5)  # what is queued behind the event
+    staging.synchronize()
+    for wanted, (update, _) in zip(whole, ours, strict=True):
+        assert not differ(update, wanted)
+
+
+def test_the_noise_of_a_piece_is_that_of_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces that are rounded as if each were a tensor of its own differ, in their weights alone."""
+    monkeypatch.setattr(host_states, "PIECE", 2**12)
+    part = host_states.part
+    monkeypatch.setattr(host_states, "part", lambda update, *rest: replace(part(update, *rest), key=update.key))
+    (whole,), ours = tensors((12_289,), BF16, BF16), hosted(tensors((12_289,), BF16, BF16), "cpu")
+    adamw8bit([whole], maps())
+    Staging(torch.device("cpu")).run(ours, maps())
+    same = [torch.equal(*pair) for pair in zip(moved(whole), moved(ours[0][0]), strict=True)]
+    assert same == [False, True, True, True, True]
+    assert torch.equal(whole.parameter[:4096], ours[0][0].parameter[:4096])
+
+
+def test_small_tensors_share_a_slot_and_large_ones_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_states, "PIECE", 2**13)
+    launches: list[list[int]] = []
+    monkeypatch.setattr(
+        host_states, "adamw8bit", lambda parts, *rest: launches.append([one.parameter.numel() for one in parts])
+    )
+    updates = hosted(tensors((100, 200, 4096, 4096, 2**14 + 1), FP32, FP32), "cpu")
+    Staging(torch.device("cpu")).run(updates, maps())
+    assert launches == [[100, 200, 4096], [4096], [8192], [8192], [1]]
+
+
+def test_bytes() -> None:
+    assert state_bytes(2**24) == 2 * 2**24 + 2 * 2**18 == staging_bytes() // 3
+    assert state_bytes(1000, coded=False) == 2 * 4032
+    first, second = torch.arange(300).view(3, 100).to(torch.uint8), torch.ones(3, 100, dtype=torch.uint8)
+    scales = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    state = HostState((first, second), scales, torch.device("cpu"))
+    assert all(torch.equal(*pair) for pair in zip(state.tensors, (first, second, *scales), strict=True))
+    assert all(one.is_contiguous() and one.data_ptr() % 64 == state.tensors[0].data_ptr() % 64 for one in state.tensors)
+
+
+@pytest.mark.gpu
+def test_streams_are_ordered_by_events_alone() -> None:
+    """The card is kept busy while everything is queued: a piece that came too early, or an update that was read too
+    early, would show."""
+    device = torch.device("cuda")
+    sizes = (5 * 2**24 + 3,)
+    whole, given = tensors(sizes, BF16, BF16, "cuda"), tensors(sizes, BF16, BF16, "cuda")
+    ours = hosted(given, "cuda")
+    staging, tables = Staging(device), maps("cuda")
+    busy = torch.randn(8192, 8192, device=device)
+    for _ in range(3):
+        for _ in range(5):
+            busy = (busy @ busy).clamp(-1, 1)
+        for update in (*whole, ours[0][0]):
+            update.gradient.add_(1)
+        adamw8bit(whole, tables)
+        done = staging.run(ours, tables)
+        assert done is not None and not done.query()
+        torch.cuda.current_stream().wait_event(done)
+        assert torch.equal(ours[0][0].parameter, whole[0].parameter)
+    staging.synchronize()
+    assert not differ(ours[0][0], whole[0])

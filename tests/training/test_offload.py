@@ -1,0 +1,88 @@
+"""Optimizer states in host memory through a trainer: the same run to the bit, or an error by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steep.data.packing import Corpus
+from steep.errors import UserError
+from steep.ops import host_states
+from steep.training.adamw8bit import AdamW8bit
+from steep.training.trainer import Trainer
+from tests.training.helpers import adapted, arguments, trainer_for, update_by_reference
+from tests.training.test_in_backward import BF16, FP32, LEAN, lean, model_of
+from tests.training.test_resume import assert_same
+
+AT_THE_END: dict[str, Any] = {"optimizer_in_backward": False, "max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "tied", "offload"),
+    [
+        (AT_THE_END, BF16, False, "embeddings"),
+        (AT_THE_END, FP32, True, "all"),
+        (LEAN, BF16, False, "all"),
+        (LEAN, BF16, True, "embeddings"),
+    ],
+    ids=["clipped", "clipped-tied", "in-backward", "in-backward-tied"],
+)
+def test_a_run_is_the_one_with_states_on_the_card(
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    tied: bool,
+    offload: str,
+    corpus: Corpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights, states, log, proof; also after it was stopped, and resumed with either choice."""
+    update_by_reference(monkeypatch)
+    monkeypatch.setattr(host_states, "PIECE", 2**12)
+    settings = {**settings, "save_strategy": "steps", "save_steps": 2}
+
+    def made(folder: str, choice: str) -> Trainer:
+        model = model_of(dtype, tied=tied, fused=True)
+        return lean(model, corpus, tmp_path / folder, offload_optimizer=choice, **settings)
+
+    whole, ours = made("whole", "none"), made("ours", offload)
+    whole.train()
+    ours.train()
+    assert_same(whole, ours)
+    optimizer = ours._own_optimizer
+    numbers = {"embeddings": 1 if tied else 2, "all": sum(p.numel() >= 4096 for p in optimizer._places)}
+    assert len(optimizer._hosted) == numbers[offload] and not whole._own_optimizer._hosted
+    for start, choice in (("whole", offload), ("ours", "none")):
+        resumed = made(f"from-{start}", choice)
+        resumed.train(resume_from_checkpoint=str(tmp_path / start / "checkpoint-2"))
+        assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "paged_adamw_8bit"])
+def test_another_optimizer_is_refused_by_name(optim: str, corpus: Corpus, tmp_path: Path) -> None:
+    told = rf"^offload_optimizer: {optim} keeps its states on the card\. Set optim: adamw_8bit"
+    with pytest.raises(UserError, match=told):
+        trainer_for(adapted(), corpus, tmp_path, optim=optim, offload_optimizer="embeddings")
+
+
+def test_what_a_trainer_is_given_has_to_do_it(corpus: Corpus, tmp_path: Path) -> None:
+    model, args = adapted(), arguments(tmp_path, optim="adamw_8bit", offload_optimizer="all")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    told = r'^optimizers: offload_optimizer is all, and .* Give AdamW8bit\(\.\.\., offload="all"\)'
+    for given in (AdamW8bit(trained, lr=1e-3), torch.optim.AdamW(trained)):
+        with pytest.raises(UserError, match=told):
+            Trainer(model=model, args=args, train_dataset=corpus, optimizers=(given, None))
+    given = AdamW8bit(trained, lr=1e-3, offload="all")
+    Trainer(model=model, args=args, train_dataset=corpus, optimizers=(given, None))
+    with pytest.raises(UserError, match=r"^offload_optimizer: SGD keeps its states on the card"):
+        Trainer(model=model, args=args, train_dataset=corpus, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 1.0}))
+    with pytest.raises(UserError, match=r"^offload_optimizer: .* is in torch\.float16\. Train in bf16 or fp32"):
+        Trainer(model=adapted().half(), args=args, train_dataset=corpus)
+    args.offload_optimizer = "embeddings"
+    with pytest.raises(UserError, match=r"^offload_optimizer: it is embeddings, and none is trained\. Set .*: all, or"):
+        Trainer(model=adapted(modules_to_save=[]), args=args, train_dataset=corpus)
+    with pytest.raises(UserError, match=r"^offload_optimizer: 'heads' is unknown\. Give none, embeddings, all"):
+        arguments(tmp_path, offload_optimizer="heads")
