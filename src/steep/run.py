@@ -298,6 +298,7 @@ def _trainer(plan: Plan, model: Any, stop: Stop | None) -> Trainer:
         stop=stop,
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    trainer.planned_bytes = sum(plan.memory.values())
     return trainer
 
 

@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from steep.model.backends import Backends
 from steep.model.layer import Layer
 from steep.model.reading import Reading
@@ -21,7 +23,8 @@ class Fused:
 
     Attributes:
         levels: what each layer keeps (`steep.model.block`); None: chosen at the first call that trains.
-        chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given.
+        chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given,
+            or memory has run out since.
         room: bytes of the card that the choice is within; None: there is no card.
         tile: tokens that a layer computes at a time (`steep.model.block`); None: as many as is fast.
         loss_way: how the loss is cut (`steep.ops.linear_cross_entropy`); None: as is faster.
@@ -33,6 +36,7 @@ class Fused:
             LM did, and no loss is counted (a trainer may call the decoder by itself).
         calls: fused forwards of the decoder so far.
         was_fused: whether the last call without a key-value cache was one.
+        last: tokens of the last batch that trained, and the dtypes of its products and of its residual stream.
         said: reasons that were told already.
     """
 
@@ -48,6 +52,7 @@ class Fused:
     beside_for: int = 0
     calls: int = 0
     was_fused: bool = False
+    last: tuple[int, torch.dtype, torch.dtype] | None = None
     said: set[str] = field(default_factory=set)
     _readings: dict[int, Reading] = field(default_factory=dict, repr=False)
 
