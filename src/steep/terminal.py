@@ -138,6 +138,18 @@ class Terminal:
             yield progress
 
     @contextmanager
+    def checking(self) -> Iterator[Callable[[int, int], None]]:
+        """Gives a callback for the bytes read so far, and all that there are."""
+        with self._counting("checking") as show:
+            yield lambda done, total: show(f"{human_bytes(done)} of {human_bytes(total)}")
+
+    @contextmanager
+    def loading(self) -> Iterator[Callable[[int, int], None]]:
+        """Gives a callback for the tensors loaded so far, and all that there are."""
+        with self._counting("loading") as show:
+            yield lambda done, total: show(f"{done:,} of {total:,} tensors")
+
+    @contextmanager
     def merging(self) -> Iterator[Callable[[int, int], None]]:
         """Gives a callback for the bytes written so far, and all that will be."""
         with self._counting("merging") as show:
