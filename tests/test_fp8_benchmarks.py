@@ -342,7 +342,7 @@ def test_own_memory_is_watched(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", ["nf4", "int8", "fp8"])
 def test_a_load_holds_a_tensor_beside_what_it_keeps(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU what is kept is on the host too; and on a CPU bitsandbytes and e4m3 need a tensor in fp32, twice."""
+    """Without a GPU what is kept is on the host too, and so is what a tensor is quantised with: it in fp32, twice."""
     fields = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1024}
     monkeypatch.setitem(shapes.SHAPES, "small", shapes.SHAPES["tiny"] | fields)
     folder, tiny = (write(shape, tmp_path / shape, "cpu") for shape in ("small", "tiny"))
