@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from steep.fp8_choice import in_fp8, kept_in_16_bits, resolve_fp8_products
+from steep.fused_memory import FusedStep
 from steep.fusing import fused_step, resolve_trained_dtype, settle
 from steep.memory import Shape, shape_of
 from steep.model.choices import Choices
@@ -48,11 +49,13 @@ class Sizes:
     Attributes:
         choices: what the run keeps for good.
         memory: bytes by item at the peak of a step.
+        step: None: it is not fused.
     """
 
     shape: Shape
     choices: Choices
     memory: dict[str, int]
+    step: FusedStep | None = None
 
     @property
     def peak(self) -> int:
@@ -124,4 +127,4 @@ class Ground:
             )
             choices = settle(config, step, self.budget, self.before)
         memory = memory_of(config, shape, step, choices, base=base, compute=compute, on_card=on_card)
-        return Sizes(shape, choices, memory)
+        return Sizes(shape, choices, memory, step)
