@@ -56,7 +56,9 @@ def config_of(shape: str, layers: int | None = None) -> PreTrainedConfig:
     Args:
         layers: in place of the shape's own number.
     """
-    fields = dict(SHAPES[shape]) | ({} if layers is None else {"num_hidden_layers": layers})
+    fields = dict(SHAPES[shape])
+    if layers is not None:
+        fields["num_hidden_layers"] = layers
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return AutoConfig.for_model(fields.pop("model_type"), **fields, **tokens)
 

@@ -341,16 +341,19 @@ def test_own_memory_is_watched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8", "fp8"])
-def test_a_load_holds_a_tensor_beside_what_it_keeps(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU what is kept is on the host too, and so is what a tensor is quantised with: it in fp32, twice."""
-    fields = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1024}
-    monkeypatch.setitem(shapes.SHAPES, "small", shapes.SHAPES["tiny"] | fields)
-    folder, tiny = (write(shape, tmp_path / shape, "cpu") for shape in ("small", "tiny"))
-    stored = sum(file.stat().st_size for file in loading.weight_files(folder))
-    found = loading.loaded(base, folder, tiny)
-    kept, peak, tensor = found["kept_gib"] * 2**30, found["peak_host_gib"] * 2**30, 512 * 4096
-    slack = 2**23  # libraries' own, and the allocator's
-    assert peak < kept + 2 * 4 * tensor + slack < kept + stored, "the bound would let a whole checkpoint pass"
+def test_a_load_holds_some_tensors_whatever_the_number_of_layers(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU what is kept is on the host too; what is there beside it may not grow as the checkpoint does."""
+    beside, stored = [], []
+    for layers in (8, 24):
+        fields = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": layers, "vocab_size": 1024}
+        monkeypatch.setitem(shapes.SHAPES, "small", shapes.SHAPES["tiny"] | fields)
+        folder, tiny = write("small", tmp_path / str(layers), "cpu"), write("tiny", tmp_path / "tiny", "cpu")
+        found = loading.loaded(base, folder, tiny)
+        beside.append(found["peak_host_gib"] - found["kept_gib"])
+        stored.append(sum(file.stat().st_size for file in loading.weight_files(folder)) / 2**30)
+    assert beside[1] - beside[0] < 0.5 * (stored[1] - stored[0])
 
 
 def test_files_are_dropped_and_found_in_memory(tmp_path: Path) -> None:

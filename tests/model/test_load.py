@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -61,7 +62,7 @@ def test_progress_is_told(base: str, llama_folder: Path) -> None:
     """And nobody's bars are changed afterwards."""
     told: list[tuple[int, int]] = []
     resolved = resolve(str(llama_folder))
-    given = {"base": base, "compute_dtype": "bf16", "attn_implementation": "auto"}
+    given: dict[str, Any] = {"base": base, "compute_dtype": "bf16", "attn_implementation": "auto"}
     load_resolved(resolved, None, **given, progress=lambda done, total: told.append((done, total)))
     (total,) = {total for _, total in told}
     assert [done for done, _ in told] == [*range(1, total + 1)]
