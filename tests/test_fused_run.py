@@ -29,6 +29,7 @@ from steep.model import decoder, machine
 from steep.model.choices import Choices
 from steep.model.install import is_installed
 from steep.model.machine import Card
+from steep.model.mlp_half import MlpHalf
 from steep.model.resolve import read_tokenizer, resolve
 from steep.model.tiling import tile_sizes
 from steep.plan import plan_run
@@ -191,6 +192,34 @@ def test_levels_are_chosen_anew_where_they_are_no_longer_asked_for(
     allow = ["training.gradient_checkpointing"]
     train_run(fused_file(llama_folder, korean_corpus, folder), resume=True, allow=allow)
     assert read_choices(folder / "checkpoint-6").levels == [0, 0]
+
+
+def test_a_run_goes_on_leaner_where_memory_ran_out(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed too, though the run file asks for a level."""
+    folder, calls = tmp_path / "run", []
+    backward = MlpHalf.backward
+
+    def failing(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return backward(*given)
+
+    monkeypatch.setattr(MlpHalf, "backward", failing)
+    config = fused_file(llama_folder, korean_corpus, folder, training={"gradient_checkpointing": False})
+    train_run(config)
+    planned = sum(read(folder / "plan.json")["memory_bytes"].values()) / 2 / 2**30  # its total is among them
+    (incident,) = lines(folder / "incidents.jsonl")
+    assert incident["kind"].startswith(f"GPU memory ran out: {planned:.2f} GiB were planned for a step, and ")
+    assert (incident["step"], incident["action"]) == (3, "leaner") and incident["rows"][0]["pieces"]
+    ledger, levels = read(folder / "ledger.json"), read_choices(folder / "checkpoint-3").levels
+    assert ledger["adds_up"] and levels != [0, 0] == read(folder / "plan.json")["levels"]
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoint-6")
+    train_run(config, resume=True)
+    assert read(folder / "plan.json")["levels"] == read_choices(folder / "checkpoint-6").levels == levels
 
 
 def test_fused_may_change_only_where_it_is_allowed(
