@@ -1,11 +1,17 @@
 """How long does a 16-bit model take from local disk into a base, against plainly reading its files?
 
-    python -m benchmarks.loading [--shape llama-3-8b] [--bases nf4 fp8 bf16] [--repeats 3] [--warm] [--out FILE]
+    python -m benchmarks.loading [--shape llama-3-8b] [--layers N] [--bases nf4 fp8 bf16] [--repeats 3] [--warm]
+                                 [--out FILE]
 
 Each load is `steep.load` in a process of its own, from the call to the model's last byte on the GPU. The process has
 loaded a tiny model before: imports, the GPU's start and the building of kernels are not counted. Plain reading is one
 pass over all weight files with one thread, 16 MiB at a time, into memory that is there already. The random weights are
 made once (--weights): put them on the disk that is meant.
+
+Beside the seconds stands what the load needed: the peak of the process's own host memory (RssAnon, looked at every
+millisecond; pages of the files do not count) above what it had before; and the peak of the GPU, which should not be
+above what stays there (`kept`) and the largest layer in 16 bits. --layers takes so many of a shape that the disk cannot
+hold as a whole.
 
 Files are cold: before each, the system is asked to drop their pages (posix_fadvise, which needs no rights), and what
 still is in memory is asked for (mincore) and stands in the line as `resident`: 0 is cold, and a system that does not
@@ -26,7 +32,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +53,7 @@ READ = "read"
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--layers", type=int, help="of the shape; default: all")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warm", action="store_true", help="files that have just been read")
@@ -98,6 +108,41 @@ def read(files: list[Path]) -> float:
     return time.perf_counter() - begun
 
 
+def anonymous() -> int:
+    """Bytes of this process's own memory: not those of files that it has mapped."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
+
+
+@contextmanager
+def peak_of_host(found: list[int]) -> Iterator[None]:
+    """Puts into `found` how far the own memory of this process rises within."""
+    before, over = anonymous(), threading.Event()
+    peak = before
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.001):
+            peak = max(peak, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        found.append(max(peak, anonymous()) - before)
+
+
+def layer_bytes(model: Any) -> int:
+    """Of the largest decoder layer in 16 bits, or of an embedding, if that is larger."""
+    config = model.config
+    heads = config.num_attention_heads + config.num_key_value_heads
+    layer = config.hidden_size * (2 * heads * config.head_dim + 3 * config.intermediate_size)
+    return 2 * max(layer, config.vocab_size * config.hidden_size)
+
+
 def load_once(base: str, folder: Path, tiny: Path) -> dict[str, Any]:
     """In a process of its own."""
     from steep import load
@@ -107,14 +152,17 @@ def load_once(base: str, folder: Path, tiny: Path) -> dict[str, Any]:
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    begun = time.perf_counter()
-    model, _ = load(str(folder), base=base, compute_dtype="bf16")
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - begun
+    host: list[int] = []
+    with peak_of_host(host):
+        begun = time.perf_counter()
+        model, _ = load(str(folder), base=base, compute_dtype="bf16")
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begun
     peak = torch.cuda.max_memory_allocated() / GIB if on_gpu else None
     kept = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / GIB
-    return {"seconds": seconds, "kept_gib": kept, "peak_allocated_gib": peak}
+    found = {"seconds": seconds, "kept_gib": kept, "layer_gib": layer_bytes(model) / GIB}
+    return found | {"peak_allocated_gib": peak, "peak_host_gib": host[0] / GIB}
 
 
 def loaded(base: str, folder: Path, tiny: Path) -> dict[str, Any]:
@@ -140,17 +188,24 @@ def main(words: list[str] | None = None) -> None:
         raise SystemExit("there is no GPU. To try the command on a CPU: --device cpu --shape tiny.")
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    shapes = ((arguments.shape, arguments.layers), ("tiny", None))
     folder, tiny = (
-        write(shape, arguments.weights / f"{shape}-{arguments.device}", arguments.device)
-        for shape in (arguments.shape, "tiny")
+        write(shape, arguments.weights / f"{_name(shape, layers)}-{arguments.device}", arguments.device, layers)
+        for shape, layers in shapes
     )
     if arguments.device == "cuda":
         torch.cuda.empty_cache()
     files, out = weight_files(folder), arguments.out or results_file("loading")
     gib = sum(file.stat().st_size for file in files) / GIB
-    said = {"shape": arguments.shape, "gib": gib, "gpu": gpu_name() if arguments.device == "cuda" else "none"}
+    said = {
+        "shape": arguments.shape,
+        "layers": arguments.layers,
+        "gib": gib,
+        "gpu": gpu_name() if arguments.device == "cuda" else "none",
+    }
     said |= {"warm": arguments.warm, "versions": versions(), "command": command()}
     seconds: dict[str, list[float]] = {}
+    needed: dict[str, list[dict[str, Any]]] = {}
     for _ in range(arguments.repeats):
         for what in (READ, *arguments.bases):
             if arguments.warm:
@@ -160,12 +215,27 @@ def main(words: list[str] | None = None) -> None:
             in_memory = resident(files)
             found = {"seconds": read(files)} if what == READ else loaded(what, folder, tiny)
             seconds.setdefault(what, []).append(found["seconds"])
+            needed.setdefault(what, []).append(found)
+            found = {**found, "gib_per_second": gib / found["seconds"]}
             append(out, {"what": what, **found, "resident": in_memory, **said})
             print(f"{what:5} {found['seconds']:8.2f} s, {in_memory:.0%} of the files were in memory", flush=True)
     median = {what: statistics.median(each) for what, each in seconds.items()}
     print(f"{gib:.2f} GiB read in {median[READ]:.2f} s, {gib / median[READ]:.2f} GiB/s")
     for base in arguments.bases:
-        print(f"{base:5} {median[base]:8.2f} s, {median[base] / median[READ]:.2f} x reading")
+        told = f"{median[base]:8.2f} s, {median[base] / median[READ]:.2f} x reading, {gib / median[base]:.2f} GiB/s"
+        print(f"{base:5} {told}; {_needs(needed[base])}")
+
+
+def _name(shape: str, layers: int | None) -> str:
+    return shape if layers is None else f"{shape}-{layers}-layers"
+
+
+def _needs(loads: list[dict[str, Any]]) -> str:
+    """The most of several loads, in words."""
+    host, kept, layer = (max(each[name] for each in loads) for name in ("peak_host_gib", "kept_gib", "layer_gib"))
+    told = f"host {host:.2f} GiB at its peak, {kept:.2f} GiB kept"
+    peaks = [each["peak_allocated_gib"] for each in loads if each["peak_allocated_gib"] is not None]
+    return f"{told}, GPU {max(peaks):.2f} of {kept + layer:.2f} GiB with a layer" if peaks else told
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+REST = "model-rest.safetensors"  # what is of no layer
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 STD, RESIDUAL_STD = 0.02, 0.02 / 8  # the second of what is added to the residual stream
 
@@ -50,16 +51,22 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config_of(shape: str) -> PreTrainedConfig:
+def config_of(shape: str, layers: int | None = None) -> PreTrainedConfig:
+    """
+    Args:
+        layers: in place of the shape's own number.
+    """
     fields = dict(SHAPES[shape])
+    if layers is not None:
+        fields["num_hidden_layers"] = layers
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return AutoConfig.for_model(fields.pop("model_type"), **fields, **tokens)
 
 
-def empty_model(shape: str) -> Any:
+def empty_model(shape: str, layers: int | None = None) -> Any:
     """The model without its weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_config(config_of(shape, layers), dtype=torch.bfloat16)
 
 
 def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -73,12 +80,13 @@ def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def write(shape: str, folder: Path, device: str) -> Path:
-    """A folder with config, tokenizer and random bf16 weights, the same for the same device; one there stays."""
+def write(shape: str, folder: Path, device: str, layers: int | None = None) -> Path:
+    """A folder with config, tokenizer and random bf16 weights, the same for the same device; one there stays. A layer
+    at a time is in memory, beside the embeddings."""
     if (folder / "model.safetensors.index.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    model = empty_model(shape)
+    model = empty_model(shape, layers)
     config = model.config
     config.architectures, config.dtype = [type(model).__name__], "bfloat16"
     config.save_pretrained(folder)
@@ -87,6 +95,13 @@ def write(shape: str, folder: Path, device: str) -> Path:
     one = 0.0 if "gemma" in config.model_type else 1.0  # what a norm's weight begins with
     shards: dict[str, dict[str, torch.Tensor]] = {}
     index: dict[str, str] = {}
+    total = 0
+
+    def save(file: str) -> int:
+        tensors = shards.pop(file)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        return sum(tensor.nbytes for tensor in tensors.values())
+
     for name, empty in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -96,13 +111,10 @@ def write(shape: str, folder: Path, device: str) -> Path:
             std = RESIDUAL_STD if "o_proj" in name or "down_proj" in name else STD
             noise = torch.randn(empty.shape, generator=generator, device=device, dtype=torch.bfloat16)
             tensor = noise.mul_(std).cpu()
-        part = name.split(".")[2] if ".layers." in name else "rest"
-        index[name] = f"model-{part}.safetensors"
+        index[name] = f"model-{name.split('.')[2]}.safetensors" if ".layers." in name else REST
+        total += sum(save(file) for file in list(shards) if file not in (index[name], REST))
         shards.setdefault(index[name], {})[name] = tensor
-    total = 0
-    for file, tensors in shards.items():
-        total += sum(tensor.numel() * 2 for tensor in tensors.values())
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+    total += sum(save(file) for file in list(shards))
     told = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(told))  # last: the folder is whole
     return folder

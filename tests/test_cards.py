@@ -60,6 +60,7 @@ def test_a_plan_without_a_card_is_that_of_the_cpu(planned: Any) -> None:
     plan = planned(None)
     assert (plan.compute, plan.trained_dtype, plan.fused, plan.card) == ("fp32", "fp32", False, None)
     assert plan.as_dict()["card"] is None and "libraries' workspaces" not in plan.memory
+    assert plan.duration is None and plan.as_dict()["duration"] is None
 
 
 def test_what_is_not_fused_recomputes_as_on_a_gpu(planned: Any) -> None:
@@ -67,6 +68,19 @@ def test_what_is_not_fused_recomputes_as_on_a_gpu(planned: Any) -> None:
     sizes = {"data": {"max_length": 512}, "training": {"per_device_train_batch_size": 8}}
     here, there = planned(None, **off, **sizes), planned("L4", **off, **sizes)
     assert there.memory["activations"] < here.memory["activations"]
+    assert there.duration is None
+
+
+def test_time_is_that_of_all_steps(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steep.duration.LAUNCHED", 0.0)  # layers as small as these are over before they are launched
+    fast, slow = (planned(name, data={"max_length": 512}) for name in ("H200", "L4"))
+    for plan in (fast, slow):
+        duration = plan.duration
+        assert duration.hours == pytest.approx(plan.steps * duration.step / 3600)
+        rows = plan.as_dict()["rows_per_step"]
+        assert duration.tokens == pytest.approx(512 * rows / duration.step)
+        assert set(plan.as_dict()["duration"]) == {"seconds_per_step", "tokens_per_second", "hours"}
+    assert slow.duration.step > 5 * fast.duration.step
 
 
 def test_units_that_a_card_lacks_are_an_error(planned: Any) -> None:
@@ -95,6 +109,7 @@ def test_the_command(steep: Steep, llama_folder: Path, korean_corpus: Path, tmp_
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
     said = steep("plan", file, "--card", "t4", "--model.base", "nf4")
     assert said.code == 0, said
+    assert "tokens/s" in said.out
     assert "T4, 14.56 GiB" in said.out and "computed in fp16" in said.out and "yes, at level 0" in said.out
     assert_one_error_line(steep("plan", file, "--card", "T5"), "--card", "'T5' is unknown", "T4", "H200")
     assert "--card" in steep("plan", "--help").out

@@ -10,14 +10,17 @@ import math
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from benchmarks import bases, bases_table, loading, measuring
-from benchmarks.shapes import write
+from benchmarks import bases, bases_table, loading, measuring, shapes
+from benchmarks.shapes import empty_model, write
 from steep.model.choices import Choices
 from steep.schema import Base
 from tests.tiny import documents
@@ -310,8 +313,47 @@ def test_loading_is_timed_beside_reading(tmp_path: Path, capsys: pytest.CaptureF
     # Linear layers at a byte a weight, both embeddings at two.
     linear, embeddings = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128), 2 * 384 * 64
     assert load["kept_gib"] * 2**30 == pytest.approx(linear + 2 * embeddings, rel=0.1)
-    ratio = load["seconds"] / read["seconds"]
-    assert f"{ratio:.2f} x reading" in capsys.readouterr().out
+    ratio, told = load["seconds"] / read["seconds"], capsys.readouterr().out
+    assert f"{ratio:.2f} x reading" in told and "GiB at its peak" in told
+    assert load["gib_per_second"] == pytest.approx(load["gib"] / load["seconds"])
+    assert load["peak_host_gib"] > 0 and load["peak_allocated_gib"] is None
+
+
+def test_a_shape_may_have_fewer_layers(tmp_path: Path) -> None:
+    whole, part = write("tiny", tmp_path / "whole", "cpu"), write("tiny", tmp_path / "part", "cpu", 1)
+    assert len(loading.weight_files(whole)) == 3 and len(loading.weight_files(part)) == 2
+    index = json.loads((part / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 2 * sum(each.numel() for each in empty_model("tiny", 1).parameters())
+    assert AutoModelForCausalLM.from_pretrained(part).config.num_hidden_layers == 1
+
+
+def test_own_memory_is_watched(tmp_path: Path) -> None:
+    """A mapped file is none of it; what is allocated is, also if it is gone at the end."""
+    (tmp_path / "file").write_bytes(bytes(2**26))
+    found: list[int] = []
+    with loading.peak_of_host(found):
+        np.memmap(tmp_path / "file", mode="r").sum()
+    with loading.peak_of_host(found):
+        np.ones(2**26, np.uint8).sum()
+        time.sleep(0.1)
+    mapped, allocated = found
+    assert mapped < 2**25 and allocated > 2**25
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8", "fp8"])
+def test_a_load_holds_some_tensors_whatever_the_number_of_layers(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU what is kept is on the host too; what is there beside it may not grow as the checkpoint does."""
+    beside, stored = [], []
+    for layers in (8, 24):
+        fields = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": layers, "vocab_size": 1024}
+        monkeypatch.setitem(shapes.SHAPES, "small", shapes.SHAPES["tiny"] | fields)
+        folder, tiny = write("small", tmp_path / str(layers), "cpu"), write("tiny", tmp_path / "tiny", "cpu")
+        found = loading.loaded(base, folder, tiny)
+        beside.append(found["peak_host_gib"] - found["kept_gib"])
+        stored.append(sum(file.stat().st_size for file in loading.weight_files(folder)) / 2**30)
+    assert beside[1] - beside[0] < 0.5 * (stored[1] - stored[0])
 
 
 def test_files_are_dropped_and_found_in_memory(tmp_path: Path) -> None:

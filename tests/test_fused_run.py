@@ -32,6 +32,7 @@ from steep.model.block import Place
 from steep.model.choices import Choices
 from steep.model.install import is_installed
 from steep.model.machine import Card
+from steep.model.mlp_half import MlpHalf
 from steep.model.quantisable import quantisable
 from steep.model.resolve import read_tokenizer, resolve
 from steep.model.tiling import tile_sizes
@@ -198,6 +199,34 @@ def test_levels_are_chosen_anew_where_they_are_no_longer_asked_for(
     allow = ["training.gradient_checkpointing"]
     train_run(fused_file(llama_folder, korean_corpus, folder), resume=True, allow=allow)
     assert read_choices(folder / "checkpoint-6").levels == [0, 0]
+
+
+def test_a_run_goes_on_leaner_where_memory_ran_out(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed too, though the run file asks for a level."""
+    folder, calls = tmp_path / "run", []
+    backward = MlpHalf.backward
+
+    def failing(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return backward(*given)
+
+    monkeypatch.setattr(MlpHalf, "backward", failing)
+    config = fused_file(llama_folder, korean_corpus, folder, training={"gradient_checkpointing": False})
+    train_run(config)
+    planned = sum(read(folder / "plan.json")["memory_bytes"].values()) / 2 / 2**30  # its total is among them
+    (incident,) = lines(folder / "incidents.jsonl")
+    assert incident["kind"].startswith(f"GPU memory ran out: {planned:.2f} GiB were planned for a step, and ")
+    assert (incident["step"], incident["action"]) == (3, "leaner") and incident["rows"][0]["pieces"]
+    ledger, levels = read(folder / "ledger.json"), read_choices(folder / "checkpoint-3").levels
+    assert ledger["adds_up"] and levels != [0, 0] == read(folder / "plan.json")["levels"]
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoint-6")
+    train_run(config, resume=True)
+    assert read(folder / "plan.json")["levels"] == read_choices(folder / "checkpoint-6").levels == levels
 
 
 def test_fused_may_change_only_where_it_is_allowed(
@@ -444,7 +473,8 @@ def test_layers_keep_what_the_budget_allows(accumulation: int) -> None:
     for asked, level in ((True, 3), (False, 0)):
         config.training.gradient_checkpointing = asked
         assert settle(config, step, peaks[2], None).levels == [level] * 4
-        assert settle(config, step, peaks[2], Choices(True, "bf16", [1] * 4)).levels == [level] * 4
+        begun = settle(config, step, peaks[2], Choices(True, "bf16", [1] * 4, loss_way="tokens"))
+        assert begun.levels == [1] * 4  # as it goes on since memory ran out
 
 
 @pytest.mark.parametrize("accumulation", [1, 8])
@@ -512,7 +542,7 @@ def test_the_library_too_needs_few_gradients() -> None:
 
 @pytest.mark.parametrize("asked", [None, True, False])
 def test_the_way_of_other_levels_is_not_taken_over(asked: bool | None) -> None:
-    """A branch has its parent's way without the levels; whoever asks for levels has it with others."""
+    """A branch has its parent's way without the levels, and so has a run that may ask for others."""
     large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     empty = empty_llama(vocab_size=128_256, num_hidden_layers=4, **large)
     config = config_of(training={"gradient_checkpointing": asked, "per_device_train_batch_size": 8})
@@ -520,14 +550,12 @@ def test_the_way_of_other_levels_is_not_taken_over(asked: bool | None) -> None:
     tile = tile_sizes(step.tokens)[-1 if levels[0] else 0]
     lean, fast = (sum(step.by_item(levels, way, tile).values()) for way in ("vocabulary", "tokens"))
     assert step.faster_way == "tokens" and lean < fast
-    for before in (Choices(True, "bf16", None, loss_way="tokens"), Choices(True, "bf16", [1] * 4, loss_way="tokens")):
-        if asked is None and before.levels is not None:
-            continue
-        settled = settle(config, step, lean + WORKSPACES, before)
-        assert settled.levels is not None and settled.loss_way == "vocabulary"
-        assert settled.tile is not None
-        assert sum(step.by_item(settled.levels, settled.loss_way, settled.tile).values()) <= lean
-        assert settle(config, step, 10**15, replace(before, loss_way="vocabulary")).loss_way == "tokens"
+    before = Choices(True, "bf16", None, loss_way="tokens")
+    settled = settle(config, step, lean + WORKSPACES, before)
+    assert settled.levels is not None and settled.loss_way == "vocabulary"
+    assert settled.tile is not None
+    assert sum(step.by_item(settled.levels, settled.loss_way, settled.tile).values()) <= lean
+    assert settle(config, step, 10**15, replace(before, loss_way="vocabulary")).loss_way == "tokens"
 
 
 def measured() -> Iterator[dict[str, Any]]:

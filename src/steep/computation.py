@@ -9,6 +9,7 @@ from typing import Any
 
 from steep import ranks
 from steep.fp8_choice import in_fp8, kept_in_16_bits, resolve_fp8_products
+from steep.fused_memory import FusedStep
 from steep.fusing import fused_step, resolve_trained_dtype, settle
 from steep.memory import Shape, shape_of
 from steep.model.choices import Choices
@@ -50,12 +51,14 @@ class Sizes:
         choices: what the run keeps for good.
         memory: bytes by item at the peak of a step.
         on_host: bytes that layers keep in host memory, of each process.
+        step: None: it is not fused.
     """
 
     shape: Shape
     choices: Choices
     memory: dict[str, int]
     on_host: int = 0
+    step: FusedStep | None = None
 
     @property
     def peak(self) -> int:
@@ -131,4 +134,4 @@ class Ground:
             choices = settle(config, step, self.budget, self.before, (self.host - others) // ranks.world_size())
         memory = memory_of(config, shape, step, choices, base=base, compute=compute, on_card=on_card)
         on_host = step.in_host_memory(choices.levels, choices.places) if step and choices.levels else 0
-        return Sizes(shape, choices, memory, on_host)
+        return Sizes(shape, choices, memory, on_host, step)

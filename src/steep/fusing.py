@@ -139,15 +139,15 @@ def fused_step(
 def settle(
     config: RunConfig, step: FusedStep, budget: int | None, before: Choices | None, host_room: int = 0
 ) -> Choices:
-    """What the layers of a fused run keep for the backward pass and where, and how its loss is cut: as asked, as
-    before, or as `budget` bytes of the card and `host_room` bytes of the host allow. Without a card everything is kept.
-    """
+    """What the layers of a fused run keep for the backward pass and where, and how its loss is cut: as before (it was
+    asked for then, unless memory has run out since), as asked, or as `budget` bytes of the card and `host_room` bytes
+    of the host allow. Without a card everything is kept."""
     layers, asked = step.shape.layers, config.training.gradient_checkpointing
     before = before or Choices(True, step.trained)
     levels, places, way, tile = before.levels, before.places, before.loss_way, before.tile
-    if asked is not None:
+    if levels is None and asked is not None:
         levels = [LEVELS[-1] if asked else LEVELS[0]] * layers
-    if levels is None or levels != before.levels or way is None:  # the rest was chosen for its levels
+    if before.levels is None or way is None:  # the rest was chosen for its levels
         if budget is None:
             levels, places, way, tile = levels or [LEVELS[0]] * layers, None, step.faster_way, None
         else:

@@ -8,13 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from steep import ranks
 from steep.advice import advice
-from steep.computation import Ground
+from steep.computation import Ground, Sizes
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
+from steep.duration import Duration, seconds, speed_of
 from steep.errors import UserError
 from steep.fitting import Shortfall, shortfall_of
 from steep.fp8_choice import dequantised
@@ -23,7 +25,7 @@ from steep.generation import prompt_ids_of
 from steep.memory import Shape
 from steep.model.adapters import check_embeddings, check_rank, check_start
 from steep.model.choices import Choices
-from steep.model.embeddings import is_tied, untie
+from steep.model.embeddings import untie
 from steep.model.empty import check_computes, empty_model
 from steep.model.load import QUANTISED, check_4bit_rows, resolve_base
 from steep.model.machine import Card, card_here
@@ -47,6 +49,7 @@ from steep.settings import (
     training_arguments,
 )
 from steep.sizes import storage_of
+from steep.step_work import step_work
 from steep.trackers import check_login
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
@@ -71,6 +74,7 @@ class Plan:
         vocabulary: the grown tokenizer, where there are new tokens; `tokenizer` is then the same.
         new_tokens: its figures.
         memory, host, disk: bytes by item, on the card (the host without one), on the host beside it, and on the disk.
+        duration: what it will take; None: not known, as on a CPU, of a run that is not fused, or of several processes.
         shortfall: how the memory of the card falls short of a step; None: it does not.
         weight_errors: of each quantised base, where it can be measured before the run.
         warnings: what a user should know before the run.
@@ -96,6 +100,7 @@ class Plan:
     vocabulary: Vocabulary | None = None
     new_tokens: dict[str, Any] | None = None
     shortfall: Shortfall | None = None
+    duration: Duration | None = None
     weight_errors: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -164,6 +169,7 @@ class Plan:
             "card": self.card.as_dict() if self.card else None,
             "memory_bytes": {**self.memory, "total": sum(self.memory.values())},
             "shortfall": self.shortfall.as_dict() if self.shortfall else None,
+            "duration": self.duration.as_dict() if self.duration else None,
             "bases": {
                 base: {"bytes": shape.linear_bytes(base, self.compute), "weight_error": self.weight_errors.get(base)}
                 for base in (*QUANTISED, "bf16")
@@ -377,6 +383,7 @@ def _work_out(
         branch,
         schedule,
         shortfall=shortfall,
+        duration=_duration(config, sizes, card, corpus, steps),
     )
     if to_train:
         plan.weight_errors = weight_errors(resolved, quantisable(empty))
@@ -397,6 +404,18 @@ def _work_out(
             "Give another folder, or lower training.save_total_limit or adapter.r.",
         )
     return plan
+
+
+def _duration(config: RunConfig, sizes: Sizes, card: Card | None, corpus: Corpus, steps: int) -> Duration | None:
+    speed = speed_of(card) if card is not None else None
+    if speed is None or sizes.step is None or sizes.choices.levels is None or ranks.world_size() > 1:
+        return None
+    lengths, levels = np.asarray(corpus.train.length, np.float64), sizes.choices.levels
+    micro_batches = config.training.gradient_accumulation_steps
+    document = float((lengths**2).sum() / lengths.sum())
+    work = step_work(sizes.step, levels, micro_batches=micro_batches, document=document)
+    of_step = seconds(work, speed, micro_batches * len(levels))
+    return Duration(of_step, rows_per_step(config) * config.data.max_length / of_step, steps * of_step / 3600)
 
 
 def _check_adapter(config: RunConfig, base: str, resolved: ResolvedModel) -> None:

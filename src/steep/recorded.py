@@ -63,6 +63,12 @@ class PlannedBase(TypedDict):
     weight_error: Number | None
 
 
+class PlannedDuration(TypedDict):
+    seconds_per_step: Number
+    tokens_per_second: Number
+    hours: Number
+
+
 class Plan(TypedDict):
     model: str
     base: str
@@ -79,6 +85,7 @@ class Plan(TypedDict):
     embedding_learning_rate: Number
     memory_bytes: dict[str, Count]
     bases: NotRequired[dict[str, PlannedBase]]
+    duration: NotRequired[PlannedDuration | None]
     fused: NotRequired[bool]
     fused_reason: NotRequired[str | None]
     levels: NotRequired[list[Level] | None]

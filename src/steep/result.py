@@ -22,6 +22,7 @@ from steep.model.embeddings import untie
 from steep.model.empty import empty_model
 from steep.model.install import install
 from steep.model.load import as_folder, load_resolved, resolve_base, resolve_compute_dtype
+from steep.model.loading_progress import Progress
 from steep.model.machine import card_here, lacks_fp8_units
 from steep.model.new_tokens import grow_embeddings
 from steep.model.original_module import offload_originals
@@ -174,8 +175,11 @@ def generate_run(
         )
 
 
-def check_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> None:
+def check_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, progress: Progress | None = None) -> None:
     """Read the files of the frozen model once, before anything is written or loaded.
+
+    Args:
+        progress: called with the bytes read so far, and how many there are.
 
     Raises:
         UserError: one is missing or damaged, they are not what the config says, or hold NaN.
@@ -183,11 +187,15 @@ def check_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> No
     original = tokenizer if config.model.new_tokens is None else read_tokenizer(resolved)
     stored = as_folder(resolved, original)
     check_stored(stored, empty_model(stored, config.model.attn_implementation))
-    check_finite(stored)
+    check_finite(stored, progress=progress)
 
 
-def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any:
-    """The frozen model that a run trains over."""
+def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, progress: Progress | None = None) -> Any:
+    """The frozen model that a run trains over.
+
+    Args:
+        progress: of `load_resolved`.
+    """
     settings = config.model
     original = tokenizer if settings.new_tokens is None else read_tokenizer(resolved)
     model = load_resolved(
@@ -197,6 +205,7 @@ def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any) -> Any
         compute_dtype=settings.compute_dtype,
         attn_implementation=settings.attn_implementation,
         checked=True,  # `check_base`, of the run
+        progress=progress,
     )
     if settings.new_tokens is not None:
         grow_embeddings(model, original, tokenizer)

@@ -110,7 +110,8 @@ def train_run(
     for warning in plan.warnings:
         terminal.warn(warning)
     terminal.say(f"checking the files of {config.model.name}")
-    check_base(config, plan.resolved, plan.tokenizer)
+    with terminal.checking() as progress:
+        check_base(config, plan.resolved, plan.tokenizer, progress)
     folder.make()
     with folder.locked():
         folder.refuse_contents(branch=parent is not None)
@@ -136,7 +137,8 @@ def _resume(
     plan = _plan(config, terminal, parent, begun_tokenizer(config, folder, parent), streamed_commits(folder), choices)
     terminal.say(f"fused: {fused_line(plan.as_dict())}")
     terminal.say(f"checking the files of {config.model.name}")
-    check_base(config, plan.resolved, plan.tokenizer)
+    with terminal.checking() as progress:
+        check_base(config, plan.resolved, plan.tokenizer, progress)
     refuse_other_inputs(folder, plan)
     with memory_told(plan):
         return _train(plan, folder, terminal, stop, resume=True, found=found, changes=changes)
@@ -187,8 +189,8 @@ def _train(
     transformers.set_seed(config.training.seed)  # adapters are drawn at random
     terminal.say(f"loading {config.model.name}")
     settings = {**config.adapter.model_dump(), "trained_dtype": plan.trained_dtype}
-    with memory_told(plan, loading=True):
-        base = load_base(config, plan.resolved, plan.tokenizer)
+    with memory_told(plan, loading=True), terminal.loading() as progress:
+        base = load_base(config, plan.resolved, plan.tokenizer, progress)
         model = add_adapters(base, **settings, resumed=found is not None or plan.branch is not None)
         offload_originals(model)
     model.peft_config["default"].revision = config.model.revision  # where PEFT looks for the base's
@@ -298,6 +300,7 @@ def _trainer(plan: Plan, model: Any, stop: Stop | None) -> Trainer:
         stop=stop,
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    trainer.planned_bytes = sum(plan.memory.values())
     return trainer
 
 

@@ -138,6 +138,18 @@ class Terminal:
             yield progress
 
     @contextmanager
+    def checking(self) -> Iterator[Callable[[int, int], None]]:
+        """Gives a callback for the bytes read so far, and all that there are."""
+        with self._counting("checking") as show:
+            yield lambda done, total: show(f"{human_bytes(done)} of {human_bytes(total)}")
+
+    @contextmanager
+    def loading(self) -> Iterator[Callable[[int, int], None]]:
+        """Gives a callback for the tensors loaded so far, and all that there are."""
+        with self._counting("loading") as show:
+            yield lambda done, total: show(f"{done:,} of {total:,} tensors")
+
+    @contextmanager
     def merging(self) -> Iterator[Callable[[int, int], None]]:
         """Gives a callback for the bytes written so far, and all that will be."""
         with self._counting("merging") as show:
@@ -212,6 +224,7 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
         "rows": f"{data['rows']:,} of {data['max_length']} tokens, {data['targets']:,} targets",
         "steps": f"{plan['steps']:,} of {plan['rows_per_step']} rows ({plan['epochs']:.2f} epochs)"
         + (f", after the {plan['first_step']:,} of the parent" if plan["first_step"] else ""),
+        "time": duration_line(plan.get("duration")),
     }.items():
         run.add_row(name, _cell(value))
     text = Table("domain", "role", "documents", "tokens", "tokens/character", "held out", title="text")
@@ -234,6 +247,14 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
                 table.add_row(name, human_bytes(count))
         tables.append(table)
     return tables
+
+
+def duration_line(duration: Mapping[str, float] | None) -> str:
+    """How long training will take."""
+    if duration is None:
+        return "not known"
+    rate = f"{duration['tokens_per_second']:,.0f} tokens/s"
+    return f"about {duration['seconds_per_step']:.2g} s a step, {rate}, {duration['hours']:.2g} h"
 
 
 def bases_table(plan: Mapping[str, Any]) -> Table:

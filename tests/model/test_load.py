@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import set_tqdm_hook
 
 from steep.errors import UserError
 from steep.model.adapters import add_adapters
 from steep.model.attention import attention
 from steep.model.fp8_linear import Fp8Linear
-from steep.model.load import load
+from steep.model.load import load, load_resolved
+from steep.model.loading_progress import tensors_told
+from steep.model.resolve import resolve
 from steep.storage import cache_folder
 from tests.tiny import FAMILIES, save_tiny, tiny_model
 
@@ -51,6 +55,23 @@ def test_bases(base: str, compute: str, layer: type, stored: torch.dtype, llama_
     similarity = torch.nn.functional.cosine_similarity(expected.flatten(), got.flatten(), dim=0)
     assert similarity > (0.9999 if base in ("fp32", "bf16") else 0.97)
     assert torch.equal(expected, got) == (base == "fp32")
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8", "fp8", "bf16"])
+def test_progress_is_told(base: str, llama_folder: Path) -> None:
+    """And nobody's bars are changed afterwards."""
+    told: list[tuple[int, int]] = []
+    resolved = resolve(str(llama_folder))
+    given: dict[str, Any] = {"base": base, "compute_dtype": "bf16", "attn_implementation": "auto"}
+    load_resolved(resolved, None, **given, progress=lambda done, total: told.append((done, total)))
+    (total,) = {total for _, total in told}
+    assert [done for done, _ in told] == [*range(1, total + 1)]
+    assert total == (14 if base == "fp8" else 21)  # linear layers; or all tensors
+    load_resolved(resolved, None, **given)
+    assert len(told) == total and set_tqdm_hook(None) is None
+    with pytest.raises(RuntimeError), tensors_told(lambda done, total: None):
+        raise RuntimeError
+    assert set_tqdm_hook(None) is None
 
 
 def test_what_is_unknown_is_refused(llama_folder: Path) -> None:

@@ -21,7 +21,7 @@ from steep.model.layer import Layer
 from steep.model.mlp_half import MlpHalf
 from steep.model.placement import moments
 from steep.model.read_layer import Traits, read_layer
-from steep.model.recompute import candidates, level_lists, levels_within, room_on_card
+from steep.model.recompute import LESS, candidates, leaner_than, level_lists, levels_within, room_on_card
 from steep.model.step_bytes import kept_bytes, loss_bytes, training_bytes, work_bytes
 from steep.model.tiling import tile_sizes
 from steep.model.unwrap import unwrap
@@ -338,6 +338,22 @@ def test_levels_of_a_checkpoint_are_chosen_again_for_a_longer_batch(
         found.append(fused_of(model).levels)
     assert found == ([[0, 1], [3, 3]] if chosen_for else [[0, 1], [0, 1]])
     assert choices.choices_of(model).chosen_for == (128 if chosen_for else 0)
+
+
+def test_what_is_leaner_needs_less() -> None:
+    """Each by a share, the last one whatever it spares; then nothing is left. Layers of an 8B's proportions."""
+
+    def needed(levels: Any, tile: int) -> int:
+        kept, work = (94, 37, 25, 8), {4096: 60, 1024: 52}  # MiB or so, of 4,096 tokens
+        return sum(kept[level] for level in levels) + work[tile]
+
+    now, found = ([0] * 4, 4096), []
+    while (next_one := leaner_than(*now, 4096, needed)) is not None:
+        assert needed(*next_one) < needed(*now)
+        found.append(needed(*next_one) <= (1 - LESS) * needed(*now))
+        now = next_one
+    assert now == ([3] * 4, 1024) and all(found[:-1]) and len(found) > 4
+    assert leaner_than([0, 3, 0, 3], 4096, 4096, needed) is not None  # which is no candidate
 
 
 def test_evaluation_chooses_no_levels() -> None:

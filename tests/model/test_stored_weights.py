@@ -95,3 +95,11 @@ def test_a_hub_model_that_is_not_here_is_not_downloaded_for_a_plan(llama_folder:
     assert check_stored(elsewhere, empty_model(resolved), download=False) == []
     with pytest.raises(UserError, match=r"weights of nobody/nothing are not in the local cache.*HF_HUB_OFFLINE"):
         check_stored(elsewhere, empty_model(resolved))
+
+
+def test_bytes_that_are_read_are_told(llama_folder: Path) -> None:
+    told: list[tuple[int, int]] = []
+    check_finite(resolve(str(llama_folder)), progress=lambda done, total: told.append((done, total)))
+    size = sum(file.stat().st_size for file in llama_folder.glob("*.safetensors"))
+    assert [done for done, _ in told] == sorted({done for done, _ in told}) and {total for _, total in told} == {size}
+    assert 0.9 * size < told[-1][0] <= size

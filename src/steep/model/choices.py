@@ -28,7 +28,8 @@ class Choices:
         fused: whether the model computes with steep's fused layers.
         trained_dtype: of what trains: fp32, bf16, or torch's name of another.
         levels: what each fused layer keeps for its backward pass; None: not known yet.
-        chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given.
+        chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given,
+            or memory has run out since.
         tile: tokens that a fused layer computes at a time; None: not known.
         loss_way: how the loss is cut, see `steep.ops.linear_cross_entropy`; None: not known.
         backends: of attention, by kind of layer and batch.

@@ -268,6 +268,7 @@ class FusedDecoder(nn.Module):
 
     def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:
         fused, tokens = self.fused, len(hidden_states)
+        fused.last = tokens, dtype, hidden_states.dtype
         if fused.levels is None:
             fused.measure(self)  # later, states of the optimizer would be counted twice
         if fused.levels is None or 0 < fused.chosen_for < tokens:

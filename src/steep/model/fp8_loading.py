@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from steep.model.base_tensors import BaseTensors
 from steep.model.fp8_linear import Fp8Linear, stack_groups
 from steep.model.fp8_published import STORED_E4M3, is_published_fp8, is_scale, read_published
+from steep.model.loading_progress import Progress, told_of
 from steep.model.quantisable import plain_config, quantisable
 from steep.model.resolve import ResolvedModel
 from steep.model.stored_weights import refuse_not_finite
@@ -29,7 +30,13 @@ _KINDS = {torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors names 
 
 
 def load_fp8(
-    resolved: ResolvedModel, empty: Any, *, compute_dtype: torch.dtype, attention: dict[str, str], device: torch.device
+    resolved: ResolvedModel,
+    empty: Any,
+    *,
+    compute_dtype: torch.dtype,
+    attention: dict[str, str],
+    device: torch.device,
+    progress: Progress | None = None,
 ) -> Any:
     """The model of `resolved`, its linear layers but the head as `Fp8Linear`, all else in `compute_dtype`, on `device`.
 
@@ -39,6 +46,7 @@ def load_fp8(
     Args:
         empty: the model on the meta device, which `check_stored` has held against the checkpoint.
         attention: of `steep.model.attention.attention`.
+        progress: called with the linear layers loaded so far, and how many there are.
 
     Raises:
         UserError: a weight to be quantised is not finite, or see `read_published`.
@@ -82,7 +90,8 @@ def load_fp8(
     # torch's own threads are all that a CPU has.
     with torch.no_grad(), ThreadPoolExecutor(_AT_ONCE if device.type == "cuda" else 1) as pool:
         names = layers + put_together
-        for name, weight in zip(names, pool.map(stored, names), strict=True):
+        of_all = zip(names, pool.map(stored, names), strict=True)
+        for name, weight in of_all if progress is None else told_of(of_all, len(names), progress):
             bias = model.get_submodule(name).bias
             bias = None if bias is None else bias.detach().to(device, copy=True)
             model.set_submodule(name, Fp8Linear(weight, bias, compute_dtype).eval())

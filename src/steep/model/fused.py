@@ -29,7 +29,8 @@ class Fused:
     Attributes:
         levels: what each layer keeps (`steep.model.block`); None: chosen at the first call that trains.
         places: where each layer keeps it (`steep.model.block`); None: on the GPU, or not chosen yet.
-        chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given.
+        chosen_for: tokens of the batch that the levels were chosen for: a longer one chooses again. 0: they were given,
+            or memory has run out since.
         room: bytes of the card that the choice is within; None: there is no card.
         host_room: bytes of host memory that it is within.
         tile: tokens that a layer computes at a time (`steep.model.block`); None: as many as is fast.
@@ -44,6 +45,7 @@ class Fused:
             LM did, and no loss is counted (a trainer may call the decoder by itself).
         calls: fused forwards of the decoder so far.
         was_fused: whether the last call without a key-value cache was one.
+        last: tokens of the last batch that trained, and the dtypes of its products and of its residual stream.
         said: reasons that were told already.
     """
 
@@ -62,6 +64,7 @@ class Fused:
     beside_for: int = 0
     calls: int = 0
     was_fused: bool = False
+    last: tuple[int, torch.dtype, torch.dtype] | None = None
     said: set[str] = field(default_factory=set)
     _readings: dict[int, Reading] = field(default_factory=dict, repr=False)
     _host: HostStore = field(default_factory=HostStore, repr=False)

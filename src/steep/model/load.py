@@ -16,6 +16,7 @@ from steep.model.empty import empty_model
 from steep.model.fp8_loading import load_fp8
 from steep.model.fp8_published import is_published_fp8
 from steep.model.gguf import convert
+from steep.model.loading_progress import Progress, tensors_told
 from steep.model.machine import Card, card_here
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.model.safety import check_weights_in_safetensors
@@ -109,35 +110,49 @@ def load_resolved(
     compute_dtype: str,
     attn_implementation: str,
     checked: bool = False,
+    progress: Progress | None = None,
 ) -> Any:
     """`load` for a model and a tokenizer that were found already.
 
+    One tensor at a time is on its way: it is read from the file's map, goes to the GPU, and is quantised there. So the
+    host holds a tensor, whatever the model's size, and the GPU one in 16 bits beside what is loaded.
+
     Args:
         checked: `check_finite` has read the checkpoint.
+        progress: called with the tensors loaded so far, and how many there are.
     """
     resolved = as_folder(resolved, tokenizer)
     check_weights_in_safetensors(resolved)
     base = resolve_base(base, resolved)
     compute = DTYPES[resolve_compute_dtype(compute_dtype, base, card_here())]
     if base == "fp8":
-        model = _load_fp8(resolved, compute, attn_implementation)
+        model = _load_fp8(resolved, compute, attn_implementation, progress)
     else:
-        model = _load(resolved, base, compute, attn_implementation, checked)
+        model = _load(resolved, base, compute, attn_implementation, checked, progress)
     model.requires_grad_(False)
     model.config.use_cache = False  # packed documents would see each other through a cache
     return model
 
 
-def _load_fp8(resolved: ResolvedModel, compute: torch.dtype, attn_implementation: str) -> Any:
+def _load_fp8(
+    resolved: ResolvedModel, compute: torch.dtype, attn_implementation: str, progress: Progress | None
+) -> Any:
     empty = empty_model(resolved, attn_implementation)
     check_stored(resolved, empty)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with attention_refused(attn_implementation):
         chosen = attention(attn_implementation, resolved.config)
-        return load_fp8(resolved, empty, compute_dtype=compute, attention=chosen, device=device)
+        return load_fp8(resolved, empty, compute_dtype=compute, attention=chosen, device=device, progress=progress)
 
 
-def _load(resolved: ResolvedModel, base: str, compute: torch.dtype, attn_implementation: str, checked: bool) -> Any:
+def _load(
+    resolved: ResolvedModel,
+    base: str,
+    compute: torch.dtype,
+    attn_implementation: str,
+    checked: bool,
+    progress: Progress | None,
+) -> Any:
     arguments = {
         **resolved.arguments,
         **attention(attn_implementation, resolved.config),
@@ -157,7 +172,7 @@ def _load(resolved: ResolvedModel, base: str, compute: torch.dtype, attn_impleme
     check_stored(resolved, empty)
     if base in ("nf4", "int8") and not checked:  # bitsandbytes would make numbers of a NaN; load_fp8 looks as it reads
         check_finite(resolved)
-    with attention_refused(attn_implementation):
+    with attention_refused(attn_implementation), tensors_told(progress):
         model = AutoModelForCausalLM.from_pretrained(resolved.name, **arguments)
     if resolved.quantization is not None:
         for module in model.modules():

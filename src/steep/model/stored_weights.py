@@ -21,6 +21,7 @@ from steep.foreign import told_as_input
 from steep.model.base_tensors import BaseTensors
 from steep.model.fp8_published import REMEDY as REMEDY_FP8
 from steep.model.fp8_published import STORED_E4M3, is_published_fp8, read_published, scale_name, scale_shape
+from steep.model.loading_progress import Progress
 from steep.model.quantisable import plain_config, quantisable
 from steep.model.resolve import ODD_CONFIG, ResolvedModel
 from steep.model.weight_files import weight_files
@@ -85,17 +86,26 @@ def check_stored(resolved: ResolvedModel, empty: Any, field: str = "model.name",
     return []
 
 
-def check_finite(resolved: ResolvedModel, field: str = "model.name") -> None:
+def check_finite(resolved: ResolvedModel, field: str = "model.name", progress: Progress | None = None) -> None:
     """Read every tensor once, of a checkpoint that `check_stored` let pass.
+
+    Args:
+        progress: called with the bytes read so far, and how many there are.
 
     Raises:
         UserError: one holds NaN or infinite values, the scale of one in e4m3 is not above 0, or a file is damaged.
     """
     revision = resolved.arguments.get("revision")
-    for file in weight_files(resolved.name, revision=revision, field=field):
+    files, done = weight_files(resolved.name, revision=revision, field=field), 0
+    total = sum(file.stat().st_size for file in files)
+    for file in files:
         with _opened(file, field) as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                refuse_not_finite(tensors.get_tensor(name), name, file, field)
+                tensor = tensors.get_tensor(name)
+                refuse_not_finite(tensor, name, file, field)
+                done += tensor.nbytes
+                if progress is not None:
+                    progress(done, total)
     if resolved.quantization is not None and is_published_fp8(resolved.quantization):
         tensors = BaseTensors(resolved.name, revision=revision, field=field)
         for name in tensors:

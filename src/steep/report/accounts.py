@@ -68,6 +68,7 @@ OUTCOMES = {
     "ended": "the run ended",
     "warn": "applied",
     "recurs": "applied, as a kind of text",
+    "leaner": "computed again with less kept",
     "skip": "not applied",
     "rollback": "gone back before, and passed over",
 }

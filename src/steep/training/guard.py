@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from steep.errors import RunError
 from steep.training.arguments import TrainingArguments
@@ -169,6 +170,10 @@ class Guard:
                 f"{self._incidents.path}; `--resume` goes on behind them"
             )
             self._not_finite_in_a_row = 0
+
+    def note_memory(self, step: int, told: str, rows: np.ndarray) -> None:
+        """Write down that a step was computed again, since memory ran out."""
+        self._write(step, told, "leaner", math.nan, GradientReport([], torch.zeros(0), math.nan), rows)
 
     def _treat(self, step: int, spike: Spike, loss: float, gradients: GradientReport, rows: np.ndarray) -> Outcome:
         action = self._args.spike_action

@@ -37,6 +37,7 @@ from steep.training.observations import refuse_other_counts
 from steep.training.proof import Proof
 from steep.training.reporting import Reporting
 from steep.training.retention import check_best_metric
+from steep.training.retry import Retry, retry_of
 from steep.training.schedules import schedule_of
 
 logger = logging.getLogger("steep")
@@ -57,6 +58,7 @@ class Trainer(Reporting):
         proof: what was seen of every trained tensor, from `train()` on.
         guard: what was out of the ordinary, and what became of it.
         times_seen, times_trained, times_skipped, times_seen_before: see `Counting`.
+        planned_bytes: what a step was planned to need of the card, to be told where it needs more.
 
     Raises:
         UserError: settings that contradict each other; before the first step.
@@ -105,6 +107,8 @@ class Trainer(Reporting):
         self._updates: UpdatesInBackward | None = None
         self._gradients: GradientReport | None = None
         self._losses_of_step: list[torch.Tensor] = []
+        self._retry: Retry | None = None
+        self.planned_bytes: int | None = None
         self._outcome = Outcome.APPLIED
         self._operations_a_token: float | None = None
 
@@ -192,7 +196,8 @@ class Trainer(Reporting):
         if self.args.optimizer_in_backward:
             self._updates = self._until_trained.enter_context(updates_in_backward(self._trainable, self._own_optimizer))
         self._begin_step()
-        self._losses_of_step.clear()
+        self._forget_step()
+        self._retry = retry_of(self, self._forward_and_backward) if self._updates is None else None
         if self._begins_branch:
             assert self.resumed_state is not None
             proof.refuse_other_base(self.resumed_state["proof"])
@@ -235,9 +240,20 @@ class Trainer(Reporting):
             return torch.zeros((), device=self.args.device)
         if self.corpus is None or rows is None:
             self._note_tokens(inputs)
-        loss = super().training_step(model, self._for_model(inputs), num_items_in_batch)
-        self._losses_of_step.append(loss)
+        if self._retry is None:
+            self._losses_of_step.append(self._forward_and_backward(model, inputs, num_items_in_batch))
+        else:
+            self._losses_of_step = self._retry.losses(self._losses_of_step, model, inputs, num_items_in_batch)
+        loss = self._losses_of_step[-1]
         return torch.where(torch.isfinite(loss), loss, 0.0)
+
+    def _forward_and_backward(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        return super().training_step(model, self._for_model(inputs), num_items_in_batch)
+
+    def _forget_step(self) -> None:
+        self._losses_of_step = []
+        if self._retry is not None:
+            self._retry.forget()
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().prediction_step(model, self._for_model(inputs), *args, **kwargs)
@@ -294,7 +310,7 @@ class Trainer(Reporting):
             torch.cuda.current_stream(own.device).synchronize()  # at once: the norms came after it
         # transformers multiplies each process's share by their number, because DDP divides the gradients by it.
         loss = float(ranks.gathered(np.array([float(arriving)])).mean())
-        self._losses_of_step.clear()
+        self._forget_step()
         self._meter.add_loss(loss)
         scaler = self.accelerator.scaler
         # Too high a loss scale explains such a gradient; one that no longer magnifies anything does not.

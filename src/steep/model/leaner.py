@@ -1,0 +1,42 @@
+"""Less of the card's memory for a model that is training, where it was planned too tightly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from steep.model.fused import Fused
+from steep.model.install import fused_of
+from steep.model.placement import Kept
+from steep.model.recompute import leaner_than, needed_bytes
+from steep.model.tiling import tile_sizes
+from steep.model.unwrap import unwrap
+
+
+def make_leaner(model: Any) -> str | None:
+    """Let the layers of an installed model keep less from now on than its last batch did, or compute it in smaller
+    tiles; a checkpoint keeps that, as it does what was chosen at first.
+
+    Returns:
+        What they keep now, in words; None: they keep the least already, or memory did not run out in a fused call.
+    """
+    fused = fused_of(model)
+    if fused.levels is None or fused.last is None or (fused.calls and not fused.was_fused):
+        return None
+    tokens, dtype, stream = fused.last
+    layer, fp8 = fused.layer(unwrap(model).model.layers[0]), fused.fp8 or "none"
+    kept, places = Kept.of([layer], dtype, stream, fp8, tokens), fused.places or ["gpu"] * len(fused.levels)
+    needed = needed_bytes(kept, layer, dtype, stream, tokens, fp8)
+    here = fused.levels, fused.tile or tile_sizes(tokens)[0]
+    found = leaner_than(*here, tokens, lambda levels, tile: needed(levels, places, tile))
+    if found is None:
+        return None
+    fused.levels, fused.tile = found
+    fused.chosen_for = 0  # by what was free, which was not enough
+    return _in_words(fused)
+
+
+def _in_words(fused: Fused) -> str:
+    counts = Counter(fused.levels)
+    levels = " and ".join(f"{level} in {count} layers" for level, count in sorted(counts.items()))
+    return f"level {levels}, in tiles of {fused.tile:,} tokens"
