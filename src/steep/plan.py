@@ -53,7 +53,7 @@ from steep.training.branch import Branch
 from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import Schedule, schedule_of
 from steep.vocabulary import Vocabulary, grown, warnings
-from steep.vram import host_budget, vram_budget
+from steep.vram import host_budget, host_limit, vram_budget
 
 
 @dataclass
@@ -348,14 +348,8 @@ def _work_out(
         keeps_best=arguments.metric_for_best_model is not None,
         kept_on_host=sizes.on_host,
     )
-    if refuses and sizes.on_host and sum(host.values()) > host_memory:
-        raise UserError(
-            "training.host_memory",
-            f"the run has {sizes.on_host / 2**30:.3g} GiB of what its layers keep in host memory, and needs "
-            f"{sum(host.values()) / 2**30:.3g} GiB there; {host_memory / 2**30:.3g} GiB may be filled",
-            "Free some, or give the amount that there is. gradient_checkpointing: true, with --allow "
-            "training.gradient_checkpointing, chooses again.",
-        )
+    if refuses and sizes.on_host:
+        _check_host(sizes.on_host, sum(host.values()), host_limit(training.host_memory, card))
     plan = Plan(
         config,
         resolved,
@@ -395,6 +389,18 @@ def _work_out(
             "Give another folder, or lower training.save_total_limit or adapter.r.",
         )
     return plan
+
+
+def _check_host(kept: int, needed: int, limit: float) -> None:
+    """A run that goes on has in host memory what it had there."""
+    if needed > limit:
+        raise UserError(
+            "training.host_memory",
+            f"layers of the run keep {kept / 2**30:.3g} GiB in host memory, and it needs {needed / 2**30:.3g} GiB there; "
+            f"{limit / 2**30:.3g} GiB may be filled",
+            "Free some, or give the amount that there is. gradient_checkpointing: true, with --allow "
+            "training.gradient_checkpointing, chooses again.",
+        )
 
 
 def _check_adapter(config: RunConfig, base: str, resolved: ResolvedModel) -> None:
