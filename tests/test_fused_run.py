@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -45,7 +46,7 @@ from steep.schema import AdapterSection, RunConfig
 from steep.terminal import fused_line
 from steep.training.checkpoint import FORMAT, read_choices
 from steep.verify_resume import compare
-from steep.vram import host_budget, vram_budget
+from steep.vram import host_budget, host_limit, vram_budget
 from tests.command_line import Steep
 from tests.test_run import lines, run_file
 from tests.tiny import save_tiny
@@ -652,25 +653,28 @@ def test_the_budget_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
         assert host_budget("64GiB", card) == 64 * 2**30
         assert host_budget("auto", card) == (10**9 if card is here else 0)
     monkeypatch.setattr("steep.ranks.world_size", lambda: 2)
+    monkeypatch.setattr("steep.vram.available_on_host", lambda: 5 * 10**9)
+    assert [host_limit("auto", card) for card in (here, None)] == [5 * 10**9, math.inf]
+    assert host_limit("64GiB", here) == 64 * 2**30
     assert host_budget("auto", here) == 2 * 10**9 and host_budget("64GiB", here) == 64 * 2**30
 
 
 def test_the_room_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is available; within a container what that may still take, its page cache included."""
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    assert 0 < machine.room_on_host() < machine.host_memory()
+    assert 0 < machine.room_on_host() < machine.available_on_host()
     monkeypatch.setattr(machine, "_meminfo", lambda: {"MemTotal": 10**12, "MemAvailable": 10**11})
-    assert machine.host_memory() == 10**11 and machine.room_on_host() == 8 * 10**10
+    assert machine.available_on_host() == 10**11 and machine.room_on_host() == 8 * 10**10
     for name, text in (
         ("memory.max", "50000"),
         ("memory.current", "45000"),
         ("memory.stat", "anon 9\ninactive_file 2000"),
     ):
-        assert machine.host_memory() == 10**11
+        assert machine.available_on_host() == 10**11
         (tmp_path / name).write_text(f"{text}\n")
-    assert machine.host_memory() == 7000
+    assert machine.available_on_host() == 7000
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine.host_memory() == 10**11
+    assert machine.available_on_host() == 10**11
     monkeypatch.setattr("steep.ranks.world_size", lambda: 2)
     assert machine.room_on_host() == 4 * 10**10
 
@@ -695,8 +699,8 @@ def test_a_step_takes_the_host_before_it_computes_again() -> None:
     config = config_of(training={"gradient_checkpointing": True})
     leanest = settle(config, step, WORKSPACES, None, 10**12)
     assert (leanest.levels, leanest.places) == ([3] * 6, ["x"] * 5 + ["gpu"])
-    room = step.in_host_memory([3] * 6, ["x"] * 3 + ["gpu"] * 3)
-    assert settle(config, step, WORKSPACES, None, room).places == ["x"] * 3 + ["gpu"] * 3
+    half: list[Place] = ["x", "x", "x", "gpu", "gpu", "gpu"]
+    assert settle(config, step, WORKSPACES, None, step.in_host_memory([3] * 6, half)).places == half
     assert settle(config, step, WORKSPACES, leanest, 0).places == leanest.places  # as before
     assert settle(config_of(), step, 10**15, replace(leanest, levels=None), 0).places is None
 

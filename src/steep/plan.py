@@ -56,7 +56,7 @@ from steep.training.branch import Branch
 from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import Schedule, schedule_of
 from steep.vocabulary import Vocabulary, grown, warnings
-from steep.vram import host_budget, vram_budget
+from steep.vram import host_budget, host_limit, vram_budget
 
 
 @dataclass
@@ -354,16 +354,8 @@ def _work_out(
         keeps_best=arguments.metric_for_best_model is not None,
         kept_on_host=sizes.on_host,
     )
-    locked = {name: size for name, size in host.items() if name != "copy of a checkpoint" and size}
-    if refuses and locked and sum(host.values()) > host_memory:
-        parts = " and ".join(f"{size / 2**30:.3g} GiB of {name}" for name, size in locked.items())
-        raise UserError(
-            "training.host_memory",
-            f"the run has {parts} in host memory, and with a copy of a checkpoint needs "
-            f"{sum(host.values()) / 2**30:.3g} GiB there; {host_memory / 2**30:.3g} GiB may be filled",
-            "Free some, or give the amount that there is; training.offload_optimizer: none leaves the states on the "
-            "card, and gradient_checkpointing: true, with --allow training.gradient_checkpointing, chooses again.",
-        )
+    if refuses:
+        _check_host(host, host_limit(training.host_memory, card))
     plan = Plan(
         config,
         resolved,
@@ -416,6 +408,20 @@ def _duration(config: RunConfig, sizes: Sizes, card: Card | None, corpus: Corpus
     work = step_work(sizes.step, levels, micro_batches=micro_batches, document=document)
     of_step = seconds(work, speed, micro_batches * len(levels))
     return Duration(of_step, rows_per_step(config) * config.data.max_length / of_step, steps * of_step / 3600)
+
+
+def _check_host(host: Mapping[str, int], limit: float) -> None:
+    """States may be in host memory, and what layers keep, also where a run goes on on another machine."""
+    locked = {name: size for name, size in host.items() if name != "copy of a checkpoint" and size}
+    if locked and sum(host.values()) > limit:
+        parts = " and ".join(f"{size / 2**30:.3g} GiB of {name}" for name, size in locked.items())
+        raise UserError(
+            "training.host_memory",
+            f"the run has {parts} in host memory, and with a copy of a checkpoint needs "
+            f"{sum(host.values()) / 2**30:.3g} GiB there; {limit / 2**30:.3g} GiB may be filled",
+            "Free some, or give the amount that there is; training.offload_optimizer: none leaves the states on the "
+            "card, and gradient_checkpointing: true, with --allow training.gradient_checkpointing, chooses again.",
+        )
 
 
 def _check_adapter(config: RunConfig, base: str, resolved: ResolvedModel) -> None:

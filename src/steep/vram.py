@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from steep import ranks
-from steep.model.machine import Card, room_on_host
+from steep.model.machine import Card, available_on_host, room_on_host
 from steep.schema import VRAM
 
 SHARE = 0.9  # of the card: allocations of odd sizes leave gaps
@@ -29,6 +31,14 @@ def host_budget(host_memory: str, card: Card | None) -> int:
     if host_memory != "auto":
         return asked_bytes(host_memory, card)
     return room_on_host() * ranks.world_size() if card is not None and card.is_here else 0
+
+
+def host_limit(host_memory: str, card: Card | None) -> float:
+    """Bytes above which a run that goes on is refused: it filled ``auto`` as that was when it began. Without a card all
+    that it has is there."""
+    if host_memory != "auto":
+        return asked_bytes(host_memory, card)
+    return math.inf if card is None else available_on_host()
 
 
 def asked_bytes(vram: str, card: Card | None) -> int:

@@ -65,7 +65,7 @@ def card_here() -> Card | None:
     return Card(torch.cuda.get_device_name(), capability, total, free + torch.cuda.memory_reserved())
 
 
-def host_memory() -> int:
+def available_on_host() -> int:
     """Bytes of the host that are free, or can be freed at once; within a container no more than that may take."""
     free = _meminfo()["MemAvailable"]
     try:
@@ -78,7 +78,7 @@ def host_memory() -> int:
 
 def room_on_host() -> int:
     """Those of them that a process may fill for long: the others are for what it loads, and for those beside it."""
-    return round(HOST_SHARE * host_memory()) // ranks.world_size()
+    return round(HOST_SHARE * available_on_host()) // ranks.world_size()
 
 
 def _meminfo() -> dict[str, int]:

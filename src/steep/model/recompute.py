@@ -84,10 +84,12 @@ def levels_within(
         return levels, ["gpu"] * num_layers, tile
     kept, limit = Kept.of([layer], dtype, stream, fp8, tokens), room - beside
     needed = needed_bytes(kept, layer, dtype, stream, tokens, fp8)
+
+    def fits(levels: list[int], places: list[Place], tile: int) -> bool:
+        return needed(levels, places, tile) <= limit
+
     for levels, tile in candidates(num_layers, tokens):
-        places = kept.fewest(
-            levels, host_room, lambda places, now=(levels, tile): needed(now[0], places, now[1]) <= limit
-        )
+        places = kept.fewest(levels, host_room, partial(fits, levels, tile=tile))
         if places is not None:
             return levels, places, tile
     return levels, kept.most(levels, host_room), tile
