@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -23,6 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that a test starts
 _CACHE = tempfile.mkdtemp(prefix="steep-tests-")
 os.environ["STEEP_CACHE"] = _CACHE
+os.environ["HF_DATASETS_CACHE"] = os.path.join(_CACHE, "datasets")
 
 import importlib.util
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from tests.command_line import Said, Steep
+    from tests.faults.command import ForkServer
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -127,6 +130,14 @@ def _memory_of_the_card() -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _what_stays_is_not_collected() -> None:
+    """Each training run has all garbage collected (accelerate), which goes through all that was imported: a third of
+    the time of a small run. What is there before a file's tests is left alone."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _interpreter() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
@@ -185,6 +196,16 @@ def korean_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import write_corpus
 
     return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def quick() -> Iterator[ForkServer]:
+    """Starts programs in forks of a process that has imported what they need."""
+    from tests.faults.command import ForkServer
+
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import yaml
 from steep.data.long_texts import PART, parts
 from tests.bad_input.damage import Scene, make_scene, raw_file, replaced, setting, sources, text_file
 from tests.command_line import Steep, assert_one_error_line
+from tests.faults.command import ForkServer, Start, start_real
 from tests.tiny import documents, sentencepiece_tokenizer, tiny_tokenizer
 
 GIB = 2**30
@@ -31,12 +32,6 @@ def scene(tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def jsonl(texts: list[str]) -> str:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
-
-
-def command(*words: object, **settings: object) -> subprocess.CompletedProcess[str]:
-    """The real command."""
-    done = subprocess.run([sys.executable, "-m", "steep", *map(str, words)], capture_output=True, text=True, **settings)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    return done
 
 
 def test_empty_lines_and_empty_documents_are_passed_over_and_counted(scene: Scene, steep: Steep) -> None:
@@ -194,22 +189,26 @@ def test_a_bug_is_called_one(scene: Scene, steep: Steep, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words", "says"),
+    ("start", "spoil", "words", "says"),
     [
-        (raw_file(b"model: {name: \xff}"), [], "run file: "),
-        (replaced("fp32", "!!python/object/apply:os.mkdir ['FOLDER/planted']"), [], "os.mkdir"),
-        (text_file(os.urandom(5000), "text.txt"), [], "data.sources[0].path: "),
-        (sources({"path": "FOLDER/none.txt"}), [], "none.txt does not exist"),
-        (setting("data.max_length", 513), ["--adapter.r", "4"], "data.max_length: 513 tokens"),
+        (start_real, raw_file(b"model: {name: \xff}"), [], "run file: "),
+        (None, replaced("fp32", "!!python/object/apply:os.mkdir ['FOLDER/planted']"), [], "os.mkdir"),
+        (None, text_file(os.urandom(5000), "text.txt"), [], "data.sources[0].path: "),
+        (None, sources({"path": "FOLDER/none.txt"}), [], "none.txt does not exist"),
+        (None, setting("data.max_length", 513), ["--adapter.r", "4"], "data.max_length: 513 tokens"),
     ],
     ids=["encoding", "tag", "binary", "missing", "length"],
 )
-def test_the_real_command(spoil: object, words: list[str], says: str, scene: Scene) -> None:
+def test_the_real_command(
+    start: Start | None, spoil: object, words: list[str], says: str, scene: Scene, quick: ForkServer, tmp_path: Path
+) -> None:
+    """Once as it is, then in forks of what it imports."""
     spoil(scene)  # pyright: ignore[reportCallIssue]
     scene.finish()
     before = scene.contents()
-    done = command("train", scene.file, *words)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ") and says in done.stderr
-    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr and done.stdout == ""
+    (tmp_path / "said").mkdir()
+    command = (start or quick)(["train", str(scene.file), *words], tmp_path / "said", {})
+    assert command.wait() == 2, command.text()
+    assert command.lines()[-1].startswith("error: ") and says in command.log
+    assert command.log.count("error: ") == 1 and "Traceback" not in command.log and command.text() == command.log
     assert scene.contents() == before

@@ -25,6 +25,7 @@ from steep.training.exact_checkpoints import ExactCheckpoints
 from steep.training.guard import GoBack, Guard
 from steep.training.trainer import Trainer
 from tests.command_line import Said, Steep
+from tests.faults.command import ForkServer
 from tests.test_cli import run_file  # noqa: F401
 from tests.test_run import lines
 from tests.test_verify_resume import children_of, runs
@@ -348,33 +349,39 @@ def test_a_trainer_in_a_script(steep: Steep, run_file: Path, monkeypatch: pytest
     assert raised.value.step == 3 and raised.value.checkpoint.is_dir()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes(number: int, steep: Steep, run_file: Path, tmp_path: Path) -> None:  # noqa: F811
-    """As a terminal, `timeout` and batch systems send it: workers that read rows leave it to the one that trains."""
+def test_a_signal_to_all_processes(steep: Steep, run_file: Path, tmp_path: Path, quick: ForkServer) -> None:  # noqa: F811
+    """As a terminal, `timeout` and batch systems send it: workers that read rows leave it to the one that trains.
+    Ctrl-C first, and SIGTERM to the run that goes on."""
     settings = {"max_steps": 40, "save_steps": 100, "eval_steps": 40, "dataloader_num_workers": 2}
     whole, stopped = (dropout_run(run_file, tmp_path / name, **settings) for name in ("whole", "stopped"))
     assert steep("train", whole).code == 0
-    folder = stopped.parent / "run"
-    command = [sys.executable, "-m", "steep", "train", str(stopped)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
-        time.sleep(0.01)
-    workers = children_of(process.pid)
-    assert len(workers) == 2
-    os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 3 and "Traceback" not in err, err
-    assert (folder / f"checkpoint-{lines(folder / 'metrics.jsonl')[-1]['step']}").is_dir()
-    assert not any(runs(worker) for worker in workers)
+    folder, step = stopped.parent / "run", 0
+    for number, words in ((signal.SIGINT, ()), (signal.SIGTERM, ("--resume",))):
+        command = quick(["train", str(stopped), *words], stopped.parent, {})
+        assert command.until(lambda: last_step(folder) > step), command.text()  # noqa: B023 - asked in this round
+        workers = children_of(command.pid)
+        assert len(workers) == 2
+        command.signal(number)
+        assert command.wait(60) == 3 and "Traceback" not in command.log, command.text()
+        assert last_step(folder) > step
+        step = last_step(folder)
+        assert (folder / f"checkpoint-{step}").is_dir()
+        assert not any(runs(worker) for worker in workers)
     assert steep("train", stopped, "--resume").code == 0
     assert traces(folder) == traces(whole.parent / "run")
+
+
+def last_step(folder: Path) -> int:
+    """That of the last whole line of its log."""
+    log = folder / "metrics.jsonl"
+    *_, last = ["", *log.read_text(encoding="utf-8").split("\n")[:-1]] if log.exists() else [""]
+    return json.loads(last)["step"] if last else 0
 
 
 def test_a_second_signal_does_not_wait_for_a_checkpoint(
     steep: Steep,
     run_file: Path,  # noqa: F811
+    quick: ForkServer,
     tmp_path: Path,
 ) -> None:
     """A steep whose disk takes a minute for each."""
@@ -384,17 +391,14 @@ def test_a_second_signal_does_not_wait_for_a_checkpoint(
         "Snapshot.write = lambda self, folder: time.sleep(60)\nmain()\n",
         encoding="utf-8",
     )
-    command = [sys.executable, str(program), "train", str(run_file)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for awaited in ("saving checkpoint-2", "stopping after this step"):
-            said = next(line for line in process.stderr if awaited in line or "error" in line)
-            assert awaited in said, said
-            process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        (last,) = (line for line in process.stderr if "stopped at once" in line)
-        assert process.wait(timeout=50) == 143 and time.monotonic() - began < 20
-    assert last == f"stopped at once; begin again with: steep train {run_file} --resume\n"
+    command = quick.python([str(program), "train", str(run_file)], tmp_path)
+    for awaited in ("saving checkpoint-2", "stopping after this step"):
+        assert command.until(lambda: any(awaited in line for line in command.lines())), command.text()  # noqa: B023
+        command.signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert command.wait(50) == 143 and time.monotonic() - began < 20
+    (last,) = (line for line in command.lines() if "stopped at once" in line)
+    assert last == f"stopped at once; begin again with: steep train {run_file} --resume" == command.lines()[-1]
     assert not list((run_file.parent / "run").glob("checkpoint-*"))
     assert steep("train", run_file, "--resume").code == 0
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,23 @@ from safetensors.torch import load_file
 from examples import two_lines
 from steep.run import train_run
 from steep.training.checkpoint import checkpoints, step_of
+from tests.faults.command import Command, ForkServer, assert_one_error, environment, torchrun
 from tests.faults.compare import differences
+from tests.faults.runs import finished
 from tests.test_run import lines, run_file
 from tests.tiny import documents, write_corpus
 
 
-def torchrun(*words: str | Path, processes: int = 2) -> list[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*start, *map(str, words)]
+def run(quick: ForkServer, file: Path, *words: str, processes: int = 2) -> Command:
+    """`torchrun -m steep train FILE`, in forks, to its end."""
+    return quick.python(torchrun("-m", "steep", "train", file, *words, processes=processes), streams(file))
 
 
-def finished(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-
-
-def run(file: Path, *words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    return finished(torchrun("-m", "steep", "train", file, *words, processes=processes))
+def streams(file: Path) -> Path:
+    """The folder for what the commands on a run file say."""
+    folder = file.with_suffix(".said")
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -54,34 +55,34 @@ def write_run_file(model: Path, folder: Path, name: str, /, **sections: dict[str
     return file
 
 
-def processes_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
-    """The process id of each rank that the launcher has started."""
-    found = {}
+def processes_of(launcher: Command) -> dict[int, int]:
+    """The process id of each rank that the launcher's server has started."""
+    seen = {}
     for place in Path("/proc").iterdir():
-        try:
-            parent = int((place / "stat").read_text().rsplit(")", 1)[1].split()[1]) if place.name.isdigit() else -1
-            if parent == launcher.pid:
-                variables = (place / "environ").read_bytes().split(b"\0")
-                found |= {int(v.removeprefix(b"RANK=")): int(place.name) for v in variables if v.startswith(b"RANK=")}
-        except OSError:  # it ended meanwhile
-            continue
-    return found
+        if place.name.isdigit():
+            with suppress(OSError):  # it ended meanwhile
+                name, _, rest = (place / "stat").read_text().partition("(")[2].rpartition(")")
+                seen[int(place.name)] = name, int(rest.split()[1])
+    return {
+        int(name.removeprefix("rank ")): pid
+        for pid, (name, parent) in seen.items()
+        if name.startswith("rank ") and seen.get(parent, ("", 0))[1] == launcher.pid
+    }
 
 
-def signalled(file: Path, *words: str, rank: int, number: signal.Signals, at_step: int) -> tuple[str, float]:
+def signalled(
+    quick: ForkServer, file: Path, *words: str, rank: int, number: signal.Signals, at_step: int
+) -> tuple[str, float]:
     """Start a run, send one rank a signal when step `at_step` is logged; what it said, and the seconds it then took."""
     log = Path(yaml.safe_load(file.read_text(encoding="utf-8"))["training"]["output_dir"]) / "metrics.jsonl"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = torchrun("-m", "steep", "train", file, *words)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
-        deadline = time.monotonic() + 240
-        while not (log.exists() and any(row["step"] >= at_step for row in lines_so_far(log))):
-            assert run.poll() is None and time.monotonic() < deadline, run.communicate()[1]
-            time.sleep(0.01)
-        os.kill(processes_of(run)[rank], number)
-        began = time.monotonic()
-        _, said = run.communicate(timeout=120)
-        return said, time.monotonic() - began
+    command = quick.python(torchrun("-m", "steep", "train", file, *words), streams(file))
+    assert command.until(lambda: log.exists() and any(row["step"] >= at_step for row in lines_so_far(log))), (
+        command.text()
+    )
+    os.kill(processes_of(command)[rank], number)
+    began = time.monotonic()
+    command.wait(120)
+    return command.log, time.monotonic() - began
 
 
 def lines_so_far(log: Path) -> list[dict[str, Any]]:
@@ -92,9 +93,14 @@ EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "save_steps": 100, "eval_steps
 
 
 def test_two_processes_train_what_one_does(llama_folder: Path, files: Path) -> None:
-    """59 rows at 12 a step: the last step of an epoch has 11, and a filler. fp32, no dropout."""
+    """59 rows at 12 a step: the last step of an epoch has 11, and a filler. fp32, no dropout. By torchrun as it
+    is, without forks, so that sets have another order in each process."""
     two = {**EPOCHS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
-    done = run(write_run_file(llama_folder, files, "two", training=two))
+    file = write_run_file(llama_folder, files, "two", training=two)
+    words = torchrun("-m", "steep", "train", file)
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=240, env=environment({}), check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("base → trained") == 1  # one process speaks
     assert done.stderr.count("scoring held-out text with the base model") == 1
@@ -127,7 +133,7 @@ def test_two_processes_train_what_one_does(llama_folder: Path, files: Path) -> N
         assert torch.linalg.vector_norm(weights[name] - tensor) < 1e-5 * torch.linalg.vector_norm(tensor)
 
 
-def test_stopped_and_killed_runs_end_in_the_same_bits(llama_folder: Path, files: Path) -> None:
+def test_stopped_and_killed_runs_end_in_the_same_bits(llama_folder: Path, files: Path, quick: ForkServer) -> None:
     """QLoRA with dropout, 8-bit Adam, accumulation 3 and fillers, over 8 epochs."""
     sections: dict[str, Any] = {
         "model": {"base": "nf4"},
@@ -142,49 +148,46 @@ def test_stopped_and_killed_runs_end_in_the_same_bits(llama_folder: Path, files:
         },
         "evaluation": {"prompts": []},
     }
-    whole = run(write_run_file(llama_folder, files, "whole", **sections))
-    assert whole.returncode == 0, whole.stderr
+    finished(run(quick, write_run_file(llama_folder, files, "whole", **sections)))
     file = write_run_file(llama_folder, files, "again", **sections)
     folder = files / "again"
 
-    said, _ = signalled(file, rank=1, number=signal.SIGTERM, at_step=3)
+    said, _ = signalled(quick, file, rank=1, number=signal.SIGTERM, at_step=3)
     assert said.count("stopped after step") == 1 and said.count("exitcode  : 3") == 2, said
     (stopped,) = checkpoints(folder)
     step = step_of(stopped)
     assert 3 <= step < 10
 
-    said, seconds = signalled(file, "--resume", rank=0, number=signal.SIGKILL, at_step=step + 14)
+    said, seconds = signalled(quick, file, "--resume", rank=0, number=signal.SIGKILL, at_step=step + 14)
     assert seconds < 30
     assert said.count("error: lost another process of the run") == 1 and "exitcode  : 1 " in said, said
     saved = [step_of(path) for path in checkpoints(folder)]
     assert saved in ([step, 10], [step, 10, 20], [10, 20])  # of the intervals: nothing was saved on the way out
 
-    alone = subprocess.run(
-        [sys.executable, "-m", "steep", "train", str(file), "--resume"], capture_output=True, text=True, timeout=240
+    assert_one_error(
+        quick(["train", str(file), "--resume"], streams(file), {}), "the run trained in 2 processes, and here are 1"
     )
-    assert alone.returncode == 2 and "the run trained in 2 processes, and here are 1" in alone.stderr
 
-    done = run(file, "--resume")
-    assert done.returncode == 0, done.stderr
+    finished(run(quick, file, "--resume"))
     assert differences(files / "whole", folder) == []
 
 
-def test_three_processes_go_on_in_the_same_bits(llama_folder: Path, files: Path) -> None:
+def test_three_processes_go_on_in_the_same_bits(llama_folder: Path, files: Path, quick: ForkServer) -> None:
     """DDP sorts its buckets anew after a process's first step, and the order of a sum of three numbers shows."""
     training = {"max_steps": 6, "save_steps": 3, "learning_rate": 5e-3}
     file = write_run_file(llama_folder, files, "three", training=training, evaluation={"prompts": []})
-    done = run(file, processes=3)
-    assert done.returncode == 0, done.stderr
+    finished(run(quick, file, processes=3))
     whole, folder = files / "three-whole", files / "three"
     shutil.copytree(folder, whole)
     shutil.rmtree(folder / "checkpoint-6")
     shutil.rmtree(folder / "final")
-    done = run(file, "--resume", processes=3)
-    assert done.returncode == 0 and "checkpoint-3" in done.stderr, done.stderr
+    assert "checkpoint-3" in finished(run(quick, file, "--resume", processes=3)).log
     assert differences(folder, whole, named=folder) == []
 
 
-def test_a_script_with_our_trainer_trains_in_two_processes(llama_folder: Path, tmp_path: Path) -> None:
+def test_a_script_with_our_trainer_trains_in_two_processes(
+    llama_folder: Path, quick: ForkServer, tmp_path: Path
+) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents("ko", 48)), encoding="utf-8")
 
@@ -197,34 +200,30 @@ def test_a_script_with_our_trainer_trains_in_two_processes(llama_folder: Path, t
         state = json.loads((tmp_path / output / "checkpoint-4" / "trainer_state.json").read_text(encoding="utf-8"))
         return [row for row in state["log_history"] if "loss" in row]
 
-    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    script = Path(two_lines.__file__)
-    done = finished(torchrun(script, *words("two", 3)), **cache)
-    assert done.returncode == 0, done.stderr
-    alone = finished([sys.executable, str(script), *words("one", 6)], **cache)
-    assert alone.returncode == 0, alone.stderr
+    script = two_lines.__file__
+    finished(quick.python(torchrun(script, *words("two", 3)), tmp_path))
+    finished(quick.python([script, *words("one", 6)], tmp_path))
     for row, other in zip(logged("two"), logged("one"), strict=True):
         assert row["tokens"] == other["tokens"]
         assert abs(row["loss"] - other["loss"]) < 2e-6
         assert abs(row["grad_norm"] - other["grad_norm"]) < 1e-5 * other["grad_norm"]
 
 
-def test_wrong_input_is_one_message_and_ends_all(llama_folder: Path, files: Path) -> None:
+def test_wrong_input_is_one_message_and_ends_all(llama_folder: Path, files: Path, quick: ForkServer) -> None:
     file = write_run_file(llama_folder, files, "wrong", data={"sources": [{"path": str(files / "nowhere")}]})
-    done = run(file)
-    assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1 and "nowhere" in done.stderr
-    assert done.stderr.count("exitcode  : 2") == 2
-    assert "/steep/" not in done.stderr  # the traceback is torchrun's own
+    command = run(quick, file)
+    assert command.wait() != 0
+    assert command.log.count("error: ") == 1 and "nowhere" in command.log
+    assert command.log.count("exitcode  : 2") == 2
+    assert command.log.count("Traceback") == 1 and "src/steep/" not in command.log  # torchrun's own
     assert not (files / "wrong").exists()
 
 
-def test_an_fp8_base_trains_as_in_one_process(llama_folder: Path, files: Path) -> None:
+def test_an_fp8_base_trains_as_in_one_process(llama_folder: Path, files: Path, quick: ForkServer) -> None:
     """gloo and NCCL can send no number in e4m3: DDP has to leave the frozen weights out."""
     given = {"max_steps": 5, "save_steps": 5, "per_device_train_batch_size": 2, "learning_rate": 5e-3}
     sections: dict[str, Any] = {"model": {"base": "fp8"}, "evaluation": {"prompts": []}}
-    two = run(write_run_file(llama_folder, files, "fp8-two", training=given, **sections))
-    assert two.returncode == 0, two.stderr
+    finished(run(quick, write_run_file(llama_folder, files, "fp8-two", training=given, **sections)))
     one = run_file(
         llama_folder,
         files / "corpus",

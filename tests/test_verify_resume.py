@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from shutil import copytree
@@ -25,6 +26,7 @@ from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.verify_resume import _place_beside, compare
 from tests.command_line import Steep, assert_one_error_line
+from tests.faults.command import ForkServer, torchrun
 from tests.test_cli import run_file  # noqa: F401
 from tests.test_run import run_file as config_of
 
@@ -88,6 +90,22 @@ def test_lines_and_counts_are_compared_too(one: Path, tmp_path: Path) -> None:
 # --- the command
 
 
+def start_in_forks(patch: pytest.MonkeyPatch, server: ForkServer, *program: str, real: int = 0) -> None:
+    """Plan in this process, and start runs in forks: of `program` in the place of ``-m steep``; the first `real` as
+    always."""
+
+    def start(command: list[str], *, stdout: int, stderr: Any, stdin: int) -> Any:
+        nonlocal real
+        assert command[:3] == [sys.executable, "-m", "steep"]
+        real -= 1
+        if real >= 0:
+            return subprocess.Popen(command, stdout=stdout, stderr=stderr, stdin=stdin)
+        return server.process([*program, *command[3:]], stderr.name)
+
+    patch.setattr(verify_resume, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
+    patch.setattr(verify_resume, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+
+
 def dropout(file: Path) -> Path:
     text = file.read_text(encoding="utf-8").replace("adapter:\n", "adapter:\n  lora_dropout: 0.1\n")
     assert "lora_dropout" in text
@@ -95,7 +113,14 @@ def dropout(file: Path) -> Path:
     return file
 
 
-def test_a_run_that_resumes_is_equal(steep: Steep, run_file: Path) -> None:  # noqa: F811
+def test_a_run_that_resumes_is_equal(
+    steep: Steep,
+    run_file: Path,  # noqa: F811
+    quick: ForkServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also though the one is a process of its own and the other a fork: with another order of sets."""
+    start_in_forks(monkeypatch, quick, "-m", "steep", real=1)
     before = sorted(run_file.parent.iterdir())
     best = ("--training.eval_steps", "2", "--training.metric_for_best_model", "loss")
     said = steep("verify-resume", dropout(run_file), "--steps", "4", *best)
@@ -115,21 +140,17 @@ def test_a_run_that_does_not_resume_is_found(
     steep: Steep,
     run_file: Path,  # noqa: F811
     tmp_path: Path,
+    quick: ForkServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A steep that forgets its random generators when it resumes, in a run with dropout."""
-    (tmp_path / "broken").mkdir()
-    program = tmp_path / "broken" / "forgetful.py"
+    program = tmp_path / "forgetful.py"
     program.write_text(
-        "import sys\nsys.argv = sys.argv[2:]\nfrom steep.cli import main\n"
-        "from steep.training import exact_checkpoints\n"
+        "from steep.cli import main\nfrom steep.training import exact_checkpoints\n"
         "exact_checkpoints.set_rng_state = lambda state: None\nmain()\n",
         encoding="utf-8",
     )
-    python = tmp_path / "broken" / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n', encoding="utf-8")
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
+    start_in_forks(monkeypatch, quick, str(program))
     before = sorted(run_file.parent.iterdir())
     said = steep("verify-resume", dropout(run_file), "--steps", "4")
     assert said.code == 1, said.err
@@ -169,12 +190,10 @@ def test_a_run_that_was_killed_too_late_is_killed_again(tmp_path: Path, monkeypa
     assert [path.name for path in folder.path.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-def test_several_processes_are_refused(steep: Steep, run_file: Path) -> None:  # noqa: F811
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*start, "-m", "steep", "verify-resume", str(run_file)], capture_output=True, text=True, timeout=120
-    )
-    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+def test_several_processes_are_refused(run_file: Path, quick: ForkServer) -> None:  # noqa: F811
+    command = quick.python(torchrun("-m", "steep", "verify-resume", run_file), run_file.parent)
+    assert command.wait() != 0
+    (line,) = [line for line in command.lines() if "error: " in line]
     assert "error: steep verify-resume: it starts its runs itself" in line and "Start it without torchrun." in line
 
 

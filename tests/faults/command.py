@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from tests.faults.fork_server import TORCHRUN, Forked, Requests
 
 _ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.0005
@@ -54,6 +55,11 @@ class Command:
             self._lines += new[:end].decode().splitlines()
             self._read += end
         return self._lines
+
+    @property
+    def log(self) -> str:
+        """What it said on stderr."""
+        return self.err.read_text(encoding="utf-8")
 
     def text(self) -> str:
         return self.err.read_text(encoding="utf-8") + self.out.read_text(encoding="utf-8")
@@ -139,7 +145,7 @@ def start_wrapped(before: Sequence[str], words: Sequence[str], folder: Path, fur
 
 
 class ForkServer:
-    """Starts the command as `fork_server` does. One at a time may use it.
+    """Starts programs as `fork_server` does. One at a time may use it.
 
     Args:
         before: a command that the server runs behind, such as ``unshare -m``; it has to become the server.
@@ -154,30 +160,35 @@ class ForkServer:
             stdout=subprocess.PIPE,
             text=True,
         )
-
-    def _ask(self, **request: Any) -> dict[str, Any]:
         assert self._server.stdin is not None and self._server.stdout is not None
-        print(json.dumps(request), file=self._server.stdin, flush=True)
-        answer = self._server.stdout.readline()
-        if not answer:
-            raise RuntimeError("the fork server has ended")
-        return json.loads(answer)
+        self._asked = Requests(self._server.stdin, self._server.stdout)  # pyright: ignore[reportArgumentType]
 
     def __call__(self, words: Sequence[str], folder: Path, further: Mapping[str, str]) -> Command:
+        return self.python(["-m", "steep", *words], folder, further)
+
+    def python(self, words: Sequence[str], folder: Path, further: Mapping[str, str] | None = None) -> Command:
+        """``python WORDS``: a module after ``-m``, else a script. In a folder that its streams go to as well."""
         out, err = _streams(folder)
         request = {"start": list(words), "cwd": str(folder), "out": str(out), "err": str(err)}
-        pid = self._ask(**request, env=environment(further))["pid"]
-        return Command(pid, lambda: self._ask(poll=pid)["code"], out, err)
+        pid = self._asked.ask(**request, env=environment(further or {}))["pid"]
+        return Command(pid, lambda: self._asked.ask(poll=pid)["code"], out, err)
+
+    def process(self, words: Sequence[str], err: str) -> Forked:
+        """``python WORDS`` in this folder, and what it says on stderr in a file: for what starts processes itself."""
+        return Forked(self._asked, words, environment({}), out=os.devnull, err=err)
 
     @property
     def pid(self) -> int:
         return self._server.pid
 
     def close(self) -> None:
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.close()
+        self._asked.close()
         self._server.wait()
-        self._server.stdout.close()
+
+
+def torchrun(*words: str | Path, processes: int = 2) -> list[str]:
+    """Words for `ForkServer.python`, or behind ``python``: so many processes of the program that `words` name."""
+    return ["-m", TORCHRUN, "--standalone", "--nproc-per-node", str(processes), *map(str, words)]
 
 
 def assert_one_error(command: Command, *parts: str) -> None:

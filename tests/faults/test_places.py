@@ -11,15 +11,21 @@ import pytest
 
 from tests.faults.places import has_strace
 
-_TESTS = Path(__file__).parent / "test_sync_order.py"
+_TESTS = Path(__file__).parents[1]
 
 
 def collect(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Collect the tests of the trace where no program can be found."""
+    """Collect a test of the trace where no program can be found."""
+    assert "@pytest.mark.strace\n" in (_TESTS / "faults" / "test_sync_order.py").read_text(encoding="utf-8")
+    file = tmp_path / "test_traced.py"  # without what that file imports
+    file.write_text(
+        "import pytest\n\ndef test_another(): pass\n\n@pytest.mark.strace\ndef test_it(): pass\n", encoding="utf-8"
+    )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("CI", "PYTEST_"))}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", _TESTS],
-        cwd=_TESTS.parents[2],
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-p", "tests.conftest",
+         "-c", "pyproject.toml", file],
+        cwd=_TESTS.parent,
         env={**environment, "PATH": str(tmp_path), **variables},
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ from tests.faults.compare import differences, lines_lost_or_doubled
 from tests.faults.runs import Run, finished
 from tests.faults.trace import STRACE, read_trace, replacing_faults, spike_faults
 from tests.test_run import lines
-from tests.test_torchrun import run as finished_by_torchrun
+from tests.test_torchrun import run as by_torchrun
 from tests.tiny import save_tiny
 from tests.training.test_guard import NOISE, Planted, planted  # noqa: F401
 
@@ -117,14 +117,12 @@ def test_what_is_skipped_is_on_the_disk_before_training_goes_on(noise: Noise, tm
     assert replacing_faults(events, run.folder) == []
 
 
-def test_two_processes_go_back_together(whole: Run, noise: Noise, tmp_path: Path) -> None:
+def test_two_processes_go_back_together(whole: Run, noise: Noise, quick: ForkServer, tmp_path: Path) -> None:
     """To the step and the rows of one process; from there on with the bits of a run that knew of it."""
     place = tmp_path / "place"
     place.mkdir()
     file = noise.write(place, "", training={"gradient_accumulation_steps": 1, "save_total_limit": None})
-    done = finished_by_torchrun(file)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("going back to") == 1
+    assert finished(by_torchrun(quick, file)).log.count("going back to") == 1
     folder = place / "run"
     (incident,), step = lines(folder / "incidents.jsonl"), spike(whole)
     assert (incident["step"], incident["action"]) == (step, "rollback")
@@ -136,8 +134,7 @@ def test_two_processes_go_back_together(whole: Run, noise: Noise, tmp_path: Path
     for path in folder.glob("checkpoint-*"):
         if int(path.name.removeprefix("checkpoint-")) >= step:
             shutil.rmtree(path)
-    done = finished_by_torchrun(file, "--resume")
-    assert done.returncode == 0, done.stderr
+    finished(by_torchrun(quick, file, "--resume"))
     ends = (f"checkpoint-{noise.planted.steps}/*.safetensors", "final/*.safetensors", "incidents.jsonl", "ledger.json")
     for path in (path for names in ends for path in first.glob(names)):
         assert path.read_bytes() == (folder / path.relative_to(first)).read_bytes(), path

@@ -35,6 +35,7 @@ from steep.kernels.compilation import Compilation, Type
 
 # Compute capability: KiB of shared memory that a block can have.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+ALL_BUILT_FOR = 90  # what is launched there is launched on the others too, but for tiles; two fifths of all builds
 
 
 def dtype_on(capability: int) -> torch.dtype:
@@ -66,6 +67,28 @@ def compilations_of(module: ModuleType, capability: int) -> list[Compilation]:
 
 def compilations(capability: int) -> list[Compilation]:
     return [compilation for module in kernel_modules() for compilation in compilations_of(module, capability)]
+
+
+def settings(compilation: Compilation) -> set[tuple[str, object]]:
+    """Everything that is chosen for it, by name."""
+    constants = {name: repr(value) for name, value in compilation.constants.items()}
+    launch = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
+    return set({**compilation.signature, **constants, **launch, "multiples": compilation.multiples}.items())
+
+
+def built_for(capability: int) -> list[Compilation]:
+    """For `ALL_BUILT_FOR` all of them; for another card as many as show every value of every setting of each kernel."""
+    everything = compilations(capability)
+    if capability == ALL_BUILT_FOR:
+        return everything
+    found: list[Compilation] = []
+    for kernel in dict.fromkeys(each.kernel for each in everything):
+        own = [each for each in everything if each.kernel is kernel]
+        unseen = set().union(*map(settings, own))
+        while unseen:
+            found.append(max(own, key=lambda each: len(settings(each) & unseen)))
+            unseen -= settings(found[-1])
+    return found
 
 
 def pointers(kinds: tuple[Type, ...], before: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
@@ -136,7 +159,7 @@ def planted() -> Compilation:
 
 def _work(job: tuple[int, int]) -> dict[str, object]:
     capability, place = job
-    return build(compilations(capability)[place], capability)
+    return build(built_for(capability)[place], capability)
 
 
 def main() -> None:
@@ -148,7 +171,7 @@ def main() -> None:
             results: Iterator[dict[str, object]] = iter([build(planted(), capability) for capability in (86, 90)])
             print("\n".join(map(json.dumps, results)))
             return
-        jobs = [(capability, place) for capability in SHARED_KIB for place in range(len(compilations(capability)))]
+        jobs = [(capability, place) for capability in SHARED_KIB for place in range(len(built_for(capability)))]
         with multiprocessing.get_context("fork").Pool(2) as pool:
             for result in pool.imap_unordered(_work, jobs):
                 print(json.dumps(result), flush=True)

@@ -11,7 +11,15 @@ import sys
 import pytest
 
 from steep.kernels import OLDEST_CARD
-from tests.kernels.machine_code import SHARED_KIB, compilations, compilations_of, kernel_modules, launched
+from tests.kernels.machine_code import (
+    ALL_BUILT_FOR,
+    SHARED_KIB,
+    built_for,
+    compilations,
+    kernel_modules,
+    launched,
+    settings,
+)  # fmt: skip
 
 pytestmark = pytest.mark.timeout(2400)  # some hundred builds, many minutes on two busy cores
 
@@ -48,7 +56,7 @@ def faults(build: Build) -> list[str]:
 @pytest.mark.parametrize("capability", SHARED_KIB)
 def test_every_kernel_fits_on_the_card(capability: int, builds: list[Build]) -> None:
     own = [build for build in builds if build["capability"] == capability]
-    assert len(own) == len(compilations(capability))
+    assert len(own) == len(built_for(capability))
     assert [(build["kernel"], build["constants"], found) for build in own if (found := faults(build))] == []
 
 
@@ -72,6 +80,15 @@ def test_the_oldest_card_is_built_for() -> None:
 
 
 def test_every_kernel_that_is_launched_is_built() -> None:
+    built = [each.kernel for capability in SHARED_KIB for each in built_for(capability)]
     for module in kernel_modules():
-        built = [each.kernel for capability in SHARED_KIB for each in compilations_of(module, capability)]
         assert [name for name in launched(module) if getattr(module, name) not in built] == [], module.__name__
+
+
+def test_every_value_of_every_setting_is_built_for_every_card() -> None:
+    """All that differs in flags alone is built for one of them."""
+    assert built_for(ALL_BUILT_FOR) == compilations(ALL_BUILT_FOR)
+    for capability in SHARED_KIB:
+        launched_there, built = compilations(capability), built_for(capability)
+        shown = {(each.kernel, *setting) for each in built for setting in settings(each)}
+        assert shown == {(each.kernel, *setting) for each in launched_there for setting in settings(each)}

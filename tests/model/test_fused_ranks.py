@@ -6,7 +6,6 @@ This file is also the program that torchrun starts; what each process found come
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from torch import distributed
 from steep.model.install import fused_of, install
 from steep.model.unwrap import unwrap
 from steep.training.trainer import Trainer
+from tests.faults.command import ForkServer, torchrun
+from tests.faults.runs import finished
 from tests.model import test_fused
 from tests.model.test_fused import EXACT, loss_and_gradients, packed
 from tests.ops.closeness import error
-from tests.test_torchrun import finished, torchrun
 from tests.tiny import VOCAB_SIZE, tiny_model
 from tests.training.helpers import adapted, arguments, losses
 
@@ -98,11 +98,9 @@ def main(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(quick: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join(each for each in (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")) if each)
-    done = finished(torchrun(__file__, folder), PYTHONPATH=path)
-    assert done.returncode == 0, done.stderr
+    finished(quick.python(torchrun(__file__, folder), folder))
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
 

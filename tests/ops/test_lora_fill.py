@@ -79,15 +79,26 @@ def _device(route: str) -> str:
     return "cuda" if route == "gpu" else "cpu"
 
 
-@pytest.mark.parametrize("before", [16, 3], ids=["aligned", "not aligned"])
-@pytest.mark.parametrize("biases", ["no biases", "biases", "one bias"])
+def _with_biases(layouts: list[tuple]) -> list[tuple]:
+    """With biases of each kind in turn, aligned and not: every two of all parameters meet."""
+    return [
+        (*layout, biases, (16, 3)[(number + kind) % 2])  # columns before: aligned, and not
+        for kind, biases in enumerate(["no biases", "biases", "one bias"])
+        for number, layout in enumerate(layouts)
+    ]
+
+
 @pytest.mark.parametrize(
-    ("route", "shape", "dtype", "adapter_dtype"),
+    ("route", "shape", "dtype", "adapter_dtype", "biases", "before"),
     cases(
-        small=[(shape, torch.bfloat16, torch.bfloat16) for shape in SHAPES]
-        + [("odd", torch.bfloat16, torch.float32), ("qkv", torch.float16, torch.float32)]
-        + [("qkv", torch.float32, torch.float32), ("stacked", torch.float32, torch.bfloat16)],
-        real=[(shape, torch.bfloat16, dtype) for shape in REAL for dtype in (torch.bfloat16, torch.float32)],
+        small=_with_biases(
+            [(shape, torch.bfloat16, torch.bfloat16) for shape in SHAPES]
+            + [("odd", torch.bfloat16, torch.float32), ("qkv", torch.float16, torch.float32)]
+            + [("qkv", torch.float32, torch.float32), ("stacked", torch.float32, torch.bfloat16)]
+        ),
+        real=_with_biases(
+            [(shape, torch.bfloat16, dtype) for shape in REAL for dtype in (torch.bfloat16, torch.float32)]
+        ),
     ),
 )
 def test_every_layout(
