@@ -396,8 +396,8 @@ def _check_host(kept: int, needed: int, limit: float) -> None:
     if needed > limit:
         raise UserError(
             "training.host_memory",
-            f"layers of the run keep {kept / 2**30:.3g} GiB in host memory, and it needs {needed / 2**30:.3g} GiB there; "
-            f"{limit / 2**30:.3g} GiB may be filled",
+            f"layers of the run keep {kept / 2**30:.3g} GiB in host memory, and it needs {needed / 2**30:.3g} GiB "
+            f"there; {limit / 2**30:.3g} GiB may be filled",
             "Free some, or give the amount that there is. gradient_checkpointing: true, with --allow "
             "training.gradient_checkpointing, chooses again.",
         )
