@@ -98,6 +98,8 @@ class Kept:
 
     def _reach(self, levels: Sequence[int], room: int) -> int:
         """The largest count of `_places` within the room."""
+        if room <= 0:
+            return 0
         counts = range(1, 2 * len(levels) - 1)
         return bisect_right(counts, room, key=lambda count: self.in_host_memory(levels, self._places(levels, count)))
 
