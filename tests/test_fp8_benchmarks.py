@@ -345,8 +345,9 @@ def test_a_load_holds_some_tensors_whatever_the_number_of_layers(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a GPU what is kept is on the host too; what is there beside it may not grow as the checkpoint does."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back, and not into gaps between the kept
     beside, stored = [], []
-    for layers in (8, 24):
+    for layers in (4, 12):
         fields = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": layers, "vocab_size": 1024}
         monkeypatch.setitem(shapes.SHAPES, "small", shapes.SHAPES["tiny"] | fields)
         folder, tiny = write("small", tmp_path / str(layers), "cpu"), write("tiny", tmp_path / "tiny", "cpu")
