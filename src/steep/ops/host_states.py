@@ -119,6 +119,13 @@ def part(update: Update, piece: slice, state: Sequence[torch.Tensor]) -> Update:
     )
 
 
+def _end_of(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Of what is queued there so far."""
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
+
+
 class _Lane:
     """A stream of its own, or on a CPU none: there each thing is done when the next begins."""
 
@@ -130,7 +137,7 @@ class _Lane:
 
     def record(self) -> torch.cuda.Event | None:
         """All that is queued so far."""
-        return None if self._stream is None else self._stream.record_event()
+        return None if self._stream is None else _end_of(self._stream)
 
     def wait(self, event: torch.cuda.Event | None) -> None:
         if self._stream is not None and event is not None:
@@ -210,7 +217,7 @@ class Staging:
         self._down.synchronize()
 
     def _so_far(self) -> torch.cuda.Event | None:
-        return torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
+        return _end_of(torch.cuda.current_stream(self._device)) if self._device.type == "cuda" else None
 
     def _run(self, batch: list[_Piece], maps: tuple[torch.Tensor, torch.Tensor], factor: torch.Tensor | None) -> None:
         index = self._next
