@@ -11,7 +11,7 @@ from steep.model.install import fused_of, install
 from tests.model.test_fused import adapted
 from tests.tiny import documents, tiny_model, tiny_tokenizer
 
-STEPS, ROWS, LENGTH = 200, 4, 48
+STEPS, ROWS, LENGTH = 200, 2, 48
 
 
 def rows_of_text() -> torch.Tensor:
