@@ -44,6 +44,7 @@ from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import AdapterSection, RunConfig
 from steep.terminal import fused_line
+from steep.training.adamw8bit import OFFLOADS, Offload
 from steep.training.checkpoint import FORMAT, read_choices
 from steep.verify_resume import compare
 from steep.vram import host_budget, host_limit, vram_budget
@@ -749,9 +750,9 @@ def test_host_memory_is_an_amount(value: Any, llama_folder: Path, korean_corpus:
         run_file(llama_folder, korean_corpus, tmp_path / "run", training={"host_memory": value})
 
 
-@pytest.mark.parametrize("offload", ["embeddings", "all"])
+@pytest.mark.parametrize("offload", OFFLOADS[1:])
 @pytest.mark.parametrize("lean", [False, True], ids=["at the end", "in backward"])
-def test_states_in_host_memory_leave_the_plan_of_the_card(offload: str, lean: bool) -> None:
+def test_states_in_host_memory_leave_the_plan_of_the_card(offload: Offload, lean: bool) -> None:
     """For three slots, and inside backward the gradients that their updates still read. On a CPU nothing moves."""
     large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     empty = empty_llama(vocab_size=128_256, num_hidden_layers=8, **large)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+from steep.model.block import Place
 from steep.model.fused import Fused
 from steep.model.install import fused_of
 from steep.model.placement import Kept
@@ -25,7 +27,8 @@ def make_leaner(model: Any) -> str | None:
         return None
     tokens, dtype, stream = fused.last
     layer, fp8 = fused.layer(unwrap(model).model.layers[0]), fused.fp8 or "none"
-    kept, places = Kept.of([layer], dtype, stream, fp8, tokens), fused.places or ["gpu"] * len(fused.levels)
+    kept = Kept.of([layer], dtype, stream, fp8, tokens)
+    places: Sequence[Place] = fused.places or ["gpu"] * len(fused.levels)
     needed = needed_bytes(kept, layer, dtype, stream, tokens, fp8)
     here = fused.levels, fused.tile or tile_sizes(tokens)[0]
     found = leaner_than(*here, tokens, lambda levels, tile: needed(levels, places, tile))
