@@ -174,8 +174,8 @@ def test_the_work_of_a_layer_is_what_is_planned(
 
     monkeypatch.setattr(MlpHalf, "backward", up_to_here)
     with interpreted():
-        one_layer: dict[str, Any] = {"num_hidden_layers": 1} | ({"layer_types": ["full_attention"]} if family == "gemma3" else {})
-        model = install(adapted(tiny_model(family, **one_layer)), levels=level, tile=tile)
+        one_layer: dict[str, Any] = {"layer_types": ["full_attention"]} if family == "gemma3" else {}
+        model = install(adapted(tiny_model(family, num_hidden_layers=1, **one_layer)), levels=level, tile=tile)
         model(**packed([[16] * 4]), use_cache=False)
         ((x, layer, batch, backend),) = calls
         x = x.detach().requires_grad_()
