@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shapes import LINEAR_LAYERS
+from benchmarks.shapes import LINEAR_LAYERS, nf4_config
 
 ALPHA, LEARNING_RATE = 32, 5e-5
 SHORTEST, LONGEST = 128, 1024  # documents of packed rows
@@ -65,16 +65,10 @@ def trained(model: Any) -> list[torch.nn.Parameter]:
 
 
 def _library_model(work: Work, attention: str | None = None) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
     model = AutoModelForCausalLM.from_pretrained(
-        work.folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": work.device},
+        work.folder, quantization_config=nf4_config(), dtype=torch.bfloat16, device_map={"": work.device},
         attn_implementation=attention,
     )  # fmt: skip
     model.config.use_cache = False

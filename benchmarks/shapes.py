@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 REST = "model-rest.safetensors"  # what is of no layer
@@ -80,15 +86,21 @@ def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def write(shape: str, folder: Path, device: str, layers: int | None = None) -> Path:
+def write(shape: str, folder: Path, device: str, layers: int | None = None, *, in_nf4: bool = False) -> Path:
     """A folder with config, tokenizer and random bf16 weights, the same for the same device; one there stays. A layer
-    at a time is in memory, beside the embeddings."""
+    at a time is in memory, beside the embeddings.
+
+    Args:
+        in_nf4: linear layers are quantised as they are made, as bitsandbytes has them in a checkpoint.
+    """
     if (folder / "model.safetensors.index.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     model = empty_model(shape, layers)
     config = model.config
     config.architectures, config.dtype = [type(model).__name__], "bfloat16"
+    if in_nf4:
+        config.quantization_config = nf4_config().to_dict()
     config.save_pretrained(folder)
     tokenizer_of(config.vocab_size).save_pretrained(folder)
     generator = torch.Generator(device).manual_seed(0)
@@ -110,14 +122,35 @@ def write(shape: str, folder: Path, device: str, layers: int | None = None) -> P
         else:
             std = RESIDUAL_STD if "o_proj" in name or "down_proj" in name else STD
             noise = torch.randn(empty.shape, generator=generator, device=device, dtype=torch.bfloat16)
-            tensor = noise.mul_(std).cpu()
-        index[name] = f"model-{name.split('.')[2]}.safetensors" if ".layers." in name else REST
-        total += sum(save(file) for file in list(shards) if file not in (index[name], REST))
-        shards.setdefault(index[name], {})[name] = tensor
+            tensor = noise.mul_(std)
+        file = f"model-{name.split('.')[2]}.safetensors" if ".layers." in name else REST
+        total += sum(save(other) for other in list(shards) if other not in (file, REST))
+        quantises = in_nf4 and empty.ndim == 2 and ".layers." in name
+        made = _in_nf4(name, tensor) if quantises else {name: tensor}
+        index |= dict.fromkeys(made, file)
+        shards.setdefault(file, {}).update((each, value.cpu()) for each, value in made.items())
     total += sum(save(file) for file in list(shards))
     told = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(told))  # last: the folder is whole
     return folder
+
+
+def nf4_config() -> BitsAndBytesConfig:
+    """As QLoRA has its base."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+def _in_nf4(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A weight's tensors in a checkpoint of bitsandbytes."""
+    from bitsandbytes.nn import Params4bit
+
+    stored = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True).to(weight.device)
+    assert stored.quant_state is not None
+    parts = stored.quant_state.as_dict(packed=True)
+    return {name: stored.data, **{f"{name}.{part}": tensor for part, tensor in parts.items()}}
 
 
 def flops_a_step(shape: str, batch: int, seq: int, r: int) -> float:

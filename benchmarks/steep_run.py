@@ -3,7 +3,8 @@
 `steep` is `steep train` as it is: its command in this process, on text whose rows are documents of the length asked
 for. The time of a step is that between two ends of an optimizer step: data, logging and clipping are in it. The device
 is waited for by the command alone (each step reads its gradients' norms), but at the first end, which is counted from
-the start of the process, with planning and scoring of the base. `steep-fp8` is the same over a base in e4m3.
+the start of the process, with planning and scoring of the base. `steep-fp8` is the same over a base in e4m3, and
+`-lean` either without clipping, updated inside backward, with the optimizer's states in host memory.
 `steep-bare` is its model and optimizer in the loop of the others. These are held to the work's memory, where it names
 one: by `training.vram`, and by the same plan. `steep-script` is `hf` after `steep.install(model)`: what a script as
 users have it gets.
@@ -26,7 +27,13 @@ from benchmarks.peers import ALPHA, LEARNING_RATE, LONGEST, SHORTEST, Peer, Work
 from benchmarks.profiling import account, events_of
 from benchmarks.shapes import SPECIAL
 
-RUNS: dict[str, tuple[str, ...]] = {"steep": (), "steep-fp8": ("--model.base", "fp8")}
+_FP8 = "--model.base", "fp8"
+_LEAN = (
+    "--training.optimizer_in_backward", "true", "--training.max_grad_norm", "0", "--training.offload_optimizer", "all",
+)  # fmt: skip
+RUNS: dict[str, tuple[str, ...]] = {
+    "steep": (), "steep-fp8": _FP8, "steep-lean": _LEAN, "steep-fp8-lean": (*_FP8, *_LEAN),
+}  # fmt: skip
 """Peers that are `steep train` itself, and what else each is told."""
 
 

@@ -10,6 +10,7 @@ clipping at 1. Each peer runs in a process of its own and loads the same random 
 A time is the median of the steps after the third. MFU is the FLOPs that the step has to do, none twice, over the
 measured speed of a bf16 product; packed rows have none, since the work of attention differs from step to step. `steep`
 is `steep train`, with everything that it does; `steep-fp8` the same over a base in e4m3 (`model.base: fp8`, not QLoRA);
+`-lean` behind either: without clipping, updated inside the backward pass, the optimizer's states in host memory;
 `steep-bare` its model and optimizer in the loop of the others, `steep-script` that of `hf` after
 `steep.install(model)`. --cap-gib holds the first three to so much allocated memory, and to a ninth more with the gaps
 between allocations, and nobody else; `--cap-gib hf` to the peak of the fastest of hf, hf-flash and hf-varlen, which the
@@ -54,7 +55,7 @@ from benchmarks.shapes import SHAPES, config_of, flops_a_step, write
 from benchmarks.steep_run import RUNS, chosen, steep_bare, steep_script, steep_train
 from steep.vram import SHARE
 
-WARM_UP = 3
+WARM_UP = 3  # steps
 GIB = 2**30
 STEEP = (*RUNS, "steep-bare", "steep-script")
 LIBRARY = ("hf", "hf-flash", "hf-varlen")
@@ -97,7 +98,11 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=count, default=2)
     parser.add_argument("--seq", type=count, default=2048)
     parser.add_argument("--r", type=count, default=256)
-    parser.add_argument("--steps", type=count, default=12, help=f"of these, {WARM_UP} are not timed")
+    parser.add_argument("--steps", type=count, default=12, help="of these, those of --warm-up are not timed")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="the first steps; fewer where each takes long")
+    parser.add_argument(
+        "--stored", choices=["bf16", "nf4"], default="bf16", help="what the weights are written in; nf4: a 70B in 40 GB"
+    )
     parser.add_argument("--packed", action="store_true")
     parser.add_argument(
         "--profile",
@@ -147,9 +152,14 @@ def refuse(arguments: argparse.Namespace, peers: list[str]) -> None:
     """
     if unknown := [peer for peer in peers if peer not in RUNS and peer not in BARE]:
         raise SystemExit(f"no such peer: {', '.join(unknown)}. There are {', '.join([*RUNS, *BARE])}.")
-    if arguments.steps - arguments.profile <= WARM_UP:
+    warm_up = arguments.warm_up
+    if warm_up < 1:
+        raise SystemExit("--warm-up: the first step has no beginning to be timed from; give 1 or more.")
+    if arguments.stored == "nf4" and (others := [peer for peer in peers if "fp8" in peer]):
+        raise SystemExit(f"--stored nf4 is a base in 4 bits already: leave {', '.join(others)} out of --peers.")
+    if arguments.steps - arguments.profile <= warm_up:
         of_profile = f", nor the {arguments.profile} of the profile" if arguments.profile else ""
-        raise SystemExit(f"--steps: the first {WARM_UP} are not timed{of_profile}; give more.")
+        raise SystemExit(f"--steps: the first {warm_up} are not timed{of_profile}; give more.")
     if arguments.profile and arguments.device == "cpu":
         raise SystemExit("--profile is of a GPU's kernels: leave it out.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -170,7 +180,7 @@ def gpu_bytes() -> int:
 
 
 def work_of(arguments: argparse.Namespace) -> Work:
-    folder = arguments.weights / f"{arguments.shape}-{arguments.device}"
+    folder = arguments.weights / f"{arguments.shape}-{arguments.device}{'-nf4' if arguments.stored == 'nf4' else ''}"
     return Work(
         str(folder), arguments.batch, arguments.seq, arguments.r, arguments.steps, arguments.packed, arguments.device,
         None if arguments.cap_gib == "hf" else arguments.cap_gib,
@@ -251,13 +261,14 @@ def work_row(arguments: argparse.Namespace, peer: str) -> dict[str, Any]:
         "cap_gib": arguments.cap_gib if peer in STEEP else None,
         "cap_of": arguments.cap_of if peer in STEEP else None,
         "steep_args": arguments.steep_args if peer in RUNS else "",
+        "stored": arguments.stored,
         "gpu": gpu_name() if arguments.device == "cuda" else "none",
         "command": command(),
     }
 
 
 def row_of(arguments: argparse.Namespace, peer: str, result: dict[str, Any], ceiling: float | None) -> dict[str, Any]:
-    timed = result["seconds"][WARM_UP:]
+    timed = result["seconds"][arguments.warm_up :]
     step = statistics.median(timed)
     flops = flops_a_step(arguments.shape, arguments.batch, arguments.seq, arguments.r)
     return {
@@ -321,7 +332,7 @@ def disagreements(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
     root = (rows[0]["batch"] * rows[0]["seq"]) ** 0.5 if rows else 1.0
     for peer, loss in runs.items():
         if first:
-            allowed = (SPREAD if peer == "steep" else OTHER_BASE) / root
+            allowed = (OTHER_BASE if "fp8" in peer else SPREAD) / root
             found.append((f"{peer}'s first loss and theirs", abs(loss - statistics.mean(first)), allowed))
         if peer != "steep" and "steep" in runs:
             found.append((f"{peer}'s first loss and steep's", abs(loss - runs["steep"]), OTHER_BASE / root))
@@ -349,8 +360,9 @@ def conclude(rows: list[dict[str, Any]]) -> bool:
             ratio = library["step_s"] / steep["step_s"]
             print(f"{steep['peer']} against the fastest of {', '.join(LIBRARY)}: {ratio:.2f} x as fast")
     steps = {row["peer"]: row["step_s"] for row in rows if row["peer"] in RUNS}
-    if len(steps) > 1:
-        print(f"steep-fp8 against steep: {steps['steep'] / steps['steep-fp8']:.2f} x as fast")
+    for peer in steps:
+        if peer != "steep" and "steep" in steps:
+            print(f"{peer} against steep: {steps['steep'] / steps[peer]:.2f} x as fast")
     return all(difference <= allowed for _, difference, allowed in compared)
 
 
@@ -376,7 +388,7 @@ def main(words: list[str] | None = None) -> None:
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     start = time.perf_counter()
-    write(arguments.shape, Path(work_of(arguments).folder), arguments.device)
+    write(arguments.shape, Path(work_of(arguments).folder), arguments.device, in_nf4=arguments.stored == "nf4")
     print(f"weights in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     ceiling = product_flops_per_second() if arguments.device == "cuda" else None
     if arguments.device == "cuda":

@@ -24,7 +24,9 @@ from benchmarks.op_rows import first
 from benchmarks.ops import TOLERANCE, wrong_by
 from benchmarks.peers import Peer, Work, bare_loop, batches, flattened
 from benchmarks.shapes import empty_model, flops_a_step, write
+from steep import load
 from tests.ops.closeness import assert_as_good
+from tests.trees import tree_differences
 
 SMALL: dict[str, Any] = {
     "TOKENS": 48, "HIDDEN": 128, "INTERMEDIATE": 192, "VOCABULARY": 320, "RANK": 16, "HEADS": 4, "KV_HEADS": 2,
@@ -285,7 +287,7 @@ def run_main(
         return results[peer]
 
     monkeypatch.setattr(train, "run", run)
-    monkeypatch.setattr(train, "write", lambda *_: None)
+    monkeypatch.setattr(train, "write", lambda *_, **__: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     out = tmp_path / "rows.jsonl"
     out.unlink(missing_ok=True)
@@ -357,13 +359,45 @@ def test_over_e4m3_is_the_same_command_with_another_base(
     monkeypatch.setattr(train, "steep_train", steep_train)
     monkeypatch.setenv("BENCHMARK_BEGUN", "0")
     words = ["--shape", "tiny", "--device", "cpu", "--weights", str(tmp_path), "--steep-args=--model.fused off"]
-    for peer in ("steep", "steep-fp8"):
+    for peer in ("steep", "steep-fp8", "steep-fp8-lean"):
         train.measure(train.parse(words), peer)
-    assert told == [["--model.fused", "off"], ["--model.base", "fp8", "--model.fused", "off"]]
+    off, fp8 = ["--model.fused", "off"], ["--model.base", "fp8"]
+    lean = [
+        "--training.optimizer_in_backward",
+        "true",
+        "--training.max_grad_norm",
+        "0",
+        "--training.offload_optimizer",
+        "all",
+    ]
+    assert told == [off, [*fp8, *off], [*fp8, *lean, *off]]
     monkeypatch.setattr(sys, "argv", sys.argv)  # it is set
     result = steep_run.steep_train(tiny(weights), 384, tmp_path, time.time(), list(steep_run.RUNS["steep-fp8"]))
     assert result["losses"][0] == pytest.approx(math.log(384), abs=0.1)
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["base"] == "fp8"
+
+
+def test_weights_that_are_written_in_nf4_are_those_that_loading_makes(weights: Path, tmp_path: Path) -> None:
+    stored = write("tiny", tmp_path, "cpu", in_nf4=True)
+    made, read = (load(str(folder), base="nf4", compute_dtype="bf16")[0].state_dict() for folder in (weights, stored))
+    assert tree_differences(made, read) == []
+    assert sum("quant_state" in name for name in read) == 14
+    in_bf16, in_4_bit = (sum(file.stat().st_size for file in folder.glob("model-0.*")) for folder in (weights, stored))
+    assert in_4_bit < 0.5 * in_bf16
+
+
+def test_steps_that_are_not_timed_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a step takes a minute one of them has to do."""
+    result = {**measured(0.2, 12.0, 11.5), "seconds": [9.0, 8.0, 0.2]}
+    code, (row,), _ = run_main("--steps 3 --warm-up 2", {"hf": result}, tmp_path, monkeypatch)
+    assert code == 0 and (row["steps_timed"], row["step_s"]) == (1, 0.2)
+    for words, reason in (
+        ("--steps 3", "the first 3 are not timed"),
+        ("--steps 3 --warm-up 0", "--warm-up: the first step has no beginning"),
+        ("--stored nf4", r"--stored nf4 .*leave steep-fp8 out of --peers"),
+    ):
+        with pytest.raises(SystemExit, match=reason):
+            train.refuse(train.parse(words.split()), ["steep-fp8"])
 
 
 def test_one_loop_alone_is_not_said_to_agree(
