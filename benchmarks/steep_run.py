@@ -189,5 +189,6 @@ def steep_train(
         Trainer._after_optimizer_step, Trainer.log = stepped, logged
     seconds = [end - begin for begin, end in zip([float("nan"), *ends], ends, strict=False)]  # the first has no begin
     seconds = seconds[: work.steps - profiled]
+    computed["planned_gib"] = json.loads((temporary / "run" / "plan.json").read_text())["memory_bytes"]["total"] / 2**30
     found = {"seconds": seconds, "losses": losses, "first_step_s": first, "chosen": computed}
     return found | ({"profile": account(events_of(profile), profiled)} if profile else {})
