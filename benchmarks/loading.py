@@ -122,7 +122,7 @@ def peak_of_host(found: list[int]) -> Iterator[None]:
 
     def watch() -> None:
         nonlocal peak
-        while not over.wait(0.001):
+        while not over.wait(0.005):
             peak = max(peak, anonymous())
 
     watcher = threading.Thread(target=watch)

@@ -131,7 +131,7 @@ class Ground:
                 fp8=computation.products,
             )
             others = sum(host_bytes(config, shape, step.standing).values())
-            choices = settle(config, step, self.budget, self.before, (self.host - others) // ranks.world_size())
+            choices = settle(config, step, self.budget, self.before, (self.host - others) // ranks.processes_here())
         memory = memory_of(config, shape, step, choices, base=base, compute=compute, on_card=on_card)
         on_host = step.in_host_memory(choices.levels, choices.places) if step and choices.levels else 0
         return Sizes(shape, choices, memory, on_host, step)

@@ -17,7 +17,7 @@ from steep.model.step_bytes import loss_bytes, work_bytes
 from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
-from steep.ops.row_gradient import fewer_rows
+from steep.ops.row_gradient import SUMMING, fewer_rows
 from steep.training.adamw8bit import UPDATES_UNDER_WAY, Offload
 
 
@@ -186,12 +186,14 @@ class FusedStep:
     @property
     def _spared_by_rows(self) -> int:
         """What the gradient of the table does not take since it has the rows of the batch alone: those of each token,
-        and their sums."""
+        their sums, and what torch's kernel needs to sum up."""
         looked_up, shape = self.tokens * self.micro_batches, self.shape
         takes_them = self.trains_table and not shape.tied and self.processes == 1 and self.optim in ADAMW_8BIT
-        if not takes_them or not self.on_card or not fewer_rows(looked_up, shape.vocabulary):
+        has_scaler = self.compute == "fp16"
+        if not takes_them or has_scaler or not self.on_card or not fewer_rows(looked_up, shape.vocabulary):
             return 0
-        return (shape.table - 2 * looked_up * shape.hidden) * self.gradient_width
+        a_row = 2 * self.gradient_width + SUMMING
+        return shape.table * self.gradient_width - round(looked_up * shape.hidden * a_row)
 
     @property
     def _of_head(self) -> int:

@@ -49,6 +49,11 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else 1
 
 
+def processes_here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
+
+
 def rank() -> int:
     """The number of this process among them, from 0."""
     return int(os.environ["RANK"]) if world_size() > 1 else 0

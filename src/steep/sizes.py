@@ -68,7 +68,8 @@ def host_bytes(config: RunConfig, shape: Shape, memory: Mapping[str, int]) -> di
     # A copy of a checkpoint is written while training goes on. States are on the card or here.
     states = states_bytes(shape, config.training.optim)
     checkpoint = result_bytes(memory, tied=shape.tied) + states
-    return {"copy of a checkpoint": checkpoint, "optimizer states": states - memory["optimizer states"]}
+    on_host = (states - memory["optimizer states"]) * ranks.processes_here()  # each has its own
+    return {"copy of a checkpoint": checkpoint, "optimizer states": on_host}
 
 
 def storage_of(
@@ -91,7 +92,7 @@ def storage_of(
     training = config.training
     host, result = host_bytes(config, shape, memory), result_bytes(memory, tied=shape.tied)
     if kept_on_host:
-        host["kept for the backward pass"] = kept_on_host * ranks.world_size()
+        host["kept for the backward pass"] = kept_on_host * ranks.processes_here()
     interval = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
     written = math.ceil(steps / max(interval, 1)) + rolls_back
     kept = min(written, training.save_total_limit or written) + 1  # one more while the next is written

@@ -26,11 +26,11 @@ def vram_budget(vram: str, card: Card | None) -> int | None:
 
 
 def host_budget(host_memory: str, card: Card | None) -> int:
-    """Bytes that `training.host_memory` stands for, of all processes. ``auto`` knows nothing of the host of a card that
-    is not here."""
+    """Bytes that `training.host_memory` stands for, of all processes of this machine. ``auto`` knows nothing of the
+    host of a card that is not here."""
     if host_memory != "auto":
         return asked_bytes(host_memory, card)
-    return room_on_host() * ranks.world_size() if card is not None and card.is_here else 0
+    return room_on_host() * ranks.processes_here() if card is not None and card.is_here else 0
 
 
 def host_limit(host_memory: str, card: Card | None) -> float:

@@ -114,6 +114,9 @@ def test_streams_are_ordered_by_events_alone() -> None:
     ours = hosted(given, "cuda")
     staging, tables = Staging(device), maps("cuda")
     busy = torch.randn(8192, 8192, device=device)
+    others = hosted(tensors((2**24,), BF16, BF16, "cuda"), "cuda")
+    adamw8bit([others[0][0]], tables)  # compiled, and the streams made
+    staging.run(others, tables)
     for _ in range(3):
         for _ in range(5):
             busy = (busy @ busy).clamp(-1, 1)

@@ -98,6 +98,10 @@ class Fused:
             return nowhere
         return [HostLayer(begun, index, place) for index, place in enumerate(self.places)]
 
+    def give_up_pass(self) -> None:
+        """Let go of host memory that a forward pass has whose step is not ended."""
+        self._host.take_back()
+
     def forget(self) -> None:
         """Let go of what was read: it is read again."""
         self._readings.clear()

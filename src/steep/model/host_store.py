@@ -66,6 +66,12 @@ class HostStore:
         self._buffers[index] = there
         return there[:size]
 
+    def take_back(self) -> None:
+        """From a pass that is given up, though somebody may still have it: it has no backward pass any more."""
+        holder = None if self._holder is None else self._holder()
+        if holder is not None:
+            holder.leave()
+
     def leave(self, leaving: HostPass) -> None:
         if self._holder is not None and self._holder() is leaving:
             self._holder = None

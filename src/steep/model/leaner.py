@@ -36,6 +36,7 @@ def make_leaner(model: Any) -> str | None:
         return None
     fused.levels, fused.tile = found
     fused.chosen_for = 0  # by what was free, which was not enough
+    fused.give_up_pass()
     return _in_words(fused)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,12 @@ from steep import ranks
 from steep.kernels import OLDEST_CARD, OLDEST_FP8_CARD
 
 HOST_SHARE = 0.8
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# Of either version: its root, the files of limit and use, and what of the use can be freed.
+_VERSIONS = {
+    1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("", "memory.max", "memory.current", "inactive_file"),
+}
 OLDEST_BF16_CARD = (8, 0)  # torch also calls emulated bf16 supported, at a tenth of the speed
 LACKS_FP8_UNITS = "the card has no fp8 units: those of compute capability 8.9 and newer have"
 
@@ -66,19 +72,40 @@ def card_here() -> Card | None:
 
 
 def available_on_host() -> int:
-    """Bytes of the host that are free, or can be freed at once; within a container no more than that may take."""
-    free = _meminfo()["MemAvailable"]
+    """Bytes of the host that are free, or can be freed at once; within a container, or a job of a cluster, no more than
+    that may take."""
+    return min([_meminfo()["MemAvailable"], *_left_in_cgroups()])
+
+
+def _left_in_cgroups() -> Iterator[int]:
+    """Bytes that each group with a limit may still take, of those that this process is in."""
     try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        cached = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())["inactive_file"]
-    except (OSError, KeyError):
-        return free
-    return free if limit == "max" else min(free, max(int(limit) - int(used) + int(cached), 0))
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        version = 2 if not controllers else 1 if "memory" in controllers.split(",") else None
+        if version is None:
+            continue
+        place, *files, freeable = _VERSIONS[version]
+        root = _CGROUPS / place
+        own = root / path.lstrip("/")  # in a container its name is that outside: only the root is there then
+        for group in (own, *own.parents):
+            try:
+                limit, used = ((group / name).read_text().strip() for name in files)
+                cached = dict(each.split() for each in (group / "memory.stat").read_text().splitlines())[freeable]
+            except (OSError, KeyError):
+                limit, used, cached = "max", "0", "0"
+            if limit != "max":
+                yield max(int(limit) - int(used) + int(cached), 0)
+            if group == root:
+                break
 
 
 def room_on_host() -> int:
     """Those of them that a process may fill for long: the others are for what it loads, and for those beside it."""
-    return round(HOST_SHARE * available_on_host()) // ranks.world_size()
+    return round(HOST_SHARE * available_on_host()) // ranks.processes_here()
 
 
 def _meminfo() -> dict[str, int]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 logger = logging.getLogger("steep")
+_said: set[str] = set()  # once is enough of hundreds of tensors
 
 
 def pinned_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device, otherwise: str) -> torch.Tensor:
@@ -44,7 +45,11 @@ def _lock(block: np.ndarray, device: torch.device, otherwise: str) -> None:
     try:
         torch.cuda.check_error(runtime.cudaHostRegister(address, block.nbytes, 0))
     except RuntimeError as error:
-        logger.warning("%.1f MiB of host memory cannot be page-locked (%s): %s", block.nbytes / 2**20, error, otherwise)
+        if otherwise not in _said:
+            logger.warning(
+                "%.1f MiB of host memory cannot be page-locked (%s): %s", block.nbytes / 2**20, error, otherwise
+            )
+        _said.add(otherwise)
         _take_error_back(device)
         return
     # torch holds the array as long as a tensor needs it, and an array calls this before it lets go of its pages (a

@@ -72,7 +72,8 @@ class Retry:
             to_do, losses = self._micro_batches, []
             self._drop_gradients()
             gc.collect()
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # a copy to the host may still read what is given back
                 torch.cuda.empty_cache()
             _set_random_states(self._random)
 

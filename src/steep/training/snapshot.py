@@ -18,22 +18,25 @@ _ALIGNMENT = 64  # bytes
 
 
 class HostMemory:
-    """Page-locked memory that tensors of a GPU are copied into: allocated once, at its exact size, and used again."""
+    """Page-locked memory that tensors are copied into where any is on a GPU: allocated once, at its exact size, and
+    used again."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def copies(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Contiguous copies on the CPU. Those of GPU tensors last until the next call."""
-        on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
-        if not on_gpu:
+        """Contiguous copies on the CPU, until the next call."""
+        device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+        if device is None:
             return [_clone(tensor) for tensor in tensors]
-        sizes = [-(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT for tensor in on_gpu]
-        self._reserve(sum(sizes), on_gpu[0].device)
-        places = iter(self._memory[: sum(sizes)].split(sizes))
-        copied = [self._copy(tensor, next(places)) if tensor.is_cuda else tensor for tensor in tensors]
-        torch.cuda.synchronize()  # before the rest: optimizers may page their states between the GPU and the host
-        return [copy if tensor.is_cuda else _clone(tensor) for tensor, copy in zip(tensors, copied, strict=True)]
+        sizes = [-(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+        self._reserve(sum(sizes), device)
+        places = dict(enumerate(self._memory[: sum(sizes)].split(sizes)))
+        made: dict[int, torch.Tensor] = {}
+        for from_gpu in (True, False):
+            made |= {i: self._copy(each, places[i]) for i, each in enumerate(tensors) if each.is_cuda == from_gpu}
+            torch.cuda.synchronize()  # before the rest: optimizers may page their states between the GPU and the host
+        return [made[i] for i in range(len(tensors))]
 
     def release(self) -> None:
         """Give the memory back."""
