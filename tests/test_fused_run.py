@@ -44,6 +44,7 @@ from steep.result import evaluate_run, generate_run, load_result
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import AdapterSection, RunConfig
+from steep.sizes import host_bytes
 from steep.terminal import fused_line
 from steep.training.adamw8bit import OFFLOADS, Offload
 from steep.training.checkpoint import FORMAT, read_choices
@@ -775,7 +776,9 @@ def test_host_memory_is_an_amount(value: Any, llama_folder: Path, korean_corpus:
 
 @pytest.mark.parametrize("offload", OFFLOADS[1:])
 @pytest.mark.parametrize("lean", [False, True], ids=["at the end", "in backward"])
-def test_states_in_host_memory_leave_the_plan_of_the_card(offload: Offload, lean: bool) -> None:
+def test_states_in_host_memory_leave_the_plan_of_the_card(
+    offload: Offload, lean: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For three slots, and inside backward the gradients that their updates still read. On a CPU nothing moves."""
     large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     empty = empty_llama(vocab_size=128_256, num_hidden_layers=8, **large)
@@ -803,6 +806,12 @@ def test_states_in_host_memory_leave_the_plan_of_the_card(offload: Offload, lean
     assert on_cpu.by_item(levels, "vocabulary", on_cpu.tokens)["optimizer states"] == theirs["optimizer states"]
     how: dict[str, Any] = {"base": "nf4", "compute": "bf16", "trained": "bf16", "optim": "adamw_8bit", "tokens": 64}
     how |= {"checkpointing": True, "accumulates": False, "on_card": True, "in_backward": lean}
+    config, states = config_of(training={**given, "offload_optimizer": offload}), round(shape.trained * (2 + 8 / 256))
+    for processes in (1, 3):  # each has its own, and one writes the checkpoint
+        monkeypatch.setattr("steep.ranks.processes_here", lambda processes=processes: processes)
+        host = host_bytes(config, shape, step.standing)
+        assert host["optimizer states"] == processes * (states - ours["optimizer states"]) > 0
+        assert host["copy of a checkpoint"] == states + ours["adapters"] + ours["trained embeddings"]
     library, on_card = (memory_by_item(shape, **how, offload=each) for each in (offload, "none"))
     assert library["optimizer states"] == ours["optimizer states"]
     assert sum(library.values()) < sum(on_card.values())

@@ -240,8 +240,8 @@ class TrainingSection(BaseModel):
     host_memory: str = Field(
         "auto",
         description="Memory of the host that a run may fill with what layers keep for the backward pass, optimizer "
-        "states (offload_optimizer) and the copy of a checkpoint, of all its processes there, such as 64GiB; auto: 80 % "
-        "of what is available when the run is planned, and none for a card that is not here. Some virtual machines "
+        "states (offload_optimizer) and the copy of a checkpoint, of all its processes there, such as 64GiB; auto: 80 "
+        "% of what is available when the run is planned, and none for a card that is not here. Some virtual machines "
         "report less than they have.",
     )
     deterministic: bool = Field(

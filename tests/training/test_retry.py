@@ -36,10 +36,10 @@ PLACES: dict[str, tuple[Any, str]] = {
 }
 
 
-def fused(levels: Any = None, **settings: Any) -> Any:
+def fused(levels: Any = None, places: Any = None, **settings: Any) -> Any:
     """In bf16, whose update rounds at random."""
     model = adapted(trained_dtype="bf16", **settings).to(torch.bfloat16)
-    return install(model, levels=levels)
+    return install(model, levels=levels, places=places)
 
 
 def trainer(model: Any, corpus: Corpus, folder: Path, **settings: Any) -> Trainer:
@@ -104,14 +104,19 @@ def test_it_is_the_step_of_a_leaner_run(
     assert not (tmp_path / "leaner" / "incidents.jsonl").exists()
 
 
-def test_levels_change_no_loss_here(corpus: Corpus, tmp_path: Path) -> None:
-    """So a step that runs out is in the end the one that it would have been."""
-    whole, failed = (trainer(fused(), corpus, tmp_path / name) for name in ("whole", "failed"))
+@pytest.mark.parametrize(("place", "where"), [("backward", "gpu"), ("backward", "attention"), ("loss", "attention")])
+def test_levels_change_no_loss_here(place: str, where: str, corpus: Corpus, tmp_path: Path) -> None:
+    """So a step that runs out is in the end the one that it would have been; with what layers keep in host memory
+    too, which the pass that was given up does not hold."""
+    how = {"levels": 0, "places": where}
+    whole, failed = (trainer(fused(**how), corpus, tmp_path / name) for name in ("whole", "failed"))
     whole.train()
-    with planted(failed, "backward", (1,)):
+    with planted(failed, place, (1,)):
         failed.train()
-    assert fused_of(failed.model).levels != fused_of(whole.model).levels
+    ours, theirs = fused_of(failed.model), fused_of(whole.model)
+    assert ours.levels != theirs.levels and ours.places == theirs.places == [where] * 2
     assert losses(failed) == losses(whole)
+    assert not any("host memory" in line for line in ours.said)
 
 
 def test_it_is_tried_until_nothing_leaner_is_left(corpus: Corpus, tmp_path: Path) -> None:
