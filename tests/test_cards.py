@@ -95,7 +95,7 @@ def test_levels_and_shares_are_of_that_card(planned: Any, monkeypatch: pytest.Mo
     fits = planned("H100", training={"vram": "50%"})
     assert fits.choices.levels == [0, 0] and fits.shortfall is None
     monkeypatch.setattr(
-        "steep.computation.settle", lambda config, step, budget, before: seen.append(budget) or fits.choices
+        "steep.computation.settle", lambda config, step, budget, before, host: seen.append(budget) or fits.choices
     )
     for vram in ("auto", "50%", "20GB", "200GB"):
         planned("H100", training={"vram": vram})
