@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -228,6 +228,8 @@ def plan_run(
         raise UserError(
             "data.sources", "the processes have not read the same text", "Give all of them the same files and model."
         )
+    # Each has seen its card and the host at a moment of its own, and sums round by how layers are cut.
+    plan.choices = Choices(**ranks.from_main(lambda: asdict(plan.choices)))
     return plan
 
 
