@@ -85,16 +85,20 @@ def parse(words: list[str]) -> argparse.Namespace:
 def refuse(arguments: argparse.Namespace) -> None:
     """
     Raises:
-        SystemExit: a file is not there; less than a step is asked for; a head of its own for an arm that trains none.
+        SystemExit: a file is not there; fewer than two steps are asked for, or a head of its own for an arm that trains
+            none.
     """
     if not (arguments.model / "config.json").is_file():
         raise SystemExit(f"--model: {arguments.model} holds no model.")
     absent = [file.name for file in files(arguments.data, arguments.text).values() if not file.is_file()]
     if absent:
         raise SystemExit(f"--data: {arguments.data} lacks {', '.join(absent)}.")
-    least = arguments.batch * arguments.seq * (2 if arguments.grid else 1)
-    if arguments.tokens < least:
-        raise SystemExit(f"--tokens: {arguments.tokens:,} are less than a step, which takes {least:,}.")
+    least = 2 * arguments.batch * arguments.seq * (2 if arguments.grid else 1)
+    if arguments.tokens < least:  # a warm-up begins with a step that trains nothing
+        raise SystemExit(
+            f"--tokens: {arguments.tokens:,} are less than two steps{' of a grid' * arguments.grid}, "
+            f"which take {least:,}."
+        )
     headless = [name for name in arms_of(arguments) if not has_head(arguments, name)]
     if arguments.untied and headless:
         raise SystemExit(f"--untied: {', '.join(headless)} trains no head of its own.")
