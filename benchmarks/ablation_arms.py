@@ -2,9 +2,10 @@
 
 An arm stands on another one, and differs from that in one thing. The ladder leads from the setting of "LoRA Learns Less
 and Forgets Less" (Biderman et al. 2024) to steep's own; options and replay stand on a rung of it, by default the last.
-All arms but one train over a base in bf16 with products in bf16 and weights in fp32, without fused layers, so that full
-finetuning, which has none, is computed as the others are. LoftQ begins at a quantisation's error: it and the arm below
-it have a base in NF4.
+Unless an arm is about it, all train over a base in bf16 with products in bf16 and trained weights in fp32, without
+fused layers, so that full finetuning, which has none, is computed as the others are. LoftQ begins at a quantisation's
+error: it and the arm below it have a base in NF4. Weights in bf16 that are rounded to the nearest take an optimizer
+other than `adamw_8bit`, which rounds stochastically: the arm below has that optimizer over fp32.
 """
 
 from __future__ import annotations
@@ -83,6 +84,17 @@ ARMS: dict[str, Arm] = {
     "nf4": Arm("over NF4", RECIPE, on_top=True, model={"base": "nf4"}),
     "loftq": Arm(
         "over NF4, begun by LoftQ", "nf4", on_top=True, model={"base": "nf4"}, adapter={"init_lora_weights": "loftq"}
+    ),
+    "fused": Arm("by fused layers", RECIPE, on_top=True, model={"fused": "on"}),
+    "stochastic": Arm("trained in bf16, rounded stochastically", RECIPE, on_top=True, model={"trained_dtype": "bf16"}),
+    "adamw": Arm("with AdamW's states in 32 bits", RECIPE, on_top=True, training={"optim": "adamw_torch"}),
+    "nearest": Arm(
+        "so, trained in bf16, rounded to the nearest",
+        "adamw",
+        False,
+        on_top=True,
+        model={"trained_dtype": "bf16"},
+        training={"optim": "adamw_torch"},
     ),
 }
 CORE = [*LADDER, FULL, "replay-5", "replay-25"]
