@@ -1,0 +1,233 @@
+"""The ladder of advice, step by step: what a model learns of a new text, and what it forgets, arm by arm.
+
+    python -m benchmarks.ablation --model FOLDER --data FOLDER --grid [--jobs N] [--out FILE]
+    python -m benchmarks.ablation --model FOLDER --data FOLDER [--arms lora gate ...] [--seeds 3] [--first-seed 0]
+                                  [--tokens 1000000] [--jobs N] [--out FILE]
+    python -m benchmarks.ablation --summary FILE [--docs] [--figure FILE.svg]
+
+The arms are in `benchmarks/ablation_arms.py`; without --arms they are those of the core. They share rows and their
+order (of a seed), schedule, optimizer, held-out documents and the number of tokens, which each run's ledger shows.
+
+--grid trains every arm at a few rates, with the first seed and half the tokens. An arm's own rate is the one with the
+lowest training loss over the last quarter of these steps: on rows that no step has seen before, so no held-out text
+takes part in the choice. Without --grid each arm trains at --learning-rate, the common one, and at its own where the
+file has its grid; full finetuning at its own alone.
+
+--data holds NAME.train.jsonl.gz and NAME.heldout.jsonl.gz of the text that is learned (--text) and of en-books. A run
+appends one line of JSON to --out, by default `benchmarks/results/DATE-GPU-ablation.jsonl`; one whose line is there is
+not done again. --jobs processes share the card; each imports once, and takes run after run. --summary says what the
+lines come to (`benchmarks/ablation_table.py`); with --docs it writes that into docs/evidence.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ablation_arms import ARMS, CORE, FULL, LADDER, RECIPE, arm_over
+from benchmarks.ablation_figure import figure
+from benchmarks.ablation_run import GRID, NEW_TEXTS, RUN, Job, Work, data_name, files, one_run, tokenise_once
+from benchmarks.ablation_table import in_docs, own_rate, tell
+from benchmarks.measuring import append, command, gpu_name, results_file
+
+DOCS = Path(__file__).parent.parent / "docs" / "evidence.md"
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of a model in 16 bits")
+    parser.add_argument("--data", type=Path, help="folder of the corpora")
+    parser.add_argument("--text", choices=NEW_TEXTS, default="ko-tech", help="what is learned")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: those of the core")
+    parser.add_argument("--over", choices=LADDER, default=RECIPE, help="the rung that options and replay stand on")
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="of a run, rounded down to whole steps")
+    parser.add_argument("--grid", action="store_true", help="find each arm's rate: one seed, half the tokens")
+    parser.add_argument("--rates", type=float, nargs="+", help="of --grid; default: the arm's own grid")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="the common one")
+    parser.add_argument("--batch", type=int, default=8, help="rows in a step")
+    parser.add_argument("--seq", type=int, default=1024, help="tokens in a row")
+    parser.add_argument("--r", type=int, default=256)
+    parser.add_argument("--untied", action="store_true", help="with a head of its own, for the arms that train one")
+    parser.add_argument("--heldout-tokens", type=int, default=100_000, help="scored of each text at the most")
+    parser.add_argument("--vram", default="24GiB", help="what a run may fill of the card: others may be on it")
+    parser.add_argument("--jobs", type=int, default=1, help="processes on the card at once")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-GPU-ablation.jsonl")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="say what a file's lines come to, and run nothing")
+    parser.add_argument("--docs", action="store_true", help="write the summary into docs/evidence.md too")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="write the summary's curves as an SVG")
+    arguments = parser.parse_args(words)
+    if arguments.summary is None and not (arguments.model and arguments.data):
+        parser.error("give --model and --data, or --summary")
+    if arguments.summary is None and (arguments.docs or arguments.figure):
+        parser.error("--docs and --figure are of a --summary")
+    if arguments.rates and not arguments.grid:
+        parser.error("--rates are of --grid")
+    for name in ("jobs", "seeds", "batch"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name}: give 1 or more")
+    return arguments
+
+
+def refuse(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        SystemExit: a file is not there; fewer than two steps are asked for, or a head of its own for an arm that trains
+            none.
+    """
+    if not (arguments.model / "config.json").is_file():
+        raise SystemExit(f"--model: {arguments.model} holds no model.")
+    absent = [file.name for file in files(arguments.data, arguments.text).values() if not file.is_file()]
+    if absent:
+        raise SystemExit(f"--data: {arguments.data} lacks {', '.join(absent)}.")
+    least = 2 * arguments.batch * arguments.seq * (2 if arguments.grid else 1)
+    if arguments.tokens < least:  # a warm-up begins with a step that trains nothing
+        raise SystemExit(
+            f"--tokens: {arguments.tokens:,} are less than two steps{' of a grid' * arguments.grid}, "
+            f"which take {least:,}."
+        )
+    headless = [name for name in arms_of(arguments) if not has_head(arguments, name)]
+    if arguments.untied and headless:
+        raise SystemExit(f"--untied: {', '.join(headless)} trains no head of its own.")
+
+
+def has_head(arguments: argparse.Namespace, name: str) -> bool:
+    arm = arm_over(name, arguments.over)
+    return not arm.whole and "lm_head" in arm.saved
+
+
+def arms_of(arguments: argparse.Namespace) -> list[str]:
+    if arguments.arms:
+        return arguments.arms
+    return [name for name in CORE if not arguments.untied or has_head(arguments, name)]
+
+
+def work_of(arguments: argparse.Namespace, tokens: int) -> Work:
+    step = arguments.batch * arguments.seq
+    return Work(
+        arguments.model.resolve().name, arguments.text, data_name(arguments.data, arguments.text),
+        tokens // step * step, arguments.batch, arguments.seq, arguments.r, arguments.untied,
+        arguments.heldout_tokens, gpu_name(),
+    )  # fmt: skip
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def jobs_of(arguments: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> Iterator[Job]:
+    """All runs that were asked for, done or not; seed after seed, so that what is cut short has whole ladders."""
+    work = work_of(arguments, arguments.tokens)
+    grid = work_of(arguments, work.tokens // 2)
+    called = command()
+    first = Job(
+        GRID if arguments.grid else RUN, "", "", arguments.first_seed, arguments.learning_rate,
+        grid if arguments.grid else work, arguments.model.resolve(), arguments.data.resolve(), arguments.vram, called,
+        arguments.jobs,
+    )  # fmt: skip
+    seeds = 1 if arguments.grid else arguments.seeds
+    for seed in range(arguments.first_seed, arguments.first_seed + seeds):
+        for name in arms_of(arguments):
+            over = arguments.over if ARMS[name].on_top else ""
+            own = own_rate(lines, grid, name, over)
+            if arguments.grid:
+                rates = arguments.rates or ARMS[name].rates
+            else:
+                rates = [rate for rate in (None if name == FULL else arguments.learning_rate, own) if rate is not None]
+                if own is None and seed == arguments.first_seed:
+                    print(f"{name}: the file has no grid of it, so its own rate is not known")
+            for rate in dict.fromkeys(rates):
+                yield replace(first, arm=name, over=over, seed=seed, learning_rate=rate)
+
+
+def is_done(job: Job, lines: Sequence[dict[str, Any]]) -> bool:
+    return any(job.key.items() <= line.items() for line in lines)
+
+
+def do(job: Job, out: Path) -> str:
+    """Do a run, append its line, and say it in short."""
+    row = one_run(job)
+    append(out, row)
+    scores = (
+        f"{domain} {row['before'][domain]['bits_per_byte']:.4f} → {row['after'][domain]['bits_per_byte']:.4f}"
+        for domain in row["after"]
+    )
+    return f"{', '.join(scores)} bits a byte; {row['seconds']:.0f} s"
+
+
+def share_threads(processes: int) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
+def do_all(jobs: Sequence[Job], out: Path, at_once: int) -> list[Job]:
+    """Those of `jobs` that failed; why is printed."""
+    failed: list[Job] = []
+
+    def tell_end(job: Job, end: Callable[[], str]) -> None:
+        try:
+            said = end()
+        except Exception:
+            traceback.print_exc()
+            failed.append(job)
+            said = "failed"
+        print(f"{job.part} {job.arm} seed {job.seed} rate {job.learning_rate:g}: {said}", flush=True)
+
+    if at_once == 1:
+        for job in jobs:
+            tell_end(job, partial(do, job, out))
+        return failed
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not outlive a fork
+    with ProcessPoolExecutor(at_once, spawn, initializer=share_threads, initargs=(at_once,)) as pool:
+        under_way = {pool.submit(do, job, out): job for job in jobs}
+        for future in as_completed(under_way):
+            tell_end(under_way[future], future.result)
+    return failed
+
+
+def summarise(arguments: argparse.Namespace) -> None:
+    lines = lines_of(arguments.summary)
+    if not lines:
+        raise SystemExit(f"--summary: {arguments.summary} has no lines.")
+    said = tell(lines, arguments.learning_rate)
+    print(said)
+    if arguments.figure:
+        arguments.figure.write_text(figure(lines, arguments.learning_rate), encoding="utf-8")
+    if arguments.docs:
+        text = in_docs(DOCS.read_text(encoding="utf-8"), said, arguments.summary.name)
+        DOCS.write_text(text, encoding="utf-8")
+
+
+def main(words: list[str] | None = None) -> None:
+    arguments = parse(sys.argv[1:] if words is None else words)
+    if arguments.summary:
+        summarise(arguments)
+        return
+    refuse(arguments)
+    out = arguments.out or results_file("ablation")
+    lines = lines_of(out)
+    asked = list(jobs_of(arguments, lines))
+    jobs = [job for job in asked if not is_done(job, lines)]
+    print(f"{len(asked)} runs, of which {len(asked) - len(jobs)} are done; {arguments.jobs} at once", flush=True)
+    if not jobs:
+        return
+    tokenise_once(jobs)
+    failed = do_all(jobs, out, arguments.jobs)
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed; the same command does these again.")
+
+
+if __name__ == "__main__":
+    main()

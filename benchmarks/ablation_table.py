@@ -1,0 +1,316 @@
+"""What the lines of `benchmarks.ablation` come to: tables, intervals, and where a step is not what the advice says.
+
+A mean is over seeds, with a 95 % interval by Student's t. A step of the ladder is the mean of differences between an
+arm and the one that it stands on, seed by seed: these had the same rows in the same order. Each figure says how many
+runs it is of; of one there is no interval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.ablation_arms import ARMS, FULL, NEW, OLD, arm_over
+from benchmarks.ablation_run import GRID, NEW_TEXTS, OLD_DOMAIN, RUN, Work
+
+Row = dict[str, Any]
+Named = tuple[str, str]  # an arm, and the rung that it stands on or ""
+
+BEGIN, END = "<!-- benchmarks.ablation: begin -->", "<!-- benchmarks.ablation: end -->"
+# Student's t, two-sided 95 %, for 1 to 20 degrees of freedom; beyond, the last: a little too wide.
+T_95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)  # fmt: skip
+LANGUAGE = {"ko": "Korean", "med": "medicine", OLD_DOMAIN: "English"}
+COMMON, OWN = "at the common rate", "each at its own rate"
+WORK = [field.name for field in dataclasses.fields(Work)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean with the half of its 95 % interval; None where one value gives none."""
+
+    mean: float
+    half: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        n = len(values)
+        if n == 1:
+            return cls(float(values[0]), None, 1)
+        half = T_95[min(n - 1, len(T_95)) - 1] * float(np.std(values, ddof=1)) / n**0.5
+        return cls(float(np.mean(values)), half, n)
+
+    @property
+    def low(self) -> float:
+        return self.mean - (self.half or 0.0)
+
+    @property
+    def high(self) -> float:
+        return self.mean + (self.half or 0.0)
+
+    def text(self, sign: str = "") -> str:
+        half = "" if self.half is None else f" ± {self.half:.4f}"
+        return f"{self.mean:{sign}.4f}{half} (n = {self.n})"
+
+
+# ---- rates
+
+
+def settled_loss(row: Row) -> float:
+    """Mean training loss of the last quarter of a run's steps."""
+    losses = row["curve"]["loss"]
+    if len(losses) < row["steps"]:
+        return float("inf")  # some were not finite
+    return float(np.mean(losses[-max(1, len(losses) // 4) :]))
+
+
+def grid_of(lines: Iterable[Row], grid: Work, arm: str, over: str) -> dict[float, float]:
+    """Rate → settled loss, of the arm's lines of the grid; the lowest rate first."""
+    wanted = {**dataclasses.asdict(grid), "part": GRID, "arm": arm, "over": over}
+    found = {row["learning_rate"]: settled_loss(row) for row in lines if wanted.items() <= row.items()}
+    return dict(sorted(found.items()))
+
+
+def own_rate(lines: Iterable[Row], grid: Work, arm: str, over: str) -> float | None:
+    """The arm's best rate; None where its grid has not two lines."""
+    losses = grid_of(lines, grid, arm, over)
+    return min(losses, key=losses.__getitem__) if len(losses) > 1 else None
+
+
+# ---- the lines of one work
+
+
+class Ladder:
+    """The runs of one work, and its grid.
+
+    Raises:
+        SystemExit: runs that should share rows or held-out text do not, or two arms computed the same.
+    """
+
+    def __init__(self, work: Work, lines: Sequence[Row], common: float) -> None:
+        self.work, self.lines, self.common = work, lines, common
+        self.new, self.old = NEW_TEXTS[work.text], OLD_DOMAIN
+        step = work.batch * work.seq
+        self.grid_work = dataclasses.replace(work, tokens=work.tokens // 2 // step * step)
+        mine = dataclasses.asdict(work)
+        self.runs = [row for row in lines if row["part"] == RUN and mine.items() <= row.items()]
+        grid = dataclasses.asdict(self.grid_work)
+        self.grid_runs = [row for row in lines if row["part"] == GRID and grid.items() <= row.items()]
+        order = list(ARMS)
+        names = {(row["arm"], row["over"]) for row in [*self.runs, *self.grid_runs]}
+        self.names: list[Named] = sorted(names, key=lambda name: (order.index(name[0]), name[1]))
+        self._refuse_unlike()
+
+    def _refuse_unlike(self) -> None:
+        rows_of: dict[tuple[int, float], Row] = {}
+        curves: dict[tuple[int, str], Row] = {}
+        for row in self.runs:
+            if row["heldout"] != self.runs[0]["heldout"]:
+                raise SystemExit(f"{row['arm']} and {self.runs[0]['arm']} were scored on other held-out text.")
+            other = rows_of.setdefault((row["seed"], row["replay_share"]), row)
+            if row["targets"] != other["targets"]:
+                raise SystemExit(f"{row['arm']} and {other['arm']} had other rows (seed {row['seed']}).")
+            other = curves.setdefault((row["seed"], json.dumps(row["curve"]["loss"])), row)
+            if (row["arm"], row["over"], row["learning_rate"]) != (other["arm"], other["over"], other["learning_rate"]):
+                raise SystemExit(
+                    f"{other['arm']} and {row['arm']} have the same losses to the last digit (seed {row['seed']}): "
+                    "they computed the same, and one of them is not what it says."
+                )
+
+    def rate(self, name: Named, way: str) -> float | None:
+        if way == OWN:
+            return own_rate(self.lines, self.grid_work, *name)
+        return None if name[0] == FULL else self.common
+
+    def by_seed(self, name: Named, way: str) -> dict[int, Row]:
+        rate = self.rate(name, way)
+        found = (row for row in self.runs if (row["arm"], row["over"]) == name and row["learning_rate"] == rate)
+        return {row["seed"]: row for row in found}
+
+    def domain(self, text: str) -> str:
+        return {NEW: self.new, OLD: self.old}[text]
+
+    def below(self, name: Named) -> Named | None:
+        """What an arm stands on."""
+        on = arm_over(*name).on
+        return None if on is None else (on, name[1] if ARMS[on].on_top else "")
+
+    def differences(self, name: Named, way: str, text: str) -> list[float]:
+        """Bits a byte of the arm minus those of the one below it, of each seed that both have."""
+        below = self.below(name)
+        ours, theirs = self.by_seed(name, way), self.by_seed(below, way) if below else {}
+        domain = self.domain(text)
+        return [bits(ours[seed], domain) - bits(theirs[seed], domain) for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def bits(row: Row, domain: str, when: str = "after") -> float:
+    return row[when][domain]["bits_per_byte"]
+
+
+def ladders(lines: Sequence[Row], common: float) -> list[Ladder]:
+    """Each work of the lines that has runs, in their order."""
+    works = dict.fromkeys(Work(**{name: row[name] for name in WORK}) for row in lines if row["part"] == RUN)
+    return [Ladder(work, lines, common) for work in works]
+
+
+# ---- what is said
+
+
+def verdict(change: Estimate, better: bool | None) -> str:
+    """Whether a step of bits a byte, of which fewer are better, is what the advice says."""
+    clear = change.half is not None and (change.high < 0 or change.low > 0)
+    sure = "" if clear else "one seed, no interval" if change.half is None else "its interval holds zero"
+    found = "better" if change.mean < 0 else "worse" if change.mean > 0 else "the same"
+    if better is None:
+        return f"{found}{f', but {sure}' if sure else ''}"
+    if (change.mean < 0) == better and change.mean:
+        return f"as the advice says{f', but {sure}' if sure else ''}"
+    return "CONTRADICTS the advice" if clear else f"NOT in the order of the advice, but {sure}"
+
+
+def label(name: Named) -> str:
+    return f"{name[0]} (on {name[1]})" if name[1] else name[0]
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+
+
+def results(ladder: Ladder, way: str) -> list[str]:
+    """A line an arm: bits a byte of both texts, before and after."""
+    lines = []
+    for name in ladder.names:
+        rows = list(ladder.by_seed(name, way).values())
+        if not rows:
+            continue
+        cells = []
+        for domain in (ladder.new, ladder.old):
+            before = float(np.mean([bits(row, domain, "before") for row in rows]))
+            cells.append(f"{before:.4f} → {Estimate.of([bits(row, domain) for row in rows]).text()}")
+        embedding = rows[0]["embedding_learning_rate"]
+        embedding_rate = "–" if embedding is None else f"{embedding:g}"
+        seconds = [row["gpu_seconds"] for row in rows if row["gpu_seconds"] is not None]
+        cost = f"{np.mean(seconds):.0f} (n = {len(seconds)})" if seconds else "–"
+        rate = f"{rows[0]['learning_rate']:g}"
+        lines.append([label(name), arm_over(*name).says, rate, embedding_rate, *cells, cost])
+    head = ["arm", "what it is", "rate", "embeddings' rate", LANGUAGE[ladder.new], LANGUAGE[ladder.old], "GPU s"]
+    return markdown(head, lines) if lines else []
+
+
+def steps(ladder: Ladder, way: str) -> tuple[list[str], list[str]]:
+    """A line a step, and the steps that are not in the order of the advice, or only seem to be."""
+    lines, odd = [], []
+    for name in ladder.names:
+        below = ladder.below(name)
+        changes = {text: ladder.differences(name, way, text) for text in (NEW, OLD)}
+        if below is None or not changes[NEW]:
+            continue
+        arm = arm_over(*name)
+        said = verdict(Estimate.of(changes[arm.by]), arm.better)
+        advice = (
+            "–" if arm.better is None else f"{LANGUAGE[ladder.domain(arm.by)]} {'better' if arm.better else 'worse'}"
+        )
+        step = f"{below[0]} → {label(name)}"
+        estimates = [Estimate.of(changes[text]).text("+") for text in (NEW, OLD)]
+        lines.append([step, advice, *estimates, apart(ladder, name, below, way, arm.by), said])
+        if arm.better is not None and said != "as the advice says":
+            odd.append(f"- {step}, {way}: {said} ({Estimate.of(changes[arm.by]).text('+')} bits a byte).")
+    head = ["step", "advice", *(f"{LANGUAGE[domain]}, change" for domain in (ladder.new, ladder.old)),
+            "intervals of the two", "verdict"]  # fmt: skip
+    return (markdown(head, lines) if lines else []), odd
+
+
+def apart(ladder: Ladder, name: Named, below: Named, way: str, text: str) -> str:
+    """Whether the intervals of the two arms' means overlap, which is asked more than that their difference is clear."""
+    domain = ladder.domain(text)
+    ours, theirs = (
+        Estimate.of([bits(row, domain) for row in ladder.by_seed(arm, way).values()]) for arm in (name, below)
+    )
+    if ours.half is None or theirs.half is None:
+        return "–"
+    return "apart" if ours.high < theirs.low or theirs.high < ours.low else "overlap"
+
+
+def grids(ladder: Ladder) -> tuple[list[str], list[str]]:
+    """A line an arm: the settled loss at each rate; and the arms whose best rate is at the end of those tried."""
+    losses = {name: grid_of(ladder.lines, ladder.grid_work, *name) for name in ladder.names}
+    rates = sorted({rate for found in losses.values() for rate in found})
+    lines, at_end = [], []
+    for name, found in losses.items():
+        best = own_rate(ladder.lines, ladder.grid_work, *name)
+        if best is None:
+            continue
+        cells = {rate: f"{found[rate]:.4f}" if rate in found else "" for rate in rates}
+        lines.append([label(name), *(f"**{cell}**" if rate == best else cell for rate, cell in cells.items())])
+        if best in (min(found), max(found)):
+            at_end.append(f"{label(name)} ({best:g})")
+    return (markdown(["arm", *(f"{rate:g}" for rate in rates)], lines) if lines else []), at_end
+
+
+def title(ladder: Ladder) -> str:
+    work, rows = ladder.work, [*ladder.runs, *ladder.grid_runs]
+    versions = sorted({", ".join(f"{name} {row['versions'][name]}" for name in ("torch", "transformers", "peft")
+                                 if name in row["versions"]) for row in rows})  # fmt: skip
+    gpu = [row["gpu_seconds"] for row in rows if row["gpu_seconds"] is not None]
+    cost = f" {sum(gpu) / 60:.0f} GPU minutes, {len(ladder.grid_runs)} runs of the grid included." if gpu else ""
+    heldout = ", ".join(f"{LANGUAGE[domain]} {documents} documents, {tokens:,} tokens"
+                        for domain, (documents, tokens) in ladder.runs[0]["heldout"].items())  # fmt: skip
+    return (
+        f"{work.model}{' (untied)' if work.untied else ''} on {work.text}, {work.gpu}: {work.tokens:,} tokens in "
+        f"{work.steps:,} steps of {work.batch} × {work.seq}, rank {work.r}; {'; '.join(versions)}.{cost} Held out: "
+        f"{heldout}. Bits a byte, fewer are better; mean ± half of the 95 % interval by Student's t over n seeds."
+    )
+
+
+def paragraphs(ladder: Ladder) -> Iterator[list[str]]:
+    yield [title(ladder)]
+    odd, judged = [], False
+    for way in (COMMON, OWN):
+        if not (table := results(ladder, way)):
+            continue
+        yield [f"**{way[0].upper()}{way[1:]}**"]
+        yield table
+        lines, found = steps(ladder, way)
+        if lines:
+            judged = True
+            yield [f"Differences {way}, seed by seed:"]
+            yield lines
+        odd += found
+    if odd:
+        yield ["Where our data do not bear out the advice:"]
+        yield odd
+    elif judged:
+        yield ["Every step that was measured is in the order of the advice, and no such interval holds zero."]
+    lines, at_end = grids(ladder)
+    if lines:
+        n = len({row["seed"] for row in ladder.grid_runs})
+        yield [f"The grid: training loss over the last quarter of {ladder.grid_work.steps:,} steps (n = {n} a figure)."]
+        yield lines
+    if at_end:
+        yield [f"The best rate is at the end of its grid, and a wider one may have a better: {', '.join(at_end)}."]
+
+
+def tell(lines: Sequence[Row], common: float) -> str:
+    """Markdown, of every work.
+
+    Raises:
+        SystemExit: there are no runs but a grid's; and see `Ladder`.
+    """
+    found = ladders(lines, common)
+    if not found:
+        raise SystemExit("--summary: the file has no runs beside a grid's.")
+    return "\n\n".join("\n".join(part) for ladder in found for part in paragraphs(ladder))
+
+
+def in_docs(text: str, said: str, file: str) -> str:
+    """The text of docs/evidence.md with `said` between its marks."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\nFrom `benchmarks/results/{file}`.\n\n{said}\n{END}{after}"

@@ -1,0 +1,483 @@
+"""The ablation measures what it says: each arm trains its own tensors at its own rates and scale, over the same rows;
+lines that are there are not done again; and the summary's figures, worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+
+from benchmarks import ablation, ablation_run, ablation_table
+from benchmarks.ablation_arms import ARMS, CORE, FULL, LADDER, arm_over, run_file
+from benchmarks.ablation_figure import figure, ticks
+from benchmarks.ablation_run import GRID, RUN, Work
+from benchmarks.ablation_table import COMMON, OWN, Estimate, Ladder
+from steep.config import parse_config
+from steep.model.adapters import add_adapters
+from tests.tiny import documents, tiny_model
+
+ROOT = Path(__file__).parents[1]
+RATE, FULL_RATES = 4e-3, (1e-5, 2e-3)
+TINY = f"--tokens 384 --batch 2 --seq 32 --r 8 --heldout-tokens 120 --seeds 1 --learning-rate {RATE}"
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LAYERS = 2
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, korean, english = tmp_path_factory.mktemp("data"), documents("ko", 150), documents("en", 150)
+    for name, texts in {
+        "ko-tech.train": korean[:120], "ko-tech.heldout": korean[120:],
+        "en-books.train": english[:120], "en-books.heldout": english[120:],
+    }.items():  # fmt: skip
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as stream:
+            stream.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    return folder
+
+
+def words_for(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return ["--model", str(model), "--data", str(data), "--out", str(out), *TINY.split(), *more]
+
+
+@pytest.fixture(scope="module")
+def lines(llama_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """The grid of full finetuning, then every arm."""
+    out = tmp_path_factory.mktemp("ablation") / "rows.jsonl"
+    rates, threads = [f"{rate:g}" for rate in FULL_RATES], torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other longer than such small products take
+    try:
+        ablation.main(words_for(llama_folder, data, out, "--grid", "--arms", FULL, "--rates", *rates))
+        ablation.main(words_for(llama_folder, data, out, "--arms", *ARMS))
+    finally:
+        torch.set_num_threads(threads)
+    return ablation.lines_of(out)
+
+
+@pytest.fixture(scope="module")
+def runs(lines: list[Row]) -> dict[str, Row]:
+    return {row["arm"]: row for row in lines if row["part"] == RUN}
+
+
+# ---- the arms
+
+
+def test_all_arms_train_the_same_rows_and_are_scored_on_the_same_text(lines: list[Row], runs: dict[str, Row]) -> None:
+    assert list(runs) == list(ARMS) and len(lines) == len(FULL_RATES) + len(ARMS)
+    for name, row in runs.items():
+        assert row["tokens"] == 384 and row["curve"]["step"] == [1, 2, 3, 4, 5, 6]
+        assert row["curve"]["tokens"] == [64, 128, 192, 256, 320, 384]
+        assert all(0 < loss < 12 for loss in row["curve"]["loss"])
+        assert row["heldout"] == runs["lora"]["heldout"] and all(tokens <= 120 for _, tokens in row["heldout"].values())
+        if not name.startswith("replay"):
+            assert row["targets"] == runs["lora"]["targets"]
+        for domain in ("ko", "en"):
+            before = runs["lora"]["before"][domain]["bits_per_byte"]
+            quantised = "nf4" in (ARMS[name].model.get("base"), name)
+            assert row["before"][domain]["bits_per_byte"] == pytest.approx(before, rel=2e-2 if quantised else 2e-3)
+        assert row["after"]["ko"]["bits_per_byte"] != row["before"]["ko"]["bits_per_byte"]
+        assert row["seconds"] > 0 and row["versions"]["torch"] and row["gpu_seconds"] is None
+    curves = [tuple(row["curve"]["loss"]) for row in runs.values()]
+    assert len(set(curves)) == len(curves), "no two arms compute the same"
+
+
+def test_arms_without_other_rows_begin_at_the_same_loss(runs: dict[str, Row]) -> None:
+    alike = [name for name, arm in ARMS.items() if not arm.replay and arm.model.get("base") != "nf4"]
+    first = [runs[name]["curve"]["loss"][0] for name in alike]
+    assert first == pytest.approx([first[0]] * len(first), rel=2e-3)
+    assert runs["replay-25"]["curve"]["loss"][0] != pytest.approx(first[0], rel=2e-3)
+
+
+def expected_tensors(name: str) -> dict[str, int]:
+    """By module: two matrices a layer of an adapter, with DoRA the lengths too; one of an embedding."""
+    if name == FULL:
+        norms = {"input_layernorm": LAYERS, "post_attention_layernorm": LAYERS, "norm": 1}
+        return dict.fromkeys(SEVEN, LAYERS) | {"embed_tokens": 1, "lm_head": 1} | norms
+    targets = [module for module in SEVEN if name != "lora" or module != "gate_proj"]
+    trained = dict.fromkeys(targets, (3 if name == "dora" else 2) * LAYERS)
+    return trained if name in ("lora", "gate") else trained | {"embed_tokens": 1, "lm_head": 1}
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_arm_trains_its_tensors_at_its_rates(name: str, runs: dict[str, Row]) -> None:
+    row, slower = runs[name], {"embeddings": 1, "apart-2": 2, "apart-5": 5}.get(name, 10)
+    assert row["trained_tensors"] == expected_tensors(name)
+    if name == FULL:
+        rates = {"embeddings": FULL_RATES[1], "other": FULL_RATES[1]}
+    else:
+        rates = {"adapters_a": RATE, "adapters_b": RATE * (16 if name == "loraplus" else 1)}
+        if name not in ("lora", "gate"):
+            rates["embeddings"] = RATE / slower
+        if name == "dora":
+            rates["other"] = RATE
+    assert row["peak_rates"] == pytest.approx(rates, rel=1e-3)
+    assert row["embedding_learning_rate"] == (pytest.approx(rates["embeddings"]) if "embeddings" in rates else None)
+
+
+@pytest.mark.parametrize("name", [name for name in ARMS if name != FULL])
+def test_an_arm_has_its_scale(name: str) -> None:
+    settings = {**run_file(arm_over(name, "rslora"), 8, RATE)["adapter"], "init_lora_weights": True}
+    model = add_adapters(tiny_model("llama"), **settings)
+    found = {module.scaling["default"] for module in model.modules() if isinstance(module, LoraLayer)}
+    plain = name in ("lora", "gate", "embeddings", "apart-2", "apart-5", "apart-10")
+    assert len(found) == 1 and found.pop() == pytest.approx(32 / 8 if plain else 32 / 8**0.5)
+
+
+def test_an_arm_differs_from_the_one_below_it_in_one_thing() -> None:
+    for name, arm in ARMS.items():
+        if arm.on is None:
+            continue
+        below = ARMS[arm.on]
+        fields = {field.name for field in dataclasses.fields(arm)} - {"says", "on", "better", "by", "on_top"}
+        differ = {field for field in fields if getattr(arm, field) != getattr(below, field)}
+        expected = {"gate": {"targets"}, "embeddings": {"saved", "slower"}, FULL: {"whole", "slower", "model"}}
+        assert len(differ) == 1 or differ == expected[name], name
+    assert {name for name in ARMS if ARMS[name].on is None} == {"lora"}
+    assert [*LADDER, FULL, "replay-5", "replay-25"] == CORE
+
+
+def test_an_arm_on_another_rung_has_that_rungs_settings() -> None:
+    arm = arm_over("dora", "apart-5")
+    assert (arm.on, arm.slower, arm.rslora, arm.adapter) == ("apart-5", 5, False, {"use_dora": True})
+    assert arm_over("replay-25", "apart-5").on == "replay-5" and arm_over("gate", "") is ARMS["gate"]
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_runs_share_all_but_what_they_are_about(name: str, data: Path, llama_folder: Path, tmp_path: Path) -> None:
+    arguments = ablation.parse(words_for(llama_folder, data, tmp_path / "rows.jsonl", "--arms", "lora", name))
+    jobs = {job.arm: job for job in ablation.jobs_of(arguments, grid_lines(arguments))}
+    ours, first = (
+        ablation_run.run_config(jobs[arm], tmp_path / "run").model_dump(mode="json") for arm in (name, "lora")
+    )
+    assert parse_config(ours)
+    differ = {
+        f"{section}.{field}" for section in ours for field in ours[section]
+        if ours[section][field] != first[section][field]
+    }  # fmt: skip
+    assert differ <= {
+        "model.base", "adapter.target_modules", "adapter.modules_to_save", "adapter.use_rslora", "adapter.use_dora",
+        "adapter.init_lora_weights", "data.replay_share", "data.sources", "training.learning_rate",
+        "training.embedding_learning_rate", "training.loraplus_lr_ratio", "model.fused", "model.trained_dtype",
+        "training.optim",
+    }  # fmt: skip
+    assert ("data.sources" in differ) == ("data.replay_share" in differ) == (ARMS[name].replay > 0)
+    assert ("training.learning_rate" in differ) == (name == FULL)
+
+
+def grid_lines(arguments: Any) -> list[Row]:
+    """Two made-up lines of full finetuning's grid."""
+    work = ablation.work_of(arguments, arguments.tokens // 2)
+    return [line(work, FULL, 0, rate, part=GRID, loss=loss) for rate, loss in ((1e-5, 3.0), (2e-5, 2.0))]
+
+
+# ---- one resumable command
+
+
+def test_what_is_there_is_not_done_again(
+    lines: list[Row], data: Path, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, begun = tmp_path / "rows.jsonl", []
+    out.write_text("".join(json.dumps(row) + "\n" for row in lines if row["arm"] in ("lora", "gate")))
+
+    def run(job: ablation_run.Job) -> Row:
+        begun.append((job.arm, job.seed, job.learning_rate))
+        if job.arm == "apart-2":
+            raise RuntimeError("a run that fails")
+        return {**next(row for row in lines if row["arm"] == job.arm), **job.key}
+
+    monkeypatch.setattr(ablation, "one_run", run)
+    words = words_for(llama_folder, data, out, "--arms", "lora", "gate", "apart-2", "rslora")
+    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+        ablation.main(words)
+    assert begun == [("apart-2", 0, RATE), ("rslora", 0, RATE)], "one that fails does not keep others from their turn"
+    begun.clear()
+    with pytest.raises(SystemExit, match="1 of 1 runs failed"):
+        ablation.main(words)
+    assert begun == [("apart-2", 0, RATE)]
+    begun.clear()
+    ablation.main([*words_for(llama_folder, data, out, "--arms", "lora"), "--first-seed", "1"])
+    ablation.main([*words_for(llama_folder, data, out, "--arms", "lora"), "--learning-rate", "1e-3"])
+    ablation.main([*words_for(llama_folder, data, out, "--arms", "lora"), "--tokens", "512"])
+    assert begun == [("lora", 1, RATE), ("lora", 0, 1e-3), ("lora", 0, RATE)]
+    (data / "ko-tech.train.jsonl.gz").touch()  # the same text
+    begun.clear()
+    ablation.main(words_for(llama_folder, data, out, "--arms", "lora", "gate"))
+    assert begun == []
+    assert len({row["data"] for row in ablation.lines_of(out)}) == 1
+
+
+def test_other_text_is_other_work(data: Path, tmp_path: Path) -> None:
+    for file in data.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert ablation_run.data_name(tmp_path, "ko-tech") == ablation_run.data_name(data, "ko-tech")
+    with gzip.open(tmp_path / "ko-tech.heldout.jsonl.gz", "at", encoding="utf-8") as stream:
+        stream.write(json.dumps({"text": documents("ko", 160)[-1]}) + "\n")
+    assert ablation_run.data_name(tmp_path, "ko-tech") != ablation_run.data_name(data, "ko-tech")
+
+
+def test_two_processes_take_runs_from_one_queue(
+    lines: list[Row], runs: dict[str, Row], data: Path, llama_folder: Path, tmp_path: Path
+) -> None:
+    """The command itself: what its processes write is what one process wrote, and names no folder of this machine."""
+    out = tmp_path / "rows.jsonl"
+    words = words_for(llama_folder, data, out, "--arms", "lora", "gate", "--jobs", "2")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.ablation", *words], cwd=ROOT, env=environment, capture_output=True,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {row["arm"]: row for row in ablation.lines_of(out)}
+    assert set(found) == {"lora", "gate"} and all(row["at_once"] == 2 for row in found.values())
+    for name, row in found.items():
+        assert row["curve"]["loss"] == pytest.approx(runs[name]["curve"]["loss"], rel=1e-3)
+        assert row["command"].startswith("python -m benchmarks.ablation --model ")
+        assert str(llama_folder.parent) not in json.dumps(row) and str(data.parent) not in json.dumps(row)
+
+
+def test_a_run_over_rows_seen_before_is_no_result(data: Path, llama_folder: Path, tmp_path: Path) -> None:
+    work = Work("m", "ko-tech", "d", 256, 2, 32, 8, False, 120, "none")
+    whole = {"adds_up": True, "problems": [], "rows": 9, "rows_trained": 8, "rows_seen": 8, "times_seen": {"1": 8}}
+    ablation_run.refuse_unequal(whole, work)
+    for change, said in (
+        ({"adds_up": False, "problems": ["a row is lost"]}, "a row is lost"),
+        ({"rows_trained": 7}, "trained 7 rows of 8 seen, and 8 are meant"),
+        ({"rows": 7, "times_seen": {"1": 6, "2": 1}}, "some were seen 2 times"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            ablation_run.refuse_unequal({**whole, **change}, work)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give --model and --data, or --summary"),
+        (["--model", "{folder}", "--data", "{folder}"], "holds no model"),
+        (["--model", "{model}", "--data", "{folder}"], "lacks ko-tech.train.jsonl.gz"),
+        (["--model", "{model}", "--data", "{data}", "--arms", "lora2"], "invalid choice: 'lora2'"),
+        (["--model", "{model}", "--data", "{data}", "--tokens", "9000"], "less than two steps"),
+        (["--model", "{model}", "--data", "{data}", "--tokens", "20000", "--grid"], "less than two steps of a grid"),
+        (["--model", "{model}", "--data", "{data}", "--untied", "--arms", "gate", "rslora"], "gate trains no head"),
+        (["--model", "{model}", "--data", "{data}", "--rates", "1e-3"], "--rates are of --grid"),
+        (["--model", "{model}", "--data", "{data}", "--docs"], "are of a --summary"),
+        (["--model", "{model}", "--data", "{data}", "--jobs", "0"], "give 1 or more"),
+        (["--summary", "{folder}/none.jsonl"], "has no lines"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_runs(
+    words: list[str], said: str, llama_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        ablation.main([word.format(folder=tmp_path, model=llama_folder, data=data) for word in words])
+    assert said in f"{end.value.code}\n{capsys.readouterr().err}"
+
+
+def test_a_head_of_its_own_is_for_the_arms_that_train_one(data: Path, llama_folder: Path, tmp_path: Path) -> None:
+    arguments = ablation.parse(words_for(llama_folder, data, tmp_path / "rows.jsonl", "--untied"))
+    names = ablation.arms_of(arguments)
+    assert "lora" not in names and FULL not in names and {"embeddings", "rslora", "replay-5"} <= set(names)
+
+
+# ---- the grid and the summary, on lines made by hand
+
+WORK = Work("model", "ko-tech", "ko-tech+en-books:0", 400, 2, 50, 8, False, 1000, "GPU")
+GRID_WORK = dataclasses.replace(WORK, tokens=200)
+
+
+def line(
+    work: Work, arm: str, seed: int, rate: float, ko: float = 2.0, en: float = 1.0, part: str = RUN, loss: float = 3.0
+) -> Row:
+    step, over = work.batch * work.seq, "rslora" if ARMS[arm].on_top else ""
+    # Losses of two runs are never the same: those of one arm, seed and rate are.
+    own = list(ARMS).index(arm) * 1e-5 + seed * 1e-6 + rate * 1e-7
+    return {
+        "part": part, "arm": arm, "over": over, "seed": seed, "learning_rate": rate,
+        "embedding_learning_rate": arm_over(arm, over or "rslora").embedding_rate(rate), **dataclasses.asdict(work),
+        "steps": work.steps, "targets": 300 + seed, "replay_share": ARMS[arm].replay,
+        "curve": {"step": list(range(1, work.steps + 1)), "tokens": [step * n for n in range(1, work.steps + 1)],
+                  "loss": [9.0 + own] * (work.steps - 1) + [loss + own]},
+        "before": {"ko": {"loss": 2.0, "bits_per_byte": 2.5}, "en": {"loss": 2.0, "bits_per_byte": 1.1}},
+        "after": {"ko": {"loss": 2.0, "bits_per_byte": ko}, "en": {"loss": 2.0, "bits_per_byte": en}},
+        "heldout": {"ko": [5, 900], "en": [6, 950]}, "gpu_seconds": 30.0, "versions": {"torch": "2"},
+    }  # fmt: skip
+
+
+def three(arm: str, *ko: float, en: float = 1.0, rate: float = RATE) -> list[Row]:
+    return [line(WORK, arm, seed, rate, value, en) for seed, value in enumerate(ko)]
+
+
+def test_the_grid_picks_the_rate_with_the_lowest_loss_at_the_end() -> None:
+    losses = {1e-4: 3.0, 2e-4: 2.5, 4e-4: 2.7}
+    rows = [line(GRID_WORK, "lora", 0, rate, part=GRID, loss=loss) for rate, loss in losses.items()]
+    assert ablation_table.own_rate(rows, GRID_WORK, "lora", "") == 2e-4
+    assert ablation_table.own_rate(rows[:1], GRID_WORK, "lora", "") is None, "one rate is no grid"
+    assert ablation_table.own_rate(rows, GRID_WORK, "gate", "") is None
+    assert ablation_table.own_rate(rows, WORK, "lora", "") is None, "a run's line is none of the grid"
+    rows[1]["curve"]["loss"] = rows[1]["curve"]["loss"][:-1]  # a step without a finite loss
+    assert ablation_table.own_rate(rows, GRID_WORK, "lora", "") == 4e-4
+
+
+def test_the_settled_loss_is_of_the_last_quarter() -> None:
+    row = {"steps": 8, "curve": {"loss": [9, 9, 9, 9, 9, 9, 2, 4]}}
+    assert ablation_table.settled_loss(row) == 3.0
+
+
+def test_each_arm_trains_at_the_common_rate_and_at_its_own(data: Path, llama_folder: Path, tmp_path: Path) -> None:
+    words = words_for(llama_folder, data, tmp_path / "rows.jsonl", "--arms", "lora", "gate", FULL, "--seeds", "2")
+    arguments = ablation.parse(words)
+    work = ablation.work_of(arguments, 192)
+    grid = [line(work, "lora", 0, rate, part=GRID, loss=loss) for rate, loss in ((1e-4, 3.0), (2e-4, 2.5))]
+    grid += [line(work, "gate", 0, rate, part=GRID, loss=loss) for rate, loss in ((RATE, 2.0), (2e-4, 2.5))]
+    jobs = [(job.seed, job.arm, job.learning_rate) for job in ablation.jobs_of(arguments, grid + grid_lines(arguments))]
+    one = [("lora", RATE), ("lora", 2e-4), ("gate", RATE), (FULL, 2e-5)]
+    assert jobs == [(seed, *job) for seed in (0, 1) for job in one]
+    without = [(job.arm, job.learning_rate) for job in ablation.jobs_of(arguments, [])]
+    assert without == [("lora", RATE), ("gate", RATE)] * 2, "without a grid full finetuning has no rate"
+
+
+def test_a_grid_is_of_one_seed_and_half_the_tokens(data: Path, llama_folder: Path, tmp_path: Path) -> None:
+    words = words_for(llama_folder, data, tmp_path / "rows.jsonl", "--grid", "--arms", "lora", FULL, "--seeds", "3")
+    jobs = list(ablation.jobs_of(ablation.parse(words), []))
+    assert {(job.part, job.seed, job.work.tokens) for job in jobs} == {(GRID, 0, 192)}
+    assert [job.learning_rate for job in jobs] == [*ARMS["lora"].rates, *ARMS[FULL].rates]
+
+
+def test_intervals_by_hand() -> None:
+    three_values = Estimate.of([2.00, 2.02, 2.04])
+    assert three_values.mean == pytest.approx(2.02) and three_values.half == pytest.approx(4.303 * 0.02 / 3**0.5)
+    assert three_values.text() == "2.0200 ± 0.0497 (n = 3)"
+    assert Estimate.of([1.0, 3.0]).half == pytest.approx(12.706)  # sd √2, over √2
+    assert Estimate.of([1.5]).text("+") == "+1.5000 (n = 1)"
+    assert Estimate.of([0.0, 1.0] * 20).half == pytest.approx(2.086 * (10 / 39) ** 0.5 / 40**0.5)
+
+
+def test_differences_are_of_runs_with_the_same_seed() -> None:
+    rows = [*three("lora", 2.00, 2.10, 2.20), *three("gate", 1.90, 1.99, 2.11, 1.0)]
+    found = Ladder(WORK, rows, RATE).differences(("gate", ""), COMMON, "new")
+    assert found == pytest.approx([-0.10, -0.11, -0.09])  # the fourth seed is of one arm alone
+    said = ablation_table.tell(rows, RATE)
+    half = 4.303 * 0.01 / 3**0.5
+    assert f"| lora → gate | Korean better | -0.1000 ± {half:.4f} (n = 3) | +0.0000 ± 0.0000 (n = 3) |" in said
+    assert "overlap | as the advice says |" in said, "the two means' intervals overlap, though the difference is clear"
+    assert "2.5000 → 2.1000 ± 0.2484 (n = 3)" in said and "2.5000 → 1.7500 ± " in said
+    assert "Every step that was measured is in the order of the advice" in said
+    assert "4 GPU minutes, 0 runs of the grid included" in said and "30 (n = 3)" in said
+
+
+def test_a_contradiction_is_named() -> None:
+    rows = [*three("lora", 2.00, 2.01, 2.02), *three("gate", 2.10, 2.11, 2.125)]
+    said = ablation_table.tell(rows, RATE)
+    assert "- lora → gate, at the common rate: CONTRADICTS the advice (+0.1017 ± " in said
+    assert "Where our data do not bear out the advice" in said and "Every step" not in said
+    # The advice expects embeddings at the same rate to be worse: that they are better contradicts it too.
+    rows = [*three("gate", 2.00, 2.01, 2.02), *three("embeddings", 1.90, 1.91, 1.925)]
+    assert "gate → embeddings, at the common rate: CONTRADICTS" in ablation_table.tell(rows, RATE)
+    rows = [*three("gate", 2.00, 2.01, 2.02), *three("embeddings", 2.10, 2.11, 2.125)]
+    assert "apart | as the advice says |" in ablation_table.tell(rows, RATE)
+
+
+def test_an_order_that_the_seeds_do_not_settle_is_said() -> None:
+    rows = [*three("lora", 2.0, 2.0, 2.0), *three("gate", 2.1, 2.0, 1.95)]
+    assert "NOT in the order of the advice, but its interval holds zero" in ablation_table.tell(rows, RATE)
+    rows = [*three("lora", 2.0), *three("gate", 2.1)]
+    assert "NOT in the order of the advice, but one seed, no interval" in ablation_table.tell(rows, RATE)
+    rows = [*three("lora", 2.0), *three("gate", 1.9)]
+    assert "as the advice says, but one seed, no interval (-0.1000 (n = 1) bits a byte)" in ablation_table.tell(
+        rows, RATE
+    )
+
+
+def test_replay_is_judged_by_what_is_forgotten() -> None:
+    rows = [
+        *(line(WORK, "rslora", seed, RATE, 2.0, 1.2 + seed / 100) for seed in range(3)),
+        *(line(WORK, "replay-5", seed, RATE, 2.1, 1.1 + seed / 99) for seed in range(3)),
+    ]
+    said = ablation_table.tell(rows, RATE)
+    assert "| rslora → replay-5 (on rslora) | English better | +0.1000 ± 0.0000 (n = 3) | -0.09" in said
+    assert "as the advice says |" in said
+    rows = [*three("rslora", 2.0, 2.0, 2.1), *three("dora", 1.9, 1.8, 2.05)]
+    assert "| rslora → dora (on rslora) | – |" in ablation_table.tell(rows, RATE)
+    assert "| better, but its interval holds zero |" in ablation_table.tell(rows, RATE)
+
+
+def test_own_rates_have_a_table_of_their_own() -> None:
+    grid = [
+        line(GRID_WORK, arm, 0, rate, part=GRID, loss=loss)
+        for arm in ("lora", "gate") for rate, loss in ((RATE, 2.4), (1e-3, 2.5), (1e-2, 2.6 if arm == "lora" else 2.0))
+    ]  # fmt: skip
+    rows = [*grid, *three("lora", 2.0, 2.1), *three("gate", 1.9, 2.0), *three("gate", 2.3, 2.41, rate=1e-2)]
+    said = ablation_table.tell(rows, RATE)
+    common, own = said.split(f"**{OWN.capitalize()}**")
+    assert "lora → gate, at the common rate" not in said and "lora → gate, each at its own rate: CONTRADICTS" in own
+    assert "| gate | and on gate_proj | 0.01 | – | 2.5000 → 2.3550 ± " in own and "2.3550" not in common
+    assert "| lora | 2.5000 | **2.4000** | 2.6000 |" in own.replace("2.5000 |  |", "")
+    assert "the end of its grid, and a wider one may have a better: gate (0.01)." in own
+
+
+def test_unlike_runs_are_not_compared() -> None:
+    rows = [*three("lora", 2.0), *three("gate", 1.9)]
+    for change, said in (
+        ({"heldout": {"ko": [5, 901]}}, "scored on other held-out text"),
+        ({"targets": 299}, "had other rows"),
+        ({"curve": rows[0]["curve"]}, "they computed the same"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            ablation_table.tell([rows[0], {**rows[1], **change}], RATE)
+    with pytest.raises(SystemExit, match="no runs beside a grid"):
+        ablation_table.tell([line(GRID_WORK, "lora", 0, RATE, part=GRID)], RATE)
+
+
+def test_every_figure_says_of_how_many_runs_it_is() -> None:
+    rows = [row for arm in LADDER for row in three(arm, 2.0, 2.1, 2.05 + list(ARMS).index(arm) / 100)]
+    cells = re.findall(r"[^|\n]*±[^|\n]*", ablation_table.tell(rows, RATE))
+    assert len(cells) >= 1 + 2 * len(LADDER) + 2 * (len(LADDER) - 1)
+    assert [cell for cell in cells if "(n = 3)" not in cell] == cells[:1] and cells[0].endswith("over n seeds.")
+
+
+def test_the_summary_of_real_lines_goes_into_the_docs_and_a_figure(
+    lines: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, docs, picture = tmp_path / "rows.jsonl", tmp_path / "evidence.md", tmp_path / "loss.svg"
+    file.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    docs.write_text((ROOT / "docs" / "evidence.md").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(ablation, "DOCS", docs)
+    words = ["--summary", str(file), "--learning-rate", f"{RATE}", "--docs", "--figure", str(picture)]
+    ablation.main(words)
+    said = capsys.readouterr().out.strip()
+    assert all(f"| {name} " in said for name in ARMS if name != FULL) and "| full " in said.split(OWN.capitalize())[1]
+    text = docs.read_text(encoding="utf-8")
+    assert said in text and "benchmarks/results/rows.jsonl" in text
+    ablation.main(words)
+    assert docs.read_text(encoding="utf-8") == text, "written twice, it stands there once"
+    drawn = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
+    assert len(drawn.findall("{*}polyline")) == len(CORE) - 1, "at the common rate, without full finetuning"
+
+
+def test_a_figure_draws_the_losses() -> None:
+    rows = [*three("lora", 2.0, 2.1), *three("gate", 1.9, 1.8)]
+    drawn = ElementTree.fromstring(figure(rows, RATE))
+    curves = drawn.findall("{*}polyline")
+    assert len(curves) == 2
+    for curve in curves:
+        heights = [float(point.split(",")[1]) for point in (curve.get("points") or "").split()]
+        assert heights[0] < heights[-1], "a loss that falls is drawn lower"
+    assert "lora (n = 2)" in figure(rows, RATE)
+    with pytest.raises(SystemExit, match="no runs of the core"):
+        figure(three("dora", 2.0), RATE)
+
+
+def test_ticks_are_round_and_within() -> None:
+    assert ticks(1.93, 2.61) == pytest.approx([2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6])
+    assert ticks(0, 999_424) == pytest.approx([0, 200_000, 400_000, 600_000, 800_000])
