@@ -145,12 +145,10 @@ def nf4_config() -> BitsAndBytesConfig:
 
 def _in_nf4(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """A weight's tensors in a checkpoint of bitsandbytes."""
-    from bitsandbytes.nn import Params4bit
+    from bitsandbytes.functional import quantize_4bit
 
-    stored = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True).to(weight.device)
-    assert stored.quant_state is not None
-    parts = stored.quant_state.as_dict(packed=True)
-    return {name: stored.data, **{f"{name}.{part}": tensor for part, tensor in parts.items()}}
+    codes, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    return {name: codes, **{f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}}
 
 
 def flops_a_step(shape: str, batch: int, seq: int, r: int) -> float:

@@ -21,12 +21,13 @@ from tests.faults.trials import Instant, Outcome, draw, make_reference, trial
 WANTED = {"tokenise": 2, "train": 2, "save": 4, "evaluate": 2, "export": 2}
 
 
+@pytest.mark.timeout(600)
 def test_killed_in_each_phase_nothing_is_damaged(quick: ForkServer, tmp_path: Path) -> None:
     seed = int.from_bytes(os.urandom(4))
     print(f"seed {seed}")  # pytest shows it where the test fails
     reference = make_reference(tmp_path, quick, "lora 8-bit")
     tally = Tally(WANTED, parts_wanted=0)
-    while tally.goes_on() and tally.trials < 5:
+    while tally.goes_on() and tally.trials < 12:  # a busy machine is late for what takes 70 ms
         tally.trials += 1
         aims = draw(random.Random(f"{seed} {tally.trials}"), tally.missing())
         tally.outcomes.append(trial(reference, quick, tally.trials, aims, tmp_path / str(tally.trials)))

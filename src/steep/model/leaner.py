@@ -28,7 +28,8 @@ def make_leaner(model: Any) -> str | None:
     tokens, dtype, stream = fused.last
     layer, fp8 = fused.layer(unwrap(model).model.layers[0]), fused.fp8 or "none"
     kept = Kept.of([layer], dtype, stream, fp8, tokens)
-    places: Sequence[Place] = fused.places or ["gpu"] * len(fused.levels)
+    on_gpu: list[Place] = ["gpu"] * len(fused.levels)
+    places: Sequence[Place] = fused.places or on_gpu
     needed = needed_bytes(kept, layer, dtype, stream, tokens, fp8)
     here = fused.levels, fused.tile or tile_sizes(tokens)[0]
     found = leaner_than(*here, tokens, lambda levels, tile: needed(levels, places, tile))
