@@ -7,10 +7,11 @@ from typing import Any
 from steep.data.packing import Corpus
 from steep.errors import UserError
 from steep.export.gguf_families import family_of
-from steep.memory import ADAMW_8BIT, Shape
+from steep.memory import Shape
 from steep.model.resolve import ResolvedModel, looks_like_chat
 from steep.schema import RunConfig
 from steep.settings import embedding_rate
+from steep.training.adamw8bit import ADAMW_8BIT
 
 # An adapter holds about 2 bits a parameter (Allen-Zhu & Li 2024), and a token of text teaches about 1 bit.
 PARAMETERS_PER_TOKEN = 0.5

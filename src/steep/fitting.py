@@ -17,11 +17,12 @@ import torch
 
 from steep.computation import Computation, Ground, Sizes
 from steep.errors import UserError
-from steep.memory import ADAMW_8BIT, GIB
+from steep.memory import GIB
 from steep.model.layer import Layer
 from steep.model.machine import Card
 from steep.ops.lora import Lora, Projection
 from steep.schema import RunConfig
+from steep.training.adamw8bit import ADAMW_8BIT
 from steep.vram import asked_bytes
 
 SHORTEST, LOWEST_RANK = 256, 8  # that are proposed

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import product
 
-from steep.memory import ADAMW_8BIT, WIDTH, Shape, standing, update_scratch, updates_under_way
+from steep.memory import WIDTH, Shape, standing, update_scratch, updates_under_way
 from steep.model.block import LEVELS, Place
 from steep.model.layer import Layer
 from steep.model.load import DTYPES
@@ -18,7 +18,7 @@ from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
 from steep.ops.row_gradient import SUMMING, fewer_rows
-from steep.training.adamw8bit import UPDATES_UNDER_WAY, Offload
+from steep.training.adamw8bit import ADAMW_8BIT, UPDATES_UNDER_WAY, Offload
 
 
 @dataclass(frozen=True)

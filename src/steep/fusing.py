@@ -13,7 +13,7 @@ import torch
 from steep import ranks
 from steep.errors import UserError
 from steep.fused_memory import FusedStep
-from steep.memory import ADAMW_8BIT, WORKSPACES, Shape
+from steep.memory import WORKSPACES, Shape
 from steep.model.adapters import add_adapters
 from steep.model.block import LEVELS
 from steep.model.choices import Choices
@@ -26,6 +26,7 @@ from steep.model.tiling import tile_sizes
 from steep.model.unwrap import unwrap
 from steep.ops.fp8_groups import Fp8Products
 from steep.schema import RunConfig
+from steep.training.adamw8bit import ADAMW_8BIT
 
 
 def decide(config: RunConfig, empty: Any, before: Choices | None, card: Card | None) -> tuple[Layer | None, str | None]:

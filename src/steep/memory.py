@@ -13,7 +13,7 @@ from steep.model.names import EMBEDDINGS
 from steep.model.step_bytes import whole_logits_bytes
 from steep.ops.host_states import staging_bytes
 from steep.schema import AdapterSection
-from steep.training.adamw8bit import UPDATES_UNDER_WAY, Offload
+from steep.training.adamw8bit import ADAMW_8BIT, UPDATES_UNDER_WAY, Offload
 
 GIB = 2**30
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -22,7 +22,6 @@ WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 BASE_WIDTH = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "fp8": 1.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
 # Bytes of optimizer state a trained value; others are counted like plain Adam.
 OPTIMIZER_WIDTH = {"adamw_8bit": 2 + 8 / 256, "adamw_bnb_8bit": 2 + 8 / 256, "sgd": 0.0, "adafactor": 0.01}
-ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit")  # whose update rounds bf16 weights stochastically
 
 # What the update of bf16 weights copies to fp32 at a time, where it is not a kernel of steep's.
 UPDATE_SCRATCH = round(0.4 * GIB)

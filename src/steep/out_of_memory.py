@@ -11,11 +11,11 @@ import torch
 
 from steep.errors import RunError, UserError
 from steep.machine_faults import PINNED, place_that_ran_out
-from steep.memory import ADAMW_8BIT
 from steep.model.block import LEVELS
 from steep.plan import Plan
 from steep.settings import uses_checkpointing
 from steep.terminal import human_bytes
+from steep.training.adamw8bit import ADAMW_8BIT
 from steep.training.in_backward import check_in_backward
 
 

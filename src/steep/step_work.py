@@ -8,11 +8,12 @@ from math import prod
 from typing import Any
 
 from steep.fused_memory import FusedStep
-from steep.memory import ADAMW_8BIT, WIDTH
+from steep.memory import BASE_WIDTH, WIDTH
 from steep.model.layer import Layer
+from steep.model.load import QUANTISED
 from steep.ops.lora import Projection
+from steep.training.adamw8bit import ADAMW_8BIT
 
-CODES = {"nf4": 0.53, "int8": 1.0, "fp8": 1.0}  # bytes of a weight as it is kept, its scales among them
 _UPDATE = 12  # bytes a trained bf16 value: gradient read twice, weight and both moments in 8 bits read and written
 
 
@@ -33,9 +34,7 @@ class StepWork:
     moved: float
 
 
-def step_work(
-    step: FusedStep, levels: Sequence[int], *, micro_batches: int, document: float, processes: int = 1
-) -> StepWork:
+def step_work(step: FusedStep, levels: Sequence[int], *, micro_batches: int, document: float) -> StepWork:
     """The work of a step.
 
     Args:
@@ -86,9 +85,9 @@ def _layer(layer: Layer, step: FusedStep, level: int, document: float) -> tuple[
 def _filled(layer: Layer, step: FusedStep) -> float:
     """Bytes that are read and written to have a layer's weights as products read them."""
     base = sum(_base(each) for each in (*layer.qkv, layer.o, *layer.gate_up, layer.down))
-    if step.base not in CODES:
+    if step.base not in QUANTISED:
         return 2 * WIDTH[step.compute] * base  # copied beside the adapters
-    return base * CODES[step.base] if step.fp8 == "both" else base * (CODES[step.base] + WIDTH[step.compute])
+    return base * (BASE_WIDTH[step.base] + (0 if step.fp8 == "both" else WIDTH[step.compute]))
 
 
 def _shape(projection: Projection) -> tuple[int, int]:

@@ -11,8 +11,7 @@ import torch
 from steep.model.install import install, uninstall
 from steep.model.load import load
 from tests.model.test_fused import adapted, loss_and_gradients, packed
-from tests.model.test_fused_gpu import SHAPE, truth_of
-from tests.ops.closeness import error
+from tests.model.test_fused_gpu import SHAPE, assert_as_exact, truth_of
 from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.gpu
@@ -59,9 +58,5 @@ def test_on_a_card(base: str, documents: str, tmp_path: Path) -> None:
         install(model, levels=level, tile=tile, fp8_products="none")
         fused_loss, fused = loss_and_gradients(model, batch)
         assert abs(fused_loss.cpu() - loss) < 1e-3 * loss
-        for name, gradient in truth.items():
-            bound = 1.1 * error(library[name], gradient) + 2e-3
-            assert bound < 0.25, name
-            assert error(fused[name], gradient) <= bound, f"{name} at level {level}, tile {tile}"
-            assert error(fused[name] / 2, gradient) > bound, name
+        assert_as_exact(fused, library, truth, f"at level {level}, tile {tile}")
         uninstall(model)

@@ -27,6 +27,7 @@ from steep.ops.host_states import HostState, Staging
 from steep.ops.row_gradient import coalesced, places, values_of
 
 Offload = Literal["none", "embeddings", "all"]
+ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit")  # the names that it has in `optim`
 OFFLOADS: tuple[Offload, ...] = ("none", "embeddings", "all")
 
 BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit states

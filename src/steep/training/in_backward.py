@@ -21,7 +21,7 @@ from transformers.training_args import OptimizerNames
 
 from steep import ranks
 from steep.errors import RunError, UserError
-from steep.training.adamw8bit import AdamW8bit
+from steep.training.adamw8bit import ADAMW_8BIT, AdamW8bit
 from steep.training.arguments import TrainingArguments
 from steep.training.gradients import GradientReport, all_norms, norms_of, read_norms, sum_up_rows
 
@@ -58,7 +58,7 @@ def check_in_backward(args: TrainingArguments, section: str = "") -> None:
         ),
         (
             "optim",
-            args.optim not in ("adamw_8bit", "adamw_bnb_8bit"),
+            args.optim not in ADAMW_8BIT,
             f"{OptimizerNames(args.optim).value} applies all gradients at once",
             "Set it to adamw_8bit",
         ),

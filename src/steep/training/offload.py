@@ -9,7 +9,7 @@ from transformers.training_args import OptimizerNames
 
 from steep.errors import UserError
 from steep.model.embeddings import embedding_parameter_names
-from steep.training.adamw8bit import AdamW8bit
+from steep.training.adamw8bit import ADAMW_8BIT, AdamW8bit
 from steep.training.arguments import TrainingArguments
 
 FIELD = "offload_optimizer"
@@ -24,7 +24,7 @@ def check_offload(args: TrainingArguments, section: str = "") -> None:
     Raises:
         UserError: it is not.
     """
-    if args.offload_optimizer != "none" and args.optim not in ("adamw_8bit", "adamw_bnb_8bit"):
+    if args.offload_optimizer != "none" and args.optim not in ADAMW_8BIT:
         name = OptimizerNames(args.optim).value
         raise UserError(
             f"{section}{FIELD}",

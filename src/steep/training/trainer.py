@@ -21,7 +21,7 @@ from steep.model.install import is_installed
 from steep.model.unwrap import unwrap
 from steep.stopping import Stop
 from steep.training import offload, parallel
-from steep.training.adamw8bit import AdamW8bit
+from steep.training.adamw8bit import ADAMW_8BIT, AdamW8bit
 from steep.training.ahead import forget_ahead, work_ahead
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
@@ -117,7 +117,7 @@ class Trainer(Reporting):
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
         cls, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if args.optim in ("adamw_8bit", "adamw_bnb_8bit"):
+        if args.optim in ADAMW_8BIT:
             kwargs = {key: value for key, value in kwargs.items() if key not in ("optim_bits", "is_paged")}
             return AdamW8bit, {**kwargs, "seed": args.seed, "offload": args.offload_optimizer}
         return cls, kwargs
