@@ -18,7 +18,7 @@ from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
 from steep.ops.row_gradient import SUMMING, fewer_rows
-from steep.training.adamw8bit import ADAMW_8BIT, UPDATES_UNDER_WAY, Offload
+from steep.training.adamw8bit import ADAMW_8BIT, Offload
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,7 @@ class FusedStep:
 
     def _under_way(self, layers: int) -> int:
         """Gradients that updates over host memory still read, so many layers behind the head."""
-        of_layer = self.shape.lora * self.gradient_width // self.shape.layers
-        of_head = self._of_head - self._of_waiting_head if layers < UPDATES_UNDER_WAY else 0
-        return updates_under_way(of_head, min(layers, 1) * of_layer, self.offload)
+        return updates_under_way(self.shape.lora * self.gradient_width // self.shape.layers, layers, self.offload)
 
     @property
     def _gradients_before(self) -> int:
