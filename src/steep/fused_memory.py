@@ -86,13 +86,14 @@ class FusedStep:
         """What each layer keeps and where, how the loss is cut, and the tile, so that the peak is within `budget`
         bytes: the least that is computed again, and of that the fewest layers with something in host memory; level 3
         everywhere in the smallest tile where not even that fits. The loss is cut by the vocabulary where that is
-        faster, or where more fits by it.
+        faster, or where more fits by it; into narrow parts where more fits by those.
 
         Args:
             host_room: bytes that layers may have in host memory.
             given: levels, where the rest is open.
         """
-        ways: list[Way] = ["vocabulary"] if self.faster_way == "vocabulary" else ["tokens", "vocabulary"]
+        ways: list[Way] = ["tokens"] if self.faster_way == "tokens" else []
+        ways += ["vocabulary", "narrow"]
         all_of_them = candidates(self.shape.layers, self.tokens)
         if given is not None:
             all_of_them = ((given, tile) for tile in tile_sizes(self.tokens))
