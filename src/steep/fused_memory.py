@@ -18,7 +18,7 @@ from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
 from steep.ops.row_gradient import SUMMING, fewer_rows
-from steep.training.adamw8bit import ADAMW_8BIT, UPDATES_UNDER_WAY, Offload
+from steep.training.adamw8bit import ADAMW_8BIT, Offload
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,14 @@ class FusedStep:
         """What each layer keeps and where, how the loss is cut, and the tile, so that the peak is within `budget`
         bytes: the least that is computed again, and of that the fewest layers with something in host memory; level 3
         everywhere in the smallest tile where not even that fits. The loss is cut by the vocabulary where that is
-        faster, or where more fits by it.
+        faster, or where more fits by it; into narrow parts where more fits by those.
 
         Args:
             host_room: bytes that layers may have in host memory.
             given: levels, where the rest is open.
         """
-        ways: list[Way] = ["vocabulary"] if self.faster_way == "vocabulary" else ["tokens", "vocabulary"]
+        ways: list[Way] = ["tokens"] if self.faster_way == "tokens" else []
+        ways += ["vocabulary", "narrow"]
         all_of_them = candidates(self.shape.layers, self.tokens)
         if given is not None:
             all_of_them = ((given, tile) for tile in tile_sizes(self.tokens))
@@ -175,9 +176,7 @@ class FusedStep:
 
     def _under_way(self, layers: int) -> int:
         """Gradients that updates over host memory still read, so many layers behind the head."""
-        of_layer = self.shape.lora * self.gradient_width // self.shape.layers
-        of_head = self._of_head - self._of_waiting_head if layers < UPDATES_UNDER_WAY else 0
-        return updates_under_way(of_head, min(layers, 1) * of_layer, self.offload)
+        return updates_under_way(self.shape.lora * self.gradient_width // self.shape.layers, layers, self.offload)
 
     @property
     def _gradients_before(self) -> int:

@@ -118,10 +118,10 @@ def states_bytes(shape: Shape, optim: str, offload: Offload = "none") -> int:
     return round(trained * OPTIMIZER_WIDTH.get(optim, 8.0))
 
 
-def updates_under_way(of_head: int, of_layer: int, offload: Offload) -> int:
-    """Bytes of gradients that updates over host memory still read while the layers behind them are in their backward
-    pass (`optimizer_in_backward`): the head's, and with all states there those of the layers before."""
-    return {"none": 0, "embeddings": of_head, "all": of_head + UPDATES_UNDER_WAY * of_layer}[offload]
+def updates_under_way(of_layer: int, layers: int, offload: Offload) -> int:
+    """Bytes of gradients that updates over host memory still read (`optimizer_in_backward`), so many layers behind the
+    head: those of the layers before. The head's is awaited."""
+    return min(layers, UPDATES_UNDER_WAY) * of_layer if offload == "all" else 0
 
 
 def standing(
@@ -194,8 +194,7 @@ def memory_by_item(
         of_table = shape.table * WIDTH[trained] if shape.trained_embeddings else 0
         of_layer = shape.lora * WIDTH[trained] // shape.layers
         waits = of_table if shape.tied else 0  # the head's, for that of the same table
-        if not shape.tied:
-            of_layer += updates_under_way(of_table, of_layer, offload)
+        of_layer += updates_under_way(of_layer, shape.layers - 1, offload)
         for activations, there in ((kept, of_table), (inside, waits + of_layer), (0, waits + of_table)):
             states.append({"activations": activations, "logits and loss": 0, "gradients": there + scratch})
     else:

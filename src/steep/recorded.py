@@ -90,7 +90,7 @@ class Plan(TypedDict):
     fused_reason: NotRequired[str | None]
     levels: NotRequired[list[Level] | None]
     places: NotRequired[list[Place] | None]
-    loss_way: NotRequired[Literal["tokens", "vocabulary"] | None]
+    loss_way: NotRequired[Literal["tokens", "vocabulary", "narrow"] | None]
     tile: NotRequired[Count | None]
     fp8_products: NotRequired[Literal["both", "backward", "none"] | None]
     warnings: list[str]
@@ -253,7 +253,7 @@ class Choices(TypedDict):
     trained_dtype: str
     levels: list[Level] | None
     chosen_for: Count
-    loss_way: Literal["tokens", "vocabulary"] | None
+    loss_way: Literal["tokens", "vocabulary", "narrow"] | None
     tile: NotRequired[Count | None]
     places: NotRequired[list[Place] | None]
     fp8_products: NotRequired[Literal["both", "backward", "none"] | None]

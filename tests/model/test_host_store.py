@@ -282,6 +282,29 @@ def test_a_layer_may_write_over_what_it_gets_and_layers_may_be_left_out() -> Non
     assert store.begin(CPU) is not None
 
 
+def test_large_inputs_have_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer fetches its own when it begins, and nothing is fetched before."""
+    monkeypatch.setattr(host_store, "_LARGE", 70 * 4)
+    for inputs, buffers in ([[0, 1, 2]], 1), ([[0, 1, 2], [1]], 2):
+        begun = HostStore().begin(CPU)
+        assert begun is not None
+        for number in range(3):
+            begun.keep(number, [torch.full((70,), float(number)) for numbers in inputs if number in numbers])
+        begun.keep(3, [])
+        begun.let_go()
+        assert begun.fetch(3) == [] and list(begun._fetched) == ([] if buffers == 1 else [2])
+        for number in (2, 1, 0):
+            assert all(torch.equal(each, torch.full((70,), float(number))) for each in begun.fetch(number))
+            assert list(begun._fetched) == ([number] if buffers == 1 else [number, number - 1][: number + 1])
+        assert len(begun._slots) == buffers
+    model = adapted(tiny_model("llama", num_hidden_layers=4))
+    monkeypatch.setattr(host_store, "_LARGE", 1)
+    for level in (1, 3):
+        expected = loss_and_gradients(placed(model, levels=level), packed())
+        for places in ("x", ["x"] * 3 + ["gpu"], ["gpu", "x", "gpu", "x"]):
+            assert same(loss_and_gradients(placed(model, levels=level, places=places), packed()), expected)
+
+
 def test_rows_that_are_apart_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     begun = HostStore().begin(CPU)
     assert begun is not None

@@ -144,7 +144,7 @@ def test_logits_are_capped_by_the_families_that_do(family: str, cap: float | Non
 # ---- how the loss is made
 
 
-@pytest.mark.parametrize("way", ["tokens", "vocabulary", None])
+@pytest.mark.parametrize("way", ["tokens", "vocabulary", "narrow", None])
 def test_the_chosen_way_is_taken(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ways = install(adapted(tiny_model("llama"))), []
     own = linear_cross_entropy.linear_cross_entropy_forward

@@ -87,6 +87,16 @@ def test_the_gpu_has_the_rest_and_two_slots(of_8b: Kept) -> None:
     assert of_8b.in_backward([0], ["all"]) == [(0, of_8b.on_host[0][3] + gate_up)]
 
 
+def test_large_inputs_have_one_slot() -> None:
+    """32,768 tokens of an 8B; where a layer has more on the host, two."""
+    for tokens, slots in ((32_767, 2), (32_768, 1)):
+        kept = Kept.of([layer_of_8b()], BF16, BF16, "none", tokens)
+        x, whole = kept.on_host[3][1], kept.on_host[1][-1]
+        three: Any = ["x"] * 3 + ["gpu"]
+        assert kept.in_backward([3] * 4, three) == [(0, slots * x), (2, slots * x), (3, slots * x)]
+        assert kept.in_backward([1] * 4, ["attention"] * 4)[0] == (0, 2 * whole)
+
+
 def test_as_few_as_fit(of_8b: Kept) -> None:
     levels = [1] * 8
     asked: list[Any] = []

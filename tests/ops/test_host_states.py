@@ -95,7 +95,7 @@ def test_small_tensors_share_a_slot_and_large_ones_are_cut(monkeypatch: pytest.M
 
 
 def test_bytes() -> None:
-    assert state_bytes(2**24) == 2 * 2**24 + 2 * 2**18 == staging_bytes() // 3
+    assert state_bytes(2**23) == 2 * 2**23 + 2 * 2**17 == staging_bytes() // 3
     assert state_bytes(1000, coded=False) == 2 * 4032
     first, second = torch.arange(300).view(3, 100).to(torch.uint8), torch.ones(3, 100, dtype=torch.uint8)
     scales = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])

@@ -393,15 +393,35 @@ def test_default_sizes() -> None:
     assert op.chunk_size(4096, 128256, 2, gradients=True) == 64128
     assert op.chunk_size(4096, 128263, 2, gradients=True) == 64192
     assert op.chunk_size(4096, 128256, 2, gradients=False) == 32064
+    assert op.chunk_size(4096, 128256, 2, gradients=True, way="narrow") == 8064
+    assert op.chunk_size(10**5, 128256, 2, gradients=True, way="narrow") <= 1088
     assert op.chunk_size(10**6, 128256, 2, gradients=True) <= 1088
     assert op.chunk_size(1, 384, 2, gradients=True) == 384
+
+
+def test_narrow_chunks_are_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit those of the same size by the vocabulary, and smaller than that way has them."""
+    monkeypatch.setattr(op, "NARROW_CHUNK_BYTES", 1)
+    made, products = [], []
+    own = op.product
+    monkeypatch.setattr(op, "product", lambda a, b, **how: products.append(b.shape) or own(a, b, **how))
+    for way in ({"way": "narrow"}, {"way": "vocabulary", "chunk": 1024}, {"way": "vocabulary"}):
+        torch.manual_seed(0)
+        x, weight = torch.randn(70, 64).requires_grad_(), torch.randn(2900, 64).requires_grad_()
+        products.clear()
+        loss = linear_cross_entropy(x, weight, torch.randint(2900, (70,)), **way)
+        loss.backward()
+        made.append((loss.detach(), x.grad, weight.grad, list(products)))
+    narrow, chunks, whole = made
+    assert all(torch.equal(one, other) for one, other in zip(narrow[:3], chunks[:3], strict=True))
+    assert narrow[3] == chunks[3] and len(narrow[3]) > len(whole[3])
 
 
 def most_memory(way: dict[str, Any], num_tokens: int, num_columns: int, hidden: int) -> int:
     """Bytes at the peak of a forward and a backward in bf16, both gradients among them, as the module says."""
     x, weight = num_tokens * hidden * 2, num_columns * hidden * 2
-    if way["way"] == "vocabulary":
-        chunk = way.get("chunk") or op.chunk_size(num_tokens, num_columns, 2, gradients=True)
+    if way["way"] != "tokens":
+        chunk = way.get("chunk") or op.chunk_size(num_tokens, num_columns, 2, gradients=True, way=way["way"])
         return num_tokens * chunk * 2 + weight + 3 * x  # dx is summed in fp32, then rounded
     tile = way.get("tile") or op.tile_size(num_tokens, num_columns, 2, frozen=False)
     logits = tile * num_columns * 2
@@ -418,6 +438,7 @@ def most_memory(way: dict[str, Any], num_tokens: int, num_columns: int, hidden: 
         {"way": "tokens", "tile": 4096},
         {"way": "vocabulary"},
         {"way": "vocabulary", "chunk": 8064},
+        {"way": "narrow"},
     ],
     ids=str,
 )

@@ -61,6 +61,21 @@ def test_a_run_is_the_one_with_states_on_the_card(
         assert_same(whole, resumed)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_heads_update_is_awaited(tied: bool, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first gradient of a layer comes; those of layers may still be under way when the next ones come."""
+    update_by_reference(monkeypatch)
+    before: list[int] = []
+    update = AdamW8bit.update
+    monkeypatch.setattr(
+        AdamW8bit, "update", lambda self, given: before.append(len(self._under_way)) or update(self, given)
+    )
+    trainer = lean(model_of(BF16, tied=tied, fused=True), corpus, tmp_path, offload_optimizer="all", max_steps=2)
+    trainer.train()
+    assert before == 2 * ([0, 1, 2] if tied else [0, 0, 1, 2])
+    assert not trainer._own_optimizer._under_way
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "paged_adamw_8bit"])
 def test_another_optimizer_is_refused_by_name(optim: str, corpus: Corpus, tmp_path: Path) -> None:
     told = rf"^offload_optimizer: {optim} keeps its states on the card\. Set optim: adamw_8bit"

@@ -11,7 +11,7 @@ waits for nothing in a step.
 
 So the main stream alone takes memory and gives it back, in its own order, and none is held back by the allocator. What
 is fetched goes into two buffers in turn, which live from the first fetch of a backward pass to its end; a layer may
-write over what it gets.
+write over what it gets. Large inputs have one buffer (`buffers_of`): a layer then fetches its own when it begins.
 
 On a CPU the same happens at once, by plain copies.
 """
@@ -28,7 +28,14 @@ from steep.ops.pinned import pinned_zeros
 
 _Event = torch.cuda.Event | torch.Event
 _ALIGNMENT = 256  # bytes: what the card's own allocator gives
-_SLOTS = 2  # the layer that computes, and the one before it
+_LARGE = 2**28  # bytes of one buffer
+
+
+def buffers_of(size: int, only_inputs: bool) -> int:
+    """Buffers of that many bytes on the card: one for the layer that computes, and one for the layer before it. Where
+    layers have their input alone on the host, to fetch it takes a twentieth of the time that a layer computes at most,
+    and less the longer documents are: where it is large, one buffer is worth more than that."""
+    return 1 if only_inputs and size >= _LARGE else 2
 
 
 class HostStore:
@@ -135,6 +142,7 @@ class HostPass:
     _held: _Held | None = None
     _on_host: dict[int, _OnHost] = field(default_factory=dict)
     _slots: list[torch.Tensor] = field(default_factory=list)
+    _most_slots: int = 0  # known at the first fetch
     _fetched: dict[int, _Fetched] = field(default_factory=dict)
     _left: bool = False
 
@@ -174,14 +182,15 @@ class HostPass:
 
     def fetch(self, index: int) -> list[torch.Tensor]:
         """What the layer `index` has on the host, for its backward pass, which begins: the last one of it. What the
-        layer before it has is fetched meanwhile.
+        layer before it has is fetched meanwhile, if there are two buffers.
 
         Raises:
             RuntimeError: this pass was left.
         """
         if self._left:
             raise RuntimeError("what a fused layer kept in host memory is gone: a backward pass has failed before")
-        for wanted in (index, index - 1):
+        self._most_slots = self._most_slots or self._count_slots()
+        for wanted in (index, index - 1)[: self._most_slots]:
             if wanted in self._on_host and wanted not in self._fetched:
                 self._fetch(wanted, beside=self._fetched.get(index))
         self._on_host.pop(index, None)
@@ -217,6 +226,10 @@ class HostPass:
                 buffer.copy_(source.buffer, non_blocking=True)
             there = up.record_event()
         self._fetched[index] = _Fetched(slot, _places(buffer, source.tensors), there)
+
+    def _count_slots(self) -> int:
+        sizes = [each.buffer.numel() for each in self._on_host.values()]
+        return buffers_of(max(sizes, default=0), all(len(each.tensors) == 1 for each in self._on_host.values()))
 
     def _slot(self, number: int) -> torch.Tensor:
         """As large as any layer needs, made when it is first needed."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from steep.model.block import LEVELS, PLACES, Place
+from steep.model.host_store import buffers_of
 from steep.model.layer import Layer
 from steep.model.step_bytes import host_bytes, products_a_byte
 from steep.ops.fp8_groups import Fp8Products
@@ -19,7 +20,6 @@ from steep.ops.fp8_groups import Fp8Products
 # Copies are hidden where a layer computes so many operations forward for each byte: an H200 does 13,000 while a byte
 # goes to its host, and cards that compute slower less.
 HIDDEN = 10_000
-_SLOTS = 2  # of what is fetched, on the GPU: see `steep.model.host_store`
 _ALL = len(PLACES) - 1
 _NUMBERS = {place: number for number, place in enumerate(PLACES)}
 
@@ -63,12 +63,14 @@ class Kept:
         there = list(map(self._there, levels, places))
         stays = list(accumulate(self._all(level) - each for level, each in zip(levels, there, strict=True)))
         slot, found = max(there), []
+        only_inputs = all(each <= self.on_host[level][1] for level, each in zip(levels, there, strict=True))
+        most = buffers_of(slot, only_inputs)
         for index in moments(levels, places):
-            slots = sum(size > 0 for size in there[max(index - 1, 0) :]) if slot else 0
+            slots = sum(size > 0 for size in there[max(index - most + 1, 0) :]) if slot else 0
             freed = 0
             if levels[index] == 0 and places[index] == "all":  # `work_bytes` has gate and up freed, and a slot stays
                 freed = self.on_host[0][_ALL] - self.on_host[0][_ALL - 1]
-            found.append((index, stays[index] + min(slots, _SLOTS) * slot + freed))
+            found.append((index, stays[index] + min(slots, most) * slot + freed))
         return found
 
     def fewest(self, levels: Sequence[int], room: int, fits: Callable[[list[Place]], bool]) -> list[Place] | None:

@@ -87,9 +87,8 @@ def work_bytes(
     if several:
         made = tokens * (x + heads * width)  # the gradients of x2 and of attention's output
         in_fp32 = 4 * sum(matrix.numel() for matrix in layer.trained())
-        group = min(
-            max(GROUP_BYTES, tokens * qkv.outputs * width // attention.num_kv_heads), tokens * qkv.outputs * width
-        )
+        of_one = tokens * qkv.outputs * width // attention.num_kv_heads
+        group = of_one * min(max(GROUP_BYTES // of_one, 1), attention.num_kv_heads)
         group += group * (2 * heads * width + dq) // (qkv.outputs * width)  # two copies of q's size
         rows = of_tile * (qkv.gradient_width + qkv.input_width + o.outputs) * width
         return standing + made + in_fp32 + max(between, group, buffers + rows)
@@ -136,8 +135,9 @@ def loss_bytes(
         converts: the head is kept in another dtype than the hidden states.
     """
     table, sums = vocabulary * hidden, gradient not in (0, 4)
-    if (way or faster_way(tokens, hidden, width, sums)) == "vocabulary":
-        chunk = chunk_size(tokens, vocabulary, width, gradients=True)
+    way = way or faster_way(tokens, hidden, width, sums)
+    if way != "tokens":
+        chunk = chunk_size(tokens, vocabulary, width, gradients=True, way=way)
         copy = chunk * hidden * width if converts else 0
         return tokens * hidden * (2 * width + 4) + tokens * chunk * width + copy
     tile = min(tile_size(tokens, vocabulary, width, not gradient), tokens)

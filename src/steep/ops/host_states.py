@@ -17,7 +17,7 @@ import torch
 from steep.ops.adamw8bit import BLOCK, Update, adamw8bit
 from steep.ops.pinned import pinned_zeros
 
-PIECE = 2**24  # elements with 8-bit moments that are updated at once; a power of two, see `part`
+PIECE = 2**23  # elements with 8-bit moments that are updated at once; a power of two, see `part`
 SLOTS = 3
 _ALIGNMENT = 64  # bytes
 _OTHERWISE = "each step waits for the moments of the optimizer"

@@ -4,12 +4,14 @@
 element of g is left out, and products accumulate in fp32. Both gradients are made in the forward, where the logits
 are, and multiplied by that of the loss in the backward: on the device, and without a pass over them where it is 1.
 
-Two ways:
+Three ways:
 - "tokens": a tile of tokens has its logits whole. They become their gradient in place, and three products are all there
   is. Over the tiles dW needs an fp32 sum of the weight's size.
 - "vocabulary": a chunk of the vocabulary has its logits for all tokens. A first pass over the chunks finds lse, a
   second makes the logits again (but for the last chunk, which is still there) and the gradients: a chunk of dW is one
-  product straight into its place, and the sum over chunks, dx, is small. Up to four products, and the least memory.
+  product straight into its place, and the sum over chunks, dx, is small. Up to four products, and little memory.
+- "narrow": the same in chunks of an eighth. Beside both gradients there is next to nothing, and of the first pass next to
+  nothing is still there for the second.
 
 z and g are in the dtype of x. In fp16 g is lifted by LIFT and free of the normaliser, and products stay in fp32 until
 the backward multiplies by the normaliser, so that nothing underflows.
@@ -29,12 +31,13 @@ from steep.ops.backend import not_compiled
 from steep.ops.cross_entropy import CrossEntropy, nothing_yet, product_buffer, scaled
 from steep.ops.products import product, sums_in_fp32
 
-Way = Literal["tokens", "vocabulary"]
+Way = Literal["tokens", "vocabulary", "narrow"]
 
 LIFT = 4096.0  # fp16: 1 / 128,256 is below its smallest normal number; 4096 · (p - 1) is far from its largest
 TILE_BYTES = 2**30  # logits of a tile of tokens, where every tile costs a pass over an fp32 sum of the weight's size
 LEAN_TILE_BYTES = 2**28  # and where it does not, since the weight is frozen
 CHUNK_BYTES = 2**29  # logits of a chunk of the vocabulary: the larger, the less is made twice
+NARROW_CHUNK_BYTES = 2**26
 LEAN_CHUNK_BYTES = 2**28  # and where there are no gradients, so that nothing is
 MIN_CHUNK = 1024
 
@@ -117,14 +120,16 @@ def tile_size(num_tokens: int, num_columns: int, itemsize: int, frozen: bool) ->
     return max(_even(num_tokens, max(min(most, -(-num_tokens // 2)), 128), 128), 1)
 
 
-def chunk_size(num_tokens: int, num_columns: int, itemsize: int, gradients: bool) -> int:
+def chunk_size(num_tokens: int, num_columns: int, itemsize: int, gradients: bool, way: Way = "vocabulary") -> int:
     """Columns of a chunk of the vocabulary, by default.
 
     Args:
         itemsize: bytes of a logit.
         gradients: they are made too, in a second pass over the chunks.
+        way: "narrow" has smaller ones.
     """
-    most = (CHUNK_BYTES if gradients else LEAN_CHUNK_BYTES) // (max(num_tokens, 1) * itemsize)
+    with_gradients = NARROW_CHUNK_BYTES if way == "narrow" else CHUNK_BYTES
+    most = (with_gradients if gradients else LEAN_CHUNK_BYTES) // (max(num_tokens, 1) * itemsize)
     return _even(num_columns, max(most, MIN_CHUNK), 64)
 
 
@@ -253,7 +258,7 @@ def linear_cross_entropy_forward(
         tile = tile or tile_size(num_tokens, num_columns, itemsize, not needs_weight)
         made = _by_tokens(x_TH, weight_VH, labels, entropy, factor, tile, x_dtype, weight_dtype)
     else:
-        chunk = chunk or chunk_size(num_tokens, num_columns, itemsize, gradients=needs_x or needs_weight)
+        chunk = chunk or chunk_size(num_tokens, num_columns, itemsize, gradients=needs_x or needs_weight, way=way)
         made = _by_vocabulary(x_TH, weight_VH, labels, entropy, factor, chunk, x_dtype, weight_dtype)
     losses, dx, dw = made
     left = scale / (LIFT * number) if late else None
@@ -319,9 +324,9 @@ def linear_cross_entropy(
             that are not ignored; 0 counts as 1.
         scale: factor of the logits (Cohere, Granite).
         softcap: softcap · tanh(logits / softcap), after the scale (Gemma 2).
-        way: "tokens" or "vocabulary", see the module; None: `faster_way`.
+        way: "tokens", "vocabulary" or "narrow", see the module; None: `faster_way`.
         tile: tokens of a tile (way "tokens"); default by the shapes, `tile_size`.
-        chunk: columns of a chunk, a multiple of 64 at best (way "vocabulary"); default by the shapes, `chunk_size`.
+        chunk: columns of a chunk, a multiple of 64 at best (the other ways); default by the shapes, `chunk_size`.
         weight_grad_dtype: default: what autograd keeps of it (`weight.grad_dtype`, where that is set), else the
             weight's own. An fp32 gradient of a bf16 leaf needs `weight.grad_dtype = torch.float32`: autograd rounds it
             otherwise.

@@ -34,8 +34,8 @@ BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit states
 SLICE = 2**24  # elements updated at once: bounds the copies to 0.4 GiB whatever the size of a tensor
 SMALLEST_OFFLOADED = 4096  # elements; what is smaller keeps 32-bit states, and they stay with it
 
-# Calls of `update` within which one over host memory is to be done: a head's takes as long as the backward pass of a
-# few layers, and its gradient stays meanwhile.
+# Calls of `update` within which one over host memory is to be done: its gradients stay meanwhile, which are few where
+# they are a layer's. Who cannot leave them that long awaits it by `finish_updates`.
 UPDATES_UNDER_WAY = 4
 
 _STATES = ("state1", "state2", "absmax1", "absmax2")

@@ -151,6 +151,8 @@ class UpdatesInBackward:
         gradients = [member.grad for member in members if member.grad is not None]
         self._norms |= zip((self._names[member] for member in members), norms_of(gradients), strict=True)
         self._optimizer.update(members)
+        if _is_outside(layer):
+            self._optimizer.finish_updates()
         for member in members:
             member.grad = None
 
@@ -198,3 +200,9 @@ def _layer_of(name: str) -> str:
     """The layer that a tensor is of; one outside of all layers stands for itself."""
     found = _LAYER.match(name)
     return found[1] if found else name
+
+
+def _is_outside(layer: str) -> bool:
+    """Whether that is no layer but a tensor outside of all, so an embedding: its gradient is as large as those of some
+    25 layers' adapters, and the layers' backward passes, where a step needs most, are to find it gone."""
+    return _LAYER.match(layer + ".") is None
