@@ -117,6 +117,20 @@ def test_a_tile_that_is_no_number_of_tokens(tile: Any) -> None:
     assert "4096" in str(caught.value) and not is_installed(model)
 
 
+def test_a_tile_is_given_with_levels() -> None:
+    model = adapted(tiny_model("llama"))
+    with pytest.raises(UserError, match="Give levels too"):
+        install(model, tile=4096)
+    assert not is_installed(model)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_an_empty_batch_is_refused_by_name(shape: tuple[int, int]) -> None:
+    model = install(adapted(tiny_model("llama")))
+    with pytest.raises(UserError, match="input_ids: a batch of"):
+        model(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=False)
+
+
 def test_a_long_batch_is_computed_in_tiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "WHOLE", 100)
     monkeypatch.setattr(tiling, "LARGE", 64)

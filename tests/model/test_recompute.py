@@ -364,6 +364,23 @@ def test_evaluation_chooses_no_levels() -> None:
     assert (fused_of(model).levels, fused_of(model).beside_for) == (None, 0)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_evaluation_keeps_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so needs no more than the leanest step, whatever the levels are."""
+    model, seen = install(adapted(tiny_model(family)), levels=0, tile=5), list[tuple[int, bool]]()
+    monkeypatch.setattr(MlpHalf, "gradient_rows", lambda *_: pytest.fail("gate and up are kept"))
+    own = MlpHalf.forward
+
+    def noted(half: Any, x2: torch.Tensor, up: Any, down: Any, gate_up: Any, mlp_out: Any, y: torch.Tensor) -> None:
+        seen.append((len(x2), gate_up is None and mlp_out is None))
+        own(half, x2, up, down, gate_up, mlp_out, y)
+
+    monkeypatch.setattr(MlpHalf, "forward", noted)
+    with torch.no_grad():
+        model(**packed(), use_cache=False)
+    assert seen and max(rows for rows, _ in seen) == 5 and all(nothing for _, nothing in seen)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(("level", "place"), [(0, "gpu"), (1, "gpu"), (2, "gpu"), (3, "gpu"), (0, "attention"),

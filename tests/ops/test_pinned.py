@@ -20,7 +20,7 @@ class Runtime:
     """torch's `cudart`, which locks what it is asked to unless it has a `refusal`; notes what is locked now."""
 
     def __init__(self, refusal: int = 0) -> None:
-        self.refusal, self.locked = refusal, dict[int, int]()
+        self.refusal, self.locked, self.waited = refusal, dict[int, int](), 0
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         if not self.refusal:
@@ -28,8 +28,13 @@ class Runtime:
         return self.refusal
 
     def cudaHostUnregister(self, address: int) -> int:
+        assert self.waited, "a copy may be under way"
+        self.waited -= 1
         (ctypes.c_ubyte * self.locked.pop(address)).from_address(address)[:]
         return 0
+
+    def wait(self, device: torch.device) -> None:
+        self.waited += 1
 
 
 def use(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +44,7 @@ def use(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "check_error", check)
+    monkeypatch.setattr(torch.cuda, "synchronize", runtime.wait)
 
 
 def test_it_is_locked_at_its_size_until_the_last_view_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from steep.model.attention_half import AttentionHalf
-from steep.model.host_store import HostLayer
+from steep.model.host_store import HostLayer, left_in_an_error
 from steep.model.layer import Batch, Layer, rows
 from steep.model.mlp_half import MlpHalf
 from steep.model.weights import AdapterGradients, Weights
@@ -104,19 +104,15 @@ class _Kept:
         for name, tensor in zip(self._on_host, self.host.fetch(), strict=True):
             setattr(self, name, (*self.saved, tensor) if name == "saved" else tensor)
 
-    def leave_host(self) -> None:
-        """The backward pass failed."""
-        if self.host is not None:
-            self.host.leave()
-
 
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, layer: Layer, batch: Batch, backend: str, *trained: torch.Tensor
     ) -> torch.Tensor:
-        first, second, keeps = AttentionHalf(layer, batch, backend), MlpHalf(layer, batch), any(ctx.needs_input_grad)
-        kept, level = _Kept(), batch.level if keeps else LEVELS[-1]
+        first, second, kept = AttentionHalf(layer, batch, backend), MlpHalf(layer, batch), _Kept()
+        level = batch.level if any(ctx.needs_input_grad) else None  # it is there without gradients too
+        keeps, level = level is not None, LEVELS[-1] if level is None else level
         with without_autocast(x.device.type), sums_in_fp32():
             qkv, _ = first.project(x, batch.weights(first.qkv))
             rotated = first.rotate(qkv)
@@ -161,14 +157,11 @@ class _Block(torch.autograd.Function):
         if kept is None:
             raise RuntimeError("a fused layer's gradients are written over what it kept, so that there is one backward")
         (first, second), ctx.kept, ctx.halves = ctx.halves, None, None  # nothing stays behind while the graph is alive
-        try:
+        with left_in_an_error(kept.host):
             kept.from_host()
             x = saved[0] if kept.x is None else kept.x
             with without_autocast(x.device.type), sums_in_fp32():
                 dx, gradients = _Backward(first, second, kept).run(x, dy.contiguous())
-        except BaseException:
-            kept.leave_host()
-            raise
         if len(gradients) != ctx.num_trained:
             raise RuntimeError("an adapter was frozen, or made to train, after the forward of a fused layer")
         return (dx if ctx.needs_input_grad[0] else None, None, None, None, *gradients)

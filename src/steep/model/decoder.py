@@ -19,6 +19,7 @@ from steep.errors import UserError
 from steep.model.block import block
 from steep.model.fp8_linear import Fp8Linear
 from steep.model.fused import Fused
+from steep.model.host_store import HostLayer, left_in_an_error
 from steep.model.layer import Batch, Groups, Layer
 from steep.model.machine import has_fp8_units
 from steep.model.projections import Unfused, compute_dtype, hooks_of, in_use
@@ -168,6 +169,9 @@ class FusedDecoder(nn.Module):
         )
         assert embedded is not None
         shape, device = embedded.shape[:2], embedded.device
+        if not shape.numel():
+            given = "inputs_embeds" if input_ids is None else "input_ids"
+            raise UserError(given, f"a batch of {shape[0]} rows of {shape[1]} tokens is empty", "Give one token or more.")
         lengths = row_lengths(attention_mask, position_ids, shape)
         if position_ids is None:
             position_ids = torch.arange(shape[1], device=device)[None]
@@ -202,16 +206,18 @@ class FusedDecoder(nn.Module):
         if fp8 != "none" and not self.fused.calls:
             layers = list(layers)
             self._say_dequantised([layer for layer in layers if layer is not None], dtype)
-        levels, hosts = [0] * len(kinds), [None] * len(kinds)
+        levels: Sequence[int | None] = [None] * len(kinds)
+        hosts: Sequence[HostLayer | None] = [None] * len(kinds)
         if torch.is_grad_enabled():
             levels = self._levels(hidden_states, dtype)
             hosts = self.fused.host_layers(len(kinds), hidden_states.device)
         tile = self.fused.tile or tile_sizes(packing.num_tokens)[0]
-        for module, layer, kind, level, host in zip(self.layers, layers, kinds, levels, hosts, strict=True):
-            batch = Batch(packing, *turns[kind], dtype, fp8, level, tile, host)
-            hidden_states = module(hidden_states, batch=batch, fused=self.fused, layer=layer)
-        if hosts[-1] is not None:
-            hosts[-1].let_go()
+        with left_in_an_error(hosts[-1]):
+            for module, layer, kind, level, host in zip(self.layers, layers, kinds, levels, hosts, strict=True):
+                batch = Batch(packing, *turns[kind], dtype, fp8, level, tile, host)
+                hidden_states = module(hidden_states, batch=batch, fused=self.fused, layer=layer)
+            if hosts[-1] is not None:
+                hosts[-1].let_go()
         traits = self.layers[0].traits
         with torch.autocast(hidden_states.device.type, enabled=False):
             return rms_norm(hidden_states, self.norm.weight, eps_of(self.norm), unit_offset=traits.unit_offset)

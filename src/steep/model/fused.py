@@ -102,6 +102,10 @@ class Fused:
         """Let go of host memory that a forward pass has whose step is not ended."""
         self._host.take_back()
 
+    def free_host(self) -> None:
+        """Give host memory back: no step is to come for now."""
+        self._host.free()
+
     def forget(self) -> None:
         """Let go of what was read: it is read again."""
         self._readings.clear()

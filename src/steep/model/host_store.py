@@ -19,7 +19,8 @@ On a CPU the same happens at once, by plain copies.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -79,6 +80,11 @@ class HostStore:
         if holder is not None:
             holder.leave()
 
+    def free(self) -> None:
+        """Give all of it back: no step is to come for now."""
+        self.take_back()
+        self._buffers.clear()
+
     def leave(self, leaving: HostPass) -> None:
         if self._holder is not None and self._holder() is leaving:
             self._holder = None
@@ -117,12 +123,10 @@ class _OnHost:
 
     Attributes:
         tensors: views of its buffer.
-        copied: the end of the copy; None: it is over.
     """
 
     buffer: torch.Tensor
     tensors: list[torch.Tensor]
-    copied: _Event | None
 
 
 @dataclass
@@ -161,7 +165,7 @@ class HostPass:
                 with torch.cuda.stream(down):
                     _copy(sources, places)
                 copied = down.record_event()
-            self._on_host[index] = _OnHost(buffer, places, copied)
+            self._on_host[index] = _OnHost(buffer, places)
         self.let_go()
         if sources:
             self._held = _Held(sources, [source._version for source in sources], copied)
@@ -188,7 +192,7 @@ class HostPass:
             RuntimeError: this pass was left.
         """
         if self._left:
-            raise RuntimeError("what a fused layer kept in host memory is gone: a backward pass has failed before")
+            raise RuntimeError("what a fused layer kept in host memory is gone: an error ended this pass before")
         self._most_slots = self._most_slots or self._count_slots()
         for wanted in (index, index - 1)[: self._most_slots]:
             if wanted in self._on_host and wanted not in self._fetched:
@@ -202,7 +206,7 @@ class HostPass:
         return fetched.tensors
 
     def leave(self) -> None:
-        """A backward pass failed, and its graph may stay alive: the next forward pass gets the memory all the same."""
+        """It failed, and its graph may stay alive: the next forward pass gets the memory all the same."""
         self._left = True
         self.store.leave(self)
 
@@ -219,9 +223,7 @@ class HostPass:
         if up is None:
             buffer.copy_(source.buffer)
         else:
-            up.wait_stream(self._main)  # which gave the slot its memory, or read what was in it
-            if source.copied is not None:
-                up.wait_event(source.copied)
+            up.wait_stream(self._main)  # which gave the slot its memory, or read what was in it, and awaited the copy down
             with torch.cuda.stream(up):
                 buffer.copy_(source.buffer, non_blocking=True)
             there = up.record_event()
@@ -265,6 +267,17 @@ class HostLayer:
 
     def leave(self) -> None:
         self.whole.leave()
+
+
+@contextmanager
+def left_in_an_error(layer: HostLayer | None) -> Iterator[None]:
+    """Within, an error ends the pass that `layer` is a part of."""
+    try:
+        yield
+    except BaseException:
+        if layer is not None:
+            layer.leave()
+        raise
 
 
 def _size(tensors: Sequence[torch.Tensor]) -> int:

@@ -52,7 +52,7 @@ def install(
         fp8_products: which products over an fp8 base are in fp8: ``both`` directions, ``backward`` or ``none``. None:
             both on a card with fp8 units, none elsewhere.
         tile: tokens that a layer computes at a time where rows do not depend on each other: the fewer, the less memory
-            a long batch takes. None: chosen with `levels`, or all up to 16,384.
+            a long batch takes. With `levels` only. None: chosen with the levels, or all up to 16,384.
 
     Returns:
         `model` itself.
@@ -76,12 +76,11 @@ def install(
     num_layers = len(decoder.layers)
     levels = _for_each(levels, num_layers, "levels", LEVELS, "from 0 to 3")
     places = _for_each(places, num_layers, "places", PLACES, f"of {', '.join(PLACES)}")
-    if places is not None and levels is None:
-        raise UserError(
-            "places", "they are chosen with the levels where those are not given", "Give levels too, or neither."
-        )
     if tile is not None and (type(tile) is not int or tile < 1):
         raise UserError("tile", f"{tile!r} is no number of tokens", "Give a whole number above 0, such as 4096.")
+    for name, value in {"places": places, "tile": tile}.items():
+        if value is not None and levels is None:
+            raise UserError(name, "it is chosen with the levels where those are not given", "Give levels too, or neither.")
     if fp8_products not in (None, *FP8_PRODUCTS):
         problem = f"{fp8_products!r} is unknown"
         raise UserError("fp8_products", problem, f"Give one of {', '.join(FP8_PRODUCTS)}, or None.")

@@ -139,7 +139,7 @@ class Batch:
         cos, sin: fp32 [T, R / 2], of this layer's kind.
         dtype: of products and of what lies between them.
         fp8: which products over an fp8 base are in fp8.
-        level: what the layer keeps for its backward pass (`steep.model.block`).
+        level: what the layer keeps for its backward pass (`steep.model.block`); None: there is none.
         tile: tokens that what is row by row is computed for at a time.
         host: where the layer keeps some of it in host memory; None: no layer does.
     """
@@ -149,7 +149,7 @@ class Batch:
     sin: torch.Tensor
     dtype: torch.dtype
     fp8: Fp8Products
-    level: int
+    level: int | None
     tile: int
     host: HostLayer | None = None
 

@@ -54,7 +54,12 @@ def _lock(block: np.ndarray, device: torch.device, otherwise: str) -> None:
         return
     # torch holds the array as long as a tensor needs it, and an array calls this before it lets go of its pages (a
     # map of pages would call it afterwards).
-    weakref.finalize(block, runtime.cudaHostUnregister, address)
+    weakref.finalize(block, _unlock, runtime, address, device).atexit = False
+
+
+def _unlock(runtime: Any, address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # whoever dropped it may have left a copy under way
+    runtime.cudaHostUnregister(address)
 
 
 def _take_error_back(device: torch.device) -> None:

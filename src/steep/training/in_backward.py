@@ -46,7 +46,7 @@ def check_in_backward(args: TrainingArguments, section: str = "") -> None:
     for field, is_wrong, problem, remedy in (
         (
             "max_grad_norm",
-            args.max_grad_norm > 0,
+            (args.max_grad_norm or 0) > 0,
             f"clipping at {args.max_grad_norm:g} needs the norm of all gradients before any is applied",
             "Set it to 0",
         ),
@@ -165,7 +165,7 @@ class UpdatesInBackward:
         self._optimizer.finish_updates()
         sum_up_rows(self._parameters.values())
         left = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        found, self._norms = self._norms, {}
+        found = dict(self._norms)
         for arrived in self._arrived.values():
             arrived.clear()
         if left:
@@ -175,7 +175,9 @@ class UpdatesInBackward:
             return GradientReport(list(self._parameters), torch.zeros(len(self._parameters)), 0.0)
         norms = all_norms([found[name] for name in there])
         meanwhile()
-        return read_norms(self._parameters, there, norms)
+        told = read_norms(self._parameters, there, norms)
+        self._norms = {}  # not before: an error of the card's comes up where the host first waits for it
+        return told
 
 
 @contextmanager
@@ -186,7 +188,7 @@ def updates_in_backward(parameters: Mapping[str, nn.Parameter], optimizer: Any) 
     hooks = [parameter.register_post_accumulate_grad_hook(updates.arrived) for parameter in parameters.values()]
     try:
         yield updates
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C in a notebook too
         if updates.begun:
             error.add_note(PARTLY)
         raise

@@ -17,7 +17,7 @@ from steep.data.packed_dataset import collate
 from steep.data.packing import Corpus
 from steep.data.sampler import EpochSampler
 from steep.errors import RunError, UserError
-from steep.model.install import is_installed
+from steep.model.install import fused_of, is_installed
 from steep.model.unwrap import unwrap
 from steep.stopping import Stop
 from steep.training import offload, parallel
@@ -193,8 +193,11 @@ class Trainer(Reporting):
             )
         )
         proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
+        self._updates = None
         if self.args.optimizer_in_backward:
             self._updates = self._until_trained.enter_context(updates_in_backward(self._trainable, self._own_optimizer))
+        if is_installed(self.model):
+            self._until_trained.callback(fused_of(self.model).free_host)
         self._begin_step()
         self._forget_step()
         self._retry = retry_of(self, self._forward_and_backward) if self._updates is None else None
