@@ -62,7 +62,9 @@ def test_a_run_is_the_one_with_states_on_the_card(
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_the_heads_update_is_awaited(tied: bool, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heads_update_is_awaited(
+    tied: bool, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the first gradient of a layer comes; those of layers may still be under way when the next ones come."""
     update_by_reference(monkeypatch)
     before: list[int] = []
