@@ -79,6 +79,7 @@ def copied_to_nowhere(model: Any, saved: Collection[str]) -> Iterator[Callable[[
         put_back()
         for wrapper in list(peft_model.modules()):
             if isinstance(wrapper, ModulesToSaveWrapper) and id(wrapper.original_module) in weights:
+                copied: Any
                 for copied in wrapper.modules_to_save.values():
                     weight = weights[id(wrapper.original_module)]
                     copied.weight = nn.Parameter(weight.detach(), copied.weight.requires_grad)
@@ -87,6 +88,7 @@ def copied_to_nowhere(model: Any, saved: Collection[str]) -> Iterator[Callable[[
         yield share
     finally:
         put_back()
+        weights.clear()  # what was given lives on
 
 
 def _tensors_of(config: Any) -> BaseTensors | None:
