@@ -65,13 +65,13 @@ def run_file(work: Work, text: Path, output: Path) -> dict[str, Any]:
 
 def steep_bare(work: Work) -> Peer:
     """steep's parts as `steep train` puts them together."""
-    from steep import add_adapters, install, load, offload_originals
+    from steep import add_adapters, install, load
     from steep.model.install import fused_of
     from steep.training.adamw8bit import AdamW8bit
 
     model, _ = load(work.folder, base="nf4", compute_dtype="bf16")
-    model = add_adapters(model, r=work.r, lora_alpha=ALPHA, trained_dtype="bf16")
-    model = install(offload_originals(model))
+    model = add_adapters(model, r=work.r, lora_alpha=ALPHA, trained_dtype="bf16", offloads=True)
+    model = install(model)
     if work.cap_gib:
         fused = fused_of(model)
         fused.levels, fused.loss_way, fused.tile = planned(work)

@@ -24,11 +24,18 @@ from steep.model.machine import Card
 from steep.plan import plan_run
 from steep.run import train_run
 from steep.schema import RunConfig
-from steep.vram import vram_budget
+from steep.vram import host_budget, vram_budget
 from tests.test_fused_run import config_of, empty_llama
 from tests.test_run import run_file
 
 BATCH, PARTS = "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
+
+
+@pytest.fixture(autouse=True)
+def host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 GiB are available."""
+    for module in ("fitting", "vram"):
+        monkeypatch.setattr(f"steep.{module}.available_on_host", lambda: 2**37)
 
 
 @cache
@@ -43,7 +50,8 @@ def read(shape: str, rank: int) -> tuple[Any, Layer]:
 def ground_of(config: RunConfig, card: Card | None, shape: str = "llama-3-8b", before: Choices | None = None) -> Ground:
     (empty, layer), resolved = read(shape, config.adapter.r), SimpleNamespace(quantization=None)
     budget = vram_budget(config.training.vram, card)
-    return Ground(resolved, empty, layer, card, budget, before)  # pyright: ignore[reportArgumentType]
+    host = 0 if config.training.host_memory == "auto" else host_budget(config.training.host_memory, card)
+    return Ground(resolved, empty, layer, card, budget, before, host=host)  # pyright: ignore[reportArgumentType]
 
 
 def shortfall(config: RunConfig, ground: Ground, is_branch: bool = False) -> Shortfall | None:
@@ -106,7 +114,7 @@ def test_what_changes_the_result_least_comes_first() -> None:
     more = next(part for part in range(first[BATCH] + 1, 17) if 48 % part == 0)
     whole = changed(config, {BATCH: more, PARTS: 48 // more})
     assert shortfall(whole, ground_of(whole, card_named("4090"))) is not None  # no larger part fits
-    assert [list(each) for each in others] == [["data.max_length"]]
+    assert [list(each) for each in others] == [["training.host_memory"], ["data.max_length"]]
     config = config_of(training={"optim": "adamw_torch"})
     assert settings_of(shortfall(config, ground_of(config, card_named("4090"))))[0] == {"training.optim": "adamw_8bit"}
     config = config_of(training={"gradient_checkpointing": False, "per_device_train_batch_size": 4})
@@ -151,6 +159,37 @@ def test_a_layer_of_another_rank_is_that_of_the_run() -> None:
         assert shapes(of_rank[0]) != shapes(of_rank[1])
 
 
+# ---- host memory
+
+
+def test_what_the_host_may_have_is_proposed() -> None:
+    """Where it makes a step fit, and the host has it: states, updates inside backward, what layers keep."""
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
+    config = config_of(training={**sizes, "vram": "13GiB"}, data={"max_length": 4096})
+    card = Card("fake", (9, 0), round(80e9), round(80e9), is_here=False)
+    found = settings_of(shortfall(config, ground_of(config, card)))
+    assert found[0] == {"training.optimizer_in_backward": True}
+    assert {"training.offload_optimizer": "embeddings"} in found
+    config = config_of(training={**sizes, "vram": "24GiB"}, data={"max_length": 65536})
+    found = settings_of(shortfall(config, ground_of(config, card)))
+    assert "training.host_memory" in found[0], found
+    clipped = config_of(training={**sizes, "max_grad_norm": 1.0, "vram": "13GiB"}, data={"max_length": 4096})
+    names = {name for each in settings_of(shortfall(clipped, ground_of(clipped, card))) for name in each}
+    assert "training.optimizer_in_backward" not in names and "training.offload_optimizer" in names
+
+
+def test_no_more_of_the_host_is_proposed_than_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    config = config_of(training={**sizes, "vram": "24GiB"}, data={"max_length": 65536})
+    card = Card("fake", (9, 0), round(80e9), round(80e9))
+    for there, proposed in ((2**38, True), (2**30, False)):
+        monkeypatch.setattr("steep.fitting.available_on_host", lambda there=there: there)
+        monkeypatch.setattr("steep.vram.available_on_host", lambda there=there: there)
+        names = {name for each in settings_of(shortfall(config, ground_of(config, card))) for name in each}
+        assert ("training.host_memory" in names) == proposed
+        assert proposed or "training.offload_optimizer" not in names
+
+
 # ---- when a run is refused
 
 
@@ -170,7 +209,8 @@ def test_auto_refuses_above_what_it_would_fill() -> None:
     assert nearly.is_refused and nearly.peak < 31e9
     text = str(far(free=20e9).error())
     assert text.startswith("training.vram: a step needs about 2") and "(18.6 GiB are free)" in text
-    assert "What fits, nearest first: data.max_length: 512 (" in text
+    assert "What fits, nearest first: training." in text and "training.host_memory: 32GiB (" in text
+    assert "; or data.max_length: 512 (" in text
     assert "To try it all the same: training.vram: " in text and "\n" not in text
 
 

@@ -472,7 +472,7 @@ def test_layers_keep_what_the_budget_allows(accumulation: int) -> None:
             assert all(sum(step.by_item(lower, each, tile).values()) > budget for each in ("tokens", "vocabulary"))
         if tile == step.tokens:  # a smaller one has fewer bytes by the layer, and so levels of its own
             seen.append(sum(levels))
-    assert seen == sorted(seen, reverse=True) and seen[-1] == 0 and len(set(seen)) > 4
+    assert seen == sorted(seen, reverse=True) and seen[-1] == 0 and len(set(seen)) >= 4
     assert settle(config, step, None, None).levels == [0] * 4  # without a card
     for asked, level in ((True, 3), (False, 0)):
         config.training.gradient_checkpointing = asked

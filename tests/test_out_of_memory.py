@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from steep import hand_over, plan, result, run
 from steep.errors import RunError
 from steep.machine_faults import PINNED, is_the_machines, place_that_ran_out
+from steep.model.choices import Choices
+from steep.model.machine import Card
 from steep.out_of_memory import memory_told, what_to_lower
 from steep.plan import plan_run
 from steep.training.trainer import Trainer
@@ -164,6 +167,33 @@ def test_what_to_lower_first(llama_folder: Path, korean_corpus: Path, tmp_path: 
         "training.per_device_train_batch_size (now 4; with more gradient_accumulation_steps, now 1, a step stays what "
         "it is)"
     )
+
+
+def test_what_could_be_in_host_memory(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    """Of a run on a card; where it is the host's that ran out, less of it."""
+    planned = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run"))
+
+    def named(place: str = "GPU", **training: Any) -> list[str]:
+        config = planned.config.model_copy(deep=True)
+        for name, value in training.items():
+            setattr(config.training, name, value)
+        found = what_to_lower(replace(on_card, config=config), place=place)
+        return [each for each in found if "offload" in each or "host_memory" in each]
+
+    choices = Choices(True, "bf16", [3, 3], places=["x", "gpu"])
+    on_card = replace(planned, card=Card("fake", (9, 0), 2**34, 2**34), choices=choices)
+    states = "training.offload_optimizer: all (now none; nothing else changes)"
+    assert named() == [states] and named(offload_optimizer="all") == []
+    assert named(optim="adamw_torch") == []
+    on_card.choices = replace(choices, places=None)
+    assert named() == [states, "training.host_memory: more than was planned with (now auto)"]
+    on_card.choices = replace(choices, levels=[3, 2], places=None)  # training.vram has more of it there
+    assert named() == [states]
+    on_card.choices = choices
+    assert named("host") == ["training.host_memory (now auto)"]
+    assert named(PINNED, offload_optimizer="all")[0] == "training.offload_optimizer (now all)"
+    on_card.card = None
+    assert named() == named("host") == []
 
 
 def raises(*given: Any, **settings: Any) -> Any:

@@ -19,6 +19,7 @@ from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from tests.test_run import lines, run_file
+from tests.tiny import save_tiny
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
 
@@ -93,3 +94,17 @@ def test_it_goes_along(finished: RunConfig, tmp_path: Path) -> None:
     export_run(finished.training.output_dir, tmp_path / "adapter", to="adapter")
     card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
     assert "rope_parameters={'rope_theta': " in card and "max_position_embeddings=2048" in card
+
+
+def test_gemma_3_has_it_in_one_of_its_ropes(korean_corpus: Path, tmp_path: Path) -> None:
+    """From the run to the files that others read."""
+    linear = {"rope_type": "linear", "factor": 8.0}
+    config = config_of(save_tiny("gemma3", tmp_path / "base"), korean_corpus, tmp_path / "run", linear)
+    train_run(config)
+    assert "linear" in (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
+    export_run(config.training.output_dir, tmp_path / "merged")  # which scores what it wrote
+    written = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert written["rope_scaling"]["factor"] == 8.0 and written["rope_theta"] == written["rope_scaling"]["rope_theta"]
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    parameters = result_of(config).config.rope_parameters
+    assert opened.config.rope_parameters == parameters and parameters["sliding_attention"]["rope_type"] == "default"

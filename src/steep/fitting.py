@@ -2,7 +2,8 @@
 
 They are found by planning the memory of other settings, those first that change the result least: a batch in more parts
 makes the same step, optimizer states and weights in fewer bits nearly the same; shorter rows and a lower rank make
-another run, and so do embeddings that stay as they are.
+another run, and so do embeddings that stay as they are. What may be in host memory changes no bit of a result; but the
+host has to have it, and a step takes longer.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import Any
 
 import torch
 
+from steep import ranks
 from steep.computation import Computation, Ground, Sizes
 from steep.errors import UserError
 from steep.memory import GIB
+from steep.model.block import LEVELS, Place
 from steep.model.layer import Layer
-from steep.model.machine import Card
+from steep.model.machine import Card, available_on_host
 from steep.ops.lora import Lora, Projection
 from steep.schema import RunConfig
+from steep.sizes import host_bytes
 from steep.training.adamw8bit import ADAMW_8BIT
-from steep.vram import asked_bytes
+from steep.vram import asked_bytes, host_budget, host_limit
 
 SHORTEST, LOWEST_RANK = 256, 8  # that are proposed
 MOST = 3
@@ -130,7 +134,7 @@ def shortfall_of(
     elif goes_on:
         knobs = [_most_recomputed(config)]
     else:
-        knobs = _knobs(config, computation)
+        knobs = _knobs(config, computation, ground, sizes)
     nearest = _Trials(config, ground, budget).nearest(knobs)
     return Shortfall(sizes.peak, budget, limit, card, vram, nearest, goes_on, is_branch)
 
@@ -138,12 +142,15 @@ def shortfall_of(
 # ---- what may be turned
 
 
-def _knobs(config: RunConfig, computation: Computation) -> list[Knob]:
+def _knobs(config: RunConfig, computation: Computation, ground: Ground, sizes: Sizes) -> list[Knob]:
     """Those of a new run, in the order in which they change its result."""
     training, ranks = config.training, range((config.adapter.r - 1).bit_length() - 1, -1, -1)
     return [
         [{"training.gradient_checkpointing": None}] if training.gradient_checkpointing is False else [],
         _batches(config),
+        [{"training.optimizer_in_backward": True}] if _could_be_lean(config, computation) else [],
+        _offloads(config, ground.card),
+        _amounts_of_host_memory(config, ground, sizes),
         [] if training.optim in ADAMW_8BIT else [{"training.optim": "adamw_8bit"}],
         [] if computation.base == "nf4" else [{"model.base": "nf4"}],
         [] if computation.trained == "bf16" else [{"model.trained_dtype": "bf16"}],
@@ -163,6 +170,36 @@ def _batches(config: RunConfig) -> Knob:
         for part in range(batch - 1, 0, -1)
         if rows % part == 0
     ]
+
+
+def _could_be_lean(config: RunConfig, computation: Computation) -> bool:
+    """Whether updates inside backward change nothing but the memory: see `steep.training.in_backward`."""
+    training = config.training
+    allowed = training.max_grad_norm == 0 and training.gradient_accumulation_steps == 1 and ranks.world_size() == 1
+    of_8_bit = training.optim in ADAMW_8BIT and computation.compute != "fp16"
+    return allowed and of_8_bit and training.spike_action != "skip" and not training.optimizer_in_backward
+
+
+def _offloads(config: RunConfig, card: Card | None) -> Knob:
+    """Optimizer states in the memory of the host."""
+    training = config.training
+    if card is None or training.optim not in ADAMW_8BIT or training.offload_optimizer == "all":
+        return []
+    first = config.adapter.modules_to_save and training.offload_optimizer == "none"
+    return [{"training.offload_optimizer": whose} for whose in (["embeddings"] if first else []) + ["all"]]
+
+
+def _amounts_of_host_memory(config: RunConfig, ground: Ground, sizes: Sizes) -> Knob:
+    """As much of it as the inputs of all layers need, and what else is there, if the host of this card has it."""
+    if sizes.step is None or ground.card is None:
+        return []
+    inputs: list[Place] = ["x"] * (sizes.shape.layers - 1)
+    inputs.append("gpu")
+    needed = sizes.step.in_host_memory([LEVELS[-1]] * sizes.shape.layers, inputs) * ranks.processes_here()
+    needed += sum(host_bytes(config, sizes.shape, sizes.memory).values())
+    amount = 2 ** max(math.ceil(math.log2(needed / GIB)), 0)
+    most = available_on_host() if ground.card.is_here else math.inf
+    return [{"training.host_memory": f"{amount}GiB"}] if ground.host < amount * GIB <= most else []
 
 
 def _lengths(config: RunConfig) -> Knob:
@@ -230,13 +267,28 @@ class _Trials:
         config, ground = changed(self.config, settings), self.ground
         if ground.before is not None:
             ground = replace(ground, before=replace(ground.before, levels=None))
+        if "training.host_memory" in settings:
+            ground = replace(ground, host=host_budget(config.training.host_memory, ground.card))
         if ground.layer is not None and "adapter.r" in settings:
             ground = replace(ground, layer=with_rank(ground.layer, config.adapter.r))
         try:
             computation = ground.computation(config)
         except UserError:
             return math.inf
-        return ground.sized(config, computation).peak
+        training = config.training
+        if training.optimizer_in_backward and training.gradient_accumulation_steps > 1:
+            return math.inf
+        sizes = ground.sized(config, computation)
+        return sizes.peak if self._host_has(config, sizes) else math.inf
+
+    def _host_has(self, config: RunConfig, sizes: Sizes) -> bool:
+        """Whether its memory holds what is put there."""
+        card, asked = self.ground.card, config.training.host_memory
+        locked = config.training.offload_optimizer != "none" or sizes.on_host
+        if not locked or card is None or (asked == "auto" and not card.is_here):
+            return True
+        needed = sum(host_bytes(config, sizes.shape, sizes.memory).values()) + sizes.on_host * ranks.processes_here()
+        return needed <= host_limit(asked, card)
 
 
 def changed(config: RunConfig, settings: Settings) -> RunConfig:

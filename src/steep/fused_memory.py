@@ -92,8 +92,8 @@ class FusedStep:
             host_room: bytes that layers may have in host memory.
             given: levels, where the rest is open.
         """
-        ways: list[Way] = ["tokens"] if self.faster_way == "tokens" else []
-        ways += ["vocabulary", "narrow"]
+        ways: list[Way] = ["tokens", "vocabulary", "narrow"]
+        ways = ways[ways.index(self.faster_way) :]
         all_of_them = candidates(self.shape.layers, self.tokens)
         if given is not None:
             all_of_them = ((given, tile) for tile in tile_sizes(self.tokens))

@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from steep.export.loading_code import LOFTQ_OVER_FP8, is_loftq_over_fp8, loading_by_steep, loading_code
 from steep.export.markdown import code, python
+from steep.model.rope import rope_of_far_tokens
 from steep.plan import Plan
 
 
@@ -50,7 +51,9 @@ def readme(plan: Plan, model: PeftModel, final: Path) -> str:
     needed = f"{', '.join(needs[:-1])} and {needs[-1]}"
     parts = [_HEAD.format(head=head, base=code(base), needed=needed), _TOKENIZER.format(final=place), *ways]
     if (stretched := plan.resolved.stretched) is not None:
-        parts.append(_SCALED.format(kind=stretched.get_text_config().rope_parameters["rope_type"]))
+        scaled = rope_of_far_tokens(stretched.get_text_config())
+        assert scaled is not None
+        parts.append(_SCALED.format(kind=scaled["rope_type"]))
     if plan.vocabulary is not None:
         parts.append(_NEW_TOKENS.format(count=len(plan.vocabulary.tokens)))
     return "\n".join(parts)

@@ -42,14 +42,14 @@ def memory_told(plan: Plan | None, *, loading: bool = False) -> Iterator[None]:
             said, remedy = "", "Free some of it, or take a machine that has more"
         else:
             said = f"{human_bytes(sum(plan.memory.values()))} were planned for a step, and "
-            remedy = f"Lower, in this order: {', '.join(what_to_lower(plan, loading=loading))}"
+            remedy = f"Lower, in this order: {', '.join(what_to_lower(plan, loading=loading, place=place))}"
             remedy += "" if loading else ". The last checkpoint is as it was"
         notes = "".join(f". {note}" for note in getattr(error, "__notes__", ()))
         raise RunError(f"{place} memory ran out: {said}{_there_was(place)}. {remedy}{notes}") from error
 
 
-def what_to_lower(plan: Plan, *, loading: bool = False) -> list[str]:
-    """The settings that take memory, with their values, those first that change the result least."""
+def what_to_lower(plan: Plan, *, loading: bool = False, place: str = "GPU") -> list[str]:
+    """The settings that take memory there, with their values, those first that change the result least."""
     config, found = plan.config, []
     training = config.training
     if not loading:
@@ -57,6 +57,7 @@ def what_to_lower(plan: Plan, *, loading: bool = False) -> list[str]:
         lean = training.optimizer_in_backward
         if not lean and _could_be_lean(plan):
             found.append("training.optimizer_in_backward: true (now false; nothing else changes)")
+        found += _of_the_host(plan, place)
         if batch > 1 and lean:
             found.append(f"training.per_device_train_batch_size (now {batch})")
         elif batch > 1:
@@ -78,6 +79,26 @@ def what_to_lower(plan: Plan, *, loading: bool = False) -> list[str]:
     found.append(f"adapter.r (now {config.adapter.r})")
     if config.adapter.modules_to_save:
         found.append(f"adapter.modules_to_save (now {', '.join(config.adapter.modules_to_save)})")
+    return found
+
+
+def _of_the_host(plan: Plan, place: str) -> list[str]:
+    """What could move from the card to host memory, or back; it changes nothing else."""
+    training, choices = plan.config.training, plan.choices
+    if plan.card is None:
+        return []
+    if place != "GPU":
+        names = ("offload_optimizer", "host_memory")
+        there = training.offload_optimizer != "none", any(where != "gpu" for where in choices.places or ())
+        return [
+            f"training.{name} (now {getattr(training, name)})" for name, uses in zip(names, there, strict=True) if uses
+        ]
+    found = []
+    if training.offload_optimizer != "all" and training.optim in ADAMW_8BIT:
+        found.append(f"training.offload_optimizer: all (now {training.offload_optimizer}; nothing else changes)")
+    levels, places = choices.levels or [], choices.places or ["gpu"] * len(choices.levels or ())
+    if plan.fused and min(levels, default=0) == LEVELS[-1] and "gpu" in places[:-1]:
+        found.append(f"training.host_memory: more than was planned with (now {training.host_memory})")
     return found
 
 

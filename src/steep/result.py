@@ -25,7 +25,6 @@ from steep.model.load import as_folder, load_resolved, resolve_base, resolve_com
 from steep.model.loading_progress import Progress
 from steep.model.machine import card_here, lacks_fp8_units
 from steep.model.new_tokens import grow_embeddings
-from steep.model.original_module import offload_originals
 from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_folder, resolve
 from steep.model.stored_weights import check_finite, check_stored
 from steep.out_of_memory import memory_told
@@ -218,7 +217,7 @@ def load_result(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, fold
     """The model that a finished run trained: `final/` over the base. It computes as it did in training, but for
     products in fp8 on a card that has no units for them, which is said."""
     base, choices = load_base(config, resolved, tokenizer), choices_of_run(folder)
-    model = offload_originals(open_adapter(base, folder.final, trained_dtype=choices.trained_dtype))
+    model = open_adapter(base, folder.final, trained_dtype=choices.trained_dtype, offloads=True)
     if not choices.fused:
         return model
     if not lacks_fp8_units():

@@ -21,7 +21,6 @@ from steep.generation import sample
 from steep.model.adapters import add_adapters, load_adapter_weights
 from steep.model.choices import Choices, take_over
 from steep.model.install import install
-from steep.model.original_module import offload_originals
 from steep.opening import write_readme
 from steep.out_of_memory import memory_told
 from steep.plan import Plan, plan_run
@@ -191,8 +190,8 @@ def _train(
     settings = {**config.adapter.model_dump(), "trained_dtype": plan.trained_dtype}
     with memory_told(plan, loading=True), terminal.loading() as progress:
         base = load_base(config, plan.resolved, plan.tokenizer, progress)
-        model = add_adapters(base, **settings, resumed=found is not None or plan.branch is not None)
-        offload_originals(model)
+        goes_on = found is not None or plan.branch is not None
+        model = add_adapters(base, **settings, resumed=goes_on, offloads=True)
     model.peft_config["default"].revision = config.model.revision  # where PEFT looks for the base's
     _check_trainable(model, plan)
     if plan.fused:

@@ -13,6 +13,9 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from steep.data.packing import pack
 from steep.data.sources import Source
@@ -20,11 +23,12 @@ from steep.errors import RunError
 from steep.evaluation.adapters import base_model
 from steep.evaluation.perplexity import evaluate
 from steep.generation import generate_side_by_side
+from steep.model import checksum, frozen_matrix
 from steep.model.adapters import add_adapters, all_tensors, save_adapter
 from steep.model.base_tensors import BaseTensors
 from steep.model.embeddings import is_tied, untie
 from steep.model.install import fused_of, install
-from steep.model.load import load
+from steep.model.load import DTYPES, load
 from steep.model.new_tokens import grow_embeddings, grow_tokenizer
 from steep.model.original_module import OriginalEmbedding, OriginalHead, OriginalModule, offload_originals
 from steep.training.proof import frozen_checksums
@@ -450,3 +454,56 @@ def test_on_a_gpu_the_originals_are_not_there(family: str, tied: bool, kind: str
     assert head._held is None
     assert before - torch.cuda.memory_allocated() == size * (1 if tied else 2)
     assert {name.replace("shell.", ""): digest for name, digest in frozen_checksums(model).items()} == checksums
+
+
+class _Live(TorchDispatchMode):
+    """The most bytes that tensors had at a time which operations gave within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self._alive = 0, dict[int, tuple[StorageWeakRef, int]]()
+        self._maps = set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.set_.source_Storage:
+            self._maps.add(made.untyped_storage().data_ptr())  # of a file
+        for tensor in tree_leaves(made):
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.device.type != "meta"
+                and tensor.untyped_storage().data_ptr() not in self._maps
+            ):
+                storage = tensor.untyped_storage()
+                self._alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {place: (ref, size) for place, (ref, size) in self._alive.items() if not ref.expired()}
+        self.most = max(self.most, sum(size for _, size in self._alive.values()))
+        return made
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_no_untied_embedding_is_there_twice(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What putting adapters on takes at its peak: they themselves, and the embeddings if they change their dtype."""
+    monkeypatch.setattr(frozen_matrix, "_AT_ONCE", 2**12)
+    monkeypatch.setattr(checksum, "_CHUNK", 2**12)
+    folder, taken = str(folder_of(tmp_path, tied=False)), []
+    for offloads in (True, False):
+        base = load(folder, base="bf16")[0]
+        of_table = base.get_input_embeddings().weight.nbytes
+        with _Live() as live:
+            model = add_adapters(base, r=4, trained_dtype=dtype, offloads=offloads)
+            offload_originals(model)
+        adapters = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
+        taken.append((live.most - adapters) / of_table)
+        trained = {name: p for name, p in model.named_parameters() if "modules_to_save" in name}
+        assert len(trained) == 2 and all(p.requires_grad and p.device.type == "cpu" for p in trained.values())
+        plain = load(folder, base="bf16")[0]
+        tables = {"embed_tokens": plain.get_input_embeddings(), "lm_head": plain.get_output_embeddings()}
+        for name, parameter in trained.items():
+            whose = next(each for each in tables if each in name)
+            assert parameter.dtype == DTYPES[dtype] and torch.equal(parameter, tables[whose].weight.to(parameter.dtype))
+            with torch.no_grad():
+                parameter.mul_(2)
+            assert torch.equal(original_modules(model)[whose].weight, tables[whose].weight)
+    lean, whole = taken
+    assert lean < (5.5 if dtype == "fp32" else 2.5) and whole > lean + 0.9  # two tables; in fp32, and one as it was

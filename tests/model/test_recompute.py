@@ -21,11 +21,21 @@ from steep.model.layer import Layer
 from steep.model.mlp_half import MlpHalf
 from steep.model.placement import moments
 from steep.model.read_layer import Traits, read_layer
-from steep.model.recompute import LESS, candidates, leaner_than, level_lists, levels_within, room_on_card
+from steep.model.recompute import (
+    LESS,
+    Updates,
+    bytes_beside_decoder,
+    candidates,
+    leaner_than,
+    level_lists,
+    levels_within,
+    room_on_card,
+)
 from steep.model.step_bytes import kept_bytes, loss_bytes, training_bytes, work_bytes
 from steep.model.tiling import tile_sizes
 from steep.model.unwrap import unwrap
 from steep.ops.backend import interpreted
+from steep.ops.host_states import staging_bytes
 from tests.allocations import allocations
 from tests.model.test_fused import adapted, packed
 from tests.tiny import FAMILIES, tiny_model
@@ -259,7 +269,7 @@ def test_levels_are_chosen_within_what_the_head_leaves(monkeypatch: pytest.Monke
         fused, layer = fused_of(model), unwrap(model).model.layers[0]
         read, fp32 = read_layer(layer, layer.traits), torch.float32
         room = work_bytes(read, fp32, fp32, 0, 128) + 2 * 128 * kept_bytes(read, fp32, fp32)[0]
-        monkeypatch.setattr(fused_module, "room_on_card", lambda _, room=room: room)
+        monkeypatch.setattr(fused_module, "room_on_card", lambda *_, room=room: room)
         monkeypatch.setattr(fused_module, "room_on_host", lambda: 0)
         if labels == "none":
             del batch["labels"]
@@ -276,9 +286,30 @@ def test_the_room_on_a_card_is_what_is_free_less_what_trains(monkeypatch: pytest
     on_card: Any = SimpleNamespace(
         norm=SimpleNamespace(weight=SimpleNamespace(device=card)), parameters=lambda: iter(parameters)
     )
-    assert room_on_card(on_card) == pytest.approx(0.92 * (1000 + 200) - 10 * (4 + 8))
+    assert room_on_card(on_card, Updates()) == pytest.approx(0.92 * (1000 + 200) - 10 * (4 + 8))
     assert asked == [card] * 3
-    assert room_on_card(unwrap(adapted(tiny_model("llama"))).model) is None
+    assert room_on_card(unwrap(adapted(tiny_model("llama"))).model, Updates()) is None
+
+
+def test_what_is_on_the_card_is_counted() -> None:
+    """Of a decoder with its table, and of a head beside it."""
+    model = unwrap(adapted(tiny_model("llama", tied=False, num_hidden_layers=8)))
+    decoder = model.model
+    table, layer = decoder.get_input_embeddings(), decoder.layers[0]
+    of_table = sum(p.numel() for p in table.parameters() if p.requires_grad)
+    of_layer = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+    slots = staging_bytes()
+    for updates, counted in (
+        (Updates(), 12 * (of_table + 8 * of_layer)),
+        (Updates(True), 8 * (of_table + 8 * of_layer) + 5 * 4 * of_layer),
+        (Updates(False, "embeddings"), 4 * of_table + 12 * 8 * of_layer + slots),
+        (Updates(True, "embeddings"), 8 * 8 * of_layer + slots + 5 * 4 * of_layer),
+        (Updates(False, "all"), 4 * (of_table + 8 * of_layer) + slots),
+        (Updates(True, "all"), 5 * 4 * of_layer + slots),
+        (Updates(True, "all", tied=True), 4 * of_table + 5 * 4 * of_layer + slots),
+    ):
+        assert updates.bytes_of(decoder) == counted, updates
+        assert bytes_beside_decoder(model, updates) == of_table * (12 if updates.on_host == "none" else 4)
 
 
 def test_moments_are_counted_in_the_dtype_of_their_parameters() -> None:
@@ -299,7 +330,7 @@ def test_a_longer_batch_chooses_levels_again(monkeypatch: pytest.MonkeyPatch) ->
     def head(tokens: int) -> int:
         return vocabulary * hidden * 12 + loss_bytes(tokens, vocabulary, hidden, 2, 4, None, converts=True)
 
-    def room_on_card(_: Any) -> float:
+    def room_on_card(*_: Any) -> float:
         work = work_bytes(read, fp32, fp32, 0, 128)
         rooms.append(work + head(128) + 2 * 128 * kept_bytes(read, fp32, fp32)[0])
         return rooms[-1]
@@ -328,7 +359,7 @@ def test_levels_of_a_checkpoint_are_chosen_again_for_a_longer_batch(
     chosen_for: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if on a card with no room; but not those that were given (0)."""
-    monkeypatch.setattr(fused_module, "room_on_card", lambda _: 0.0)
+    monkeypatch.setattr(fused_module, "room_on_card", lambda *_: 0.0)
     monkeypatch.setattr(fused_module, "room_on_host", lambda: 0)
     begun, model = (install(adapted(tiny_model("llama"))) for _ in range(2))
     fused_of(begun).levels, fused_of(begun).chosen_for = [0, 1], chosen_for

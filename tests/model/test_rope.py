@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from steep.errors import UserError
+from steep.model.install import install
 from steep.model.load import load
 from steep.model.positions import check_length, positions
 from steep.model.rope import as_arguments, stretch
@@ -72,8 +74,49 @@ def test_models_whose_positions_cannot_be_scaled() -> None:
     scaling = {"rope_type": "yarn", "factor": 2.0}
     with pytest.raises(UserError, match="bloom has no rotary positions"):
         stretch(AutoConfig.for_model("bloom"), scaling)
-    with pytest.raises(UserError, match="a rope for each kind of layer"):
-        stretch(tiny_config("gemma3"), scaling)
+    config = tiny_config("gemma3")
+    config.rope_parameters = {"sliding_attention": config.rope_parameters["sliding_attention"]}
+    with pytest.raises(UserError, match="none of its layers without a window"):
+        stretch(config, scaling)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+def test_of_several_ropes_that_without_a_window_is_scaled(kind: str, tmp_path: Path) -> None:
+    """Gemma 3's: the frequencies of windowed layers stay, to the bit, and the others are those of the same rope alone;
+    also in a fused forward."""
+    scaling = {**(LLAMA3 if kind == "llama3" else {}), "rope_type": kind, "factor": 8.0}
+    folder, ids = save_tiny("gemma3", tmp_path / "model"), torch.arange(3, 60)[None]
+    plain, _ = load(str(folder), base="fp32")
+    stretched, _ = load(str(folder), base="fp32", rope_scaling=scaling)
+    local, whole = (stretched.config.rope_parameters[f"{name}_attention"] for name in ("sliding", "full"))
+    theta = plain.config.rope_parameters["full_attention"]["rope_theta"]
+    assert local == plain.config.rope_parameters["sliding_attention"]
+    assert whole.items() >= {**scaling, "rope_theta": theta}.items()
+    assert positions(stretched.config) == 8 * plain.config.max_position_embeddings
+    one, other = stretched.model.rotary_emb, plain.model.rotary_emb
+    assert torch.equal(one.sliding_attention_inv_freq, other.sliding_attention_inv_freq)
+    if kind == "linear":
+        assert torch.equal(one.full_attention_inv_freq, other.full_attention_inv_freq / 8)
+    assert torch.equal(one.full_attention_inv_freq, other.full_attention_inv_freq) == (kind == "dynamic")
+    with torch.no_grad():
+        expected = stretched(ids).logits
+        assert kind == "dynamic" or not torch.allclose(expected, plain(ids).logits, atol=1e-3)
+        assert torch.allclose(install(stretched)(ids).logits, expected, atol=1e-4)
+    code = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, {as_arguments(stretched.config)})"
+    names: dict[str, Any] = {}
+    exec(f"from transformers import AutoModelForCausalLM\nopened = {code}", names)
+    with torch.no_grad():
+        assert torch.equal(names["opened"](ids).logits, expected)
+
+
+def test_a_second_scaling_of_gemma_3s_rope_is_made_knowingly() -> None:
+    config = tiny_config("gemma3")
+    stretch(config, {"rope_type": "linear", "factor": 8.0})
+    with pytest.raises(UserError, match=r"a scaling of its own \(linear\)"):
+        stretch(config, {"rope_type": "linear", "factor": 2.0})
+    given = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 512}
+    stretch(config, given)
+    assert config.rope_parameters["full_attention"].items() >= given.items() and positions(config) == 16 * 512
 
 
 def test_a_scaling_of_the_models_own_is_replaced_knowingly() -> None:

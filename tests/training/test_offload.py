@@ -10,6 +10,8 @@ import torch
 
 from steep.data.packing import Corpus
 from steep.errors import UserError
+from steep.model.install import fused_of
+from steep.model.recompute import Updates
 from steep.ops import host_states
 from steep.training.adamw8bit import AdamW8bit
 from steep.training.trainer import Trainer
@@ -62,7 +64,9 @@ def test_a_run_is_the_one_with_states_on_the_card(
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_the_heads_update_is_awaited(tied: bool, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heads_update_is_awaited(
+    tied: bool, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the first gradient of a layer comes; those of layers may still be under way when the next ones come."""
     update_by_reference(monkeypatch)
     before: list[int] = []
@@ -101,3 +105,12 @@ def test_what_a_trainer_is_given_has_to_do_it(corpus: Corpus, tmp_path: Path) ->
         Trainer(model=adapted(modules_to_save=[]), args=args, train_dataset=corpus)
     with pytest.raises(UserError, match=r"^offload_optimizer: 'heads' is unknown\. Give none, embeddings, all"):
         arguments(tmp_path, offload_optimizer="heads")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_layers_of_a_script_hear_what_is_on_the_card(tied: bool, corpus: Corpus, tmp_path: Path) -> None:
+    """Before the first call, in which they choose what they keep."""
+    trainer = lean(model_of(BF16, tied=tied, fused=True), corpus, tmp_path, offload_optimizer="all")
+    assert fused_of(trainer.model).updates == Updates(True, "all", tied)
+    trainer = lean(model_of(BF16, fused=True), corpus, tmp_path, **AT_THE_END)
+    assert fused_of(trainer.model).updates.on_host == "none" and not fused_of(trainer.model).updates.in_backward

@@ -24,6 +24,7 @@ from steep.export.base_weights import BaseWeights, Kind
 from steep.model.adapters import is_tied, linear_shapes
 from steep.model.base_tensors import BaseTensors
 from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_folder
+from steep.model.rope import rope_of_far_tokens
 from steep.tensor_files import write_tensors
 
 SHARD_BYTES = 5 * 10**9
@@ -216,9 +217,11 @@ class Merger:
         if (stretched := self._resolved.stretched) is not None:
             text: Any = stretched.get_text_config()
             config["max_position_embeddings"] = text.max_position_embeddings
-            # Readers from before transformers 5 know the other two names.
-            config["rope_parameters"] = config["rope_scaling"] = dict(text.rope_parameters)
-            config["rope_theta"] = text.rope_parameters["rope_theta"]
+            scaled = rope_of_far_tokens(text)
+            assert scaled is not None
+            config["rope_parameters"] = dict(text.rope_parameters)
+            # Readers from before transformers 5 know these two names; Gemma 3's rope of windows keeps its own.
+            config["rope_scaling"], config["rope_theta"] = dict(scaled), scaled["rope_theta"]
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         generation = self._resolved.file("generation_config.json")
         if generation is not None:

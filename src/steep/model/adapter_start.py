@@ -29,12 +29,23 @@ ADAPTER, START = "default", "start"  # names of adapters in PEFT's sense
 
 class NotInitialised(TorchFunctionMode):
     """New weights keep what was in their memory: torch draws those of each linear layer, and PEFT draws half of them
-    once more, which takes seconds at a high rank."""
+    once more, which takes seconds at a high rank.
+
+    Args:
+        dtype: that they are made in where none is asked for; PEFT's over quantised weights would be in fp32 at first.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self._given = {} if dtype is None else {"dtype": dtype}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is nn.init.kaiming_uniform_:
             return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
+        if func is torch.empty and kwargs.get("dtype") is None:
+            kwargs = {**kwargs, **self._given}
+        return func(*args, **kwargs)
 
 
 def best_factors(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:

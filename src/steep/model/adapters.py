@@ -34,6 +34,7 @@ from steep.model.adapter_start import (
 from steep.model.embeddings import is_tied
 from steep.model.load import DTYPES
 from steep.model.names import DEFAULT_RANK, EMBEDDINGS, LINEAR_LAYERS
+from steep.model.original_module import copied_to_nowhere, offload_originals
 from steep.model.unwrap import has_adapters
 from steep.tensor_files import write_tensors
 
@@ -130,6 +131,7 @@ def add_adapters(
     use_dora: bool = False,
     trained_dtype: str = "fp32",
     resumed: bool = False,
+    offloads: bool = False,
 ) -> PeftModel:
     """Put LoRA on the linear layers of `model` and make its embeddings trainable.
 
@@ -141,6 +143,8 @@ def add_adapters(
         use_dora: train each output row's length apart from its direction (Liu et al. 2024).
         trained_dtype: ``fp32`` or ``bf16``, of everything that trains.
         resumed: leave A at zero too, and out the work of `init_lora_weights`: a checkpoint will bring all values.
+
+        offloads: call `offload_originals`, so early that no untied embedding is in memory twice meanwhile.
 
     Returns:
         A plain `peft.PeftModel`.
@@ -177,7 +181,7 @@ def add_adapters(
         use_dora=use_dora,
         task_type="CAUSAL_LM",
     )
-    peft_model = _wrapped(model, config, trained_dtype)
+    peft_model = _wrapped(model, config, trained_dtype, offloads)
     _begin(peft_model, resumed=resumed)
     if resumed and init_lora_weights == "pissa":
         add_frozen_start(peft_model)
@@ -188,8 +192,13 @@ def add_adapters(
     return peft_model
 
 
-def open_adapter(model: Any, folder: Path, *, trained_dtype: str = "fp32", field: str = "run folder") -> PeftModel:
+def open_adapter(
+    model: Any, folder: Path, *, trained_dtype: str = "fp32", field: str = "run folder", offloads: bool = False
+) -> PeftModel:
     """Put the adapter that is saved in `folder` on `model`, as its own config says, in `trained_dtype`.
+
+    Args:
+        offloads: as in `add_adapters`.
 
     Raises:
         UserError: its config is not one that steep knows, or the folder's tensors are not what it says, or do not fit
@@ -198,16 +207,23 @@ def open_adapter(model: Any, folder: Path, *, trained_dtype: str = "fp32", field
     config = read_adapter_config(folder, field)
     config.inference_mode = False
     with told_as_input(field, f"the adapter_config.json of {folder} does not fit the model", _ANOTHER):
-        peft_model = _wrapped(model, config, trained_dtype)
+        peft_model = _wrapped(model, config, trained_dtype, offloads)
     load_adapter_weights(peft_model, folder, field)
     return peft_model
 
 
-def _wrapped(model: Any, config: LoraConfig, trained_dtype: str) -> PeftModel:
+def _wrapped(model: Any, config: LoraConfig, trained_dtype: str, offloads: bool) -> PeftModel:
     """`model` with adapters whose A is still to come, but for DoRA's: from A times a B of zeros it takes lengths."""
-    with nullcontext() if config.use_dora else NotInitialised():
-        peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     dtype = DTYPES[trained_dtype]
+    with (
+        nullcontext() if config.use_dora else NotInitialised(dtype),
+        copied_to_nowhere(model, config.modules_to_save or ()) if offloads else nullcontext() as share,
+    ):
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+        if share is not None:
+            share(peft_model)
+    if offloads:
+        offload_originals(peft_model)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

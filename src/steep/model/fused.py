@@ -15,7 +15,7 @@ from steep.model.host_store import HostLayer, HostStore
 from steep.model.layer import Layer
 from steep.model.machine import room_on_host
 from steep.model.reading import Reading
-from steep.model.recompute import room_on_card
+from steep.model.recompute import Updates, room_on_card
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way
 
@@ -33,6 +33,7 @@ class Fused:
             or memory has run out since.
         room: bytes of the card that the choice is within; None: there is no card.
         host_room: bytes of host memory that it is within.
+        updates: what of gradients and optimizer states is on the card: a trainer says it before the first call.
         tile: tokens that a layer computes at a time (`steep.model.block`); None: as many as is fast.
         loss_way: how the loss is cut (`steep.ops.linear_cross_entropy`); None: as is faster.
         backends: of attention.
@@ -54,6 +55,7 @@ class Fused:
     chosen_for: int = 0
     room: float | None = None
     host_room: int = 0
+    updates: Updates = field(default_factory=Updates)
     tile: int | None = None
     loss_way: Way | None = None
     backends: Backends = field(default_factory=Backends)
@@ -83,7 +85,7 @@ class Fused:
 
     def measure(self, decoder: Any) -> None:
         """Note the room that there is for what layers keep: before the first backward pass."""
-        self.room = room_on_card(decoder)
+        self.room = room_on_card(decoder, self.updates)
         self.host_room = 0 if self.room is None else room_on_host()
 
     def host_layers(self, num_layers: int, device: torch.device) -> Sequence[HostLayer | None]:

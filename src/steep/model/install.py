@@ -21,7 +21,7 @@ from steep.model.loss import FusedCausalLM
 from steep.model.machine import LACKS_FP8_UNITS, lacks_fp8_units, why_not_here
 from steep.model.projections import Unfused, compute_dtype, refuse_own_forward
 from steep.model.read_layer import read_layer
-from steep.model.recompute import bytes_beside_decoder
+from steep.model.recompute import Updates, bytes_beside_decoder
 from steep.model.refusals import refuse_config, refuse_decoder, refuse_hooks_of_layer, refuse_prefixes
 from steep.model.unwrap import has_adapters, unwrap
 from steep.ops.fp8_groups import FP8_PRODUCTS, Fp8Products
@@ -94,7 +94,7 @@ def install(
         logits=logits,
         fp8=fp8_products,
         tile=tile,
-        beside=bytes_beside_decoder(base),
+        beside=bytes_beside_decoder(base, Updates()),
     )
     for module in (*_modules(base), model):
         module.__class__ = fused_class(type(module)) or type(module)

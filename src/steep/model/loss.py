@@ -169,7 +169,7 @@ class FusedCausalLM(Walked):
             of_loss = loss_bytes(tokens, vocabulary, hidden, width, gradient, way, converts=converts)
             if self.fused.logits:
                 of_loss += tokens * vocabulary * head.dtype.itemsize
-        self.fused.beside, self.fused.beside_for = bytes_beside_decoder(self) + of_loss, tokens
+        self.fused.beside, self.fused.beside_for = bytes_beside_decoder(self, self.fused.updates) + of_loss, tokens
 
     def _head_of_the_loss(self) -> torch.Tensor | None:
         """The head's weight [V, H]; None, and a line says why, where the loss is not one of these alone."""

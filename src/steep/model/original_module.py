@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from steep.errors import UserError
 from steep.model.base_tensors import BaseTensors
+from steep.model.embeddings import is_tied
 from steep.model.frozen_matrix import FrozenMatrix, read_from
 
 
@@ -53,6 +54,41 @@ def offload_originals(model: PeftModel) -> PeftModel:
         parent, _, last = name.rpartition(".")
         setattr(base.get_submodule(parent), last, _Wrapper.of(wrapper, kind(matrices[place], original)))
     return model
+
+
+@contextmanager
+def copied_to_nowhere(model: Any, saved: Collection[str]) -> Iterator[Callable[[PeftModel], None]]:
+    """Within, PEFT makes the trained copies of an untied model's embeddings on the meta device. What is given takes the
+    model then: each copy gets the memory that its original has, so that no embedding is there twice. At once
+    `offload_originals` has to follow, which leaves that memory to the copy.
+
+    Args:
+        saved: names of what PEFT will copy.
+    """
+    named = [] if is_tied(model) else list(model.named_modules())
+    tables = {id(table): table for name, table in named if name.rpartition(".")[2] in saved and _is_plain(table)}
+    weights = {key: table.weight for key, table in tables.items()}
+    for table in tables.values():
+        table.weight = nn.Parameter(table.weight.to("meta"), requires_grad=False)
+
+    def put_back() -> None:
+        for key, weight in weights.items():
+            tables[key].weight = weight
+
+    def share(peft_model: PeftModel) -> None:
+        put_back()
+        for wrapper in list(peft_model.modules()):
+            if isinstance(wrapper, ModulesToSaveWrapper) and id(wrapper.original_module) in weights:
+                copied: Any
+                for copied in wrapper.modules_to_save.values():
+                    weight = weights[id(wrapper.original_module)]
+                    copied.weight = nn.Parameter(weight.detach(), copied.weight.requires_grad)
+
+    try:
+        yield share
+    finally:
+        put_back()
+        weights.clear()  # what was given lives on
 
 
 def _tensors_of(config: Any) -> BaseTensors | None:

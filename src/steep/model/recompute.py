@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -15,12 +16,16 @@ from steep.model.placement import Kept
 from steep.model.step_bytes import training_bytes, work_bytes
 from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
+from steep.ops.host_states import staging_bytes
 
 # Of what the card has free at the first step: allocations of odd sizes leave gaps.
 USED_SHARE = 0.92
 # Of what layers need, that the next leaner choice spares: 0.8 GiB of an 8B at level 0 with 4,096 tokens. By how much a
 # step did not fit is not known: it is then tried a few times, and not some hundred.
 LESS = 1 / 16
+# Whose gradients are there with updates inside backward: of the one that computes, and of those whose updates over host
+# memory are under way.
+_LAYERS_AT_ONCE = 5
 
 
 def level_lists(num_layers: int) -> Iterator[list[int]]:
@@ -41,7 +46,40 @@ def candidates(num_layers: int, tokens: int) -> Iterator[tuple[list[int], int]]:
         yield from ((levels, smallest) for levels in level_lists(num_layers))
 
 
-def room_on_card(decoder: Any) -> float | None:
+@dataclass(frozen=True)
+class Updates:
+    """What of gradients and optimizer states is on the card, and when.
+
+    Attributes:
+        in_backward: a gradient is gone when its tensor is updated, so that those of a few layers are there at a time.
+        on_host: whose states are in host memory.
+        tied: the table is the head too, so that its gradient waits for that of the input embeddings; another table's
+            comes when the layers' work is over.
+    """
+
+    in_backward: bool = False
+    on_host: str = "none"
+    tied: bool = False
+
+    def bytes_of(self, decoder: Any) -> int:
+        """Bytes on the card, beside the weights, of what a decoder trains."""
+        if self == Updates():
+            return training_bytes(decoder.parameters())
+        layers = [list(layer.parameters()) for layer in decoder.layers]
+        of_layers = {id(parameter) for layer in layers for parameter in layer}
+        others = [parameter for parameter in decoder.parameters() if id(parameter) not in of_layers]
+        states = 0 if self.on_host == "all" else sum(training_bytes(layer, gradients=False) for layer in layers)
+        if self.on_host == "none":
+            states += training_bytes(others, gradients=False)
+        else:
+            states += staging_bytes()
+        if self.in_backward:
+            of_table = training_bytes(others, states=False) if self.tied else 0
+            return states + of_table + _LAYERS_AT_ONCE * max(training_bytes(layer, states=False) for layer in layers)
+        return states + training_bytes(decoder.parameters(), states=False)
+
+
+def room_on_card(decoder: Any, updates: Updates) -> float | None:
     """Bytes of the card that training may use beside the weights: most of what is free now, before the first backward
     pass, less gradients and states of what trains in the decoder. None: its weights are on no card."""
     device = decoder.norm.weight.device
@@ -49,14 +87,15 @@ def room_on_card(decoder: Any) -> float | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return USED_SHARE * free - training_bytes(decoder.parameters())
+    return USED_SHARE * free - updates.bytes_of(decoder)
 
 
-def bytes_beside_decoder(model: Any) -> int:
+def bytes_beside_decoder(model: Any, updates: Updates) -> int:
     """Bytes of gradients and states of what a causal LM trains outside of its decoder: its head, unless that is the
     table."""
     of_decoder = {id(parameter) for parameter in model.model.parameters()}
-    return training_bytes(parameter for parameter in model.parameters() if id(parameter) not in of_decoder)
+    beside = (parameter for parameter in model.parameters() if id(parameter) not in of_decoder)
+    return training_bytes(beside, states=updates.on_host == "none")
 
 
 def levels_within(

@@ -16,24 +16,28 @@ from steep.errors import UserError, shown
 
 KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope")
 _FROM = "original_max_position_embeddings"
+_UNWINDOWED = "full_attention"
 _KNOW_THEIR_ORIGIN = ("yarn", "llama3", "longrope")  # by that name, beside a length that is already the longer one
 
 
 def stretch(config: PretrainedConfig, scaling: Mapping[str, Any], field: str = "model.rope_scaling") -> None:
     """Give `config` that scaling in place of its own, in the terms of transformers' `rope_parameters`.
 
-    Which length is stretched is the model's own, unless `original_max_position_embeddings` says it.
+    Which length is stretched is the model's own, unless `original_max_position_embeddings` says it. Where each kind of
+    layer has a rope (Gemma 3), that of layers without a window is scaled, as Gemma 3's own is: a window is no longer
+    than it was.
 
     Raises:
         UserError: the model has no positions that can be scaled, or transformers does not take it.
     """
     text: Any = config.get_text_config()
-    own, limit = getattr(text, "rope_parameters", None), getattr(text, "max_position_embeddings", None)
-    if not isinstance(own, Mapping) or limit is None or "rope_theta" not in own:
-        several = isinstance(own, Mapping) and any(isinstance(each, Mapping) for each in own.values())
-        what = "a rope for each kind of layer" if several else "no rotary positions"
+    own, limit = rope_of_far_tokens(text), getattr(text, "max_position_embeddings", None)
+    if own is None or limit is None:
         raise UserError(
-            field, f"a model of type {config.model_type} has {what}, which this cannot scale", "Leave it out."
+            field,
+            f"a model of type {config.model_type} has no rotary positions, or none of its layers without a window, "
+            "which this could scale",
+            "Leave it out.",
         )
     kind = scaling.get("rope_type")
     factor: Any = scaling.get("factor")
@@ -56,11 +60,13 @@ def stretch(config: PretrainedConfig, scaling: Mapping[str, Any], field: str = "
                 field, f"{shown(factor)} times {shown(origin)} positions is no whole number", "Change factor."
             )
         text.max_position_embeddings = max(limit, int(origin * factor))
-    text.rope_parameters = parameters
+    several = own is not text.rope_parameters
+    text.rope_parameters = {**text.rope_parameters, _UNWINDOWED: parameters} if several else parameters
     with _complaints() as found:
         try:
             text.validate_rope()
-            frequencies, _ = ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"), seq_len=limit)
+            of_layers = {"layer_type": _UNWINDOWED} if several else {}
+            frequencies, _ = ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"), seq_len=limit, **of_layers)
             if not torch.isfinite(frequencies).all():
                 found.append("its frequencies are not finite")
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
@@ -69,6 +75,15 @@ def stretch(config: PretrainedConfig, scaling: Mapping[str, Any], field: str = "
         raise UserError(
             field, f"transformers does not take it: {found[0]}", "See its rope_parameters for the settings."
         )
+
+
+def rope_of_far_tokens(config: Any) -> Mapping[str, Any] | None:
+    """The rotary parameters of a text model, or where each kind of layer has its own, those of layers without a window;
+    None: there are none."""
+    own = getattr(config, "rope_parameters", None)
+    if isinstance(own, Mapping) and "rope_theta" not in own:
+        own = own.get(_UNWINDOWED)
+    return own if isinstance(own, Mapping) and "rope_theta" in own else None
 
 
 def as_arguments(config: PretrainedConfig) -> str:

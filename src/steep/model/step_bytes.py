@@ -150,11 +150,15 @@ def whole_logits_bytes(tokens: int, vocabulary: int) -> int:
     return 12 * tokens * vocabulary
 
 
-def training_bytes(parameters: Iterable[torch.Tensor]) -> int:
+def training_bytes(parameters: Iterable[torch.Tensor], *, gradients: bool = True, states: bool = True) -> int:
     """Bytes of what trains: of each value its gradient and an optimizer's two moments, which may not be there yet. They
-    are counted in the parameter's dtype, as torch's own AdamW keeps them."""
+    are counted in the parameter's dtype, as torch's own AdamW keeps them.
+
+    Args:
+        gradients, states: whether those are counted.
+    """
     trained = {id(parameter): parameter for parameter in parameters if parameter.requires_grad}
     return sum(
-        parameter.numel() * (gradient_dtype(parameter).itemsize + 2 * parameter.dtype.itemsize)
+        parameter.numel() * (gradients * gradient_dtype(parameter).itemsize + states * 2 * parameter.dtype.itemsize)
         for parameter in trained.values()
     )

@@ -10,8 +10,8 @@ Three ways:
 - "vocabulary": a chunk of the vocabulary has its logits for all tokens. A first pass over the chunks finds lse, a
   second makes the logits again (but for the last chunk, which is still there) and the gradients: a chunk of dW is one
   product straight into its place, and the sum over chunks, dx, is small. Up to four products, and little memory.
-- "narrow": the same in chunks of an eighth. Beside both gradients there is next to nothing, and of the first pass next to
-  nothing is still there for the second.
+- "narrow": the same in chunks of an eighth. Beside both gradients there is next to nothing, and nearly all logits are
+  made twice.
 
 z and g are in the dtype of x. In fp16 g is lifted by LIFT and free of the normaliser, and products stay in fp32 until
 the backward multiplies by the normaliser, so that nothing underflows.

@@ -17,7 +17,9 @@ from steep.data.packed_dataset import collate
 from steep.data.packing import Corpus
 from steep.data.sampler import EpochSampler
 from steep.errors import RunError, UserError
+from steep.model.embeddings import is_tied
 from steep.model.install import fused_of, is_installed
+from steep.model.recompute import Updates
 from steep.model.unwrap import unwrap
 from steep.stopping import Stop
 from steep.training import offload, parallel
@@ -98,6 +100,9 @@ class Trainer(Reporting):
         parallel.settle_trainer(self)
         check_trainer(self)
         offload.check_trainer(self)
+        if is_installed(self.model):  # before its first call, which chooses levels
+            tied = is_tied(unwrap(self.model))
+            fused_of(self.model).updates = Updates(args.optimizer_in_backward, args.offload_optimizer, tied)
         self.let_end(stop)
         self.add_callback(_StepObserver(self))
         self.proof: Proof | None = None
