@@ -157,8 +157,9 @@ class FusedStep:
             done = self._of_head + of_layer * (len(levels) - index)
             if self.in_backward:
                 done = self._of_waiting_head + of_layer + self._under_way(len(levels) - 1 - index)
-            gradients = self._gradients_before if self._gradients_stay else done  # else added to those that are there
-            yield _items(kept, self._work(tile)[levels[index]], 0, gradients)
+            if self._gradients_stay:  # what comes is added to them, but for a tied head's
+                done = self._gradients_before + self._of_waiting_head
+            yield _items(kept, self._work(tile)[levels[index]], 0, done)
 
     def _at_the_update(self) -> tuple[dict[str, int], ...]:
         scratch = update_scratch(self.optim, self.trained, self.on_card)
@@ -168,11 +169,11 @@ class FusedStep:
             last -= self._spared_by_rows
             return (_items(0, 0, 0, waiting + last + scratch + self._under_way(self.shape.layers)),)
         gradients = self.shape.trained * self.gradient_width - self._spared_by_rows
-        of_table = self.shape.table * self.gradient_width if self._gradients_stay and not self._spared_by_rows else 0
-        return (
-            _items(0, 0, 0, gradients + (of_table if self.shape.trained_embeddings else 0)),
-            _items(0, 0, 0, gradients + scratch),
-        )
+        of_table = self.shape.table * self.gradient_width if self.trains_table and not self._spared_by_rows else 0
+        new = self._gradients_stay * (of_table + self._of_waiting_head)  # beside those that they are added to
+        if self.shape.tied and not self._gradients_stay:
+            new = of_table  # beside the head's, to which it is added
+        return _items(0, 0, 0, gradients + new), _items(0, 0, 0, gradients + scratch)
 
     def _under_way(self, layers: int) -> int:
         """Gradients that updates over host memory still read, so many layers behind the head."""

@@ -199,4 +199,6 @@ def memory_by_item(
             states.append({"activations": activations, "logits and loss": 0, "gradients": there + scratch})
     else:
         states.append({"activations": inside, "logits and loss": 0, "gradients": gradients + scratch})
+        new = shape.table * WIDTH[trained] * (accumulates + shape.tied) if shape.trained_embeddings else 0
+        states.append({"activations": 0, "logits and loss": 0, "gradients": gradients + new})  # the table's comes last
     return {**fixed, **max(states, key=lambda items: sum(items.values()))}

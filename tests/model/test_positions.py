@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoConfig
 
 from steep.errors import UserError
 from steep.model.positions import check_length, positions
+from steep.model.rope import stretch
 from tests.tiny import tiny_config
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
@@ -26,15 +29,24 @@ def test_a_scaled_rope_reaches_further(settings: dict[str, Any], limit: int) -> 
     config = tiny_config("llama", **settings)
     assert positions(config) == limit
     check_length(limit, config)
-    with pytest.raises(
-        UserError,
-        match=rf"{limit + 1} tokens are beyond the {limit} positions .*model.rope_scaling, such as .*factor: 2.0",
-    ):
+    with pytest.raises(UserError, match=rf"{limit + 1} tokens are beyond the {limit} positions") as caught:
         check_length(limit + 1, config)
+    proposed = re.search(r"model.rope_scaling, such as (\{.*\})", str(caught.value))
+    assert proposed is not None
+    again = tiny_config("llama", **settings)
+    stretch(again, yaml.safe_load(proposed[1]))
+    check_length(limit + 1, again)
 
 
 def test_ropes_by_kind_of_layer() -> None:
-    assert positions(tiny_config("gemma3")) == 512
+    """Gemma 3's own scaling is in its length already, and what it stretches is not known."""
+    config = tiny_config("gemma3")
+    assert positions(config) == 512
+    scaled = {**config.rope_parameters["full_attention"], "rope_type": "linear", "factor": 8.0}
+    config.rope_parameters = {**config.rope_parameters, "full_attention": scaled}
+    assert positions(config) == 512
+    with pytest.raises(UserError, match=r"Give 512 or less\.$"):
+        check_length(513, config)
 
 
 def test_a_config_without_a_limit() -> None:

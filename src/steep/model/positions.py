@@ -10,21 +10,25 @@ from transformers import PretrainedConfig
 
 from steep.errors import UserError
 
+FROM = "original_max_position_embeddings"
+
 
 def positions(config: PretrainedConfig) -> int | None:
     """Positions that the model has an embedding or a rotary frequency for; None if its config sets no limit.
 
     A scaled rope reaches `factor` times as far as the pretraining that it stretches, and some configs leave
-    `max_position_embeddings` at the length of that (Qwen's with YaRN).
+    `max_position_embeddings` at the length of that (Qwen's with YaRN). Gemma 3's do not, which have a rope for each
+    kind of layer: as vLLM reads them too.
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if limit is None:
         return None
-    for rope in _ropes(getattr(text, "rope_parameters", None)):
-        stretched = (rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or limit)
-        limit = max(limit, int(stretched))
-    return limit
+    reach = limit
+    for rope, origin in _scaled_ropes(text):
+        if origin is not None:
+            reach = max(reach, int((rope.get("factor") or 1) * origin))
+    return reach
 
 
 def check_length(max_length: int, config: PretrainedConfig, field: str = "data.max_length") -> None:
@@ -34,20 +38,26 @@ def check_length(max_length: int, config: PretrainedConfig, field: str = "data.m
         UserError: it does not.
     """
     limit = positions(config)
-    if limit is not None and max_length > limit:
-        raise UserError(
-            field,
-            f"{max_length} tokens are beyond the {limit} positions that the model was made for",
-            f"Give {limit} or less, or stretch them: model.rope_scaling, such as {{rope_type: yarn, factor: "
-            f"{math.ceil(max_length / limit):.1f}}}.",
-        )
+    if limit is None or max_length <= limit:
+        return
+    origin, remedy = limit, f"Give {limit} or less"
+    scaled = next(_scaled_ropes(config.get_text_config()), None)
+    if scaled is not None:
+        _, origin = scaled
+    if origin is not None:
+        known = f", {FROM}: {origin}" if scaled is not None else ""
+        factor = math.ceil(max_length / origin)
+        remedy += f", or stretch them: model.rope_scaling, such as {{rope_type: yarn, factor: {factor:.1f}{known}}}"
+    raise UserError(
+        field, f"{max_length} tokens are beyond the {limit} positions that the model was made for", f"{remedy}."
+    )
 
 
-def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:
-    """The scaled ones among a model's ropes; some have one for each kind of layer."""
+def _scaled_ropes(text: Any) -> Iterator[tuple[Mapping[str, Any], int | None]]:
+    """The scaled ones among a model's ropes, and what each stretches; None: the config does not say."""
+    parameters = getattr(text, "rope_parameters", None)
     if not isinstance(parameters, Mapping):
         return
-    if parameters.get("rope_type", "default") != "default":
-        yield parameters
-    for inner in parameters.values():
-        yield from _ropes(inner)
+    for rope in (parameters, *parameters.values()):
+        if isinstance(rope, Mapping) and rope.get("rope_type", "default") != "default":
+            yield rope, rope.get(FROM) or (text.max_position_embeddings if rope is parameters else None)

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_rope_utils import logger as rope_logger
 
 from steep.errors import UserError, shown
+from steep.model.positions import FROM
 
-KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope")
-_FROM = "original_max_position_embeddings"
+KINDS = ("linear", "yarn", "llama3", "longrope")
 _UNWINDOWED = "full_attention"
 _KNOW_THEIR_ORIGIN = ("yarn", "llama3", "longrope")  # by that name, beside a length that is already the longer one
+_REACH_BY_FACTOR = ("yarn", "longrope")  # times their origin; Llama 3.1's reaches twice that
 
 
 def stretch(config: PretrainedConfig, scaling: Mapping[str, Any], field: str = "model.rope_scaling") -> None:
@@ -41,26 +43,34 @@ def stretch(config: PretrainedConfig, scaling: Mapping[str, Any], field: str = "
         )
     kind = scaling.get("rope_type")
     factor: Any = scaling.get("factor")
+    if kind == "dynamic":
+        problem = "dynamic frequencies follow the longest row so far, so that a resumed run would compute otherwise"
+        raise UserError(field, problem, "Take rope_type: yarn.")
     if kind not in KINDS:
         raise UserError(field, f"rope_type is {shown(kind)}", f"Give one of {', '.join(KINDS)}.")
     if not _is_number(factor) or factor < 1:
         raise UserError(field, f"factor is {shown(factor)}", "Give how many times as far it shall reach, such as 4.0.")
     kept = {name: own[name] for name in ("rope_theta", "partial_rotary_factor") if name in own}
     parameters = {**kept, **scaling}
-    if own.get("rope_type", "default") != "default" and _FROM not in scaling:
+    if own.get("rope_type", "default") != "default" and FROM not in scaling:
         raise UserError(
             field,
             f"the model has a scaling of its own ({own['rope_type']}), which this takes the place of",
-            f"Say which length is stretched: {_FROM}, with yarn, llama3 or longrope.",
+            f"Say which length is stretched: {FROM}, with yarn, llama3 or longrope.",
         )
     if kind in _KNOW_THEIR_ORIGIN:
-        origin = parameters.setdefault(_FROM, limit)
+        origin = parameters.setdefault(FROM, limit)
         if not _is_number(origin) or origin < 1 or origin * factor != int(origin * factor):
             raise UserError(
                 field, f"{shown(factor)} times {shown(origin)} positions is no whole number", "Change factor."
             )
+        if kind in _REACH_BY_FACTOR and origin * factor < limit:
+            problem = f"{shown(factor)} times {shown(origin)} positions is less than the model's own {limit}"
+            raise UserError(field, problem, f"Give a factor of {math.ceil(limit / origin):.1f} or more.")
         text.max_position_embeddings = max(limit, int(origin * factor))
     several = own is not text.rope_parameters
+    if several and kind not in _KNOW_THEIR_ORIGIN:  # whose length is the longer one, see `positions`
+        text.max_position_embeddings = int(limit * factor)
     text.rope_parameters = {**text.rope_parameters, _UNWINDOWED: parameters} if several else parameters
     with _complaints() as found:
         try:
@@ -109,11 +119,14 @@ class _Kept(logging.Handler):
 
 @contextmanager
 def _complaints() -> Iterator[list[str]]:
-    """What transformers only warns of, and goes on with."""
+    """What transformers only warns of, and goes on with: also what it has said before, and where it is to be quiet."""
     found: list[str] = []
-    logger, kept = logging.getLogger("transformers.modeling_rope_utils"), _Kept(found)
-    logger.addHandler(kept)
+    kept, level = _Kept(found), rope_logger.level
+    rope_logger.warning_once.cache_clear()
+    rope_logger.addHandler(kept)
+    rope_logger.setLevel(logging.WARNING)
     try:
         yield found
     finally:
-        logger.removeHandler(kept)
+        rope_logger.setLevel(level)
+        rope_logger.removeHandler(kept)
