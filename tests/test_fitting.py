@@ -24,6 +24,7 @@ from steep.model.machine import Card
 from steep.plan import plan_run
 from steep.run import train_run
 from steep.schema import RunConfig
+from steep.settings import training_arguments
 from steep.vram import host_budget, vram_budget
 from tests.test_fused_run import config_of, empty_llama
 from tests.test_run import run_file
@@ -84,6 +85,23 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "70B": ("A100-80", "llama-3-70b", {"data": {"max_length": 8192}}),
+    "states of embeddings on the host": (
+        "4090", "llama-3-8b",
+        {
+            "adapter": {"r": 8}, "data": {"max_length": 256},
+            "training": {"offload_optimizer": "embeddings", "vram": "7GiB", BATCH.split(".")[1]: 1},
+        },
+    ),
+    "updates inside backward": (
+        "4090", "llama-3-8b",
+        {
+            "data": {"max_length": 8192},
+            "training": {
+                "optimizer_in_backward": True, "max_grad_norm": 0.0, "vram": "12GiB", BATCH.split(".")[1]: 96,
+                PARTS.split(".")[1]: 1,
+            },
+        },
+    ),
 }  # fmt: skip
 
 
@@ -95,6 +113,9 @@ def test_what_is_proposed_fits_and_nothing_of_it_can_be_left_out(name: str) -> N
     assert found is not None and found.is_refused and 1 <= len(found.nearest) <= 3
     for each in found.nearest:
         assert peak_of(changed(config, each.settings), there, shape) == each.peak <= found.budget
+        training_arguments(
+            changed(config, each.settings), None, fused=True, branch=False
+        )  # which refuses what does not go
         steps = [changed(config, each.settings), config]
         rows = [c.training.per_device_train_batch_size * c.training.gradient_accumulation_steps for c in steps]
         assert rows[0] == rows[1]

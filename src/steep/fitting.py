@@ -211,7 +211,12 @@ def _lengths(config: RunConfig) -> Knob:
 def _no_embeddings(config: RunConfig) -> Knob:
     model, adapter = config.model, config.adapter
     needed = model.new_tokens or model.untie_embeddings or config.training.embedding_learning_rate is not None
-    return [] if needed or not adapter.modules_to_save else [{"adapter.modules_to_save": []}]
+    if needed or not adapter.modules_to_save:
+        return []
+    settings: Settings = {"adapter.modules_to_save": []}
+    if config.training.offload_optimizer == "embeddings":
+        settings["training.offload_optimizer"] = "none"
+    return [settings]
 
 
 def _most_recomputed(config: RunConfig) -> Knob:
@@ -277,6 +282,8 @@ class _Trials:
             return math.inf
         training = config.training
         if training.optimizer_in_backward and training.gradient_accumulation_steps > 1:
+            return math.inf
+        if training.offload_optimizer == "embeddings" and not config.adapter.modules_to_save:
             return math.inf
         sizes = ground.sized(config, computation)
         return sizes.peak if self._host_has(config, sizes) else math.inf

@@ -4,7 +4,6 @@ copies; on a card marked `gpu`."""
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 from collections.abc import Iterator
 from typing import Any

@@ -51,8 +51,14 @@ def test_it_reaches_so_far(scaling: dict[str, Any], reach: int, in_config: int) 
     [
         ({}, "rope_type is None.*linear, yarn"),
         ({"rope_type": "dynamic", "factor": 2.0}, "dynamic frequencies follow the longest row"),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, "4.0 times 64 positions is less"),
-        ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}, "transformers does not"),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            "4.0 times 64 positions is less",
+        ),
+        (
+            {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0},
+            "transformers does not",
+        ),
         ({"rope_type": "default", "factor": 1.0}, "rope_type is 'default'"),
         ({"rope_type": ["yarn"], "factor": 1.0}, r"rope_type is \['yarn'\]"),
         ({"rope_type": "yarn"}, "factor is None"),

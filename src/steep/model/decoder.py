@@ -171,7 +171,9 @@ class FusedDecoder(nn.Module):
         shape, device = embedded.shape[:2], embedded.device
         if not shape.numel():
             given = "inputs_embeds" if input_ids is None else "input_ids"
-            raise UserError(given, f"a batch of {shape[0]} rows of {shape[1]} tokens is empty", "Give one token or more.")
+            raise UserError(
+                given, f"a batch of {shape[0]} rows of {shape[1]} tokens is empty", "Give one token or more."
+            )
         lengths = row_lengths(attention_mask, position_ids, shape)
         if position_ids is None:
             position_ids = torch.arange(shape[1], device=device)[None]

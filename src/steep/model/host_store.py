@@ -223,7 +223,9 @@ class HostPass:
         if up is None:
             buffer.copy_(source.buffer)
         else:
-            up.wait_stream(self._main)  # which gave the slot its memory, or read what was in it, and awaited the copy down
+            up.wait_stream(
+                self._main
+            )  # which gave the slot its memory, or read what was in it, and awaited the copy down
             with torch.cuda.stream(up):
                 buffer.copy_(source.buffer, non_blocking=True)
             there = up.record_event()

@@ -80,7 +80,9 @@ def install(
         raise UserError("tile", f"{tile!r} is no number of tokens", "Give a whole number above 0, such as 4096.")
     for name, value in {"places": places, "tile": tile}.items():
         if value is not None and levels is None:
-            raise UserError(name, "it is chosen with the levels where those are not given", "Give levels too, or neither.")
+            raise UserError(
+                name, "it is chosen with the levels where those are not given", "Give levels too, or neither."
+            )
     if fp8_products not in (None, *FP8_PRODUCTS):
         problem = f"{fp8_products!r} is unknown"
         raise UserError("fp8_products", problem, f"Give one of {', '.join(FP8_PRODUCTS)}, or None.")
