@@ -122,7 +122,7 @@ def plan(
 
     named = card_named(card) if card is not None else None
     with terminal.tokenising() as progress:
-        worked_out = plan_run(config, progress, card=named)
+        worked_out = plan_run(config, progress, card=named, measures=True)
     figures = worked_out.as_dict()
     for table in (*plan_tables(figures), bases_table(figures)):
         terminal.show(table)
