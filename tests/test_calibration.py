@@ -24,6 +24,7 @@ from steep.calibration import (
     seconds_each,
     with_attention,
 )
+from steep.fusing import fused_step
 from steep.model import machine
 from steep.model.layer import Attention
 from steep.model.machine import Card, card_here
@@ -259,8 +260,6 @@ def test_what_may_wait_in_host_memory_follows_from_the_link(planned_here: Any, m
     monkeypatch.setattr(
         "steep.computation.fused_step", lambda *given, **how: seen.append(how["hidden"]) or fused_step(*given, **how)
     )
-    from steep.fusing import fused_step
-
     planned_here(FOUND)
     planned_here(replace(FOUND, to_host=1e10))
     planned_here(None)
@@ -281,7 +280,9 @@ def test_a_card_reaches_what_its_kind_does() -> None:
     """Of the order of what the maker says; within 3 s, with nothing of it left."""
     card, layer, notes = card_here(), layer_of_8b(), []
     assert card is not None
-    torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")  # cuBLAS has begun, and has its workspace
+    torch.mm(
+        torch.ones(64, 64, device="cuda"), torch.ones(64, 64, device="cuda")
+    )  # cuBLAS has begun, and has its workspace
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before, begun = torch.cuda.memory_allocated(), time.perf_counter()
