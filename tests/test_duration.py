@@ -115,8 +115,7 @@ def test_the_mean_document_is_that_of_a_token() -> None:
 def test_copies_behind_enough_work_take_no_time() -> None:
     """An 8B at level 1, all of it in host memory but the last layer's."""
     layers = 32
-    there: Place = "attention"
-    places: list[Place] = [*[there] * (layers - 1), "gpu"]
+    places: list[Place] = [*["attention" for _ in range(layers - 1)], "gpu"]
     step = step_of(config_of(training={"per_device_train_batch_size": 2}), empty_model("llama-3-8b"))
     plain = step_work(step, [1] * layers, micro_batches=1, document=2048)
     copied = step_work(step, [1] * layers, micro_batches=1, document=2048, places=places)
