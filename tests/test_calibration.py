@@ -265,6 +265,9 @@ def test_what_may_wait_in_host_memory_follows_from_the_link(planned_here: Any, m
     planned_here(None)
     quick, slow, unknown = dict.fromkeys(seen)
     assert slow == pytest.approx(5 * quick) and unknown == HIDDEN
+    seen.clear()
+    timed = planned_here(FOUND, training={"deterministic": True})
+    assert set(seen) == {HIDDEN} and timed.duration.rates.measured is not None  # no timer chooses
 
 
 def said(plan: Plan) -> str:

@@ -32,9 +32,9 @@ T = TypeVar("T")
 Launch = Callable[[], object]
 Clock = Callable[[Launch, int], float]  # seconds that so many launches take, one behind the other
 
-SECONDS = 1.9  # of all measurements, on the card's clock
-# Of that time. The first has the card's clocks settle for those behind it.
-_PRODUCTS, _FP8, _ATTENTION, _COPY, _LINK = 0.45, 0.2, 0.15, 0.08, 0.06
+SECONDS = 1.6  # of all measurements, by the card's clock; libraries take up to another second to be loaded
+# Shares of that time. The first has the card's clocks settle for those behind it; the last is each way.
+_PRODUCTS, _FP8, _ATTENTION, _COPY, _LINK = 0.5, 0.16, 0.14, 0.06, 0.07
 _WARM = 0.5  # of each share, not counted
 _SAMPLES, _FEWEST = 20, 3  # of a share's time, about; at least
 _TOKENS = 4096  # of a product

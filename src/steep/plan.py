@@ -289,7 +289,8 @@ def _work_out(
     # Time is predicted of fused steps in one process.
     if measures and layer is not None and card is not None and card.is_here and ranks.world_size() == 1:
         measured = measured_here(layer, tokens, dtype, card, stored)
-    ground = replace(ground, hidden=hidden_from(rates_of(card, measured), computation.products))
+    chooses_by = rates_of(card, None if training.deterministic else measured)  # no timer has a part in the run's bits
+    ground = replace(ground, hidden=hidden_from(chooses_by, computation.products))
     if computation.layers is not None and computation.products != "none":
         stored += dequantised(computation.layers, compute)
     tokenizer = read_tokenizer(resolved)
