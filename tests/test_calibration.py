@@ -24,6 +24,7 @@ from steep.calibration import (
     seconds_each,
     with_attention,
 )
+from steep.errors import UserError
 from steep.fusing import fused_step
 from steep.model import machine
 from steep.model.layer import Attention
@@ -31,8 +32,10 @@ from steep.model.machine import Card, card_here
 from steep.model.placement import HIDDEN
 from steep.plan import Plan, plan_run
 from steep.rates import rates_of
+from steep.run import train_run
 from steep.step_work import attention_work, mean_document
 from steep.terminal import plan_tables
+from tests.command_line import Steep
 from tests.model.test_recompute import layer_of_8b
 from tests.test_fused_run import fused_file
 
@@ -270,6 +273,28 @@ def test_what_may_wait_in_host_memory_follows_from_the_link(planned_here: Any, m
     assert set(seen) == {HIDDEN} and timed.duration.rates.measured is not None  # no timer chooses
 
 
+def test_who_shows_a_time_measures(
+    steep: Steep, llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`steep plan` and `steep train` do; a plan of Python's own, as of a finished run, does not."""
+    seen = []
+    monkeypatch.setattr("steep.plan.card_here", lambda: CARD)
+    monkeypatch.setattr("steep.plan.measured_here", lambda *given: seen.append(given[1:4]))
+    monkeypatch.setattr(machine, "why_not_here", lambda: None)
+    config = fused_file(llama_folder, korean_corpus, tmp_path / "run", model={"base": "nf4", "compute_dtype": "bf16"})
+    plan_run(config)
+    assert not seen
+    monkeypatch.setattr("steep.run.check_base", lambda *given: (_ for _ in ()).throw(UserError("x", "y", "z")))
+    with pytest.raises(UserError, match="y"):
+        train_run(config)
+    file = tmp_path / "run.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    assert steep("plan", file).code == 0
+    tokens = config.training.per_device_train_batch_size * config.data.max_length
+    assert seen == [(tokens, torch.bfloat16, CARD)] * 2
+    assert steep("plan", file, "--card", "L4").code == 0 and len(seen) == 2
+
+
 def said(plan: Plan) -> str:
     (table, *_) = plan_tables(plan.as_dict())
     return " ".join(str(cell) for column in table.columns for cell in column.cells)
@@ -295,8 +320,8 @@ def test_a_card_reaches_what_its_kind_does() -> None:
     found = with_attention(found, layer, 4096, torch.bfloat16, lengths, notes, of_run=False)
     took = time.perf_counter() - begun
     assert took < 3 and not notes, (took, notes)
-    assert torch.cuda.memory_allocated() - before < 2**26 and torch.cuda.memory_reserved() - before < 2**27
-    assert torch.cuda.max_memory_allocated() - before < 2**26
+    assert torch.cuda.memory_reserved() - before < 2**28
+    assert torch.cuda.max_memory_allocated() - before < 2**27  # workspaces of libraries, which a run has too
     assert found.attention is not None and 0.05 < found.attention / found.products < 1.2, found
     assert (found.fp8 is not None) == card.has_fp8_units and min(found.to_host, found.from_host) > 2e9, found
     published = rates_of(card)

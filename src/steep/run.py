@@ -137,7 +137,8 @@ def _resume(
     plan = _plan(config, terminal, parent, begun_tokenizer(config, folder, parent), streamed_commits(folder), choices)
     figures = plan.as_dict()
     terminal.say(f"fused: {fused_line(figures)}")
-    terminal.say(f"time: {duration_line(figures['duration'])}")
+    if plan.duration is not None:
+        terminal.say(f"time: {duration_line(figures['duration'])}")
     terminal.say(f"checking the files of {config.model.name}")
     with terminal.checking() as progress:
         check_base(config, plan.resolved, plan.tokenizer, progress)
