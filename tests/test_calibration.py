@@ -308,9 +308,8 @@ def test_a_card_reaches_what_its_kind_does() -> None:
     """Of the order of what the maker says; within 3 s, with nothing of it left."""
     card, layer, notes = card_here(), layer_of_8b(), []
     assert card is not None
-    torch.mm(
-        torch.ones(64, 64, device="cuda"), torch.ones(64, 64, device="cuda")
-    )  # cuBLAS has begun, and has its workspace
+    ones = torch.ones(64, 64, device="cuda")
+    torch.mm(ones, ones)  # cuBLAS has begun, and has its workspace
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before, begun = torch.cuda.memory_allocated(), time.perf_counter()
