@@ -285,12 +285,6 @@ def _work_out(
     ground = Ground(resolved, empty, layer, card, budget, before, to_train, host_memory)
     computation = ground.computation(config)
     compute, trained = computation.compute, computation.trained
-    tokens, dtype, measured = training.per_device_train_batch_size * data.max_length, DTYPES[compute], None
-    # Time is predicted of fused steps in one process.
-    if measures and layer is not None and card is not None and card.is_here and ranks.world_size() == 1:
-        measured = measured_here(layer, tokens, dtype, card, stored)
-    chooses_by = rates_of(card, None if training.deterministic else measured)  # no timer has a part in the run's bits
-    ground = replace(ground, hidden=hidden_from(chooses_by, computation.products))
     if computation.layers is not None and computation.products != "none":
         stored += dequantised(computation.layers, compute)
     tokenizer = read_tokenizer(resolved)
@@ -316,6 +310,12 @@ def _work_out(
         tokenizer, sources = vocabulary.tokenizer, [read.source for read in vocabulary.before]
         rows = rows_for(tokenizer, empty.get_input_embeddings().weight.shape[0])
         empty.resize_token_embeddings(rows, mean_resizing=False)
+    tokens, dtype, measured = training.per_device_train_batch_size * data.max_length, DTYPES[compute], None
+    # Time is predicted of fused steps in one process.
+    if measures and layer is not None and card is not None and card.is_here and ranks.world_size() == 1:
+        measured = measured_here(layer, tokens, dtype, card, stored)
+    chooses_by = rates_of(card, None if training.deterministic else measured)  # no timer has a part in the run's bits
+    ground = replace(ground, hidden=hidden_from(chooses_by, computation.products))
     sizes = ground.sized(config, computation)
     shape, memory = sizes.shape, sizes.memory
     if budget is not None and card is None and model.compute_dtype == "auto":
