@@ -163,11 +163,11 @@ def test_the_random_numbers_of_a_run_stay(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(calibration, "_COPIED", 2**12)
     monkeypatch.setattr(calibration, "_LINKED", 2**10)
     before = torch.get_rng_state()
-    found = measure(16, 32, 8, torch.float32, CPU, has_fp8_units=False, seconds=0.01)
+    found = measure(16, 32, 8, torch.float32, CPU, has_fp8_units=True, seconds=0.01)
     rate = measure_attention(attention_of(), [8], torch.float32, CPU, seconds=0.01)
     assert torch.equal(torch.get_rng_state(), before)
-    assert rate is not None
-    assert all(each > 0 for each in (found.products, found.copied, found.to_host, found.from_host, rate))
+    rates = (found.products, found.fp8, found.copied, found.to_host, found.from_host, rate)
+    assert all(each is not None and each > 0 for each in rates)
 
 
 # ---- in a plan
