@@ -189,6 +189,9 @@ def steep_train(
         Trainer._after_optimizer_step, Trainer.log = stepped, logged
     seconds = [end - begin for begin, end in zip([float("nan"), *ends], ends, strict=False)]  # the first has no begin
     seconds = seconds[: work.steps - profiled]
-    computed["planned_gib"] = json.loads((temporary / "run" / "plan.json").read_text())["memory_bytes"]["total"] / 2**30
+    plan = json.loads((temporary / "run" / "plan.json").read_text())
+    computed["planned_gib"] = plan["memory_bytes"]["total"] / 2**30
+    if plan["duration"] is not None:
+        computed["planned_s"], computed["measured"] = plan["duration"]["seconds_per_step"], plan["duration"]["measured"]
     found = {"seconds": seconds, "losses": losses, "first_step_s": first, "chosen": computed}
     return found | ({"profile": account(events_of(profile), profiled)} if profile else {})

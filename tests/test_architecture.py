@@ -21,10 +21,10 @@ from tests.syntax import SOURCE, called_name, sources
 LAYERS = (
     "errors", "machine_faults", "foreign", "credentials", "ranks", "stopping", "allocator", "storage", "manifest",
     "recorded", "tensor_files", "kernels", "ops", "data", "model", "evaluation", "training", "export", "generation",
-    "schema", "config", "initialise", "cards", "memory", "fused_memory", "step_work", "duration", "vram", "fp8_choice",
-    "fusing", "trackers", "settings", "sizes", "computation", "fitting", "run_folder", "vocabulary", "advice", "plan",
-    "changes", "resume", "terminal", "out_of_memory", "opening", "result", "run", "verify_resume", "hand_over",
-    "report", "doctor", "cli",
+    "schema", "config", "initialise", "cards", "memory", "fused_memory", "step_work", "calibration", "rates", "vram",
+    "fp8_choice", "fusing", "trackers", "settings", "sizes", "computation", "duration", "fitting", "bases",
+    "run_folder", "vocabulary", "advice", "plan", "changes", "resume", "terminal", "out_of_memory", "opening",
+    "result", "run", "verify_resume", "hand_over", "report", "doctor", "cli",
     "__main__",
 )  # fmt: skip
 

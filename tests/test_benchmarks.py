@@ -509,6 +509,7 @@ def test_steeps_own_command_is_timed_and_tells_what_it_chose(
     assert chosen["levels"] == (level if level is None else [level] * 2)  # there is not even room for these
     assert chosen["trained_dtype"] == "bf16" and (chosen["backends"] != {}) == (fused == "on")
     assert 0.15 < chosen["planned_gib"] < 0.16  # the libraries' workspaces for the most part
+    assert "planned_s" not in chosen  # there is no card
 
 
 def test_a_call_that_was_not_fused_is_seen(weights: Path) -> None:

@@ -308,6 +308,7 @@ def test_train_refuses_before_it_loads_and_plan_says_it(
     between = round((WORKSPACES + 0.7 * (whole - WORKSPACES)) / 0.9)
     card = Card("fake", (8, 6), between, between)
     monkeypatch.setattr("steep.plan.card_here", lambda: card)
+    monkeypatch.setattr("steep.plan.measured_here", lambda *given: None)  # it is not there
     monkeypatch.setattr(run, "check_base", lambda *given: pytest.fail("the base is read"))
     with pytest.raises(UserError) as raised:
         train_run(config_with())

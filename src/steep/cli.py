@@ -104,9 +104,11 @@ def plan(
         ),
     ] = None,
 ) -> None:
-    """Say what a run will do and need, before any GPU time: parameters, tokens, steps, memory, disk, warnings.
+    """Say what a run will do and need, before any weight is loaded: tokens, steps, time, memory, disk, warnings.
 
     Tokenises the text (once, into the cache) and finds every input error. Override any field: --section.field VALUE.
+
+    A GPU that is here is measured for 2 to 3 s, for the time of a step.
 
     A step that does not fit the card is said, with the nearest settings that do. train refuses it.
 
@@ -122,7 +124,7 @@ def plan(
 
     named = card_named(card) if card is not None else None
     with terminal.tokenising() as progress:
-        worked_out = plan_run(config, progress, card=named)
+        worked_out = plan_run(config, progress, card=named, measures=True)
     figures = worked_out.as_dict()
     for table in (*plan_tables(figures), bases_table(figures)):
         terminal.show(table)

@@ -17,6 +17,7 @@ from steep.model.fp8_published import has_blocks
 from steep.model.layer import Layer
 from steep.model.load import resolve_base, resolve_compute_dtype
 from steep.model.machine import Card
+from steep.model.placement import HIDDEN
 from steep.model.quantisable import quantisable
 from steep.model.resolve import ResolvedModel
 from steep.ops.fp8_groups import Fp8Products
@@ -77,6 +78,7 @@ class Ground:
         before: what the run that goes on was begun with.
         to_train: whether steps are still to come.
         host: bytes of host memory that may be filled, of all processes.
+        hidden: of `steep.fused_memory.FusedStep`.
     """
 
     resolved: ResolvedModel
@@ -87,6 +89,7 @@ class Ground:
     before: Choices | None
     to_train: bool = True
     host: int = 0
+    hidden: float = HIDDEN
 
     def computation(self, config: RunConfig) -> Computation:
         """What `auto` becomes here.
@@ -129,6 +132,7 @@ class Ground:
                 trained=trained,
                 on_card=on_card,
                 fp8=computation.products,
+                hidden=self.hidden,
             )
             others = sum(host_bytes(config, shape, step.standing).values())
             choices = settle(config, step, self.budget, self.before, (self.host - others) // ranks.processes_here())

@@ -11,7 +11,7 @@ from steep.memory import WIDTH, Shape, standing, update_scratch, updates_under_w
 from steep.model.block import LEVELS, Place
 from steep.model.layer import Layer
 from steep.model.load import DTYPES
-from steep.model.placement import Kept
+from steep.model.placement import HIDDEN, Kept
 from steep.model.recompute import candidates
 from steep.model.step_bytes import loss_bytes, work_bytes
 from steep.model.tiling import tile_sizes
@@ -40,6 +40,7 @@ class FusedStep:
         offload: whose optimizer states live in host memory; there has to be a card.
         micro_batches: that make a step.
         trains_table: whether the input embeddings have a gradient.
+        hidden: operations of a layer forward for each byte from which on its copy to the host is hidden.
     """
 
     shape: Shape
@@ -59,6 +60,7 @@ class FusedStep:
     offload: Offload = "none"
     micro_batches: int = 1
     trains_table: bool = False
+    hidden: float = HIDDEN
     _works: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def by_item(
@@ -132,7 +134,8 @@ class FusedStep:
 
     @cached_property
     def _kept(self) -> Kept:
-        return Kept.of(self.layers, DTYPES[self.compute], DTYPES[self.stream], self.fp8, self.tokens)
+        how = DTYPES[self.compute], DTYPES[self.stream], self.fp8
+        return Kept.of(self.layers, *how, self.tokens, self.hidden)
 
     def _work(self, tile: int) -> list[int]:
         """By level."""

@@ -21,6 +21,7 @@ from steep.model.families import fused_class
 from steep.model.install import why_not_this_model
 from steep.model.layer import Layer
 from steep.model.machine import Card, why_not_on
+from steep.model.placement import HIDDEN
 from steep.model.read_layer import read_layer
 from steep.model.tiling import tile_sizes
 from steep.model.unwrap import unwrap
@@ -105,6 +106,7 @@ def fused_step(
     trained: str,
     on_card: bool,
     fp8: Fp8Products = "none",
+    hidden: float = HIDDEN,
 ) -> FusedStep:
     """The step of a run that is fused, as far as memory follows from it.
 
@@ -112,6 +114,7 @@ def fused_step(
         layers: of `decide`, their weights as they are kept.
         on_card: it is planned for a card.
         fp8: which products are in fp8.
+        hidden: see `FusedStep`.
     """
     saved, training = set(config.adapter.modules_to_save), config.training
     tied = shape.tied
@@ -134,6 +137,7 @@ def fused_step(
         offload=training.offload_optimizer if on_card else "none",
         micro_batches=training.gradient_accumulation_steps,
         trains_table="embed_tokens" in saved,
+        hidden=hidden,
     )
 
 

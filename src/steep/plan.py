@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from steep import ranks
 from steep.advice import advice
-from steep.computation import Ground, Sizes
+from steep.bases import Base, bases_of
+from steep.calibration import measured_here, with_attention
+from steep.computation import Ground
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
-from steep.duration import Duration, seconds, speed_of
+from steep.duration import Duration, Pace
 from steep.errors import UserError
 from steep.fitting import Shortfall, shortfall_of
 from steep.fp8_choice import dequantised
@@ -27,7 +28,7 @@ from steep.model.adapters import check_embeddings, check_rank, check_start
 from steep.model.choices import Choices
 from steep.model.embeddings import untie
 from steep.model.empty import check_computes, empty_model
-from steep.model.load import QUANTISED, check_4bit_rows, resolve_base
+from steep.model.load import DTYPES, QUANTISED, check_4bit_rows, resolve_base
 from steep.model.machine import Card, card_here
 from steep.model.new_tokens import check_trained, rows_for
 from steep.model.positions import check_length
@@ -35,6 +36,7 @@ from steep.model.quantisable import quantisable
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.model.stored_weights import check_stored
 from steep.model.weight_error import weight_errors
+from steep.rates import hidden_from, rates_of
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.settings import (
@@ -49,14 +51,13 @@ from steep.settings import (
     training_arguments,
 )
 from steep.sizes import storage_of
-from steep.step_work import step_work
 from steep.trackers import check_login
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
 from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import Schedule, schedule_of
 from steep.vocabulary import Vocabulary, grown, warnings
-from steep.vram import host_budget, host_limit, vram_budget
+from steep.vram import check_host, host_budget, host_limit, vram_budget
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Plan:
         memory, host, disk: bytes by item, on the card (the host without one), on the host beside it, and on the disk.
         duration: what it will take; None: not known, as on a CPU, of a run that is not fused, or of several processes.
         shortfall: how the memory of the card falls short of a step; None: it does not.
-        weight_errors: of each quantised base, where it can be measured before the run.
+        bases: what the run would need and how long it would take over each.
         warnings: what a user should know before the run.
     """
 
@@ -101,7 +102,7 @@ class Plan:
     new_tokens: dict[str, Any] | None = None
     shortfall: Shortfall | None = None
     duration: Duration | None = None
-    weight_errors: dict[str, float] = field(default_factory=dict)
+    bases: dict[str, Base] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -170,10 +171,7 @@ class Plan:
             "memory_bytes": {**self.memory, "total": sum(self.memory.values())},
             "shortfall": self.shortfall.as_dict() if self.shortfall else None,
             "duration": self.duration.as_dict() if self.duration else None,
-            "bases": {
-                base: {"bytes": shape.linear_bytes(base, self.compute), "weight_error": self.weight_errors.get(base)}
-                for base in (*QUANTISED, "bf16")
-            },
+            "bases": {name: base.as_dict() for name, base in self.bases.items()},
             "host_bytes": self.host,
             "disk_bytes": {**self.disk, "total": sum(self.disk.values())},
             "warnings": self.warnings,
@@ -191,6 +189,7 @@ def plan_run(
     card: Card | None = None,
     to_train: bool = True,
     refuses: bool = False,
+    measures: bool = False,
 ) -> Plan:
     """Work out a run: check every input, tokenise the text (once, into the cache), count, and estimate memory and disk.
 
@@ -205,6 +204,8 @@ def plan_run(
         card: that it is planned for, in place of the one that is here.
         to_train: whether steps are still to come, so that the disk has to hold their checkpoints.
         refuses: a step that does not fit the card is an error; else it is said in a warning.
+        measures: how fast the card is, if it is here: up to 3 s for the time of a step, and for what layers may keep in
+            host memory. Else the maker's figures are taken.
 
     Raises:
         UserError: anything that is wrong with the model, the adapter, the data or the settings.
@@ -219,6 +220,7 @@ def plan_run(
         card=card or card_here(),
         to_train=to_train,
         refuses=refuses,
+        measures=measures,
     )
     plan = work_out(commits or {}) if ranks.is_main() else None
     read = ranks.from_main(lambda: _commits(plan))
@@ -251,9 +253,10 @@ def _work_out(
     card: Card | None,
     to_train: bool,
     refuses: bool,
+    measures: bool,
 ) -> Plan:
-    model = config.model
-    if config.training.deterministic:
+    model, data, training = config.model, config.data, config.training
+    if training.deterministic:
         prepare_cublas("training.deterministic")
     folder = RunFolder(config.training.output_dir)
     folder.check_place()
@@ -285,7 +288,6 @@ def _work_out(
     if computation.layers is not None and computation.products != "none":
         stored += dequantised(computation.layers, compute)
     tokenizer = read_tokenizer(resolved)
-    data, training = config.data, config.training
     precision = mixed_precision(base, compute, trained)
     arguments = training_arguments(config, precision, fused=layer is not None, branch=branch is not None)
     if to_train:
@@ -308,6 +310,12 @@ def _work_out(
         tokenizer, sources = vocabulary.tokenizer, [read.source for read in vocabulary.before]
         rows = rows_for(tokenizer, empty.get_input_embeddings().weight.shape[0])
         empty.resize_token_embeddings(rows, mean_resizing=False)
+    tokens, dtype, measured = training.per_device_train_batch_size * data.max_length, DTYPES[compute], None
+    # Time is predicted of fused steps in one process.
+    if measures and layer is not None and card is not None and card.is_here and ranks.world_size() == 1:
+        measured = measured_here(layer, tokens, dtype, card, stored)
+    chooses_by = rates_of(card, None if training.deterministic else measured)  # no timer has a part in the run's bits
+    ground = replace(ground, hidden=hidden_from(chooses_by, computation.products))
     sizes = ground.sized(config, computation)
     shape, memory = sizes.shape, sizes.memory
     if budget is not None and card is None and model.compute_dtype == "auto":
@@ -347,6 +355,10 @@ def _work_out(
     schedule = schedule_of(arguments, steps, start=branch.rate_factor if branch else None, section="training.")
     if branch is None:  # which begins at a rate that it has
         check_warmup(arguments, steps)
+    if measured is not None and layer is not None:
+        of_run = training.deterministic
+        measured = with_attention(measured, layer, tokens, dtype, corpus.train.length, stored, of_run=of_run)
+    pace = Pace.of(config, rates_of(card, measured), corpus.train.length)
     host, disk = storage_of(
         config,
         shape,
@@ -357,7 +369,7 @@ def _work_out(
         kept_on_host=sizes.on_host,
     )
     if refuses:
-        _check_host(host, host_limit(training.host_memory, card))
+        check_host(host, host_limit(training.host_memory, card))
     plan = Plan(
         config,
         resolved,
@@ -377,10 +389,10 @@ def _work_out(
         branch,
         schedule,
         shortfall=shortfall,
-        duration=_duration(config, sizes, card, corpus, steps),
+        duration=pace.duration(sizes, steps) if pace is not None else None,
     )
-    if to_train:
-        plan.weight_errors = weight_errors(resolved, quantisable(empty))
+    errors = weight_errors(resolved, quantisable(empty)) if to_train else {}
+    plan.bases = bases_of(config, ground, sizes, pace, errors, base=base, compute=compute)
     plan.warnings = [
         *stored,
         *([str(shortfall)] if shortfall else []),
@@ -398,32 +410,6 @@ def _work_out(
             "Give another folder, or lower training.save_total_limit or adapter.r.",
         )
     return plan
-
-
-def _duration(config: RunConfig, sizes: Sizes, card: Card | None, corpus: Corpus, steps: int) -> Duration | None:
-    speed = speed_of(card) if card is not None else None
-    if speed is None or sizes.step is None or sizes.choices.levels is None or ranks.world_size() > 1:
-        return None
-    lengths, levels = np.asarray(corpus.train.length, np.float64), sizes.choices.levels
-    micro_batches = config.training.gradient_accumulation_steps
-    document = float((lengths**2).sum() / lengths.sum())
-    work = step_work(sizes.step, levels, micro_batches=micro_batches, document=document)
-    of_step = seconds(work, speed, micro_batches * len(levels))
-    return Duration(of_step, rows_per_step(config) * config.data.max_length / of_step, steps * of_step / 3600)
-
-
-def _check_host(host: Mapping[str, int], limit: float) -> None:
-    """States may be in host memory, and what layers keep, also where a run goes on on another machine."""
-    locked = {name: size for name, size in host.items() if name != "copy of a checkpoint" and size}
-    if locked and sum(host.values()) > limit:
-        parts = " and ".join(f"{size / 2**30:.3g} GiB of {name}" for name, size in locked.items())
-        raise UserError(
-            "training.host_memory",
-            f"the run has {parts} in host memory, and with a copy of a checkpoint needs "
-            f"{sum(host.values()) / 2**30:.3g} GiB there; {limit / 2**30:.3g} GiB may be filled",
-            "Free some, or give the amount that there is; training.offload_optimizer: none leaves the states on the "
-            "card, and gradient_checkpointing: true, with --allow training.gradient_checkpointing, chooses again.",
-        )
 
 
 def _check_adapter(config: RunConfig, base: str, resolved: ResolvedModel) -> None:

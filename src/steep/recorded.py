@@ -60,6 +60,9 @@ class PlannedText(TypedDict):
 
 class PlannedBase(TypedDict):
     bytes: Count
+    peak_bytes: NotRequired[Count | None]
+    fits: NotRequired[bool | None]
+    seconds_per_step: NotRequired[Number | None]
     weight_error: Number | None
 
 
@@ -67,6 +70,7 @@ class PlannedDuration(TypedDict):
     seconds_per_step: Number
     tokens_per_second: Number
     hours: Number
+    measured: NotRequired[dict[str, Number | None] | None]
 
 
 class Plan(TypedDict):

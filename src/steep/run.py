@@ -45,7 +45,7 @@ from steep.schema import RunConfig
 from steep.stopping import Stop
 from steep.storage import published
 from steep.tensor_files import system_errors
-from steep.terminal import Terminal, fused_line, plan_tables
+from steep.terminal import Terminal, duration_line, fused_line, plan_tables
 from steep.training.branch import Branch
 from steep.training.checkpoint import Checkpoint, choose, read_choices
 from steep.training.checkpoint_writer import CheckpointCallback
@@ -134,7 +134,10 @@ def _resume(
     if choices is not None and any(change.field == "training.gradient_checkpointing" for change in changes):
         choices = replace(choices, levels=None)
     plan = _plan(config, terminal, parent, begun_tokenizer(config, folder, parent), streamed_commits(folder), choices)
-    terminal.say(f"fused: {fused_line(plan.as_dict())}")
+    figures = plan.as_dict()
+    terminal.say(f"fused: {fused_line(figures)}")
+    if plan.duration is not None:
+        terminal.say(f"time: {duration_line(figures['duration'])}")
     terminal.say(f"checking the files of {config.model.name}")
     with terminal.checking() as progress:
         check_base(config, plan.resolved, plan.tokenizer, progress)
@@ -169,6 +172,7 @@ def _plan(
             grown_tokenizer=begun,
             choices=choices,
             refuses=True,
+            measures=True,
         )
 
 

@@ -1,25 +1,30 @@
-"""What a fused step has to compute and to move, counted from the shapes of its layers."""
+"""What a fused step computes, moves, and copies to the host and back, counted from the shapes of its layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from steep.fused_memory import FusedStep
-from steep.memory import BASE_WIDTH, WIDTH
-from steep.model.layer import Layer
+from steep.memory import BASE_WIDTH, WIDTH, states_bytes
+from steep.model.block import Place
+from steep.model.layer import Attention, Layer
 from steep.model.load import QUANTISED
 from steep.ops.lora import Projection
 from steep.training.adamw8bit import ADAMW_8BIT
 
 _UPDATE = 12  # bytes a trained bf16 value: gradient read twice, weight and both moments in 8 bits read and written
+ATTENTION_BACKWARD = 2.5  # times the operations forward
 
 
 @dataclass(frozen=True)
-class StepWork:
-    """Of all micro-batches of a step, and its update.
+class Work:
+    """What a card computes.
 
     Attributes:
         products: operations of products in 16 bits (or fp32): 2 a multiplication with its addition.
@@ -28,58 +33,144 @@ class StepWork:
         moved: bytes that kernels beside the products read and write.
     """
 
-    products: float
-    fp8: float
-    attention: float
-    moved: float
+    products: float = 0.0
+    fp8: float = 0.0
+    attention: float = 0.0
+    moved: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.products + other.products,
+            self.fp8 + other.fp8,
+            self.attention + other.attention,
+            self.moved + other.moved,
+        )
+
+    def times(self, count: float) -> Work:
+        return Work(count * self.products, count * self.fp8, count * self.attention, count * self.moved)
 
 
-def step_work(step: FusedStep, levels: Sequence[int], *, micro_batches: int, document: float) -> StepWork:
+@dataclass(frozen=True)
+class Transfer:
+    """A copy between the card and host memory.
+
+    Attributes:
+        nbytes: that go one way; as many may come the other way meanwhile.
+        behind: what is computed meanwhile, and hides it.
+        count: of such copies in a step.
+    """
+
+    nbytes: float
+    behind: Work
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class StepWork(Work):
+    """Of all micro-batches of a step, and its update."""
+
+    transfers: tuple[Transfer, ...] = ()
+
+
+def step_work(
+    step: FusedStep,
+    levels: Sequence[int],
+    *,
+    micro_batches: int,
+    document: float,
+    places: Sequence[Place] | None = None,
+) -> StepWork:
     """The work of a step.
 
     Args:
         levels: of each layer, see `steep.model.block`: what is computed again.
         document: mean length of the document that a token is in.
+        places: where each layer keeps what it keeps; None: on the GPU.
     """
     layer, tokens = step.layers[0], step.tokens
-    of_levels = [_layer(layer, step, level, document) for level in levels]
-    products, fp8, attention, moved = (sum(each) for each in zip(*of_levels, strict=True))
+    on_gpu: list[Place] = ["gpu"] * len(levels)
+    transfers: list[Transfer] = []
+    layers = Work()
+    for (level, place), count in Counter(zip(levels, places or on_gpu, strict=True)).items():
+        forward, backward = (half.times(tokens) for half in _layer(layer, step, level, document))
+        layers += (forward + backward).times(count)
+        if copied := step.in_host_memory([level], [place]):
+            transfers += [Transfer(copied, half, micro_batches * count) for half in (forward, backward)]
     head = step.shape.vocabulary * step.shape.hidden
-    products += 2 * head * (3 if step.trains_head else 2)
     logits = 4 * WIDTH[step.compute] * step.shape.vocabulary  # written, read, and so their gradient
-    weights = micro_batches * 2 * step.shape.layers * _filled(layer, step)  # once in each direction
+    of_head = Work(products=2 * head * (3 if step.trains_head else 2), moved=logits).times(tokens)
+    weights = 2 * step.shape.layers * _filled(layer, step)  # once in each direction
     update = step.shape.trained * (_UPDATE if step.optim in ADAMW_8BIT else 2 * _UPDATE)
-    each = micro_batches * tokens
-    return StepWork(each * products, each * fp8, each * attention, each * (moved + logits) + weights + update)
+    whole = (layers + of_head + Work(moved=weights)).times(micro_batches) + Work(moved=update)
+    transfers += _states(step, whole)
+    return StepWork(whole.products, whole.fp8, whole.attention, whole.moved, tuple(transfers))
 
 
-def _layer(layer: Layer, step: FusedStep, level: int, document: float) -> tuple[float, float, float, float]:
-    """Of a token in a layer: operations in 16 bits, in e4m3 and of attention, and bytes."""
+def attention_work(attention: Attention, document: float) -> float:
+    """Operations a token of a causal forward pass.
+
+    Args:
+        document: mean length of the document that a token is in.
+    """
+    seen = document / 2 if attention.window is None else min(document / 2, attention.window)
+    return 4 * seen * attention.num_heads * attention.head_dim
+
+
+def mean_document(lengths: np.ndarray | Sequence[int]) -> float:
+    """Mean length of the document that a token is in."""
+    of_each = np.asarray(lengths, np.float64)
+    return float((of_each**2).sum() / of_each.sum())
+
+
+def _states(step: FusedStep, whole: Work) -> Iterator[Transfer]:
+    """Copies of optimizer states that live in host memory. The next forward pass waits for the last update, so nothing
+    hides those at the end of a step; updates inside backward are hidden, but for those of the table, whose gradient
+    comes last."""
+    on_host = states_bytes(step.shape, step.optim) - states_bytes(step.shape, step.optim, step.offload)
+    if not on_host:
+        return
+    if not step.in_backward:
+        yield Transfer(on_host, Work())
+        return
+    tables = step.shape.trained_embeddings // step.shape.table
+    last = round(on_host * step.shape.table / step.shape.trained) if tables else 0
+    if step.offload == "embeddings":
+        last = on_host // max(tables, 1)
+    yield Transfer(last, Work())
+    yield Transfer(on_host - last, whole.times(2 / 3))  # the backward pass
+
+
+def _layer(layer: Layer, step: FusedStep, level: int, document: float) -> tuple[Work, Work]:
+    """Of a token in a layer, forward and backward."""
     groups: dict[str, tuple[Projection, ...]] = {
         "qkv": layer.qkv,
         "o": (layer.o,),
         "gate_up": layer.gate_up,
         "down": (layer.down,),
     }
-    forwards = {"qkv": 1 + (level >= 2), "o": 1 + (level >= 3), "gate_up": 1 + (level >= 1), "down": 1}
-    products = fp8 = 0.0
+    again = {"qkv": level >= 2, "o": level >= 3, "gate_up": level >= 1, "down": False}
+    whole, twice = [0, 0], [0, 0]  # weights and adapters, and those whose products are computed again
     for name, projections in groups.items():
-        base, beside = sum(map(_base, projections)), sum(map(_adapters, projections))
-        products += 2 * beside * (forwards[name] + 2)  # and in the backward pass to x, and to A and B
-        in_fp8 = (step.fp8 == "both") * forwards[name] + (step.fp8 in ("both", "backward"))
-        fp8 += 2 * base * in_fp8
-        products += 2 * base * (forwards[name] + 1 - in_fp8)
-    attention = layer.attention
-    heads, seen = attention.num_heads * attention.head_dim, document / 2
-    if attention.window is not None:
-        seen = min(seen, attention.window)
-    attended = 4 * seen * heads * (1 + 2.5 + (level >= 3))
+        for index, count in enumerate((_base, _adapters)):
+            found = sum(map(count, projections))
+            whole[index] += found
+            twice[index] += again[name] * found
+    forwards_in_fp8, to_x_in_fp8 = step.fp8 == "both", step.fp8 in ("both", "backward")
     hidden, stream = step.shape.hidden, WIDTH[step.stream]
     qkv, wide = (sum(_shape(each)[0] for each in group) for group in (layer.qkv, layer.gate_up))
     # x → n1, q and k turned, a + x → x2, x2 → n2, gate and up → h, + x2 → y; backward reads and writes twice that.
-    forward = 2 * hidden * (2 * stream + 2 * WIDTH[step.compute]) + (2 * qkv + 1.5 * wide) * WIDTH[step.compute]
-    again = (level >= 1) * 1.5 * wide + (level >= 2) * 2 * qkv
-    return products, fp8, attended, 3 * forward + again * WIDTH[step.compute]
+    moved = 2 * hidden * (2 * stream + 2 * WIDTH[step.compute]) + (2 * qkv + 1.5 * wide) * WIDTH[step.compute]
+    moved_again = ((level >= 1) * 1.5 * wide + (level >= 2) * 2 * qkv) * WIDTH[step.compute]
+    attended = attention_work(layer.attention, document)
+    forward = _products(whole[0], forwards_in_fp8) + Work(2 * whole[1], 0, attended, moved)
+    backward = _products(twice[0], forwards_in_fp8) + _products(whole[0], to_x_in_fp8)
+    backward += Work(2 * twice[1] + 4 * whole[1])  # again, and to x, and to A and B
+    backward += Work(attention=(ATTENTION_BACKWARD + (level >= 3)) * attended, moved=2 * moved + moved_again)
+    return forward, backward
+
+
+def _products(weights: int, in_fp8: bool) -> Work:
+    return Work(fp8=2 * weights) if in_fp8 else Work(products=2 * weights)
 
 
 def _filled(layer: Layer, step: FusedStep) -> float:

@@ -249,21 +249,30 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def duration_line(duration: Mapping[str, float] | None) -> str:
-    """How long training will take."""
+def duration_line(duration: Mapping[str, Any] | None) -> str:
+    """How long training will take, and how that is known."""
     if duration is None:
         return "not known"
     rate = f"{duration['tokens_per_second']:,.0f} tokens/s"
-    return f"about {duration['seconds_per_step']:.2g} s a step, {rate}, {duration['hours']:.2g} h"
+    basis = "measured on this card" if duration["measured"] else "estimated from the maker's figures"
+    return f"about {duration['seconds_per_step']:.2g} s a step, {rate}, {duration['hours']:.2g} h in all, {basis}"
 
 
 def bases_table(plan: Mapping[str, Any]) -> Table:
-    """What the frozen linear weights take in each base, and how far they then are from the checkpoint's."""
-    table = Table("base", "frozen linear weights", "relative error of the weights", title="bases")
+    """What the frozen linear weights take in each base and the whole step does, how long it takes, and how far the
+    weights then are from the checkpoint's."""
+    table = Table(
+        "base", "frozen linear weights", "memory of a step", "a step", "relative error of the weights", title="bases"
+    )
     for name, base in plan["bases"].items():
-        error = base["weight_error"]
-        shown = "–" if error is None else f"{error:.2%}"
-        table.add_row("16 bits" if name == "bf16" else name, human_bytes(base["bytes"]), shown)
+        peak, seconds, error = base["peak_bytes"], base["seconds_per_step"], base["weight_error"]
+        table.add_row(
+            "16 bits" if name == "bf16" else name,
+            human_bytes(base["bytes"]),
+            "–" if peak is None else human_bytes(peak) + (", does not fit" if base["fits"] is False else ""),
+            "–" if seconds is None else f"{seconds:.2g} s",
+            "–" if error is None else f"{error:.2%}",
+        )
     return table
 
 

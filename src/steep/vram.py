@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from steep import ranks
+from steep.errors import UserError
 from steep.model.machine import Card, available_on_host, room_on_host
 from steep.schema import VRAM
 
@@ -39,6 +41,28 @@ def host_limit(host_memory: str, card: Card | None) -> float:
     if host_memory != "auto":
         return asked_bytes(host_memory, card)
     return math.inf if card is None else available_on_host()
+
+
+def check_host(host: Mapping[str, int], limit: float) -> None:
+    """That states and what layers keep have room in host memory, also where a run goes on on another machine.
+
+    Args:
+        host: bytes by item.
+        limit: of `host_limit`.
+
+    Raises:
+        UserError: they have not.
+    """
+    locked = {name: size for name, size in host.items() if name != "copy of a checkpoint" and size}
+    if locked and sum(host.values()) > limit:
+        parts = " and ".join(f"{size / 2**30:.3g} GiB of {name}" for name, size in locked.items())
+        raise UserError(
+            "training.host_memory",
+            f"the run has {parts} in host memory, and with a copy of a checkpoint needs "
+            f"{sum(host.values()) / 2**30:.3g} GiB there; {limit / 2**30:.3g} GiB may be filled",
+            "Free some, or give the amount that there is; training.offload_optimizer: none leaves the states on the "
+            "card, and gradient_checkpointing: true, with --allow training.gradient_checkpointing, chooses again.",
+        )
 
 
 def asked_bytes(vram: str, card: Card | None) -> int:

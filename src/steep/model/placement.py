@@ -18,7 +18,7 @@ from steep.model.step_bytes import host_bytes, products_a_byte
 from steep.ops.fp8_groups import Fp8Products
 
 # Copies are hidden where a layer computes so many operations forward for each byte: an H200 does 13,000 while a byte
-# goes to its host, and cards that compute slower less.
+# goes to its host, and cards that compute slower less. A plan takes what it knows of its card (`steep.rates`).
 HIDDEN = 10_000
 _ALL = len(PLACES) - 1
 _NUMBERS = {place: number for number, place in enumerate(PLACES)}
@@ -38,14 +38,24 @@ class Kept:
 
     @classmethod
     def of(
-        cls, layers: Iterable[Layer], dtype: torch.dtype, stream: torch.dtype, fp8: Fp8Products, tokens: int
+        cls,
+        layers: Iterable[Layer],
+        dtype: torch.dtype,
+        stream: torch.dtype,
+        fp8: Fp8Products,
+        tokens: int,
+        hidden: float = HIDDEN,
     ) -> Kept:
-        """The largest of several layers."""
+        """The largest of several layers.
+
+        Args:
+            hidden: operations forward for each byte from which on a copy is hidden.
+        """
         found = [(layer, host_bytes(layer, dtype, stream, fp8)) for layer in layers]
         on_host = [
             [tokens * max(each[level][place] for _, each in found) for place in range(len(PLACES))] for level in LEVELS
         ]
-        furthest = [min(_furthest(layer, each[level], level) for layer, each in found) for level in LEVELS]
+        furthest = [min(_furthest(layer, each[level], level, hidden) for layer, each in found) for level in LEVELS]
         # of places at which the same is there, the first
         return cls(on_host, [on_host[level].index(on_host[level][place]) for level, place in enumerate(furthest)])
 
@@ -112,10 +122,10 @@ class Kept:
         return self.on_host[level][_ALL]
 
 
-def _furthest(layer: Any, places: Sequence[int], level: int) -> int:
+def _furthest(layer: Any, places: Sequence[int], level: int, hidden: float) -> int:
     """What a layer of level 0 keeps beside the rest, gate and up, takes longer to copy than to compute again."""
     last = _ALL - 1 if level == 0 else _ALL
-    return max((place for place in range(last + 1) if products_a_byte(layer, places[place]) >= HIDDEN), default=0)
+    return max((place for place in range(last + 1) if products_a_byte(layer, places[place]) >= hidden), default=0)
 
 
 def moments(levels: Sequence[int], places: Sequence[Place]) -> list[int]:

@@ -1,0 +1,83 @@
+"""What a run would need and how long its steps would take over each base, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from steep.computation import Ground, Sizes
+from steep.duration import Pace
+from steep.errors import UserError
+from steep.fitting import changed
+from steep.model.load import QUANTISED
+from steep.schema import RunConfig
+
+SHOWN = (*QUANTISED, "bf16")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A run over a base.
+
+    Attributes:
+        bytes: of the frozen linear weights.
+        peak_bytes: of a step, its layers keeping what fits; None: this run cannot be over it, or has no step to come.
+        fits: whether that is within what it may fill; None: there is no limit, or no peak.
+        seconds_per_step: None: not known, or it does not fit.
+        weight_error: of the frozen linear weights (`steep.model.weight_error`); None: not known, or none.
+    """
+
+    bytes: int
+    peak_bytes: int | None
+    fits: bool | None
+    seconds_per_step: float | None
+    weight_error: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """In `plan.json`."""
+        return asdict(self)
+
+
+def bases_of(
+    config: RunConfig,
+    ground: Ground,
+    sizes: Sizes,
+    pace: Pace | None,
+    errors: Mapping[str, float],
+    *,
+    base: str,
+    compute: str,
+) -> dict[str, Base]:
+    """By name: the run's own base as it is planned, others as a new run over them would be.
+
+    Args:
+        sizes: of the run's own step.
+        errors: of the weights, by base.
+        base, compute: the run's own.
+    """
+    found = {}
+    for name in SHOWN:
+        there = sizes if name == base else _sizes(config, ground, name)
+        fits = None if there is None or ground.budget is None else there.peak <= ground.budget
+        found[name] = Base(
+            bytes=sizes.shape.linear_bytes(name, compute),
+            peak_bytes=None if there is None else there.peak,
+            fits=fits,
+            seconds_per_step=None if pace is None or there is None or not fits else pace.seconds(there),
+            weight_error=errors.get(name),
+        )
+    return found
+
+
+def _sizes(config: RunConfig, ground: Ground, base: str) -> Sizes | None:
+    """Of a new run; None: it cannot be over that base, or there is nothing more to train."""
+    if not ground.to_train:
+        return None
+    other = changed(config, {"model.base": base, "model.fp8_products": "auto"})
+    new = replace(ground, before=None)
+    try:
+        computation = new.computation(other)
+    except UserError:
+        return None
+    return new.sized(other, computation)
