@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 import warnings
 from collections import Counter
@@ -73,11 +74,11 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """A note on what happens now."""
-        self.err.print(escape(one_line(text)), highlight=False)
+        self.err.print(escape(one_line(_from_here(text))), highlight=False)
 
     def warn(self, text: str) -> None:
         """A warning in plain words."""
-        self.err.print(f"[yellow]warning:[/] {escape(one_line(text))}", highlight=False)
+        self.err.print(f"[yellow]warning:[/] {escape(one_line(_from_here(text)))}", highlight=False)
 
     def show(self, table: Table) -> None:
         """A result."""
@@ -199,6 +200,15 @@ class _Lines(logging.Handler):
         show(record.getMessage())
 
 
+def _from_here(text: str) -> str:
+    """The text with places below the working folder as one names them there; a run file has them as absolute paths."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # it was deleted
+        return text
+    return re.sub(rf"(?<![\w./~-]){re.escape(here)}/(?=[^/\s])", "", text) if here != "/" else text
+
+
 def _last_part(name: str) -> str:
     """The end of a long path, which is what tells models apart."""
     return name if len(name) <= 50 else f"…{name[-49:]}"
@@ -214,7 +224,7 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     run = Table(title="plan", show_header=False)
     parameters, data, card = plan["parameters"], plan["data"], plan["card"]
     for name, value in {
-        "model": f"{_last_part(plan['model'])}, frozen in {plan['base']}, computed in {plan['compute_dtype']}",
+        "model": f"{_last_part(_from_here(plan['model']))}, frozen in {plan['base']}, computed in {plan['compute_dtype']}",
         "parameters": f"{parameters['frozen']:,} frozen, {parameters['trained']:,} trained in {plan['trained_dtype']} "
         f"({parameters['adapters']:,} adapters, {parameters['trained_embeddings']:,} embeddings)",
         "card": f"{card['name']}, {human_bytes(card['memory_bytes'])}" if card else "none",
