@@ -223,6 +223,7 @@ def main(words: list[str] | None = None) -> None:
     print(f"{len(asked)} runs, of which {len(asked) - len(jobs)} are done; {arguments.jobs} at once", flush=True)
     if not jobs:
         return
+    out.parent.mkdir(parents=True, exist_ok=True)  # before hours of work have no place to go to
     tokenise_once(jobs)
     failed = do_all(jobs, out, arguments.jobs)
     if failed:

@@ -40,3 +40,14 @@ def test_a_folder_that_was_deleted_is_no_obstacle(
     Terminal().say("loading /models/a")
     assert capsys.readouterr().err == "loading /models/a\n"
     monkeypatch.chdir(tmp_path)
+
+
+def test_a_pipe_that_is_to_be_coloured_gets_lines_and_no_moving_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # ipykernel sets it for what a notebook starts
+    row = {"step": 1, "loss": 2.0, "tokens_per_second": 10, "learning_rate": 1e-4, "embedding_learning_rate": None}
+    with Terminal().training(1, 0) as progress:
+        progress({**row, "peak_memory_bytes": 1})
+    said = capsys.readouterr().err
+    assert said.startswith("step 1/1 · loss 2.0000") and said.count("\n") == 1 and "\r" not in said

@@ -174,7 +174,9 @@ class Terminal:
 
     @contextmanager
     def _bar(self, name: str, total: int | None, done: int = 0) -> Iterator[Callable[[str, int | None], None] | None]:
-        if not self.err.is_terminal or self.err.quiet:
+        if (
+            not self.err.file.isatty() or self.err.quiet
+        ):  # `is_terminal` also says yes for FORCE_COLOR (notebooks set it)
             yield None
             return
         columns = [SpinnerColumn(), TextColumn(name)]
@@ -223,8 +225,9 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     """`plan.json` for the eye: the run, its text, memory, host memory and disk by item."""
     run = Table(title="plan", show_header=False)
     parameters, data, card = plan["parameters"], plan["data"], plan["card"]
+    model = _last_part(_from_here(plan["model"]))
     for name, value in {
-        "model": f"{_last_part(_from_here(plan['model']))}, frozen in {plan['base']}, computed in {plan['compute_dtype']}",
+        "model": f"{model}, frozen in {plan['base']}, computed in {plan['compute_dtype']}",
         "parameters": f"{parameters['frozen']:,} frozen, {parameters['trained']:,} trained in {plan['trained_dtype']} "
         f"({parameters['adapters']:,} adapters, {parameters['trained_embeddings']:,} embeddings)",
         "card": f"{card['name']}, {human_bytes(card['memory_bytes'])}" if card else "none",
