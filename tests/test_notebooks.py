@@ -301,7 +301,8 @@ def test_the_ladder_from_top_to_bottom(here: Path, commands: Commands) -> None:
     notebook = read("ablation.ipynb")
     cell = parameters(notebook)
     tiny = {
-        "MODEL": "models/tiny", "ARMS": "lora gate", "TOKENS": 128, "BATCH": 2, "SEQ": 32, "HELDOUT": 100,
+        "MODEL": "models/tiny", "ARMS": "lora gate", "TOKENS": 256, "BATCH": 2, "SEQ": 32, "RATE": 4e-3,
+        "HELDOUT": 100,
     }  # fmt: skip
     lines = cell.source.splitlines()
     given = {line.split(" = ")[0]: ast.literal_eval(line.split(" = ")[1]) for line in lines}
@@ -315,7 +316,7 @@ def test_the_ladder_from_top_to_bottom(here: Path, commands: Commands) -> None:
     drawn = {kind for output in outputs(notebook, "table") for kind in output.get("data", {})}
     assert {"image/svg+xml", "text/markdown"} <= drawn
     table = text_of(notebook, "table")
-    assert "| gate | and on gate_proj |" in table and "(n = 2)" in table and "| lora → gate | ko better |" in table
+    assert "| gate | and on gate_proj |" in table and "(n = 2)" in table and "| lora → gate | Korean better |" in table
     assert unfit(notebook) == []
 
 
