@@ -27,6 +27,7 @@ import multiprocessing
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -170,6 +171,12 @@ def do(job: Job, out: Path) -> str:
 
 def share_threads(processes: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    leave_out_notes()
+
+
+def leave_out_notes() -> None:
+    """What PEFT asks of transformers would be said at every run; `steep train` leaves such notes out too."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def do_all(jobs: Sequence[Job], out: Path, at_once: int) -> list[Job]:
@@ -186,6 +193,7 @@ def do_all(jobs: Sequence[Job], out: Path, at_once: int) -> list[Job]:
         print(f"{job.part} {job.arm} seed {job.seed} rate {job.learning_rate:g}: {said}", flush=True)
 
     if at_once == 1:
+        leave_out_notes()
         for job in jobs:
             tell_end(job, partial(do, job, out))
         return failed
@@ -223,6 +231,7 @@ def main(words: list[str] | None = None) -> None:
     print(f"{len(asked)} runs, of which {len(asked) - len(jobs)} are done; {arguments.jobs} at once", flush=True)
     if not jobs:
         return
+    out.parent.mkdir(parents=True, exist_ok=True)  # before hours of work have no place to go to
     tokenise_once(jobs)
     failed = do_all(jobs, out, arguments.jobs)
     if failed:

@@ -55,7 +55,7 @@ def words_for(model: Path, data: Path, out: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def lines(llama_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     """The grid of full finetuning, then every arm."""
-    out = tmp_path_factory.mktemp("ablation") / "rows.jsonl"
+    out = tmp_path_factory.mktemp("ablation") / "new" / "rows.jsonl"  # a folder that is not there yet
     rates, threads = [f"{rate:g}" for rate in FULL_RATES], torch.get_num_threads()
     torch.set_num_threads(1)  # several wait for each other longer than such small products take
     try:

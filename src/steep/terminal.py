@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 import warnings
 from collections import Counter
@@ -73,11 +74,11 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """A note on what happens now."""
-        self.err.print(escape(one_line(text)), highlight=False)
+        self.err.print(escape(one_line(_from_here(text))), highlight=False)
 
     def warn(self, text: str) -> None:
         """A warning in plain words."""
-        self.err.print(f"[yellow]warning:[/] {escape(one_line(text))}", highlight=False)
+        self.err.print(f"[yellow]warning:[/] {escape(one_line(_from_here(text)))}", highlight=False)
 
     def show(self, table: Table) -> None:
         """A result."""
@@ -173,7 +174,9 @@ class Terminal:
 
     @contextmanager
     def _bar(self, name: str, total: int | None, done: int = 0) -> Iterator[Callable[[str, int | None], None] | None]:
-        if not self.err.is_terminal or self.err.quiet:
+        if (
+            not self.err.file.isatty() or self.err.quiet
+        ):  # `is_terminal` also says yes for FORCE_COLOR (notebooks set it)
             yield None
             return
         columns = [SpinnerColumn(), TextColumn(name)]
@@ -199,6 +202,15 @@ class _Lines(logging.Handler):
         show(record.getMessage())
 
 
+def _from_here(text: str) -> str:
+    """The text with places below the working folder as one names them there; a run file has them as absolute paths."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # it was deleted
+        return text
+    return re.sub(rf"(?<![\w./~-]){re.escape(here)}/(?=[^/\s])", "", text) if here != "/" else text
+
+
 def _last_part(name: str) -> str:
     """The end of a long path, which is what tells models apart."""
     return name if len(name) <= 50 else f"…{name[-49:]}"
@@ -213,8 +225,9 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     """`plan.json` for the eye: the run, its text, memory, host memory and disk by item."""
     run = Table(title="plan", show_header=False)
     parameters, data, card = plan["parameters"], plan["data"], plan["card"]
+    model = _last_part(_from_here(plan["model"]))
     for name, value in {
-        "model": f"{_last_part(plan['model'])}, frozen in {plan['base']}, computed in {plan['compute_dtype']}",
+        "model": f"{model}, frozen in {plan['base']}, computed in {plan['compute_dtype']}",
         "parameters": f"{parameters['frozen']:,} frozen, {parameters['trained']:,} trained in {plan['trained_dtype']} "
         f"({parameters['adapters']:,} adapters, {parameters['trained_embeddings']:,} embeddings)",
         "card": f"{card['name']}, {human_bytes(card['memory_bytes'])}" if card else "none",

@@ -173,6 +173,17 @@ class ForkServer:
         pid = self._asked.ask(**request, env=environment(further or {}))["pid"]
         return Command(pid, lambda: self._asked.ask(poll=pid)["code"], out, err)
 
+    def start(
+        self, words: Sequence[str], folder: str, given: Mapping[str, str], streams: Mapping[str, str]
+    ) -> Callable[[], int | None]:
+        """``python WORDS`` with this environment and these streams, ``out`` and ``err``.
+
+        Returns:
+            What gives its exit code, or None while it runs.
+        """
+        pid = self._asked.ask(start=list(words), cwd=folder, env=dict(given), **streams)["pid"]
+        return lambda: self._asked.ask(poll=pid)["code"]
+
     def process(self, words: Sequence[str], err: str) -> Forked:
         """``python WORDS`` in this folder, and what it says on stderr in a file: for what starts processes itself."""
         return Forked(self._asked, words, environment({}), out=os.devnull, err=err)

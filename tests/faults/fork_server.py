@@ -68,6 +68,8 @@ def _start(request: dict[str, Any]) -> int:
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
         except BaseException:
             sys.excepthook(*sys.exc_info())  # pyright: ignore[reportArgumentType]
         sys.stdout.flush()

@@ -1,0 +1,366 @@
+"""The notebooks run from top to bottom: each in a real kernel, on a tiny model and text of our own, on a CPU.
+
+Only values of the cell tagged "parameters" are exchanged. The commands are the real ones; they run in forks of a
+process that has imported the libraries, and every exit code is looked at, which a notebook itself does not do.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata, util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nbformat
+import pytest
+import yaml
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+
+from steep.config import parse_config
+from tests.faults.command import ForkServer, environment
+from tests.test_docs import relative_links
+from tests.tiny import documents, save_tiny
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NAMES = sorted(file.name for file in FOLDER.glob("*.ipynb"))
+RUN_FILES = {"korean.ipynb": "korean.yaml", "text_completion.ipynb": "prose.yaml"}
+WRITES = re.compile(r"%%writefile (\S+)\n")
+CELL_SECONDS = 200
+
+
+def read(name: str) -> NotebookNode:
+    return nbformat.read(FOLDER / name, as_version=4)
+
+
+def parameters(notebook: NotebookNode) -> NotebookNode:
+    (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    return cell
+
+
+def run_file(source: str) -> dict[str, Any]:
+    return yaml.safe_load(WRITES.sub("", source, count=1))
+
+
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """`old` with the values of `new`, section by section."""
+    both = {name: merged(old[name], new[name]) for name in old.keys() & new.keys() if isinstance(new[name], dict)}
+    return {**old, **new, **both}
+
+
+# ---- the settings
+
+
+def with_alternatives(source: str, said: str) -> str:
+    """The run file with the commented values that end in `said` in place of those above them."""
+    lines: list[str] = []
+    for line in source.splitlines():
+        found = re.fullmatch(rf"( *)# (- \{{.*|(\w+): .*){said}", line)
+        if found and found[3]:
+            assert lines.pop().startswith(f"{found[1]}{found[3]}:"), f"{line} stands below another field"
+        lines.append(found[1] + found[2] if found else line)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_every_setting_that_stands_in_the_notebook_is_one(name: str) -> None:
+    source = parameters(read(name)).source
+    assert WRITES.match(source)[1] == RUN_FILES[name]  # pyright: ignore[reportOptionalSubscript]
+    as_it_is = parse_config(run_file(source))
+    on_a_t4 = parse_config(run_file(with_alternatives(source, "  # T4")))
+    others = parse_config(run_file(with_alternatives(source, "")))
+    assert on_a_t4.adapter.r < as_it_is.adapter.r
+    assert on_a_t4.training.per_device_train_batch_size < as_it_is.training.per_device_train_batch_size
+    rows = [
+        c.training.per_device_train_batch_size * c.training.gradient_accumulation_steps for c in (as_it_is, on_a_t4)
+    ]
+    assert rows[0] == rows[1]
+    assert others.model.name != as_it_is.model.name and others.training.vram != as_it_is.training.vram
+    assert {source.role for source in others.data.sources if source.path} == {"train", "replay", "heldout"}
+
+
+# ---- the cell that installs
+
+
+def installed_by(source: str, missing: set[str], monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The calls of a cell on a machine that lacks some modules, and has a folder in place of one."""
+    calls: list[list[str]] = []
+
+    def find(name: str) -> Any:
+        return None if name in missing else SimpleNamespace(origin=None if f"{name}/" in missing else f"{name}.py")
+
+    monkeypatch.setattr(util, "find_spec", find)
+    monkeypatch.setattr(metadata, "version", lambda name: f"9.{len(name)}")
+    monkeypatch.setattr(subprocess, "run", lambda words, check: calls.append(list(words)))
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    exec(compile(source, "cell", "exec"), {})
+    return calls
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_what_is_missing_is_installed_and_never_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source,) = (cell.source for cell in read(name).cells if cell.id == "install")
+    assert installed_by(source, set(), monkeypatch) == []
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    assert installed_by(source, {"steep"}, monkeypatch) == [[*pip, "..", "torch==9.5"]]
+    assert installed_by(source, {"steep/"}, monkeypatch) == [[*pip, "..", "torch==9.5"]]  # a clone of that name
+    assert installed_by(source, {"matplotlib", "torch"}, monkeypatch) in ([[*pip, "matplotlib"]], [])
+
+
+# ---- top to bottom
+
+
+class Commands:
+    """`steep` and `python -m` for a kernel's shell, run in forks of a fork server, with the caller's streams.
+
+    Attributes:
+        folder: to be first on the caller's PATH.
+        done: the words and the exit code of each call.
+    """
+
+    def __init__(self, server: ForkServer, folder: Path) -> None:
+        self.folder, self.done = folder, list[tuple[list[str], int]]()
+        self._server = server
+        self._place = tempfile.mkdtemp(prefix="steep-")  # a socket's name may have 107 characters
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(f"{self._place}/s")
+        self._socket.listen()
+        for name, words in {"steep": ["-m", "steep"], "python": []}.items():
+            program = folder / name
+            program.write_text(
+                f"#!{sys.executable} -IS\n"
+                "import json, os, socket, sys\n"
+                "caller = socket.socket(socket.AF_UNIX)\n"
+                f"caller.connect({self._place + '/s'!r})\n"
+                f"words = {words!r} + sys.argv[1:]\n"
+                "request = [words, os.getcwd(), dict(os.environ), os.getpid()]\n"
+                "caller.sendall(json.dumps(request).encode() + b'\\n')\n"
+                "sys.exit(int(caller.makefile().readline()))\n"
+            )
+            program.chmod(0o755)
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                caller, _ = self._socket.accept()
+            except OSError:  # closed
+                return
+            with caller, caller.makefile("rw") as stream:
+                words, folder, given, pid = json.loads(stream.readline())
+                streams = {"out": f"/proc/{pid}/fd/1", "err": f"/proc/{pid}/fd/2"}
+                forked = self._server.start(words, folder, environment({**given, "COLUMNS": "100"}), streams)
+                while (code := forked()) is None:
+                    time.sleep(0.02)
+                self.done.append((words, code))
+                stream.write(f"{code}\n")
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        shutil.rmtree(self._place)
+
+
+@pytest.fixture
+def commands(quick: ForkServer, tmp_path: Path) -> Iterator[Commands]:
+    (tmp_path / "bin").mkdir()
+    found = Commands(quick, tmp_path / "bin")
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """The folder that a notebook runs in, with a model and text."""
+    folder = tmp_path / "notebooks"
+    save_tiny("llama", folder / "models" / "tiny")
+    (folder / "data").mkdir()
+    korean, english = documents("ko", 150), documents("en", 150)
+    for name, texts in {
+        "ko-tech.train": korean[:120], "ko-tech.heldout": korean[120:],
+        "en-books.train": english[:120], "en-books.heldout": english[120:],
+    }.items():  # fmt: skip
+        with gzip.open(folder / "data" / f"{name}.jsonl.gz", "wt", encoding="utf-8") as stream:
+            stream.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    return folder
+
+
+def sources(train: str, replay: str, domains: tuple[str, str]) -> list[dict[str, str]]:
+    return [
+        {"path": f"data/{name}.{part}.jsonl.gz", "role": role, "domain": domain}
+        for name, domain, own in ((train, domains[0], "train"), (replay, domains[1], "replay"))
+        for part, role in (("train", own), ("heldout", "heldout"))
+    ]
+
+
+def execute(notebook: NotebookNode, folder: Path, commands: Commands) -> None:
+    """
+    Raises:
+        AssertionError: a command ended with another exit code than 0.
+        CellExecutionError: a cell raised.
+    """
+    own = {
+        "PATH": f"{commands.folder}{os.pathsep}{os.environ['PATH']}",
+        "JUPYTER_RUNTIME_DIR": str(folder.parent / "runtime"),
+        "IPYTHONDIR": str(folder.parent / "ipython"),
+        "OMP_NUM_THREADS": "1",
+    }
+    client = NotebookClient(
+        notebook, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
+    try:
+        client.execute(env={**os.environ, **own})
+    finally:  # a command that failed is why a cell did
+        assert [(words, code) for words, code in commands.done if code != 0] == [], text_of(notebook)
+
+
+def outputs(notebook: NotebookNode, name: str = "") -> Iterator[NotebookNode]:
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and name in ("", cell.id):
+            yield from cell.outputs
+
+
+def text_of(notebook: NotebookNode, name: str = "") -> str:
+    """All text that a cell, or every one, has put out."""
+    found = (
+        output.text if output.output_type == "stream" else "\n".join(map(str, output.get("data", {}).values()))
+        for output in outputs(notebook, name)
+    )
+    return COLOUR.sub("", "\n".join(found))
+
+
+COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+PLACE = re.compile(r"(?<![\w.:/~*}<-])/(?:home|root|tmp|mnt|usr|opt|var|content|kaggle|work\w*|data|Users)\b")
+
+
+def unfit(notebook: NotebookNode) -> list[str]:
+    """What may not stand in outputs that are committed: errors, and places of one machine."""
+    found = [output.ename for output in outputs(notebook) if output.output_type == "error"]
+    text = text_of(notebook)
+    found += [line for line in text.splitlines() if line.startswith(("Traceback (most", "error: "))]
+    return found + [text[match.start() : match.start() + 40] for match in PLACE.finditer(text)]
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_run_from_top_to_bottom(name: str, here: Path, commands: Commands) -> None:
+    korean = name == "korean.ipynb"
+    domains = ("korean", "english") if korean else ("prose", "general")
+    tiny = {
+        "model": {"name": "models/tiny"},
+        "data": {
+            "max_length": 64,
+            "sources": sources(*(("ko-tech", "en-books") if korean else ("en-books", "ko-tech")), domains),
+        },
+        "training": {
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-2,
+        },
+        "evaluation": {"max_new_tokens": 4, "max_tokens": 400},
+    }
+    notebook = read(name)
+    cell = parameters(notebook)
+    written = merged(run_file(cell.source), tiny)
+    cell.source = f"%%writefile {RUN_FILES[name]}\n{yaml.safe_dump(written, allow_unicode=True)}"
+    execute(notebook, here, commands)
+
+    run = here / written["training"]["output_dir"]
+    asked = ["plan", "train", *(["eval", "report"] if korean else []), "generate", "export", *["export"] * korean]
+    assert [words[2] for words, _ in commands.done] == asked
+    assert "step 4/4" in text_of(notebook, "train") and f"result: {run.relative_to(here)}/final" in text_of(notebook)
+    assert "models/tiny" in text_of(notebook, "plan")
+    assert any("image/png" in output.get("data", {}) for output in outputs(notebook, "loss"))
+    board = text_of(notebook, "board" if korean else "train")
+    assert all(domain in board for domain in domains) and "better" in board
+    table = text_of(notebook, "samples")
+    assert all(prompt in table for prompt in written["evaluation"]["prompts"]) and "base" in table
+    written_now = text_of(notebook, "generate")
+    assert written_now.index("--- base") < written_now.index("--- trained")
+    assert (here / f"{written['training']['output_dir']}-merged" / "model.safetensors").is_file()
+    if korean:
+        assert list((here / "runs" / "korean-gguf").glob("*.gguf")) and (run / "report.html").is_file()
+    assert unfit(notebook) == []
+
+
+def test_the_ladder_from_top_to_bottom(here: Path, commands: Commands) -> None:
+    notebook = read("ablation.ipynb")
+    cell = parameters(notebook)
+    tiny = {
+        "MODEL": "models/tiny", "ARMS": "lora gate", "TOKENS": 256, "BATCH": 2, "SEQ": 32, "RATE": 4e-3,
+        "HELDOUT": 100,
+    }  # fmt: skip
+    lines = cell.source.splitlines()
+    given = {line.split(" = ")[0]: ast.literal_eval(line.split(" = ")[1]) for line in lines}
+    assert tiny.keys() <= given.keys()
+    cell.source = "\n".join(f"{key} = {value!r}" for key, value in {**given, **tiny}.items())
+    execute(notebook, here, commands)
+
+    assert [words[:2] for words, _ in commands.done] == [["-m", "benchmarks.ablation"]] * 2
+    rows = [json.loads(line) for line in (here / "runs" / "ablation.jsonl").read_text("utf-8").splitlines()]
+    assert [(row["arm"], row["seed"]) for row in rows] == [("lora", 0), ("gate", 0), ("lora", 1), ("gate", 1)]
+    drawn = {kind for output in outputs(notebook, "table") for kind in output.get("data", {})}
+    assert {"image/svg+xml", "text/markdown"} <= drawn
+    table = text_of(notebook, "table")
+    assert "| gate | and on gate_proj |" in table and "(n = 2)" in table and "| lora → gate | Korean better |" in table
+    assert unfit(notebook) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "says"),
+    [
+        ("!steep plan nowhere.yaml 2>&1 | cat", AssertionError, "nowhere.yaml"),  # to a notebook that is no error
+        ("import nowhere_at_all", CellExecutionError, "nowhere_at_all"),
+    ],
+)
+def test_what_fails_is_found(
+    source: str, error: type[Exception], says: str, tmp_path: Path, commands: Commands
+) -> None:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    with pytest.raises(error, match=says):
+        execute(notebook, tmp_path, commands)
+    assert unfit(notebook)
+
+
+# ---- what is committed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_committed(name: str) -> None:
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    names = [cell.id for cell in notebook.cells]
+    assert len(set(names)) == len(names) and all(re.fullmatch(r"[a-z-]+", found) for found in names)
+    prose = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    links = relative_links(prose)
+    assert links and [link for link in links if not (FOLDER / link).exists()] == []
+    assert unfit(notebook) == []
+
+
+def test_unfit_outputs_are_found() -> None:
+    def with_output(text: str) -> NotebookNode:
+        cell = nbformat.v4.new_code_cell("", outputs=[nbformat.v4.new_output("stream", text=text)])
+        return nbformat.v4.new_notebook(cells=[cell])
+
+    for text in ("error: no", "a\nTraceback (most recent call last):", "loading /home/a/b", "'/tmp/x'", "x=/content/a"):
+        assert len(unfit(with_output(text))) == 1, text
+    for text in ("runs/home/a", "an error: no", "https://x.org/home/a", "bits/byte", "loading models/tiny"):
+        assert unfit(with_output(text)) == [], text
+    failed = nbformat.v4.new_output("error", ename="ValueError", evalue="", traceback=[])
+    cell = nbformat.v4.new_code_cell("", outputs=[failed])
+    assert unfit(nbformat.v4.new_notebook(cells=[cell])) == ["ValueError"]
