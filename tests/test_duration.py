@@ -13,12 +13,14 @@ from benchmarks.shapes import SHAPES, empty_model
 from steep.calibration import Measured
 from steep.cards import CARDS, card_named
 from steep.config import parse_config
+from steep.duration import Pace
 from steep.model.block import Place
 from steep.model.machine import Card
 from steep.model.placement import HIDDEN
 from steep.rates import LAUNCHED, OF_MEASURED, OF_PUBLISHED, Rates, hidden_from, rates_of
 from steep.step_work import StepWork, Transfer, Work, mean_document, step_work
 from steep.terminal import duration_line
+from tests.test_fitting import ground_of
 from tests.test_fused_run import benchmark_file, config_of, empty_llama, measured, step_of
 
 H200 = rates_of(card_named("H200"))
@@ -60,6 +62,24 @@ def test_the_count_is_that_by_hand() -> None:
     backward = work_of(replace(step, fp8="backward"), 1)
     assert backward.fp8 == pytest.approx(2 * step.tokens * layers * base)
     assert work_of(step, 0, document=128).attention == 2 * work_of(step, 0).attention
+
+
+def test_each_layer_has_its_own_window() -> None:
+    """Every sixth of Gemma 3's has none; 34 layers, 1,024 tokens, 8 heads of 256."""
+    step = step_of(config_of(data={"max_length": 32_768}), empty_model("gemma-3-4b"))
+    seen = 29 * 1024 + 5 * 16_384
+    work = work_of(step, 0, document=32_768)
+    assert work.attention == pytest.approx(step.tokens * 4 * seen * 8 * 256 * 3.5)
+
+
+def test_products_in_fp32_have_no_time_by_a_makers_figures() -> None:
+    config = config_of(model={"compute_dtype": "fp32"})
+    ground = ground_of(config, card_named("A100-80"), "llama-3-8b")
+    sizes = ground.sized(config, ground.computation(config))
+    rates = rates_of(card_named("A100-80"))
+    assert rates is not None and sizes.step is not None and sizes.step.compute == "fp32"
+    assert Pace(config, rates, 2048).seconds(sizes) is None
+    assert Pace(config, replace(rates, measured=BARE), 2048).seconds(sizes) is not None
 
 
 def test_more_that_is_computed_again_takes_longer() -> None:

@@ -64,9 +64,9 @@ class Pace:
         return cls(config, rates, mean_document(lengths))
 
     def seconds(self, sizes: Sizes) -> float | None:
-        """Of a step; None: it is not fused."""
+        """Of a step; None: it is not fused, or in fp32 on a card that was not measured."""
         step, levels = sizes.step, sizes.choices.levels
-        if step is None or levels is None:
+        if step is None or levels is None or (step.compute == "fp32" and self.rates.measured is None):
             return None
         work = step_work(
             step, levels, micro_batches=step.micro_batches, document=self.document, places=sizes.choices.places

@@ -136,7 +136,7 @@ def fused_step(
         fp8=fp8,
         offload=training.offload_optimizer if on_card else "none",
         micro_batches=training.gradient_accumulation_steps,
-        trains_table="embed_tokens" in saved,
+        trains_table="embed_tokens" in saved or (tied and bool(saved)),
         hidden=hidden,
     )
 

@@ -43,6 +43,7 @@ class Shape:
         lora_start: values in the frozen adapter that PiSSA takes its beginning back with.
         trained_embeddings: values of the embeddings that train.
         hidden, intermediate, layers, vocabulary: the model's own dimensions.
+        unwindowed: layers whose attention sees all that is before a token.
     """
 
     linear: int
@@ -56,6 +57,7 @@ class Shape:
     layers: int
     vocabulary: int
     linear_kept: int = 0
+    unwindowed: int = 0
 
     def linear_bytes(self, base: str, compute: str) -> int:
         """Bytes of the linear layers' weights in a base."""
@@ -109,6 +111,7 @@ def shape_of(model: Any, adapter: AdapterSection, kept: Collection[str] = ()) ->
         layers=config.num_hidden_layers,
         vocabulary=tables[0].weight.shape[0],
         linear_kept=sum(math.prod(shapes[name]) for name in kept),
+        unwindowed=list(getattr(config, "layer_types", None) or []).count("full_attention"),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -161,7 +161,8 @@ def _layer(layer: Layer, step: FusedStep, level: int, document: float) -> tuple[
     # x → n1, q and k turned, a + x → x2, x2 → n2, gate and up → h, + x2 → y; backward reads and writes twice that.
     moved = 2 * hidden * (2 * stream + 2 * WIDTH[step.compute]) + (2 * qkv + 1.5 * wide) * WIDTH[step.compute]
     moved_again = ((level >= 1) * 1.5 * wide + (level >= 2) * 2 * qkv) * WIDTH[step.compute]
-    attended = attention_work(layer.attention, document)
+    attended, everything = attention_work(layer.attention, document), replace(layer.attention, window=None)
+    attended += step.shape.unwindowed / step.shape.layers * (attention_work(everything, document) - attended)
     forward = _products(whole[0], forwards_in_fp8) + Work(2 * whole[1], 0, attended, moved)
     backward = _products(twice[0], forwards_in_fp8) + _products(whole[0], to_x_in_fp8)
     backward += Work(2 * twice[1] + 4 * whole[1])  # again, and to x, and to A and B
