@@ -20,7 +20,7 @@ from steep.model.install import install
 from steep.model.layer import Layer
 from steep.model.machine import Card
 from steep.model.read_layer import read_layer
-from steep.model.step_bytes import kept_bytes, work_bytes
+from steep.model.step_bytes import work_bytes
 from steep.model.unwrap import unwrap
 from steep.ops.fp8_groups import Fp8BackwardGroup
 from steep.ops.fp8_linear import Fp8Group
@@ -28,6 +28,7 @@ from steep.ops.lora import LoraGroup
 from steep.plan import plan_run
 from tests.fp8_checkpoints import compressed, publish
 from tests.model.test_fused import adapted
+from tests.model.test_recompute import kept_bytes
 from tests.test_run import run_file
 from tests.tiny import tiny_model
 

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from itertools import product
 
 from steep.memory import WIDTH, Shape, standing, update_scratch, updates_under_way
-from steep.model.block import LEVELS, Place
+from steep.model.block import Place
 from steep.model.layer import Layer
 from steep.model.load import DTYPES
 from steep.model.placement import HIDDEN, Kept
@@ -61,7 +61,7 @@ class FusedStep:
     micro_batches: int = 1
     trains_table: bool = False
     hidden: float = HIDDEN
-    _works: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _works: dict[tuple[int, int, Place], int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def by_item(
         self, levels: Sequence[int], way: Way, tile: int, places: Sequence[Place] | None = None
@@ -137,16 +137,12 @@ class FusedStep:
         how = DTYPES[self.compute], DTYPES[self.stream], self.fp8
         return Kept.of(self.layers, *how, self.tokens, self.hidden)
 
-    def _work(self, tile: int) -> list[int]:
-        """By level."""
-        if tile not in self._works:
-            how = DTYPES[self.compute], DTYPES[self.stream]
-            works = (
-                [work_bytes(layer, *how, level, self.tokens, self.fp8, tile) for level in LEVELS]
-                for layer in self.layers
-            )
-            self._works[tile] = [max(each) for each in zip(*works, strict=True)]
-        return self._works[tile]
+    def _work(self, tile: int, level: int, place: Place) -> int:
+        key = tile, level, place
+        if key not in self._works:
+            how = DTYPES[self.compute], DTYPES[self.stream], level, self.tokens, self.fp8, tile, place
+            self._works[key] = max(work_bytes(layer, *how) for layer in self.layers)
+        return self._works[key]
 
     # ---- moments of a step
 
@@ -162,7 +158,7 @@ class FusedStep:
                 done = self._of_waiting_head + of_layer + self._under_way(len(levels) - 1 - index)
             if self._gradients_stay:  # what comes is added to them, but for a tied head's
                 done = self._gradients_before + self._of_waiting_head
-            yield _items(kept, self._work(tile)[levels[index]], 0, done)
+            yield _items(kept, self._work(tile, levels[index], places[index]), 0, done)
 
     def _at_the_update(self) -> tuple[dict[str, int], ...]:
         scratch = update_scratch(self.optim, self.trained, self.on_card)

@@ -12,7 +12,7 @@ import numpy as np
 
 from steep.fused_memory import FusedStep
 from steep.memory import BASE_WIDTH, WIDTH, states_bytes
-from steep.model.block import Place
+from steep.model.block import Place, drops_x2
 from steep.model.layer import Attention, Layer
 from steep.model.load import QUANTISED
 from steep.ops.lora import Projection
@@ -92,7 +92,7 @@ def step_work(
     transfers: list[Transfer] = []
     layers = Work()
     for (level, place), count in Counter(zip(levels, places or on_gpu, strict=True)).items():
-        forward, backward = (half.times(tokens) for half in _layer(layer, step, level, document))
+        forward, backward = (half.times(tokens) for half in _layer(layer, step, level, place, document))
         layers += (forward + backward).times(count)
         if copied := step.in_host_memory([level], [place]):
             transfers += [Transfer(copied, half, micro_batches * count) for half in (forward, backward)]
@@ -140,7 +140,7 @@ def _states(step: FusedStep, whole: Work) -> Iterator[Transfer]:
     yield Transfer(on_host - last, whole.times(2 / 3))  # the backward pass
 
 
-def _layer(layer: Layer, step: FusedStep, level: int, document: float) -> tuple[Work, Work]:
+def _layer(layer: Layer, step: FusedStep, level: int, place: Place, document: float) -> tuple[Work, Work]:
     """Of a token in a layer, forward and backward."""
     groups: dict[str, tuple[Projection, ...]] = {
         "qkv": layer.qkv,
@@ -148,7 +148,7 @@ def _layer(layer: Layer, step: FusedStep, level: int, document: float) -> tuple[
         "gate_up": layer.gate_up,
         "down": (layer.down,),
     }
-    again = {"qkv": level >= 2, "o": level >= 3, "gate_up": level >= 1, "down": False}
+    again = {"qkv": level >= 2, "o": drops_x2(level, place), "gate_up": level >= 1, "down": False}
     whole, twice = [0, 0], [0, 0]  # weights and adapters, and those whose products are computed again
     for name, projections in groups.items():
         for index, count in enumerate((_base, _adapters)):

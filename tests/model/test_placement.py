@@ -12,7 +12,7 @@ from steep.model.install import fused_of, install
 from steep.model.placement import HIDDEN, Kept
 from steep.model.read_layer import read_layer
 from steep.model.recompute import levels_within
-from steep.model.step_bytes import host_bytes, kept_bytes, products_a_byte, work_bytes
+from steep.model.step_bytes import products_a_byte, stored_bytes, work_bytes
 from steep.model.unwrap import unwrap
 from tests.model.test_fused import adapted, loss_and_gradients, packed
 from tests.model.test_recompute import layer_of_8b
@@ -36,7 +36,7 @@ def test_the_host_has_what_is_planned(family: str, level: int) -> None:
         install(model, levels=level, places=place)
         loss_and_gradients(model, packed())
         read = read_layer(layer, layer.traits)
-        planned = 128 * host_bytes(read, torch.float32, torch.float32)[level][number]
+        planned = 128 * stored_bytes(read, torch.float32, torch.float32)[level][number].on_host
         sums = 128 * 4 * read.attention.num_heads if level <= 2 and number > 1 else 0
         for buffer in fused_of(model)._host._buffers.values():
             assert planned - sums <= buffer.numel() <= planned
@@ -45,17 +45,21 @@ def test_the_host_has_what_is_planned(family: str, level: int) -> None:
 
 def test_places_hold_more_and_more() -> None:
     read = layer_of_8b()
-    kept, there = kept_bytes(read, BF16, BF16), host_bytes(read, BF16, BF16)
-    assert [each[-1] for each in there] == kept and all(sorted(each) == each and each[0] == 0 for each in there)
+    found = stored_bytes(read, BF16, BF16)
+    there = [[each.on_host for each in places] for places in found]
+    assert all(sorted(each) == each and each[0] == 0 for each in there)
     assert [each[1] for each in there] == [8192] * 4
-    assert there[1] == [0, 8192, kept[1], kept[1]] and there[3] == [0, 8192, 8192, 8192]
+    kept, sums = 3 * 8192 + 6144 * 2, 32 * 4
+    assert there[1] == [0, 8192, kept + sums, kept + sums] and there[3] == [0, 8192, 8192, 8192]
+    assert there[2] == [0, 8192, 2 * 8192 + sums, 2 * 8192 + sums]  # without x2
+    assert [each.on_gpu for each in found[2]] == [3 * 8192 + sums, 2 * 8192 + sums, 0, 0]
 
 
 def test_copies_that_compute_hides(of_8b: Kept) -> None:
     """Of an 8B all that level 1 keeps; of a narrow model its input alone. Gate and up never."""
     assert [PLACES[number] for number in of_8b.furthest] == ["attention", "attention", "attention", "x"]
     read = layer_of_8b()
-    assert HIDDEN < products_a_byte(read, host_bytes(read, BF16, BF16)[1][2]) < 1.5 * HIDDEN
+    assert HIDDEN < products_a_byte(read, stored_bytes(read, BF16, BF16)[1][2].on_host) < 1.5 * HIDDEN
     tiny = unwrap(adapted(tiny_model("llama"))).model.layers[0]
     narrow = Kept.of([read_layer(tiny, install_traits())], BF16, BF16, "none", 1000)
     assert narrow.furthest == [0, 0, 0, 0]
@@ -87,14 +91,16 @@ def test_the_gpu_has_the_rest_and_two_slots(of_8b: Kept) -> None:
     assert of_8b.in_backward([0], ["all"]) == [(0, of_8b.on_host[0][3] + gate_up)]
 
 
-def test_large_inputs_have_one_slot() -> None:
-    """32,768 tokens of an 8B; where a layer has more on the host, two."""
-    for tokens, slots in ((32_767, 2), (32_768, 1)):
+def test_a_long_sequence_has_one_slot() -> None:
+    """Of inputs from 65,536 tokens of an 8B on; where a layer has more than x and a on the host, two."""
+    here: Any = ["attention"] * 4
+    for tokens, slots in ((65_535, 2), (65_536, 1)):
         kept = Kept.of([layer_of_8b()], BF16, BF16, "none", tokens)
-        x, whole = kept.on_host[3][1], kept.on_host[1][-1]
+        x, with_a, whole = kept.on_host[3][1], kept.on_host[2][2], kept.on_host[1][-1]
         three: Any = ["x"] * 3 + ["gpu"]
         assert kept.in_backward([3] * 4, three) == [(0, slots * x), (2, slots * x), (3, slots * x)]
-        assert kept.in_backward([1] * 4, ["attention"] * 4)[0] == (0, 2 * whole)
+        assert kept.in_backward([2] * 4, here)[0] == (0, with_a)
+        assert kept.in_backward([1] * 4, here)[0] == (0, 2 * whole)
 
 
 def test_as_few_as_fit(of_8b: Kept) -> None:

@@ -31,7 +31,7 @@ from steep.model.recompute import (
     levels_within,
     room_on_card,
 )
-from steep.model.step_bytes import kept_bytes, loss_bytes, training_bytes, work_bytes
+from steep.model.step_bytes import loss_bytes, stored_bytes, training_bytes, work_bytes
 from steep.model.tiling import tile_sizes
 from steep.model.unwrap import unwrap
 from steep.ops.backend import interpreted
@@ -39,6 +39,11 @@ from steep.ops.host_states import staging_bytes
 from tests.allocations import allocations
 from tests.model.test_fused import adapted, packed
 from tests.tiny import FAMILIES, tiny_model
+
+
+def kept_bytes(layer: Any, *how: Any) -> list[int]:
+    """A token, by level, all on the GPU."""
+    return [places[0].on_gpu for places in stored_bytes(layer, *how)]
 
 
 def kept_by(node: Any) -> int:

@@ -18,7 +18,7 @@ what the one before has there:
 
     gpu        nothing is in host memory
     x          x
-    attention  x2, qkv, a, and o's output where a norm follows it
+    attention  x2, qkv, a, and o's output where a norm follows it; at level 2 x2 is nowhere, and computed again
     all        gate and up, and down's output where a norm follows it
 
 All but attention is row by row, and computed for a tile of tokens at a time (`Batch.tile`), so that of a long sequence
@@ -30,6 +30,7 @@ with fp32 inside norms, products and softmax. Autocast is off inside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -55,6 +56,17 @@ _ON_HOST = {
     "attention": ("x2", "qkv", "attended", "saved", "attention_out"),
     "all": ("gate_up", "mlp_out"),
 }
+
+
+def drops_x2(level: int, place: str) -> bool:
+    """Whether a layer computes x2 again from a. At level 3 it has no a; at level 2 in host memory that takes less time
+    than to copy x2, and of a long sequence neither memory has much to spare."""
+    return level >= 3 or (level == 2 and place in ("attention", "all"))
+
+
+def has_little(levels: Sequence[int], places: Sequence[Place]) -> bool:
+    """Whether no layer has more in host memory than x and a."""
+    return all(level >= 2 or place in ("gpu", "x") for level, place in zip(levels, places, strict=True))
 
 
 def block(x: torch.Tensor, layer: Layer, batch: Batch, backend: str) -> torch.Tensor:
@@ -130,9 +142,11 @@ class _Block(torch.autograd.Function):
                 first.add(x[tile], of_tile, weights.buffer, x2[tile], _at(kept.attention_out, tile))
                 weights.used()
             if level <= 2:
-                kept.x2, kept.attended, kept.saved = x2, attended, saved
+                kept.attended, kept.saved = attended, saved
+            if not drops_x2(level, "gpu" if batch.host is None else batch.host.place):
+                kept.x2 = x2
             del attended, saved, of_tile
-            y = torch.empty_like(x2) if level <= 2 else x2
+            y = x2 if kept.x2 is None else torch.empty_like(x2)
             if level == 0:
                 kept.gate_up = second.gradient_rows(x2)
             if keeps and layer.mlp_out_norm is not None:

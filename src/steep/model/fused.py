@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from steep.model.backends import Backends
-from steep.model.block import Place
+from steep.model.block import Place, has_little
 from steep.model.host_store import HostLayer, HostStore
 from steep.model.layer import Layer
 from steep.model.machine import room_on_host
@@ -93,7 +93,8 @@ class Fused:
         nowhere = [None] * num_layers
         if self.places is None or all(place == "gpu" for place in self.places):
             return nowhere
-        begun = self._host.begin(device)
+        assert self.levels is not None, "places are chosen with levels"
+        begun = self._host.begin(device, has_little(self.levels, self.places))
         if begun is None:
             held = "a forward before the backward of another keeps all on the GPU: host memory is for one"
             self.say_once(held, fused=True)

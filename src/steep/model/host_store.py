@@ -11,7 +11,7 @@ waits for nothing in a step.
 
 So the main stream alone takes memory and gives it back, in its own order, and none is held back by the allocator. What
 is fetched goes into two buffers in turn, which live from the first fetch of a backward pass to its end; a layer may
-write over what it gets. Large inputs have one buffer (`buffers_of`): a layer then fetches its own when it begins.
+write over what it gets. A long sequence has one buffer (`buffers_of`): a layer then fetches its own when it begins.
 
 On a CPU the same happens at once, by plain copies.
 """
@@ -29,14 +29,14 @@ from steep.ops.pinned import pinned_zeros
 
 _Event = torch.cuda.Event | torch.Event
 _ALIGNMENT = 256  # bytes: what the card's own allocator gives
-_LARGE = 2**28  # bytes of one buffer
+_LARGE = 2**29  # bytes of one buffer
 
 
-def buffers_of(size: int, only_inputs: bool) -> int:
+def buffers_of(size: int, little: bool) -> int:
     """Buffers of that many bytes on the card: one for the layer that computes, and one for the layer before it. Where
-    layers have their input alone on the host, to fetch it takes a twentieth of the time that a layer computes at most,
-    and less the longer documents are: where it is large, one buffer is worth more than that."""
-    return 1 if only_inputs and size >= _LARGE else 2
+    layers have `little` on the host (`steep.model.block`), to fetch it takes a twentieth of the time that a layer
+    computes, or so, and less the longer documents are: where it is large, one buffer is worth more than that."""
+    return 1 if little and size >= _LARGE else 2
 
 
 class HostStore:
@@ -48,13 +48,17 @@ class HostStore:
         self._holder: weakref.ref[HostPass] | None = None
         self._streams: dict[torch.device, _Streams] = {}
 
-    def begin(self, device: torch.device) -> HostPass | None:
-        """The place of a forward pass that begins; None: another one has the memory."""
+    def begin(self, device: torch.device, little: bool = False) -> HostPass | None:
+        """The place of a forward pass that begins; None: another one has the memory.
+
+        Args:
+            little: see `buffers_of`.
+        """
         if self._holder is not None and self._holder() is not None:
             return None
         if device not in self._streams:
             self._streams[device] = _Streams.of(device)
-        new = HostPass(self, device, self._streams[device])
+        new = HostPass(self, device, self._streams[device], little)
         self._holder = weakref.ref(new)
         return new
 
@@ -143,11 +147,12 @@ class HostPass:
     store: HostStore
     device: torch.device
     streams: _Streams
+    little: bool = False
     _held: _Held | None = None
     _on_host: dict[int, _OnHost] = field(default_factory=dict)
     _slots: list[torch.Tensor] = field(default_factory=list)
-    _most_slots: int = 0  # known at the first fetch
     _fetched: dict[int, _Fetched] = field(default_factory=dict)
+    _largest: int = 0
     _left: bool = False
 
     def keep(self, index: int, tensors: Sequence[torch.Tensor]) -> None:
@@ -157,7 +162,7 @@ class HostPass:
         copied = None
         if sources:
             buffer = self.store.buffer(index, _size(sources), self.device)
-            places = _places(buffer, sources)
+            self._largest, places = max(self._largest, buffer.numel()), _places(buffer, sources)
             if (down := self.streams.down) is None:
                 _copy(sources, places)
             else:
@@ -193,8 +198,7 @@ class HostPass:
         """
         if self._left:
             raise RuntimeError("what a fused layer kept in host memory is gone: an error ended this pass before")
-        self._most_slots = self._most_slots or self._count_slots()
-        for wanted in (index, index - 1)[: self._most_slots]:
+        for wanted in (index, index - 1)[: buffers_of(self._largest, self.little)]:
             if wanted in self._on_host and wanted not in self._fetched:
                 self._fetch(wanted, beside=self._fetched.get(index))
         self._on_host.pop(index, None)
@@ -231,14 +235,10 @@ class HostPass:
             there = up.record_event()
         self._fetched[index] = _Fetched(slot, _places(buffer, source.tensors), there)
 
-    def _count_slots(self) -> int:
-        sizes = [each.buffer.numel() for each in self._on_host.values()]
-        return buffers_of(max(sizes, default=0), all(len(each.tensors) == 1 for each in self._on_host.values()))
-
     def _slot(self, number: int) -> torch.Tensor:
         """As large as any layer needs, made when it is first needed."""
         while len(self._slots) <= number:
-            size = max(each.buffer.numel() for each in self._on_host.values())
+            size = self._largest
             if not self._slots and self.streams.up is not None:
                 # A pass may end while something is fetched, in an error: the memory goes back behind that.
                 weakref.finalize(self, self._main.wait_stream, self.streams.up).atexit = False

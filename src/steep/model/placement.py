@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from steep.model.block import LEVELS, PLACES, Place
+from steep.model.block import LEVELS, PLACES, Place, has_little
 from steep.model.host_store import buffers_of
 from steep.model.layer import Layer
-from steep.model.step_bytes import host_bytes, products_a_byte
+from steep.model.step_bytes import Stored, products_a_byte, stored_bytes
 from steep.ops.fp8_groups import Fp8Products
 
 # Copies are hidden where a layer computes so many operations forward for each byte: an H200 does 13,000 while a byte
@@ -29,10 +29,11 @@ class Kept:
     """What layers of a model keep of a batch.
 
     Attributes:
-        on_host: bytes of one layer that are in host memory, by level and place; at the last place that is all it keeps.
+        stays, on_host: bytes of one layer that stay on the GPU, and that are in host memory, by level and place.
         furthest: by level, the last place whose copies are hidden behind what the layer computes, as a number.
     """
 
+    stays: list[list[int]]
     on_host: list[list[int]]
     furthest: list[int]
 
@@ -51,17 +52,20 @@ class Kept:
         Args:
             hidden: operations forward for each byte from which on a copy is hidden.
         """
-        found = [(layer, host_bytes(layer, dtype, stream, fp8)) for layer in layers]
-        on_host = [
-            [tokens * max(each[level][place] for _, each in found) for place in range(len(PLACES))] for level in LEVELS
-        ]
+        found = [(layer, stored_bytes(layer, dtype, stream, fp8)) for layer in layers]
+        numbers = range(len(PLACES))
+        stays, on_host = (
+            [[tokens * max(each[level][place][memory] for _, each in found) for place in numbers] for level in LEVELS]
+            for memory in (0, 1)
+        )
         furthest = [min(_furthest(layer, each[level], level, hidden) for layer, each in found) for level in LEVELS]
         # of places at which the same is there, the first
-        return cls(on_host, [on_host[level].index(on_host[level][place]) for level, place in enumerate(furthest)])
+        first = [on_host[level].index(on_host[level][place]) for level, place in enumerate(furthest)]
+        return cls(stays, on_host, first)
 
     def on_gpu(self, levels: Sequence[int], places: Sequence[Place]) -> int:
         """Bytes that layers have on the GPU between the forward and the backward pass."""
-        return sum(self._all(level) - self._there(level, place) for level, place in zip(levels, places, strict=True))
+        return sum(map(self._stays, levels, places))
 
     def in_host_memory(self, levels: Sequence[int], places: Sequence[Place]) -> int:
         return sum(map(self._there, levels, places))
@@ -71,10 +75,9 @@ class Kept:
         what is kept when it ends: with what was fetched of it and of the layer before it. What is held in the forward
         pass while it is copied is no more than that, in the same layer."""
         there = list(map(self._there, levels, places))
-        stays = list(accumulate(self._all(level) - each for level, each in zip(levels, there, strict=True)))
+        stays = list(accumulate(map(self._stays, levels, places)))
         slot, found = max(there), []
-        only_inputs = all(each <= self.on_host[level][1] for level, each in zip(levels, there, strict=True))
-        most = buffers_of(slot, only_inputs)
+        most = buffers_of(slot, has_little(levels, places))
         for index in moments(levels, places):
             slots = sum(size > 0 for size in there[max(index - most + 1, 0) :]) if slot else 0
             freed = 0
@@ -118,14 +121,14 @@ class Kept:
     def _there(self, level: int, place: Place) -> int:
         return self.on_host[level][_NUMBERS[place]]
 
-    def _all(self, level: int) -> int:
-        return self.on_host[level][_ALL]
+    def _stays(self, level: int, place: Place) -> int:
+        return self.stays[level][_NUMBERS[place]]
 
 
-def _furthest(layer: Any, places: Sequence[int], level: int, hidden: float) -> int:
+def _furthest(layer: Any, places: Sequence[Stored], level: int, hidden: float) -> int:
     """What a layer of level 0 keeps beside the rest, gate and up, takes longer to copy than to compute again."""
-    last = _ALL - 1 if level == 0 else _ALL
-    return max((place for place in range(last + 1) if products_a_byte(layer, places[place]) >= hidden), default=0)
+    far = enumerate(places[: _ALL if level == 0 else _ALL + 1])
+    return max((number for number, each in far if products_a_byte(layer, each.on_host) >= hidden), default=0)
 
 
 def moments(levels: Sequence[int], places: Sequence[Place]) -> list[int]:

@@ -156,10 +156,10 @@ def needed_bytes(
     the work of one."""
 
     @cache
-    def work(tile: int, level: int) -> int:
-        return work_bytes(layer, dtype, stream, level, tokens, fp8, tile)
+    def work(tile: int, level: int, place: Place) -> int:
+        return work_bytes(layer, dtype, stream, level, tokens, fp8, tile, place)
 
     def needed(levels: Sequence[int], places: Sequence[Place], tile: int) -> int:
-        return max(own + work(tile, levels[index]) for index, own in kept.in_backward(levels, places))
+        return max(own + work(tile, levels[index], places[index]) for index, own in kept.in_backward(levels, places))
 
     return needed

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PretrainedConfig
@@ -122,7 +122,7 @@ def _complaints() -> Iterator[list[str]]:
     """What transformers only warns of, and goes on with: also what it has said before, and where it is to be quiet."""
     found: list[str] = []
     kept, level = _Kept(found), rope_logger.level
-    rope_logger.warning_once.cache_clear()
+    cast(Any, rope_logger.warning_once).cache_clear()
     rope_logger.addHandler(kept)
     rope_logger.setLevel(logging.WARNING)
     try:

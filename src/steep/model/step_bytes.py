@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
+from steep.model.block import PLACES, Place, drops_x2
 from steep.model.layer import Layer
 from steep.ops.attention import GROUP_BYTES
 from steep.ops.backend import gradient_dtype
@@ -16,13 +18,17 @@ from steep.ops.linear_cross_entropy import Way, chunk_size, faster_way, tile_siz
 from steep.ops.lora import Group
 
 
-def kept_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype, fp8: Fp8Products = "none") -> list[int]:
-    """Bytes a token that a layer keeps at each level, its input included."""
-    return [places[-1] for places in host_bytes(layer, dtype, stream, fp8)]
+class Stored(NamedTuple):
+    """Bytes a token of what a layer keeps."""
+
+    on_gpu: int
+    on_host: int
 
 
-def host_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype, fp8: Fp8Products = "none") -> list[list[int]]:
-    """Bytes a token of that which are in host memory: of each level at each place. Nothing stays at the last one."""
+def stored_bytes(
+    layer: Layer, dtype: torch.dtype, stream: torch.dtype, fp8: Fp8Products = "none"
+) -> list[list[Stored]]:
+    """What a layer keeps, its input included, of each level at each place. Nothing is on the GPU at the last one."""
     qkv, _, gate_up, _ = layer.groups(dtype, fp8)
     hidden = layer.o.weight.shape[0]
     x, width = hidden * stream.itemsize, dtype.itemsize
@@ -33,7 +39,11 @@ def host_bytes(layer: Layer, dtype: torch.dtype, stream: torch.dtype, fp8: Fp8Pr
     of_mlp = added if layer.mlp_out_norm else 0
     gate_up_bytes = gate_up.gradient_width * width
     parts = [(x, at_0, gate_up_bytes + of_mlp), (x, at_1, of_mlp), (x, at_2, of_mlp), (x, 0, of_mlp)]
-    return [[0, *accumulate(of_level)] for of_level in parts]
+    found = [[Stored(sum(of_level) - there, there) for there in (0, *accumulate(of_level))] for of_level in parts]
+    return [
+        [each._replace(on_host=each.on_host - x * (level == 2 and drops_x2(level, place))) for place, each in pairs]
+        for level, pairs in enumerate(zip(PLACES, places, strict=True) for places in found)
+    ]
 
 
 def products_a_byte(layer: Layer, host: int) -> float:
@@ -54,6 +64,7 @@ def work_bytes(
     tokens: int,
     fp8: Fp8Products = "none",
     tile: int | None = None,
+    place: Place = "gpu",
 ) -> int:
     """Bytes that a layer's backward pass takes beside what it kept, at its peak: weight buffers, rows that are computed
     again, and gradients between them. The peak is in the MLP or in attention's backward; see `steep.model.block`. Over
@@ -62,6 +73,7 @@ def work_bytes(
 
     Args:
         tile: tokens that are computed at a time where that is row by row; None: all.
+        place: where it was kept, and comes back from before.
     """
     qkv, o, _, _ = layer.groups(dtype, fp8)
     attention, width, x = layer.attention, dtype.itemsize, layer.o.weight.shape[0] * stream.itemsize
@@ -76,9 +88,10 @@ def work_bytes(
     again = 0  # columns of a tile, while it is differentiated from y to attention's output
     if level >= 1 and layer.attention_out_norm:
         again += o.outputs
-    if level >= 3 or again:
+    again_x2 = drops_x2(level, place)
+    if again_x2 or again:
         again += o.input_width
-    between = of_tile * (again * width + (x if level >= 3 else 0))
+    between = of_tile * (again * width + (x if again_x2 else 0))
     between += o.buffer_bytes if again or several else 0  # else it is filled after the MLP
     between += qkv.buffer_bytes if level >= 2 else 0
     between += _in_mlp(layer, dtype, level, of_tile, fp8, several=several)
