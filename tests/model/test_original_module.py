@@ -24,7 +24,7 @@ from steep.evaluation.adapters import base_model
 from steep.evaluation.perplexity import evaluate
 from steep.generation import generate_side_by_side
 from steep.model import checksum, frozen_matrix
-from steep.model.adapters import add_adapters, all_tensors, save_adapter
+from steep.model.adapters import add_adapters, all_tensors, open_adapter, save_adapter
 from steep.model.base_tensors import BaseTensors
 from steep.model.embeddings import is_tied, untie
 from steep.model.install import fused_of, install
@@ -507,3 +507,34 @@ def test_no_untied_embedding_is_there_twice(dtype: str, tmp_path: Path, monkeypa
             assert torch.equal(original_modules(model)[whose].weight, tables[whose].weight)
     lean, whole = taken
     assert lean < (5.5 if dtype == "fp32" else 2.5) and whole > lean + 0.9  # two tables; in fp32, and one as it was
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["lm_head"]], ids=len)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_an_untied_model_trains_two_tables(dtype: str, saved: list[str], tmp_path: Path) -> None:
+    """They have one memory until adapters are put on, new ones or those that are saved."""
+    folder = str(folder_of(tmp_path, tied=True))
+
+    def untied() -> Any:
+        base = load(folder, base=dtype)[0]
+        untie(base)
+        return base
+
+    model = add_adapters(untied(), r=4, modules_to_save=saved, trained_dtype=dtype, offloads=True)
+    memories = [p.untyped_storage().data_ptr() for p in model.parameters()]
+    assert len(set(memories)) == len(memories)
+    trained = {name: p for name, p in model.named_parameters() if "modules_to_save" in name}
+    assert len(trained) == len(saved)
+    with torch.no_grad():
+        for number, parameter in enumerate(trained.values()):
+            parameter.fill_(number + 1)
+    assert [p.unique().tolist() for p in trained.values()] == [[number + 1] for number in range(len(saved))]
+    plain = load(folder, base=dtype)[0].get_input_embeddings().weight
+    for name in saved:
+        assert torch.equal(original_modules(model)[name].weight, plain)
+    if saved == ["lm_head"]:
+        assert torch.equal(model.get_base_model().get_input_embeddings().weight, plain)
+    save_adapter(model, tmp_path / "saved")
+    opened = open_adapter(untied(), tmp_path / "saved", trained_dtype=dtype, offloads=True)
+    again = {name: p for name, p in opened.named_parameters() if "modules_to_save" in name}
+    assert all(torch.equal(again[name], parameter) for name, parameter in trained.items())

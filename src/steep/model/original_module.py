@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,7 +61,8 @@ def offload_originals(model: PeftModel) -> PeftModel:
 def copied_to_nowhere(model: Any, saved: Collection[str]) -> Iterator[Callable[[PeftModel], None]]:
     """Within, PEFT makes the trained copies of an untied model's embeddings on the meta device. What is given takes the
     model then: each copy gets the memory that its original has, so that no embedding is there twice. At once
-    `offload_originals` has to follow, which leaves that memory to the copy.
+    `offload_originals` has to follow, which leaves that memory to the copy. A copy gets memory of its own where others
+    go on with the original's: the table and the head of an untied model have one until then.
 
     Args:
         saved: names of what PEFT will copy.
@@ -68,6 +70,7 @@ def copied_to_nowhere(model: Any, saved: Collection[str]) -> Iterator[Callable[[
     named = [] if is_tied(model) else list(model.named_modules())
     tables = {id(table): table for name, table in named if name.rpartition(".")[2] in saved and _is_plain(table)}
     weights = {key: table.weight for key, table in tables.items()}
+    users = Counter(_memory_of(parameter) for parameter in model.parameters())
     for table in tables.values():
         table.weight = nn.Parameter(table.weight.to("meta"), requires_grad=False)
 
@@ -81,14 +84,20 @@ def copied_to_nowhere(model: Any, saved: Collection[str]) -> Iterator[Callable[[
             if isinstance(wrapper, ModulesToSaveWrapper) and id(wrapper.original_module) in weights:
                 copied: Any
                 for copied in wrapper.modules_to_save.values():
-                    weight = weights[id(wrapper.original_module)]
-                    copied.weight = nn.Parameter(weight.detach(), copied.weight.requires_grad)
+                    weight = weights[id(wrapper.original_module)].detach()
+                    others = users[_memory_of(weight)] - 1
+                    users[_memory_of(weight)] = others
+                    copied.weight = nn.Parameter(weight.clone() if others else weight, copied.weight.requires_grad)
 
     try:
         yield share
     finally:
         put_back()
         weights.clear()  # what was given lives on
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _tensors_of(config: Any) -> BaseTensors | None:
