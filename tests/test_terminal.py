@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 
 import pytest
 
-from steep.terminal import Terminal
+from steep.terminal import Terminal, _is_real_terminal
 
 
 def test_places_below_the_working_folder_are_said_from_there(
@@ -51,3 +53,12 @@ def test_a_pipe_that_is_to_be_coloured_gets_lines_and_no_moving_bar(
         progress({**row, "peak_memory_bytes": 1})
     said = capsys.readouterr().err
     assert said.startswith("step 1/1 · loss 2.0000") and said.count("\n") == 1 and "\r" not in said
+
+
+def test_bars_move_in_a_real_terminal_alone() -> None:
+    closed = io.StringIO()
+    closed.close()
+    assert not any(map(_is_real_terminal, (object(), closed, io.StringIO())))
+    leader, follower = os.openpty()
+    with open(leader, "wb", 0), open(follower, "w") as terminal:
+        assert _is_real_terminal(terminal)

@@ -174,9 +174,7 @@ class Terminal:
 
     @contextmanager
     def _bar(self, name: str, total: int | None, done: int = 0) -> Iterator[Callable[[str, int | None], None] | None]:
-        if (
-            not self.err.file.isatty() or self.err.quiet
-        ):  # `is_terminal` also says yes for FORCE_COLOR (notebooks set it)
+        if self.err.quiet or not _is_real_terminal(self.err.file):
             yield None
             return
         columns = [SpinnerColumn(), TextColumn(name)]
@@ -200,6 +198,14 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         show = self._terminal.warn if record.levelno >= logging.WARNING else self._terminal.say
         show(record.getMessage())
+
+
+def _is_real_terminal(stream: Any) -> bool:
+    """Where bars can move; rich also says yes for FORCE_COLOR, which notebooks set."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # a program's own stream, or one that is closed
+        return False
 
 
 def _from_here(text: str) -> str:

@@ -16,6 +16,7 @@ from steep.model import choices, decoder
 from steep.model import fused as fused_module
 from steep.model.adapters import add_adapters
 from steep.model.block import Place
+from steep.model.fused import Fused
 from steep.model.install import fused_of, install
 from steep.model.layer import Layer
 from steep.model.mlp_half import MlpHalf
@@ -391,6 +392,19 @@ def test_what_is_leaner_needs_less() -> None:
         now = next_one
     assert now == ([3] * 4, 1024) and all(found[:-1]) and len(found) > 4
     assert leaner_than([0, 3, 0, 3], 4096, 4096, needed) is not None  # which is no candidate
+
+
+def test_other_updates_choose_anew() -> None:
+    """A second trainer over the same model; what was given stays."""
+    for chosen_for, stays in ((128, False), (0, True)):
+        fused = Fused(levels=[0, 1], places=["gpu", "x"], tile=64, chosen_for=chosen_for, beside_for=chosen_for)
+        fused.expect(Updates())
+        assert (fused.levels, fused.chosen_for) == ([0, 1], chosen_for)
+        lean = Updates(in_backward=True)
+        fused.expect(lean)
+        assert fused.updates == lean
+        found = fused.levels, fused.places, fused.tile, fused.chosen_for, fused.beside_for
+        assert found == (([0, 1], ["gpu", "x"], 64, 0, 0) if stays else (None, None, None, 0, 0))
 
 
 def test_evaluation_chooses_no_levels() -> None:

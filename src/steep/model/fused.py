@@ -83,6 +83,13 @@ class Fused:
             reading = readings[key] = Reading(module, module.traits, lambda _: readings.pop(key, None))
         return reading.layer
 
+    def expect(self, updates: Updates) -> None:
+        """Choose levels for such updates: anew where they were chosen for others."""
+        if updates != self.updates and self.chosen_for:
+            self.levels = self.places = self.tile = None
+            self.chosen_for = self.beside_for = 0
+        self.updates = updates
+
     def measure(self, decoder: Any) -> None:
         """Note the room that there is for what layers keep: before the first backward pass."""
         self.room = room_on_card(decoder, self.updates)

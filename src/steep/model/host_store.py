@@ -67,6 +67,12 @@ class HostStore:
         """Bytes that there are of it."""
         return sum(buffer.numel() for buffer in self._buffers.values())
 
+    @property
+    def largest(self) -> int:
+        """Bytes that a layer has had: of the longest batch so far, for which there is room on the card. A shorter one
+        has no more buffers there."""
+        return max((buffer.numel() for buffer in self._buffers.values()), default=0)
+
     def buffer(self, index: int, size: int, device: torch.device) -> torch.Tensor:
         """uint8 [size] for a layer."""
         there = self._buffers.pop(index, None)
@@ -152,7 +158,6 @@ class HostPass:
     _on_host: dict[int, _OnHost] = field(default_factory=dict)
     _slots: list[torch.Tensor] = field(default_factory=list)
     _fetched: dict[int, _Fetched] = field(default_factory=dict)
-    _largest: int = 0
     _left: bool = False
 
     def keep(self, index: int, tensors: Sequence[torch.Tensor]) -> None:
@@ -162,7 +167,7 @@ class HostPass:
         copied = None
         if sources:
             buffer = self.store.buffer(index, _size(sources), self.device)
-            self._largest, places = max(self._largest, buffer.numel()), _places(buffer, sources)
+            places = _places(buffer, sources)
             if (down := self.streams.down) is None:
                 _copy(sources, places)
             else:
@@ -198,7 +203,7 @@ class HostPass:
         """
         if self._left:
             raise RuntimeError("what a fused layer kept in host memory is gone: an error ended this pass before")
-        for wanted in (index, index - 1)[: buffers_of(self._largest, self.little)]:
+        for wanted in (index, index - 1)[: buffers_of(self.store.largest, self.little)]:
             if wanted in self._on_host and wanted not in self._fetched:
                 self._fetch(wanted, beside=self._fetched.get(index))
         self._on_host.pop(index, None)
@@ -238,7 +243,7 @@ class HostPass:
     def _slot(self, number: int) -> torch.Tensor:
         """As large as any layer needs, made when it is first needed."""
         while len(self._slots) <= number:
-            size = self._largest
+            size = max(each.buffer.numel() for each in self._on_host.values())
             if not self._slots and self.streams.up is not None:
                 # A pass may end while something is fetched, in an error: the memory goes back behind that.
                 weakref.finalize(self, self._main.wait_stream, self.streams.up).atexit = False
