@@ -219,6 +219,8 @@ def execute(notebook: NotebookNode, folder: Path, commands: Commands) -> None:
         "IPYTHONDIR": str(folder.parent / "ipython"),
         "OMP_NUM_THREADS": "1",
     }
+    for cell in notebook.cells:  # the kernel's own would be no fork
+        cell.source = cell.source.replace("{sys.executable}", "python")
     client = NotebookClient(
         notebook, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )

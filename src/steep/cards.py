@@ -41,7 +41,10 @@ def card_named(name: str, field: str = "--card") -> Card:
     names = {known.casefold(): known for known in CARDS}
     known = names.get(name.strip().casefold())
     if known is None:
-        near = did_you_mean(name.strip().upper(), CARDS)
+        of_that_name = [each for each in CARDS if each.startswith(f"{name.strip().upper()}-")]
+        near = (
+            f"Did you mean {' or '.join(of_that_name)}?" if of_that_name else did_you_mean(name.strip().upper(), CARDS)
+        )
         raise UserError(field, f"{name!r} is unknown", f"{near} Known are: {', '.join(CARDS)}.".lstrip())
     gib, capability = CARDS[known]
     memory = round(gib * 2**30)

@@ -74,7 +74,7 @@ class ModelSection(Section):
     rope_scaling: dict[str, Any] | None = Field(
         None,
         description="For rows longer than the model was made for: how its rotary positions are stretched, in the terms "
-        "of transformers' rope_parameters, such as {rope_type: yarn, factor: 4.0}; also linear, dynamic, llama3, "
+        "of transformers' rope_parameters, such as {rope_type: yarn, factor: 4.0}; also linear, llama3, "
         "longrope. Default: the model's own.",
     )
     untie_embeddings: bool = Field(

@@ -30,6 +30,15 @@ if TYPE_CHECKING:  # this file is imported before the libraries
 _PLAIN_SECONDS = 10  # between two progress lines in a pipe
 
 
+def human_seconds(seconds: float) -> str:
+    """8040 → ``2.2 h``."""
+    if seconds < 99.5:
+        return f"{seconds:.2g} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.2g} min"
+    return f"{seconds / 3600:.2g} h" if seconds < 99.5 * 3600 else f"{seconds / 3600:,.0f} h"
+
+
 def human_bytes(count: float) -> str:
     """1536 → ``1.5 KiB``."""
     for unit, decimals in (("B", 0), ("KiB", 1), ("MiB", 1), ("GiB", 2)):
@@ -274,7 +283,8 @@ def duration_line(duration: Mapping[str, Any] | None) -> str:
         return "not known"
     rate = f"{duration['tokens_per_second']:,.0f} tokens/s"
     basis = "measured on this card" if duration["measured"] else "estimated from the maker's figures"
-    return f"about {duration['seconds_per_step']:.2g} s a step, {rate}, {duration['hours']:.2g} h in all, {basis}"
+    in_all = human_seconds(duration["hours"] * 3600)
+    return f"about {human_seconds(duration['seconds_per_step'])} a step, {rate}, {in_all} in all, {basis}"
 
 
 def bases_table(plan: Mapping[str, Any]) -> Table:
@@ -289,7 +299,7 @@ def bases_table(plan: Mapping[str, Any]) -> Table:
             "16 bits" if name == "bf16" else name,
             human_bytes(base["bytes"]),
             "–" if peak is None else human_bytes(peak) + (", does not fit" if base["fits"] is False else ""),
-            "–" if seconds is None else f"{seconds:.2g} s",
+            "–" if seconds is None else human_seconds(seconds),
             "–" if error is None else f"{error:.2%}",
         )
     return table

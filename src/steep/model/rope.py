@@ -17,6 +17,7 @@ from steep.errors import UserError, shown
 from steep.model.positions import FROM
 
 KINDS = ("linear", "yarn", "llama3", "longrope")
+FURTHEST = 1024  # times as far: beyond what has ever been made to work
 _UNWINDOWED = "full_attention"
 _KNOW_THEIR_ORIGIN = ("yarn", "llama3", "longrope")  # by that name, beside a length that is already the longer one
 _REACH_BY_FACTOR = ("yarn", "longrope")  # times their origin; Llama 3.1's reaches twice that
@@ -46,10 +47,13 @@ def stretch(config: PretrainedConfig, scaling: Mapping[str, Any], field: str = "
     if kind == "dynamic":
         problem = "dynamic frequencies follow the longest row so far, so that a resumed run would compute otherwise"
         raise UserError(field, problem, "Take rope_type: yarn.")
+    if kind is None and "type" in scaling:
+        raise UserError(field, "it has type, which is an older name", f"Write rope_type: {shown(scaling['type'])}.")
     if kind not in KINDS:
         raise UserError(field, f"rope_type is {shown(kind)}", f"Give one of {', '.join(KINDS)}.")
-    if not _is_number(factor) or factor < 1:
-        raise UserError(field, f"factor is {shown(factor)}", "Give how many times as far it shall reach, such as 4.0.")
+    if not _is_number(factor) or not 1 <= factor <= FURTHEST:
+        remedy = f"Give how many times as far it shall reach, from 1 to {FURTHEST}, such as 4.0."
+        raise UserError(field, f"factor is {shown(factor)}", remedy)
     kept = {name: own[name] for name in ("rope_theta", "partial_rotary_factor") if name in own}
     parameters = {**kept, **scaling}
     if own.get("rope_type", "default") != "default" and FROM not in scaling:
@@ -60,7 +64,12 @@ def stretch(config: PretrainedConfig, scaling: Mapping[str, Any], field: str = "
         )
     if kind in _KNOW_THEIR_ORIGIN:
         origin = parameters.setdefault(FROM, limit)
-        if not _is_number(origin) or origin < 1 or origin * factor != int(origin * factor):
+        if not _is_number(origin) or not 1 <= origin <= limit:
+            problem = f"{FROM} is {shown(origin)}, of a model with {limit} positions"
+            raise UserError(
+                field, problem, f"Give the length that it was made for, from 1 to {limit}, or leave it out."
+            )
+        if origin * factor != int(origin * factor):
             raise UserError(
                 field, f"{shown(factor)} times {shown(origin)} positions is no whole number", "Change factor."
             )
