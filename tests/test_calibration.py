@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from steep.calibration import (
     seconds_each,
     with_attention,
 )
+from steep.data.packed_dataset import PackedDataset
+from steep.data.rows import pack_best_fit
 from steep.errors import UserError
 from steep.fusing import fused_step
 from steep.model import machine
@@ -58,6 +61,13 @@ class Ticking:
 
     def launch(self) -> None:
         self.launched += 1
+
+
+def rows_of(lengths: list[int], max_length: int) -> PackedDataset:
+    """Documents of these lengths in rows."""
+    numbers = np.arange(len(lengths), dtype=np.int32)
+    mixture: Any = SimpleNamespace(source=np.zeros_like(numbers), document=numbers)
+    return PackedDataset([], mixture, pack_best_fit(np.array(lengths), max_length), max_length, 0)
 
 
 def attention_of(**others: Any) -> Attention:
@@ -188,10 +198,10 @@ def test_a_failure_is_noted_and_the_run_goes_on(error: Exception, said: str, mon
     monkeypatch.setattr(calibration, "measure", fails)
     monkeypatch.setattr(calibration, "measure_attention", fails)
     notes: list[str] = []
-    layer, lengths = layer_of_8b(), np.array([2048, 2048], np.uint16)
+    layer = layer_of_8b()
     assert measured_here(layer, 4096, torch.bfloat16, CARD, notes) is None
     assert said in notes[0] and "estimated from its maker's figures" in notes[0] and "\n" not in notes[0]
-    found = with_attention(FOUND, layer, 4096, torch.bfloat16, lengths, notes, of_run=False)
+    found = with_attention(FOUND, layer, rows_of([2048, 2048], 2048), 2, torch.bfloat16, notes, of_run=False)
     assert found == FOUND and said in notes[1] and "its usual share" in notes[1]
 
 
@@ -208,12 +218,12 @@ def test_attention_is_measured_as_the_text_has_it(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         calibration, "measure_attention", lambda attention, lengths, *given, of_run: seen.append((lengths, of_run))
     )
-    layer = layer_of_8b()
-    for lengths in ([512] * 9 + [100], [512, 300, 211, 90]):
-        given = np.array(lengths, np.uint16)
-        with_attention(FOUND, layer, 1024, torch.bfloat16, given, [], of_run=len(seen) > 0)
-    (even, first), (uneven, second) = seen
-    assert len(set(even)) == 1 and len(set(uneven)) > 1 and (first, second) == (False, True)
+    layer, mostly = layer_of_8b(), [512] * 8 + [100, 200]  # 8 of 9 rows are one document, and 0.62 of 4 of them
+    for lengths, batch in ((mostly, 4), (mostly, 8), ([512, 300, 211, 90], 1), ([500] * 9, 1)):
+        rows = rows_of(lengths, 512)
+        with_attention(FOUND, layer, rows, batch, torch.bfloat16, [], of_run=len(seen) > 0)
+    assert [len(set(lengths)) > 1 for lengths, _ in seen] == [False, True, True, True]
+    assert [of_run for _, of_run in seen] == [False, True, True, True]
 
 
 @pytest.fixture
@@ -315,8 +325,7 @@ def test_a_card_reaches_what_its_kind_does() -> None:
     before, begun = torch.cuda.memory_allocated(), time.perf_counter()
     found = measured_here(layer, 4096, torch.bfloat16, card, notes)
     assert found is not None and not notes
-    lengths = np.full(8, 2048, np.uint16)
-    found = with_attention(found, layer, 4096, torch.bfloat16, lengths, notes, of_run=False)
+    found = with_attention(found, layer, rows_of([2048] * 8, 2048), 2, torch.bfloat16, notes, of_run=False)
     took = time.perf_counter() - begun
     assert took < 3 and not notes, (took, notes)
     assert torch.cuda.memory_reserved() - before < 2**28

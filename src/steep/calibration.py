@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
-import numpy as np
 import torch
 
+from steep.data.packed_dataset import PackedDataset
 from steep.model.backends import Backends
 from steep.model.layer import Attention, Layer
 from steep.model.machine import Card
@@ -204,9 +204,9 @@ def measured_here(layer: Layer, tokens: int, dtype: torch.dtype, card: Card, not
 def with_attention(
     measured: Measured,
     layer: Layer,
-    tokens: int,
+    rows: PackedDataset,
+    batch: int,
     dtype: torch.dtype,
-    lengths: np.ndarray,
     notes: list[str],
     *,
     of_run: bool,
@@ -215,12 +215,14 @@ def with_attention(
     would take too long.
 
     Args:
-        lengths: of the documents in the rows.
+        batch: rows of a batch.
         of_run: see `measure_attention`.
     """
-    longest = lengths == lengths.max()
-    uneven = float(lengths[longest].sum()) < float(lengths.sum()) / 2
-    attention, document, device = layer.attention, mean_document(lengths), _card()
+    # A batch counts as even only if all of its documents are of one length. Rows are drawn at random: with a share p
+    # that is one document, p^batch of the batches are even, and most have to be.
+    uneven = rows.whole_rows**batch <= 0.5
+    attention, document, device = layer.attention, mean_document(rows.length), _card()
+    tokens = batch * rows.max_length
     of_batch = documents(attention, tokens, document, uneven=uneven, rate=measured.products)
     found = _told(
         lambda: measure_attention(attention, of_batch, dtype, device, of_run=of_run),

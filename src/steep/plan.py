@@ -356,8 +356,8 @@ def _work_out(
     if branch is None:  # which begins at a rate that it has
         check_warmup(arguments, steps)
     if measured is not None and layer is not None:
-        of_run = training.deterministic
-        measured = with_attention(measured, layer, tokens, dtype, corpus.train.length, stored, of_run=of_run)
+        batch, of_run = training.per_device_train_batch_size, training.deterministic
+        measured = with_attention(measured, layer, corpus.train, batch, dtype, stored, of_run=of_run)
     pace = Pace.of(config, rates_of(card, measured), corpus.train.length)
     host, disk = storage_of(
         config,
