@@ -155,6 +155,27 @@ def test_copies_behind_enough_work_take_no_time() -> None:
     assert [each.count for each in twice.transfers] == [2 * (layers - 1)] * 2
 
 
+def test_nothing_hides_what_is_fetched_into_one_buffer() -> None:
+    """Of a long sequence x and a of an 8B, 2 GiB a layer and 40 ms: a twentieth of a step of 131,072 tokens."""
+    levels = [2] * 32
+    places: list[Place] = [*["attention" for _ in levels[1:]], "gpu"]
+
+    def transfers(length: int) -> tuple[StepWork, Transfer, Transfer]:
+        step = step_of(config_of(data={"max_length": length}), empty_model("llama-3-8b"))
+        work = step_work(step, levels, micro_batches=1, document=length, places=places)
+        down, up = work.transfers
+        assert down.nbytes == up.nbytes == step.in_host_memory([2], ["attention"]) and down.count == up.count == 31
+        return work, down, up
+
+    work, down, up = transfers(131_072)
+    assert up.behind == Work() != down.behind
+    assert H200 is not None
+    waits = H200.seconds_of_step(work, 32) - H200.seconds(work)
+    assert waits == pytest.approx(31 * up.nbytes / H200.link) and 0.01 < waits / H200.seconds(work) < 0.1
+    _, _, of_short = transfers(2048)
+    assert of_short.behind != Work()
+
+
 def test_states_in_host_memory_take_their_time() -> None:
     """40 ms at 2 GiB each way and 55 GB/s, where the next forward pass waits for them."""
     empty = empty_model("llama-3-8b")

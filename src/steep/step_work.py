@@ -12,7 +12,8 @@ import numpy as np
 
 from steep.fused_memory import FusedStep
 from steep.memory import BASE_WIDTH, WIDTH, states_bytes
-from steep.model.block import Place, drops_x2
+from steep.model.block import Place, drops_x2, has_little
+from steep.model.host_store import buffers_of
 from steep.model.layer import Attention, Layer
 from steep.model.load import QUANTISED
 from steep.ops.lora import Projection
@@ -89,13 +90,17 @@ def step_work(
     """
     layer, tokens = step.layers[0], step.tokens
     on_gpu: list[Place] = ["gpu"] * len(levels)
+    places = places or on_gpu
+    slot = max(step.in_host_memory([level], [place]) for level, place in set(zip(levels, places, strict=True)))
+    fetched_before = buffers_of(slot, has_little(levels, places)) > 1
     transfers: list[Transfer] = []
     layers = Work()
-    for (level, place), count in Counter(zip(levels, places or on_gpu, strict=True)).items():
+    for (level, place), count in Counter(zip(levels, places, strict=True)).items():
         forward, backward = (half.times(tokens) for half in _layer(layer, step, level, place, document))
         layers += (forward + backward).times(count)
         if copied := step.in_host_memory([level], [place]):
-            transfers += [Transfer(copied, half, micro_batches * count) for half in (forward, backward)]
+            hides = backward if fetched_before else Work()  # a layer with one buffer fetches its own, and waits
+            transfers += [Transfer(copied, half, micro_batches * count) for half in (forward, hides)]
     head = step.shape.vocabulary * step.shape.hidden
     logits = 4 * WIDTH[step.compute] * step.shape.vocabulary  # written, read, and so their gradient
     of_head = Work(products=2 * head * (3 if step.trains_head else 2), moved=logits).times(tokens)
