@@ -188,11 +188,18 @@ def test_states_in_host_memory_take_their_time() -> None:
     (at_the_end,) = transfers(offload="embeddings")
     assert at_the_end.nbytes == pytest.approx(2 * 128_256 * 4096 * 2, rel=0.05) and at_the_end.behind == Work()
     assert at_the_end.nbytes / 55e9 == pytest.approx(0.039, rel=0.05)
-    last, others = transfers(offload="embeddings", in_backward=True)
-    assert last.nbytes + others.nbytes == at_the_end.nbytes and last.nbytes == pytest.approx(others.nbytes, abs=1)
-    assert last.behind == Work() and others.behind.products > 0
-    last_of_all, others_of_all = transfers(offload="all", in_backward=True)
-    assert last_of_all.nbytes == pytest.approx(last.nbytes, rel=0.01) and others_of_all.nbytes > others.nbytes
+    (awaited,) = transfers(offload="embeddings", in_backward=True)  # the head's and the table's
+    assert awaited == Transfer(at_the_end.nbytes / 2, Work(), 2)
+    also_awaited, hidden = transfers(offload="all", in_backward=True)
+    assert also_awaited == awaited and hidden.behind.products > 0
+    (of_all,) = transfers(offload="all")
+    assert hidden.nbytes + 2 * awaited.nbytes == of_all.nbytes
+    shape = step_of(config_of(), empty).shape
+    one = replace(shape, trained_embeddings=shape.table)
+    assert transfers(offload="embeddings", in_backward=True, shape=one) == (replace(awaited, count=1),)
+    none = replace(shape, trained_embeddings=0)
+    (of_layers,) = transfers(offload="all", in_backward=True, shape=none)
+    assert of_layers.nbytes == pytest.approx(hidden.nbytes, abs=1) and of_layers.behind.products > 0
 
 
 def test_the_link_says_which_copies_are_hidden() -> None:

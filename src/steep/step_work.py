@@ -129,20 +129,19 @@ def mean_document(lengths: np.ndarray | Sequence[int]) -> float:
 
 def _states(step: FusedStep, whole: Work) -> Iterator[Transfer]:
     """Copies of optimizer states that live in host memory. The next forward pass waits for the last update, so nothing
-    hides those at the end of a step; updates inside backward are hidden, but for those of the table, whose gradient
-    comes last."""
+    hides those at the end of a step; updates inside backward are hidden, but for those of the embeddings: the head's is
+    awaited at once (`steep.training.in_backward`), and the table's gradient comes last. A tied pair has one update."""
     on_host = states_bytes(step.shape, step.optim) - states_bytes(step.shape, step.optim, step.offload)
     if not on_host:
         return
     if not step.in_backward:
         yield Transfer(on_host, Work())
         return
-    tables = step.shape.trained_embeddings // step.shape.table
-    last = round(on_host * step.shape.table / step.shape.trained) if tables else 0
-    if step.offload == "embeddings":
-        last = on_host // max(tables, 1)
-    yield Transfer(last, Work())
-    yield Transfer(on_host - last, whole.times(2 / 3))  # the backward pass
+    of_layers = on_host - (states_bytes(step.shape, step.optim) - states_bytes(step.shape, step.optim, "embeddings"))
+    if tables := step.shape.trained_embeddings // step.shape.table:
+        yield Transfer((on_host - of_layers) / tables, Work(), tables)
+    if of_layers:
+        yield Transfer(of_layers, whole.times(2 / 3))  # the backward pass
 
 
 def _layer(layer: Layer, step: FusedStep, level: int, place: Place, document: float) -> tuple[Work, Work]:
