@@ -64,6 +64,31 @@ def test_the_count_is_that_by_hand() -> None:
     assert work_of(step, 0, document=128).attention == 2 * work_of(step, 0).attention
 
 
+def test_logits_that_are_made_twice_are_counted_twice() -> None:
+    """But for the last chunk: of 8 x 2,048 tokens one of 8 in 512 MiB, or 1 of 63 in narrow ones."""
+    step = step_of(config_of(training={"per_device_train_batch_size": 8}), empty_model("llama-3-8b"))
+    head, of_way = 2 * step.tokens * step.shape.table, {}
+    for way in ("tokens", "vocabulary", "narrow"):
+        of_way[way] = work_of(step, 0, way=way)
+    by_tokens = of_way["tokens"]
+    assert step.faster_way == "tokens" and work_of(step, 0) == by_tokens
+    again = {way: (work.products - by_tokens.products) / head for way, work in of_way.items()}
+    assert again == pytest.approx({"tokens": 0, "vocabulary": 7 / 8, "narrow": 62 / 63}, abs=2e-3)
+    moved = of_way["narrow"].moved - by_tokens.moved
+    assert moved == pytest.approx(2 * 2 * step.shape.vocabulary * step.tokens * again["narrow"])
+    of_one_chunk = step_of(config_of(data={"max_length": 512}), empty_llama())
+    assert work_of(of_one_chunk, 0, way="vocabulary") == work_of(of_one_chunk, 0, way="tokens")
+
+
+def test_the_time_of_a_run_is_that_of_its_own_loss() -> None:
+    config = config_of(training={"per_device_train_batch_size": 8})
+    ground = ground_of(config, card_named("H200"))
+    sizes, rates = ground.sized(config, ground.computation(config)), rates_of(card_named("H200"))
+    assert rates is not None and sizes.choices.loss_way == "tokens"
+    pace, narrow = Pace(config, rates, 2048), replace(sizes, choices=replace(sizes.choices, loss_way="narrow"))
+    assert pace.seconds(narrow) > 1.005 * pace.seconds(sizes)  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+
+
 def test_each_layer_has_its_own_window() -> None:
     """Every sixth of Gemma 3's has none; 34 layers, 1,024 tokens, 8 heads of 256."""
     step = step_of(config_of(data={"max_length": 32_768}), empty_model("gemma-3-4b"))

@@ -16,6 +16,7 @@ from steep.model.block import Place, drops_x2, has_little
 from steep.model.host_store import buffers_of
 from steep.model.layer import Attention, Layer
 from steep.model.load import QUANTISED
+from steep.ops.linear_cross_entropy import Way, chunk_size
 from steep.ops.lora import Projection
 from steep.training.adamw8bit import ADAMW_8BIT
 
@@ -80,6 +81,7 @@ def step_work(
     micro_batches: int,
     document: float,
     places: Sequence[Place] | None = None,
+    way: Way | None = None,
 ) -> StepWork:
     """The work of a step.
 
@@ -87,6 +89,7 @@ def step_work(
         levels: of each layer, see `steep.model.block`: what is computed again.
         document: mean length of the document that a token is in.
         places: where each layer keeps what it keeps; None: on the GPU.
+        way: how the loss is cut; None: as is faster.
     """
     layer, tokens = step.layers[0], step.tokens
     on_gpu: list[Place] = ["gpu"] * len(levels)
@@ -101,12 +104,11 @@ def step_work(
         if copied := step.in_host_memory([level], [place]):
             hides = backward if fetched_before else Work()  # a layer with one buffer fetches its own, and waits
             transfers += [Transfer(copied, half, micro_batches * count) for half in (forward, hides)]
-    head = step.shape.vocabulary * step.shape.hidden
-    logits = 4 * WIDTH[step.compute] * step.shape.vocabulary  # written, read, and so their gradient
-    of_head = Work(products=2 * head * (3 if step.trains_head else 2), moved=logits).times(tokens)
     weights = 2 * step.shape.layers * _filled(layer, step)  # once in each direction
     update = step.shape.trained * (_UPDATE if step.optim in ADAMW_8BIT else 2 * _UPDATE)
-    whole = (layers + of_head + Work(moved=weights)).times(micro_batches) + Work(moved=update)
+    whole = (layers + _head(step, way or step.faster_way).times(tokens) + Work(moved=weights)).times(
+        micro_batches
+    ) + Work(moved=update)
     transfers += _states(step, whole)
     return StepWork(whole.products, whole.fp8, whole.attention, whole.moved, tuple(transfers))
 
@@ -172,6 +174,16 @@ def _layer(layer: Layer, step: FusedStep, level: int, place: Place, document: fl
     backward += Work(2 * twice[1] + 4 * whole[1])  # again, and to x, and to A and B
     backward += Work(attention=(ATTENTION_BACKWARD + (level >= 3)) * attended, moved=2 * moved + moved_again)
     return forward, backward
+
+
+def _head(step: FusedStep, way: Way) -> Work:
+    """Of a token in the head and its loss, in both directions."""
+    vocabulary, width, again = step.shape.vocabulary, WIDTH[step.compute], 0.0
+    if way != "tokens":  # logits are made twice, but for the chunk that is still there
+        chunk = chunk_size(step.tokens, vocabulary, width, gradients=True, way=way)
+        again = 1 - min(chunk / vocabulary, 1)
+    logits = width * vocabulary * (4 + 2 * again)  # written, read, and so their gradient
+    return Work(products=2 * step.shape.table * ((3 if step.trains_head else 2) + again), moved=logits)
 
 
 def _products(weights: int, in_fp8: bool) -> Work:
