@@ -214,6 +214,18 @@ def test_no_more_of_the_host_is_proposed_than_it_has(monkeypatch: pytest.MonkeyP
 # ---- when a run is refused
 
 
+def test_too_little_of_the_host_is_told_before_a_text_is_read(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that a new run keeps can be chosen again."""
+    monkeypatch.setattr("steep.plan.pack", lambda *given, **how: pytest.fail("the text is tokenised"))
+    training = {"offload_optimizer": "all", "host_memory": "0.001MiB", "optim": "adamw_8bit"}
+    config = run_file(llama_folder, korean_corpus, tmp_path / "run", model={"base": "nf4"}, training=training)
+    with pytest.raises(UserError, match=r"optimizer states in host memory.*leaves the states on the card\.$") as error:
+        plan_run(config, card=card_named("L4"), refuses=True)
+    assert error.value.field == "training.host_memory"
+
+
 def far(vram: str = "auto", *, free: float = 24e9, memory: float = 24e9, before: Choices | None = None) -> Shortfall:
     """How a step of 29 GB falls short of a card."""
     card = Card("fake", (8, 9), round(memory), round(free))

@@ -50,7 +50,7 @@ from steep.settings import (
     rows_per_step,
     training_arguments,
 )
-from steep.sizes import storage_of
+from steep.sizes import disk_bytes, host_bytes
 from steep.trackers import check_login
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
@@ -326,6 +326,9 @@ def _work_out(
     shortfall = shortfall_of(config, ground, computation, sizes, is_branch=branch is not None)
     if refuses and shortfall is not None and shortfall.is_refused:
         raise shortfall.error()
+    host = host_bytes(config, shape, memory, sizes.on_host)
+    if refuses:
+        check_host(host, host_limit(training.host_memory, card), goes_on=before is not None and branch is None)
     for index, prompt in enumerate(config.evaluation.prompts):
         ids = prompt_ids_of(tokenizer, prompt, rows=shape.vocabulary, field=f"evaluation.prompts[{index}]")
         check_length(len(ids), resolved.config, f"evaluation.prompts[{index}]")
@@ -359,17 +362,14 @@ def _work_out(
         batch, of_run = training.per_device_train_batch_size, training.deterministic
         measured = with_attention(measured, layer, corpus.train, batch, dtype, stored, of_run=of_run)
     pace = Pace.of(config, rates_of(card, measured), corpus.train.length)
-    host, disk = storage_of(
+    disk = disk_bytes(
         config,
         shape,
         memory,
         steps,
         rolls_back=arguments.spike_action == "rollback",
         keeps_best=arguments.metric_for_best_model is not None,
-        kept_on_host=sizes.on_host,
     )
-    if refuses:
-        check_host(host, host_limit(training.host_memory, card))
     plan = Plan(
         config,
         resolved,
