@@ -93,6 +93,20 @@ def test_a_base_that_cannot_be_has_its_bytes_alone() -> None:
     assert found["int8"].peak_bytes is not None and found["int8"].fits is None  # there is no card
 
 
+@pytest.mark.parametrize(
+    ("adapter", "impossible"), [({"init_lora_weights": "loftq"}, {"bf16"}), ({"use_dora": True}, {"int8"})], ids=str
+)
+def test_a_base_that_the_adapter_cannot_begin_over_has_no_step(adapter: dict[str, Any], impossible: set[str]) -> None:
+    model = {"name": "x", "base": "nf4", "fused": "auto"}
+    config = config_of(model=model, adapter=adapter)
+    ground = replace(ground_of(config, card_named("H200")), layer=None)
+    computation = ground.computation(config)
+    sizes = ground.sized(config, computation)
+    found = bases_of(config, ground, sizes, None, {}, base="nf4", compute=computation.compute)
+    assert {name for name, base in found.items() if base.peak_bytes is None} == impossible
+    assert all(found[name].fits is None and found[name].bytes > 0 for name in impossible)
+
+
 def test_the_table(steep: Steep, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
     config = run_file(llama_folder, korean_corpus, tmp_path / "run", model={"base": "nf4"})
     figures = plan_run(config, card=card_named("L4")).as_dict()

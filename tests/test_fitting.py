@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from steep import run
 from steep.cards import card_named
 from steep.computation import Ground
 from steep.errors import UserError
-from steep.fitting import Alternative, Shortfall, changed, shortfall_of, with_rank
+from steep.fitting import Alternative, Shortfall, _Trials, changed, shortfall_of, with_rank
 from steep.fusing import decide
 from steep.memory import WORKSPACES
 from steep.model.choices import Choices
@@ -197,6 +198,13 @@ def test_what_the_host_may_have_is_proposed() -> None:
     clipped = config_of(training={**sizes, "max_grad_norm": 1.0, "vram": "13GiB"}, data={"max_length": 4096})
     names = {name for each in settings_of(shortfall(clipped, ground_of(clipped, card))) for name in each}
     assert "training.optimizer_in_backward" not in names and "training.offload_optimizer" in names
+
+
+def test_no_base_is_proposed_that_the_run_would_refuse() -> None:
+    """loftq begins at an error that nf4 and int8 have; DoRA does not begin over int8."""
+    config = config_of(adapter={"r": 8, "init_lora_weights": "loftq"}, model={"base": "nf4"})
+    trials = _Trials(config, ground_of(config, card_named("H200")), 2**40)
+    assert trials._peak({"model.base": "int8"}) < math.inf == trials._peak({"model.base": "bf16"})
 
 
 def test_no_more_of_the_host_is_proposed_than_it_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from steep import ranks
 from steep.advice import advice
 from steep.bases import Base, bases_of
 from steep.calibration import measured_here, with_attention
-from steep.computation import Ground
+from steep.computation import Ground, check_adapter
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
 from steep.duration import Duration, Pace
@@ -24,11 +24,11 @@ from steep.fp8_choice import dequantised
 from steep.fusing import decide
 from steep.generation import prompt_ids_of
 from steep.memory import Shape
-from steep.model.adapters import check_embeddings, check_rank, check_start
+from steep.model.adapters import check_embeddings, check_rank
 from steep.model.choices import Choices
 from steep.model.embeddings import untie
 from steep.model.empty import check_computes, empty_model
-from steep.model.load import DTYPES, QUANTISED, check_4bit_rows, resolve_base
+from steep.model.load import DTYPES, check_4bit_rows, resolve_base
 from steep.model.machine import Card, card_here
 from steep.model.new_tokens import check_trained, rows_for
 from steep.model.positions import check_length
@@ -277,7 +277,7 @@ def _work_out(
     if model.untie_embeddings:
         untie(empty)
     check_embeddings(empty, config.adapter.modules_to_save)
-    _check_adapter(config, base, resolved)
+    check_adapter(config, base, resolved)
     check_rank(empty, config.adapter.target_modules, config.adapter.r)
     check_length(config.data.max_length, resolved.config)
     layer, not_fused = decide(config, empty, before, card)
@@ -410,16 +410,3 @@ def _work_out(
             "Give another folder, or lower training.save_total_limit or adapter.r.",
         )
     return plan
-
-
-def _check_adapter(config: RunConfig, base: str, resolved: ResolvedModel) -> None:
-    adapter, field = config.adapter, "adapter.init_lora_weights"
-    check_start(adapter.init_lora_weights, adapter.use_dora, adapter.lora_dropout, over_int8=base == "int8")
-    if adapter.init_lora_weights == "loftq" and base not in QUANTISED:
-        raise UserError(field, f"loftq begins at the quantisation's error, and a base in {base} has none", "Give true.")
-    if adapter.init_lora_weights == "loftq" and resolved.quantization is not None:
-        raise UserError(
-            field,
-            f"loftq needs the 16-bit weights, and {config.model.name} is stored quantised",
-            "Give the 16-bit checkpoint as model.name.",
-        )
