@@ -19,10 +19,10 @@ from steep.model.fp8_published import has_blocks
 from steep.model.layer import Layer
 from steep.model.load import QUANTISED, resolve_base, resolve_compute_dtype
 from steep.model.machine import Card
-from steep.model.placement import HIDDEN
 from steep.model.quantisable import quantisable
 from steep.model.resolve import ResolvedModel
 from steep.ops.fp8_groups import Fp8Products
+from steep.rates import Rates, hidden_from
 from steep.schema import RunConfig
 from steep.sizes import host_bytes, memory_of
 
@@ -80,7 +80,7 @@ class Ground:
         before: what the run that goes on was begun with.
         to_train: whether steps are still to come.
         host: bytes of host memory that may be filled, of all processes.
-        hidden: of `steep.fused_memory.FusedStep`.
+        rates: of the card, by which layers have something in host memory; None: as an H200's.
     """
 
     resolved: ResolvedModel
@@ -91,7 +91,7 @@ class Ground:
     before: Choices | None
     to_train: bool = True
     host: int = 0
-    hidden: float = HIDDEN
+    rates: Rates | None = None
 
     def computation(self, config: RunConfig) -> Computation:
         """What `auto` becomes here.
@@ -135,7 +135,7 @@ class Ground:
                 trained=trained,
                 on_card=on_card,
                 fp8=computation.products,
-                hidden=self.hidden,
+                hidden=hidden_from(self.rates, computation.products),
             )
             others = sum(host_bytes(config, shape, step.standing).values())
             choices = settle(config, step, self.budget, self.before, (self.host - others) // ranks.processes_here())

@@ -36,7 +36,7 @@ from steep.model.quantisable import quantisable
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.model.stored_weights import check_stored
 from steep.model.weight_error import weight_errors
-from steep.rates import hidden_from, rates_of
+from steep.rates import rates_of
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.settings import (
@@ -314,8 +314,8 @@ def _work_out(
     # Time is predicted of fused steps in one process.
     if measures and layer is not None and card is not None and card.is_here and ranks.world_size() == 1:
         measured = measured_here(layer, tokens, dtype, card, stored)
-    chooses_by = rates_of(card, None if training.deterministic else measured)  # no timer has a part in the run's bits
-    ground = replace(ground, hidden=hidden_from(chooses_by, computation.products))
+    # no timer has a part in the run's bits
+    ground = replace(ground, rates=rates_of(card, None if training.deterministic else measured))
     sizes = ground.sized(config, computation)
     shape, memory = sizes.shape, sizes.memory
     if budget is not None and card is None and model.compute_dtype == "auto":
