@@ -27,7 +27,7 @@ from steep.calibration import (
 )
 from steep.data.packed_dataset import PackedDataset
 from steep.data.rows import pack_best_fit
-from steep.errors import UserError
+from steep.errors import RunError, UserError
 from steep.fusing import fused_step
 from steep.model import machine
 from steep.model.layer import Attention
@@ -61,6 +61,9 @@ class Ticking:
 
     def launch(self) -> None:
         self.launched += 1
+
+
+class OfACompiler(Exception): ...
 
 
 def rows_of(lengths: list[int], max_length: int) -> PackedDataset:
@@ -187,7 +190,13 @@ def test_the_random_numbers_of_a_run_stay(monkeypatch: pytest.MonkeyPatch) -> No
     ("error", "said"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee"), "CUDA out of memory"),
-        (MemoryError(), "MemoryError"),
+        (MemoryError(), "(MemoryError)"),
+        (
+            RunError("flash has no deterministic form in torch.\nSet it to false"),
+            "RunError: flash has no deterministic",
+        ),
+        (ValueError("head_dim 96 is not supported"), "ValueError: head_dim 96"),
+        (OfACompiler("PTXAS failed"), "OfACompiler: PTXAS failed"),  # as triton's are: of no kind of Python's
     ],
 )
 def test_a_failure_is_noted_and_the_run_goes_on(error: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,10 +214,13 @@ def test_a_failure_is_noted_and_the_run_goes_on(error: Exception, said: str, mon
     assert found == FOUND and said in notes[1] and "its usual share" in notes[1]
 
 
-def test_a_mistake_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_interrupts_it_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*given: Any, **how: Any) -> None:
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(calibration, "_card", lambda: CPU)
-    monkeypatch.setattr(calibration, "measure", lambda *given, **how: [][1])
-    with pytest.raises(IndexError):
+    monkeypatch.setattr(calibration, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         measured_here(layer_of_8b(), 4096, torch.bfloat16, CARD, [])
 
 

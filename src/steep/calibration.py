@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
@@ -238,7 +239,7 @@ def _card() -> torch.device:
 
 def _told(measurement: Callable[[], T], otherwise: str, notes: list[str]) -> T | None:
     """What `measurement` gives, with the card's memory given back, and a peak that a run begins with; or None, and a
-    note why.
+    note why. Whatever goes wrong there (libraries raise errors of many kinds): a plan can do without.
 
     Args:
         otherwise: what that means for the plan.
@@ -246,13 +247,15 @@ def _told(measurement: Callable[[], T], otherwise: str, notes: list[str]) -> T |
     before, found = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0, None
     try:
         found = measurement()
-    except (RuntimeError, MemoryError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0].removesuffix(".") or type(error).__name__
-        notes.append(f"the card could not be measured ({reason}): {otherwise}")
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        if torch.cuda.max_memory_allocated() > before:
-            torch.cuda.reset_peak_memory_stats()
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0].removesuffix(".")
+        named = ": ".join(filter(None, (type(error).__name__, reason)))
+        notes.append(f"the card could not be measured ({named}): {otherwise}")
+    if torch.cuda.is_available():  # here the error is gone, and with it what its frames held
+        with suppress(RuntimeError):  # the card itself failed, which is noted
+            torch.cuda.empty_cache()
+            if torch.cuda.max_memory_allocated() > before:
+                torch.cuda.reset_peak_memory_stats()
     return found
 
 
