@@ -17,12 +17,12 @@ from steep import calibration
 from steep.calibration import (
     SECONDS,
     Measured,
+    Timer,
     clock_of,
     documents,
     measure,
     measure_attention,
     measured_here,
-    seconds_each,
     with_attention,
 )
 from steep.data.packed_dataset import PackedDataset
@@ -83,19 +83,32 @@ def attention_of(**others: Any) -> Attention:
 def test_a_time_is_the_median_after_a_warm_up() -> None:
     """Of a card that is slow at first, and now and then."""
     clock = Ticking(lambda call: 0.05 if call < 12 else 0.9 if call % 5 == 0 else 0.02)
-    assert seconds_each(clock.launch, clock, 1.0) == 0.02
+    assert Timer(clock).seconds_each(clock.launch, 1.0) == 0.02
     assert clock.launched == sum(clock.counts) and clock.counts[0] == 1
     mean = Ticking(lambda call: 0.9)
-    assert seconds_each(mean.launch, mean, 1.0) == 0.9
+    assert Timer(mean).seconds_each(mean.launch, 1.0) == 0.9
     assert len(mean.counts) == 1 + 1 + 3  # of what takes long no more than has to be
 
 
 def test_short_launches_are_timed_together() -> None:
     clock = Ticking(lambda call: 1e-6)
-    assert seconds_each(clock.launch, clock, 0.1) == pytest.approx(1e-6)
+    assert Timer(clock).seconds_each(clock.launch, 0.1) == pytest.approx(1e-6)
     longest = max(clock.counts)
     assert 0.005 <= longest * 1e-6 <= 0.01 and clock.counts[-3:] == [longest] * 3
     assert sum(clock.counts) * 1e-6 < 0.13  # in all about what was given
+
+
+def test_a_timer_knows_how_far_samples_were_apart() -> None:
+    """Of all that it timed the most; one that is late now and then does not count."""
+    late, busy = Ticking(lambda call: 0.9 if call % 8 == 0 else 0.02), Ticking(lambda call: 0.02 + 0.02 * (call % 2))
+    timer = Timer(late)
+    timer.seconds_each(late.launch, 1.0)
+    assert timer.spread < 1e-9
+    timer.clock = busy
+    timer.seconds_each(busy.launch, 1.0)
+    timer.clock = late
+    timer.seconds_each(late.launch, 1.0)
+    assert 0.3 < timer.spread <= 1
 
 
 def test_a_cpu_has_the_hosts_clock() -> None:
@@ -111,10 +124,10 @@ def test_rates_are_operations_and_bytes_a_second(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(calibration, "_COPIED", 2**12)
     monkeypatch.setattr(calibration, "_LINKED", 2**10)
     clock = Ticking(lambda call: 0.5)
-    found = measure(48, 80, 40, torch.float32, CPU, has_fp8_units=False, clock=clock)
+    found = measure(48, 80, 40, torch.float32, CPU, has_fp8_units=False, timer=Timer(clock))
     assert found == Measured(4 * 40 * 48 * 80 / 0.5, None, 2 * 2**12 / 0.5, 2**10 / 0.5, 2**10 / 0.5)
     assert found.as_dict()["attention"] is None
-    longer = measure(48, 80, 10**6, torch.float32, CPU, has_fp8_units=False, clock=clock)
+    longer = measure(48, 80, 10**6, torch.float32, CPU, has_fp8_units=False, timer=Timer(clock))
     assert longer.products == 4 * 4096 * 48 * 80 / 0.5  # of no more tokens than are needed
 
 
@@ -131,7 +144,7 @@ def test_products_in_fp8_are_of_whole_tiles(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "_scaled_mm", scaled)
     monkeypatch.setattr(calibration, "_COPIED", 2**12)
     monkeypatch.setattr(calibration, "_LINKED", 2**10)
-    found = measure(40, 80, 30, torch.float32, CPU, has_fp8_units=True, clock=Ticking(lambda call: 0.5))
+    found = measure(40, 80, 30, torch.float32, CPU, has_fp8_units=True, timer=Timer(Ticking(lambda call: 0.5)))
     assert found.fp8 == 4 * 32 * 48 * 80 / 0.5
     assert set(seen) == {(32, 48, 80, torch.bfloat16), (32, 80, 48, torch.bfloat16)}
 
@@ -145,7 +158,7 @@ def test_attention_is_that_of_the_backend_that_runs(others: dict[str, Any], monk
     )
     attention, lengths = attention_of(**others), [10, 6]
     clock = Ticking(lambda call: 0.5)
-    rate = measure_attention(attention, lengths, torch.float32, CPU, clock=clock)
+    rate = measure_attention(attention, lengths, torch.float32, CPU, timer=Timer(clock))
     seen = min(mean_document(lengths) / 2, others.get("window", 10**9))
     assert rate == pytest.approx(16 * 3.5 * 4 * seen * 16 / 0.5)
     assert len(ran) == sum(clock.counts) and ran[0]["backend"] in ("sdpa", "reference", "flex")
@@ -214,6 +227,36 @@ def test_a_failure_is_noted_and_the_run_goes_on(error: Exception, said: str, mon
     assert found == FOUND and said in notes[1] and "its usual share" in notes[1]
 
 
+def test_a_busy_card_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others hold memory of it, or samples are far apart: of its products, or of attention alone."""
+    spread = [0.0, 0.0]
+
+    def found(number: int) -> Callable[..., Any]:
+        def measured(*given: Any, timer: Timer, **how: Any) -> Any:
+            timer.spread = spread[number]
+            return None if number else FOUND
+
+        return measured
+
+    def told(of_products: float, of_attention: float, card: Card = CARD) -> list[str]:
+        spread[:], notes = [of_products, of_attention], []
+        measured_here(layer_of_8b(), 4096, torch.bfloat16, card, notes)
+        with_attention(FOUND, layer_of_8b(), rows_of([512, 512], 512), 1, torch.bfloat16, notes, of_run=False)
+        return notes
+
+    monkeypatch.setattr(calibration, "_card", lambda: CPU)
+    monkeypatch.setattr(calibration, "measure", found(0))
+    monkeypatch.setattr(calibration, "measure_attention", found(1))
+    assert told(0.2, 0.25) == []
+    shared = replace(CARD, free=40 * 2**30)
+    assert told(0.0, 0.0, shared) == [
+        "the card was busy while it was measured (others hold 40 GiB of it): by itself it may be faster"
+    ]
+    (both,) = told(0.4, 0.5, shared)
+    assert "others hold 40 GiB of it, the same work took times up to 40% apart" in both
+    assert [note.partition("(")[2][:30] for note in told(0.0, 0.5)] == ["the same work took times up to"]
+
+
 def test_who_interrupts_it_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*given: Any, **how: Any) -> None:
         raise KeyboardInterrupt
@@ -227,9 +270,11 @@ def test_who_interrupts_it_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_is_measured_as_the_text_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(calibration, "_card", lambda: CPU)
-    monkeypatch.setattr(
-        calibration, "measure_attention", lambda attention, lengths, *given, of_run: seen.append((lengths, of_run))
-    )
+
+    def measured(attention: Attention, lengths: list[int], *given: Any, of_run: bool, **how: Any) -> None:
+        seen.append((lengths, of_run))
+
+    monkeypatch.setattr(calibration, "measure_attention", measured)
     layer, mostly = layer_of_8b(), [512] * 8 + [100, 200]  # 8 of 9 rows are one document, and 0.62 of 4 of them
     for lengths, batch in ((mostly, 4), (mostly, 8), ([512, 300, 211, 90], 1), ([500] * 9, 1)):
         rows = rows_of(lengths, 512)
