@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,17 @@ from steep import calibration
 from steep.calibration import (
     SECONDS,
     Measured,
+    Timer,
     clock_of,
     documents,
     measure,
     measure_attention,
     measured_here,
-    seconds_each,
     with_attention,
 )
-from steep.errors import UserError
+from steep.data.packed_dataset import PackedDataset
+from steep.data.rows import pack_best_fit
+from steep.errors import RunError, UserError
 from steep.fusing import fused_step
 from steep.model import machine
 from steep.model.layer import Attention
@@ -60,6 +63,16 @@ class Ticking:
         self.launched += 1
 
 
+class OfACompiler(Exception): ...
+
+
+def rows_of(lengths: list[int], max_length: int) -> PackedDataset:
+    """Documents of these lengths in rows."""
+    numbers = np.arange(len(lengths), dtype=np.int32)
+    mixture: Any = SimpleNamespace(source=np.zeros_like(numbers), document=numbers)
+    return PackedDataset([], mixture, pack_best_fit(np.array(lengths), max_length), max_length, 0)
+
+
 def attention_of(**others: Any) -> Attention:
     return replace(Attention(2, 1, 8, 8**-0.5, None, None, None, None), **others)
 
@@ -70,19 +83,32 @@ def attention_of(**others: Any) -> Attention:
 def test_a_time_is_the_median_after_a_warm_up() -> None:
     """Of a card that is slow at first, and now and then."""
     clock = Ticking(lambda call: 0.05 if call < 12 else 0.9 if call % 5 == 0 else 0.02)
-    assert seconds_each(clock.launch, clock, 1.0) == 0.02
+    assert Timer(clock).seconds_each(clock.launch, 1.0) == 0.02
     assert clock.launched == sum(clock.counts) and clock.counts[0] == 1
     mean = Ticking(lambda call: 0.9)
-    assert seconds_each(mean.launch, mean, 1.0) == 0.9
+    assert Timer(mean).seconds_each(mean.launch, 1.0) == 0.9
     assert len(mean.counts) == 1 + 1 + 3  # of what takes long no more than has to be
 
 
 def test_short_launches_are_timed_together() -> None:
     clock = Ticking(lambda call: 1e-6)
-    assert seconds_each(clock.launch, clock, 0.1) == pytest.approx(1e-6)
+    assert Timer(clock).seconds_each(clock.launch, 0.1) == pytest.approx(1e-6)
     longest = max(clock.counts)
     assert 0.005 <= longest * 1e-6 <= 0.01 and clock.counts[-3:] == [longest] * 3
     assert sum(clock.counts) * 1e-6 < 0.13  # in all about what was given
+
+
+def test_a_timer_knows_how_far_samples_were_apart() -> None:
+    """Of all that it timed the most; one that is late now and then does not count."""
+    late, busy = Ticking(lambda call: 0.9 if call % 8 == 0 else 0.02), Ticking(lambda call: 0.02 + 0.02 * (call % 2))
+    timer = Timer(late)
+    timer.seconds_each(late.launch, 1.0)
+    assert timer.spread < 1e-9
+    timer.clock = busy
+    timer.seconds_each(busy.launch, 1.0)
+    timer.clock = late
+    timer.seconds_each(late.launch, 1.0)
+    assert 0.3 < timer.spread <= 1
 
 
 def test_a_cpu_has_the_hosts_clock() -> None:
@@ -98,10 +124,10 @@ def test_rates_are_operations_and_bytes_a_second(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(calibration, "_COPIED", 2**12)
     monkeypatch.setattr(calibration, "_LINKED", 2**10)
     clock = Ticking(lambda call: 0.5)
-    found = measure(48, 80, 40, torch.float32, CPU, has_fp8_units=False, clock=clock)
+    found = measure(48, 80, 40, torch.float32, CPU, has_fp8_units=False, timer=Timer(clock))
     assert found == Measured(4 * 40 * 48 * 80 / 0.5, None, 2 * 2**12 / 0.5, 2**10 / 0.5, 2**10 / 0.5)
     assert found.as_dict()["attention"] is None
-    longer = measure(48, 80, 10**6, torch.float32, CPU, has_fp8_units=False, clock=clock)
+    longer = measure(48, 80, 10**6, torch.float32, CPU, has_fp8_units=False, timer=Timer(clock))
     assert longer.products == 4 * 4096 * 48 * 80 / 0.5  # of no more tokens than are needed
 
 
@@ -118,7 +144,7 @@ def test_products_in_fp8_are_of_whole_tiles(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "_scaled_mm", scaled)
     monkeypatch.setattr(calibration, "_COPIED", 2**12)
     monkeypatch.setattr(calibration, "_LINKED", 2**10)
-    found = measure(40, 80, 30, torch.float32, CPU, has_fp8_units=True, clock=Ticking(lambda call: 0.5))
+    found = measure(40, 80, 30, torch.float32, CPU, has_fp8_units=True, timer=Timer(Ticking(lambda call: 0.5)))
     assert found.fp8 == 4 * 32 * 48 * 80 / 0.5
     assert set(seen) == {(32, 48, 80, torch.bfloat16), (32, 80, 48, torch.bfloat16)}
 
@@ -132,7 +158,7 @@ def test_attention_is_that_of_the_backend_that_runs(others: dict[str, Any], monk
     )
     attention, lengths = attention_of(**others), [10, 6]
     clock = Ticking(lambda call: 0.5)
-    rate = measure_attention(attention, lengths, torch.float32, CPU, clock=clock)
+    rate = measure_attention(attention, lengths, torch.float32, CPU, timer=Timer(clock))
     seen = min(mean_document(lengths) / 2, others.get("window", 10**9))
     assert rate == pytest.approx(16 * 3.5 * 4 * seen * 16 / 0.5)
     assert len(ran) == sum(clock.counts) and ran[0]["backend"] in ("sdpa", "reference", "flex")
@@ -177,7 +203,13 @@ def test_the_random_numbers_of_a_run_stay(monkeypatch: pytest.MonkeyPatch) -> No
     ("error", "said"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee"), "CUDA out of memory"),
-        (MemoryError(), "MemoryError"),
+        (MemoryError(), "(MemoryError)"),
+        (
+            RunError("flash has no deterministic form in torch.\nSet it to false"),
+            "RunError: flash has no deterministic",
+        ),
+        (ValueError("head_dim 96 is not supported"), "ValueError: head_dim 96"),
+        (OfACompiler("PTXAS failed"), "OfACompiler: PTXAS failed"),  # as triton's are: of no kind of Python's
     ],
 )
 def test_a_failure_is_noted_and_the_run_goes_on(error: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,32 +220,67 @@ def test_a_failure_is_noted_and_the_run_goes_on(error: Exception, said: str, mon
     monkeypatch.setattr(calibration, "measure", fails)
     monkeypatch.setattr(calibration, "measure_attention", fails)
     notes: list[str] = []
-    layer, lengths = layer_of_8b(), np.array([2048, 2048], np.uint16)
+    layer = layer_of_8b()
     assert measured_here(layer, 4096, torch.bfloat16, CARD, notes) is None
     assert said in notes[0] and "estimated from its maker's figures" in notes[0] and "\n" not in notes[0]
-    found = with_attention(FOUND, layer, 4096, torch.bfloat16, lengths, notes, of_run=False)
+    found = with_attention(FOUND, layer, rows_of([2048, 2048], 2048), 2, torch.bfloat16, notes, of_run=False)
     assert found == FOUND and said in notes[1] and "its usual share" in notes[1]
 
 
-def test_a_mistake_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_card_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others hold memory of it, or samples are far apart: of its products, or of attention alone."""
+    spread = [0.0, 0.0]
+
+    def found(number: int) -> Callable[..., Any]:
+        def measured(*given: Any, timer: Timer, **how: Any) -> Any:
+            timer.spread = spread[number]
+            return None if number else FOUND
+
+        return measured
+
+    def told(of_products: float, of_attention: float, card: Card = CARD) -> list[str]:
+        spread[:], notes = [of_products, of_attention], []
+        measured_here(layer_of_8b(), 4096, torch.bfloat16, card, notes)
+        with_attention(FOUND, layer_of_8b(), rows_of([512, 512], 512), 1, torch.bfloat16, notes, of_run=False)
+        return notes
+
     monkeypatch.setattr(calibration, "_card", lambda: CPU)
-    monkeypatch.setattr(calibration, "measure", lambda *given, **how: [][1])
-    with pytest.raises(IndexError):
+    monkeypatch.setattr(calibration, "measure", found(0))
+    monkeypatch.setattr(calibration, "measure_attention", found(1))
+    assert told(0.2, 0.25) == []
+    shared = replace(CARD, free=40 * 2**30)
+    assert told(0.0, 0.0, shared) == [
+        "the card was busy while it was measured (others hold 40 GiB of it): by itself it may be faster"
+    ]
+    (both,) = told(0.4, 0.5, shared)
+    assert "others hold 40 GiB of it, the same work took times up to 40% apart" in both
+    assert [note.partition("(")[2][:30] for note in told(0.0, 0.5)] == ["the same work took times up to"]
+
+
+def test_who_interrupts_it_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*given: Any, **how: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration, "_card", lambda: CPU)
+    monkeypatch.setattr(calibration, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         measured_here(layer_of_8b(), 4096, torch.bfloat16, CARD, [])
 
 
 def test_attention_is_measured_as_the_text_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(calibration, "_card", lambda: CPU)
-    monkeypatch.setattr(
-        calibration, "measure_attention", lambda attention, lengths, *given, of_run: seen.append((lengths, of_run))
-    )
-    layer = layer_of_8b()
-    for lengths in ([512] * 9 + [100], [512, 300, 211, 90]):
-        given = np.array(lengths, np.uint16)
-        with_attention(FOUND, layer, 1024, torch.bfloat16, given, [], of_run=len(seen) > 0)
-    (even, first), (uneven, second) = seen
-    assert len(set(even)) == 1 and len(set(uneven)) > 1 and (first, second) == (False, True)
+
+    def measured(attention: Attention, lengths: list[int], *given: Any, of_run: bool, **how: Any) -> None:
+        seen.append((lengths, of_run))
+
+    monkeypatch.setattr(calibration, "measure_attention", measured)
+    layer, mostly = layer_of_8b(), [512] * 8 + [100, 200]  # 8 of 9 rows are one document, and 0.62 of 4 of them
+    for lengths, batch in ((mostly, 4), (mostly, 8), ([512, 300, 211, 90], 1), ([500] * 9, 1)):
+        rows = rows_of(lengths, 512)
+        with_attention(FOUND, layer, rows, batch, torch.bfloat16, [], of_run=len(seen) > 0)
+    assert [len(set(lengths)) > 1 for lengths, _ in seen] == [False, True, True, True]
+    assert [of_run for _, of_run in seen] == [False, True, True, True]
 
 
 @pytest.fixture
@@ -259,10 +326,14 @@ def test_nothing_is_measured_unless_it_is_asked_for_and_the_card_is_here(planned
 
 
 def test_what_may_wait_in_host_memory_follows_from_the_link(planned_here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(
-        "steep.computation.fused_step", lambda *given, **how: seen.append(how["hidden"]) or fused_step(*given, **how)
-    )
+    seen: list[float] = []
+
+    def step(*given: Any, **how: Any) -> Any:
+        if how["fp8"] == "none":  # the bases beside the run's own have a figure of their own
+            seen.append(how["hidden"])
+        return fused_step(*given, **how)
+
+    monkeypatch.setattr("steep.computation.fused_step", step)
     planned_here(FOUND)
     planned_here(replace(FOUND, to_host=1e10))
     planned_here(None)
@@ -315,8 +386,7 @@ def test_a_card_reaches_what_its_kind_does() -> None:
     before, begun = torch.cuda.memory_allocated(), time.perf_counter()
     found = measured_here(layer, 4096, torch.bfloat16, card, notes)
     assert found is not None and not notes
-    lengths = np.full(8, 2048, np.uint16)
-    found = with_attention(found, layer, 4096, torch.bfloat16, lengths, notes, of_run=False)
+    found = with_attention(found, layer, rows_of([2048] * 8, 2048), 2, torch.bfloat16, notes, of_run=False)
     took = time.perf_counter() - begun
     assert took < 3 and not notes, (took, notes)
     assert torch.cuda.memory_reserved() - before < 2**28

@@ -64,6 +64,31 @@ def test_the_count_is_that_by_hand() -> None:
     assert work_of(step, 0, document=128).attention == 2 * work_of(step, 0).attention
 
 
+def test_logits_that_are_made_twice_are_counted_twice() -> None:
+    """But for the last chunk: of 8 x 2,048 tokens one of 8 in 512 MiB, or 1 of 63 in narrow ones."""
+    step = step_of(config_of(training={"per_device_train_batch_size": 8}), empty_model("llama-3-8b"))
+    head, of_way = 2 * step.tokens * step.shape.table, {}
+    for way in ("tokens", "vocabulary", "narrow"):
+        of_way[way] = work_of(step, 0, way=way)
+    by_tokens = of_way["tokens"]
+    assert step.faster_way == "tokens" and work_of(step, 0) == by_tokens
+    again = {way: (work.products - by_tokens.products) / head for way, work in of_way.items()}
+    assert again == pytest.approx({"tokens": 0, "vocabulary": 7 / 8, "narrow": 62 / 63}, abs=2e-3)
+    moved = of_way["narrow"].moved - by_tokens.moved
+    assert moved == pytest.approx(2 * 2 * step.shape.vocabulary * step.tokens * again["narrow"])
+    of_one_chunk = step_of(config_of(data={"max_length": 512}), empty_llama())
+    assert work_of(of_one_chunk, 0, way="vocabulary") == work_of(of_one_chunk, 0, way="tokens")
+
+
+def test_the_time_of_a_run_is_that_of_its_own_loss() -> None:
+    config = config_of(training={"per_device_train_batch_size": 8})
+    ground = ground_of(config, card_named("H200"))
+    sizes, rates = ground.sized(config, ground.computation(config)), rates_of(card_named("H200"))
+    assert rates is not None and sizes.choices.loss_way == "tokens"
+    pace, narrow = Pace(config, rates, 2048), replace(sizes, choices=replace(sizes.choices, loss_way="narrow"))
+    assert pace.seconds(narrow) > 1.005 * pace.seconds(sizes)  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+
+
 def test_each_layer_has_its_own_window() -> None:
     """Every sixth of Gemma 3's has none; 34 layers, 1,024 tokens, 8 heads of 256."""
     step = step_of(config_of(data={"max_length": 32_768}), empty_model("gemma-3-4b"))
@@ -155,6 +180,27 @@ def test_copies_behind_enough_work_take_no_time() -> None:
     assert [each.count for each in twice.transfers] == [2 * (layers - 1)] * 2
 
 
+def test_nothing_hides_what_is_fetched_into_one_buffer() -> None:
+    """Of a long sequence x and a of an 8B, 2 GiB a layer and 40 ms: a twentieth of a step of 131,072 tokens."""
+    levels = [2] * 32
+    places: list[Place] = [*["attention" for _ in levels[1:]], "gpu"]
+
+    def transfers(length: int) -> tuple[StepWork, Transfer, Transfer]:
+        step = step_of(config_of(data={"max_length": length}), empty_model("llama-3-8b"))
+        work = step_work(step, levels, micro_batches=1, document=length, places=places)
+        down, up = work.transfers
+        assert down.nbytes == up.nbytes == step.in_host_memory([2], ["attention"]) and down.count == up.count == 31
+        return work, down, up
+
+    work, down, up = transfers(131_072)
+    assert up.behind == Work() != down.behind
+    assert H200 is not None
+    waits = H200.seconds_of_step(work, 32) - H200.seconds(work)
+    assert waits == pytest.approx(31 * up.nbytes / H200.link) and 0.01 < waits / H200.seconds(work) < 0.1
+    _, _, of_short = transfers(2048)
+    assert of_short.behind != Work()
+
+
 def test_states_in_host_memory_take_their_time() -> None:
     """40 ms at 2 GiB each way and 55 GB/s, where the next forward pass waits for them."""
     empty = empty_model("llama-3-8b")
@@ -167,11 +213,18 @@ def test_states_in_host_memory_take_their_time() -> None:
     (at_the_end,) = transfers(offload="embeddings")
     assert at_the_end.nbytes == pytest.approx(2 * 128_256 * 4096 * 2, rel=0.05) and at_the_end.behind == Work()
     assert at_the_end.nbytes / 55e9 == pytest.approx(0.039, rel=0.05)
-    last, others = transfers(offload="embeddings", in_backward=True)
-    assert last.nbytes + others.nbytes == at_the_end.nbytes and last.nbytes == pytest.approx(others.nbytes, abs=1)
-    assert last.behind == Work() and others.behind.products > 0
-    last_of_all, others_of_all = transfers(offload="all", in_backward=True)
-    assert last_of_all.nbytes == pytest.approx(last.nbytes, rel=0.01) and others_of_all.nbytes > others.nbytes
+    (awaited,) = transfers(offload="embeddings", in_backward=True)  # the head's and the table's
+    assert awaited == Transfer(at_the_end.nbytes / 2, Work(), 2)
+    also_awaited, hidden = transfers(offload="all", in_backward=True)
+    assert also_awaited == awaited and hidden.behind.products > 0
+    (of_all,) = transfers(offload="all")
+    assert hidden.nbytes + 2 * awaited.nbytes == of_all.nbytes
+    shape = step_of(config_of(), empty).shape
+    one = replace(shape, trained_embeddings=shape.table)
+    assert transfers(offload="embeddings", in_backward=True, shape=one) == (replace(awaited, count=1),)
+    none = replace(shape, trained_embeddings=0)
+    (of_layers,) = transfers(offload="all", in_backward=True, shape=none)
+    assert of_layers.nbytes == pytest.approx(hidden.nbytes, abs=1) and of_layers.behind.products > 0
 
 
 def test_the_link_says_which_copies_are_hidden() -> None:

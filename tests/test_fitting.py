@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from steep import run
 from steep.cards import card_named
 from steep.computation import Ground
 from steep.errors import UserError
-from steep.fitting import Alternative, Shortfall, changed, shortfall_of, with_rank
+from steep.fitting import Alternative, Shortfall, _Trials, changed, shortfall_of, with_rank
 from steep.fusing import decide
 from steep.memory import WORKSPACES
 from steep.model.choices import Choices
@@ -199,6 +200,13 @@ def test_what_the_host_may_have_is_proposed() -> None:
     assert "training.optimizer_in_backward" not in names and "training.offload_optimizer" in names
 
 
+def test_no_base_is_proposed_that_the_run_would_refuse() -> None:
+    """loftq begins at an error that nf4 and int8 have; DoRA does not begin over int8."""
+    config = config_of(adapter={"r": 8, "init_lora_weights": "loftq"}, model={"base": "nf4"})
+    trials = _Trials(config, ground_of(config, card_named("H200")), 2**40)
+    assert trials._peak({"model.base": "int8"}) < math.inf == trials._peak({"model.base": "bf16"})
+
+
 def test_no_more_of_the_host_is_proposed_than_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     config = config_of(training={**sizes, "vram": "24GiB"}, data={"max_length": 65536})
@@ -212,6 +220,18 @@ def test_no_more_of_the_host_is_proposed_than_it_has(monkeypatch: pytest.MonkeyP
 
 
 # ---- when a run is refused
+
+
+def test_too_little_of_the_host_is_told_before_a_text_is_read(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that a new run keeps can be chosen again."""
+    monkeypatch.setattr("steep.plan.pack", lambda *given, **how: pytest.fail("the text is tokenised"))
+    training = {"offload_optimizer": "all", "host_memory": "0.001MiB", "optim": "adamw_8bit"}
+    config = run_file(llama_folder, korean_corpus, tmp_path / "run", model={"base": "nf4"}, training=training)
+    with pytest.raises(UserError, match=r"optimizer states in host memory.*leaves the states on the card\.$") as error:
+        plan_run(config, card=card_named("L4"), refuses=True)
+    assert error.value.field == "training.host_memory"
 
 
 def far(vram: str = "auto", *, free: float = 24e9, memory: float = 24e9, before: Choices | None = None) -> Shortfall:

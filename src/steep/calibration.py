@@ -12,12 +12,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
-import numpy as np
 import torch
 
+from steep.data.packed_dataset import PackedDataset
 from steep.model.backends import Backends
 from steep.model.layer import Attention, Layer
 from steep.model.machine import Card
@@ -40,6 +41,9 @@ _SAMPLES, _FEWEST = 20, 3  # of a share's time, about; at least
 _TOKENS = 4096  # of a product
 _COPIED, _LINKED = 2**28, 2**26  # bytes: more than any second-level cache; more than a copy takes to begin
 _LONGEST = 16_384  # tokens of attention
+_OF_CUDA = 2**30  # bytes of a card that CUDA itself keeps for a process, at most
+_APART = 0.25  # of a median: samples of a card that has nothing else to do are within a few percent
+_BUSY = "the card was busy while it was measured"
 _COMPILED = ("flex",)  # compiling it takes longer than all the rest
 
 
@@ -72,25 +76,41 @@ def clock_of(device: torch.device) -> Clock:
     return _by_events if device.type == "cuda" else _by_host
 
 
-def seconds_each(launch: Launch, clock: Clock, seconds: float) -> float:
-    """Median time of a launch, of samples of as many launches as a clock can tell apart; the first half is not counted.
+@dataclass
+class Timer:
+    """Times work by a clock.
 
-    Args:
-        seconds: that it may take, by `clock`: but for at least three samples.
+    Attributes:
+        spread: how far samples of one measurement were apart, at most so far: the middle half of them, as a share of
+            their median.
     """
-    clock(launch, 1)  # libraries are loaded, and choose their kernels
-    count, spent = 1, 0.0
-    while spent < _WARM * seconds:
-        took = clock(launch, count)
-        spent += took
-        if took < seconds / _SAMPLES:
-            count *= 2
-    samples, spent = [], 0.0
-    while spent < (1 - _WARM) * seconds or len(samples) < _FEWEST:
-        took = clock(launch, count)
-        samples.append(took / count)
-        spent += took
-    return statistics.median(samples)
+
+    clock: Clock
+    spread: float = 0.0
+
+    def seconds_each(self, launch: Launch, seconds: float) -> float:
+        """Median time of a launch, of samples of as many launches as a clock can tell apart; the first half is not
+        counted.
+
+        Args:
+            seconds: that it may take, by the clock: but for at least three samples.
+        """
+        self.clock(launch, 1)  # libraries are loaded, and choose their kernels
+        count, spent = 1, 0.0
+        while spent < _WARM * seconds:
+            took = self.clock(launch, count)
+            spent += took
+            if took < seconds / _SAMPLES:
+                count *= 2
+        samples, spent = [], 0.0
+        while spent < (1 - _WARM) * seconds or len(samples) < _FEWEST:
+            took = self.clock(launch, count)
+            samples.append(took / count)
+            spent += took
+        low, _, high = statistics.quantiles(samples, n=4)
+        median = statistics.median(samples)
+        self.spread = max(self.spread, (high - low) / median)
+        return median
 
 
 def measure(
@@ -101,7 +121,7 @@ def measure(
     device: torch.device,
     *,
     has_fp8_units: bool,
-    clock: Clock | None = None,
+    timer: Timer | None = None,
     seconds: float = SECONDS,
 ) -> Measured:
     """Rates of bare work, but for attention.
@@ -115,12 +135,12 @@ def measure(
         RuntimeError: memory ran out, or the card cannot do it.
         OSError: the host's memory ran out.
     """
-    clock, tokens = clock or clock_of(device), min(tokens, _TOKENS)
+    timer, tokens = timer or Timer(clock_of(device)), min(tokens, _TOKENS)
     return Measured(
-        products=_products(hidden, inner, tokens, dtype, device, clock, _PRODUCTS * seconds),
-        fp8=_fp8(hidden, inner, tokens, dtype, device, clock, _FP8 * seconds) if has_fp8_units else None,
-        copied=_copied(device, clock, _COPY * seconds),
-        **_linked(device, clock, _LINK * seconds),
+        products=_products(hidden, inner, tokens, dtype, device, timer, _PRODUCTS * seconds),
+        fp8=_fp8(hidden, inner, tokens, dtype, device, timer, _FP8 * seconds) if has_fp8_units else None,
+        copied=_copied(device, timer, _COPY * seconds),
+        **_linked(device, timer, _LINK * seconds),
     )
 
 
@@ -131,7 +151,7 @@ def measure_attention(
     device: torch.device,
     *,
     of_run: bool = False,
-    clock: Clock | None = None,
+    timer: Timer | None = None,
     seconds: float = SECONDS,
 ) -> float | None:
     """Operations a second of attention, forward and backward; None: its backend would have to be compiled.
@@ -141,7 +161,7 @@ def measure_attention(
         of_run: kernels have to be deterministic.
         seconds: as of `measure`.
     """
-    clock, packing = clock or clock_of(device), Packing.from_lengths(lengths, device)
+    timer, packing = timer or Timer(clock_of(device)), Packing.from_lengths(lengths, device)
     with deterministic(of_run):
         backend = Backends().backend(attention, packing, dtype, trains=True)
         if backend in _COMPILED:
@@ -159,7 +179,7 @@ def measure_attention(
             out, saved = attention_forward(q, k, v, packing, **options)
             attention_backward(dout, q, k, v, out, saved, packing, **options)
 
-        each = seconds_each(launch, clock, _ATTENTION * seconds)
+        each = timer.seconds_each(launch, _ATTENTION * seconds)
     return packing.num_tokens * _operations(attention, lengths) / each
 
 
@@ -194,19 +214,23 @@ def measured_here(layer: Layer, tokens: int, dtype: torch.dtype, card: Card, not
     """
     hidden, inner = layer.down.weight.shape
     has_units, device = card.has_fp8_units, _card()
-    return _told(
-        lambda: measure(hidden, inner, tokens, dtype, device, has_fp8_units=has_units),
+    timer = Timer(clock_of(device))
+    found = _told(
+        lambda: measure(hidden, inner, tokens, dtype, device, has_fp8_units=has_units, timer=timer),
         "the time of a step is estimated from its maker's figures, where they are known",
         notes,
     )
+    if found is not None:
+        _note_if_busy(timer, card.memory - card.free, notes)
+    return found
 
 
 def with_attention(
     measured: Measured,
     layer: Layer,
-    tokens: int,
+    rows: PackedDataset,
+    batch: int,
     dtype: torch.dtype,
-    lengths: np.ndarray,
     notes: list[str],
     *,
     of_run: bool,
@@ -215,19 +239,36 @@ def with_attention(
     would take too long.
 
     Args:
-        lengths: of the documents in the rows.
+        batch: rows of a batch.
         of_run: see `measure_attention`.
     """
-    longest = lengths == lengths.max()
-    uneven = float(lengths[longest].sum()) < float(lengths.sum()) / 2
-    attention, document, device = layer.attention, mean_document(lengths), _card()
+    # A batch counts as even only if all of its documents are of one length. Rows are drawn at random: with a share p
+    # that is one document, p^batch of the batches are even, and most have to be.
+    uneven = rows.whole_rows**batch <= 0.5
+    attention, document, device = layer.attention, mean_document(rows.length), _card()
+    tokens = batch * rows.max_length
     of_batch = documents(attention, tokens, document, uneven=uneven, rate=measured.products)
+    timer = Timer(clock_of(device))
     found = _told(
-        lambda: measure_attention(attention, of_batch, dtype, device, of_run=of_run),
+        lambda: measure_attention(attention, of_batch, dtype, device, of_run=of_run, timer=timer),
         "attention is taken to reach its usual share of the products",
         notes,
     )
+    _note_if_busy(timer, 0, notes)
     return replace(measured, attention=found)
+
+
+def _note_if_busy(timer: Timer, held: int, notes: list[str]) -> None:
+    """Once.
+
+    Args:
+        held: bytes of the card that this process cannot have.
+    """
+    signs = [f"others hold {held / 2**30:.3g} GiB of it"] if held > _OF_CUDA else []
+    if timer.spread > _APART:
+        signs.append(f"the same work took times up to {timer.spread:.0%} apart")
+    if signs and not any(note.startswith(_BUSY) for note in notes):
+        notes.append(f"{_BUSY} ({', '.join(signs)}): by itself it may be faster")
 
 
 def _card() -> torch.device:
@@ -236,7 +277,7 @@ def _card() -> torch.device:
 
 def _told(measurement: Callable[[], T], otherwise: str, notes: list[str]) -> T | None:
     """What `measurement` gives, with the card's memory given back, and a peak that a run begins with; or None, and a
-    note why.
+    note why. Whatever goes wrong there (libraries raise errors of many kinds): a plan can do without.
 
     Args:
         otherwise: what that means for the plan.
@@ -244,13 +285,15 @@ def _told(measurement: Callable[[], T], otherwise: str, notes: list[str]) -> T |
     before, found = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0, None
     try:
         found = measurement()
-    except (RuntimeError, MemoryError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0].removesuffix(".") or type(error).__name__
-        notes.append(f"the card could not be measured ({reason}): {otherwise}")
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        if torch.cuda.max_memory_allocated() > before:
-            torch.cuda.reset_peak_memory_stats()
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0].removesuffix(".")
+        named = ": ".join(filter(None, (type(error).__name__, reason)))
+        notes.append(f"the card could not be measured ({named}): {otherwise}")
+    if torch.cuda.is_available():  # here the error is gone, and with it what its frames held
+        with suppress(RuntimeError):  # the card itself failed, which is noted
+            torch.cuda.empty_cache()
+            if torch.cuda.max_memory_allocated() > before:
+                torch.cuda.reset_peak_memory_stats()
     return found
 
 
@@ -258,17 +301,17 @@ def _told(measurement: Callable[[], T], otherwise: str, notes: list[str]) -> T |
 
 
 def _products(
-    hidden: int, inner: int, tokens: int, dtype: torch.dtype, device: torch.device, clock: Clock, seconds: float
+    hidden: int, inner: int, tokens: int, dtype: torch.dtype, device: torch.device, timer: Timer, seconds: float
 ) -> float:
     """A product of a layer and that to its input."""
     noise = _generator(device)
     x, dy, weight = (_random(shape, dtype, noise) for shape in ((tokens, hidden), (tokens, inner), (inner, hidden)))
-    each = seconds_each(lambda: (x @ weight.t(), dy @ weight), clock, seconds)
+    each = timer.seconds_each(lambda: (x @ weight.t(), dy @ weight), seconds)
     return 4 * tokens * hidden * inner / each
 
 
 def _fp8(
-    hidden: int, inner: int, tokens: int, dtype: torch.dtype, device: torch.device, clock: Clock, seconds: float
+    hidden: int, inner: int, tokens: int, dtype: torch.dtype, device: torch.device, timer: Timer, seconds: float
 ) -> float:
     """The same in e4m3. Its sizes are multiples of 16."""
     hidden, inner, tokens = (-(-size // 16) * 16 for size in (hidden, inner, tokens))
@@ -281,22 +324,22 @@ def _fp8(
         for rows, columns in ((x, weight), (dy, transposed)):
             torch._scaled_mm(rows, columns.t(), scale_a=one, scale_b=one, out_dtype=out, use_fast_accum=True)
 
-    return 4 * tokens * hidden * inner / seconds_each(launch, clock, seconds)
+    return 4 * tokens * hidden * inner / timer.seconds_each(launch, seconds)
 
 
-def _copied(device: torch.device, clock: Clock, seconds: float) -> float:
+def _copied(device: torch.device, timer: Timer, seconds: float) -> float:
     source = torch.zeros(_COPIED, dtype=torch.uint8, device=device)
     out = torch.empty_like(source)
-    return 2 * source.numel() / seconds_each(lambda: out.copy_(source), clock, seconds)
+    return 2 * source.numel() / timer.seconds_each(lambda: out.copy_(source), seconds)
 
 
-def _linked(device: torch.device, clock: Clock, seconds: float) -> dict[str, float]:
+def _linked(device: torch.device, timer: Timer, seconds: float) -> dict[str, float]:
     """As `steep.model.host_store` copies."""
     there = torch.zeros(_LINKED, dtype=torch.uint8, device=device)
     here = pinned_zeros((_LINKED,), torch.uint8, device, "the copies of a step are measured slower than they could be")
 
     def rate(target: torch.Tensor, source: torch.Tensor) -> float:
-        return target.numel() / seconds_each(lambda: target.copy_(source, non_blocking=True), clock, seconds)
+        return target.numel() / timer.seconds_each(lambda: target.copy_(source, non_blocking=True), seconds)
 
     return {"to_host": rate(here, there), "from_host": rate(there, here)}
 

@@ -8,19 +8,21 @@ from functools import cached_property
 from typing import Any
 
 from steep import ranks
+from steep.errors import UserError
 from steep.fp8_choice import in_fp8, kept_in_16_bits, resolve_fp8_products
 from steep.fused_memory import FusedStep
 from steep.fusing import fused_step, resolve_trained_dtype, settle
 from steep.memory import Shape, shape_of
+from steep.model.adapters import check_start
 from steep.model.choices import Choices
 from steep.model.fp8_published import has_blocks
 from steep.model.layer import Layer
-from steep.model.load import resolve_base, resolve_compute_dtype
+from steep.model.load import QUANTISED, resolve_base, resolve_compute_dtype
 from steep.model.machine import Card
-from steep.model.placement import HIDDEN
 from steep.model.quantisable import quantisable
 from steep.model.resolve import ResolvedModel
 from steep.ops.fp8_groups import Fp8Products
+from steep.rates import Rates, hidden_from
 from steep.schema import RunConfig
 from steep.sizes import host_bytes, memory_of
 
@@ -78,7 +80,7 @@ class Ground:
         before: what the run that goes on was begun with.
         to_train: whether steps are still to come.
         host: bytes of host memory that may be filled, of all processes.
-        hidden: of `steep.fused_memory.FusedStep`.
+        rates: of the card, by which layers have something in host memory; None: as an H200's.
     """
 
     resolved: ResolvedModel
@@ -89,7 +91,7 @@ class Ground:
     before: Choices | None
     to_train: bool = True
     host: int = 0
-    hidden: float = HIDDEN
+    rates: Rates | None = None
 
     def computation(self, config: RunConfig) -> Computation:
         """What `auto` becomes here.
@@ -99,6 +101,7 @@ class Ground:
         """
         model, layers = config.model, None if self.layer is None else [self.layer]
         base = resolve_base(model.base, self.resolved)
+        check_adapter(config, base, self.resolved)
         compute = resolve_compute_dtype(model.compute_dtype, base, self.card)
         trained = resolve_trained_dtype(config, layers is not None, compute, self.before)
         if self.layer is not None and base == "fp8":
@@ -132,10 +135,28 @@ class Ground:
                 trained=trained,
                 on_card=on_card,
                 fp8=computation.products,
-                hidden=self.hidden,
+                hidden=hidden_from(self.rates, computation.products),
             )
             others = sum(host_bytes(config, shape, step.standing).values())
             choices = settle(config, step, self.budget, self.before, (self.host - others) // ranks.processes_here())
         memory = memory_of(config, shape, step, choices, base=base, compute=compute, on_card=on_card)
         on_host = step.in_host_memory(choices.levels, choices.places) if step and choices.levels else 0
         return Sizes(shape, choices, memory, on_host, step)
+
+
+def check_adapter(config: RunConfig, base: str, resolved: ResolvedModel) -> None:
+    """Check that the adapter can begin over that base.
+
+    Raises:
+        UserError: it cannot.
+    """
+    adapter, field = config.adapter, "adapter.init_lora_weights"
+    check_start(adapter.init_lora_weights, adapter.use_dora, adapter.lora_dropout, over_int8=base == "int8")
+    if adapter.init_lora_weights == "loftq" and base not in QUANTISED:
+        raise UserError(field, f"loftq begins at the quantisation's error, and a base in {base} has none", "Give true.")
+    if adapter.init_lora_weights == "loftq" and resolved.quantization is not None:
+        raise UserError(
+            field,
+            f"loftq needs the 16-bit weights, and {config.model.name} is stored quantised",
+            "Give the 16-bit checkpoint as model.name.",
+        )

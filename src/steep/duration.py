@@ -65,11 +65,17 @@ class Pace:
 
     def seconds(self, sizes: Sizes) -> float | None:
         """Of a step; None: it is not fused, or in fp32 on a card that was not measured."""
-        step, levels = sizes.step, sizes.choices.levels
+        step, choices = sizes.step, sizes.choices
+        levels = choices.levels
         if step is None or levels is None or (step.compute == "fp32" and self.rates.measured is None):
             return None
         work = step_work(
-            step, levels, micro_batches=step.micro_batches, document=self.document, places=sizes.choices.places
+            step,
+            levels,
+            micro_batches=step.micro_batches,
+            document=self.document,
+            places=choices.places,
+            way=choices.loss_way,
         )
         return self.rates.seconds_of_step(work, step.micro_batches * len(levels))
 

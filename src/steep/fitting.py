@@ -294,8 +294,8 @@ class _Trials:
         locked = config.training.offload_optimizer != "none" or sizes.on_host
         if not locked or card is None or (asked == "auto" and not card.is_here):
             return True
-        needed = sum(host_bytes(config, sizes.shape, sizes.memory).values()) + sizes.on_host * ranks.processes_here()
-        return needed <= host_limit(asked, card)
+        needed = host_bytes(config, sizes.shape, sizes.memory, sizes.on_host)
+        return sum(needed.values()) <= host_limit(asked, card)
 
 
 def changed(config: RunConfig, settings: Settings) -> RunConfig:

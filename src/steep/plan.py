@@ -14,7 +14,7 @@ from steep import ranks
 from steep.advice import advice
 from steep.bases import Base, bases_of
 from steep.calibration import measured_here, with_attention
-from steep.computation import Ground
+from steep.computation import Ground, check_adapter
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
 from steep.duration import Duration, Pace
@@ -24,11 +24,11 @@ from steep.fp8_choice import dequantised
 from steep.fusing import decide
 from steep.generation import prompt_ids_of
 from steep.memory import Shape
-from steep.model.adapters import check_embeddings, check_rank, check_start
+from steep.model.adapters import check_embeddings, check_rank
 from steep.model.choices import Choices
 from steep.model.embeddings import untie
 from steep.model.empty import check_computes, empty_model
-from steep.model.load import DTYPES, QUANTISED, check_4bit_rows, resolve_base
+from steep.model.load import DTYPES, check_4bit_rows, resolve_base
 from steep.model.machine import Card, card_here
 from steep.model.new_tokens import check_trained, rows_for
 from steep.model.positions import check_length
@@ -36,7 +36,7 @@ from steep.model.quantisable import quantisable
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.model.stored_weights import check_stored
 from steep.model.weight_error import weight_errors
-from steep.rates import hidden_from, rates_of
+from steep.rates import rates_of
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.settings import (
@@ -50,7 +50,7 @@ from steep.settings import (
     rows_per_step,
     training_arguments,
 )
-from steep.sizes import storage_of
+from steep.sizes import disk_bytes, host_bytes
 from steep.trackers import check_login
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
@@ -277,7 +277,7 @@ def _work_out(
     if model.untie_embeddings:
         untie(empty)
     check_embeddings(empty, config.adapter.modules_to_save)
-    _check_adapter(config, base, resolved)
+    check_adapter(config, base, resolved)
     check_rank(empty, config.adapter.target_modules, config.adapter.r)
     check_length(config.data.max_length, resolved.config)
     layer, not_fused = decide(config, empty, before, card)
@@ -314,8 +314,8 @@ def _work_out(
     # Time is predicted of fused steps in one process.
     if measures and layer is not None and card is not None and card.is_here and ranks.world_size() == 1:
         measured = measured_here(layer, tokens, dtype, card, stored)
-    chooses_by = rates_of(card, None if training.deterministic else measured)  # no timer has a part in the run's bits
-    ground = replace(ground, hidden=hidden_from(chooses_by, computation.products))
+    # no timer has a part in the run's bits
+    ground = replace(ground, rates=rates_of(card, None if training.deterministic else measured))
     sizes = ground.sized(config, computation)
     shape, memory = sizes.shape, sizes.memory
     if budget is not None and card is None and model.compute_dtype == "auto":
@@ -326,6 +326,9 @@ def _work_out(
     shortfall = shortfall_of(config, ground, computation, sizes, is_branch=branch is not None)
     if refuses and shortfall is not None and shortfall.is_refused:
         raise shortfall.error()
+    host = host_bytes(config, shape, memory, sizes.on_host)
+    if refuses:
+        check_host(host, host_limit(training.host_memory, card), goes_on=before is not None and branch is None)
     for index, prompt in enumerate(config.evaluation.prompts):
         ids = prompt_ids_of(tokenizer, prompt, rows=shape.vocabulary, field=f"evaluation.prompts[{index}]")
         check_length(len(ids), resolved.config, f"evaluation.prompts[{index}]")
@@ -356,20 +359,17 @@ def _work_out(
     if branch is None:  # which begins at a rate that it has
         check_warmup(arguments, steps)
     if measured is not None and layer is not None:
-        of_run = training.deterministic
-        measured = with_attention(measured, layer, tokens, dtype, corpus.train.length, stored, of_run=of_run)
+        batch, of_run = training.per_device_train_batch_size, training.deterministic
+        measured = with_attention(measured, layer, corpus.train, batch, dtype, stored, of_run=of_run)
     pace = Pace.of(config, rates_of(card, measured), corpus.train.length)
-    host, disk = storage_of(
+    disk = disk_bytes(
         config,
         shape,
         memory,
         steps,
         rolls_back=arguments.spike_action == "rollback",
         keeps_best=arguments.metric_for_best_model is not None,
-        kept_on_host=sizes.on_host,
     )
-    if refuses:
-        check_host(host, host_limit(training.host_memory, card))
     plan = Plan(
         config,
         resolved,
@@ -410,16 +410,3 @@ def _work_out(
             "Give another folder, or lower training.save_total_limit or adapter.r.",
         )
     return plan
-
-
-def _check_adapter(config: RunConfig, base: str, resolved: ResolvedModel) -> None:
-    adapter, field = config.adapter, "adapter.init_lora_weights"
-    check_start(adapter.init_lora_weights, adapter.use_dora, adapter.lora_dropout, over_int8=base == "int8")
-    if adapter.init_lora_weights == "loftq" and base not in QUANTISED:
-        raise UserError(field, f"loftq begins at the quantisation's error, and a base in {base} has none", "Give true.")
-    if adapter.init_lora_weights == "loftq" and resolved.quantization is not None:
-        raise UserError(
-            field,
-            f"loftq needs the 16-bit weights, and {config.model.name} is stored quantised",
-            "Give the 16-bit checkpoint as model.name.",
-        )

@@ -59,42 +59,33 @@ def result_bytes(memory: Mapping[str, int], *, tied: bool) -> int:
     return (2 if tied else 1) * memory["trained embeddings"] + memory["adapters"]  # PEFT's format holds both names
 
 
-def host_bytes(config: RunConfig, shape: Shape, memory: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by item on the host beside the model and what its layers keep there.
+def host_bytes(config: RunConfig, shape: Shape, memory: Mapping[str, int], kept: int = 0) -> dict[str, int]:
+    """Bytes by item on the host beside the model.
 
     Args:
         memory: of a step, by item.
+        kept: bytes that layers keep there, of each process.
     """
     # A copy of a checkpoint is written while training goes on. States are on the card or here.
     states = states_bytes(shape, config.training.optim)
     checkpoint = result_bytes(memory, tied=shape.tied) + states
     on_host = (states - memory["optimizer states"]) * ranks.processes_here()  # each has its own
-    return {"copy of a checkpoint": checkpoint, "optimizer states": on_host}
+    of_layers = {"kept for the backward pass": kept * ranks.processes_here()} if kept else {}
+    return {"copy of a checkpoint": checkpoint, "optimizer states": on_host, **of_layers}
 
 
-def storage_of(
-    config: RunConfig,
-    shape: Shape,
-    memory: dict[str, int],
-    steps: int,
-    *,
-    rolls_back: bool,
-    keeps_best: bool,
-    kept_on_host: int = 0,
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes by item on the host beside the model, and on the disk.
+def disk_bytes(
+    config: RunConfig, shape: Shape, memory: Mapping[str, int], steps: int, *, rolls_back: bool, keeps_best: bool
+) -> dict[str, int]:
+    """Bytes by item on the disk.
 
     Args:
         memory: of `memory_of`.
         rolls_back: the run saves its start too, to go back to.
-        kept_on_host: bytes that layers keep there, of each process.
     """
     training = config.training
-    host, result = host_bytes(config, shape, memory), result_bytes(memory, tied=shape.tied)
-    if kept_on_host:
-        host["kept for the backward pass"] = kept_on_host * ranks.processes_here()
     interval = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
     written = math.ceil(steps / max(interval, 1)) + rolls_back
     kept = min(written, training.save_total_limit or written) + 1  # one more while the next is written
-    checkpoints = (kept + keeps_best) * host["copy of a checkpoint"]
-    return host, {"checkpoints": checkpoints, "final": result}
+    of_each = host_bytes(config, shape, memory)["copy of a checkpoint"]
+    return {"checkpoints": (kept + keeps_best) * of_each, "final": result_bytes(memory, tied=shape.tied)}

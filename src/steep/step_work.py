@@ -12,9 +12,11 @@ import numpy as np
 
 from steep.fused_memory import FusedStep
 from steep.memory import BASE_WIDTH, WIDTH, states_bytes
-from steep.model.block import Place, drops_x2
+from steep.model.block import Place, drops_x2, has_little
+from steep.model.host_store import buffers_of
 from steep.model.layer import Attention, Layer
 from steep.model.load import QUANTISED
+from steep.ops.linear_cross_entropy import Way, chunk_size
 from steep.ops.lora import Projection
 from steep.training.adamw8bit import ADAMW_8BIT
 
@@ -79,6 +81,7 @@ def step_work(
     micro_batches: int,
     document: float,
     places: Sequence[Place] | None = None,
+    way: Way | None = None,
 ) -> StepWork:
     """The work of a step.
 
@@ -86,22 +89,26 @@ def step_work(
         levels: of each layer, see `steep.model.block`: what is computed again.
         document: mean length of the document that a token is in.
         places: where each layer keeps what it keeps; None: on the GPU.
+        way: how the loss is cut; None: as is faster.
     """
     layer, tokens = step.layers[0], step.tokens
     on_gpu: list[Place] = ["gpu"] * len(levels)
+    places = places or on_gpu
+    slot = max(step.in_host_memory([level], [place]) for level, place in set(zip(levels, places, strict=True)))
+    fetched_before = buffers_of(slot, has_little(levels, places)) > 1
     transfers: list[Transfer] = []
     layers = Work()
-    for (level, place), count in Counter(zip(levels, places or on_gpu, strict=True)).items():
+    for (level, place), count in Counter(zip(levels, places, strict=True)).items():
         forward, backward = (half.times(tokens) for half in _layer(layer, step, level, place, document))
         layers += (forward + backward).times(count)
         if copied := step.in_host_memory([level], [place]):
-            transfers += [Transfer(copied, half, micro_batches * count) for half in (forward, backward)]
-    head = step.shape.vocabulary * step.shape.hidden
-    logits = 4 * WIDTH[step.compute] * step.shape.vocabulary  # written, read, and so their gradient
-    of_head = Work(products=2 * head * (3 if step.trains_head else 2), moved=logits).times(tokens)
+            hides = backward if fetched_before else Work()  # a layer with one buffer fetches its own, and waits
+            transfers += [Transfer(copied, half, micro_batches * count) for half in (forward, hides)]
     weights = 2 * step.shape.layers * _filled(layer, step)  # once in each direction
     update = step.shape.trained * (_UPDATE if step.optim in ADAMW_8BIT else 2 * _UPDATE)
-    whole = (layers + of_head + Work(moved=weights)).times(micro_batches) + Work(moved=update)
+    whole = (layers + _head(step, way or step.faster_way).times(tokens) + Work(moved=weights)).times(
+        micro_batches
+    ) + Work(moved=update)
     transfers += _states(step, whole)
     return StepWork(whole.products, whole.fp8, whole.attention, whole.moved, tuple(transfers))
 
@@ -124,20 +131,19 @@ def mean_document(lengths: np.ndarray | Sequence[int]) -> float:
 
 def _states(step: FusedStep, whole: Work) -> Iterator[Transfer]:
     """Copies of optimizer states that live in host memory. The next forward pass waits for the last update, so nothing
-    hides those at the end of a step; updates inside backward are hidden, but for those of the table, whose gradient
-    comes last."""
+    hides those at the end of a step; updates inside backward are hidden, but for those of the embeddings: the head's is
+    awaited at once (`steep.training.in_backward`), and the table's gradient comes last. A tied pair has one update."""
     on_host = states_bytes(step.shape, step.optim) - states_bytes(step.shape, step.optim, step.offload)
     if not on_host:
         return
     if not step.in_backward:
         yield Transfer(on_host, Work())
         return
-    tables = step.shape.trained_embeddings // step.shape.table
-    last = round(on_host * step.shape.table / step.shape.trained) if tables else 0
-    if step.offload == "embeddings":
-        last = on_host // max(tables, 1)
-    yield Transfer(last, Work())
-    yield Transfer(on_host - last, whole.times(2 / 3))  # the backward pass
+    of_layers = on_host - (states_bytes(step.shape, step.optim) - states_bytes(step.shape, step.optim, "embeddings"))
+    if tables := step.shape.trained_embeddings // step.shape.table:
+        yield Transfer((on_host - of_layers) / tables, Work(), tables)
+    if of_layers:
+        yield Transfer(of_layers, whole.times(2 / 3))  # the backward pass
 
 
 def _layer(layer: Layer, step: FusedStep, level: int, place: Place, document: float) -> tuple[Work, Work]:
@@ -168,6 +174,16 @@ def _layer(layer: Layer, step: FusedStep, level: int, place: Place, document: fl
     backward += Work(2 * twice[1] + 4 * whole[1])  # again, and to x, and to A and B
     backward += Work(attention=(ATTENTION_BACKWARD + (level >= 3)) * attended, moved=2 * moved + moved_again)
     return forward, backward
+
+
+def _head(step: FusedStep, way: Way) -> Work:
+    """Of a token in the head and its loss, in both directions."""
+    vocabulary, width, again = step.shape.vocabulary, WIDTH[step.compute], 0.0
+    if way != "tokens":  # logits are made twice, but for the chunk that is still there
+        chunk = chunk_size(step.tokens, vocabulary, width, gradients=True, way=way)
+        again = 1 - min(chunk / vocabulary, 1)
+    logits = width * vocabulary * (4 + 2 * again)  # written, read, and so their gradient
+    return Work(products=2 * step.shape.table * ((3 if step.trains_head else 2) + again), moved=logits)
 
 
 def _products(weights: int, in_fp8: bool) -> Work:

@@ -43,25 +43,27 @@ def host_limit(host_memory: str, card: Card | None) -> float:
     return math.inf if card is None else available_on_host()
 
 
-def check_host(host: Mapping[str, int], limit: float) -> None:
+def check_host(host: Mapping[str, int], limit: float, *, goes_on: bool) -> None:
     """That states and what layers keep have room in host memory, also where a run goes on on another machine.
 
     Args:
         host: bytes by item.
         limit: of `host_limit`.
+        goes_on: the run was begun before.
 
     Raises:
         UserError: they have not.
     """
     locked = {name: size for name, size in host.items() if name != "copy of a checkpoint" and size}
     if locked and sum(host.values()) > limit:
+        again = ", and gradient_checkpointing: true, with --allow training.gradient_checkpointing, chooses again"
         parts = " and ".join(f"{size / 2**30:.3g} GiB of {name}" for name, size in locked.items())
         raise UserError(
             "training.host_memory",
             f"the run has {parts} in host memory, and with a copy of a checkpoint needs "
             f"{sum(host.values()) / 2**30:.3g} GiB there; {limit / 2**30:.3g} GiB may be filled",
             "Free some, or give the amount that there is; training.offload_optimizer: none leaves the states on the "
-            "card, and gradient_checkpointing: true, with --allow training.gradient_checkpointing, chooses again.",
+            f"card{again if goes_on else ''}.",
         )
 
 

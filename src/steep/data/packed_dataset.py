@@ -52,6 +52,11 @@ class PackedDataset(Dataset[dict[str, Any]]):
         """Places of each row that are not padding: int64 [rows]."""
         return np.add.reduceat(self.length, self.row_first[:-1], dtype=np.int64)
 
+    @cached_property
+    def whole_rows(self) -> float:
+        """Share of the rows that are one document, without padding."""
+        return float(np.mean((np.diff(self.row_first) == 1) & (self.row_tokens == self.max_length)))
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One row.
 
