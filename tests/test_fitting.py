@@ -25,7 +25,7 @@ from steep.model.machine import Card
 from steep.plan import plan_run
 from steep.run import train_run
 from steep.schema import RunConfig
-from steep.settings import training_arguments
+from steep.settings import check_batch, training_arguments
 from steep.vram import host_budget, vram_budget
 from tests.test_fused_run import config_of, empty_llama
 from tests.test_run import run_file
@@ -308,12 +308,41 @@ def test_without_a_card_nothing_is_refused() -> None:
     assert shortfall(config, ground_of(config, None)) is None
 
 
+def test_a_budget_of_ones_own_is_named() -> None:
+    config = config_of(training={"vram": "12GiB"})
+    found = shortfall(config, ground_of(config, card_named("4090")))
+    assert found is not None and not found.is_refused
+    assert "steep train begins it as it is" in found.remedy
+    config = config_of(training={"vram": "1GiB"})
+    found = shortfall(config, ground_of(config, card_named("4090")))
+    assert found is not None and "or more of the card (training.vram)" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "field"),
+    [(10**12, 2048, "training.per_device_train_batch_size"), (1, 10**12, "data.max_length"), (16_384, 2048, None)],
+)
+def test_a_batch_that_no_card_holds_is_refused_at_once(rows: int, length: int, field: str | None) -> None:
+    config = config_of(training={"per_device_train_batch_size": rows}, data={"max_length": length})
+    if field is None:
+        check_batch(config)
+        return
+    with pytest.raises(UserError, match=rf"{field}: .* than a card holds"):
+        check_batch(config)
+
+
 def test_an_alternative_in_words() -> None:
     told = str(Alternative({"training.gradient_checkpointing": None, "adapter.r": 64}, 3 * 2**30))
     assert told == "training.gradient_checkpointing: null with adapter.r: 64 (3 GiB)"
 
 
 # ---- from the run file
+
+
+def test_a_plan_says_what_the_host_has_no_room_for(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    file = run_file(llama_folder, korean_corpus, tmp_path, training={"offload_optimizer": "all", "host_memory": "1MiB"})
+    found = plan_run(file, card=card_named("4090"))
+    assert any("steep train refuses it: training.host_memory" in warning for warning in found.warnings)
 
 
 def test_train_refuses_before_it_loads_and_plan_says_it(

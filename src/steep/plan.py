@@ -40,6 +40,7 @@ from steep.rates import rates_of
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.settings import (
+    check_batch,
     check_optimizer,
     check_warmup,
     choose_best_metric,
@@ -280,6 +281,7 @@ def _work_out(
     check_adapter(config, base, resolved)
     check_rank(empty, config.adapter.target_modules, config.adapter.r)
     check_length(config.data.max_length, resolved.config)
+    check_batch(config)
     layer, not_fused = decide(config, empty, before, card)
     host_memory = host_budget(config.training.host_memory, card) if to_train else 0
     ground = Ground(resolved, empty, layer, card, budget, before, to_train, host_memory)
@@ -327,8 +329,12 @@ def _work_out(
     if refuses and shortfall is not None and shortfall.is_refused:
         raise shortfall.error()
     host = host_bytes(config, shape, memory, sizes.on_host)
-    if refuses:
+    try:
         check_host(host, host_limit(training.host_memory, card), goes_on=before is not None and branch is None)
+    except UserError as error:
+        if refuses:
+            raise
+        stored.append(f"steep train refuses it: {error}")
     for index, prompt in enumerate(config.evaluation.prompts):
         ids = prompt_ids_of(tokenizer, prompt, rows=shape.vocabulary, field=f"evaluation.prompts[{index}]")
         check_length(len(ids), resolved.config, f"evaluation.prompts[{index}]")
@@ -389,7 +395,7 @@ def _work_out(
         branch,
         schedule,
         shortfall=shortfall,
-        duration=pace.duration(sizes, steps) if pace is not None else None,
+        duration=None if pace is None or (shortfall and shortfall.is_refused) else pace.duration(sizes, steps),
     )
     errors = weight_errors(resolved, quantisable(empty)) if to_train else {}
     plan.bases = bases_of(config, ground, sizes, pace, errors, base=base, compute=compute)

@@ -25,6 +25,7 @@ from steep.training.trainer import Trainer
 
 MIN_LR_RATE = {"cosine": 0.1, "linear": 0.1}  # Ibrahim et al. 2024 end at a tenth of the peak rate
 WARMUP_STEPS = 0.05
+MOST_TOKENS = 2**25  # in one forward: of an 8B a byte a token and layer would be a GiB
 
 
 def planned_steps(config: RunConfig, rows: int) -> int:
@@ -49,6 +50,25 @@ def rows_per_step(config: RunConfig) -> int:
     """Rows that all processes train in an optimizer step."""
     training = config.training
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * ranks.world_size()
+
+
+def check_batch(config: RunConfig) -> None:
+    """That a forward has no more tokens than any card could hold, before anything is worked out for it.
+
+    Raises:
+        UserError: it has.
+    """
+    rows, length = config.training.per_device_train_batch_size, config.data.max_length
+    if length > MOST_TOKENS:
+        raise UserError(
+            "data.max_length", f"{length:,} tokens are more than a card holds", f"Give {MOST_TOKENS:,} at most."
+        )
+    if rows * length > MOST_TOKENS:
+        raise UserError(
+            "training.per_device_train_batch_size",
+            f"{rows:,} rows of {length:,} tokens are {rows * length:,} in one forward, more than a card holds",
+            f"Give {MOST_TOKENS // length:,} at most; training.gradient_accumulation_steps adds up more of them.",
+        )
 
 
 def uses_checkpointing(config: RunConfig, on_card: bool) -> bool:

@@ -37,10 +37,10 @@ def host_budget(host_memory: str, card: Card | None) -> int:
 
 def host_limit(host_memory: str, card: Card | None) -> float:
     """Bytes above which a run that goes on is refused: it filled ``auto`` as that was when it began. Without a card all
-    that it has is there."""
+    that it has is there, and of another card's host nothing is known."""
     if host_memory != "auto":
         return asked_bytes(host_memory, card)
-    return math.inf if card is None else available_on_host()
+    return available_on_host() if card is not None and card.is_here else math.inf
 
 
 def check_host(host: Mapping[str, int], limit: float, *, goes_on: bool) -> None:
