@@ -95,8 +95,8 @@ class Shortfall:
         elif self.goes_on or self.is_branch:
             said = "Go on where there is more."
         else:
-            more = "a card with more" if self.vram == "auto" else "more of the card (training.vram)"
-            said = f"Nothing that is trained otherwise fits: take a smaller model, or {more}."
+            more = "" if self.vram == "auto" else " a larger training.vram,"
+            said = f"Nothing that is trained otherwise fits: take a smaller model,{more} or a card with more."
         if self.limit is not None and not self.is_refused and self.vram != "auto":
             said += " steep train begins it as it is, since the card has as much."
         if self.is_refused and not (self.goes_on or self.is_branch):  # whose training.vram stays
