@@ -304,7 +304,11 @@ def test_a_branch_may_have_other_rows() -> None:
 def test_what_nothing_helps() -> None:
     config = config_of(training={"vram": "2GiB", "per_device_train_batch_size": 1})
     found = shortfall(config, ground_of(config, card_named("T4")))
-    assert found is not None and found.nearest == [] and "take a smaller model, a larger training.vram, or a card with more" in found.remedy
+    assert (
+        found is not None
+        and found.nearest == []
+        and "take a smaller model, a larger training.vram, or a card with more" in found.remedy
+    )
 
 
 def test_without_a_card_nothing_is_refused() -> None:
@@ -348,7 +352,9 @@ def test_an_alternative_in_words() -> None:
 
 
 def test_a_plan_says_what_the_host_has_no_room_for(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
-    file = run_file(llama_folder, korean_corpus, tmp_path, training={"offload_optimizer": "all", "host_memory": "0.01MiB"})
+    file = run_file(
+        llama_folder, korean_corpus, tmp_path, training={"offload_optimizer": "all", "host_memory": "0.01MiB"}
+    )
     found = plan_run(file, card=card_named("4090"))
     assert any("steep train refuses it: training.host_memory" in warning for warning in found.warnings)
 

@@ -274,7 +274,7 @@ def test_a_layer_may_write_over_what_it_gets_and_layers_may_be_left_out() -> Non
             tensor.fill_(-1)
     assert [len(slot) for slot in begun._slots] == [len(store._buffers[5])] * 2
     store.take_back()  # as where a step is given up while its graph is alive
-    with pytest.raises(RuntimeError, match="failed before"):
+    with pytest.raises(RuntimeError, match="ended this pass before"):
         begun.fetch(1)
     assert store.begin(CPU) is not None
 

