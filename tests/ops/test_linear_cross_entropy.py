@@ -405,7 +405,8 @@ def test_narrow_chunks_are_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     made, products = [], []
     own = op.product
     monkeypatch.setattr(op, "product", lambda a, b, **how: products.append(b.shape) or own(a, b, **how))
-    for way in ({"way": "narrow"}, {"way": "vocabulary", "chunk": 1024}, {"way": "vocabulary"}):
+    ways: list[dict[str, Any]] = [{"way": "narrow"}, {"way": "vocabulary", "chunk": 1024}, {"way": "vocabulary"}]
+    for way in ways:
         torch.manual_seed(0)
         x, weight = torch.randn(70, 64).requires_grad_(), torch.randn(2900, 64).requires_grad_()
         products.clear()
