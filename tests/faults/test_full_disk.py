@@ -59,7 +59,8 @@ def test_full_while_saving(kibibytes: int, whole: Run, scene: Scene, inside: For
     assert stopped_at and temporaries(disk.seen) == []
     disk.make_room()
     command = run.finish()
-    assert any(f"going on from {disk.path / f'checkpoint-{stopped_at[-1]}'}" in line for line in command.lines())
+    going_on = [line for line in command.lines() if "going on from " in line]  # as seen from beside it
+    assert any(line.rstrip().endswith(f"{disk.path.name}/checkpoint-{stopped_at[-1]}") for line in going_on), going_on
     assert differences(whole.folder, disk.seen, named=disk.path) == []
 
 
