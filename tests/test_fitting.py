@@ -38,8 +38,7 @@ GO_ALONG = {BATCH: PARTS, "adapter.modules_to_save": "training.offload_optimizer
 @pytest.fixture(autouse=True)
 def host(monkeypatch: pytest.MonkeyPatch) -> None:
     """128 GiB are available."""
-    for module in ("fitting", "vram"):
-        monkeypatch.setattr(f"steep.{module}.available_on_host", lambda: 2**37)
+    monkeypatch.setattr("steep.vram.available_on_host", lambda: 2**37)
 
 
 @cache
@@ -220,7 +219,6 @@ def test_no_more_of_the_host_is_proposed_than_it_has(monkeypatch: pytest.MonkeyP
     config = config_of(training={**sizes, "vram": "24GiB"}, data={"max_length": 65536})
     card = Card("fake", (9, 0), round(80e9), round(80e9))
     for there, proposed in ((2**38, True), (2**30, False)):
-        monkeypatch.setattr("steep.fitting.available_on_host", lambda there=there: there)
         monkeypatch.setattr("steep.vram.available_on_host", lambda there=there: there)
         names = {name for each in settings_of(shortfall(config, ground_of(config, card))) for name in each}
         assert ("training.host_memory" in names) == proposed

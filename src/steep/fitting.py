@@ -22,7 +22,7 @@ from steep.errors import UserError
 from steep.memory import GIB
 from steep.model.block import LEVELS, Place
 from steep.model.layer import Layer
-from steep.model.machine import Card, available_on_host
+from steep.model.machine import Card
 from steep.ops.lora import Lora, Projection
 from steep.schema import RunConfig
 from steep.sizes import host_bytes
@@ -201,8 +201,8 @@ def _amounts_of_host_memory(config: RunConfig, ground: Ground, sizes: Sizes) -> 
     needed = sizes.step.in_host_memory([LEVELS[-1]] * sizes.shape.layers, inputs) * ranks.processes_here()
     needed += sum(host_bytes(config, sizes.shape, sizes.memory).values())
     amount = 2 ** max(math.ceil(math.log2(needed / GIB)), 0)
-    most = available_on_host() if ground.card.is_here else math.inf
-    return [{"training.host_memory": f"{amount}GiB"}] if ground.host < amount * GIB <= most else []
+    fits = ground.host < amount * GIB <= host_limit("auto", ground.card)
+    return [{"training.host_memory": f"{amount}GiB"}] if fits else []
 
 
 def _lengths(config: RunConfig) -> Knob:
@@ -295,7 +295,7 @@ class _Trials:
         """Whether its memory holds what is put there."""
         card, asked = self.ground.card, config.training.host_memory
         locked = config.training.offload_optimizer != "none" or sizes.on_host
-        if not locked or card is None or (asked == "auto" and not card.is_here):
+        if not locked or card is None:
             return True
         needed = host_bytes(config, sizes.shape, sizes.memory, sizes.on_host)
         return sum(needed.values()) <= host_limit(asked, card)
