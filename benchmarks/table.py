@@ -46,16 +46,21 @@ def belongs(row: Row) -> bool:
     return row["r"] == RANK and as_it_is
 
 
-def work_of(steep: Row) -> str:
+def work_of(call: dict[str, Row]) -> str:
+    steep = call[STEEP]
     parts = [steep["gpu"].removeprefix("NVIDIA "), steep["shape"], f"{steep['batch']} × {steep['seq']}"]
     if steep["packed"]:
         parts.append("packed")
-    felt = any(steep.get("levels", [1]))  # a limit under which nothing is computed twice changes nothing
-    if felt and steep["cap_of"]:
-        parts.append(f"within the peak of {YARDSTICK}")
-    elif felt and steep["cap_gib"]:
-        parts.append(f"within {steep['cap_gib']:g} GiB")
+    if steep["cap_gib"] and not steep["cap_of"]:
+        if any(steep.get("levels", [1])):  # a limit under which nothing is computed twice changes nothing
+            parts.append(f"within {steep['cap_gib']:g} GiB")
+    elif steep["peak_allocated_gib"] > library_of(call)["peak_allocated_gib"]:
+        parts.append(f"in more memory than {YARDSTICK}")
     return ", ".join(parts)
+
+
+def library_of(call: dict[str, Row]) -> Row:
+    return min((call[peer] for peer in LIBRARY if peer in call), key=lambda row: row["step_s"])
 
 
 def cost(row: Row) -> str:
@@ -68,7 +73,7 @@ def cells_of(call: dict[str, Row]) -> dict[str, str]:
     cells = {STEEP: cost(steep)}
     if ALONE in call:
         cells["its step alone"] = cost(call[ALONE])
-    library = min((call[peer] for peer in LIBRARY if peer in call), key=lambda row: row["step_s"])
+    library = library_of(call)
     if FP8 in call:
         ratio = library["step_s"] / call[FP8]["step_s"]
         cells[OVER_FP8] = f"{cost(call[FP8])} ({ratio:.2f}× as fast as {YARDSTICK})"
@@ -85,7 +90,7 @@ def table(rows: Iterable[Row]) -> str:
     works: dict[str, list[tuple[str, dict[str, str]]]] = {}  # the oldest call first
     for call in calls.values():
         if STEEP in call and any(peer in call for peer in LIBRARY):
-            works.setdefault(work_of(call[STEEP]), []).append((call[STEEP]["call"][:10], cells_of(call)))
+            works.setdefault(work_of(call), []).append((call[STEEP]["call"][:10], cells_of(call)))
     lines: list[tuple[str, dict[str, str]]] = []
     for work, found in works.items():
         shown: set[str] = set()

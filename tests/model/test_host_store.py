@@ -403,7 +403,7 @@ def test_copies_are_hidden_behind_the_step() -> None:
     batch = of_card(2, 2048)
     for _ in range(2):
         loss_and_gradients(model, batch)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as prof:
         model(**batch, use_cache=False).loss.backward()
         torch.cuda.synchronize()
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}

@@ -45,8 +45,10 @@ def by_document(
 
 @pytest.mark.parametrize("documents", ["one", "many"])
 @pytest.mark.parametrize("base", ["nf4", "fp8"])
-def test_on_a_card(base: str, documents: str, tmp_path: Path) -> None:
+def test_on_a_card(base: str, documents: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over fp8 with products in 16 bit, so that the library has the same arithmetic."""
+    # In fp32 torch has no attention for grouped heads but the one that holds all scores: 128 GiB of them.
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", lambda *_: False)
     folder = save_tiny("llama", tmp_path, **{**SHAPE, "max_position_embeddings": TOKENS})
     model, _ = load(str(folder), base=base, compute_dtype="bf16")
     model = adapted(model, r=64, trained_dtype="bf16")

@@ -11,6 +11,7 @@ from tests.ops.closeness import assert_as_good
 BEFORE, AFTER = 16, 32  # columns of the buffer that the codes stand in
 UNWRITTEN = 0x7F  # NaN
 SCALES = 1e-5  # relative: the largest value of a row, in fp32 by another formula
+FAR = 1e-7  # share of the codes that may be two steps away: of a difference of larger terms, which rounds as they do
 STEPS = 1e-3  # share of the codes that may be the next one, where a value lies between two within fp32's rounding
 ERROR = 1e-5  # of what the rows stand for, beside the reference's: one code in 3,000 moves it by this
 
@@ -53,7 +54,8 @@ def assert_quantised(rows: Fp8Rows, truth: torch.Tensor) -> None:
     quantise_reference(truth, expected)
     torch.testing.assert_close(ours.scale, expected.scale, rtol=SCALES, atol=0)
     off = (places(ours.codes) - places(expected.codes)).abs()
-    assert int(off.max()) <= 1, f"{int((off > 1).sum())} of {off.numel()} codes are steps off"
+    far = int((off > 1).sum())
+    assert int(off.max()) <= 2 and far <= FAR * off.numel(), f"{far} of {off.numel()} codes are steps off"
     assert int(off.sum()) <= STEPS * off.numel() + 1, f"{int(off.sum())} of {off.numel()} codes are a step off"
     values = truth if ours.factors is None else truth * ours.factors
     assert_as_good(dequantise_rows(ours), dequantise_rows(expected), values, ERROR, "e4m3")

@@ -28,7 +28,7 @@ def row_gradient(ids: torch.Tensor, dy: torch.Tensor, rows: int, padding_id: int
     ids, dy = ids.reshape(1, -1), dy.reshape(-1, dy.shape[-1])
     if padding_id is not None:
         dy = dy.masked_fill(ids[0, :, None] == padding_id, 0)
-    return torch.sparse_coo_tensor(ids, dy, (rows, dy.shape[1]), check_invariants=False)
+    return _rows_of_table(ids, dy, rows, is_coalesced=False)
 
 
 def coalesced(gradient: torch.Tensor) -> torch.Tensor:
@@ -44,8 +44,16 @@ def coalesced(gradient: torch.Tensor) -> torch.Tensor:
     there = absent.argsort(stable=True)[:count].sort().values  # of those that are absent the first ones
     place = places(there, rows)[ids].long()
     values = torch.ops.aten.embedding_dense_backward(dy, place, count, -1, False)
-    size = tuple(gradient.shape)
-    return torch.sparse_coo_tensor(there[None], values, size, is_coalesced=True, check_invariants=False)
+    return _rows_of_table(there[None], values, rows, is_coalesced=True)
+
+
+def _rows_of_table(ids: torch.Tensor, values: torch.Tensor, rows: int, is_coalesced: bool) -> torch.Tensor:
+    """By torch's bare constructor: `torch.sparse_coo_tensor` of torch 2.11 warns that invariants are not checked even
+    where it is told not to."""
+    return torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+        1, 1, (rows, values.shape[1]), ids, values,
+        dtype=values.dtype, layout=torch.sparse_coo, device=values.device, is_coalesced=is_coalesced,
+    )  # fmt: skip
 
 
 def places(there: torch.Tensor, rows: int) -> torch.Tensor:
