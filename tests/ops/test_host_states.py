@@ -20,14 +20,16 @@ LARGE = (2**24 + 5, 2**22, 3 * 2**24, 100)
 
 def hosted(updates: list[Update], device: str) -> list[tuple[Update, HostState]]:
     """The same updates with their moments on the host."""
-    found = []
+    given = []
     for update in updates:
         scales = update.scales
         first, second = (moment.cpu() for moment in update.moments)
-        kept = None if scales is None else (scales[0].cpu(), scales[1].cpu())
-        state = HostState((first, second), kept, torch.device(device))
-        found.append((replace(update, moments=state.moments, scales=state.scales), state))
-    return found
+        given.append(((first, second), None if scales is None else (scales[0].cpu(), scales[1].cpu())))
+    states = host_states.host_states(given, torch.device(device))
+    return [
+        (replace(update, moments=state.moments, scales=state.scales), state)
+        for update, state in zip(updates, states, strict=True)
+    ]
 
 
 def moved(update: Update) -> list[torch.Tensor]:
@@ -99,7 +101,7 @@ def test_bytes() -> None:
     assert state_bytes(1000, coded=False) == 2 * 4032
     first, second = torch.arange(300).view(3, 100).to(torch.uint8), torch.ones(3, 100, dtype=torch.uint8)
     scales = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
-    state = HostState((first, second), scales, torch.device("cpu"))
+    (state,) = host_states.host_states([((first, second), scales)], torch.device("cpu"))
     assert all(torch.equal(*pair) for pair in zip(state.tensors, (first, second, *scales), strict=True))
     assert all(one.is_contiguous() and one.data_ptr() % 64 == state.tensors[0].data_ptr() % 64 for one in state.tensors)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -19,6 +20,7 @@ from steep.ops.pinned import pinned_zeros
 
 PIECE = 2**23  # elements with 8-bit moments that are updated at once; a power of two, see `part`
 SLOTS = 3
+SHARED = 2**26  # bytes of a block that several tensors share at the most
 _ALIGNMENT = 64  # bytes
 _OTHERWISE = "each step waits for the moments of the optimizer"
 
@@ -33,6 +35,7 @@ def staging_bytes() -> int:
     return SLOTS * state_bytes(PIECE)
 
 
+@lru_cache(maxsize=256)  # many tensors, few sizes
 def _places(numel: int, coded: bool) -> tuple[list[slice], int]:
     """Where moments and scales stand in a block of bytes, and its size."""
     sizes = [numel, numel, *[4 * -(-numel // BLOCK)] * 2] if coded else [4 * numel] * 2
@@ -51,30 +54,28 @@ def _views(block: torch.Tensor, numel: int, coded: bool) -> tuple[torch.Tensor, 
     return tuple(block[place].view(dtype) for place, dtype in zip(places, dtypes, strict=True))
 
 
+Moments = tuple[torch.Tensor, torch.Tensor]
+
+
 class HostState:
-    """Moments and scales of one tensor in one block of page-locked memory.
+    """Moments and scales of one tensor in page-locked memory.
 
     Args:
         moments: m and v on a CPU, uint8 codes or fp32, N elements each; copied.
         scales: of codes, fp32 [ceil(N / 256)] each; copied.
-        device: that the tensor is on.
+        block: uint8, the memory that they get.
 
     Attributes:
         moments, scales: the same in the block, in their shapes.
     """
 
-    def __init__(
-        self,
-        moments: tuple[torch.Tensor, torch.Tensor],
-        scales: tuple[torch.Tensor, torch.Tensor] | None,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, moments: Moments, scales: Moments | None, block: torch.Tensor) -> None:
         self.numel, self.coded = moments[0].numel(), scales is not None
-        self._block = pinned_zeros((state_bytes(self.numel, self.coded),), torch.uint8, device, _OTHERWISE)
+        self._block = block
         given = (*moments, *(scales or ()))
         kept = [
             view.view(one.shape).copy_(one)
-            for view, one in zip(_views(self._block, self.numel, self.coded), given, strict=True)
+            for view, one in zip(_views(block, self.numel, self.coded), given, strict=True)
         ]
         self.moments = (kept[0], kept[1])
         self.scales = (kept[2], kept[3]) if self.coded else None
@@ -102,21 +103,51 @@ class HostState:
             yield tensor.view(-1).view(torch.uint8)[begin : begin + place.stop - place.start], slot[place]
 
 
+def host_states(given: Sequence[tuple[Moments, Moments | None]], device: torch.device) -> list[HostState]:
+    """The states of tensors on `device` that are updated together, from moments and scales on a CPU. Some share a block
+    of memory, and stand there one behind the other: what is one copy need not be many."""
+    found: list[HostState] = []
+    for run in _runs(given):
+        sizes = [_size_of(one) for one in run]
+        block = pinned_zeros((sum(sizes),), torch.uint8, device, _OTHERWISE)
+        found += [HostState(*one, part) for one, part in zip(run, block.split(sizes), strict=True)]
+    return found
+
+
+def _size_of(state: tuple[Moments, Moments | None]) -> int:
+    moments, scales = state
+    return state_bytes(moments[0].numel(), scales is not None)
+
+
+def _runs(given: Iterable[tuple[Moments, Moments | None]]) -> Iterator[list[tuple[Moments, Moments | None]]]:
+    """In order, as many at a time as share a block."""
+    run: list[tuple[Moments, Moments | None]] = []
+    size = 0
+    for one in given:
+        if run and size + _size_of(one) > SHARED:
+            yield run
+            run, size = [], 0
+        run.append(one)
+        size += _size_of(one)
+    if run:
+        yield run
+
+
 def part(update: Update, piece: slice, state: Sequence[torch.Tensor]) -> Update:
     """The update of elements `piece` of a tensor; `state` are their moments and scales.
 
     The noise of block b of the tensor is that of b ^ key. Pieces begin at multiples of a power of two of blocks, and
     have no more: so b of the tensor is `first` ^ (b of the piece), and the piece's key is key ^ `first`.
     """
-    return replace(
-        update,
-        parameter=update.parameter.view(-1)[piece],
-        gradient=update.gradient if update.rows is not None else update.gradient.view(-1)[piece],
-        first=update.first + piece.start,
-        moments=(state[0], state[1]),
-        scales=(state[2], state[3]) if len(state) == 4 else None,
-        key=update.key ^ piece.start // BLOCK,
-    )
+    parameter, gradient = update.parameter, update.gradient
+    if piece.stop - piece.start < parameter.numel():
+        parameter = parameter.view(-1)[piece]
+        gradient = gradient if update.rows is not None else gradient.view(-1)[piece]
+    return Update(
+        parameter, gradient, (state[0], state[1]), (state[2], state[3]) if len(state) == 4 else None,
+        update.step, update.lr, update.betas, update.eps, update.weight_decay,
+        update.key ^ piece.start // BLOCK, update.rows, update.first + piece.start,
+    )  # fmt: skip
 
 
 def _end_of(stream: torch.cuda.Stream) -> torch.cuda.Event:
@@ -155,7 +186,13 @@ class _Lane:
 
 @dataclass(frozen=True)
 class _Piece:
-    update: Update  # of the whole tensor
+    """Part of a tensor.
+
+    Attributes:
+        number: of the tensor among those that are updated.
+    """
+
+    number: int
     state: HostState
     elements: slice
 
@@ -164,18 +201,81 @@ class _Piece:
         return state_bytes(self.elements.stop - self.elements.start, self.state.coded)
 
 
-def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+@dataclass(frozen=True)
+class _InSlot:
+    """A batch in one of the slots.
+
+    Attributes:
+        copies: ranges of host memory, and their places on the card.
+        states: moments and scales of each piece on the card.
+    """
+
+    copies: list[tuple[torch.Tensor, torch.Tensor]]
+    states: list[tuple[torch.Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What fills a slot.
+
+    Attributes:
+        in_slots: as it stands in each that it has been in.
+    """
+
+    pieces: list[_Piece]
+    in_slots: dict[int, _InSlot] = field(default_factory=dict)
+
+    def in_slot(self, index: int, slot: torch.Tensor) -> _InSlot:
+        if index not in self.in_slots:
+            sizes = [piece.bytes for piece in self.pieces]
+            places = slot[: sum(sizes)].split(sizes)
+            pairs = [
+                pair
+                for piece, place in zip(self.pieces, places, strict=True)
+                for pair in piece.state.copies(piece.elements, place)
+            ]
+            states = [
+                _views(place, piece.elements.stop - piece.elements.start, piece.state.coded)
+                for piece, place in zip(self.pieces, places, strict=True)
+            ]
+            self.in_slots[index] = _InSlot(_joined(pairs), states)
+        return self.in_slots[index]
+
+
+def _joined(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Neighbours on the host that are neighbours on the card are one range of bytes."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for pair in pairs:
+        if found and all(map(_follows, pair, found[-1])):
+            found[-1] = tuple(
+                before.as_strided((before.numel() + one.numel(),), (1,))
+                for before, one in zip(found[-1], pair, strict=True)
+            )
+        else:
+            found.append(pair)
+    return found
+
+
+def _follows(one: torch.Tensor, before: torch.Tensor) -> bool:
+    """Of bytes: in the same memory, right behind."""
+    same = one.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
+    return same and one.data_ptr() == before.data_ptr() + before.numel()
+
+
+def _batches(states: Iterable[HostState]) -> Iterator[_Batch]:
     """Pieces in order, as many at a time as a slot holds."""
     batch: list[_Piece] = []
     size = 0
-    for piece in pieces:
-        if batch and size + piece.bytes > state_bytes(PIECE):
-            yield batch
-            batch, size = [], 0
-        batch.append(piece)
-        size += piece.bytes
+    for number, state in enumerate(states):
+        for elements in state.pieces():
+            piece = _Piece(number, state, elements)
+            if batch and size + piece.bytes > state_bytes(PIECE):
+                yield _Batch(batch)
+                batch, size = [], 0
+            batch.append(piece)
+            size += piece.bytes
     if batch:
-        yield batch
+        yield _Batch(batch)
 
 
 class Staging:
@@ -190,6 +290,7 @@ class Staging:
             for lane in (self._up, self._compute, self._down):
                 lane.keep(slot)
         self._next = 0
+        self._batches: dict[tuple[int, ...], list[_Batch]] = {}  # by the states that they are of
 
     def run(
         self,
@@ -207,10 +308,14 @@ class Staging:
             What to wait for before a parameter is read, or the memory of a gradient or of the factor used again.
         """
         self._compute.wait(self._so_far())
-        pieces = (_Piece(update, state, elements) for update, state in updates for elements in state.pieces())
-        for batch in _batches(pieces):
-            self._run(batch, maps, factor)
+        for batch in self._batches_of([state for _, state in updates]):
+            self._run(batch, [update for update, _ in updates], maps, factor)
         return self._compute.record()
+
+    def forget(self) -> None:
+        """Let go of states that are updated no more; the host waits for what is under way."""
+        self.synchronize()
+        self._batches.clear()
 
     def synchronize(self) -> None:
         """Let the host wait until all that is updated is in its memory."""
@@ -219,36 +324,41 @@ class Staging:
     def _so_far(self) -> torch.cuda.Event | None:
         return _end_of(torch.cuda.current_stream(self._device)) if self._device.type == "cuda" else None
 
-    def _run(self, batch: list[_Piece], maps: tuple[torch.Tensor, torch.Tensor], factor: torch.Tensor | None) -> None:
+    def _batches_of(self, states: Sequence[HostState]) -> list[_Batch]:
+        """They hold the states, so that no other has the name of one."""
+        names = tuple(map(id, states))
+        if names not in self._batches:
+            self._batches[names] = list(_batches(states))
+        return self._batches[names]
+
+    def _run(
+        self,
+        batch: _Batch,
+        updates: Sequence[Update],
+        maps: tuple[torch.Tensor, torch.Tensor],
+        factor: torch.Tensor | None,
+    ) -> None:
         index = self._next
         self._next = (index + 1) % SLOTS
-        slots = self._slots[index].split([*(piece.bytes for piece in batch), self._left(batch)])
-        copies = [
-            pair for piece, slot in zip(batch, slots, strict=False) for pair in piece.state.copies(piece.elements, slot)
-        ]
+        there = batch.in_slot(index, self._slots[index])
         self._up.wait(self._free[index])
-        for piece in batch:
-            if piece.elements.start == 0:  # the others are none of what was written since
-                self._up.wait(piece.state._written)
+        # Further pieces of a tensor are none of what was written since.
+        for written in {piece.state._written for piece in batch.pieces if piece.elements.start == 0}:
+            self._up.wait(written)
         with self._up():
-            for host, card in copies:
+            for host, card in there.copies:
                 card.copy_(host, non_blocking=True)
         self._compute.wait(self._up.record())
         with self._compute():  # so that tables of the launch are memory of this stream
-            adamw8bit([self._part(piece, slot) for piece, slot in zip(batch, slots, strict=False)], maps, factor)
+            parts = [
+                part(updates[piece.number], piece.elements, state)
+                for piece, state in zip(batch.pieces, there.states, strict=True)
+            ]
+            adamw8bit(parts, maps, factor)
         self._down.wait(self._compute.record())
         with self._down():
-            for host, card in copies:
+            for host, card in there.copies:
                 host.copy_(card, non_blocking=True)
         self._free[index] = written = self._down.record()
-        for piece in batch:
+        for piece in batch.pieces:
             piece.state._written = written
-
-    @staticmethod
-    def _left(batch: list[_Piece]) -> int:
-        return state_bytes(PIECE) - sum(piece.bytes for piece in batch)
-
-    @staticmethod
-    def _part(piece: _Piece, slot: torch.Tensor) -> Update:
-        numel = piece.elements.stop - piece.elements.start
-        return part(piece.update, piece.elements, _views(slot, numel, piece.state.coded))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +23,7 @@ from bitsandbytes.optim import AdamW
 
 from steep.ops.adamw8bit import Launch, Update, launches, noise_key
 from steep.ops.backend import uses_kernels
-from steep.ops.host_states import HostState, Staging
+from steep.ops.host_states import HostState, Staging, host_states
 from steep.ops.row_gradient import coalesced, places, values_of
 
 Offload = Literal["none", "embeddings", "all"]
@@ -285,18 +285,27 @@ class AdamW8bit(AdamW):
         group = self.param_groups[self._places[parameter].gindex]
         return self.offload == "all" or group.get("name") == "embeddings"
 
-    def _host_state(self, slot: _Slot) -> HostState:
-        """The block of a tensor's states, which are put into it where they are not: new ones, and those of a
+    def _host_states(self, slots: Sequence[_Slot], device: torch.device) -> list[HostState]:
+        """The states of tensors of a device. They are put into host memory where they are not: new ones, and those of a
         checkpoint."""
-        there = [slot.state[name] for name in _STATES if name in slot.state]
-        kept = self._hosted.get(slot.parameter)
-        if kept is None or not all(map(operator.is_, kept.tensors, there)):
-            scales = (there[2], there[3]) if len(there) == 4 else None
-            if kept is not None:  # which goes, and may be on its way
-                self._staging_on(slot.parameter.device).synchronize()
-            kept = self._hosted[slot.parameter] = HostState((there[0], there[1]), scales, slot.parameter.device)
+        absent = [slot for slot in slots if not self._is_hosted(slot)]
+        if any(slot.parameter in self._hosted for slot in absent):  # whose states go, and may be on their way
+            self._staging_on(device).forget()
+        for slot in absent:
+            self._hosted.pop(slot.parameter, None)
+        given = [[slot.state[name] for name in _STATES if name in slot.state] for slot in absent]
+        pairs = [((one[0], one[1]), (one[2], one[3]) if len(one) == 4 else None) for one in given]
+        for slot, kept in zip(absent, host_states(pairs, device), strict=True):
+            self._hosted[slot.parameter] = kept
             slot.state.update(zip(_STATES, kept.tensors, strict=False))
-        return kept
+        return [self._hosted[slot.parameter] for slot in slots]
+
+    def _is_hosted(self, slot: _Slot) -> bool:
+        kept = self._hosted.get(slot.parameter)
+        if kept is None:
+            return False
+        there = [slot.state[name] for name in _STATES if name in slot.state]
+        return all(map(operator.is_, kept.tensors, there))
 
     def _staging_on(self, device: torch.device) -> Staging:
         if device not in self._staging:
@@ -330,21 +339,21 @@ class AdamW8bit(AdamW):
         by_kernel: list[_Slot] = []
         others: dict[int, list[_Slot]] = {}
         by_device: dict[torch.device, list[_Slot]] = {}
-        hosted: dict[torch.device, list[tuple[Update, HostState]]] = {}
+        offloaded: dict[torch.device, list[_Slot]] = {}
         for slot in self._slots(parameters):
             if uses_kernels(slot.parameter) and slot.parameter.dtype in (torch.bfloat16, torch.float32):
                 by_kernel.append(slot)
-                device = slot.parameter.device
-                if self._is_offloaded(slot.parameter):
-                    state = self._host_state(slot)  # first: it moves what the update reads
-                    hosted.setdefault(device, []).append((self._update_of(slot), state))
-                else:
-                    by_device.setdefault(device, []).append(slot)
+                where = offloaded if self._is_offloaded(slot.parameter) else by_device
+                where.setdefault(slot.parameter.device, []).append(slot)
             else:
                 if slot.gradient.is_sparse:
                     slot.parameter.grad = slot.gradient.to_dense()
                 others.setdefault(slot.place.gindex, []).append(slot)
         launches = {device: self._launches(slots) for device, slots in by_device.items()}
+        hosted: dict[torch.device, list[tuple[Update, HostState]]] = {}
+        for device, slots in offloaded.items():
+            states = self._host_states(slots, device)  # first: it moves what the update reads
+            hosted[device] = [(self._update_of(slot), state) for slot, state in zip(slots, states, strict=True)]
         return _Work(by_kernel, others, launches, hosted)
 
     def _slots(self, parameters: Iterable[torch.Tensor]) -> Iterator[_Slot]:
