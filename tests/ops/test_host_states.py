@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -94,6 +95,41 @@ def test_small_tensors_share_a_slot_and_large_ones_are_cut(monkeypatch: pytest.M
     updates = hosted(tensors((100, 200, 4096, 4096, 2**14 + 1), FP32, FP32), "cpu")
     Staging(torch.device("cpu")).run(updates, maps())
     assert launches == [[100, 200, 4096], [4096], [8192], [8192], [1]]
+
+
+def test_what_is_updated_together_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors that share a block and a slot; a block is no larger than it may be, and a piece is a copy a range."""
+    monkeypatch.setattr(host_states, "PIECE", 2**13)
+    slot = torch.empty(state_bytes(2**13), dtype=torch.uint8)
+
+    def copied(states: list[HostState]) -> list[list[int]]:
+        return [[host.numel() for host, _ in batch.in_slot(0, slot).copies] for batch in host_states._batches(states)]
+
+    states = [state for _, state in hosted(tensors((100, 300, 4096, 2**14), FP32, FP32), "cpu")]
+    small = sum(state_bytes(state.numel, state.coded) for state in states[:3])
+    assert copied(states) == [[small], [2**13, 2**13, 128, 128], [2**13, 2**13, 128, 128]]
+    (batch, *_) = host_states._batches(states)
+    ((host, card),) = batch.in_slot(0, slot).copies
+    card.copy_(host)
+    for of_slot, state in zip(batch.in_slot(0, slot).states, states, strict=False):
+        assert all(torch.equal(one, two.view(-1)) for one, two in zip(of_slot, state.tensors, strict=True))
+    monkeypatch.setattr(host_states, "SHARED", state_bytes(4096) + 1)
+    apart = [state for _, state in hosted(tensors((100, 300, 4096, 2**14), FP32, FP32), "cpu")]
+    assert [len(batch) for batch in copied(apart)] == [2, 4, 4]
+
+
+def test_batches_are_kept_for_so_many_lists_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of the tensors that have a gradient: it may be others each step. What is let go of is gone."""
+    monkeypatch.setattr(host_states, "KEPT", 2)
+    updates = hosted(tensors((100, 200, 4096), FP32, FP32), "cpu")
+    staging, alive = Staging(torch.device("cpu")), weakref.ref(updates[0][1])
+    for some in (updates, updates[1:], updates[:1], updates[1:]):
+        staging.run(some, maps())
+    assert list(map(len, staging._batches)) == [2, 1]
+    del updates, some
+    assert alive() is not None
+    staging.forget()
+    assert alive() is None
 
 
 def test_bytes() -> None:

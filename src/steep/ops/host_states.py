@@ -21,6 +21,7 @@ from steep.ops.pinned import pinned_zeros
 PIECE = 2**23  # elements with 8-bit moments that are updated at once; a power of two, see `part`
 SLOTS = 3
 SHARED = 2**26  # bytes of a block that several tensors share at the most
+KEPT = 256  # lists of tensors whose batches are kept: a model's layers, and no end where each step's tensors are others
 _ALIGNMENT = 64  # bytes
 _OTHERWISE = "each step waits for the moments of the optimizer"
 
@@ -328,6 +329,8 @@ class Staging:
         """They hold the states, so that no other has the name of one."""
         names = tuple(map(id, states))
         if names not in self._batches:
+            while len(self._batches) >= KEPT:
+                self._batches.pop(next(iter(self._batches)))
             self._batches[names] = list(_batches(states))
         return self._batches[names]
 
