@@ -143,10 +143,11 @@ def _interpreter() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
-    from tests.kernels.interpreter import repair
+    from tests.kernels.interpreter import quicken, repair
 
     with pytest.MonkeyPatch.context() as patch:
         repair(patch)
+        quicken(patch)
         yield
 
 

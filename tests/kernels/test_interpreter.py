@@ -80,3 +80,23 @@ def test_cast_to_e4m3_ends_at_the_largest(place: str) -> None:
     _cast[(1,)](x, out, SIZE=8)
     expected = torch.tensor([448.0, -448.0, 448.0, -448.0, 448.0, -448.0, torch.nan, 0.0])
     torch.testing.assert_close(out.cpu().float(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def _sum(x, SIZE: tl.constexpr):
+    return tl.sum(tl.load(x + tl.arange(0, SIZE)), 0)
+
+
+@triton.jit
+def _sums(x, out, SIZE: tl.constexpr):
+    row = tl.program_id(0)
+    tl.store(out + row, _sum(x + row * SIZE, SIZE) - _sum(x, SIZE))
+
+
+def test_a_kernel_may_call_others_and_leaves_the_language_as_it_was() -> None:
+    before = dict(vars(tl)), dict(vars(tl.tensor))
+    for rows in (2, 3):
+        x, out = torch.randn(rows, 32), torch.full((rows,), float("nan"))
+        _sums[(rows,)](x, out, SIZE=32)
+        torch.testing.assert_close(out, x.sum(1) - x[0].sum(), rtol=1e-5, atol=1e-5)
+        assert (dict(vars(tl)), dict(vars(tl.tensor))) == before
