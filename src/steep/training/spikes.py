@@ -121,11 +121,11 @@ class _Series:
         self.window: deque[float] = deque(maxlen=window)
         self._excesses: deque[tuple[int, float]] = deque(maxlen=_OUTLIERS)  # with the step
         self._in_a_row = self._steps = 0
+        self._known: tuple[np.ndarray, float, float] | None = None  # of this window; a step asks for it twice
 
     def outlier(self, value: float) -> Spike | None:
         """The value as an outlier, if it is one and clear of what is none."""
-        known = np.array(self.window)
-        median, deviation = self._usual(known)
+        known, median, deviation = self._usual()
         excess, far = value - median, self._threshold * deviation
         usual = known[known - median < far]  # one outlier does not hide a lower one
         if excess < far or value - float(usual.max()) < far / 2:
@@ -140,7 +140,7 @@ class _Series:
 
     def add(self, value: float) -> None:
         if len(self.window) >= self._enough:
-            median, deviation = self._usual(np.array(self.window))
+            _, median, deviation = self._usual()
             if value - median < self._threshold * deviation:
                 self._in_a_row = 0
             else:
@@ -149,12 +149,16 @@ class _Series:
                 self._in_a_row += 1
         self.window.append(value)
         self._steps += 1
+        self._known = None
 
-    def _usual(self, known: np.ndarray) -> tuple[float, float]:
-        """Median and standard deviation, the latter robust."""
-        median = float(np.median(known))
-        least = self._least + self._least_relative * abs(median)
-        return median, max(_GAUSSIAN * float(np.median(np.abs(known - median))), least)
+    def _usual(self) -> tuple[np.ndarray, float, float]:
+        """The window, its median and its standard deviation, the latter robust."""
+        if self._known is None:
+            known = np.array(self.window)
+            median = _median(known)
+            least = self._least + self._least_relative * abs(median)
+            self._known = known, median, max(_GAUSSIAN * _median(np.abs(known - median)), least)
+        return self._known
 
     def state(self) -> dict[str, Any]:
         excesses = [list(pair) for pair in self._excesses]
@@ -168,6 +172,13 @@ class _Series:
         self._excesses.clear()
         self._excesses.extend((step, excess) for step, excess in state["excesses"])
         self._in_a_row, self._steps = state["in_a_row"], state["steps"]
+        self._known = None
+
+
+def _median(values: np.ndarray) -> float:
+    """As `numpy.median`, to the bit, in a sixth of its time for as few."""
+    ordered, half = np.sort(values), len(values) // 2
+    return float(ordered[half]) if len(values) % 2 else float(ordered[half - 1] + ordered[half]) / 2
 
 
 def _log(norm: float) -> float:
