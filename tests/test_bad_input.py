@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from steep.config import load_config
+from steep.data import readers
 from steep.run import train_run
 from tests.bad_input.damage import Scene, make_scene
 from tests.bad_input.model import MODEL
@@ -23,7 +24,7 @@ from tests.bad_input.run_file import RUN_FILE
 from tests.bad_input.runs import RUNS, RunRow
 from tests.bad_input.settings import SETTINGS
 from tests.bad_input.table import Row
-from tests.bad_input.text import TEXT
+from tests.bad_input.text import A_TEXT_MANY_TIMES, TEXT
 from tests.command_line import Steep, assert_one_error_line
 
 ROWS = [*RUN_FILE, *SETTINGS, *TEXT, *MODEL, *PLACES]
@@ -60,6 +61,12 @@ def test_a_wrong_input_is_one_line(row: Row, scene: Scene, steep: Steep) -> None
         assert scene.contents() == before
     cache = scene.folder.parent / "cache"
     assert [file for file in cache.rglob("*") if file.is_file() and file.suffix != ".arrow"] == []
+
+
+def test_a_text_many_times_is_a_bomb(scene: Scene, steep: Steep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which none of its pages is. Of any file 64 MiB are read (others are found with that), whose tokens take long."""
+    monkeypatch.setattr(readers, "_ALWAYS_UNPACKED", 4 * 2**20)
+    test_a_wrong_input_is_one_line(A_TEXT_MANY_TIMES, scene, steep)
 
 
 @pytest.fixture(scope="module")
