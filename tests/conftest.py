@@ -76,10 +76,25 @@ _NEEDS = {
 # Under CI=true these may not be missing: what they test has no other test.
 _NEEDED_IN_CI = ("namespaces", "setpriv", "strace")
 _left_out = pytest.StashKey[dict[str, int]]()
+# Files that last longest, begun first: else a process is left with one of them while the others have no more.
+_LONG = (
+    "kernels/test_machine_code", "test_torchrun", "faults/test_sample", "test_verify_resume", "faults/test_full_disk",
+    "model/test_fused_training", "faults/test_exact_resume", "test_bad_input", "test_benchmarks", "test_fp8_benchmarks",
+    "test_stopping", "training/test_guard", "model/test_recompute", "test_fused_run", "test_ablation", "test_cli",
+    "test_fitting", "test_odd_input", "training/test_resume", "training/test_in_backward", "test_run",
+    "faults/test_permissions", "test_notebooks", "export/test_gguf", "ops/test_linear_cross_entropy",
+)  # fmt: skip
+
+
+def _place(item: pytest.Item) -> int:
+    name = item.path.with_suffix("").relative_to(Path(__file__).parent).as_posix()
+    return _LONG.index(name) if name in _LONG else len(_LONG)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out marked tests where what they need is missing: deselected and counted, never a silent skip."""
+    """Long files first, and marked tests left out where what they need is missing: deselected and counted, never a
+    silent skip."""
+    items.sort(key=_place)
     counts: dict[str, int] = {}
     missing: list[str] = []
     for mark, (is_there, _) in _NEEDS.items():
