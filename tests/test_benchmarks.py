@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from benchmarks.ops import TOLERANCE, wrong_by
 from benchmarks.peers import Peer, Work, bare_loop, batches, flattened
 from benchmarks.shapes import empty_model, flops_a_step, write
 from steep import load
+from tests.faults.command import ForkServer
 from tests.ops.closeness import assert_as_good
 from tests.trees import tree_differences
 
@@ -147,12 +149,20 @@ def test_a_shape_has_the_size_of_its_model(shape: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(PARAMETERS[shape], rel=2e-3)
 
 
-def test_peers_train_the_same_model_on_the_same_tokens(tmp_path: Path) -> None:
+def test_peers_train_the_same_model_on_the_same_tokens(
+    tmp_path: Path, quick: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a process of its own, here a fork."""
     out = tmp_path / "rows.jsonl"
+
+    def run(command: list[str], *, env: dict[str, str], **streams: Any) -> subprocess.CompletedProcess[str]:
+        return quick.run(command, tmp_path, env)
+
+    monkeypatch.setattr(train, "subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))
     words = "--peers hf-varlen,steep-bare,hf-lean --shape tiny --device cpu --batch 2 --seq 48 --r 8 --steps 5 --packed"
-    command = [sys.executable, "-m", "benchmarks.train", *words.split(), "--weights", tmp_path / "w", "--out", out]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr[-4000:]  # for the one that cannot be here; the others go on
+    with pytest.raises(SystemExit) as ended:
+        train.main([*words.split(), "--weights", str(tmp_path / "w"), "--out", str(out)])
+    assert ended.value.code == 1  # for the one that cannot be here; the others go on
     varlen, steep, library = map(json.loads, out.read_text().splitlines())
     assert varlen["peer"] == "hf-varlen" and varlen["failed"]
     assert steep["fused"] and steep["levels"] == [0, 0]

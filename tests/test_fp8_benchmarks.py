@@ -24,6 +24,7 @@ from benchmarks import bases, bases_table, loading, measuring, shapes
 from benchmarks.shapes import empty_model, write
 from steep.model.choices import Choices
 from steep.schema import Base
+from tests.faults.command import ForkServer
 from tests.tiny import documents
 
 ARMS = ["fp8-none", "bf16"]
@@ -304,8 +305,11 @@ def test_runs_that_are_unlike_are_not_compared(fields: dict[str, Any], said: str
 # ---- loading
 
 
-def test_loading_is_timed_beside_reading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loading_is_timed_beside_reading(
+    tmp_path: Path, quick: ForkServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: quick.run(command, tmp_path))
     words = "--device cpu --shape tiny --bases fp8 --repeats 1"
     loading.main([*words.split(), "--weights", str(tmp_path), "--out", str(out)])
     read, load = map(json.loads, out.read_text().splitlines())

@@ -188,6 +188,15 @@ class ForkServer:
         """``python WORDS`` in this folder, and what it says on stderr in a file: for what starts processes itself."""
         return Forked(self._asked, words, environment({}), out=os.devnull, err=err)
 
+    def run(
+        self, command: Sequence[str], folder: Path, given: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """A command that begins with this Python, as `subprocess.run` would do it, in a folder for its streams."""
+        python, *words = command
+        assert python == sys.executable, command
+        done = self.python(words, folder, given)
+        return subprocess.CompletedProcess(command, done.wait(), done.out.read_text(encoding="utf-8"), done.log)
+
     @property
     def pid(self) -> int:
         return self._server.pid
