@@ -84,17 +84,13 @@ _LONG = (
     "test_fitting", "test_odd_input", "training/test_resume", "training/test_in_backward", "test_run",
     "faults/test_permissions", "test_notebooks", "export/test_gguf", "ops/test_linear_cross_entropy",
 )  # fmt: skip
-
-
-def _place(item: pytest.Item) -> int:
-    name = item.path.with_suffix("").relative_to(Path(__file__).parent).as_posix()
-    return _LONG.index(name) if name in _LONG else len(_LONG)
+_PLACES = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(_LONG)}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long files first, and marked tests left out where what they need is missing: deselected and counted, never a
     silent skip."""
-    items.sort(key=_place)
+    items.sort(key=lambda item: _PLACES.get(item.path, len(_PLACES)))
     counts: dict[str, int] = {}
     missing: list[str] = []
     for mark, (is_there, _) in _NEEDS.items():
