@@ -16,6 +16,7 @@ import yaml
 
 from steep.allocator import let_segments_grow
 from tests.command_line import Steep, assert_one_error_line
+from tests.faults.command import ForkServer
 from tests.report.runs import write_run as write_report_run
 from tests.tiny import documents
 
@@ -126,13 +127,16 @@ def test_an_override_reaches_the_run(steep: Steep, run_file: Path) -> None:
     assert (saved["training"]["max_steps"], saved["adapter"]["r"]) == (3, 4)
 
 
-def test_a_pipe_gets_plain_text(run_file: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
-    done = subprocess.run([sys.executable, "-m", "steep", "train", run_file], capture_output=True, env=environment)
-    assert done.returncode == 0, done.stderr.decode()
-    for stream in (done.stdout, done.stderr):
-        assert b"\x1b" not in stream and b"\r" not in stream
-    assert b"Traceback" not in done.stderr
+def test_what_is_no_terminal_gets_plain_text(
+    run_file: Path, quick: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    command = quick(["train", str(run_file)], run_file.parent, {})
+    assert command.wait() == 0, command.text()
+    for stream in (command.out.read_bytes(), command.err.read_bytes()):
+        assert stream and b"\x1b" not in stream and b"\r" not in stream
+    assert "Traceback" not in command.log
 
 
 def test_a_run_that_stops_has_code_1(steep: Steep, llama_folder: Path, tmp_path: Path) -> None:

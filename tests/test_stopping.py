@@ -431,7 +431,7 @@ def test_a_signal_while_a_run_goes_back(
 
 def test_a_process_that_is_told_to_end(steep: Steep, run_file: Path, tmp_path: Path) -> None:  # noqa: F811
     """The real command and a real SIGTERM, at a moment of the training that nobody chose."""
-    settings = {"max_steps": 60, "save_steps": 25, "eval_steps": 20, "gradient_accumulation_steps": 1}
+    settings = {"max_steps": 40, "save_steps": 15, "eval_steps": 15, "gradient_accumulation_steps": 1}
     whole, stopped = (dropout_run(run_file, tmp_path / name, **settings) for name in ("whole", "stopped"))
     assert steep("train", whole).code == 0
     folder = stopped.parent / "run"
