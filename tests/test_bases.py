@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from steep.bases import SHOWN, Base, bases_of
+from steep.bases import SHOWN, Base, bases_of, with_base
 from steep.cards import card_named
 from steep.computation import Sizes
 from steep.duration import Pace
@@ -123,6 +123,60 @@ def test_a_base_that_the_adapter_cannot_begin_over_has_no_step(adapter: dict[str
     found = bases_of(config, ground, sizes, None, {}, base="nf4", compute=computation.compute)
     assert {name for name, base in found.items() if base.peak_bytes is None} == impossible
     assert all(found[name].fits is None and found[name].bytes > 0 for name in impossible)
+
+
+AUTO = {"name": "x", "base": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("name", "sections", "base", "reason"),
+    [
+        ("H200", {}, "fp8", "the card multiplies in fp8, and a step fits"),
+        ("4090", {"training": {"per_device_train_batch_size": 1}}, "fp8", "a step fits"),
+        ("H200", {"training": {"vram": "12GiB"}}, "auto", "over fp8 a step needs "),
+        ("A100-80", {}, "auto", "the card has no fp8 units"),
+        ("H200", {"model": {**AUTO, "fused": "off"}}, "auto", "of fused steps"),
+        ("H200", {"model": {**AUTO, "fp8_products": "none"}}, "auto", "not all products could be in fp8"),
+        ("H200", {"model": {**AUTO, "base": "nf4"}}, "nf4", None),
+        (None, {}, "auto", None),
+    ],
+    ids=str,
+)
+def test_auto_is_fp8_where_the_card_multiplies_in_it_and_a_step_fits(
+    name: str | None, sections: dict[str, Any], base: str, reason: str | None
+) -> None:
+    config = config_of(**{"model": AUTO, **sections})
+    ground = ground_of(config, None if name is None else card_named(name))
+    if config.model.fused == "off":
+        ground = replace(ground, layer=None)
+    chosen, why = with_base(config, ground)
+    assert chosen.model.base == base and (reason in (why or "") if reason else why is None), why
+    assert chosen == config or chosen.model.model_copy(update={"base": "auto"}) == config.model
+    computation = ground.computation(chosen)
+    assert computation.base == ("fp8" if base == "fp8" else "nf4")
+    if base == "fp8":
+        assert computation.products == "both" and ground.sized(chosen, computation).peak <= (ground.budget or 0)
+        assert with_base(config, replace(ground, before=Choices(True, "bf16"))) == (config, None), "it goes on"
+        ground.resolved.quantization = {"load_in_4bit": True}  # pyright: ignore[reportAttributeAccessIssue]
+        assert with_base(config, ground) == (config, None)
+
+
+def test_a_run_says_why_it_is_over_its_base_and_goes_on_over_it(
+    steep: Steep, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    config = run_file(llama_folder, korean_corpus, tmp_path / "run", model={"base": "auto"})
+    for card, base, reason in (("H200", "fp8", "multiplies in fp8"), ("A100-80", "nf4", "no fp8 units")):
+        plan = plan_run(config, card=card_named(card))
+        figures = plan.as_dict()
+        assert figures["base"] == base == plan.config.model.base.replace("auto", "nf4")
+        assert reason in figures["base_reason"]
+        assert figures["memory_bytes"]["total"] == figures["bases"][base]["peak_bytes"]
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+        said = " ".join(steep("plan", file, "--card", card).out.replace("│", " ").split())
+        assert f"frozen in {base} (" in said and reason in said, said
+    alone = plan_run(config).as_dict()
+    assert (alone["base"], alone["base_reason"]) == ("nf4", None)
 
 
 def test_the_table(steep: Steep, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run would need and how long its steps would take over each base, side by side."""
+"""What a run would need and how long its steps would take over each base, side by side; and which one `auto` is."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from steep.computation import Ground, Sizes
 from steep.duration import Pace
 from steep.errors import UserError
 from steep.fitting import changed
+from steep.memory import GIB
 from steep.model.load import QUANTISED
+from steep.model.machine import Card
 from steep.schema import RunConfig
 
 SHOWN = (*QUANTISED, "bf16")
+AUTO, FASTER = "auto", "fp8"
 
 
 @dataclass(frozen=True)
@@ -81,3 +84,37 @@ def _sizes(config: RunConfig, ground: Ground, base: str) -> Sizes | None:
     except UserError:
         return None
     return new.sized(other, computation)
+
+
+def with_base(config: RunConfig, ground: Ground) -> tuple[RunConfig, str | None]:
+    """`config` with what `model.base: auto` is for a new run from a 16-bit checkpoint, and why: fp8 where the card
+    multiplies in it and a step fits, which is faster than NF4 and closer to the checkpoint (docs/recipe.md). No timer has
+    a part in it. As it is, without a reason, where there is no card, or no choice: a base is named, a checkpoint is
+    stored in one, or steps were made over one.
+    """
+    if config.model.base != AUTO or ground.resolved.quantization is not None:
+        return config, None
+    if ground.before is not None or not ground.to_train or ground.card is None or ground.budget is None:
+        return config, None
+    reason = _why_not_faster(config, ground, ground.card, ground.budget)
+    if reason is not None:
+        return config, reason
+    return changed(config, {"model.base": FASTER}), "the card multiplies in fp8, and a step fits"
+
+
+def _why_not_faster(config: RunConfig, ground: Ground, card: Card, budget: int) -> str | None:
+    if not card.has_fp8_units:
+        return "the card has no fp8 units"
+    if ground.layer is None:
+        return "products in fp8 are of fused steps"
+    other = changed(config, {"model.base": FASTER})
+    try:
+        computation = ground.computation(other)
+    except UserError as error:
+        return f"over fp8 it cannot be: {error.field}"
+    if computation.products != "both":
+        return "not all products could be in fp8"
+    peak = ground.sized(other, computation).peak
+    if peak > budget:
+        return f"over fp8 a step needs {peak / GIB:.1f} GiB, and may fill {budget / GIB:.1f}"
+    return None

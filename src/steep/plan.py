@@ -12,14 +12,14 @@ import torch
 
 from steep import ranks
 from steep.advice import advice
-from steep.bases import Base, bases_of
+from steep.bases import Base, bases_of, with_base
 from steep.calibration import measured_here, with_attention
-from steep.computation import Ground, check_adapter
+from steep.computation import Ground
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
 from steep.duration import Duration, Pace
 from steep.errors import UserError
-from steep.fitting import Shortfall, shortfall_of
+from steep.fitting import Shortfall, changed, shortfall_of
 from steep.fp8_choice import dequantised
 from steep.fusing import decide
 from steep.generation import prompt_ids_of
@@ -69,6 +69,7 @@ class Plan:
         branch: where the run leaves its parent, if it is a branch.
         schedule: the learning rates' factor by step; None where the schedule is transformers' own.
         base, compute: the automatic choices made: storage of frozen weights, dtype of products.
+        base_reason: why it is that base, where `model.base: auto` had a choice.
         choices: those that the run keeps for good, and that a resumed one takes over.
         not_fused: why the steps are not fused; None where they are.
         card: that it is planned for; None: there is none, and nothing is planned for one but an amount of memory.
@@ -105,6 +106,7 @@ class Plan:
     duration: Duration | None = None
     bases: dict[str, Base] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    base_reason: str | None = None
 
     @property
     def fused(self) -> bool:
@@ -141,6 +143,7 @@ class Plan:
         return {
             "model": self.config.model.name,
             "base": self.base,
+            "base_reason": self.base_reason,
             "compute_dtype": self.compute,
             "trained_dtype": self.trained_dtype,
             "fused": self.fused,
@@ -213,8 +216,7 @@ def plan_run(
     """
     work_out = partial(
         _work_out,
-        config,
-        progress,
+        progress=progress,
         branch=branch,
         grown_tokenizer=grown_tokenizer,
         before=choices,
@@ -223,10 +225,11 @@ def plan_run(
         refuses=refuses,
         measures=measures,
     )
-    plan = work_out(commits or {}) if ranks.is_main() else None
-    read = ranks.from_main(lambda: _commits(plan))
+    plan = work_out(config, commits or {}) if ranks.is_main() else None
+    read, base = ranks.from_main(lambda: _first_found(plan))
     if plan is None:
-        plan = work_out({int(index): commit for index, commit in read.items()})
+        same = {int(index): commit for index, commit in read.items()}
+        plan = work_out(changed(config, {"model.base": base}), same)
     if len(set(ranks.gathered_bytes(plan.corpus.fingerprint.encode()))) > 1:
         raise UserError(
             "data.sources", "the processes have not read the same text", "Give all of them the same files and model."
@@ -236,18 +239,18 @@ def plan_run(
     return plan
 
 
-def _commits(plan: Plan | None) -> dict[int, str]:
-    """The commits that streamed sources were read at, by number."""
+def _first_found(plan: Plan | None) -> tuple[dict[int, str], str]:
+    """The commits that streamed sources were read at, by number, and the base: each process has a card of its own."""
     assert plan is not None
     sources = enumerate(plan.corpus.statistics["sources"])
-    return {index: source["revision"] for index, source in sources if source["streamed"]}
+    return {index: source["revision"] for index, source in sources if source["streamed"]}, plan.base
 
 
 def _work_out(
     config: RunConfig,
-    progress: Progress | None,
     commits: Mapping[int, str],
     *,
+    progress: Progress | None,
     branch: Branch | None,
     grown_tokenizer: Path | None,
     before: Choices | None,
@@ -268,27 +271,25 @@ def _work_out(
         trust_remote_code=model.trust_remote_code,
         rope_scaling=model.rope_scaling,
     )
-    base = resolve_base(model.base, resolved)
     empty = empty_model(resolved, model.attn_implementation)
     check_computes(empty)
     budget = vram_budget(config.training.vram, card) if to_train else None
     if budget is None:  # else it is planned for a card
-        check_4bit_rows(empty, base)
+        check_4bit_rows(empty, resolve_base(model.base, resolved))
     stored = check_stored(resolved, empty, download=False)
     if model.untie_embeddings:
         untie(empty)
     check_embeddings(empty, config.adapter.modules_to_save)
-    check_adapter(config, base, resolved)
     check_rank(empty, config.adapter.target_modules, config.adapter.r)
     check_length(config.data.max_length, resolved.config)
     check_batch(config)
     layer, not_fused = decide(config, empty, before, card)
     host_memory = host_budget(config.training.host_memory, card) if to_train else 0
     ground = Ground(resolved, empty, layer, card, budget, before, to_train, host_memory)
+    asked = config
+    config, _ = with_base(asked, ground)
     computation = ground.computation(config)
-    compute, trained = computation.compute, computation.trained
-    if computation.layers is not None and computation.products != "none":
-        stored += dequantised(computation.layers, compute)
+    base, compute, trained = computation.base, computation.compute, computation.trained
     tokenizer = read_tokenizer(resolved)
     precision = mixed_precision(base, compute, trained)
     arguments = training_arguments(config, precision, fused=layer is not None, branch=branch is not None)
@@ -312,6 +313,11 @@ def _work_out(
         tokenizer, sources = vocabulary.tokenizer, [read.source for read in vocabulary.before]
         rows = rows_for(tokenizer, empty.get_input_embeddings().weight.shape[0])
         empty.resize_token_embeddings(rows, mean_resizing=False)
+    config, base_reason = with_base(asked, ground)  # of the tables as they are now
+    computation = ground.computation(config)
+    base = computation.base
+    if computation.layers is not None and computation.products != "none":
+        stored += dequantised(computation.layers, compute)
     tokens, dtype, measured = training.per_device_train_batch_size * data.max_length, DTYPES[compute], None
     # Time is predicted of fused steps in one process.
     if measures and layer is not None and card is not None and card.is_here and ranks.world_size() == 1:
@@ -396,6 +402,7 @@ def _work_out(
         schedule,
         shortfall=shortfall,
         duration=None if pace is None or (shortfall and shortfall.is_refused) else pace.duration(sizes, steps),
+        base_reason=base_reason,
     )
     errors = weight_errors(resolved, quantisable(empty)) if to_train else {}
     plan.bases = bases_of(config, ground, sizes, pace, errors, base=base, compute=compute)

@@ -45,7 +45,8 @@ class ModelSection(Section):
     base: Base = Field(
         "auto",
         description="What the frozen weights are kept in: nf4 (4 bit, double quantised), int8, fp8 (e4m3, a "
-        "scale a row), bf16, fp16, fp32; auto: what a checkpoint is stored in if that is quantised, else nf4.",
+        "scale a row), bf16, fp16, fp32; auto: what a checkpoint is stored in if that is quantised; else fp8 where the "
+        "card multiplies in it, the steps are fused and one fits; else nf4. The plan says why; a run keeps it.",
     )
     trained_dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto",

@@ -242,7 +242,7 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     parameters, data, card = plan["parameters"], plan["data"], plan["card"]
     model = _last_part(_from_here(plan["model"]))
     for name, value in {
-        "model": f"{model}, frozen in {plan['base']}, computed in {plan['compute_dtype']}",
+        "model": f"{model}, frozen in {base_of(plan)}, computed in {plan['compute_dtype']}",
         "parameters": f"{parameters['frozen']:,} frozen, {parameters['trained']:,} trained in {plan['trained_dtype']} "
         f"({parameters['adapters']:,} adapters, {parameters['trained_embeddings']:,} embeddings)",
         "card": f"{card['name']}, {human_bytes(card['memory_bytes'])}" if card else "none",
@@ -303,6 +303,12 @@ def bases_table(plan: Mapping[str, Any]) -> Table:
             "–" if error is None else f"{error:.2%}",
         )
     return table
+
+
+def base_of(plan: Mapping[str, Any]) -> str:
+    """What the frozen weights are kept in, and why that is so where `auto` chose it."""
+    reason = plan.get("base_reason")
+    return f"{plan['base']} ({reason})" if reason else str(plan["base"])
 
 
 def fused_line(plan: Mapping[str, Any]) -> str:
