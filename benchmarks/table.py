@@ -52,7 +52,8 @@ def work_of(call: dict[str, Row]) -> str:
     if steep["packed"]:
         parts.append("packed")
     if steep["cap_gib"] and not steep["cap_of"]:
-        if any(steep.get("levels", [1])):  # a limit under which nothing is computed twice changes nothing
+        # A limit under which all is kept on the card changes nothing.
+        if any(steep.get("levels", [1])) or waits_in_host_memory(steep):
             parts.append(f"within {steep['cap_gib']:g} GiB")
     elif steep["peak_allocated_gib"] > library_of(call)["peak_allocated_gib"]:
         parts.append(f"in more memory than {YARDSTICK}")
@@ -63,8 +64,13 @@ def library_of(call: dict[str, Row]) -> Row:
     return min((call[peer] for peer in LIBRARY if peer in call), key=lambda row: row["step_s"])
 
 
+def waits_in_host_memory(row: Row) -> bool:
+    """Whether some of what layers keep does."""
+    return any(place != "gpu" for place in row.get("places") or ())
+
+
 def cost(row: Row) -> str:
-    return f"{row['step_s']:.3f} s, {row['peak_allocated_gib']:.1f} GiB"
+    return f"{row['step_s']:.3f} s, {row['peak_allocated_gib']:.1f} GiB" + "*" * waits_in_host_memory(row)
 
 
 def cells_of(call: dict[str, Row]) -> dict[str, str]:
@@ -101,7 +107,7 @@ def table(rows: Iterable[Row]) -> str:
     if not lines:
         return ""
     columns = [column for column in COLUMNS if any(column in cells for _, cells in lines)]
-    head = ["work", *columns]
+    head, marked = ["work", *columns], any("GiB*" in cell for _, cells in lines for cell in cells.values())
     body = [[work, *(cells.get(column, "–") for column in columns)] for work, cells in lines]
     written = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
     return "\n".join(
@@ -109,6 +115,7 @@ def table(rows: Iterable[Row]) -> str:
             f"One training step, QLoRA at rank {RANK} with both embeddings trained: time, and peak of allocated",
             "memory. In brackets: how many times as fast `steep train` was. A line is one call of",
             "`python -m benchmarks.train`. Memory that a work is within limits steep alone.",
+            *(["*: and host memory, in which some of what layers keep waits for the backward pass."] * marked),
             "",
             *written,
         ]

@@ -85,6 +85,7 @@ _LONG = (
     "faults/test_permissions", "test_notebooks", "export/test_gguf", "ops/test_linear_cross_entropy",
 )  # fmt: skip
 _PLACES = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(_LONG)}
+assert all(file.is_file() for file in _PLACES), "a file was renamed"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

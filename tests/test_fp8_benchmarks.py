@@ -309,7 +309,7 @@ def test_loading_is_timed_beside_reading(
     tmp_path: Path, quick: ForkServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "rows.jsonl"
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: quick.run(command, tmp_path))
+    monkeypatch.setattr(subprocess, "run", lambda command, stdout, text: quick.run(command, tmp_path))
     words = "--device cpu --shape tiny --bases fp8 --repeats 1"
     loading.main([*words.split(), "--weights", str(tmp_path), "--out", str(out)])
     read, load = map(json.loads, out.read_text().splitlines())

@@ -443,7 +443,7 @@ def test_a_process_that_is_told_to_end(steep: Steep, run_file: Path, tmp_path: P
     )
     while not (folder / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
-    time.sleep(0.5 * random.SystemRandom().random())
+    time.sleep(0.3 * random.SystemRandom().random())  # of some 2 s
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3 and "Traceback" not in err, err

@@ -98,7 +98,7 @@ def test_small_tensors_share_a_slot_and_large_ones_are_cut(monkeypatch: pytest.M
 
 
 def test_what_is_updated_together_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of tensors that share a block and a slot; a block is no larger than it may be, and a piece is a copy a range."""
+    """Of tensors that share a block and a slot; of a piece a range is a copy, and so are blocks that stand apart."""
     monkeypatch.setattr(host_states, "PIECE", 2**13)
     slot = torch.empty(state_bytes(2**13), dtype=torch.uint8)
 
@@ -113,22 +113,24 @@ def test_what_is_updated_together_is_one_copy(monkeypatch: pytest.MonkeyPatch) -
     card.copy_(host)
     for of_slot, state in zip(batch.in_slot(0, slot).states, states, strict=False):
         assert all(torch.equal(one, two.view(-1)) for one, two in zip(of_slot, state.tensors, strict=True))
-    monkeypatch.setattr(host_states, "SHARED", state_bytes(4096) + 1)
-    apart = [state for _, state in hosted(tensors((100, 300, 4096, 2**14), FP32, FP32), "cpu")]
-    assert [len(batch) for batch in copied(apart)] == [2, 4, 4]
+    one = [state for size in (100, 300) for _, state in hosted(tensors((size,), FP32, FP32), "cpu")]
+    assert [len(batch) for batch in copied(one)] == [2]
 
 
-def test_batches_are_kept_for_so_many_lists_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_so_many_pieces_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of the tensors that have a gradient: it may be others each step. What is let go of is gone."""
-    monkeypatch.setattr(host_states, "KEPT", 2)
+    monkeypatch.setattr(host_states, "KEPT", 4)
     updates = hosted(tensors((100, 200, 4096), FP32, FP32), "cpu")
     staging, alive = Staging(torch.device("cpu")), weakref.ref(updates[0][1])
     for some in (updates, updates[1:], updates[:1], updates[1:]):
         staging.run(some, maps())
     assert list(map(len, staging._batches)) == [2, 1]
+    states = [state for _, state in updates]
     del updates, some
-    assert alive() is not None
-    staging.forget()
+    staging.forget(states[1:])
+    assert list(map(len, staging._batches)) == [1]
+    staging.forget(states[:1])
+    del states
     assert alive() is None
 
 

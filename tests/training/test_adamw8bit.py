@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -435,7 +437,7 @@ def by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def offloaded(offload: adamw8bit.Offload, kind: str = "step") -> tuple[list[torch.nn.Parameter], AdamW8bit]:
     """Three steps of large and small tensors in two groups; kind: by `step`, prepared, or by `update`, or resumed with
-    the other choice in their midst."""
+    the other choice in their midst, or the third with the states from before the second."""
     parameters = [*mixed(), *(torch.nn.Parameter(weights(12_289).to(dtype)) for dtype in (torch.bfloat16, torch.float))]
 
     def made(choice: adamw8bit.Offload) -> AdamW8bit:
@@ -445,7 +447,7 @@ def offloaded(offload: adamw8bit.Offload, kind: str = "step") -> tuple[list[torc
         ]
         return AdamW8bit(groups, seed=3, offload=choice)
 
-    optimizer = made(offload)
+    optimizer, saved = made(offload), {}
     for step in range(3):
         for index, parameter in enumerate(parameters):
             draw = torch.Generator().manual_seed(10 * step + index)
@@ -454,6 +456,9 @@ def offloaded(offload: adamw8bit.Offload, kind: str = "step") -> tuple[list[torc
             other = made("all" if (offload == "none") == (step == 1) else "none")
             other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             optimizer = other
+        if kind == "rolled back" and step > 0:
+            saved = copy.deepcopy(optimizer.state_dict()) if step == 1 else saved
+            optimizer.load_state_dict(copy.deepcopy(saved))
         optimizer.gradient_factor = torch.tensor([0.5], device=DEVICE) if kind != "update" else None
         if kind == "prepared":
             optimizer.prepare()
@@ -467,7 +472,7 @@ def offloaded(offload: adamw8bit.Offload, kind: str = "step") -> tuple[list[torc
 
 
 @pytest.mark.usefixtures("by_reference")
-@pytest.mark.parametrize("kind", ["step", "prepared", "update", "resumed"])
+@pytest.mark.parametrize("kind", ["step", "prepared", "update", "resumed", "rolled back"])
 @pytest.mark.parametrize("offload", ["embeddings", "all"])
 def test_states_in_host_memory_are_those_on_the_card(
     offload: adamw8bit.Offload, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -491,7 +496,7 @@ def test_states_in_host_memory_are_those_on_the_card(
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one, other)
         kept, theirs = optimizer.state[one], whole.state[other]
-        assert kept.keys() == theirs.keys() and kept["step"] == theirs["step"] == 3
+        assert kept.keys() == theirs.keys() and kept["step"] == theirs["step"] == (2 if kind == "rolled back" else 3)
         assert all(torch.equal(kept[key].cpu(), theirs[key].cpu()) for key in kept.keys() - {"step"})
         assert all(kept[key].shape == theirs[key].shape for key in kept.keys() - {"step"})
     if kind != "resumed":
@@ -502,6 +507,35 @@ def test_states_in_host_memory_are_those_on_the_card(
             assert state["state1"] is optimizer._hosted[found[index]].moments[0]
             assert all(state[key].device.type == "cpu" for key in ("state1", "state2", "absmax1", "absmax2"))
     assert not optimizer._under_way
+
+
+@pytest.mark.usefixtures("by_reference")
+def test_states_that_are_loaded_replace_others_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither those before nor those of the checkpoint stay in memory beside them."""
+    parameters = [torch.nn.Parameter(weights(4096)) for _ in range(4)]
+    optimizer = AdamW8bit([{"params": parameters, "lr": 1e-2}], offload="all")
+
+    def step() -> None:
+        for parameter in parameters:
+            parameter.grad = gradients(1, 4096)[0]
+        optimizer.step()
+
+    step()
+    before = [weakref.ref(state) for state in optimizer._hosted.values()]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    loaded = [weakref.ref(optimizer.state[parameter]["state1"]) for parameter in parameters]
+    beside: list[list[bool]] = []
+    put = adamw8bit.host_states
+
+    def spied(*given: Any) -> Any:
+        beside.append([reference() is not None for reference in loaded])
+        return put(*given)
+
+    monkeypatch.setattr(adamw8bit, "host_states", spied)
+    monkeypatch.setattr(adamw8bit, "SHARED", 2 * 4096)
+    step()
+    assert beside == [[True] * 4, [False, False, True, True]]
+    assert not any(reference() for reference in (*before, *loaded))
 
 
 @pytest.mark.usefixtures("by_reference")

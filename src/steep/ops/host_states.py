@@ -20,8 +20,7 @@ from steep.ops.pinned import pinned_zeros
 
 PIECE = 2**23  # elements with 8-bit moments that are updated at once; a power of two, see `part`
 SLOTS = 3
-SHARED = 2**26  # bytes of a block that several tensors share at the most
-KEPT = 256  # lists of tensors whose batches are kept: a model's layers, and no end where each step's tensors are others
+KEPT = 2**14  # pieces whose batches are kept: many a model's, and no end where each step updates other tensors
 _ALIGNMENT = 64  # bytes
 _OTHERWISE = "each step waits for the moments of the optimizer"
 
@@ -105,33 +104,11 @@ class HostState:
 
 
 def host_states(given: Sequence[tuple[Moments, Moments | None]], device: torch.device) -> list[HostState]:
-    """The states of tensors on `device` that are updated together, from moments and scales on a CPU. Some share a block
+    """The states of tensors on `device` that are updated together, from moments and scales on a CPU. They share a block
     of memory, and stand there one behind the other: what is one copy need not be many."""
-    found: list[HostState] = []
-    for run in _runs(given):
-        sizes = [_size_of(one) for one in run]
-        block = pinned_zeros((sum(sizes),), torch.uint8, device, _OTHERWISE)
-        found += [HostState(*one, part) for one, part in zip(run, block.split(sizes), strict=True)]
-    return found
-
-
-def _size_of(state: tuple[Moments, Moments | None]) -> int:
-    moments, scales = state
-    return state_bytes(moments[0].numel(), scales is not None)
-
-
-def _runs(given: Iterable[tuple[Moments, Moments | None]]) -> Iterator[list[tuple[Moments, Moments | None]]]:
-    """In order, as many at a time as share a block."""
-    run: list[tuple[Moments, Moments | None]] = []
-    size = 0
-    for one in given:
-        if run and size + _size_of(one) > SHARED:
-            yield run
-            run, size = [], 0
-        run.append(one)
-        size += _size_of(one)
-    if run:
-        yield run
+    sizes = [state_bytes(moments[0].numel(), scales is not None) for moments, scales in given]
+    block = pinned_zeros((sum(sizes),), torch.uint8, device, _OTHERWISE)
+    return [HostState(*one, part) for one, part in zip(given, block.split(sizes), strict=True)]
 
 
 def part(update: Update, piece: slice, state: Sequence[torch.Tensor]) -> Update:
@@ -279,6 +256,10 @@ def _batches(states: Iterable[HostState]) -> Iterator[_Batch]:
         yield _Batch(batch)
 
 
+def _count(batches: Iterable[_Batch]) -> int:
+    return sum(len(batch.pieces) for batch in batches)
+
+
 class Staging:
     """The slots and streams of one device."""
 
@@ -291,7 +272,7 @@ class Staging:
             for lane in (self._up, self._compute, self._down):
                 lane.keep(slot)
         self._next = 0
-        self._batches: dict[tuple[int, ...], list[_Batch]] = {}  # by the states that they are of
+        self._batches: dict[tuple[int, ...], list[_Batch]] = {}  # by the states that they are of, the oldest first
 
     def run(
         self,
@@ -309,14 +290,16 @@ class Staging:
             What to wait for before a parameter is read, or the memory of a gradient or of the factor used again.
         """
         self._compute.wait(self._so_far())
+        whole = [update for update, _ in updates]
         for batch in self._batches_of([state for _, state in updates]):
-            self._run(batch, [update for update, _ in updates], maps, factor)
+            self._run(batch, whole, maps, factor)
         return self._compute.record()
 
-    def forget(self) -> None:
+    def forget(self, states: Iterable[HostState]) -> None:
         """Let go of states that are updated no more; the host waits for what is under way."""
         self.synchronize()
-        self._batches.clear()
+        gone = set(map(id, states))
+        self._batches = {names: batches for names, batches in self._batches.items() if gone.isdisjoint(names)}
 
     def synchronize(self) -> None:
         """Let the host wait until all that is updated is in its memory."""
@@ -326,12 +309,13 @@ class Staging:
         return _end_of(torch.cuda.current_stream(self._device)) if self._device.type == "cuda" else None
 
     def _batches_of(self, states: Sequence[HostState]) -> list[_Batch]:
-        """They hold the states, so that no other has the name of one."""
+        """They hold the states, each of which has a piece, so that no other has the name of one."""
         names = tuple(map(id, states))
         if names not in self._batches:
-            while len(self._batches) >= KEPT:
+            new = list(_batches(states))
+            while self._batches and _count(new) + sum(map(_count, self._batches.values())) > KEPT:
                 self._batches.pop(next(iter(self._batches)))
-            self._batches[names] = list(_batches(states))
+            self._batches[names] = new
         return self._batches[names]
 
     def _run(

@@ -38,6 +38,9 @@ SMALLEST_OFFLOADED = 4096  # elements; what is smaller keeps 32-bit states, and 
 # they are a layer's. Who cannot leave them that long awaits it by `finish_updates`.
 UPDATES_UNDER_WAY = 4
 
+# Elements whose states share a block of host memory: a layer's adapters, or more of smaller ones.
+SHARED = 2**25
+
 _STATES = ("state1", "state2", "absmax1", "absmax2")
 
 
@@ -285,20 +288,19 @@ class AdamW8bit(AdamW):
         group = self.param_groups[self._places[parameter].gindex]
         return self.offload == "all" or group.get("name") == "embeddings"
 
-    def _host_states(self, slots: Sequence[_Slot], device: torch.device) -> list[HostState]:
-        """The states of tensors of a device. They are put into host memory where they are not: new ones, and those of a
-        checkpoint."""
-        absent = [slot for slot in slots if not self._is_hosted(slot)]
-        if any(slot.parameter in self._hosted for slot in absent):  # whose states go, and may be on their way
-            self._staging_on(device).forget()
-        for slot in absent:
-            self._hosted.pop(slot.parameter, None)
-        given = [[slot.state[name] for name in _STATES if name in slot.state] for slot in absent]
+    def _put_into_host_memory(self, run: Sequence[_Slot]) -> None:
+        """The states of some tensors of a device: new ones, and those of a checkpoint, which may replace others."""
+        if not run:
+            return
+        device = run[0].parameter.device
+        replaced = [self._hosted.pop(slot.parameter) for slot in run if slot.parameter in self._hosted]
+        if replaced:
+            self._staging_on(device).forget(replaced)
+        given = [[slot.state[name] for name in _STATES if name in slot.state] for slot in run]
         pairs = [((one[0], one[1]), (one[2], one[3]) if len(one) == 4 else None) for one in given]
-        for slot, kept in zip(absent, host_states(pairs, device), strict=True):
+        for slot, kept in zip(run, host_states(pairs, device), strict=True):
             self._hosted[slot.parameter] = kept
             slot.state.update(zip(_STATES, kept.tensors, strict=False))
-        return [self._hosted[slot.parameter] for slot in slots]
 
     def _is_hosted(self, slot: _Slot) -> bool:
         kept = self._hosted.get(slot.parameter)
@@ -340,20 +342,30 @@ class AdamW8bit(AdamW):
         others: dict[int, list[_Slot]] = {}
         by_device: dict[torch.device, list[_Slot]] = {}
         offloaded: dict[torch.device, list[_Slot]] = {}
+        run: list[_Slot] = []  # whose states are to go into host memory; few, since they are in memory twice meanwhile
         for slot in self._slots(parameters):
             if uses_kernels(slot.parameter) and slot.parameter.dtype in (torch.bfloat16, torch.float32):
                 by_kernel.append(slot)
-                where = offloaded if self._is_offloaded(slot.parameter) else by_device
-                where.setdefault(slot.parameter.device, []).append(slot)
+                device = slot.parameter.device
+                if not self._is_offloaded(slot.parameter):
+                    by_device.setdefault(device, []).append(slot)
+                    continue
+                offloaded.setdefault(device, []).append(slot)
+                if not self._is_hosted(slot):
+                    if run and (run[0].parameter.device != device or _numel([*run, slot]) > SHARED):
+                        self._put_into_host_memory(run)
+                        run = []
+                    run.append(slot)
             else:
                 if slot.gradient.is_sparse:
                     slot.parameter.grad = slot.gradient.to_dense()
                 others.setdefault(slot.place.gindex, []).append(slot)
+        self._put_into_host_memory(run)
         launches = {device: self._launches(slots) for device, slots in by_device.items()}
-        hosted: dict[torch.device, list[tuple[Update, HostState]]] = {}
-        for device, slots in offloaded.items():
-            states = self._host_states(slots, device)  # first: it moves what the update reads
-            hosted[device] = [(self._update_of(slot), state) for slot, state in zip(slots, states, strict=True)]
+        hosted = {
+            device: [(self._update_of(slot), self._hosted[slot.parameter]) for slot in slots]
+            for device, slots in offloaded.items()
+        }
         return _Work(by_kernel, others, launches, hosted)
 
     def _slots(self, parameters: Iterable[torch.Tensor]) -> Iterator[_Slot]:
@@ -409,6 +421,10 @@ class AdamW8bit(AdamW):
             noise = torch.Generator(slot.parameter.device)
             noise.manual_seed(noise_key(self.seed, slot.state["step"], slot.place.index))
             yield from _cut(slot.parameter, slot.state, self._config(slot.place), noise)
+
+
+def _numel(slots: Iterable[_Slot]) -> int:
+    return sum(slot.parameter.numel() for slot in slots)
 
 
 def _cut(
