@@ -70,7 +70,7 @@ def waits_in_host_memory(row: Row) -> bool:
 
 
 def cost(row: Row) -> str:
-    return f"{row['step_s']:.3f} s, {row['peak_allocated_gib']:.1f} GiB" + "*" * waits_in_host_memory(row)
+    return f"{row['step_s']:.3f} s, {row['peak_allocated_gib']:.1f} GiB" + "†" * waits_in_host_memory(row)
 
 
 def cells_of(call: dict[str, Row]) -> dict[str, str]:
@@ -107,7 +107,7 @@ def table(rows: Iterable[Row]) -> str:
     if not lines:
         return ""
     columns = [column for column in COLUMNS if any(column in cells for _, cells in lines)]
-    head, marked = ["work", *columns], any("GiB*" in cell for _, cells in lines for cell in cells.values())
+    head, marked = ["work", *columns], any("GiB†" in cell for _, cells in lines for cell in cells.values())
     body = [[work, *(cells.get(column, "–") for column in columns)] for work, cells in lines]
     written = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
     return "\n".join(
@@ -115,7 +115,7 @@ def table(rows: Iterable[Row]) -> str:
             f"One training step, QLoRA at rank {RANK} with both embeddings trained: time, and peak of allocated",
             "memory. In brackets: how many times as fast `steep train` was. A line is one call of",
             "`python -m benchmarks.train`. Memory that a work is within limits steep alone.",
-            *(["*: and host memory, in which some of what layers keep waits for the backward pass."] * marked),
+            *(["†: and host memory, in which some of what layers keep waits for the backward pass."] * marked),
             "",
             *written,
         ]

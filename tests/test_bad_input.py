@@ -64,7 +64,8 @@ def test_a_wrong_input_is_one_line(row: Row, scene: Scene, steep: Steep) -> None
 
 
 def test_a_text_many_times_is_a_bomb(scene: Scene, steep: Steep, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which none of its pages is. Of any file 64 MiB are read, whose tokens would take long: the limit is lower here, and itself met by other rows."""
+    """Which none of its pages is. Of any file 64 MiB are read, whose tokens would take long, so that the limit
+    is lower here; other rows meet it itself."""
     monkeypatch.setattr(readers, "_ALWAYS_UNPACKED", 4 * 2**20)
     test_a_wrong_input_is_one_line(A_TEXT_MANY_TIMES, scene, steep)
 

@@ -88,9 +88,9 @@ def _sizes(config: RunConfig, ground: Ground, base: str) -> Sizes | None:
 
 def with_base(config: RunConfig, ground: Ground) -> tuple[RunConfig, str | None]:
     """`config` with what `model.base: auto` is for a new run from a 16-bit checkpoint, and why: fp8 where the card
-    multiplies in it and a step fits, which is faster than NF4 and closer to the checkpoint (docs/recipe.md). No timer has
-    a part in it. As it is, without a reason, where there is no card, or no choice: a base is named, a checkpoint is
-    stored in one, or steps were made over one.
+    multiplies in it and a step fits, which is faster than NF4 and closer to the checkpoint (docs/recipe.md). No timer
+    has a part in it. As it is, without a reason, where there is no card, or no choice: a base is named, a checkpoint
+    is stored in one, or steps were made over one.
     """
     if config.model.base != AUTO or ground.resolved.quantization is not None:
         return config, None
