@@ -286,8 +286,8 @@ def _work_out(
     layer, not_fused = decide(config, empty, before, card)
     host_memory = host_budget(config.training.host_memory, card) if to_train else 0
     ground = Ground(resolved, empty, layer, card, budget, before, to_train, host_memory)
-    asked = config
-    config, _ = with_base(asked, ground)
+    as_asked = config
+    config, _ = with_base(as_asked, ground)
     computation = ground.computation(config)
     base, compute, trained = computation.base, computation.compute, computation.trained
     tokenizer = read_tokenizer(resolved)
@@ -313,7 +313,7 @@ def _work_out(
         tokenizer, sources = vocabulary.tokenizer, [read.source for read in vocabulary.before]
         rows = rows_for(tokenizer, empty.get_input_embeddings().weight.shape[0])
         empty.resize_token_embeddings(rows, mean_resizing=False)
-    config, base_reason = with_base(asked, ground)  # of the tables as they are now
+    config, base_reason = with_base(as_asked, ground)  # of the tables as they are now
     computation = ground.computation(config)
     base = computation.base
     if computation.layers is not None and computation.products != "none":

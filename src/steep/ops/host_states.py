@@ -225,10 +225,11 @@ def _joined(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[to
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for pair in pairs:
         if found and all(map(_follows, pair, found[-1])):
-            found[-1] = tuple(
+            host, card = (
                 before.as_strided((before.numel() + one.numel(),), (1,))
                 for before, one in zip(found[-1], pair, strict=True)
             )
+            found[-1] = host, card
         else:
             found.append(pair)
     return found
