@@ -175,6 +175,8 @@ def test_a_run_says_why_it_is_over_its_base_and_goes_on_over_it(
         file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
         said = " ".join(steep("plan", file, "--card", card).out.replace("│", " ").split())
         assert f"frozen in {base} (" in said and reason in said, said
+    grown = run_file(llama_folder, korean_corpus, tmp_path / "run", model={"base": "auto", "new_tokens": {"auto": 16}})
+    assert plan_run(grown, card=card_named("H200")).base == "fp8"  # worked out for the tables as they have become
     alone = plan_run(config).as_dict()
     assert (alone["base"], alone["base_reason"]) == ("nf4", None)
 
