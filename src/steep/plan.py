@@ -287,11 +287,11 @@ def _work_out(
     host_memory = host_budget(config.training.host_memory, card) if to_train else 0
     ground = Ground(resolved, empty, layer, card, budget, before, to_train, host_memory)
     as_asked = config
-    config, _ = with_base(as_asked, ground)
+    config, base_reason = with_base(as_asked, ground)
     computation = ground.computation(config)
-    base, compute, trained = computation.base, computation.compute, computation.trained
+    compute, trained = computation.compute, computation.trained
     tokenizer = read_tokenizer(resolved)
-    precision = mixed_precision(base, compute, trained)
+    precision = mixed_precision(computation.base, compute, trained)
     arguments = training_arguments(config, precision, fused=layer is not None, branch=branch is not None)
     if to_train:
         check_login(config.training.report_to)
@@ -313,8 +313,8 @@ def _work_out(
         tokenizer, sources = vocabulary.tokenizer, [read.source for read in vocabulary.before]
         rows = rows_for(tokenizer, empty.get_input_embeddings().weight.shape[0])
         empty.resize_token_embeddings(rows, mean_resizing=False)
-    config, base_reason = with_base(as_asked, ground)  # of the tables as they are now
-    computation = ground.computation(config)
+        config, base_reason = with_base(as_asked, ground)  # of the tables as they have become
+        computation = ground.computation(config)
     base = computation.base
     if computation.layers is not None and computation.products != "none":
         stored += dequantised(computation.layers, compute)
