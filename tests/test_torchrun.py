@@ -172,6 +172,41 @@ def test_stopped_and_killed_runs_end_in_the_same_bits(llama_folder: Path, files:
     assert differences(files / "whole", folder) == []
 
 
+_KILLED_IN_A_PAUSE = """
+import os, signal, sys, time
+from steep import cli, ranks
+
+def heard(connection, hears=ranks._heard):
+    what = hears(connection)
+    time.sleep(1)  # a machine so busy that SIGTERM is there before the watcher has had its turn
+    return what
+
+ranks._heard = heard
+
+@cli.app.command("pause")
+@ranks.joined()
+def pause():
+    ranks.wait_for_all()
+    if ranks.is_main():
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+sys.argv = ["steep", "pause"]
+cli.main()
+"""
+
+
+def test_a_process_that_torchrun_ends_says_that_another_was_killed(quick: ForkServer, tmp_path: Path) -> None:
+    """torchrun sends SIGTERM as soon as one process is gone, and that must not pass for somebody's wish to stop."""
+    script = tmp_path / "killed.py"
+    script.write_text(_KILLED_IN_A_PAUSE, encoding="utf-8")
+    command = quick.python(torchrun(script), tmp_path)
+    began = time.monotonic()
+    assert command.wait(60) == 1 and time.monotonic() - began < 30
+    assert "exitcode: -9" in command.log, command.log
+    assert command.log.count("error: lost another process of the run") == 1 and "exitcode  : 1 " in command.log
+
+
 def test_three_processes_go_on_in_the_same_bits(llama_folder: Path, files: Path, quick: ForkServer) -> None:
     """DDP sorts its buckets anew after a process's first step, and the order of a sum of three numbers shows."""
     training = {"max_steps": 6, "save_steps": 3, "learning_rate": 5e-3}

@@ -238,19 +238,20 @@ class _Peers:
 
     def leave(self, error: BaseException) -> None:
         """End with an error, which one process tells, as the last to go. torchrun sends SIGTERM to all when the first
-        is gone, and this one is on its way out already.
+        is gone: to this one on its way out, or as the first that it hears of it.
 
         Raises:
             RunError: in place of an error that only says that a peer is gone.
             SystemExit: another process tells the error.
         """
         _ignore_sigterm()
-        ours = isinstance(error, UserError | RunError)
+        ours, code = isinstance(error, UserError | RunError), exit_code(error)
         if ours and not is_main():
             self._lost.wait(_FIRST_SPEAKS)
-        lost = self._lost.wait(_NOTICED) if isinstance(error, Exception) and not ours else self._lost.is_set()
+        may_follow = (isinstance(error, Exception) and not ours) or code == 128 + signal.SIGTERM
+        lost = self._lost.wait(_NOTICED if may_follow else 0)
         self._leaving.set()
-        speaks, code = self._first_to_fail(exit_code(error))
+        speaks, code = self._first_to_fail(RunError.exit_code if lost and not ours else code)
         self._tell(_FAILED)
         if speaks:
             for watcher in self._watchers:
