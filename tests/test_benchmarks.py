@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import op_rows, ops, peers, steep_run, table, train
+from benchmarks import op_rows, ops, peers, planned, steep_run, table, train
 from benchmarks.op_rows import first
 from benchmarks.ops import TOLERANCE, wrong_by
 from benchmarks.peers import Peer, Work, bare_loop, batches, flattened
@@ -666,3 +666,45 @@ def test_ops_need_a_gpu_and_a_known_op(monkeypatch: pytest.MonkeyPatch, capsys: 
         with pytest.raises(SystemExit) as end:
             ops.main()
         assert said in f"{end.value.code}\n{capsys.readouterr().err}"
+
+
+def run_of(call: str, planned_gib: float, **fields: object) -> dict[str, Any]:
+    kept = {"levels": [0, 1, 1], "places": ["gpu", "x", "x"], "cap_gib": 9.0}
+    return timed("steep", 0.4, call, planned_gib=planned_gib, **{**kept, **fields})
+
+
+def test_the_page_is_in_step_with_the_peaks_that_were_planned() -> None:
+    text = planned.PAGE.read_text(encoding="utf-8")
+    assert planned.in_step(text, planned.rows_of(planned.RESULTS)) == text, "run python -m benchmarks.planned"
+
+
+def test_a_plan_stands_beside_the_newest_peak_of_its_work(tmp_path: Path) -> None:
+    left_out = [
+        timed("hf", 0.9, "3"),
+        run_of("3", 8.0, gpu="none"),
+        run_of("3", 8.0, shape="tiny"),
+        run_of("3", 8.0, fused=False, levels=None),
+        run_of("3", 8.0, steep_args="--training.seed 1"),
+        {**timed("steep", 0.4, "3"), "failed": "no"},
+    ]
+    rows = [run_of("1", 20.0), run_of("2", 9.538), run_of("2", 10.542, batch=16, places=None), *left_out]
+    (tmp_path / "a-train.jsonl").write_text("\n".join(map(json.dumps, rows[1:])) + "\n")
+    (tmp_path / "b-planned.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    found = planned.rows_of(tmp_path)
+    assert found == rows[:3]
+    shown = planned.table(found)
+    assert shown.startswith("2 runs (H200), GiB; the plan that is furthest off is so by 5.0%")
+    assert shown.splitlines()[-2:] == [
+        "| llama-3-8b | 2 × 2,048 | steep | 9.0 | 1 × 0, 2 × 1 | 2 | 9.54 | 10.04 | -5.0% |",
+        "| llama-3-8b | 16 × 2,048 | steep | 9.0 | 1 × 0, 2 × 1 | – | 10.54 | 10.04 | +5.0% |",
+    ]
+
+
+def test_a_case_is_a_call_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train, "gpu_bytes", lambda: 80 * train.GIB)
+    for case in planned.CASES:
+        arguments = train.parse(planned.words_of(case, tmp_path, tmp_path / "out.jsonl"))
+        train.refuse(arguments, [case.peer])
+        assert (arguments.shape, arguments.peers, arguments.cap_gib) == (case.shape, case.peer, case.cap_gib)
+        assert arguments.weights == tmp_path and arguments.stored == case.stored
