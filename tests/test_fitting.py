@@ -26,7 +26,7 @@ from steep.plan import plan_run
 from steep.run import train_run
 from steep.schema import RunConfig
 from steep.settings import check_batch, training_arguments
-from steep.vram import host_budget, vram_budget
+from steep.vram import host_budget, remarks, vram_budget
 from tests.test_fused_run import config_of, empty_llama
 from tests.test_run import run_file
 
@@ -223,6 +223,24 @@ def test_no_more_of_the_host_is_proposed_than_it_has(monkeypatch: pytest.MonkeyP
         names = {name for each in settings_of(shortfall(config, ground_of(config, card))) for name in each}
         assert ("training.host_memory" in names) == proposed
         assert proposed or "training.offload_optimizer" not in names
+
+
+def test_amounts_that_do_nothing_or_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steep.vram.available_on_host", lambda: 2**30)
+    card = Card("fake", (9, 0), round(80e9), round(80e9))
+    given = config_of(training={"vram": "80%", "host_memory": "64GiB", "offload_optimizer": "all"}).training
+    names = "training.vram and training.host_memory and training.offload_optimizer"
+    assert remarks(given, None, {"states": 2**31}) == [f"there is no GPU, and without one nothing is done by {names}."]
+    (beyond,) = remarks(given, card, {"states": 2**31})
+    assert "fills 2 GiB of host memory, and the system reports 1 GiB available" in beyond
+    for training, there, needed in (
+        ({}, None, 2**31),
+        ({"vram": "24GiB", "host_memory": "64GiB"}, None, 2**31),  # planned for a card of that size
+        ({"host_memory": "64GiB"}, card, 2**30),
+        ({}, card, 2**31),  # an error, of what auto is
+        ({"host_memory": "64GiB"}, replace(card, is_here=False), 2**31),
+    ):
+        assert remarks(config_of(training=training).training, there, {"states": needed}) == []
 
 
 # ---- when a run is refused

@@ -58,7 +58,7 @@ from steep.training.branch import Branch
 from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import Schedule, schedule_of
 from steep.vocabulary import Vocabulary, grown, warnings
-from steep.vram import check_host, host_budget, host_limit, vram_budget
+from steep.vram import check_host, host_budget, host_limit, remarks, vram_budget
 
 
 @dataclass
@@ -409,6 +409,7 @@ def _work_out(
     plan.warnings = [
         *stored,
         *([str(shortfall)] if shortfall else []),
+        *(remarks(training, card, host) if to_train else []),
         *advice(config, resolved, tokenizer, corpus, shape, trained, sizes.choices.fused),
         *corpus.warnings,
     ]

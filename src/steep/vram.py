@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from steep import ranks
 from steep.errors import UserError
 from steep.model.machine import Card, available_on_host, room_on_host
-from steep.schema import VRAM
+from steep.schema import VRAM, TrainingSection
 
 SHARE = 0.9  # of the card: allocations of odd sizes leave gaps
 _UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
@@ -65,6 +65,28 @@ def check_host(host: Mapping[str, int], limit: float, *, goes_on: bool) -> None:
             "Free some, or give the amount that there is; training.offload_optimizer: none leaves the states on the "
             f"card{again if goes_on else ''}.",
         )
+
+
+def remarks(training: TrainingSection, card: Card | None, host: Mapping[str, int]) -> list[str]:
+    """What a user should know of the amounts of memory that are given.
+
+    Args:
+        host: bytes in host memory, by item.
+    """
+    if card is None and vram_budget(training.vram, None) is None:
+        usual = {"vram": "auto", "host_memory": "auto", "offload_optimizer": "none"}
+        given = [f"training.{name}" for name, value in usual.items() if getattr(training, name) != value]
+        if given:
+            return [f"there is no GPU, and without one nothing is done by {' and '.join(given)}."]
+    elif card is not None and card.is_here and training.host_memory != "auto":
+        needed, there = sum(host.values()), available_on_host()
+        if needed > there:
+            return [
+                f"the run fills {needed / 2**30:.3g} GiB of host memory, and the system reports {there / 2**30:.3g} GiB "
+                f"available: training.host_memory: {training.host_memory} is taken at its word, and where there is "
+                "less the system ends the run."
+            ]
+    return []
 
 
 def asked_bytes(vram: str, card: Card | None) -> int:
