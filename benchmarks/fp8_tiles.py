@@ -30,12 +30,12 @@ BEST = 6
 
 
 def candidates() -> Iterator[Tile]:
-    for rows, half, depth in itertools.product((64, 128, 256), (64, 128), (128, 256)):
+    for half, columns, depth in itertools.product((64, 128), (64, 128, 256), (128, 256)):
         for warps, stages, splits in itertools.product((4, 8), (2, 3, 4), (True, False)):
-            a_thread = 2 * rows * half // (32 * warps)
-            fits = (rows + 2 * half) * depth * stages <= 227 * 1024
+            a_thread = 2 * half * columns // (32 * warps)
+            fits = (2 * half + columns) * depth * stages <= 227 * 1024
             if fits and a_thread == 128:  # fewer were slower, more do not fit
-                yield Tile(rows, half, depth, 64, warps, stages, splits)
+                yield Tile(half, columns, depth, 64, warps, stages, splits)
 
 
 def error(value: torch.Tensor, truth: torch.Tensor) -> float:

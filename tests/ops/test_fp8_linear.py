@@ -559,12 +559,12 @@ def test_tiles_are_those_of_the_card() -> None:
     assert tiles_of((9, 0)) is TILES[9, 0] and tiles_of((10, 3)) is TILES[10, 0] and tiles_of((12, 1)) is TILES[12, 0]
     for tiles in TILES.values():
         for tile in (tiles.large, tiles.small, tiles.of_blocks):
-            assert 128 % tile.half == 128 % tile.depth == 0
+            assert 128 % tile.columns == 128 % tile.depth == 0
         assert tile_of(tiles, 4096, 4096, has_blocks=False) is tiles.large
         assert tile_of(tiles, 4096, 4096, has_blocks=True) is tiles.of_blocks
         assert tile_of(tiles, 64, 1024, has_blocks=False) is tiles.small
-        rows = tiles.large.rows
-        assert tile_of(tiles, rows, FEW * 2 * tiles.large.half, has_blocks=False) is tiles.large
+        rows = 2 * tiles.large.half
+        assert tile_of(tiles, rows, FEW * tiles.large.columns, has_blocks=False) is tiles.large
 
 
 Launch = tuple[int, bool, bool, bool, bool, bool]
@@ -610,7 +610,7 @@ def test_every_tile_in_the_interpreter(monkeypatch: pytest.MonkeyPatch, tile: Ti
     """Two tiles and a bit in each direction, the width of a tile's depth twice and a bit; in one sum where a card's
     cores add so."""
     monkeypatch.setattr(kernels, "_tiles_on", lambda device: Tiles(tile, tile, tile))
-    tokens, outputs, depth = tile.rows + 5, 2 * tile.half + 7, tile.depth + 16
+    tokens, outputs, depth = 2 * tile.half + 5, tile.columns + 7, tile.depth + 16
     for blocks in (False, True):
         own = operands(tokens, depth, (outputs,), (tile.low_depth + 8,), "cpu", blocks=blocks)
         with interpreted():

@@ -6,8 +6,9 @@ to the fp8 product in registers, the adapters' product is added there, then bias
 Tensor cores of Hopper and of Ada add e4m3 products in a short accumulator: what is added to a sum much larger than it
 is cut off. Over all of K at once ("fast accumulation"), a sum of one sign came out 6.6 % too small; sums of 128 columns
 at most, which are then added in fp32 registers, 0.06 %. Since partial sums take as many registers as whole ones, a
-program goes through the two halves of its tile's columns in turn: so 128 x 256 fit, which read a third less from the
-second-level cache than 128 x 128. Cards with tensor memory (sm_100) add in fp32, and go on with one sum.
+program goes through the two halves of its tile's rows in turn. Of rows, not of columns: Hopper's cores take 64 rows and
+up to 256 columns at a time from shared memory, and 64 x 128 read a quarter less from it for the same work than 64 x 64,
+which it cannot feed. Cards with tensor memory (sm_100) add in fp32, and go on with one sum.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
@@ -31,16 +32,16 @@ GROUP = 8  # tiles of rows that run beside one another, so that they read the sa
 
 
 class Tile(NamedTuple):
-    """Rows of a program's output, and columns of either half of it; columns of both operands that it reads at a time,
-    in e4m3 and in 16 bit; warps, and stages in flight.
+    """Rows of either half of a program's output, and its columns; columns of both operands that it reads at a time, in
+    e4m3 and in 16 bit; warps, and stages in flight.
 
     Attributes:
         splits: sums of `depth` products are added to the total by themselves, since the card's cores add products of
             e4m3 in a short accumulator. Where pieces and blocks have a scale they are so in any case.
     """
 
-    rows: int
-    half: int  # divides BLOCK
+    half: int
+    columns: int  # divides BLOCK where that has a scale
     depth: int  # divides BLOCK where that has a scale
     low_depth: int
     warps: int
@@ -62,14 +63,14 @@ class Tiles(NamedTuple):
 
 
 FEW = 128
-_WITHIN_99_KIB = Tiles(Tile(128, 64, 64, 32, 8, 3), Tile(64, 32, 128, 64, 4, 3), Tile(128, 64, 64, 32, 8, 3))
+_WITHIN_99_KIB = Tiles(Tile(64, 128, 64, 32, 8, 3), Tile(32, 64, 128, 64, 4, 3), Tile(64, 128, 64, 32, 8, 3))
 _LARGEST = Tile(128, 128, 128, 32, 8, 3, splits=False)
-# By compute capability, from which on. On an H200 `large` is the fastest of 76 (`benchmarks.fp8_tiles`, 4,096 tokens of
-# 4,096 to 6,144 columns, either way); the others were compiled, not timed.
+# By compute capability, from which on. All were compiled; sm_90's `large` has as many rows, columns and registers as the
+# fastest of 76 on an H200 had (`benchmarks.fp8_tiles`), when halves were those of columns.
 TILES: dict[tuple[int, int], Tiles] = {
     (8, 9): _WITHIN_99_KIB,
-    (9, 0): Tiles(Tile(128, 64, 128, 64, 4, 3), Tile(64, 64, 128, 64, 4, 4), Tile(128, 64, 128, 64, 8, 4)),
-    (10, 0): Tiles(_LARGEST, _LARGEST, Tile(128, 64, 128, 64, 8, 4)),
+    (9, 0): Tiles(Tile(64, 128, 128, 64, 4, 3), Tile(64, 64, 128, 64, 4, 4), Tile(64, 128, 128, 64, 8, 4)),
+    (10, 0): Tiles(_LARGEST, _LARGEST, Tile(64, 128, 128, 64, 8, 4)),
     (12, 0): _WITHIN_99_KIB,
 }
 
@@ -83,7 +84,7 @@ def tile_of(tiles: Tiles, tokens: int, columns: int, has_blocks: bool) -> Tile:
     if has_blocks:
         return tiles.of_blocks
     large = tiles.large
-    return tiles.small if -(-tokens // large.rows) * -(-columns // (2 * large.half)) < FEW else large
+    return tiles.small if -(-tokens // (2 * large.half)) * -(-columns // large.columns) < FEW else large
 
 
 @triton.jit
@@ -119,8 +120,8 @@ def _added(
 
 
 @triton.jit
-def _scaled(total, row_factor, weight_scale, columns, num_columns):
-    total *= row_factor[:, None]
+def _scaled(total, x_scale_at, weight_scale, columns, num_columns):
+    total *= tl.load(x_scale_at)[:, None]
     if weight_scale is not None:
         total *= tl.load(weight_scale + columns, mask=columns < num_columns, other=0.0)[None, :]
     return total
@@ -167,73 +168,69 @@ def fp8_product_kernel(
     SPLIT: tl.constexpr,  # whether sums of DEPTH are added by themselves
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
     HALF: tl.constexpr,
+    COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     LOW_DEPTH: tl.constexpr,
 ):
-    row_tile, column_tile = _place(tl.cdiv(num_rows, ROWS), tl.cdiv(num_columns, 2 * HALF), GROUP)
-    rows = row_tile * ROWS + tl.arange(0, ROWS)
-    columns = column_tile * (2 * HALF) + tl.arange(0, HALF)
-    others = columns + HALF  # the other half of the tile
+    row_tile, column_tile = _place(tl.cdiv(num_rows, 2 * HALF), tl.cdiv(num_columns, COLUMNS), GROUP)
+    rows = row_tile * (2 * HALF) + tl.arange(0, HALF)
+    others = rows + HALF  # the other half of the tile
+    columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     # What is read beyond the last row or column is that one again, and not written.
     read_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
+    read_others = tl.minimum(others, num_rows - 1).to(tl.int64)
     read_columns = tl.minimum(columns, num_columns - 1).to(tl.int64)
-    read_others = tl.minimum(others, num_columns - 1).to(tl.int64)
     inner = tl.arange(0, DEPTH)
     x_at = x + read_rows[:, None] * x_stride + inner[None, :]
+    other_at = x + read_others[:, None] * x_stride + inner[None, :]
     weight_at = weight + read_columns[None, :] * weight_stride + inner[:, None]
-    other_at = weight + read_others[None, :] * weight_stride + inner[:, None]
-    total = tl.zeros((ROWS, HALF), dtype=tl.float32)
-    other_total = tl.zeros((ROWS, HALF), dtype=tl.float32)
-    if HAS_BLOCKS:  # either half has one scale at a time
+    total = tl.zeros((HALF, COLUMNS), dtype=tl.float32)
+    other_total = tl.zeros((HALF, COLUMNS), dtype=tl.float32)
+    if HAS_BLOCKS:  # the weight has one scale at a time
         blocks = tl.cdiv(depth, BLOCK)
         x_scale_at = x_scale + read_rows * blocks
-        first = column_tile * (2 * HALF)
-        weight_scale_at = weight_scale + (first // BLOCK) * blocks
-        other_scale_at = weight_scale + (tl.minimum(first + HALF, num_columns - 1) // BLOCK) * blocks
+        other_scale_at = x_scale + read_others * blocks
+        weight_scale_at = weight_scale + column_tile * COLUMNS // BLOCK * blocks
     else:
-        x_scale_at = x_scale + read_rows
-        weight_scale_at, other_scale_at = weight_scale, weight_scale
+        x_scale_at, other_scale_at = x_scale + read_rows, x_scale + read_others
+        weight_scale_at = weight_scale
     for start in range(0, depth, DEPTH):
         block, left = start // BLOCK, depth - start
-        x_tile = _load(x_at, inner[None, :], left, EVEN)
         weight_tile = _load(weight_at, inner[:, None], left, EVEN)
-        other_tile = _load(other_at, inner[:, None], left, EVEN)
+        x_tile = _load(x_at, inner[None, :], left, EVEN)
+        other_tile = _load(other_at, inner[None, :], left, EVEN)
         total = _added(total, x_tile, weight_tile, x_scale_at, weight_scale_at, block, HAS_BLOCKS, SPLIT, DEPTH)
         other_total = _added(
-            other_total, x_tile, other_tile, x_scale_at, other_scale_at, block, HAS_BLOCKS, SPLIT, DEPTH
+            other_total, other_tile, weight_tile, other_scale_at, weight_scale_at, block, HAS_BLOCKS, SPLIT, DEPTH
         )
-        x_at += DEPTH
         weight_at += DEPTH
+        x_at += DEPTH
         other_at += DEPTH
     if not HAS_BLOCKS:
-        row_factor = tl.load(x_scale_at)
-        total = _scaled(total, row_factor, weight_scale, columns, num_columns)
-        other_total = _scaled(other_total, row_factor, weight_scale, others, num_columns)
+        total = _scaled(total, x_scale_at, weight_scale, columns, num_columns)
+        other_total = _scaled(other_total, other_scale_at, weight_scale, columns, num_columns)
 
     if low is not None:
         start, width = starts[0], widths[0]
         for i in tl.static_range(1, len(stops)):
-            if column_tile * (2 * HALF) >= stops[i - 1]:
+            if column_tile * COLUMNS >= stops[i - 1]:
                 start, width = starts[i], widths[i]
         start, width = start * 8, width * 8
         low_inner = tl.arange(0, LOW_DEPTH)
         low_at = low + read_rows[:, None] * low_stride + (start + low_inner)[None, :]
+        other_low_at = low + read_others[:, None] * low_stride + (start + low_inner)[None, :]
         b_at = b + columns.to(tl.int64)[None, :] * b_row_stride + low_inner.to(tl.int64)[:, None] * b_column_stride
         for at in range(0, width, LOW_DEPTH):
             within = low_inner < width - at
-            low_tile = tl.load(low_at, mask=within[None, :], other=0.0)
             b_tile = tl.load(b_at, mask=within[:, None] & (columns < num_columns)[None, :], other=0.0)
-            other_b_tile = tl.load(
-                b_at + HALF * b_row_stride, mask=within[:, None] & (others < num_columns)[None, :], other=0.0
-            )
-            total = tl.dot(low_tile, b_tile, total)
-            other_total = tl.dot(low_tile, other_b_tile, other_total)
+            total = tl.dot(tl.load(low_at, mask=within[None, :], other=0.0), b_tile, total)
+            other_total = tl.dot(tl.load(other_low_at, mask=within[None, :], other=0.0), b_tile, other_total)
             low_at += LOW_DEPTH
+            other_low_at += LOW_DEPTH
             b_at += LOW_DEPTH * b_column_stride
     _finish(total, bias, add, out, rows, columns, num_rows, num_columns, add_stride, out_stride)
-    _finish(other_total, bias, add, out, rows, others, num_rows, num_columns, add_stride, out_stride)
+    _finish(other_total, bias, add, out, others, columns, num_rows, num_columns, add_stride, out_stride)
 
 
 def product(
@@ -254,8 +251,7 @@ def product(
     if low is None or b is None or not any(width for *_, width in parts):
         parts = [(0, out.shape[1], 0, 0)]
         low = b = None
-    columns = 2 * tile.half
-    if all(stop % columns == 0 for _, stop, _, _ in parts[:-1]):
+    if all(stop % tile.columns == 0 for _, stop, _, _ in parts[:-1]):
         _launch(x, x_scale, weight, weight_scale, out, low, b, parts, bias, add, tile)
         return
     for start, stop, column, width in parts:
@@ -297,7 +293,7 @@ def _launch(
     has_blocks = x_scale.dim() == 2
     variants.launch(
         fp8_product_kernel,
-        (-(-tokens // tile.rows) * -(-columns // (2 * tile.half)), 1, 1),
+        (-(-tokens // (2 * tile.half)) * -(-columns // tile.columns), 1, 1),
         (x, x_scale, weight, weight_scale, out, low, b, bias, add),
         (
             columns,
@@ -316,8 +312,8 @@ def _launch(
             tile.splits,
             BLOCK,
             GROUP,
-            tile.rows,
             tile.half,
+            tile.columns,
             tile.depth,
             tile.low_depth,
         ),
@@ -380,7 +376,7 @@ def _signature(dtype: torch.dtype, case: _Case) -> tuple[dict[str, Type], tuple[
 
 
 def _constants(tile: Tile, has_blocks: bool, case: _Case) -> dict[str, object]:
-    constants: dict[str, object] = dict(zip(("ROWS", "HALF", "DEPTH", "LOW_DEPTH"), tile, strict=False))
+    constants: dict[str, object] = dict(zip(("HALF", "COLUMNS", "DEPTH", "LOW_DEPTH"), tile, strict=False))
     constants |= {"HAS_BLOCKS": has_blocks, "EVEN": case.even, "SPLIT": tile.splits, "BLOCK": BLOCK, "GROUP": GROUP}
     if case.adapters:
         constants["b_row_stride" if case.backward else "b_column_stride"] = 1
