@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> steep.Trainer:
     parser.add_argument("--adapter", required=True, help="folder with adapter_config.json")
     parser.add_argument("--data", required=True, help="file or folder of text")
     parser.add_argument("--output", default="runs/continued")
-    parser.add_argument("--base", default="auto", help="nf4 (the default), bf16, fp32 ...: as the adapter was trained")
+    parser.add_argument("--base", default="auto", help="as the adapter was trained; auto: nf4 of a 16-bit checkpoint")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=5e-5)

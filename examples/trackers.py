@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default="runs/tracked")
     parser.add_argument("--tracker", choices=["tensorboard", "wandb"], default="tensorboard")
     parser.add_argument("--how", choices=["run-file", "arguments"], default="run-file")
-    parser.add_argument("--base", default="auto", help="nf4 (the default), bf16, fp32 ...")
+    parser.add_argument("--base", default="auto", help="auto: nf4 of a 16-bit checkpoint; bf16, fp8 ...")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=64)

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> SFTTrainer:
     parser.add_argument("--model", required=True, help="hub name or folder of a base model")
     parser.add_argument("--data", required=True, help="a .jsonl file with a document in the field text of each line")
     parser.add_argument("--output", default="runs/trl")
-    parser.add_argument("--base", default="auto", help="nf4 (the default), bf16, fp32 ...")
+    parser.add_argument("--base", default="auto", help="auto: nf4 of a 16-bit checkpoint; bf16, fp8 ...")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=64)

@@ -201,6 +201,8 @@ def test_without_held_out_text_trained_text_is_scored(
 
 def test_an_adapter_opens_in_peft(runs: Runs, tmp_path: Path, spoken: tuple[Terminal, list[str]]) -> None:
     terminal, said = spoken
+    with pytest.raises(UserError, match="--base: an adapter is merged into nothing"):
+        export_run(runs("fp32"), tmp_path / "out", to="adapter", base="original")
     export_run(runs("fp32"), tmp_path / "out", to="adapter", terminal=terminal)
     base = AutoModelForCausalLM.from_pretrained(runs("fp32").parent / "model-fp32", dtype=torch.float32)
     opened = PeftModel.from_pretrained(base, str(tmp_path / "out"))

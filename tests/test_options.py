@@ -165,3 +165,13 @@ def test_what_does_not_go_with_rank_stabilised_scaling_is_said_once(base: Path, 
     assert "PiSSA was published" in warning and "LoRA+ trains B at 0.0016" in warning
     quiet = plan_run(run_file(base, korean_corpus, tmp_path / "run"))
     assert not [warning for warning in quiet.warnings if "adapters' scale" in warning]
+
+
+def test_more_passes_than_teach_are_warned_of(base: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    def warned(**training: object) -> str:
+        return " ".join(plan_run(run_file(base, korean_corpus, tmp_path / "run", training=training)).warnings)
+
+    assert "is gone through" not in warned(max_steps=-1, num_train_epochs=16)
+    assert "is gone through 17.0 times" in warned(max_steps=-1, num_train_epochs=17)
+    assert "each step is a whole pass" not in warned()
+    assert "a step takes 2,000,000 rows and the text has" in warned(gradient_accumulation_steps=10**6)

@@ -53,6 +53,10 @@ def test_longer_rows_are_planned_with_it_alone(llama_folder: Path, korean_corpus
     assert plan.corpus.statistics["max_length"] == 1024 and any(
         "--to gguf will refuse" in each for each in plan.warnings
     )
+    assert not any("is not needed" in each for each in plan.warnings)
+    for length, needed in ((512, False), (513, True)):
+        plan = plan_run(config_of(llama_folder, korean_corpus, tmp_path / "run", YARN, max_length=length))
+        assert any("model.rope_scaling is not needed" in each for each in plan.warnings) is not needed
     with pytest.raises(UserError, match=r"data\.max_length: 4096 .* beyond the 2048"):
         plan_run(config_of(llama_folder, korean_corpus, tmp_path / "run", YARN, max_length=4096))
     with pytest.raises(UserError, match=r"model\.rope_scaling: rope_type is 'ntk'"):

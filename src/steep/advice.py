@@ -8,15 +8,18 @@ from steep.data.packing import Corpus
 from steep.errors import UserError
 from steep.export.gguf_families import family_of
 from steep.memory import Shape
+from steep.model.positions import unstretched
 from steep.model.resolve import ResolvedModel, looks_like_chat
 from steep.schema import RunConfig
-from steep.settings import embedding_rate
+from steep.settings import embedding_rate, planned_epochs, rows_per_step
 from steep.training.adamw8bit import ADAMW_8BIT
 
 # An adapter holds about 2 bits a parameter (Allen-Zhu & Li 2024), and a token of text teaches about 1 bit.
 PARAMETERS_PER_TOKEN = 0.5
 # English costs about 0.25 tokens a character, Korean in a vocabulary made for it about 0.5.
 MANY_TOKENS_PER_CHARACTER = 1.0
+# Up to 4 passes a text is worth nearly as much as new one, and next to nothing beyond 16 (Muennighoff et al. 2023).
+MANY_EPOCHS = 16
 ADVISED_RATES = (1e-5, 5e-4)
 ADVISED_EMBEDDING_RATIO = (2, 20)
 
@@ -83,6 +86,17 @@ def advice(
                 f"{source['domain']}: rows hold little text. Give it new tokens (model.new_tokens), or take a "
                 "model with a vocabulary for it."
             )
+    rows, epochs = len(corpus.train), planned_epochs(config, len(corpus.train))
+    if (of_step := rows_per_step(config)) > rows:
+        found.append(
+            f"a step takes {of_step:,} rows and the text has {rows:,}: each step is a whole pass over it. Lower "
+            "training.gradient_accumulation_steps or training.per_device_train_batch_size."
+        )
+    if epochs > MANY_EPOCHS:
+        found.append(
+            f"the text is gone through {epochs:,.1f} times: beyond {MANY_EPOCHS} another time teaches next to "
+            "nothing (Muennighoff et al. 2023). Lower training.max_steps or training.num_train_epochs, or add text."
+        )
     if trained_dtype == "bf16" and config.training.optim not in ADAMW_8BIT:
         found.append(
             f"model.trained_dtype is bf16, and {config.training.optim} rounds most updates of such weights away. Use "
@@ -90,6 +104,13 @@ def advice(
         )
     found += _of_options(config)
     if resolved.stretched is not None:
+        reach = unstretched(resolved.stretched)
+        if reach is not None and config.data.max_length <= reach:
+            found.append(
+                f"model.rope_scaling is not needed: rows have {config.data.max_length:,} tokens, and the model has "
+                f"{reach:,} positions without it, which it was made with. Leave it out, unless the result is to read "
+                "longer texts."
+            )
         try:
             family_of(resolved.stretched)
         except UserError as error:

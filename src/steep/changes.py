@@ -73,6 +73,7 @@ OWN_OF_A_BRANCH = {
 # Why a field stays, by its beginning; the longest one that fits.
 _STAYS = {
     "model.": "the weights are trained over that base",
+    "model.rope_scaling": "the weights are trained for those positions",
     "adapter.": "it decides which weights there are and what they mean",
     "data.": "the place in the text is counted in those rows",
     "evaluation.": "its scores are compared with those before",

@@ -79,6 +79,8 @@ def export_run(
         if value not in known:
             remedy = f"{did_you_mean(value, known)} It is one of {', '.join(known)}.".lstrip()
             raise UserError(field, f"{value!r} is unknown", remedy)
+    if to == "adapter" and base != "auto":
+        raise UserError("--base", "an adapter is merged into nothing", "Leave it out, or export --to merged or gguf.")
     if push_to is not None:
         check_push(push_to)
     output = Path(output)

@@ -234,9 +234,9 @@ class TrainingSection(BaseModel):
     vram: str = Field(
         "auto",
         description="Memory of the card that a step may fill, such as 22GiB or 80%; auto: 90 % of it, less what "
-        "others hold there when the run is planned. A fused run keeps what fits, and computes the rest again in the "
-        "backward pass. A step that needs more than auto is refused; set by hand, only one that needs more than that "
-        "and than the card has.",
+        "others and the driver hold there when the run is planned. A fused run keeps what fits, and computes the rest "
+        "again in the backward pass. A step that needs more than auto is refused; set by hand, only one that needs "
+        "more than that and than the card has.",
     )
     host_memory: str = Field(
         "auto",

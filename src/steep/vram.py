@@ -82,9 +82,9 @@ def remarks(training: TrainingSection, card: Card | None, host: Mapping[str, int
         needed, there = sum(host.values()), available_on_host()
         if needed > there:
             return [
-                f"the run fills {needed / 2**30:.3g} GiB of host memory, and the system reports {there / 2**30:.3g} GiB "
-                f"available: training.host_memory: {training.host_memory} is taken at its word, and where there is "
-                "less the system ends the run."
+                f"the run fills {needed / 2**30:.3g} GiB of host memory, and the system reports {there / 2**30:.3g} "
+                f"GiB available: training.host_memory: {training.host_memory} is taken at its word, and where there "
+                "is less the system ends the run."
             ]
     return []
 

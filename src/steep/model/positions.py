@@ -31,6 +31,13 @@ def positions(config: PretrainedConfig) -> int | None:
     return reach
 
 
+def unstretched(config: PretrainedConfig) -> int | None:
+    """Positions that the model had before a scaling of its rope; None if its config does not say."""
+    text = config.get_text_config()
+    scaled = next(_scaled_ropes(text), None)
+    return getattr(text, "max_position_embeddings", None) if scaled is None else scaled[1]
+
+
 def check_length(max_length: int, config: PretrainedConfig, field: str = "data.max_length") -> None:
     """Check that a text of so many tokens fits into the positions that the model was made for.
 
