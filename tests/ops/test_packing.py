@@ -72,3 +72,15 @@ def test_positions_on_the_card_take_one_transfer() -> None:
     assert packing.cu_seqlens.is_cuda
     assert packing.lengths == (3, 2)
     assert sum(event.count for event in profile.key_averages() if "Memcpy DtoH" in event.key) == 1
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_for_the_card() -> None:
+    """The second time: the first one's page-locked memory is new."""
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            packing = Packing.from_lengths([3, 1, 4], "cuda")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert packing.cu_seqlens.tolist() == [0, 3, 4, 8]

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from steep.ops import pinned
-from steep.ops.pinned import pinned_zeros
+from steep.ops.packing import Packing
+from steep.ops.pinned import pinned_zeros, upload
 
 CUDA = torch.device("cuda")
 
@@ -45,6 +46,24 @@ def use(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "check_error", check)
     monkeypatch.setattr(torch.cuda, "synchronize", runtime.wait)
+
+
+def test_an_upload_is_from_locked_memory_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has a few numbers for the card sends them so. For a CPU nothing is copied."""
+    locked: list[torch.Tensor] = []
+    sent: list[dict[str, Any]] = []
+
+    def to(self: torch.Tensor, device: torch.device, **how: Any) -> torch.Tensor:
+        assert device == CUDA and any(self is one for one in locked)
+        sent.append(how)
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: locked.append(self.clone()) or locked[-1])
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    assert Packing.from_lengths([3, 1], "cuda").cu_seqlens.tolist() == [0, 3, 4]
+    assert sent == [{"non_blocking": True}]
+    table = torch.arange(3)
+    assert upload(table, torch.device("cpu")) is table and len(locked) == 1
 
 
 def test_it_is_locked_at_its_size_until_the_last_view_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

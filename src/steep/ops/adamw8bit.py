@@ -24,6 +24,7 @@ from functools import cached_property, lru_cache
 import torch
 
 from steep.ops.backend import uses_kernels
+from steep.ops.pinned import upload
 
 BLOCK = 256  # elements that share one scale; the kernel's too
 _WORD = 2**32 - 1
@@ -211,8 +212,8 @@ def launches(updates: Sequence[Update], maps: tuple[torch.Tensor, torch.Tensor])
             first += count
         if first == 0:
             continue
-        table = _upload(torch.tensor(rows, dtype=torch.int64), device)
-        settings = _upload(torch.tensor([update.settings for update in members], dtype=torch.float32), device)
+        table = upload(torch.tensor(rows, dtype=torch.int64), device)
+        settings = upload(torch.tensor([update.settings for update in members], dtype=torch.float32), device)
         owners = torch.repeat_interleave(table[:, -1], output_size=first)
         found.append(Launch(members, (table, settings, owners), maps, parameter, gradient, coded, aligned, by_rows))
     return found
@@ -236,8 +237,3 @@ def adamw8bit(
         return adamw8bit_reference(updates, maps, factor)
     for launch in launches(updates, maps):
         launch.run(factor)
-
-
-def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that the host does not wait for."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from steep.ops.pinned import upload
+
 T = TypeVar("T")
 
 
@@ -36,7 +38,7 @@ class Packing:
         if not lengths or min(lengths) < 1:
             raise ValueError(f"documents need at least one token each, and these have {list(lengths)}")
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return cls(ends.to(device), tuple(lengths))
+        return cls(upload(ends, torch.device(device)), tuple(lengths))
 
     @classmethod
     def from_positions(cls, position_ids: torch.Tensor) -> Packing:

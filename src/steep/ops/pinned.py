@@ -39,6 +39,12 @@ def pinned_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device,
     return torch.from_numpy(block).view(dtype).view(*shape)
 
 
+def upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a few numbers that the host does not wait for: from memory that is not page-locked, it waits for all
+    that is queued. torch takes the locked memory back when the copy is done. For a CPU the tensor itself."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
 def _lock(block: np.ndarray, device: torch.device, otherwise: str) -> None:
     runtime: Any = torch.cuda.cudart()
     address = block.ctypes.data
