@@ -13,6 +13,7 @@ from steep.errors import UserError
 from steep.model.install import fused_of
 from steep.model.recompute import Updates
 from steep.ops import host_states
+from steep.training import in_backward
 from steep.training.adamw8bit import AdamW8bit
 from steep.training.trainer import Trainer
 from tests.training.helpers import adapted, arguments, trainer_for, update_by_reference
@@ -67,17 +68,46 @@ def test_a_run_is_the_one_with_states_on_the_card(
 def test_the_heads_update_is_awaited(
     tied: bool, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the first gradient of a layer comes; those of layers may still be under way when the next ones come."""
+    """Before the first gradient of a layer comes; those of layers may still be under way when the next ones come, and
+    all that are left when the norms are read, the table's among them. Before anybody else looks, none is."""
     update_by_reference(monkeypatch)
+    read, looked = list[int](), list[int]()
+    read_norms = in_backward.read_norms
+    monkeypatch.setattr(
+        in_backward, "read_norms", lambda *given: read.append(len(optimizer._under_way)) or read_norms(*given)
+    )
     before: list[int] = []
     update = AdamW8bit.update
     monkeypatch.setattr(
         AdamW8bit, "update", lambda self, given: before.append(len(self._under_way)) or update(self, given)
     )
     trainer = lean(model_of(BF16, tied=tied, fused=True), corpus, tmp_path, offload_optimizer="all", max_steps=2)
+    judge = trainer.guard.judge
+    monkeypatch.setattr(
+        trainer.guard, "judge", lambda *given: looked.append(len(optimizer._under_way)) or judge(*given)
+    )
+    trainer.create_optimizer()
+    optimizer = trainer._own_optimizer
     trainer.train()
     assert before == 2 * ([0, 1, 2] if tied else [0, 0, 1, 2])
-    assert not trainer._own_optimizer._under_way
+    assert read == [3, 3] and looked == [0, 0]
+
+
+def test_what_comes_after_another_table_finds_its_gradient_gone() -> None:
+    """Where no layer trains too: the last alone need not be awaited."""
+    tables = {name: torch.nn.Parameter(torch.ones(3)) for name in ("lm_head", "embed_tokens")}
+    optimizer = AdamW8bit(tables.values(), lr=0.1)
+    calls: list[str] = []
+    with in_backward.updates_in_backward(tables, optimizer) as updates, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "update", lambda members: calls.append("update"))
+        patch.setattr(optimizer, "finish_updates", lambda but=0: calls.append("finish"))
+        for _ in range(2):
+            for table in tables.values():
+                table.sum().backward()
+            updates.report()
+            assert calls == ["update", "finish", "update"]
+            updates.finish()
+            assert calls.pop() == "finish" and not calls.clear()
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "paged_adamw_8bit"])

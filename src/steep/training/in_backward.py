@@ -151,18 +151,18 @@ class UpdatesInBackward:
         gradients = [member.grad for member in members if member.grad is not None]
         self._norms |= zip((self._names[member] for member in members), norms_of(gradients), strict=True)
         self._optimizer.update(members)
-        if _is_outside(layer):
+        if _is_outside(layer) and len(self._norms) < len(self._parameters):  # what comes is to find it gone
             self._optimizer.finish_updates()
         for member in members:
             member.grad = None
 
     def report(self, meanwhile: Callable[[], object] = lambda: None) -> GradientReport:
-        """End the step: what all its gradients were, those that are left among them.
+        """What all gradients of a step were, those that are left among them. The last updates may still be under way,
+        so that the host need not wait for them: `finish` ends the step.
 
         Args:
             meanwhile: called while the GPU still works.
         """
-        self._optimizer.finish_updates()
         sum_up_rows(self._parameters.values())
         left = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         found = dict(self._norms)
@@ -178,6 +178,10 @@ class UpdatesInBackward:
         told = read_norms(self._parameters, there, norms)
         self._norms = {}  # not before: an error of the card's comes up where the host first waits for it
         return told
+
+    def finish(self) -> None:
+        """Let whatever reads a weight from now on find it updated. The host does not wait."""
+        self._optimizer.finish_updates()
 
 
 @contextmanager

@@ -316,6 +316,8 @@ class Trainer(Reporting):
             self._gradients = self._updates.report(ahead)
         if own.is_cuda:
             torch.cuda.current_stream(own.device).synchronize()  # at once: the norms came after it
+        if self._updates is not None:
+            self._updates.finish()  # not before, or the host would have waited for the last of them, the table's
         # transformers multiplies each process's share by their number, because DDP divides the gradients by it.
         loss = float(ranks.gathered(np.array([float(arriving)])).mean())
         self._forget_step()
