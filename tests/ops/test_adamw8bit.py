@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -175,6 +176,28 @@ def test_many_tensors(
         again = tensors(sizes, dtype, gradient)
         adamw8bit_reference(again, maps())
         assert_close(again[-1], truth[-1])
+
+
+def test_what_is_launched_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the types and constants that the kernel is compiled for to look at its machine code."""
+    built = [(dict(each.constants), each.num_warps) for each in kernels.compilations(BF16)]
+    types = {torch.int64: "*i64", FP32: "*fp32"}
+    signatures = [dict(each.signature) for each in kernels.compilations(BF16)]
+
+    def told(kernel: Any, grid: Any, tensors: Any, numbers: Any, num_warps: int) -> None:
+        names = kernel.arg_names
+        given = dict(zip(names, map(types.get, (one.dtype for one in tensors)), strict=False))
+        assert given in signatures and all(one.data_ptr() % 16 == 0 for one in tensors[:2])
+        assert (dict(zip(names[len(tensors) :], numbers, strict=True)), num_warps) in built
+        grids.append(grid)
+
+    grids: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(kernels.variants, "launch", told)
+    for dtypes in DTYPES:
+        for offset in (0, 1):
+            with along("interpreter", kernels, launch=1):
+                adamw8bit(tensors((4096, 4097), *dtypes, offset=offset), maps(), torch.ones(1))
+    assert grids == 6 * [(3, 1, 1)]
 
 
 @pytest.mark.parametrize(("route", "sizes"), cases([((1, 4096, 63, 4097),)], real=[(LARGE,)]))

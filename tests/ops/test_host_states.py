@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from steep.kernels import adamw8bit as kernels
-from steep.ops import host_states
-from steep.ops.adamw8bit import Update, adamw8bit
+from steep.ops import host_states, piece_tables
+from steep.ops.adamw8bit import Update, adamw8bit, noise_key
 from steep.ops.host_states import HostState, Staging, staging_bytes, state_bytes
 from tests.ops.routes import cases
 from tests.ops.test_adamw8bit import BF16, DTYPES, FP32, along, maps, tensors
+
+adamw8bit_module = importlib.import_module("steep.ops.adamw8bit")
 
 SIZES = (4097, 100, 12_289, 4096)
 LARGE = (2**24 + 5, 2**22, 3 * 2**24, 100)
@@ -73,6 +78,86 @@ def test_pieces_are_the_whole_to_the_bit(
         assert not differ(update, wanted)
 
 
+def test_tables_of_pieces_follow_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From step to step: addresses and dtypes of gradients, rates, keys, and the slots. All is sent in one copy, and no
+    owners again."""
+    monkeypatch.setattr(host_states, "PIECE", 2**12)
+    sizes = (100, 200, 4096)  # two batches
+    whole, ours = tensors(sizes, BF16, BF16), hosted(tensors(sizes, BF16, BF16), "cpu")
+    staging, sent = Staging(torch.device("cpu")), list[int]()
+    for module in (adamw8bit_module, piece_tables):
+        monkeypatch.setattr(module, "upload", lambda table, device: sent.append(table.numel()) or table)
+    draw = torch.Generator().manual_seed(4)
+    for step, dtype in enumerate((BF16, BF16, FP32, BF16)):
+        given = [torch.randn(size, generator=draw).to(dtype) for size in sizes]
+        new = {"lr": 1e-3 * (1 + step), "step": 7 + step, "key": noise_key(1, step, 2)}
+        whole = [replace(one, gradient=gradient, **new) for one, gradient in zip(whole, given, strict=True)]
+        ours = [
+            (replace(one, gradient=gradient, **new), state) for (one, state), gradient in zip(ours, given, strict=True)
+        ]
+        with along("interpreter", kernels, launch=2 + 2):
+            adamw8bit(whole, maps())
+            sent.clear()
+            staging.run(ours, maps())
+        assert len(sent) == (3 if step == 0 else 1)
+        for wanted, (update, _) in zip(whole, ours, strict=True):
+            assert not differ(update, wanted)
+    (batches,) = staging._batches.values()
+    assert sorted(batches.tables) == [0, 1, 2]
+
+
+class Stream:
+    """Of a card that there is not: says when it is taken."""
+
+    def __init__(self, name: str, told: list[str]) -> None:
+        self.name, self.told = name, told
+
+    def wait_event(self, event: Event) -> None:
+        assert event.recorded
+
+
+class Event:
+    made = 0
+
+    def __init__(self) -> None:
+        Event.made += 1
+        self.recorded: Stream | None = None
+
+    def record(self, stream: Stream) -> None:
+        assert self.recorded in (None, stream)
+        self.recorded = stream
+
+
+def test_streams_are_taken_in_turn_and_events_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_states, "PIECE", 2**12)
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: told.append(stream.name))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(host_states, "adamw8bit", lambda *given: told.append("launch"))
+    staging: Any = Staging(torch.device("cpu"))
+    for name in ("up", "compute", "down"):
+        getattr(staging, f"_{name}")._stream = Stream(name, told)
+    updates = hosted(tensors((4096, 4097), FP32, FP32), "cpu")  # three batches
+    made = []
+    for _ in range(3):
+        before = Event.made
+        staging.run(updates, maps())
+        made.append(Event.made - before)
+    assert told == 9 * ["up", "compute", "launch", "down"]
+    assert made == [2 + 3 + 1, 1, 1]  # of the lanes, the batches, and the end of the call
+
+
+def test_the_stream_of_before_is_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an error too, and so is the device."""
+    told: list[object] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "before")
+    monkeypatch.setattr(torch.cuda, "set_stream", told.append)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(told.append(device)))
+    with pytest.raises(RuntimeError), host_states._own_streams(torch.device("cuda", 1)):
+        raise RuntimeError
+    assert told == [torch.device("cuda", 1), "before"]
+
+
 def test_the_noise_of_a_piece_is_that_of_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces that are rounded as if each were a tensor of its own differ, in their weights alone."""
     monkeypatch.setattr(host_states, "PIECE", 2**12)
@@ -111,8 +196,8 @@ def test_what_is_updated_together_is_one_copy(monkeypatch: pytest.MonkeyPatch) -
     (batch, *_) = host_states._batches(states)
     ((host, card),) = batch.in_slot(0, slot).copies
     card.copy_(host)
-    for of_slot, state in zip(batch.in_slot(0, slot).states, states, strict=False):
-        assert all(torch.equal(one, two.view(-1)) for one, two in zip(of_slot, state.tensors, strict=True))
+    for of_slot, state in zip(batch.in_slot(0, slot).pieces, states, strict=False):
+        assert all(torch.equal(one, two.view(-1)) for one, two in zip(of_slot.state, state.tensors, strict=True))
     one = [state for size in (100, 300) for _, state in hosted(tensors((size,), FP32, FP32), "cpu")]
     assert [len(batch) for batch in copied(one)] == [2]
 

@@ -24,10 +24,13 @@ the block and the element, one hash of 32 bits to two elements: no state, the sa
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
+from steep.kernels import variants
 from steep.kernels.compilation import Compilation
 
 BLOCK = 256  # elements that share one scale: 8 a thread, read as one vector of 16 bytes
@@ -36,15 +39,17 @@ CHUNK = BLOCKS * BLOCK
 NUM_WARPS = 1  # the largest of a block is found without shared memory
 ALIGNMENT = 16  # bytes
 
-# Columns of the two tables.
+# Columns of the two tables, whose rows are padded: a launch may take some rows of a table, and is specialised for
+# addresses that are aligned.
 ADDRESSES = (
     "parameter", "gradient", "moment1", "moment2", "scale1", "scale2", "numel", "first_chunk", "key", "rows", "width",
     "first_element", "chunks",
 )  # fmt: skip
 SETTINGS = ("decay", "step_size", "epsilon", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2")
+ROW, SETTINGS_ROW = 14, 8
 
-_COLUMNS = tl.constexpr(len(ADDRESSES))
-_SETTINGS = tl.constexpr(len(SETTINGS))
+_ROW = tl.constexpr(ROW)
+_SETTINGS_ROW = tl.constexpr(SETTINGS_ROW)
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -206,7 +211,7 @@ def adamw8bit_kernel(
 ):  # fmt: skip
     """Update one chunk, BLOCKS blocks of one tensor.
 
-    addresses: int64 and settings: fp32, [tensors, columns as ADDRESSES and SETTINGS].
+    addresses: int64 [tensors, ROW] and settings: fp32 [tensors, SETTINGS_ROW], columns as ADDRESSES and SETTINGS.
     owners: [chunks], the tensor of each chunk. map1, map2: fp32 [256]. factor: fp32 [1], of gradients (SCALED).
     DTYPE: of the parameters; bf16 is rounded stochastically. CODED: the moments are codes, not fp32.
     ROWS: the gradient has some rows of a table alone, and a map says where each is (-1: it is zero).
@@ -214,8 +219,8 @@ def adamw8bit_kernel(
     CHUNK: tl.constexpr = BLOCKS * BLOCK
     chunk = tl.program_id(0)
     tensor = tl.load(owners + chunk)
-    row = addresses + tensor * _COLUMNS
-    setting = settings + tensor * _SETTINGS
+    row = addresses + tensor * _ROW
+    setting = settings + tensor * _SETTINGS_ROW
     start = (chunk - tl.load(row + 7)) * CHUNK
     left = tl.load(row + 6) - start
     if left >= CHUNK:
@@ -242,8 +247,8 @@ def launch(
     """Update every tensor of the tables, all of one kind, in one launch.
 
     Args:
-        addresses: int64 [tensors, len(ADDRESSES)], of contiguous tensors.
-        settings: fp32 [tensors, len(SETTINGS)].
+        addresses: int64 [tensors, ROW], of contiguous tensors.
+        settings: fp32 [tensors, SETTINGS_ROW].
         owners: int32 or int64 [chunks]: the row of each CHUNK elements, in order.
         maps: bitsandbytes' dynamic maps, signed and unsigned, fp32 [256] each; read where `coded`.
         factor: fp32 [1], multiplies each gradient.
@@ -253,15 +258,20 @@ def launch(
         aligned: every address of a parameter, gradient or moment is a multiple of ALIGNMENT bytes.
         rows: gradients are of some rows alone.
     """
-    constants = _constants(parameter, gradient, coded, aligned, factor is not None, rows)
-    adamw8bit_kernel[(owners.numel(),)](
-        addresses, settings, owners, *maps, settings if factor is None else factor, **constants, num_warps=NUM_WARPS
-    )  # fmt: skip
+    variants.launch(
+        adamw8bit_kernel,
+        (owners.numel(), 1, 1),
+        (addresses, settings, owners, *maps, settings if factor is None else factor),
+        tuple(_constants(parameter, gradient, coded, aligned, factor is not None, rows).values()),
+        num_warps=NUM_WARPS,
+    )
 
 
+@lru_cache(maxsize=64)  # of few kinds
 def _constants(
     parameter: torch.dtype, gradient: torch.dtype, coded: bool, aligned: bool, scaled: bool, rows: bool
 ) -> dict[str, object]:
+    """In the kernel's order."""
     return {
         "DTYPE": _TYPES[parameter],
         "GRADIENT": _TYPES[gradient],

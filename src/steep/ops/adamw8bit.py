@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 
 from steep.ops.backend import uses_kernels
@@ -212,11 +213,29 @@ def launches(updates: Sequence[Update], maps: tuple[torch.Tensor, torch.Tensor])
             first += count
         if first == 0:
             continue
-        table = upload(torch.tensor(rows, dtype=torch.int64), device)
-        settings = upload(torch.tensor([update.settings for update in members], dtype=torch.float32), device)
-        owners = torch.repeat_interleave(table[:, -1], output_size=first)
-        found.append(Launch(members, (table, settings, owners), maps, parameter, gradient, coded, aligned, by_rows))
+        addresses, settings = tables(np.array(rows, np.int64), np.array([one.settings for one in members]), device)
+        owners = torch.repeat_interleave(addresses[:, kernel.ADDRESSES.index("chunks")], output_size=first)
+        found.append(Launch(members, (addresses, settings, owners), maps, parameter, gradient, coded, aligned, by_rows))
     return found
+
+
+def tables(addresses: np.ndarray, settings: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's two tables on the device, by one copy.
+
+    Args:
+        addresses: int64 [N, len(kernel.ADDRESSES)].
+        settings: [N, len(kernel.SETTINGS)].
+    """
+    from steep.kernels import adamw8bit as kernel
+
+    count = len(addresses)
+    both = np.zeros(count * (kernel.ROW + kernel.SETTINGS_ROW // 2), np.int64)
+    both[: count * kernel.ROW].reshape(count, -1)[:, : addresses.shape[1]] = addresses
+    both[count * kernel.ROW :].view(np.float32).reshape(count, -1)[:, : settings.shape[1]] = settings
+    there, of_settings = upload(torch.from_numpy(both), device).split(
+        [count * kernel.ROW, len(both) - count * kernel.ROW]
+    )
+    return there.view(count, -1), of_settings.view(torch.float32).view(count, -1)
 
 
 def adamw8bit(

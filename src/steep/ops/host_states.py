@@ -9,13 +9,16 @@ bits of their own (`part`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import repeat
 
 import torch
 
 from steep.ops.adamw8bit import BLOCK, Update, adamw8bit
+from steep.ops.backend import uses_kernels
+from steep.ops.piece_tables import InSlot, Owners, PieceLaunch, PieceTables, kinds_of
 from steep.ops.pinned import pinned_zeros
 
 PIECE = 2**23  # elements with 8-bit moments that are updated at once; a power of two, see `part`
@@ -128,9 +131,9 @@ def part(update: Update, piece: slice, state: Sequence[torch.Tensor]) -> Update:
     )  # fmt: skip
 
 
-def _end_of(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """Of what is queued there so far."""
-    event = torch.cuda.Event()
+def _end_of(stream: torch.cuda.Stream, event: torch.cuda.Event | None = None) -> torch.cuda.Event:
+    """Of what is queued there so far; `event` is one whose last record nobody is to wait for any more."""
+    event = event or torch.cuda.Event()
     event.record(stream)
     return event
 
@@ -140,17 +143,25 @@ class _Lane:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._event: torch.cuda.Event | None = None
 
-    def __call__(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+    def take(self) -> None:
+        """Let what follows be queued here: within `_own_streams`."""
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)
 
-    def record(self) -> torch.cuda.Event | None:
-        """All that is queued so far."""
-        return None if self._stream is None else _end_of(self._stream)
+    def record(self, event: torch.cuda.Event | None = None) -> torch.cuda.Event | None:
+        """All that is queued so far: see `_end_of`."""
+        return None if self._stream is None else _end_of(self._stream, event)
 
     def wait(self, event: torch.cuda.Event | None) -> None:
         if self._stream is not None and event is not None:
             self._stream.wait_event(event)
+
+    def follow(self, other: _Lane) -> None:
+        """Wait for all that is queued on the other one so far."""
+        other._event = other.record(other._event)  # a wait is for the record before it: one event does for all
+        self.wait(other._event)
 
     def keep(self, tensor: torch.Tensor) -> None:
         """Its memory is not used again before what is queued here when it is freed."""
@@ -160,6 +171,20 @@ class _Lane:
     def synchronize(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
+
+
+@contextmanager
+def _own_streams(device: torch.device) -> Iterator[None]:
+    """Within, lanes may be taken: setting a stream takes the host less than a context for each."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        before = torch.cuda.current_stream()
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(before)
 
 
 @dataclass(frozen=True)
@@ -179,17 +204,19 @@ class _Piece:
         return state_bytes(self.elements.stop - self.elements.start, self.state.coded)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _InSlot:
     """A batch in one of the slots.
 
     Attributes:
         copies: ranges of host memory, and their places on the card.
-        states: moments and scales of each piece on the card.
+        pieces: with moments and scales on the card.
+        written: the end of the last copies to the host from here.
     """
 
     copies: list[tuple[torch.Tensor, torch.Tensor]]
-    states: list[tuple[torch.Tensor, ...]]
+    pieces: list[InSlot]
+    written: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True)
@@ -212,11 +239,15 @@ class _Batch:
                 for piece, place in zip(self.pieces, places, strict=True)
                 for pair in piece.state.copies(piece.elements, place)
             ]
-            states = [
-                _views(place, piece.elements.stop - piece.elements.start, piece.state.coded)
+            pieces = [
+                InSlot(
+                    piece.number,
+                    piece.elements,
+                    _views(place, piece.elements.stop - piece.elements.start, piece.state.coded),
+                )
                 for piece, place in zip(self.pieces, places, strict=True)
             ]
-            self.in_slots[index] = _InSlot(_joined(pairs), states)
+            self.in_slots[index] = _InSlot(_joined(pairs), pieces)
         return self.in_slots[index]
 
 
@@ -257,8 +288,21 @@ def _batches(states: Iterable[HostState]) -> Iterator[_Batch]:
         yield _Batch(batch)
 
 
-def _count(batches: Iterable[_Batch]) -> int:
-    return sum(len(batch.pieces) for batch in batches)
+@dataclass(frozen=True)
+class _Batches:
+    """Of the same tensors, call after call.
+
+    Attributes:
+        tables: of the pieces, by the slot that the first batch is in.
+    """
+
+    of: list[_Batch]
+    coded: list[bool]
+    tables: dict[int, PieceTables] = field(default_factory=dict)
+
+    @property
+    def pieces(self) -> int:
+        return sum(len(batch.pieces) for batch in self.of)
 
 
 class Staging:
@@ -273,7 +317,8 @@ class Staging:
             for lane in (self._up, self._compute, self._down):
                 lane.keep(slot)
         self._next = 0
-        self._batches: dict[tuple[int, ...], list[_Batch]] = {}  # by the states that they are of, the oldest first
+        self._owners = Owners(device)
+        self._batches: dict[tuple[int, ...], _Batches] = {}  # by the states that they are of, the oldest first
 
     def run(
         self,
@@ -291,9 +336,13 @@ class Staging:
             What to wait for before a parameter is read, or the memory of a gradient or of the factor used again.
         """
         self._compute.wait(self._so_far())
-        whole = [update for update, _ in updates]
-        for batch in self._batches_of([state for _, state in updates]):
-            self._run(batch, whole, maps, factor)
+        batches, whole = self._batches_of([state for _, state in updates]), [update for update, _ in updates]
+        with _own_streams(self._device):
+            launches: Iterable[list[PieceLaunch] | None] = repeat(None)
+            if whole and uses_kernels(whole[0].parameter):
+                launches = self._launches(batches, whole)
+            for batch, of_batch in zip(batches.of, launches, strict=False):
+                self._run(batch, whole, of_batch, maps, factor)
         return self._compute.record()
 
     def forget(self, states: Iterable[HostState]) -> None:
@@ -309,23 +358,35 @@ class Staging:
     def _so_far(self) -> torch.cuda.Event | None:
         return _end_of(torch.cuda.current_stream(self._device)) if self._device.type == "cuda" else None
 
-    def _batches_of(self, states: Sequence[HostState]) -> list[_Batch]:
+    def _batches_of(self, states: Sequence[HostState]) -> _Batches:
         """They hold the states, each of which has a piece, so that no other has the name of one."""
         names = tuple(map(id, states))
         if names not in self._batches:
-            new = list(_batches(states))
-            while self._batches and _count(new) + sum(map(_count, self._batches.values())) > KEPT:
+            new = _Batches(list(_batches(states)), [state.coded for state in states])
+            while self._batches and new.pieces + sum(each.pieces for each in self._batches.values()) > KEPT:
                 self._batches.pop(next(iter(self._batches)))
             self._batches[names] = new
         return self._batches[names]
+
+    def _launches(self, batches: _Batches, updates: Sequence[Update]) -> list[list[PieceLaunch]]:
+        self._compute.take()  # so that tables are memory of this stream
+        first, kinds = self._next, kinds_of(updates, batches.coded)
+        found = batches.tables.get(first)
+        if found is None or found.kinds != kinds:
+            slots = [(first + number) % SLOTS for number in range(len(batches.of))]
+            there = [batch.in_slot(slot, self._slots[slot]) for batch, slot in zip(batches.of, slots, strict=True)]
+            found = batches.tables[first] = PieceTables([each.pieces for each in there], kinds, self._owners)
+        return found.launches(updates)
 
     def _run(
         self,
         batch: _Batch,
         updates: Sequence[Update],
+        launches: Sequence[PieceLaunch] | None,
         maps: tuple[torch.Tensor, torch.Tensor],
         factor: torch.Tensor | None,
     ) -> None:
+        """Without launches by the reference."""
         index = self._next
         self._next = (index + 1) % SLOTS
         there = batch.in_slot(index, self._slots[index])
@@ -333,20 +394,21 @@ class Staging:
         # Further pieces of a tensor are none of what was written since.
         for written in {piece.state._written for piece in batch.pieces if piece.elements.start == 0}:
             self._up.wait(written)
-        with self._up():
-            for host, card in there.copies:
-                card.copy_(host, non_blocking=True)
-        self._compute.wait(self._up.record())
-        with self._compute():  # so that tables of the launch are memory of this stream
-            parts = [
-                part(updates[piece.number], piece.elements, state)
-                for piece, state in zip(batch.pieces, there.states, strict=True)
-            ]
-            adamw8bit(parts, maps, factor)
-        self._down.wait(self._compute.record())
-        with self._down():
-            for host, card in there.copies:
-                host.copy_(card, non_blocking=True)
-        self._free[index] = written = self._down.record()
+        self._up.take()
+        for host, card in there.copies:
+            card.copy_(host, non_blocking=True)
+        self._compute.follow(self._up)
+        self._compute.take()
+        if launches is None:
+            adamw8bit([part(updates[one.number], one.elements, one.state) for one in there.pieces], maps, factor)
+        else:
+            for launch in launches:
+                launch.run(maps, factor)
+        self._down.follow(self._compute)
+        self._down.take()
+        for host, card in there.copies:
+            host.copy_(card, non_blocking=True)
+        # Whoever still waits for the record before waited for this slot, or is to wait for these copies too.
+        self._free[index] = there.written = self._down.record(there.written)
         for piece in batch.pieces:
-            piece.state._written = written
+            piece.state._written = there.written
