@@ -570,3 +570,21 @@ def test_states_of_a_checkpoint_stay_on_the_host(monkeypatch: pytest.MonkeyPatch
     assert 256 in moved and not {4200, 4096, 12_289} & {*moved}  # code maps; the small tensor's states
     AdamW8bit(groups).load_state_dict(saved)
     assert {4200, 4096, 12_289} <= {*moved}
+
+
+def test_an_override_is_of_its_tensor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes keeps settings of single tensors; the others of a group share what the group says."""
+    weights = [torch.nn.Parameter(torch.ones(300)) for _ in range(4)]
+    optimizer = AdamW8bit([{"params": weights[:3], "lr": 1e-2}, {"params": weights[3:], "lr": 1e-3}])
+    for weight in weights:
+        weight.grad = torch.ones(300)
+
+    def rates() -> list[float]:
+        return [update.lr for update in optimizer._updates_of(list(optimizer._slots(weights)))]
+
+    assert rates() == [1e-2, 1e-2, 1e-2, 1e-3]
+    for of_whom in ({"index2config": {(0, 1): {"lr": 0.5}}}, {"pid2config": {id(weights[1]): {"lr": 0.5}}}):
+        with monkeypatch.context() as patch:
+            for name, settings in of_whom.items():
+                patch.setattr(optimizer.mng, name, settings)
+            assert rates() == [1e-2, 0.5, 1e-2, 1e-3]

@@ -31,7 +31,7 @@ BLOCK = 256  # elements that share one scale; the kernel's too
 _WORD = 2**32 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: each layer's tensors have new ones at each step, made in a third of the time
 class Update:
     """What one update of a tensor of N elements reads and writes; all are contiguous.
 
@@ -102,13 +102,21 @@ def _settings(step: int, lr: float, betas: tuple[float, float], eps: float, weig
 
 def noise_key(seed: int, step: int, index: int) -> int:
     """The key of the noise with which tensor `index` is rounded at `step`: 64 well-mixed bits, signed."""
-    state = 0
-    for part in (seed, step, index):  # splitmix64's finaliser (Stafford's mix 13), once for each part
-        state = (state ^ part) + 0x9E3779B97F4A7C15 & (2**64 - 1)
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & (2**64 - 1)
-        state ^= state >> 31
+    state = _mixed(_of_step(seed, step), index)
     return state - 2**64 if state >= 2**63 else state
+
+
+@lru_cache(maxsize=64)  # of few steps at a time
+def _of_step(seed: int, step: int) -> int:
+    return _mixed(_mixed(0, seed), step)
+
+
+def _mixed(state: int, part: int) -> int:
+    """splitmix64's finaliser (Stafford's mix 13)."""
+    state = (state ^ part) + 0x9E3779B97F4A7C15 & (2**64 - 1)
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+    state = (state ^ state >> 27) * 0x94D049BB133111EB & (2**64 - 1)
+    return state ^ state >> 31
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

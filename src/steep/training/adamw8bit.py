@@ -57,15 +57,16 @@ def stochastic_round_(target: torch.Tensor, values: torch.Tensor, generator: tor
 
 
 class _Place(NamedTuple):
-    """Of a parameter: its group, its number in the group, and that in all groups."""
+    """Of a parameter: its group, its number in the group, and that in all groups; whether its states live in host
+    memory."""
 
     gindex: int
     pindex: int
     index: int
+    offloaded: bool
 
 
-@dataclass(frozen=True)
-class _Slot:
+class _Slot(NamedTuple):
     """A parameter that has a gradient, its state and its place."""
 
     parameter: torch.Tensor
@@ -197,8 +198,10 @@ class AdamW8bit(AdamW):
         super().add_param_group(param_group)
         self._places: dict[torch.Tensor, _Place] = {}
         for gindex, group in enumerate(self.param_groups):
+            chosen = self.offload == "all" or (self.offload == "embeddings" and group.get("name") == "embeddings")
             for pindex, parameter in enumerate(group["params"]):
-                self._places[parameter] = _Place(gindex, pindex, len(self._places))
+                offloaded = chosen and parameter.numel() >= SMALLEST_OFFLOADED
+                self._places[parameter] = _Place(gindex, pindex, len(self._places), offloaded)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -267,26 +270,20 @@ class AdamW8bit(AdamW):
         self._put_states()
 
     def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        if self._is_offloaded(p):  # the next update puts it into its block
+        if self._places[p].offloaded:  # the next update puts it into its block
             return torch.zeros(p.shape, dtype=dtype)
         return super().get_state_buffer(p, dtype)
 
     def _put_states(self, of_cpu: bool = False) -> None:
         """Put each state where its parameter is, or into host memory; of_cpu: those of parameters on a CPU too."""
-        for parameter in self._places:
+        for parameter, place in self._places.items():
             if parameter not in self.state or (parameter.device.type == "cpu" and not of_cpu):
                 continue
             state = self.state[parameter]
             for name, value in state.items():
                 if isinstance(value, torch.Tensor):
-                    stays = name in _STATES and self._is_offloaded(parameter)
+                    stays = name in _STATES and place.offloaded
                     state[name] = value.cpu() if stays else value.to(parameter.device)
-
-    def _is_offloaded(self, parameter: torch.Tensor) -> bool:
-        if self.offload == "none" or parameter.numel() < SMALLEST_OFFLOADED:
-            return False
-        group = self.param_groups[self._places[parameter].gindex]
-        return self.offload == "all" or group.get("name") == "embeddings"
 
     def _put_into_host_memory(self, run: Sequence[_Slot]) -> None:
         """The states of some tensors of a device: new ones, and those of a checkpoint, which may replace others."""
@@ -306,8 +303,7 @@ class AdamW8bit(AdamW):
         kept = self._hosted.get(slot.parameter)
         if kept is None:
             return False
-        there = [slot.state[name] for name in _STATES if name in slot.state]
-        return all(map(operator.is_, kept.tensors, there))
+        return all(map(operator.is_, kept.tensors, map(slot.state.get, _STATES)))
 
     def _staging_on(self, device: torch.device) -> Staging:
         if device not in self._staging:
@@ -347,7 +343,7 @@ class AdamW8bit(AdamW):
             if uses_kernels(slot.parameter) and slot.parameter.dtype in (torch.bfloat16, torch.float32):
                 by_kernel.append(slot)
                 device = slot.parameter.device
-                if not self._is_offloaded(slot.parameter):
+                if not slot.place.offloaded:
                     by_device.setdefault(device, []).append(slot)
                     continue
                 offloaded.setdefault(device, []).append(slot)
@@ -361,41 +357,49 @@ class AdamW8bit(AdamW):
                     slot.parameter.grad = slot.gradient.to_dense()
                 others.setdefault(slot.place.gindex, []).append(slot)
         self._put_into_host_memory(run)
-        launches = {device: self._launches(slots) for device, slots in by_device.items()}
+        launches_there = {
+            device: launches(self._updates_of(slots), self._maps(device)) for device, slots in by_device.items()
+        }
         hosted = {
-            device: [(self._update_of(slot), self._hosted[slot.parameter]) for slot in slots]
+            device: [(update, self._hosted[update.parameter]) for update in self._updates_of(slots)]
             for device, slots in offloaded.items()
         }
-        return _Work(by_kernel, others, launches, hosted)
+        return _Work(by_kernel, others, launches_there, hosted)
 
     def _slots(self, parameters: Iterable[torch.Tensor]) -> Iterator[_Slot]:
         """Those that have a gradient, with their states."""
         for parameter in parameters:
             if parameter.grad is None:
                 continue
-            place = self._places[parameter]
-            if len(self.state[parameter]) == 0:
+            place, state = self._places[parameter], self.state[parameter]
+            if len(state) == 0:
                 parameter.data = parameter.data.contiguous()  # the states take its strides
                 self.init_state(self.param_groups[place.gindex], parameter, place.gindex, place.pindex)
-            yield _Slot(parameter, self.state[parameter], place)
+            yield _Slot(parameter, state, place)
 
-    def _launches(self, slots: list[_Slot]) -> list[Launch]:
-        """The next update of tensors of one device."""
-        return launches([self._update_of(slot) for slot in slots], self._maps(slots[0].parameter.device))
-
-    def _update_of(self, slot: _Slot) -> Update:
-        state, config = slot.state, self._config(slot.place)
-        step, coded = state["step"] + 1, state["state1"].dtype == torch.uint8
-        gradient, rows = slot.gradient, None
-        if gradient.is_sparse:
-            gradient = coalesced(gradient)
-            rows, gradient = places(gradient._indices()[0], len(gradient)), gradient._values()
-        return Update(
-            slot.parameter, gradient.contiguous(), (state["state1"], state["state2"]),
-            (state["absmax1"], state["absmax2"]) if coded else None,
-            step, config["lr"], tuple(config["betas"][:2]), config["eps"], config["weight_decay"],
-            noise_key(self.seed, step, slot.place.index), rows,
-        )  # fmt: skip
+    def _updates_of(self, slots: list[_Slot]) -> list[Update]:
+        """The next ones."""
+        found: list[Update] = []
+        of_groups: dict[int, dict[str, Any]] = {}
+        has_own = self.mng.index2config or self.mng.pid2config  # bitsandbytes' overrides of single tensors
+        for parameter, state, place in slots:
+            config = of_groups.get(place.gindex)
+            if config is None or has_own:
+                config = of_groups[place.gindex] = self._config(place)
+            gradient, rows = parameter.grad, None
+            assert gradient is not None
+            if gradient.is_sparse:
+                gradient = coalesced(gradient)
+                rows, gradient = places(gradient._indices()[0], len(gradient)), gradient._values()
+            step, first = state["step"] + 1, state["state1"]
+            update = Update(
+                parameter, gradient.contiguous(), (first, state["state2"]),
+                (state["absmax1"], state["absmax2"]) if first.dtype == torch.uint8 else None,
+                step, config["lr"], tuple(config["betas"][:2]), config["eps"], config["weight_decay"],
+                noise_key(self.seed, step, place.index), rows,
+            )  # fmt: skip
+            found.append(update)
+        return found
 
     def _maps(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         for name in ("dynamic", "udynamic"):  # a resumed run has made no state that would have moved them

@@ -10,9 +10,11 @@ its hook runs once.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,6 +107,21 @@ def check_trainer(trainer: Any) -> None:
         raise UserError(FIELD, problem, f"Train in bf16 or fp32, or set {FIELD}: false.")
 
 
+@dataclass
+class _Layer:
+    """Tensors that are updated in one go.
+
+    Attributes:
+        outside: it is no layer: see `_is_outside`.
+        members: by name.
+        arrived: names of those whose gradients have come in this step.
+    """
+
+    outside: bool
+    members: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
+    arrived: set[str] = dataclasses.field(default_factory=set)
+
+
 class UpdatesInBackward:
     """Updates tensors by an optimizer while gradients come, the trained tensors of a layer in one go.
 
@@ -117,11 +134,13 @@ class UpdatesInBackward:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: AdamW8bit) -> None:
         self._parameters, self._optimizer = parameters, optimizer
-        self._names = {parameter: name for name, parameter in parameters.items()}
-        self._members: dict[str, list[nn.Parameter]] = {}
+        self._layers: dict[str, _Layer] = {}
+        self._of: dict[nn.Parameter, tuple[str, _Layer]] = {}  # by what autograd calls with, hundreds of times a step
         for name, parameter in parameters.items():
-            self._members.setdefault(_layer_of(name), []).append(parameter)
-        self._arrived: dict[str, set[nn.Parameter]] = {layer: set() for layer in self._members}
+            layer = _layer_of(name)
+            there = self._layers.setdefault(layer, _Layer(_is_outside(layer)))
+            there.members[name] = parameter
+            self._of[parameter] = name, there
         self._norms: dict[str, torch.Tensor] = {}
 
     @property
@@ -135,23 +154,22 @@ class UpdatesInBackward:
         Raises:
             RunError: it was not whole, and a part of it is applied already.
         """
-        name = self._names[parameter]
+        name, layer = self._of[parameter]
         if name in self._norms:
             raise RunError(
                 f"the gradient of {name} came in two parts, and the first is applied already. Leave {FIELD} out for "
                 "this model"
             )
-        layer = _layer_of(name)
-        members, arrived = self._members[layer], self._arrived[layer]
-        arrived.add(parameter)
-        if len(arrived) < len(members):
+        layer.arrived.add(name)
+        if len(layer.arrived) < len(layer.members):
             return
-        arrived.clear()
+        layer.arrived.clear()
+        members = list(layer.members.values())
         sum_up_rows(members)
         gradients = [member.grad for member in members if member.grad is not None]
-        self._norms |= zip((self._names[member] for member in members), norms_of(gradients), strict=True)
+        self._norms |= zip(layer.members, norms_of(gradients), strict=True)
         self._optimizer.update(members)
-        if _is_outside(layer) and len(self._norms) < len(self._parameters):  # what comes is to find it gone
+        if layer.outside and len(self._norms) < len(self._parameters):  # what comes is to find it gone
             self._optimizer.finish_updates()
         for member in members:
             member.grad = None
@@ -166,8 +184,8 @@ class UpdatesInBackward:
         sum_up_rows(self._parameters.values())
         left = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         found = dict(self._norms)
-        for arrived in self._arrived.values():
-            arrived.clear()
+        for layer in self._layers.values():
+            layer.arrived.clear()
         if left:
             found |= zip(left, norms_of(list(left.values())), strict=True)
         there = [name for name in self._parameters if name in found]
