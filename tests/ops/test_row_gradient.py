@@ -52,6 +52,19 @@ def test_it_is_the_dense_gradient(device: str, dtype: torch.dtype, padding_id: i
         assert torch.allclose(lost, dense, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding_id", [None, 7])
+def test_numbers_of_rows_may_be_int32(padding_id: int | None) -> None:
+    """As torch's embedding takes them."""
+    ids, grads = torch.tensor([[3, 7, 3], [9, 0, 7]]), []
+    for dtype in (torch.int32, torch.int64):
+        for by_rows in (0, 1):
+            table = torch.nn.Parameter(torch.ones(300, 5))
+            (embedding(table, ids.to(dtype), padding_id, by_rows) * torch.arange(1.0, 6)).sum().backward()
+            assert table.grad is not None and table.grad.is_sparse == bool(by_rows)
+            grads.append(table.grad.to_dense())
+    assert all(torch.equal(grads[0], other) for other in grads[1:]) and grads[0].any()
+
+
 def test_a_row_that_is_not_finite_is_seen() -> None:
     ids, dy = torch.tensor([3, 5, 3]), torch.ones(3, 4)
     dy[2, 1] = float("nan")

@@ -25,7 +25,7 @@ def row_gradient(ids: torch.Tensor, dy: torch.Tensor, rows: int, padding_id: int
         dy: of the rows that were looked up [..., H].
         rows: of the table.
     """
-    ids, dy = ids.reshape(1, -1), dy.reshape(-1, dy.shape[-1])
+    ids, dy = ids.reshape(1, -1).long(), dy.reshape(-1, dy.shape[-1])  # a sparse tensor takes int64 alone
     if padding_id is not None:
         dy = dy.masked_fill(ids[0, :, None] == padding_id, 0)
     return _rows_of_table(ids, dy, rows, is_coalesced=False)
