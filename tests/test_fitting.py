@@ -18,7 +18,7 @@ from steep.computation import Ground
 from steep.errors import UserError
 from steep.fitting import Alternative, Shortfall, _Trials, changed, shortfall_of, with_rank
 from steep.fusing import decide
-from steep.memory import WORKSPACES
+from steep.memory import WORKSPACES, shape_of
 from steep.model.choices import Choices
 from steep.model.layer import Layer
 from steep.model.machine import Card
@@ -315,6 +315,27 @@ def test_a_branch_may_have_other_rows() -> None:
     found = shortfall(config, ground_of(config, card_named("4090"), before=before), is_branch=True)
     assert [each.keys() for each in settings_of(found)] == [{"data.max_length"}]
     assert found is not None and "--allow" not in found.remedy and "all the same" not in found.remedy
+
+
+def test_what_does_not_fit_walks_through_the_model_once_for_each_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more than a hundred settings that are tried."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "steep.computation.shape_of", lambda *given: asked.append(given[1].model_dump_json()) or shape_of(*given)
+    )
+    config = config_of()
+    found = shortfall(config, ground_of(config, card_named("4090"), "llama-3-70b"))
+    assert found is not None and found.nearest == [] and len(asked) == len(set(asked)) <= 8
+
+
+def test_a_model_that_gets_rows_is_counted_again() -> None:
+    config, empty = config_of(adapter={"r": 8}), empty_llama()
+    layer, _ = decide(config, empty, None, None)
+    resolved: Any = SimpleNamespace(quantization=None)
+    ground = Ground(resolved, empty, layer, card_named("4090"), 2**34, None)
+    for rows in (384, 400):
+        empty.resize_token_embeddings(rows, mean_resizing=False)
+        assert ground.sized(config, ground.computation(config)).shape.vocabulary == rows
 
 
 def test_what_nothing_helps() -> None:

@@ -735,6 +735,41 @@ def test_a_step_takes_the_host_before_it_computes_again() -> None:
     assert settle(config_of(), step, 10**15, replace(leanest, levels=None), 0).places is None
 
 
+@pytest.mark.parametrize(
+    "training", [{}, {"gradient_accumulation_steps": 2}, {"optimizer_in_backward": True, "max_grad_norm": 0}], ids=str
+)
+def test_what_cannot_fit_is_passed_over_and_nothing_else(
+    training: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice is that of looking at each candidate, within budgets of all kinds."""
+    empty = empty_llama(
+        vocab_size=20_000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, num_attention_heads=32,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    step = step_of(config_of(training={**training, "per_device_train_batch_size": 4}), empty)
+    least = sum(step.standing.values())
+    most = sum(step.by_item([0] * 4, "tokens", step.tokens).values())
+    rooms = [0, step.in_host_memory([3] * 4, ["x", "x", "gpu", "gpu"]), 10**12]
+    asked = [(least + (most - least) * part / 24, room) for part in range(26) for room in rooms]
+    found = [step.choose(*each) for each in asked]
+    at_least = FusedStep._at_least
+    monkeypatch.setattr(FusedStep, "_at_least", lambda *given: 0)
+    assert found == [step.choose(*each) for each in asked]
+    monkeypatch.setattr(FusedStep, "_at_least", lambda *given: at_least(*given) + 2**24)
+    assert found != [step.choose(*each) for each in asked]
+    assert {tuple(levels) for levels, *_ in found} > {(0,) * 4, (3,) * 4}
+
+
+def test_a_step_that_cannot_fit_is_found_out_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers have 700 levels, tiles, and ways of the loss to be looked at."""
+    looked_at, by_item = [], FusedStep.by_item
+    monkeypatch.setattr(FusedStep, "by_item", lambda *given: looked_at.append(1) or by_item(*given))
+    step = step_of(config_of(training={"per_device_train_batch_size": 8}), empty_model("llama-3-70b"))
+    for budget in (2**30, 30 * 2**30, 50 * 2**30):
+        assert step.choose(budget)[0] == [3] * 80
+    assert len(looked_at) <= 3
+
+
 def test_a_run_keeps_what_it_has_in_host_memory(korean_corpus: Path, tmp_path: Path) -> None:
     """Planned, said, recorded, and the bits of one that has it where it computes; resumed with it, or refused."""
     model = save_tiny("llama", tmp_path / "model", num_hidden_layers=5)

@@ -3,7 +3,7 @@ settings can be tried for a moment's work."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -81,6 +81,7 @@ class Ground:
         to_train: whether steps are still to come.
         host: bytes of host memory that may be filled, of all processes.
         rates: of the card, by which layers have something in host memory; None: as an H200's.
+        shapes: counts of the model with adapters that were tried.
     """
 
     resolved: ResolvedModel
@@ -92,6 +93,7 @@ class Ground:
     to_train: bool = True
     host: int = 0
     rates: Rates | None = None
+    shapes: dict[str, Shape] = field(default_factory=dict, repr=False, compare=False)
 
     def computation(self, config: RunConfig) -> Computation:
         """What `auto` becomes here.
@@ -118,7 +120,12 @@ class Ground:
         return kept_in_16_bits(self.resolved, quantisable(self.empty))
 
     def _shape(self, config: RunConfig, base: str) -> Shape:
-        return shape_of(self.empty, config.adapter, self._kept if base == "fp8" else set())
+        """To walk through a model takes as long as the rest of a plan."""
+        rows, kept = self.empty.get_input_embeddings().weight.shape[0], self._kept if base == "fp8" else set[str]()
+        key = f"{rows} {sorted(kept)} {config.adapter.model_dump_json()}"
+        if key not in self.shapes:
+            self.shapes[key] = shape_of(self.empty, config.adapter, kept)
+        return self.shapes[key]
 
     def sized(self, config: RunConfig, computation: Computation) -> Sizes:
         """A step of that computation, within the budget as far as it can be."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import product
+from typing import Any
 
 from steep.memory import WIDTH, Shape, standing, update_scratch, updates_under_way
 from steep.model.block import Place
@@ -62,6 +63,7 @@ class FusedStep:
     trains_table: bool = False
     hidden: float = HIDDEN
     _works: dict[tuple[int, int, Place], int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _least: dict[Any, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def by_item(
         self, levels: Sequence[int], way: Way, tile: int, places: Sequence[Place] | None = None
@@ -99,11 +101,15 @@ class FusedStep:
         all_of_them = candidates(self.shape.layers, self.tokens)
         if given is not None:
             all_of_them = ((given, tile) for tile in tile_sizes(self.tokens))
+        if self._standing + self._most_at_the_update > budget:  # whatever layers keep
+            all_of_them = list(all_of_them)[-1:]
 
         def fits(levels: list[int], way: Way, tile: int, places: list[Place]) -> bool:
             return sum(self.by_item(levels, way, tile, places).values()) <= budget
 
         for (levels, tile), way in product(all_of_them, ways):
+            if self._at_least(levels, way, tile, host_room) > budget:
+                continue  # for a hundredth of the work; there are up to two thousand
             places = self._kept.fewest(levels, host_room, partial(fits, levels, way, tile))
             if places is not None:
                 return levels, _some(places), way, tile
@@ -144,6 +150,28 @@ class FusedStep:
             self._works[key] = max(work_bytes(layer, *how) for layer in self.layers)
         return self._works[key]
 
+    def _at_least(self, levels: list[int], way: Way, tile: int, host_room: int) -> int:
+        """Bytes below which no place brings a step: at the loss, in the last layer, which keeps all on the GPU, and at
+        the update."""
+        kept = self._least_on_gpu(levels, host_room)
+        at_the_loss = kept + self._loss(way) + self._gradients_before + self._of_head
+        in_last_layer = kept + self._work(tile, levels[-1], "gpu") + self._gradients_in(len(levels) - 1, len(levels))
+        return self._standing + max(at_the_loss, in_last_layer, self._most_at_the_update)
+
+    def _least_on_gpu(self, levels: list[int], host_room: int) -> int:
+        key = tuple(levels), host_room
+        if key not in self._least:
+            self._least[key] = self._kept.on_gpu(levels, self._kept.most(levels, host_room))
+        return self._least[key]
+
+    @cached_property
+    def _standing(self) -> int:
+        return sum(self.standing.values())
+
+    @cached_property
+    def _most_at_the_update(self) -> int:
+        return max(sum(items.values()) for items in self._at_the_update())
+
     # ---- moments of a step
 
     def _at_the_loss(self, levels: Sequence[int], places: Sequence[Place], way: Way) -> dict[str, int]:
@@ -151,14 +179,18 @@ class FusedStep:
         return _items(kept, 0, self._loss(way), self._gradients_before + self._of_head)
 
     def _in_layers(self, levels: Sequence[int], places: Sequence[Place], tile: int) -> Iterator[dict[str, int]]:
-        of_layer = self.shape.lora * self.gradient_width // self.shape.layers
         for index, kept in self._kept.in_backward(levels, places):
-            done = self._of_head + of_layer * (len(levels) - index)
-            if self.in_backward:
-                done = self._of_waiting_head + of_layer + self._under_way(len(levels) - 1 - index)
-            if self._gradients_stay:  # what comes is added to them, but for a tied head's
-                done = self._gradients_before + self._of_waiting_head
-            yield _items(kept, self._work(tile, levels[index], places[index]), 0, done)
+            work = self._work(tile, levels[index], places[index])
+            yield _items(kept, work, 0, self._gradients_in(index, len(levels)))
+
+    def _gradients_in(self, index: int, layers: int) -> int:
+        """Bytes of gradients in the backward pass of one of so many layers."""
+        of_layer = self.shape.lora * self.gradient_width // self.shape.layers
+        if self._gradients_stay:  # what comes is added to them, but for a tied head's
+            return self._gradients_before + self._of_waiting_head
+        if self.in_backward:
+            return self._of_waiting_head + of_layer + self._under_way(layers - 1 - index)
+        return self._of_head + of_layer * (layers - index)
 
     def _at_the_update(self) -> tuple[dict[str, int], ...]:
         scratch = update_scratch(self.optim, self.trained, self.on_card)
