@@ -215,16 +215,40 @@ def test_states_in_host_memory_take_their_time() -> None:
     assert at_the_end.nbytes / 55e9 == pytest.approx(0.039, rel=0.05)
     (awaited,) = transfers(offload="embeddings", in_backward=True)  # the head's and the table's
     assert awaited == Transfer(at_the_end.nbytes / 2, Work(), 2)
-    also_awaited, hidden = transfers(offload="all", in_backward=True)
-    assert also_awaited == awaited and hidden.behind.products > 0
+    hidden, also_awaited = transfers(offload="all", in_backward=True)
+    assert also_awaited == awaited and hidden.behind.products > 0 and hidden.count == 32
     (of_all,) = transfers(offload="all")
-    assert hidden.nbytes + 2 * awaited.nbytes == of_all.nbytes
+    assert 32 * hidden.nbytes + 2 * awaited.nbytes == of_all.nbytes
     shape = step_of(config_of(), empty).shape
     one = replace(shape, trained_embeddings=shape.table)
     assert transfers(offload="embeddings", in_backward=True, shape=one) == (replace(awaited, count=1),)
     none = replace(shape, trained_embeddings=0)
     (of_layers,) = transfers(offload="all", in_backward=True, shape=none)
     assert of_layers.nbytes == pytest.approx(hidden.nbytes, abs=1) and of_layers.behind.products > 0
+
+
+def test_states_and_what_layers_keep_share_the_link() -> None:
+    """Each is hidden by itself behind a layer's backward pass, and both are not; to the host there is only one."""
+    layers = 32
+    places: list[Place] = [*["attention" for _ in range(layers - 1)], "gpu"]
+    step = step_of(config_of(training={"per_device_train_batch_size": 2}), empty_model("llama-3-8b"))
+    both = replace(step, offload="all", in_backward=True)
+    work = step_work(both, [1] * layers, micro_batches=1, document=2048, places=places)
+    down, up, of_last, awaited = work.transfers
+    of_states = of_last.nbytes
+    assert up.nbytes == down.nbytes + of_states > down.nbytes == step.in_host_memory([1], ["attention"])
+    assert (down.count, up.count, of_last.count, awaited.count) == (31, 31, 1, 2) and up.behind == of_last.behind
+    assert H200 is not None
+    slower = replace(H200, link=(down.nbytes + of_states / 2) / H200.seconds(up.behind))
+    assert max(down.nbytes, of_states) / slower.link < slower.seconds(up.behind)
+    to_host = slower.seconds_of_step(replace(work, transfers=(down, awaited)), layers)
+    waits = slower.seconds_of_step(work, layers) - to_host
+    assert waits == pytest.approx(31 * of_states / 2 / slower.link)
+    # What a layer with one buffer fetches is awaited, its states are not.
+    long = replace(both, tokens=131_072)
+    work = step_work(long, [2] * layers, micro_batches=1, document=2048, places=places)
+    fetched, beside = (each for each in work.transfers if each.count == 31 and each != work.transfers[0])
+    assert fetched.behind == Work() != beside.behind and beside.nbytes == of_states
 
 
 def test_the_link_says_which_copies_are_hidden() -> None:

@@ -97,19 +97,21 @@ def step_work(
     slot = max(step.in_host_memory([level], [place]) for level, place in set(zip(levels, places, strict=True)))
     fetched_before = buffers_of(slot, has_little(levels, places)) > 1
     transfers: list[Transfer] = []
-    layers = Work()
+    layers, of_states = Work(), _states_of_a_layer(step)
     for (level, place), count in Counter(zip(levels, places, strict=True)).items():
         forward, backward = (half.times(tokens) for half in _layer(layer, step, level, place, document))
         layers += (forward + backward).times(count)
-        if copied := step.in_host_memory([level], [place]):
-            hides = backward if fetched_before else Work()  # a layer with one buffer fetches its own, and waits
-            transfers += [Transfer(copied, half, micro_batches * count) for half in (forward, hides)]
+        copied, times = step.in_host_memory([level], [place]), micro_batches * count
+        coming = [(copied + of_states, backward)]  # over one link
+        if not fetched_before:  # a layer with one buffer fetches its own, and waits
+            coming = [(copied, Work()), (of_states, backward)]
+        transfers += [Transfer(nbytes, half, times) for nbytes, half in ((copied, forward), *coming) if nbytes]
     weights = 2 * step.shape.layers * _filled(layer, step)  # once in each direction
     update = step.shape.trained * (_UPDATE if step.optim in ADAMW_8BIT else 2 * _UPDATE)
     whole = (layers + _head(step, way or step.faster_way).times(tokens) + Work(moved=weights)).times(
         micro_batches
     ) + Work(moved=update)
-    transfers += _states(step, whole)
+    transfers += _awaited_states(step)
     return StepWork(whole.products, whole.fp8, whole.attention, whole.moved, tuple(transfers))
 
 
@@ -129,21 +131,25 @@ def mean_document(lengths: np.ndarray | Sequence[int]) -> float:
     return float((of_each**2).sum() / of_each.sum())
 
 
-def _states(step: FusedStep, whole: Work) -> Iterator[Transfer]:
-    """Copies of optimizer states that live in host memory. The next forward pass waits for the last update, so nothing
-    hides those at the end of a step; updates inside backward are hidden, but for those of the embeddings: the head's is
-    awaited at once (`steep.training.in_backward`), and the table's gradient comes last. A tied pair has one update."""
+def _awaited_states(step: FusedStep) -> Iterator[Transfer]:
+    """Copies of optimizer states in host memory that nothing hides. The next forward pass waits for the last update,
+    and so for all at the end of a step. Of updates inside backward those of the embeddings are awaited: the head's at
+    once (`steep.training.in_backward`), and the table's gradient comes last. A tied pair has one update."""
     on_host = states_bytes(step.shape, step.optim) - states_bytes(step.shape, step.optim, step.offload)
-    if not on_host:
-        return
     if not step.in_backward:
-        yield Transfer(on_host, Work())
+        if on_host:
+            yield Transfer(on_host, Work())
         return
-    of_layers = on_host - (states_bytes(step.shape, step.optim) - states_bytes(step.shape, step.optim, "embeddings"))
-    if tables := step.shape.trained_embeddings // step.shape.table:
-        yield Transfer((on_host - of_layers) / tables, Work(), tables)
-    if of_layers:
-        yield Transfer(of_layers, whole.times(2 / 3))  # the backward pass
+    of_tables = on_host - step.shape.layers * _states_of_a_layer(step)
+    if on_host and (tables := step.shape.trained_embeddings // step.shape.table):
+        yield Transfer(of_tables / tables, Work(), tables)
+
+
+def _states_of_a_layer(step: FusedStep) -> float:
+    """Bytes of optimizer states that come from host memory, and go back, in a layer's backward pass."""
+    if not step.in_backward or step.offload != "all":
+        return 0
+    return states_bytes(step.shape, step.optim, "embeddings") / step.shape.layers
 
 
 def _layer(layer: Layer, step: FusedStep, level: int, place: Place, document: float) -> tuple[Work, Work]:
