@@ -37,8 +37,9 @@ GO_ALONG = {BATCH: PARTS, "adapter.modules_to_save": "training.offload_optimizer
 
 @pytest.fixture(autouse=True)
 def host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """128 GiB are available."""
-    monkeypatch.setattr("steep.vram.available_on_host", lambda: 2**37)
+    """160 GiB are available, of which a new run may fill 128."""
+    monkeypatch.setattr("steep.vram.available_on_host", lambda: 10 * 2**34)
+    monkeypatch.setattr("steep.vram.room_on_host", lambda: 2**37)
 
 
 @cache
@@ -220,6 +221,7 @@ def test_no_more_of_the_host_is_proposed_than_it_has(monkeypatch: pytest.MonkeyP
     card = Card("fake", (9, 0), round(80e9), round(80e9))
     for there, proposed in ((2**38, True), (2**30, False)):
         monkeypatch.setattr("steep.vram.available_on_host", lambda there=there: there)
+        monkeypatch.setattr("steep.vram.room_on_host", lambda there=there: 0.8 * there)
         names = {name for each in settings_of(shortfall(config, ground_of(config, card))) for name in each}
         assert ("training.host_memory" in names) == proposed
         assert proposed or "training.offload_optimizer" not in names
@@ -256,6 +258,27 @@ def test_too_little_of_the_host_is_told_before_a_text_is_read(
     with pytest.raises(UserError, match=r"optimizer states in host memory.*leaves the states on the card\.$") as error:
         plan_run(config, card=card_named("L4"), refuses=True)
     assert error.value.field == "training.host_memory"
+
+
+def test_a_new_run_is_held_to_its_share_of_the_host(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """80 % of what is available, which layers, states and a checkpoint's copy share. One that goes on may have all."""
+    training = {"offload_optimizer": "all", "optim": "adamw_8bit"}
+    config = run_file(llama_folder, korean_corpus, tmp_path / "run", model={"base": "nf4"}, training=training)
+    card = Card("fake", (8, 9), round(24e9), round(24e9))
+    needed = sum(plan_run(config, card=card).host.values())
+    for available, goes_on, refused in ((1.2, False, True), (1.3, False, False), (1.2, True, False), (0.9, True, True)):
+        there = round(available * needed)
+        monkeypatch.setattr("steep.vram.available_on_host", lambda there=there: there)
+        monkeypatch.setattr("steep.vram.room_on_host", lambda there=there: round(0.8 * there))
+        choices = plan_run(config, card=card).choices if goes_on else None
+        warned = plan_run(config, card=card, choices=choices).warnings
+        assert any("steep train refuses it: training.host_memory" in each for each in warned) == refused, available
+        offloads = _Trials(config, ground_of(config, card), 2**40, goes_on)._host_has
+        sizes: Any = SimpleNamespace(shape=None, memory=None, on_host=0)
+        monkeypatch.setattr("steep.fitting.host_bytes", lambda *_: {"all": needed})
+        assert offloads(config, sizes) != refused
 
 
 def far(vram: str = "auto", *, free: float = 24e9, memory: float = 24e9, before: Choices | None = None) -> Shortfall:

@@ -664,7 +664,9 @@ def test_the_budget_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steep.ranks.world_size", lambda: 2)
     monkeypatch.setattr("steep.vram.available_on_host", lambda: 5 * 10**9)
     assert [host_limit("auto", card) for card in (here, None)] == [5 * 10**9, math.inf]
-    assert host_limit("64GiB", here) == 64 * 2**30
+    assert host_limit("auto", here, 4 * 10**9) == 4 * 10**9  # of a new run
+    assert host_limit("auto", None, 0) == host_limit("auto", replace(here, is_here=False), 0) == math.inf
+    assert host_limit("64GiB", here) == host_limit("64GiB", here, 10**9) == 64 * 2**30
     assert host_budget("auto", here) == 2 * 10**9 and host_budget("64GiB", here) == 64 * 2**30
 
 

@@ -138,7 +138,7 @@ def shortfall_of(
         knobs = [_most_recomputed(config)]
     else:
         knobs = _knobs(config, computation, ground, sizes)
-    nearest = _Trials(config, ground, budget).nearest(knobs)
+    nearest = _Trials(config, ground, budget, goes_on).nearest(knobs)
     return Shortfall(sizes.peak, budget, limit, card, vram, nearest, goes_on, is_branch)
 
 
@@ -236,6 +236,7 @@ class _Trials:
     config: RunConfig
     ground: Ground
     budget: int
+    goes_on: bool = False
     _peaks: dict[str, float] = field(default_factory=dict)
 
     def nearest(self, knobs: Sequence[Knob]) -> list[Alternative]:
@@ -298,7 +299,8 @@ class _Trials:
         if not locked or card is None:
             return True
         needed = host_bytes(config, sizes.shape, sizes.memory, sizes.on_host)
-        return sum(needed.values()) <= host_limit(asked, card)
+        limit = host_limit(asked, card, None if self.goes_on else host_budget(asked, card))
+        return sum(needed.values()) <= limit
 
 
 def changed(config: RunConfig, settings: Settings) -> RunConfig:

@@ -334,9 +334,10 @@ def _work_out(
     shortfall = shortfall_of(config, ground, computation, sizes, is_branch=branch is not None)
     if refuses and shortfall is not None and shortfall.is_refused:
         raise shortfall.error()
-    host = host_bytes(config, shape, memory, sizes.on_host)
+    host, goes_on = host_bytes(config, shape, memory, sizes.on_host), before is not None and branch is None
     try:
-        check_host(host, host_limit(training.host_memory, card), goes_on=before is not None and branch is None)
+        limit = host_limit(training.host_memory, card, None if goes_on or not to_train else host_memory)
+        check_host(host, limit, goes_on=goes_on)
     except UserError as error:
         if refuses:
             raise

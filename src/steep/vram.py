@@ -35,12 +35,19 @@ def host_budget(host_memory: str, card: Card | None) -> int:
     return room_on_host() * ranks.processes_here() if card is not None and card.is_here else 0
 
 
-def host_limit(host_memory: str, card: Card | None) -> float:
-    """Bytes above which a run that goes on is refused: it filled ``auto`` as that was when it began. Without a card all
-    that it has is there, and of another card's host nothing is known."""
+def host_limit(host_memory: str, card: Card | None, budget: int | None = None) -> float:
+    """Bytes above which a run is refused. Without a card all that it has is there, and of another card's host nothing
+    is known.
+
+    Args:
+        budget: of a new run, by `host_budget`. None: the run goes on. It filled ``auto`` as that was when it began, and
+            may have all that is available now.
+    """
     if host_memory != "auto":
         return asked_bytes(host_memory, card)
-    return available_on_host() if card is not None and card.is_here else math.inf
+    if card is None or not card.is_here:
+        return math.inf
+    return available_on_host() if budget is None else budget
 
 
 def check_host(host: Mapping[str, int], limit: float, *, goes_on: bool) -> None:

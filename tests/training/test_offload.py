@@ -144,3 +144,25 @@ def test_layers_of_a_script_hear_what_is_on_the_card(tied: bool, corpus: Corpus,
     assert fused_of(trainer.model).updates == Updates(True, "all", tied)
     trainer = lean(model_of(BF16, fused=True), corpus, tmp_path, **AT_THE_END)
     assert fused_of(trainer.model).updates.on_host == "none" and not fused_of(trainer.model).updates.in_backward
+
+
+def test_layers_of_a_script_leave_the_host_what_the_trainer_takes(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States that live there, and the copy of a checkpoint, which has states and weights."""
+    monkeypatch.setattr("steep.model.fused.room_on_card", lambda *_: 1e9)
+    monkeypatch.setattr("steep.model.fused.room_on_host", lambda: 10**9)
+    found = {}
+    for offload, saves in (("none", "no"), ("embeddings", "no"), ("all", "no"), ("none", "steps"), ("all", "steps")):
+        trainer = lean(model_of(BF16, fused=True), corpus, tmp_path, offload_optimizer=offload, save_strategy=saves)
+        fused_of(trainer.model).measure(trainer.model.base_model.model.model)
+        found[offload, saves] = 10**9 - fused_of(trainer.model).host_room
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    states = sum(host_states.state_bytes(p.numel()) for p in trained)
+    assert states == pytest.approx(2.03 * sum(p.numel() for p in trained), rel=0.05)
+    copied = states + sum(p.nbytes for p in trained)
+    assert 0 == found["none", "no"] < found["embeddings", "no"] < found["all", "no"] == states
+    assert found["none", "steps"] == copied and found["all", "steps"] == states + copied
+    fused_of(trainer.model).beside_on_host = 10**10
+    fused_of(trainer.model).measure(trainer.model.base_model.model.model)
+    assert fused_of(trainer.model).host_room == 0

@@ -33,6 +33,7 @@ class Fused:
             or memory has run out since.
         room: bytes of the card that the choice is within; None: there is no card.
         host_room: bytes of host memory that it is within.
+        beside_on_host: bytes of host memory that training takes beside: a trainer says it before the first call.
         updates: what of gradients and optimizer states is on the card: a trainer says it before the first call.
         tile: tokens that a layer computes at a time (`steep.model.block`); None: as many as is fast.
         loss_way: how the loss is cut (`steep.ops.linear_cross_entropy`); None: as is faster.
@@ -55,6 +56,7 @@ class Fused:
     chosen_for: int = 0
     room: float | None = None
     host_room: int = 0
+    beside_on_host: int = 0
     updates: Updates = field(default_factory=Updates)
     tile: int | None = None
     loss_way: Way | None = None
@@ -83,17 +85,21 @@ class Fused:
             reading = readings[key] = Reading(module, module.traits, lambda _: readings.pop(key, None))
         return reading.layer
 
-    def expect(self, updates: Updates) -> None:
-        """Choose levels for such updates: anew where they were chosen for others."""
+    def expect(self, updates: Updates, beside_on_host: int = 0) -> None:
+        """Choose levels for such updates: anew where they were chosen for others.
+
+        Args:
+            beside_on_host: bytes of host memory that the trainer takes.
+        """
         if updates != self.updates and self.chosen_for:
             self.levels = self.places = self.tile = None
             self.chosen_for = self.beside_for = 0
-        self.updates = updates
+        self.updates, self.beside_on_host = updates, beside_on_host
 
     def measure(self, decoder: Any) -> None:
         """Note the room that there is for what layers keep: before the first backward pass."""
         self.room = room_on_card(decoder, self.updates)
-        self.host_room = 0 if self.room is None else room_on_host()
+        self.host_room = 0 if self.room is None else max(room_on_host() - self.beside_on_host, 0)
 
     def host_layers(self, num_layers: int, device: torch.device) -> Sequence[HostLayer | None]:
         """The layers' parts of host memory, for a forward pass that may be differentiated; None: all is on the GPU."""

@@ -9,6 +9,7 @@ from transformers.training_args import OptimizerNames
 
 from steep.errors import UserError
 from steep.model.embeddings import embedding_parameter_names
+from steep.ops.host_states import state_bytes
 from steep.training.adamw8bit import ADAMW_8BIT, AdamW8bit
 from steep.training.arguments import TrainingArguments
 
@@ -31,6 +32,18 @@ def check_offload(args: TrainingArguments, section: str = "") -> None:
             f"{name} keeps its states on the card",
             f"Set {section}optim: adamw_8bit, or {section}{FIELD}: none.",
         )
+
+
+def bytes_on_host(model: Any, args: TrainingArguments) -> int:
+    """Bytes of host memory that a trainer takes for a long time: states that live there, and the copy of a checkpoint
+    that is written while training goes on, which has weights and states of all that trains."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    of_8_bit = args.optim in ADAMW_8BIT
+    states = {name: state_bytes(parameter.numel(), of_8_bit) for name, parameter in trained.items()}
+    there = {"none": (), "embeddings": embedding_parameter_names(model), "all": trained}[args.offload_optimizer]
+    on_host = sum(states[name] for name in there)
+    copied = sum(states.values()) + sum(parameter.nbytes for parameter in trained.values())
+    return on_host + (copied if args.save_strategy != "no" else 0)
 
 
 def check_embeddings_train(offload: str, trains: bool, section: str = "") -> None:

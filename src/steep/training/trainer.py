@@ -102,7 +102,8 @@ class Trainer(Reporting):
         offload.check_trainer(self)
         if is_installed(self.model):  # before its first call, which chooses levels
             tied = is_tied(unwrap(self.model))
-            fused_of(self.model).expect(Updates(args.optimizer_in_backward, args.offload_optimizer, tied))
+            updates = Updates(args.optimizer_in_backward, args.offload_optimizer, tied)
+            fused_of(self.model).expect(updates, offload.bytes_on_host(self.model, args))
         self.let_end(stop)
         self.add_callback(_StepObserver(self))
         self.proof: Proof | None = None
