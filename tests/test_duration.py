@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import peers
 from benchmarks.shapes import SHAPES, empty_model
 from steep.calibration import Measured
 from steep.cards import CARDS, card_named
-from steep.config import parse_config
 from steep.duration import Pace
 from steep.model.block import Place
 from steep.model.machine import Card
@@ -21,7 +18,7 @@ from steep.rates import LAUNCHED, OF_MEASURED, OF_PUBLISHED, Rates, hidden_from,
 from steep.step_work import StepWork, Transfer, Work, mean_document, step_work
 from steep.terminal import duration_line
 from tests.test_fitting import ground_of
-from tests.test_fused_run import benchmark_file, config_of, empty_llama, measured, step_of
+from tests.test_fused_run import config_of, empty_llama, measured, measured_config, step_of
 
 H200 = rates_of(card_named("H200"))
 # Bare work on an H200, at the clocks of work that goes on; attention by cuDNN in documents of 2,048 and of 16,384
@@ -276,13 +273,11 @@ ROWS = [row for row in measured() if not of_first_day(row)]
 
 
 def seconds_of(row: dict[str, Any], rates: Rates | None) -> float:
-    work = peers.Work("x", row["batch"], row["seq"], row["r"], 12, row["packed"], "cuda")
-    tree = benchmark_file(work, Path("text"), Path("run"))
-    config = parse_config({**tree, "model": {**tree["model"], "fused": "on"}})
-    step = step_of(config, empty_model(row["shape"]), row.get("fp8_products", "none"))
+    step = step_of(measured_config(row), empty_model(row["shape"]), row.get("fp8_products", "none"))
     document = DOCUMENT if row["packed"] else row["seq"]
     assert rates is not None and len(row["levels"]) == SHAPES[row["shape"]]["num_hidden_layers"]
-    of_step = step_work(step, row["levels"], micro_batches=1, document=document)
+    places, way = row.get("places"), row["loss_way"]
+    of_step = step_work(step, row["levels"], micro_batches=1, document=document, places=places, way=way)
     return rates.seconds_of_step(of_step, len(row["levels"]))
 
 
@@ -290,13 +285,37 @@ def name_of(row: dict[str, Any]) -> str:
     return f"{row['peer']}, {row['shape']}, {row['batch']} x {row['seq']}"
 
 
+# What is predicted of a measured step, as a share, where that is further off than of others: the host's part of updates
+# over host memory is not counted (docs/decisions.md, section 50).
+MISSED = {"steep-lean, llama-3-8b, 2 x 2048": 0.83}
+
+
+def measured_seconds(row: dict[str, Any]) -> Any:
+    missed = MISSED.get(name_of(row))
+    return pytest.approx(row["step_s"], rel=0.15) if missed is None else pytest.approx(missed * row["step_s"], rel=0.03)
+
+
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_steps_took_as_long(row: dict[str, Any]) -> None:
     """Shares of the H200's rates were fitted to these; no row alone, but for that in fp8."""
-    assert seconds_of(row, H200) == pytest.approx(row["step_s"], rel=0.15)
+    assert seconds_of(row, H200) == measured_seconds(row)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_and_so_by_rates_of_bare_work(row: dict[str, Any]) -> None:
     attention = FLASH if row["packed"] else CUDNN_LONG if row["seq"] > 2048 else CUDNN
-    assert seconds_of(row, rates_of(None, replace(BARE, attention=attention))) == pytest.approx(row["step_s"], rel=0.15)
+    assert seconds_of(row, rates_of(None, replace(BARE, attention=attention))) == measured_seconds(row)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.get("measured")], ids=name_of)
+def test_and_by_the_calibration_before_it(row: dict[str, Any]) -> None:
+    """Of 7B and 8B models: 7 % too long in one document of 16,384 tokens, the others within 2 %."""
+    found = seconds_of(row, rates_of(None, Measured(**row["measured"])))
+    assert found == measured_seconds(row)
+    assert name_of(row) in MISSED or found == pytest.approx(row["step_s"], rel=0.08 if row["seq"] > 2048 else 0.02)
+
+
+def test_every_run_that_was_measured_is_there() -> None:
+    """Of each peer that is `steep train`, and none has a figure that is not looked at."""
+    assert {row["peer"] for row in ROWS} == {"steep", "steep-fp8", "steep-lean"}
+    assert set(MISSED) <= {name_of(row) for row in ROWS} and len([row for row in ROWS if row.get("measured")]) == 5

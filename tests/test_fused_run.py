@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, OlmoConfig
 
 from benchmarks.peers import Work
 from benchmarks.shapes import empty_model
+from benchmarks.steep_run import RUNS
 from benchmarks.steep_run import run_file as benchmark_file
 from steep import fusing
 from steep.config import parse_config, read_yaml
@@ -569,12 +571,19 @@ def measured() -> Iterator[dict[str, Any]]:
     for day in ("28", "29"):
         file = BENCHMARKS / "results" / f"2026-11-{day}-h200-train.jsonl"
         for row in lines(file):
-            if (
-                row["peer"] in ("steep", "steep-fp8")
-                and "failed" not in row
-                and (day, row["batch"] * row["seq"]) != ("28", 16_384)
-            ):
+            if row["peer"] in RUNS and "failed" not in row and (day, row["batch"] * row["seq"]) != ("28", 16_384):
                 yield row
+
+
+def measured_config(row: dict[str, Any]) -> RunConfig:
+    """That of the run, its peer's settings included."""
+    work = Work("x", row["batch"], row["seq"], row["r"], 12, row["packed"], "cuda")
+    tree = benchmark_file(work, Path("text"), Path("run"))
+    tree["model"]["fused"] = "on"
+    names, values = RUNS[row["peer"]][::2], RUNS[row["peer"]][1::2]
+    for (section, name), value in zip((each.removeprefix("--").split(".") for each in names), values, strict=True):
+        tree[section][name] = yaml.safe_load(value)
+    return parse_config(tree)
 
 
 def work_of(row: dict[str, Any]) -> str:
@@ -583,10 +592,7 @@ def work_of(row: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("row", list(measured()), ids=work_of)
 def test_the_peak_is_the_measured_one(row: dict[str, Any]) -> None:
-    work = Work("x", row["batch"], row["seq"], row["r"], 12, row["packed"], "cuda")
-    tree = benchmark_file(work, Path("text"), Path("run"))
-    config, empty = parse_config({**tree, "model": {**tree["model"], "fused": "on"}}), empty_model(row["shape"])
-    step = step_of(config, empty, row.get("fp8_products", "none"))
+    step = step_of(measured_config(row), empty_model(row["shape"]), row.get("fp8_products", "none"))
     if "places" not in row:  # the table's gradient was dense then
         step = replace(step, trains_table=False)
     places, tile = row.get("places"), row.get("tile") or step.tokens
