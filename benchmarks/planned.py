@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """A run: which peer of `benchmarks.train`, and within how many GiB."""
+    """A run: which peer of `benchmarks.train`, and within how many GiB that are allocated."""
 
     shape: str
     batch: int
@@ -137,7 +137,8 @@ def table(rows: Iterable[Row]) -> str:
         lines.append(f"| {' | '.join(map(str, cells))} |")
     off = max(abs(deviation(row)) for row in newest.values())
     head = (
-        "shape", "rows", "run", "within, GiB", "layers × level", "with host memory", "planned", "measured", "off by",
+        "shape", "rows", "run", "within, GiB allocated", "layers × level", "with host memory", "planned", "measured",
+        "off by",
     )  # fmt: skip
     gpus = ", ".join(sorted({row["gpu"].removeprefix("NVIDIA ") for row in newest.values()}))
     return "\n".join(

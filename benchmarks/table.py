@@ -54,7 +54,7 @@ def work_of(call: dict[str, Row]) -> str:
     if steep["cap_gib"] and not steep["cap_of"]:
         # A limit under which all is kept on the card changes nothing.
         if any(steep.get("levels", [1])) or waits_in_host_memory(steep):
-            parts.append(f"within {steep['cap_gib']:g} GiB")
+            parts.append(f"within {steep['cap_gib']:g} GiB allocated")
     elif steep["peak_allocated_gib"] > library_of(call)["peak_allocated_gib"]:
         parts.append(f"in more memory than {YARDSTICK}")
     return ", ".join(parts)
@@ -114,7 +114,8 @@ def table(rows: Iterable[Row]) -> str:
         [
             f"One training step, QLoRA at rank {RANK} with both embeddings trained: time, and peak of allocated",
             "memory. In brackets: how many times as fast `steep train` was. A line is one call of",
-            "`python -m benchmarks.train`. Memory that a work is within limits steep alone.",
+            "`python -m benchmarks.train`. Memory that a work is within limits what steep allocates, and no one else;",
+            "with the gaps between allocations it may take a ninth more.",
             *(["†: and host memory, in which some of what layers keep waits for the backward pass."] * marked),
             "",
             *written,

@@ -111,7 +111,9 @@ def parse(words: list[str]) -> argparse.Namespace:
         metavar="STEPS",
         help="of `steep train`, the last so many steps are not timed but profiled: time by class of kernel, and idle",
     )
-    parser.add_argument("--cap-gib", type=cap, help="what steep has of the GPU's memory; hf: as much as hf took")
+    parser.add_argument(
+        "--cap-gib", type=cap, help="what steep may allocate of the GPU's memory; hf: as much as hf did"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--weights", type=Path, help="folder for the weights; default: in the system's temporary one")
     parser.add_argument(

@@ -211,7 +211,7 @@ def test_all_figures_of_a_line_are_of_one_call() -> None:
         timed("hf", 0.70, "2"),
         timed("steep", 0.10, "3"),  # without the libraries: no call to compare
     ]
-    assert table.table(rows).splitlines()[4] == "| work | steep | its step alone | transformers + PEFT | Unsloth |"
+    assert table.table(rows).splitlines()[5] == "| work | steep | its step alone | transformers + PEFT | Unsloth |"
     newest, with_unsloth = lines_of(rows)
     work = "| H200, llama-3-8b, 2 × 2048 | "
     assert newest == f"{work}0.250 s, 10.0 GiB | 0.240 s, 10.0 GiB | 0.700 s, 10.0 GiB (2.80×) | – |"
@@ -227,7 +227,10 @@ def test_all_figures_of_a_line_are_of_one_call() -> None:
 
 def test_the_table_shows_steep_within_its_limit_against_the_libraries_without_one() -> None:
     (lean,) = lines_of([timed("steep", 0.4, "1", cap_gib=14.0), timed("hf", 0.8, "1")])
-    assert lean == "| H200, llama-3-8b, 2 × 2048, within 14 GiB | 0.400 s, 10.0 GiB | 0.800 s, 10.0 GiB (2.00×) |"
+    assert (
+        lean
+        == "| H200, llama-3-8b, 2 × 2048, within 14 GiB allocated | 0.400 s, 10.0 GiB | 0.800 s, 10.0 GiB (2.00×) |"
+    )
     same_work = [
         [timed("steep", 0.4, "1", cap_gib=26.31, cap_of="hf", levels=[0, 1]), timed("hf", 0.8, "1")],
         [timed("steep", 0.4, "2", cap_gib=26.29, cap_of="hf", levels=[0, 0]), timed("hf", 0.8, "2")],
