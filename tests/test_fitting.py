@@ -25,7 +25,7 @@ from steep.model.machine import Card
 from steep.plan import plan_run
 from steep.run import train_run
 from steep.schema import RunConfig
-from steep.settings import check_batch, training_arguments
+from steep.settings import check_batch, could_be_lean, training_arguments
 from steep.vram import host_budget, remarks, vram_budget
 from tests.test_fused_run import config_of, empty_llama
 from tests.test_run import run_file
@@ -206,6 +206,32 @@ def test_what_the_host_may_have_is_proposed() -> None:
     clipped = config_of(training={**sizes, "max_grad_norm": 1.0, "vram": "13GiB"}, data={"max_length": 4096})
     names = {name for each in settings_of(shortfall(clipped, ground_of(clipped, card))) for name in each}
     assert "training.optimizer_in_backward" not in names and "training.offload_optimizer" in names
+
+
+@pytest.mark.parametrize(
+    ("training", "compute", "could"),
+    [
+        ({}, "bf16", True),
+        ({}, "fp32", True),
+        ({}, "fp16", False),
+        ({"max_grad_norm": 1.0}, "bf16", False),
+        ({"gradient_accumulation_steps": 2}, "bf16", False),
+        ({"optim": "adamw_torch"}, "bf16", False),
+        ({"spike_action": "skip"}, "bf16", False),
+        ({"spike_action": "warn"}, "bf16", True),
+        ({"optimizer_in_backward": True}, "bf16", False),
+        ({"world": 2}, "bf16", False),
+    ],
+    ids=str,
+)
+def test_when_updates_inside_backward_change_nothing_else(
+    training: dict[str, Any], compute: str, could: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dict(training)
+    world = settings.pop("world", 1)
+    monkeypatch.setattr("steep.ranks.world_size", lambda: world)
+    config = config_of(training={"gradient_accumulation_steps": 1, "max_grad_norm": 0.0, **settings})
+    assert could_be_lean(config, compute) == could
 
 
 def test_no_base_is_proposed_that_the_run_would_refuse() -> None:

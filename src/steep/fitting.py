@@ -25,6 +25,7 @@ from steep.model.layer import Layer
 from steep.model.machine import Card
 from steep.ops.lora import Lora, Projection
 from steep.schema import RunConfig
+from steep.settings import could_be_lean
 from steep.sizes import host_bytes
 from steep.training.adamw8bit import ADAMW_8BIT
 from steep.vram import asked_bytes, host_budget, host_limit
@@ -147,18 +148,18 @@ def shortfall_of(
 
 def _knobs(config: RunConfig, computation: Computation, ground: Ground, sizes: Sizes) -> list[Knob]:
     """Those of a new run, in the order in which they change its result."""
-    training, ranks = config.training, range((config.adapter.r - 1).bit_length() - 1, -1, -1)
+    training, powers = config.training, range((config.adapter.r - 1).bit_length() - 1, -1, -1)
     return [
         [{"training.gradient_checkpointing": None}] if training.gradient_checkpointing is False else [],
         _batches(config),
-        [{"training.optimizer_in_backward": True}] if _could_be_lean(config, computation) else [],
+        [{"training.optimizer_in_backward": True}] if could_be_lean(config, computation.compute) else [],
         _offloads(config, ground.card),
         _amounts_of_host_memory(config, ground, sizes),
         [] if training.optim in ADAMW_8BIT else [{"training.optim": "adamw_8bit"}],
         [] if computation.base == "nf4" else [{"model.base": "nf4"}],
         [] if computation.trained == "bf16" else [{"model.trained_dtype": "bf16"}],
         _lengths(config),
-        [{"adapter.r": 2**power} for power in ranks if 2**power >= LOWEST_RANK],
+        [{"adapter.r": 2**power} for power in powers if 2**power >= LOWEST_RANK],
         _no_embeddings(config),
     ]
 
@@ -173,14 +174,6 @@ def _batches(config: RunConfig) -> Knob:
         for part in range(batch - 1, 0, -1)
         if rows % part == 0
     ]
-
-
-def _could_be_lean(config: RunConfig, computation: Computation) -> bool:
-    """Whether updates inside backward change nothing but the memory: see `steep.training.in_backward`."""
-    training = config.training
-    allowed = training.max_grad_norm == 0 and training.gradient_accumulation_steps == 1 and ranks.world_size() == 1
-    of_8_bit = training.optim in ADAMW_8BIT and computation.compute != "fp16"
-    return allowed and of_8_bit and training.spike_action != "skip" and not training.optimizer_in_backward
 
 
 def _offloads(config: RunConfig, card: Card | None) -> Knob:

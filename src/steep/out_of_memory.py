@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from steep.errors import RunError, UserError
+from steep.errors import RunError
 from steep.machine_faults import PINNED, place_that_ran_out
 from steep.model.block import LEVELS
 from steep.plan import Plan
-from steep.settings import uses_checkpointing
+from steep.settings import could_be_lean, uses_checkpointing
 from steep.terminal import human_bytes
 from steep.training.adamw8bit import ADAMW_8BIT
-from steep.training.in_backward import check_in_backward
 
 
 @contextmanager
@@ -55,7 +53,7 @@ def what_to_lower(plan: Plan, *, loading: bool = False, place: str = "GPU") -> l
     if not loading:
         batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
         lean = training.optimizer_in_backward
-        if not lean and _could_be_lean(plan):
+        if could_be_lean(config, plan.compute):
             found.append("training.optimizer_in_backward: true (now false; nothing else changes)")
         found += _of_the_host(plan, place)
         if batch > 1 and lean:
@@ -100,17 +98,6 @@ def _of_the_host(plan: Plan, place: str) -> list[str]:
     if plan.fused and min(levels, default=0) == LEVELS[-1] and "gpu" in places[:-1]:
         found.append(f"training.host_memory: more than was planned with (now {training.host_memory})")
     return found
-
-
-def _could_be_lean(plan: Plan) -> bool:
-    """Whether updates inside backward change nothing but the memory."""
-    arguments = copy.copy(plan.arguments)
-    arguments.optimizer_in_backward = True
-    try:
-        check_in_backward(arguments)
-    except UserError:
-        return False
-    return True
 
 
 def _lock_less(plan: Plan | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -93,6 +94,24 @@ def mixed_precision(base: str, compute: str, trained: str) -> torch.dtype | None
     """
     uniform = trained == compute and base in ("auto", "nf4", "int8", "fp8", compute)
     return None if uniform or compute == "fp32" else DTYPES[compute]
+
+
+def could_be_lean(config: RunConfig, compute: str) -> bool:
+    """Whether updates inside backward, which the run does without, would change nothing but the memory.
+
+    Args:
+        compute: dtype of products.
+    """
+    training = config.training
+    if training.optimizer_in_backward:
+        return False
+    others = {"auto_find_batch_size": False, "fp16": compute == "fp16"}  # the first is refused in run files
+    asked = {**training.model_dump(), **others, "optimizer_in_backward": True}
+    try:
+        check_in_backward(SimpleNamespace(**asked))
+    except UserError:
+        return False
+    return True
 
 
 def training_arguments(

@@ -18,7 +18,9 @@ def positions(config: PretrainedConfig) -> int | None:
 
     A scaled rope reaches `factor` times as far as the pretraining that it stretches, and some configs leave
     `max_position_embeddings` at the length of that (Qwen's with YaRN). Gemma 3's do not, which have a rope for each
-    kind of layer: as vLLM reads them too.
+    kind of layer: as vLLM reads them too. So does `linear`, by transformers' convention (Vicuna 16k: 4,096, and 4.0): a
+    config that names the longer length with it (DeepSeek Coder's: 16,384, and 4.0) cannot be told from one that does
+    not, and is taken to reach further than its model was made for.
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)

@@ -24,7 +24,6 @@ from transformers.training_args import OptimizerNames
 from steep import ranks
 from steep.errors import RunError, UserError
 from steep.training.adamw8bit import ADAMW_8BIT, AdamW8bit
-from steep.training.arguments import TrainingArguments
 from steep.training.gradients import GradientReport, all_norms, norms_of, read_norms, sum_up_rows
 
 FIELD = "optimizer_in_backward"
@@ -33,10 +32,11 @@ PARTLY = "The weights are partly updated, and nothing of that step is saved: go 
 _LAYER = re.compile(r"(.*?\.\d+)\.")  # finds "model.layers.0" in "model.layers.0.mlp.up_proj.weight"
 
 
-def check_in_backward(args: TrainingArguments, section: str = "") -> None:
+def check_in_backward(args: Any, section: str = "") -> None:
     """Check that nothing is asked for which needs all gradients at once, or a step that can be taken back.
 
     Args:
+        args: with fields of `TrainingArguments`, by name.
         section: stands before the fields' names in errors, such as ``training.``.
 
     Raises:
