@@ -133,10 +133,10 @@ AUTO = {"name": "x", "base": "auto"}
     [
         ("H200", {}, "fp8", "the card multiplies in fp8, and a step fits"),
         ("4090", {"training": {"per_device_train_batch_size": 1}}, "fp8", "a step fits"),
-        ("H200", {"training": {"vram": "12GiB"}}, "auto", "over fp8 a step needs "),
-        ("A100-80", {}, "auto", "the card has no fp8 units"),
-        ("H200", {"model": {**AUTO, "fused": "off"}}, "auto", "of fused steps"),
-        ("H200", {"model": {**AUTO, "fp8_products": "none"}}, "auto", "not all products could be in fp8"),
+        ("H200", {"training": {"vram": "12GiB"}}, "nf4", "over fp8 a step needs "),
+        ("A100-80", {}, "nf4", "the card has no fp8 units"),
+        ("H200", {"model": {**AUTO, "fused": "off"}}, "nf4", "of fused steps"),
+        ("H200", {"model": {**AUTO, "fp8_products": "none"}}, "nf4", "not all products could be in fp8"),
         ("H200", {"model": {**AUTO, "base": "nf4"}}, "nf4", None),
         (None, {}, "auto", None),
     ],
@@ -168,7 +168,7 @@ def test_a_run_says_why_it_is_over_its_base_and_goes_on_over_it(
     for card, base, reason in (("H200", "fp8", "multiplies in fp8"), ("A100-80", "nf4", "no fp8 units")):
         plan = plan_run(config, card=card_named(card))
         figures = plan.as_dict()
-        assert figures["base"] == base == plan.config.model.base.replace("auto", "nf4")
+        assert figures["base"] == base == plan.config.model.base
         assert reason in figures["base_reason"]
         assert figures["memory_bytes"]["total"] == figures["bases"][base]["peak_bytes"]
         file = tmp_path / "run.yaml"

@@ -15,15 +15,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from steep import computation, hand_over, result
-from steep import plan as plan_module
-from steep.config import parse_config
+from steep import hand_over, result
+from steep.config import parse_config, recorded_config
 from steep.errors import RunError, UserError
 from steep.evaluation.perplexity import evaluate
 from steep.evaluation.score import scored_otherwise
 from steep.export.gate import Gap, Measured
 from steep.hand_over import export_run
-from steep.model import load
 from steep.model.fp8_linear import Fp8Linear
 from steep.model.install import fused_of
 from steep.model.machine import Card
@@ -38,6 +36,8 @@ from steep.schema import RunConfig
 from steep.terminal import Terminal, fused_line, human_bytes
 from steep.verify_resume import compare
 from tests.command_line import Steep
+from tests.faults.command import ForkServer, torchrun
+from tests.faults.runs import finished as done
 from tests.fp8_checkpoints import FINE_GRAINED, publish
 from tests.test_run import lines, run_file
 
@@ -119,37 +119,127 @@ def stopped(finished: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("asked", ["auto", "fp8"])
+HOPPER, AMPERE = (Card("fake", capability, 2**34, 2**34) for capability in ((9, 0), (8, 6)))
+
+
+def on(card: Card | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are planned for that card from now on; they compute on the CPU."""
+    monkeypatch.setattr("steep.plan.card_here", lambda: card)
+    monkeypatch.setattr("steep.plan.measured_here", lambda *given: None)  # it is not there
+
+
+def with_base_of(base: str, model: Path, corpus: Path, folder: Path, **training: Any) -> RunConfig:
+    given = config_of(model, corpus, folder, fused="on", **training).model_dump()
+    given["model"] |= {"base": base, "compute_dtype": "bf16"}
+    return parse_config(given)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "card", "products"), [("fp8", HOPPER, "both"), ("nf4", AMPERE, "none")], ids=["fp8", "nf4"]
+)
 def test_a_base_that_auto_chose_is_kept(
-    asked: str, llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chosen: str,
+    card: Card,
+    products: str,
+    llama_folder: Path,
+    korean_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where `auto` would be another one now, as on another card; and where it is named."""
+    """Where `auto` would be another one now, as on another card or within less memory; and where it is named."""
 
     def config(base: str, name: str, **training: Any) -> RunConfig:
-        given = config_of(llama_folder, korean_corpus, tmp_path / name, fused="on", **training).model_dump()
-        given["model"]["base"] = base
-        return parse_config(given)
+        return with_base_of(base, llama_folder, korean_corpus, tmp_path / name, **training)
 
-    real = load.resolve_base
-    for module in (load, plan_module, computation, result):
-        monkeypatch.setattr(module, "resolve_base", lambda base, *rest: real("fp8" if base == "auto" else base, *rest))
+    on(card, monkeypatch)
     train_run(config("auto", "run"))
-    assert read(tmp_path / "run" / "plan.json")["base"] == "fp8"
     run = stopped(tmp_path / "run", tmp_path / "stopped")
-    for module in (load, plan_module, computation, result):
-        monkeypatch.setattr(module, "resolve_base", real)  # nf4
-    train_run(config(asked, "stopped"), resume=True)
-    assert read(run / "plan.json")["base"] == "fp8" and not (run / "changes.jsonl").exists()
+    for folder in (tmp_path / "run", run):
+        assert recorded_config(folder / "run.yaml").model.base == read(folder / "plan.json")["base"] == chosen
+    assert read(run / "checkpoint-3" / "choices.json")["fp8_products"] == products
+    on(HOPPER, monkeypatch)
+    monkeypatch.setattr("steep.bases._why_not_faster", lambda *given: "it is full" if chosen == "fp8" else None)
+    other = "nf4" if chosen == "fp8" else "fp8"
+    assert plan_run(config("auto", "new")).base == other
+    train_run(config("auto", "stopped"), resume=True)
+    assert recorded_config(run / "run.yaml").model.base == read(run / "plan.json")["base"] == chosen
+    assert not (run / "changes.jsonl").exists()
     parts = compare(RunFolder(tmp_path / "run"), RunFolder(run))
     assert [part.difference for part in parts] == [None] * len(parts)
-    score = evaluate_run(tmp_path / "run")[1][0]  # whose run.yaml says auto
+    score = evaluate_run(run)[1][0]
     recorded = [row["loss"] for row in lines(run / "evaluation.jsonl") if row["step"] == 6]
     assert [score.loss] == pytest.approx(recorded, rel=1e-6)
-    branch = config(asked, "branch", max_steps=1)
-    train_run(branch, branch=tmp_path / "run" / "checkpoint-3")
-    assert read(tmp_path / "branch" / "plan.json")["base"] == "fp8"
-    with pytest.raises(UserError, match=r"model\.base: 'fp8' → 'nf4'.*model\.base cannot change within a run"):
-        train_run(config("nf4", "stopped"), resume=True)
+    train_run(config("auto", "branch", max_steps=1), branch=tmp_path / "run" / "checkpoint-3")
+    assert read(tmp_path / "branch" / "plan.json")["base"] == chosen
+    train_run(config(chosen, "stopped"), resume=True)
+    assert not (run / "changes.jsonl").exists()
+    refused = rf"model\.base: '{chosen}' → '{other}'"
+    with pytest.raises(UserError, match=rf"{refused}.*model\.base cannot change within a run"):
+        train_run(config(other, "stopped"), resume=True)
+    with pytest.raises(UserError, match=refused):
+        train_run(config(other, "another", max_steps=1), branch=tmp_path / "run" / "checkpoint-3")
+
+
+@pytest.mark.parametrize(("chosen", "card", "later"), [("fp8", HOPPER, None), ("nf4", AMPERE, HOPPER)], ids=str)
+def test_a_base_that_auto_chose_is_kept_by_a_run_that_was_killed_before_its_plan_was_written(
+    chosen: str,
+    card: Card,
+    later: Card | None,
+    llama_folder: Path,
+    korean_corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, run = with_base_of("auto", llama_folder, korean_corpus, tmp_path / "run"), tmp_path / "run"
+
+    def killed(folder: RunFolder, name: str, tree: Any) -> None:
+        raise KeyboardInterrupt(name)
+
+    on(card, monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=r"plan\.json"):
+        patch.setattr(RunFolder, "write_json", killed)
+        train_run(config)
+    assert (run / "run.yaml").is_file() and not (run / "plan.json").exists()
+    on(later, monkeypatch)
+    train_run(config, resume=True)
+    assert recorded_config(run / "run.yaml").model.base == read(run / "plan.json")["base"] == chosen
+
+
+def test_a_run_whose_file_says_auto_keeps_what_its_plan_says(
+    finished: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    """As run files said before they named it."""
+    run = stopped(finished, tmp_path / "run")
+    given = config_of(llama_folder, korean_corpus, run, fused="on").model_dump()
+    given["model"]["base"] = "auto"
+    (run / "run.yaml").write_text(parse_config(given).to_yaml(), encoding="utf-8")
+    train_run(parse_config(given), resume=True)
+    assert read(run / "plan.json")["base"] == "fp8"
+
+
+_TWO_CARDS = """
+import os
+from steep import cli, plan
+from steep.model.machine import Card
+
+capability = ((9, 0), (8, 6))[int(os.environ["RANK"])]
+plan.card_here = lambda: Card("fake", capability, 2**34, 2**34)
+cli.main()
+"""
+
+
+def test_each_process_has_the_base_of_the_first_whatever_its_own_card(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, quick: ForkServer
+) -> None:
+    script, file = tmp_path / "two_cards.py", tmp_path / "run.yaml"
+    script.write_text(_TWO_CARDS, encoding="utf-8")
+    config = with_base_of("auto", llama_folder, korean_corpus, tmp_path / "run", max_steps=4, save_steps=4)
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    assert done(quick.python(torchrun(script, "train", file), tmp_path)).code == 0
+    plan = read(tmp_path / "run" / "plan.json")
+    assert (plan["base"], plan["processes"], plan["fp8_products"]) == ("fp8", 2, "both")
+    proof = read(tmp_path / "run" / "proof.json")
+    assert proof["ok"], proof
 
 
 def test_a_published_checkpoints_base_may_be_named_or_not(
@@ -381,8 +471,7 @@ def recorded_worse(run: Path, folder: Path) -> Path:
 
 
 def without_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    ampere = Card("fake", (8, 6), 2**34, 2**34)
-    monkeypatch.setattr("steep.plan.card_here", lambda: ampere)
+    on(AMPERE, monkeypatch)
     monkeypatch.setattr(result, "lacks_fp8_units", lambda: True)
 
 

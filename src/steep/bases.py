@@ -16,7 +16,7 @@ from steep.model.machine import Card
 from steep.schema import RunConfig
 
 SHOWN = (*QUANTISED, "bf16")
-AUTO, FASTER = "auto", "fp8"
+AUTO, FASTER, ELSE = "auto", "fp8", "nf4"
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ def _sizes(config: RunConfig, ground: Ground, base: str) -> Sizes | None:
 
 def with_base(config: RunConfig, ground: Ground) -> tuple[RunConfig, str | None]:
     """`config` with what `model.base: auto` is for a new run from a 16-bit checkpoint, and why: fp8 where the card
-    multiplies in it and a step fits, which is faster than NF4 and closer to the checkpoint (docs/recipe.md). No timer
-    has a part in it. As it is, without a reason, where there is no card, or no choice: a base is named, a checkpoint
-    is stored in one, or steps were made over one.
+    multiplies in it and a step fits, which is faster than NF4 and closer to the checkpoint (docs/recipe.md), else nf4.
+    No timer has a part in it. As it is, without a reason, where there is no card, or no choice: a base is named, a
+    checkpoint is stored in one, or steps were made over one.
     """
     if config.model.base != AUTO or ground.resolved.quantization is not None:
         return config, None
@@ -98,7 +98,7 @@ def with_base(config: RunConfig, ground: Ground) -> tuple[RunConfig, str | None]
         return config, None
     reason = _why_not_faster(config, ground, ground.card, ground.budget)
     if reason is not None:
-        return config, reason
+        return changed(config, {"model.base": ELSE}), reason
     return changed(config, {"model.base": FASTER}), "the card multiplies in fp8, and a step fits"
 
 

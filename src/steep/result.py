@@ -52,7 +52,7 @@ def finished(run_dir: str | Path, *, trust_remote_code: bool = False) -> tuple[R
     if not (folder / "run.yaml").is_file():
         raise UserError("run folder", f"{folder.path} holds no run", "Give the output_dir of a run, such as runs/ko.")
     folder.refuse_links()
-    config = with_chosen_base(recorded_config(folder / "run.yaml"), folder)
+    config = with_chosen_base(recorded_config(folder / "run.yaml"), folder, "run folder")
     if not folder.final.is_dir():
         raise UserError(
             "run folder",

@@ -54,17 +54,26 @@ def refuse_no_run(folder: RunFolder) -> None:
     folder.refuse_links("--resume")
 
 
-def with_chosen_base(config: RunConfig, folder: RunFolder) -> RunConfig:
+def with_chosen_base(config: RunConfig, folder: RunFolder, field: str) -> RunConfig:
     """`config` with what `model.base: auto` was for the run of `folder` in its place, whatever it would be here today.
     As it is where a base is named, or none was chosen yet that is known here.
 
+    A run file names what was chosen; where there was no choice it says `auto`, as all did once, and the plan names it.
+
+    Args:
+        field: at fault, if what was recorded is damaged.
+
     Raises:
-        UserError: what was recorded is damaged.
+        UserError: it is damaged.
     """
-    plan = _plan_of(folder)
-    if config.model.base != "auto" or plan is None or plan["base"] not in BASES:
+    if config.model.base != "auto":
         return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"base": plan["base"]})})
+    base = recorded_config(folder / "run.yaml", field).model.base
+    if base == "auto":
+        base = (_plan_of(folder) or {}).get("base")
+    if base not in BASES:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"base": base})})
 
 
 def accept_changes(folder: RunFolder, config: RunConfig, done: int, allow: Collection[str] = ()) -> list[Change]:
@@ -82,8 +91,8 @@ def accept_changes(folder: RunFolder, config: RunConfig, done: int, allow: Colle
             run cannot change.
     """
     check_allowed(allow, config)
-    before = with_chosen_base(recorded_config(folder / "run.yaml", "--resume"), folder)
-    found = changes_between(before, with_chosen_base(config, folder))
+    before = with_chosen_base(recorded_config(folder / "run.yaml", "--resume"), folder, "--resume")
+    found = changes_between(before, with_chosen_base(config, folder, "--resume"))
     if any(change.field in LENGTHS for change in found):
         found = _with_length(folder, found, before, config, done)
     refused = [change for change in found if not (change.harmless or change.field in allow)]
@@ -270,10 +279,10 @@ def begin_branch(checkpoint: str | Path, config: RunConfig) -> Branch:
             "--branch", f"{parent.path} is not the folder of a run", "Give the checkpoint where its run wrote it."
         )
     parent.refuse_links("--branch")
-    before = with_chosen_base(recorded_config(parent / "run.yaml", "--branch"), parent)
+    before = with_chosen_base(recorded_config(parent / "run.yaml", "--branch"), parent, "--branch")
     changed = changes_between(
         before,
-        with_chosen_base(config, parent),
+        with_chosen_base(config, parent, "--branch"),
         lambda key: key in OWN_OF_A_BRANCH or key.startswith(("data.", "evaluation.")),
     )
     if changed:

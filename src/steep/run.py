@@ -96,7 +96,7 @@ def train_run(
         raise UserError("--allow", "it is of a run that goes on", "Give --resume too, or leave it out.")
     parent = begin_branch(branch, config) if branch is not None else None
     if parent is not None:
-        config = with_chosen_base(config, RunFolder(Path(parent.checkpoint).parent))
+        config = with_chosen_base(config, RunFolder(Path(parent.checkpoint).parent), "--branch")
     folder.refuse_data(config.data.sources)  # which nobody should be told to empty
     folder.refuse_contents(branch=parent is not None)
     commits = commits_of_parent(parent, config) if parent is not None else {}
@@ -124,7 +124,7 @@ def _resume(
 ) -> dict[str, Any]:
     folder.clear(resumed=True)
     folder.refuse_damage()
-    config = with_chosen_base(config, folder)
+    config = with_chosen_base(config, folder, "--resume")
     found = choose(folder.path)
     changes = accept_changes(folder, config, found.step if found else 0, allow)
     parent = branch_of(folder)
