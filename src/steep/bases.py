@@ -10,6 +10,7 @@ from steep.computation import Ground, Sizes
 from steep.duration import Pace
 from steep.errors import UserError
 from steep.fitting import changed
+from steep.fp8_choice import FIELD, dequantised, why_none
 from steep.memory import GIB
 from steep.model.load import QUANTISED
 from steep.model.machine import Card
@@ -99,7 +100,11 @@ def with_base(config: RunConfig, ground: Ground) -> tuple[RunConfig, str | None]
     reason = _why_not_faster(config, ground, ground.card, ground.budget)
     if reason is not None:
         return changed(config, {"model.base": ELSE}), reason
-    return changed(config, {"model.base": FASTER}), "the card multiplies in fp8, and a step fits"
+    faster = changed(config, {"model.base": FASTER})
+    computation = ground.computation(faster)
+    assert computation.layers is not None
+    but = dequantised(computation.layers, computation.compute)
+    return faster, "; ".join(["the card multiplies in fp8, and a step fits", *but])
 
 
 def _why_not_faster(config: RunConfig, ground: Ground, card: Card, budget: int) -> str | None:
@@ -112,8 +117,9 @@ def _why_not_faster(config: RunConfig, ground: Ground, card: Card, budget: int) 
         computation = ground.computation(other)
     except UserError as error:
         return f"over fp8 it cannot be: {error.field}"
-    if computation.products != "both":
-        return "not all products could be in fp8"
+    if computation.products == "none":  # asked for in one direction, they could not be over another base at all
+        asked = config.model.fp8_products
+        return f"{FIELD} is {asked}" if asked != "auto" else why_none(FASTER, computation.compute, computation.layers)
     peak = ground.sized(other, computation).peak
     if peak > budget:
         return f"over fp8 a step needs {peak / GIB:.1f} GiB, and may fill {budget / GIB:.1f}"

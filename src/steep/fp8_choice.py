@@ -49,7 +49,7 @@ def resolve_fp8_products(
     wanted = kept if asked == "auto" and kept is not None else asked
     if wanted == "none":
         return "none"
-    reason = _why_not(base, compute, layers)
+    reason = why_none(base, compute, layers)
     if reason is None and to_train and card is not None and not card.has_fp8_units:
         reason = LACKS_FP8_UNITS
     if wanted == "auto":
@@ -62,7 +62,8 @@ def resolve_fp8_products(
     return wanted
 
 
-def _why_not(base: str, compute: str, layers: Sequence[Layer] | None) -> str | None:
+def why_none(base: str, compute: str, layers: Sequence[Layer] | None) -> str | None:
+    """Why no product of a run can be in fp8, on whatever card; None: some can."""
     if base != "fp8":
         return f"model.base is {base}"
     if layers is None:
