@@ -15,6 +15,7 @@ import torch
 
 from steep.data.packing import Corpus
 from steep.errors import RunError, UserError
+from steep.kernels import OLDEST_FP8_CARD
 from steep.training.deterministic import deterministic, prepare_cublas
 from tests.test_run import lines, run_file
 from tests.training.helpers import AtStep, adapted, losses, trainer_for
@@ -92,7 +93,9 @@ def test_cublas_has_to_know_before_its_first_product(monkeypatch: pytest.MonkeyP
 @pytest.mark.gpu
 @pytest.mark.parametrize("fused", ["on", "off"])
 @pytest.mark.parametrize("trained_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("base", ["nf4", "fp8"])
 def test_on_a_card_the_bits_are_the_same(
+    base: str,
     trained_dtype: str,
     fused: str,
     llama_folder: Path,
@@ -109,7 +112,7 @@ def test_on_a_card_the_bits_are_the_same(
             llama_folder,
             korean_corpus,
             folder,
-            model={"base": "nf4", "trained_dtype": trained_dtype, "fused": fused},
+            model={"base": base, "trained_dtype": trained_dtype, "fused": fused},
             adapter={"lora_dropout": 0.0 if fused == "on" else 0.1},
             training={"deterministic": True, "gradient_accumulation_steps": 3, "save_total_limit": None},
         )
@@ -129,6 +132,8 @@ def test_on_a_card_the_bits_are_the_same(
         )
 
     one, two = train("one"), train("two")
+    if base == "fp8" and fused == "on" and torch.cuda.get_device_capability() >= OLDEST_FP8_CARD:
+        assert json.loads((one / "plan.json").read_text(encoding="utf-8"))["fp8_products"] == "both"
     assert kept(one) == kept(two)
     shutil.rmtree(two / "checkpoint-6")
     shutil.rmtree(two / "final")
