@@ -180,7 +180,9 @@ def test_a_base_that_auto_chose_is_kept(
         train_run(config(other, "another", max_steps=1), branch=tmp_path / "run" / "checkpoint-3")
 
 
-@pytest.mark.parametrize(("chosen", "card", "later"), [("fp8", HOPPER, None), ("nf4", AMPERE, HOPPER)], ids=str)
+@pytest.mark.parametrize(
+    ("chosen", "card", "later"), [("fp8", HOPPER, None), ("nf4", AMPERE, HOPPER)], ids=["fp8", "nf4"]
+)
 def test_a_base_that_auto_chose_is_kept_by_a_run_that_was_killed_before_its_plan_was_written(
     chosen: str,
     card: Card,
