@@ -1,6 +1,6 @@
 """Builds kernels to machine code for cards that are not there, and says what each needs of a card.
 
-    python -m tests.kernels.machine_code [--planted]
+    python -m tests.kernels.machine_code [--planted | --one-sum]
 
 Prints one line of JSON a build. A process of its own, since one process either interprets kernels or compiles them:
 TRITON_INTERPRET must not be set. Nothing is read from or left in Triton's cache.
@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -31,10 +32,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import steep.kernels
+from steep.kernels import fp8_linear
 from steep.kernels.compilation import Compilation, Type
 
 # Compute capability: KiB of shared memory that a block can have.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+ENDLESS = 2**30  # columns of a sum whose beginning is not in sight
 ALL_BUILT_FOR = 90  # what is launched there is launched on the others too, but for tiles; two fifths of all builds
 
 
@@ -130,17 +133,49 @@ def build(compilation: Compilation, capability: int) -> dict[str, object]:
     return told | {"e4m3_summed": e4m3_summed(built.asm["ptx"])}
 
 
+_MOVE = re.compile(r"\s*mov\.b32\s+(%\w+), (\S+);")
+_SYNC = re.compile(r"\smma\.sync\S*k(\d+)\.\S*e4m3\.e4m3\S*\s+\{\s*([^}]*?)\s*\}.*\{\s*(%\w+)[^{]*\};")
+_ASYNC = re.compile(r"\swgmma\.mma_async\S*k(\d+)\.f32\.e4m3\S*\s+\{\s*(%\w+).*, (\S+), 1, 1;")
+
+
 def e4m3_summed(ptx: str) -> int:
-    """How many columns Hopper's cores add in e4m3 into one sum, at most, before something waits for it."""
-    longest, runs = 0, Counter[str]()
-    for line in ptx.splitlines():
-        if "wgmma.wait_group" in line:
-            runs.clear()
-        product = re.search(r"wgmma\.mma_async\S*k(\d+)\.f32\.e4m3\S*\s+\{\s*(%\w+)", line)
-        if product:
-            runs[product[2]] += int(product[1])
-            longest = max(longest, runs[product[2]])
-    return longest
+    """How many columns the cores of Ada, Hopper (wgmma) and later ones without tensor memory add in e4m3 into one sum,
+    at most, that began at zero within the same pass of a loop; ENDLESS where it goes on with what was there before.
+    Hopper's cores are waited for, too: so many at most before something waits for them."""
+    lines = ptx.splitlines()
+    zeros = _zeros(lines)
+    longest, sums, unawaited = 0, dict[str, int](), Counter[str]()
+    for line in lines:
+        if line.startswith("$L__BB"):  # what is in registers comes from elsewhere
+            sums.clear()
+        elif "wgmma.wait_group" in line:
+            unawaited.clear()
+        elif move := _MOVE.match(line):
+            known = 0 if move[2] in zeros else sums.get(move[2])
+            sums.pop(move[1], None)
+            if known is not None:
+                sums[move[1]] = known
+        elif product := _SYNC.search(line):
+            into = product[2].split(",")[0]
+            sums[into] = sums.get(product[3], ENDLESS) + int(product[1])
+            longest = max(longest, sums[into])
+        elif product := _ASYNC.search(line):
+            before = 0 if product[3] == "0" else sums.get(product[2], ENDLESS)
+            sums[product[2]] = before + int(product[1])
+            unawaited[product[2]] += int(product[1])
+            longest = max(longest, sums[product[2]], unawaited[product[2]])
+    return min(longest, ENDLESS)
+
+
+def _zeros(lines: list[str]) -> set[str]:
+    """The number 0, and registers that never hold anything else."""
+    found: dict[str, bool] = {}
+    for line in lines:
+        if move := _MOVE.match(line):
+            found[move[1]] = found.get(move[1], True) and move[2] == "0"
+        elif product := _SYNC.search(line):
+            found |= dict.fromkeys(product[2].split(", "), False)
+    return {"0", *(register for register, is_zero in found.items() if is_zero)}
 
 
 @triton.jit
@@ -157,6 +192,13 @@ def planted() -> Compilation:
     return Compilation(_wide_kernel, signature, {"SIZE": 128, "DEPTH": 256}, num_warps=8)
 
 
+def one_sum(capability: int) -> Compilation:
+    """A product in e4m3 that goes on with one sum over all columns, as it is for cards with tensor memory only."""
+    kernel = fp8_linear.fp8_product_kernel
+    split = next(each for each in built_for(capability) if each.kernel is kernel and each.constants["SPLIT"])
+    return replace(split, constants={**split.constants, "SPLIT": False})
+
+
 def _work(job: tuple[int, int]) -> dict[str, object]:
     capability, place = job
     return build(built_for(capability)[place], capability)
@@ -170,6 +212,10 @@ def main() -> None:
         if sys.argv[1:] == ["--planted"]:
             results: Iterator[dict[str, object]] = iter([build(planted(), capability) for capability in (86, 90)])
             print("\n".join(map(json.dumps, results)))
+            return
+        if sys.argv[1:] == ["--one-sum"]:
+            for capability in (89, 90, 120):
+                print(json.dumps(build(one_sum(capability), capability)))
             return
         jobs = [(capability, place) for capability in SHARED_KIB for place in range(len(built_for(capability)))]
         with multiprocessing.get_context("fork").Pool(2) as pool:

@@ -3,6 +3,7 @@ process of its own."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from steep.kernels import OLDEST_CARD
 from tests.kernels.machine_code import (
     ALL_BUILT_FOR,
+    ENDLESS,
     SHARED_KIB,
     built_for,
     compilations,
@@ -60,12 +62,25 @@ def test_every_kernel_fits_on_the_card(capability: int, builds: list[Build]) -> 
     assert [(build["kernel"], build["constants"], found) for build in own if (found := faults(build))] == []
 
 
-def test_sums_in_e4m3_are_split_on_hopper(builds: list[Build]) -> None:
-    """Its cores add them in a short accumulator: 128 columns at a time, and what adds these in fp32 waits for each."""
+@pytest.mark.parametrize("capability", [89, 90, 120])
+def test_sums_in_e4m3_are_split(capability: int, builds: list[Build]) -> None:
+    """The cores add them in a short accumulator: as many columns as are read at a time, 128 at most, and what adds
+    these in fp32 waits for each."""
     products = [
-        build for build in builds if build["kernel"] == "fp8_linear.fp8_product_kernel" and build["capability"] == 90
+        build
+        for build in builds
+        if build["kernel"] == "fp8_linear.fp8_product_kernel" and build["capability"] == capability
     ]
-    assert [build["e4m3_summed"] for build in products] == [128] * len(products) != []
+    depths = [ast.literal_eval(str(build["constants"]))["DEPTH"] for build in products]
+    assert [build["e4m3_summed"] for build in products] == depths != []
+    assert max(depths) <= 128
+
+
+def test_one_sum_over_all_columns_is_seen() -> None:
+    builds = run("--one-sum")
+    assert [(build["capability"], build["e4m3_summed"]) for build in builds] == [
+        (capability, ENDLESS) for capability in (89, 90, 120)
+    ]
 
 
 def test_a_kernel_with_too_much_shared_memory_fails() -> None:
