@@ -8,8 +8,8 @@ loaded a tiny model before: imports, the GPU's start and the building of kernels
 pass over all weight files with one thread, 16 MiB at a time, into memory that is there already. The random weights are
 made once (--weights): put them on the disk that is meant.
 
-Beside the seconds stands what the load needed: the peak of the process's own host memory (RssAnon, looked at every
-millisecond; pages of the files do not count) above what it had before; and the peak of the GPU, which should not be
+Beside the seconds stands what the load needed: the peak of the process's own host memory (RssAnon, looked at every 5
+milliseconds; pages of the files do not count) above what it had before; and the peak of the GPU, which should not be
 above what stays there (`kept`) and the largest layer in 16 bits. --layers takes so many of a shape that the disk cannot
 hold as a whole.
 

@@ -49,7 +49,8 @@ class Merger:
     Args:
         resolved: the base, a folder or hub name in safetensors (a GGUF file after `steep.model.load.as_folder`).
         adapter: what was trained over it.
-        base: what the run kept the base's linear layers in: ``nf4``, ``int8``, ``bf16``, ``fp16`` or ``fp32``.
+        base: what the run kept the base's linear layers in: ``nf4``, ``int8``, ``fp8``, ``bf16``, ``fp16`` or
+            ``fp32``.
         compute_dtype: what the run computes in on this machine.
 
     Raises:

@@ -80,7 +80,8 @@ def load(
         name: hub name, folder, or ``.gguf`` file (converted once into the cache, in 16 bit).
         base: what the linear layers' weights are kept in: ``auto | nf4 | int8 | fp8 | bf16 | fp16 | fp32``. ``nf4`` is
             4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023), ``fp8`` is e4m3 with a scale a
-            row (or as a checkpoint is published in it).
+            row (or as a checkpoint is published in it). ``auto`` is what a quantised checkpoint is stored in, else
+            ``nf4``: no step is planned here, by which `steep train` may choose ``fp8``.
         compute_dtype: ``auto | bf16 | fp16 | fp32``: what products run in, and what is not quantised is kept in.
         rope_scaling: of its positions, in place of its own, such as ``{"rope_type": "yarn", "factor": 4.0}``.
 
