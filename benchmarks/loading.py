@@ -10,8 +10,9 @@ made once (--weights): put them on the disk that is meant.
 
 Beside the seconds stands what the load needed: the peak of the process's own host memory (RssAnon, looked at every 5
 milliseconds; pages of the files do not count) above what it had before; and the peak of the GPU, which should not be
-above what stays there (`kept`) and the largest layer in 16 bits. --layers takes so many of a shape that the disk cannot
-hold as a whole.
+above what stays there (`kept`, without the scales of bitsandbytes' bases) and the largest layer in 16 bits. --layers
+takes so many of a shape that the disk cannot hold as a whole: --shape llama-3-70b --layers 24 is 42 GiB, and asks for
+--bases fp8 --repeats 1 where time is short. What does not fit on the disk is refused before it is made.
 
 Files are cold: before each, the system is asked to drop their pages (posix_fadvise, which needs no rights), and what
 still is in memory is asked for (mincore) and stands in the line as `resident`: 0 is cold, and a system that does not
@@ -28,6 +29,7 @@ import ctypes
 import json
 import mmap
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,7 +44,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import append, command, gpu_name, results_file, versions
-from benchmarks.shapes import SHAPES, write
+from benchmarks.shapes import SHAPES, empty_model, is_written, write
 
 BASES = ("nf4", "fp8", "bf16")
 PIECE = 2**24
@@ -64,6 +66,24 @@ def parse(words: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(words)
     arguments.weights = arguments.weights or Path(tempfile.gettempdir()) / "steep-benchmarks"
     return arguments
+
+
+def refuse_full_disk(shape: str, layers: int | None, folder: Path) -> None:
+    """
+    Raises:
+        SystemExit: the weights, which are not there yet, would not fit.
+    """
+    if is_written(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = 2 * sum(each.numel() for each in empty_model(shape, layers).parameters())
+    there = sum(file.stat().st_size for file in weight_files(folder))  # of a process that was ended
+    free = shutil.disk_usage(folder).free + there
+    if needed > free:
+        raise SystemExit(
+            f"{folder} needs {needed / GIB:.1f} GiB, and its disk has {free / GIB:.1f} free: delete what "
+            f"{folder.parent} holds of other shapes, or give --weights another disk or fewer --layers."
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -189,9 +209,10 @@ def main(words: list[str] | None = None) -> None:
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     shapes = ((arguments.shape, arguments.layers), ("tiny", None))
+    places = [arguments.weights / f"{_name(shape, layers)}-{arguments.device}" for shape, layers in shapes]
+    refuse_full_disk(*shapes[0], places[0])
     folder, tiny = (
-        write(shape, arguments.weights / f"{_name(shape, layers)}-{arguments.device}", arguments.device, layers)
-        for shape, layers in shapes
+        write(shape, place, arguments.device, layers) for (shape, layers), place in zip(shapes, places, strict=True)
     )
     if arguments.device == "cuda":
         torch.cuda.empty_cache()

@@ -53,7 +53,9 @@ def milliseconds(
 
 def sustained_milliseconds(launch: Callable[[], object], seconds: float) -> float:
     """Mean time of a launch that is repeated for `seconds`, after half as long that is not counted: the card's clocks
-    are then those of work that goes on, which its power limits."""
+    are then those of work that goes on, which its power limits. Kernels are compiled before."""
+    launch()
+    torch.cuda.synchronize()
     begun, count = time.perf_counter(), 0
     while time.perf_counter() - begun < seconds / 2:
         launch()

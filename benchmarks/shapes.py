@@ -86,6 +86,11 @@ def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
+def is_written(folder: Path) -> bool:
+    """Whether `write` has come to its end there."""
+    return (folder / "model.safetensors.index.json").exists()
+
+
 def write(shape: str, folder: Path, device: str, layers: int | None = None, *, in_nf4: bool = False) -> Path:
     """A folder with config, tokenizer and random bf16 weights, the same for the same device; one there stays. A layer
     at a time is in memory, beside the embeddings.
@@ -93,7 +98,7 @@ def write(shape: str, folder: Path, device: str, layers: int | None = None, *, i
     Args:
         in_nf4: linear layers are quantised as they are made, as bitsandbytes has them in a checkpoint.
     """
-    if (folder / "model.safetensors.index.json").exists():
+    if is_written(folder):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     model = empty_model(shape, layers)

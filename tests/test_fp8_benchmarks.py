@@ -8,6 +8,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -330,6 +331,20 @@ def test_a_shape_may_have_fewer_layers(tmp_path: Path) -> None:
     index = json.loads((part / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 2 * sum(each.numel() for each in empty_model("tiny", 1).parameters())
     assert AutoModelForCausalLM.from_pretrained(part).config.num_hidden_layers == 1
+
+
+def test_weights_that_do_not_fit_on_the_disk_are_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 2 * sum(each.numel() for each in empty_model("tiny").parameters())
+    folder, words = tmp_path / "tiny-cpu", ["--device", "cpu", "--shape", "tiny", "--weights", str(tmp_path)]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=size - 1))
+    with pytest.raises(SystemExit, match=r"tiny-cpu needs 0\.0 GiB, and its disk has 0\.0 free: delete what"):
+        loading.main(words)
+    assert not list(folder.iterdir())
+    write("tiny", folder, "cpu")
+    loading.refuse_full_disk("tiny", None, folder)  # they are there
+    (folder / "model.safetensors.index.json").unlink()
+    loading.refuse_full_disk("tiny", None, folder)  # they are written over
 
 
 def test_own_memory_is_watched(tmp_path: Path) -> None:

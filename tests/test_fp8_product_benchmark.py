@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import fp8
+from benchmarks import fp8, measuring
 
 
 @pytest.fixture
@@ -65,6 +65,43 @@ def test_the_share_is_of_products_quantisation_and_transposition(
     assert rows[0]["tflop_s"] == pytest.approx(2 * 2 * 48 * linear / 0.9e-3 / 1e12)
     assert rows[0]["ms_a_step"] == pytest.approx(32 * 0.9)
     assert "75.0% of the bare fp8 products' speed, 75.9% with adapters" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small")
+def test_what_was_timed_is_kept_when_a_later_line_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "sustained_milliseconds", lambda launch, seconds: 1.0)
+    monkeypatch.setattr(fp8, "TOLERANCE", 0.0)
+    out = tmp_path / "rows.jsonl"
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        fp8.main(["--tokens", "48", "--out", str(out)])
+    kept = [json.loads(line)["what"] for line in out.read_text().splitlines()]
+    assert kept == ["bare fp8", "bare fp8, exact", "bare bf16", "bare adapters"]
+
+
+def test_a_kernel_is_compiled_before_the_clock_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first launch takes longer than what is repeated for: counted, it would be the only one before two."""
+    now, launches = 0.0, list[float]()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = now
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1e3 * (other.at - self.at)
+
+    def launch() -> None:
+        nonlocal now
+        launches.append(now)
+        now += 0.125 if len(launches) > 1 else 30
+
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert measuring.sustained_milliseconds(launch, 4) == pytest.approx(125)
+    assert len(launches) == 1 + 16 + 32
 
 
 def test_producers_write_the_rows_that_products_read(small: None) -> None:
