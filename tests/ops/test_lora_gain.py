@@ -128,9 +128,9 @@ def test_gain_over_fp8(path, exact, of_gradient) -> None:
 
 
 @triton.jit
-def _rounded(total, row_factor, weight_scale, columns, num_columns):
+def _rounded(total, x_scale_at, weight_scale, columns, num_columns):
     """As the kernel's `_scaled`, but that the product is rounded to bf16 before the adapter's is added."""
-    total *= row_factor[:, None]
+    total *= tl.load(x_scale_at)[:, None]
     total *= tl.load(weight_scale + columns, mask=columns < num_columns, other=0.0)[None, :]
     return total.to(tl.bfloat16).to(tl.float32)
 
