@@ -4,10 +4,12 @@
     python -m benchmarks.planned [--check]
 
 With --run each case of CASES is a few steps of `steep train` by `python -m benchmarks.train` in a process of its own,
-which appends its line to `benchmarks/results/DATE-GPU-planned.jsonl`; each GPU of the machine takes the next case, so
-their times are not to be compared. Without, the table in docs/fused-step.md is written from these lines and from those
-of `*-train.jsonl` that have a plan; with --check nothing is written, and the exit code is 1 where it is not in step.
-A peak is of allocated memory, scoring of the base included, and a plan is made before the weights load.
+which appends its line to `benchmarks/results/DATE-GPU-planned.jsonl`. Each GPU of the machine takes the next case, so
+their times are not to be compared, and each run has a fixed amount of the host's memory. One that fails has a line too,
+since a plan that was too small ends its run at the limit. Without --run, the table in docs/fused-step.md is written
+from these lines and from those of `*-train.jsonl` that have a plan; with --check nothing is written, and the exit code
+is 1 where it is not in step. A peak is of allocated memory, scoring of the base included, and a plan is made before the
+weights load.
 """
 
 from __future__ import annotations
@@ -15,24 +17,30 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.measuring import RESULTS, results_file
-from benchmarks.shapes import SHAPES, write
+from benchmarks.shapes import SHAPES, empty_model, write
+from benchmarks.table import RANK
 
 PAGE = Path(__file__).parent.parent / "docs" / "fused-step.md"
 BEGIN, END = "<!-- benchmarks.planned: begin -->", "<!-- benchmarks.planned: end -->"
 STEPS = 5, 2  # and of at least LONG tokens
 LONG = 65_536
+HOST = "--training.host_memory 96GiB"  # of each run, whatever others beside it take
+GIB = 2**30
 
 Row = dict[str, Any]
 
@@ -71,9 +79,28 @@ CASES = [  # what takes longest is begun first
 def words_of(case: Case, weights: Path, out: Path) -> list[str]:
     """Of `python -m benchmarks.train`."""
     steps = STEPS[case.batch * case.seq >= LONG]
-    given = {**case._asdict(), "steps": steps, "warm-up": 1, "weights": weights, "out": out}
+    given = {**case._asdict(), "steps": steps, "warm-up": 1, "weights": weights, "out": out, "steep-args": HOST}
     names = {"peer": "peers", "cap_gib": "cap-gib"}
-    return [word for name, value in given.items() for word in (f"--{names.get(name, name)}", str(value))]
+    return [f"--{names.get(name, name)}={value}" for name, value in given.items()]
+
+
+def refuse_full_disk(cases: Iterable[Case], weights: Path) -> None:
+    """
+    Raises:
+        SystemExit: the weights of all shapes would not fit.
+    """
+    needed = 0
+    for shape, stored in {(case.shape, case.stored) for case in cases}:
+        for name, tensor in empty_model(shape).named_parameters():
+            in_nf4 = stored == "nf4" and ".layers." in name and tensor.ndim == 2
+            needed += round(tensor.numel() * (0.53 if in_nf4 else 2))
+    weights.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(weights).free + sum(file.stat().st_size for file in weights.rglob("*.safetensors"))
+    if needed > free:
+        raise SystemExit(
+            f"--weights: {weights} needs {needed / GIB:.0f} GiB, and its disk has {free / GIB:.0f}: give another one, "
+            "or fewer --cases."
+        )
 
 
 def run(cases: list[Case], weights: Path, out: Path) -> list[Case]:
@@ -82,13 +109,15 @@ def run(cases: list[Case], weights: Path, out: Path) -> list[Case]:
     for gpu in range(torch.cuda.device_count()):
         gpus.put(gpu)
     listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    for shape, stored in dict.fromkeys((case.shape, case.stored) for case in cases):
-        write(shape, weights / f"{shape}-cuda{'-nf4' * (stored == 'nf4')}", "cuda", in_nf4=stored == "nf4")
-    torch.cuda.empty_cache()
+    writing: dict[tuple[str, str], Lock] = defaultdict(Lock)
 
     def of(case: Case) -> int:
         gpu = gpus.get()
         try:
+            with writing[case.shape, case.stored], torch.cuda.device(gpu):  # once, by the first that needs them
+                in_nf4 = case.stored == "nf4"
+                write(case.shape, weights / f"{case.shape}-cuda{'-nf4' * in_nf4}", "cuda", in_nf4=in_nf4)
+                torch.cuda.empty_cache()
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": listed[gpu] if listed[0] else str(gpu)}
             words = [sys.executable, "-m", "benchmarks.train", *words_of(case, weights, out)]
             return subprocess.run(words, env=environment, check=False).returncode
@@ -100,15 +129,19 @@ def run(cases: list[Case], weights: Path, out: Path) -> list[Case]:
 
 
 def rows_of(folder: Path) -> list[Row]:
-    """All lines of a fused run of a real shape that has a plan and a peak, the oldest first."""
-    files = [file for name in ("train", "planned") for file in folder.glob(f"*-{name}.jsonl")]
-    rows = (json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines())
-    return sorted(filter(belongs, rows), key=lambda row: row["call"])
+    """All lines of a fused run of a real shape that has a plan and a peak, or that failed here, the oldest first."""
+    found: list[Row] = []
+    for name in ("train", "planned"):
+        for file in folder.glob(f"*-{name}.jsonl"):
+            rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            found += (row for row in rows if (name == "planned" and "failed" in row) or belongs(row))
+    return sorted(found, key=lambda row: row["call"])
 
 
 def belongs(row: Row) -> bool:
     has_both = row.get("planned_gib") is not None and row.get("peak_allocated_gib") is not None
-    return has_both and row["gpu"] != "none" and row["fused"] and row["shape"] != "tiny" and not row["steep_args"]
+    as_it_is = row["r"] == RANK and row["steep_args"] in ("", HOST)
+    return has_both and as_it_is and row["gpu"] != "none" and row["fused"] and row["shape"] != "tiny"
 
 
 def deviation(row: Row) -> float:
@@ -122,20 +155,18 @@ def table(rows: Iterable[Row]) -> str:
     newest: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         work = order.index(row["shape"]), row["batch"], row["seq"], row["packed"], row["peer"]
-        newest[*work, round(row["cap_gib"] or 0, 1)] = row
+        newest[*work, row["gpu"], round(row["cap_gib"] or 0, 1)] = row
     if not newest:
         return ""
     lines = []
     for key, row in sorted(newest.items()):
-        levels, places = row["levels"], row["places"] or ()
-        cells = (
+        work = (
             row["shape"], f"{row['batch']} × {row['seq']:,}{' packed' * row['packed']}", row["peer"], key[-1] or "–",
-            ", ".join(f"{levels.count(level)} × {level}" for level in sorted(set(levels))),
-            sum(place != "gpu" for place in places) or "–",
-            f"{row['planned_gib']:.2f}", f"{row['peak_allocated_gib']:.2f}", f"{deviation(row):+.1%}",
         )  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    off = max(abs(deviation(row)) for row in newest.values())
+        lines.append(f"| {' | '.join(map(str, (*work, *_found(row))))} |")
+    done = [row for row in newest.values() if "failed" not in row]
+    off = f"{max(abs(deviation(row)) for row in done):.1%}" if done else "–"
+    failed = f", {len(newest) - len(done)} of which failed" * (len(done) < len(newest))
     head = (
         "shape", "rows", "run", "within, GiB allocated", "layers × level", "with host memory", "planned", "measured",
         "off by",
@@ -143,7 +174,7 @@ def table(rows: Iterable[Row]) -> str:
     gpus = ", ".join(sorted({row["gpu"].removeprefix("NVIDIA ") for row in newest.values()}))
     return "\n".join(
         [
-            f"{len(newest)} runs ({gpus}), GiB; the plan that is furthest off is so by {off:.1%}. `steep-lean`",
+            f"{len(newest)} runs ({gpus}){failed}, GiB; the plan that is furthest off is so by {off}. `steep-lean`",
             "is [updates inside backward](#updates-inside-backward), states in host memory; `steep-fp8` a base in fp8.",
             "",
             f"| {' | '.join(head)} |",
@@ -151,6 +182,17 @@ def table(rows: Iterable[Row]) -> str:
             *lines,
         ]
     )
+
+
+def _found(row: Row) -> tuple[object, ...]:
+    if "failed" in row:
+        return "–", "–", "–", row["failed"].replace("|", "/"), "–"
+    levels, places = row["levels"], row["places"] or ()
+    return (
+        ", ".join(f"{levels.count(level)} × {level}" for level in sorted(set(levels))),
+        sum(place != "gpu" for place in places) or "–",
+        f"{row['planned_gib']:.2f}", f"{row['peak_allocated_gib']:.2f}", f"{deviation(row):+.1%}",
+    )  # fmt: skip
 
 
 def in_step(text: str, rows: Iterable[Row]) -> str:
@@ -172,7 +214,9 @@ def main() -> None:
         if not torch.cuda.is_available():
             raise SystemExit("there is no GPU, whose memory this measures.")
         numbers = map(int, arguments.cases.split(",")) if arguments.cases else range(len(CASES))
-        failed = run([CASES[number] for number in numbers], arguments.weights, arguments.out or results_file("planned"))
+        cases = [CASES[number] for number in numbers]
+        refuse_full_disk(cases, arguments.weights)
+        failed = run(cases, arguments.weights, arguments.out or results_file("planned"))
         for case in failed:
             print(f"failed: {case}", file=sys.stderr)
         sys.exit(bool(failed))

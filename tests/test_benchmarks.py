@@ -688,6 +688,7 @@ def test_a_plan_stands_beside_the_newest_peak_of_its_work(tmp_path: Path) -> Non
         run_of("3", 8.0, shape="tiny"),
         run_of("3", 8.0, fused=False, levels=None),
         run_of("3", 8.0, steep_args="--training.seed 1"),
+        run_of("3", 8.0, r=8),
         {**timed("steep", 0.4, "3"), "failed": "no"},
     ]
     rows = [run_of("1", 20.0), run_of("2", 9.538), run_of("2", 10.542, batch=16, places=None), *left_out]
@@ -701,6 +702,11 @@ def test_a_plan_stands_beside_the_newest_peak_of_its_work(tmp_path: Path) -> Non
         "| llama-3-8b | 2 × 2,048 | steep | 9.0 | 1 × 0, 2 × 1 | 2 | 9.54 | 10.04 | -5.0% |",
         "| llama-3-8b | 16 × 2,048 | steep | 9.0 | 1 × 0, 2 × 1 | – | 10.54 | 10.04 | +5.0% |",
     ]
+    over = {key: value for key, value in run_of("4", 0.0).items() if "gib" not in key or key == "cap_gib"}
+    (tmp_path / "c-planned.jsonl").write_text(json.dumps({**over, "failed": "its peak was 9.20 GiB"}) + "\n")
+    shown = planned.table(planned.rows_of(tmp_path))
+    assert "2 runs (H200), 1 of which failed, GiB" in shown
+    assert "| llama-3-8b | 2 × 2,048 | steep | 9.0 | – | – | – | its peak was 9.20 GiB | – |" in shown
 
 
 def test_a_case_is_a_call_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -711,3 +717,7 @@ def test_a_case_is_a_call_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.M
         train.refuse(arguments, [case.peer])
         assert (arguments.shape, arguments.peers, arguments.cap_gib) == (case.shape, case.peer, case.cap_gib)
         assert arguments.weights == tmp_path and arguments.stored == case.stored
+        assert arguments.steep_args == planned.HOST
+    with pytest.raises(SystemExit, match=r"--weights: .* needs 61 GiB, and its disk has 1: "):
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=train.GIB))
+        planned.refuse_full_disk(planned.CASES, tmp_path)

@@ -8,7 +8,8 @@ is cut off. Over all of K at once ("fast accumulation"), a sum of one sign came 
 at most, which are then added in fp32 registers, 0.06 %. Since partial sums take as many registers as whole ones, a
 program goes through the two halves of its tile's rows in turn. Of rows, not of columns: Hopper's cores take 64 rows and
 up to 256 columns at a time from shared memory, and 64 x 128 read a quarter less from it for the same work than 64 x 64,
-which it cannot feed. Cards with tensor memory (sm_100) add in fp32, and go on with one sum.
+which it cannot feed. (Scales of blocks take the registers that 64 x 128 would need.) Cards with tensor memory (sm_100)
+add in fp32, and go on with one sum.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
@@ -70,7 +71,7 @@ _LARGEST = Tile(128, 128, 128, 32, 8, 3, splits=False)
 TILES: dict[tuple[int, int], Tiles] = {
     (8, 9): _WITHIN_99_KIB,
     (9, 0): Tiles(Tile(64, 128, 128, 64, 4, 3), Tile(64, 64, 128, 64, 4, 4), Tile(64, 128, 128, 64, 8, 4)),
-    (10, 0): Tiles(_LARGEST, _LARGEST, Tile(64, 128, 128, 64, 8, 4)),
+    (10, 0): Tiles(_LARGEST, _LARGEST._replace(half=64), Tile(128, 64, 128, 64, 8, 4)),
     (12, 0): _WITHIN_99_KIB,
 }
 
@@ -248,6 +249,7 @@ def product(
 ) -> None:
     """As `steep.ops.fp8_product.fp8_product`, in one launch; where a part ends within a tile, in one launch a part."""
     tile = tile or tile_of(_tiles_on(x.device), out.shape[0], out.shape[1], x_scale.dim() == 2)
+    assert x_scale.dim() == 1 or BLOCK % tile.columns == 0, "the weight has one scale at a time"
     if low is None or b is None or not any(width for *_, width in parts):
         parts = [(0, out.shape[1], 0, 0)]
         low = b = None

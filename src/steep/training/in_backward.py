@@ -49,7 +49,7 @@ def check_in_backward(args: Any, section: str = "") -> None:
         (
             "max_grad_norm",
             (args.max_grad_norm or 0) > 0,
-            f"clipping at {args.max_grad_norm:g} needs the norm of all gradients before any is applied",
+            f"clipping at {args.max_grad_norm or 0:g} needs the norm of all gradients before any is applied",
             "Set it to 0",
         ),
         (
