@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.ablation_arms import ARMS, FULL, NEW, OLD, arm_over
 from benchmarks.ablation_run import GRID, NEW_TEXTS, OLD_DOMAIN, RUN, Work
+from benchmarks.pages import with_part
 
 Row = dict[str, Any]
 Named = tuple[str, str]  # an arm, and the rung that it stands on or ""
@@ -311,6 +312,4 @@ def tell(lines: Sequence[Row], common: float) -> str:
 
 def in_docs(text: str, said: str, file: str) -> str:
     """The text of docs/evidence.md with `said` between its marks."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\nFrom `benchmarks/results/{file}`.\n\n{said}\n{END}{after}"
+    return with_part(text, BEGIN, END, f"From `benchmarks/results/{file}`.\n\n{said}")

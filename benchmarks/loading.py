@@ -44,7 +44,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import append, command, gpu_name, results_file, versions
-from benchmarks.shapes import SHAPES, empty_model, is_written, write
+from benchmarks.shapes import SHAPES, is_written, weight_bytes, write
 
 BASES = ("nf4", "fp8", "bf16")
 PIECE = 2**24
@@ -76,7 +76,7 @@ def refuse_full_disk(shape: str, layers: int | None, folder: Path) -> None:
     if is_written(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    needed = 2 * sum(each.numel() for each in empty_model(shape, layers).parameters())
+    needed = weight_bytes(shape, layers)
     there = sum(file.stat().st_size for file in weight_files(folder))  # of a process that was ended
     free = shutil.disk_usage(folder).free + there
     if needed > free:

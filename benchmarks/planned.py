@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.measuring import RESULTS, results_file
-from benchmarks.shapes import SHAPES, empty_model, write
+from benchmarks.pages import with_part
+from benchmarks.shapes import SHAPES, folder_of, weight_bytes, write
 from benchmarks.table import RANK
 
 PAGE = Path(__file__).parent.parent / "docs" / "fused-step.md"
@@ -89,11 +90,8 @@ def refuse_full_disk(cases: Iterable[Case], weights: Path) -> None:
     Raises:
         SystemExit: the weights of all shapes would not fit.
     """
-    needed = 0
-    for shape, stored in {(case.shape, case.stored) for case in cases}:
-        for name, tensor in empty_model(shape).named_parameters():
-            in_nf4 = stored == "nf4" and ".layers." in name and tensor.ndim == 2
-            needed += round(tensor.numel() * (0.53 if in_nf4 else 2))
+    made = {(case.shape, case.stored) for case in cases}
+    needed = sum(weight_bytes(shape, in_nf4=stored == "nf4") for shape, stored in made)
     weights.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(weights).free + sum(file.stat().st_size for file in weights.rglob("*.safetensors"))
     if needed > free:
@@ -116,7 +114,7 @@ def run(cases: list[Case], weights: Path, out: Path) -> list[Case]:
         try:
             with writing[case.shape, case.stored], torch.cuda.device(gpu):  # once, by the first that needs them
                 in_nf4 = case.stored == "nf4"
-                write(case.shape, weights / f"{case.shape}-cuda{'-nf4' * in_nf4}", "cuda", in_nf4=in_nf4)
+                write(case.shape, folder_of(weights, case.shape, "cuda", in_nf4=in_nf4), "cuda", in_nf4=in_nf4)
                 torch.cuda.empty_cache()
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": listed[gpu] if listed[0] else str(gpu)}
             words = [sys.executable, "-m", "benchmarks.train", *words_of(case, weights, out)]
@@ -197,9 +195,7 @@ def _found(row: Row) -> tuple[object, ...]:
 
 def in_step(text: str, rows: Iterable[Row]) -> str:
     """The page's text with the table of `rows` between its marks."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
+    return with_part(text, BEGIN, END, table(rows))
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from transformers import (
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 REST = "model-rest.safetensors"  # what is of no layer
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+NF4_BYTES = 0.53  # of a weight, with its scales
 STD, RESIDUAL_STD = 0.02, 0.02 / 8  # the second of what is added to the residual stream
 
 _LLAMA = {"model_type": "llama", "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -86,6 +87,23 @@ def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
+def folder_of(weights: Path, shape: str, device: str, *, in_nf4: bool) -> Path:
+    """Where the weights of a whole shape are, as `write` makes them on that device."""
+    return weights / f"{shape}-{device}{'-nf4' if in_nf4 else ''}"
+
+
+def weight_bytes(shape: str, layers: int | None = None, *, in_nf4: bool = False) -> int:
+    """Bytes of the files that `write` makes, about."""
+    return sum(
+        round(tensor.numel() * (NF4_BYTES if in_nf4 and _is_quantised(name, tensor) else 2))
+        for name, tensor in empty_model(shape, layers).named_parameters()
+    )
+
+
+def _is_quantised(name: str, tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 2 and ".layers." in name
+
+
 def is_written(folder: Path) -> bool:
     """Whether `write` has come to its end there."""
     return (folder / "model.safetensors.index.json").exists()
@@ -130,8 +148,7 @@ def write(shape: str, folder: Path, device: str, layers: int | None = None, *, i
             tensor = noise.mul_(std)
         file = f"model-{name.split('.')[2]}.safetensors" if ".layers." in name else REST
         total += sum(save(other) for other in list(shards) if other not in (file, REST))
-        quantises = in_nf4 and empty.ndim == 2 and ".layers." in name
-        made = _in_nf4(name, tensor) if quantises else {name: tensor}
+        made = _in_nf4(name, tensor) if in_nf4 and _is_quantised(name, empty) else {name: tensor}
         index |= dict.fromkeys(made, file)
         shards.setdefault(file, {}).update((each, value.cpu()) for each, value in made.items())
     total += sum(save(file) for file in list(shards))

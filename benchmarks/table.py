@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import RESULTS
+from benchmarks.pages import with_part
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks.table: begin -->", "<!-- benchmarks.table: end -->"
@@ -125,10 +126,7 @@ def table(rows: Iterable[Row]) -> str:
 
 def in_step(text: str, rows: Iterable[Row]) -> str:
     """The README's text with the table of `rows` between its marks."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    made = table(rows)
-    return f"{before}{BEGIN}\n{made}\n{END}{after}" if made else f"{before}{BEGIN}\n{END}{after}"
+    return with_part(text, BEGIN, END, table(rows))
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ import torch
 
 from benchmarks.measuring import append, command, gpu_name, product_flops_per_second, results_file, versions
 from benchmarks.peers import PEERS, Peer, Work, bare_loop, flash_of_the_hub, flash_package
-from benchmarks.shapes import SHAPES, config_of, flops_a_step, write
+from benchmarks.shapes import SHAPES, config_of, flops_a_step, folder_of, write
 from benchmarks.steep_run import RUNS, chosen, steep_bare, steep_script, steep_train
 from steep.vram import SHARE
 
@@ -182,7 +182,8 @@ def gpu_bytes() -> int:
 
 
 def work_of(arguments: argparse.Namespace) -> Work:
-    folder = arguments.weights / f"{arguments.shape}-{arguments.device}{'-nf4' if arguments.stored == 'nf4' else ''}"
+    in_nf4 = arguments.stored == "nf4"
+    folder = folder_of(arguments.weights, arguments.shape, arguments.device, in_nf4=in_nf4)
     return Work(
         str(folder), arguments.batch, arguments.seq, arguments.r, arguments.steps, arguments.packed, arguments.device,
         None if arguments.cap_gib == "hf" else arguments.cap_gib,

@@ -86,7 +86,8 @@ def advice(
                 f"{source['domain']}: rows hold little text. Give it new tokens (model.new_tokens), or take a "
                 "model with a vocabulary for it."
             )
-    rows, epochs = len(corpus.train), planned_epochs(config, len(corpus.train))
+    rows = len(corpus.train)
+    epochs = planned_epochs(config, rows)
     if (of_step := rows_per_step(config)) > rows:
         found.append(
             f"a step takes {of_step:,} rows and the text has {rows:,}: each step is a whole pass over it. Lower "

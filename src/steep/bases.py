@@ -97,30 +97,26 @@ def with_base(config: RunConfig, ground: Ground) -> tuple[RunConfig, str | None]
         return config, None
     if ground.before is not None or not ground.to_train or ground.card is None or ground.budget is None:
         return config, None
-    reason = _why_not_faster(config, ground, ground.card, ground.budget)
-    if reason is not None:
-        return changed(config, {"model.base": ELSE}), reason
-    faster = changed(config, {"model.base": FASTER})
-    computation = ground.computation(faster)
-    assert computation.layers is not None
-    but = dequantised(computation.layers, computation.compute)
-    return faster, "; ".join(["the card multiplies in fp8, and a step fits", *but])
+    base, reason = _chosen(config, ground, ground.card, ground.budget)
+    return changed(config, {"model.base": base}), reason
 
 
-def _why_not_faster(config: RunConfig, ground: Ground, card: Card, budget: int) -> str | None:
+def _chosen(config: RunConfig, ground: Ground, card: Card, budget: int) -> tuple[str, str | None]:
+    """FASTER or ELSE, and why."""
     if not card.has_fp8_units:
-        return "the card has no fp8 units"
+        return ELSE, "the card has no fp8 units"
     if ground.layer is None:
-        return "products in fp8 are of fused steps"
-    other = changed(config, {"model.base": FASTER})
+        return ELSE, "products in fp8 are of fused steps"
+    faster = changed(config, {"model.base": FASTER})
     try:
-        computation = ground.computation(other)
+        computation = ground.computation(faster)
     except UserError as error:
-        return f"over fp8 it cannot be: {error.field}"
+        return ELSE, f"over fp8 it cannot be: {error.field}"
+    asked, compute, layers = config.model.fp8_products, computation.compute, computation.layers
     if computation.products == "none":  # asked for in one direction, they could not be over another base at all
-        asked = config.model.fp8_products
-        return f"{FIELD} is {asked}" if asked != "auto" else why_none(FASTER, computation.compute, computation.layers)
-    peak = ground.sized(other, computation).peak
+        return ELSE, f"{FIELD} is {asked}" if asked != "auto" else why_none(FASTER, compute, layers)
+    peak = ground.sized(faster, computation).peak
     if peak > budget:
-        return f"over fp8 a step needs {peak / GIB:.1f} GiB, and may fill {budget / GIB:.1f}"
-    return None
+        return ELSE, f"over fp8 a step needs {peak / GIB:.1f} GiB, and may fill {budget / GIB:.1f}"
+    assert layers is not None  # they are fused
+    return FASTER, "; ".join(["the card multiplies in fp8, and a step fits", *dequantised(layers, compute)])
