@@ -37,7 +37,7 @@ import torch
 
 from benchmarks.measuring import append, command, gpu_name, results_file, sustained_milliseconds, versions
 from steep.ops.copy_rows import copy_rows
-from steep.ops.fp8 import Fp8Weight, quantise_weight
+from steep.ops.fp8 import Fp8Weight, quantise_reference, quantise_weight
 from steep.ops.fp8_linear import Fp8Group, transpose
 from steep.ops.lora import Lora, Projection
 from steep.ops.rms_norm import rms_norm_backward, rms_norm_forward
@@ -159,7 +159,7 @@ def ours(tokens: int, adapters: bool) -> dict[str, Ours]:
         xe, dye = random(tokens, group.input_width), random(tokens, group.gradient_width)
         x, dy = (make(tokens, xe.device) for make in (group.quantised_input, group.quantised_gradient))
         for rows, quantised in ((xe[:, group.x_columns], x), (dye[:, : group.outputs], dy)):
-            copy_rows(rows, rows, quantised=quantised)
+            quantise_reference(rows, quantised)
         group.extend_input(xe, buffer)
         group.extend_gradient(dye, buffer)
         y, dx = random(tokens, sum(outputs)), random(tokens, inputs)

@@ -77,7 +77,8 @@ class Pace:
             places=choices.places,
             way=choices.loss_way,
         )
-        return self.rates.seconds_of_step(work, step.micro_batches * len(levels))
+        tiles = 1 if choices.tile is None else -(-step.tokens // choices.tile)
+        return self.rates.seconds_of_step(work, step.micro_batches * len(levels), tiles)
 
     def duration(self, sizes: Sizes, steps: int) -> Duration | None:
         """Of all steps."""

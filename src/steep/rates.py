@@ -13,6 +13,7 @@ from steep.ops.fp8_groups import Fp8Products
 from steep.step_work import StepWork, Work
 
 LAUNCHED = 5.8e-3  # seconds of the host for a layer in both directions: as the 1B and 3B of benchmarks/results took
+TILE = 0.8  # of that for each tile beyond the first: as an 8B's in four tiles took
 # Copies beat computing again as long as a tenth of them at most is not hidden (docs/decisions.md, section 45).
 _EXPOSED = 0.1
 
@@ -27,12 +28,12 @@ class _Shares:
 
 
 # Fitted to the steps of 7B and 8B models in benchmarks/results, but for the link's, which is a copy's: 55 of 64 GB/s.
-OF_PUBLISHED = _Shares(products=0.63, fp8=0.36, attention=0.45, moved=0.9, link=0.86)
+OF_PUBLISHED = _Shares(products=0.63, fp8=0.385, attention=0.45, moved=0.9, link=0.86)
 # Bare work on that card at the clocks of work that goes on: products at 675 TFLOP/s, 1282 in e4m3, copies at 4.27 TB/s.
-# Steps reach 0.63 * 989 = 623 and 0.36 * 1979 = 712 of them: rows are put into e4m3 in the same time. Attention by
+# Steps reach 0.63 * 989 = 623 and 0.385 * 1979 = 762 of them: rows are put into e4m3 in the same time. Attention by
 # itself takes as long as in a step (385 TFLOP/s in documents of 2,048 tokens, 493 of 16,384), and moving does: the
 # second-level cache gives back what kernels lose to a copy.
-OF_MEASURED = _Shares(products=0.92, fp8=0.56, attention=1.0, moved=1.0, link=1.0)
+OF_MEASURED = _Shares(products=0.92, fp8=0.6, attention=1.0, moved=1.0, link=1.0)
 
 # TFLOP/s in 16 bits with sums in fp32, and in e4m3 (None: no units for it); GB/s of memory, and of the link each way.
 _PUBLISHED: dict[str, tuple[float, float | None, float, float]] = {
@@ -99,14 +100,15 @@ class Rates:
             in_fp8 = work.fp8 / self.fp8
         return work.products / self.products + in_fp8 + work.attention / self.attention + work.moved / self.moved
 
-    def seconds_of_step(self, work: StepWork, launched: int) -> float:
+    def seconds_of_step(self, work: StepWork, launched: int, tiles: int = 1) -> float:
         """With the copies that nothing hides.
 
         Args:
             launched: layers that the host launches: of all micro-batches.
+            tiles: that each computes.
         """
         waits = (each.count * max(each.nbytes / self.link - self.seconds(each.behind), 0.0) for each in work.transfers)
-        return max(self.seconds(work) + sum(waits), LAUNCHED * launched)
+        return max(self.seconds(work) + sum(waits), LAUNCHED * launched * (1 + TILE * (tiles - 1)))
 
     def hidden_from(self, products: Fp8Products) -> float:
         """Operations of a layer's forward pass for each byte copied to the host meanwhile, from which on it is hidden.

@@ -228,6 +228,7 @@ GROUPS = [
     (1, 128, (256, 128, 128), ((16,), (8,), (24,))),
     (63, 208, (256, 128, 100), ((16, 4), (), (3,))),  # two adapters, none, and a rank that is padded
     (70, 144, (90,), ((12,),)),
+    (70, 144, (96,), ((16,),)),  # read in place, where dtypes agree
 ]
 
 
@@ -396,6 +397,36 @@ def test_bytes_of_a_group() -> None:
     assert group.buffer_bytes == sum(part.numel() * part.element_size() for part in buffer)
     assert group.buffer_bytes == 2 * (140 * 16 + 24 * 144)
     assert group.transposed_bytes == 144 * 144  # 140 outputs, their rows at multiples of 16
+
+
+def test_a_single_adapter_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives the same results as one that was filled in, but for where s is rounded."""
+    own = group_projections(144, (96,), ((16,),), False, dtype=BF16)
+    group, adapter = Fp8Group(own, BF16), own[0].adapters[0]
+    buffer = group.filled_buffer(torch.device("cpu"))
+    assert (buffer.b.data_ptr(), buffer.a.data_ptr()) == (adapter.b.data_ptr(), adapter.a.data_ptr())
+    assert group.buffer_bytes == 0 and adapter.scale != 1
+    x, dy = torch.randn(37, 144).bfloat16(), torch.randn(37, 96).bfloat16()
+    read = results(fp8_linears, x, own, dy)
+    monkeypatch.setattr(Fp8Group, "_read_in_place", lambda self: None)
+    filled = results(fp8_linears, x, own, dy)
+    for ours, other in zip(read, filled, strict=True):
+        assert error(ours, other) < 8e-3 < error(ours / 2, other)
+
+
+@pytest.mark.parametrize("why", ["rank", "adapters", "dtype", "strides", "projections"])
+def test_and_others_are_filled_in(why: str) -> None:
+    ranks = {"rank": (12,), "adapters": (8, 8)}.get(why, (16,))
+    outputs = (96, 48) if why == "projections" else (96,)
+    adapter_dtype = torch.float32 if why == "dtype" else BF16
+    own = group_projections(144, outputs, [ranks, ()][: len(outputs)], False, dtype=BF16, adapter_dtype=adapter_dtype)
+    if why == "strides":
+        (adapter,) = own[0].adapters
+        own = [replace(own[0], adapters=(replace(adapter, a=adapter.a.t().contiguous().t()),))]
+    group = Fp8Group(own, BF16)
+    buffer = group.filled_buffer(torch.device("cpu"))
+    assert buffer.a.data_ptr() != own[0].adapters[0].a.data_ptr() and buffer.a.dtype == buffer.b.dtype == BF16
+    assert group.buffer_bytes == sum(part.numel() * 2 for part in buffer) > 0
 
 
 def test_the_transposed_codes_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,7 @@ def test_positions_on_the_card_take_one_transfer() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_host_does_not_wait_for_the_card() -> None:
     """The second time: the first one's page-locked memory is new."""
     for mode in ("default", "error"):

@@ -14,7 +14,7 @@ from steep.model.block import LEVELS, Place
 from steep.model.layer import Layer
 from steep.model.placement import Kept
 from steep.model.step_bytes import training_bytes, work_bytes
-from steep.model.tiling import tile_sizes
+from steep.model.tiling import fast_and_slower
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.host_states import staging_bytes
 
@@ -38,12 +38,12 @@ def level_lists(num_layers: int) -> Iterator[list[int]]:
 
 
 def candidates(num_layers: int, tokens: int) -> Iterator[tuple[list[int], int]]:
-    """Levels of all layers with a tile, from the fastest to the leanest. The smallest tile is slower than the others,
-    and comes after all of them."""
-    *fast, smallest = tile_sizes(tokens)
-    yield from product(level_lists(num_layers), fast or [smallest])
-    if fast:
-        yield from ((levels, smallest) for levels in level_lists(num_layers))
+    """Levels of all layers with a tile, from the fastest to the leanest: each tile that is slower than others comes
+    after all of these."""
+    fast, slower = fast_and_slower(tokens)
+    yield from product(level_lists(num_layers), fast)
+    for tile in slower:
+        yield from ((levels, tile) for levels in level_lists(num_layers))
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 WHOLE = 2**14  # tokens up to which all at once is the fastest
 LARGE = 2**12  # as fast as any by the token: its products fill a card
-SMALL = 2**10  # slower, for the least memory
+SLOWER = 2**11, 2**10  # the host launches as much for each as for a large one
 
 
 def tile_sizes(tokens: int) -> list[int]:
     """Sizes of a tile, from the fastest to the leanest: even parts of the batch."""
-    sizes = [max(tokens, 1)] if tokens <= WHOLE else []
-    for size in (_even(tokens, LARGE), _even(tokens, SMALL)):
-        if size not in sizes:
-            sizes.append(size)
-    return sizes
+    fast, slower = fast_and_slower(tokens)
+    return [*fast, *slower]
+
+
+def fast_and_slower(tokens: int) -> tuple[list[int], list[int]]:
+    """`tile_sizes`, and from which on they are slower than the others."""
+    fast = [max(tokens, 1)] if tokens <= WHOLE else []
+    fast += [size] if (size := _even(tokens, LARGE)) not in fast else []
+    slower = {size: None for largest in SLOWER if (size := _even(tokens, largest)) not in fast}
+    return fast, list(slower)
 
 
 def _even(tokens: int, largest: int) -> int:

@@ -106,7 +106,9 @@ def empty_fp8_rows(
 ) -> Fp8Rows:
     """Rows to write into."""
     width = -(-columns // 16) * 16
-    codes = torch.empty(tokens, width, dtype=E4M3, device=device)[:, :columns]
+    codes = torch.empty(tokens, width, dtype=E4M3, device=device)
+    if width > columns:  # a view that is none takes the host as long as the memory
+        codes = codes[:, :columns]
     scale = torch.empty((tokens, -(-columns // BLOCK)) if pieces else (tokens,), dtype=torch.float32, device=device)
     return Fp8Rows(codes, scale, factors)
 

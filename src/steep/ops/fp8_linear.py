@@ -13,6 +13,8 @@ they are turned anew for each call.
 
     input      XE  = [x | x·A₁ᵀ | x·A₂ᵀ | ...]                    [T, input_width]
     gradient   DYE = [dy₁ | dy₂ | ... | dy₁·s·B₁ | dy₂·s·B₂ ...]    [T, gradient_width]
+
+A single adapter is read where it is, where it can be: then x·Aᵀ is multiplied by s, and not B.
 """
 
 from __future__ import annotations
@@ -30,13 +32,14 @@ from steep.ops.fp8 import BLOCK, E4M3, Fp8Rows, Fp8Weight, empty_fp8_rows
 from steep.ops.fp8_product import LowPart, fp8_product
 from steep.ops.lora import AdapterGroup, Projection
 from steep.ops.lora_fill import LoraFill
-from steep.ops.lora_layout import beside_layout_of
+from steep.ops.lora_layout import ALIGNMENT, beside_layout_of
 from steep.ops.lora_linear import linears
 from steep.ops.products import product
 
 
 class Fp8Buffer(NamedTuple):
-    """s·B [N, widest rank], each projection's at its left, and A [sum of ranks, K], as products read them."""
+    """s·B [N, widest rank], each projection's at its left, and A [sum of ranks, K], as products read them; or B and A
+    of the only adapter, where it is read in place."""
 
     b: torch.Tensor
     a: torch.Tensor
@@ -59,6 +62,9 @@ class Fp8Group(AdapterGroup):
         self._layout = layout = beside_layout_of(tuple([projection.member() for projection in projections]))
         super().__init__(projections, dtype, layout.places, layout.x_columns)
         self._weights: list[Fp8Weight] = [weight for weight in weights if isinstance(weight, Fp8Weight)]
+        self._in_place, self._scale_of_low = self._read_in_place(), 1.0
+        if self._in_place is not None:
+            self._scale_of_low, self._scales = self._scales[0], [1.0]
         self._has_blocks = self._weights[0].has_blocks
         self.outputs = layout.outputs
         self.input_width = layout.input_width
@@ -66,8 +72,16 @@ class Fp8Group(AdapterGroup):
         # Rows of the transposed codes begin at multiples of 16 bytes.
         self._transposed_shape = layout.a_shape[1], -(-layout.outputs // 16) * 16
         sizes = [rows * columns for rows, columns in (layout.b_shape, layout.a_shape)]
-        self.buffer_bytes = sum(sizes) * dtype.itemsize
+        self.buffer_bytes = 0 if self._in_place is not None else sum(sizes) * dtype.itemsize
         self.transposed_bytes = self._transposed_shape[0] * self._transposed_shape[1]
+
+    def _read_in_place(self) -> Fp8Buffer | None:
+        """The only adapter, if products can read it as it is."""
+        if len(self.projections) > 1 or len(self._adapters) != 1:
+            return None
+        buffer = Fp8Buffer(self._adapters[0].b.detach(), self._adapters[0].a.detach())
+        fits = all(part.dtype == self.dtype and part.is_contiguous() and part.data_ptr() % 16 == 0 for part in buffer)
+        return buffer if fits and buffer.b.shape[1] % ALIGNMENT == 0 else None
 
     @cached_property
     def _runs(self) -> list[_Run]:
@@ -109,6 +123,8 @@ class Fp8Group(AdapterGroup):
 
     def filled_buffer(self, device: torch.device) -> Fp8Buffer:
         """s·B (multiplied in fp32, rounded once) and A."""
+        if self._in_place is not None:
+            return self._in_place
         shapes = self._layout.b_shape, self._layout.a_shape
         buffer = Fp8Buffer(*[torch.empty(shape, dtype=self.dtype, device=device) for shape in shapes])
         if self._adapters:
@@ -128,7 +144,8 @@ class Fp8Group(AdapterGroup):
     def extend_input(self, xe: torch.Tensor, buffer: Fp8Buffer) -> None:
         """Write the columns of `xe` [T, input_width] beside x: x·Aᵀ."""
         if self._adapters:
-            product(xe[:, self.x_columns], buffer.a.t(), out=xe[:, self._layout.lows[0].start :])
+            low = xe[:, self._layout.lows[0].start :]
+            product(xe[:, self.x_columns], buffer.a.t(), out=low, scale=self._scale_of_low)
 
     def forward(
         self,
@@ -151,13 +168,13 @@ class Fp8Group(AdapterGroup):
             fp8_product(
                 quantised,
                 run.codes,
-                scale[run.scales],
-                out[:, rows],
+                _rows(scale, run.scales),
+                _columns(out, rows),
                 low=xe,
-                b=buffer.b[rows],
+                b=_rows(buffer.b, rows),
                 parts=run.parts,
-                bias=None if bias is None else bias[rows],
-                add=None if add is None else add[:, rows],
+                bias=None if bias is None else _rows(bias, rows),
+                add=None if add is None else _columns(add, rows),
             )
 
     def extend_gradient(self, dye: torch.Tensor, buffer: Fp8Buffer) -> None:
@@ -165,7 +182,8 @@ class Fp8Group(AdapterGroup):
         for rows, low_rows in zip(self._layout.rows, self._layout.low_rows, strict=True):
             width = low_rows.stop - low_rows.start
             if width:
-                product(dye[:, rows], buffer.b[rows, :width], out=dye[:, low_rows])
+                b = _columns(_rows(buffer.b, rows), slice(0, width))
+                product(dye[:, rows], b, out=dye[:, low_rows], scale=self._scale_of_low)
 
     def input_gradient(
         self,
@@ -199,10 +217,20 @@ class Fp8Group(AdapterGroup):
     def _transposed(self) -> torch.Tensor:
         """The codes of all weights, [in_features, N]."""
         codes = torch.empty(self._transposed_shape, dtype=E4M3, device=self._weights[0].codes.device)
-        codes = codes[:, : self.outputs]
+        codes = _columns(codes, slice(0, self.outputs))
         for run in self._runs:
-            transpose(run.codes, codes[:, run.rows])
+            transpose(run.codes, _columns(codes, run.rows))
         return codes
+
+
+def _rows(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+    """tensor[rows]; itself where these are all, since the host makes many of them."""
+    return tensor if rows.stop - rows.start == tensor.shape[0] else tensor[rows]
+
+
+def _columns(tensor: torch.Tensor, columns: slice) -> torch.Tensor:
+    """tensor[:, columns], likewise."""
+    return tensor if columns.stop - columns.start == tensor.shape[1] else tensor[:, columns]
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,7 @@ class AdapterGroup:
         self.x_columns = x_columns
         self._adapters = [adapter for projection in projections for adapter in projection.adapters]
         self._places = places
+        self._scales = [adapter.scale for adapter in self._adapters]  # of x·Aᵀ where it is read for dB
 
     def forward_bytes(self, tokens: int) -> int:
         """Bytes that `forward` of [T, any] takes at its peak beside what it is handed: none."""
@@ -168,7 +169,8 @@ class AdapterGroup:
             lora = adapters[index]
             if lora.b.requires_grad:
                 dtype = out_dtype or gradient_dtype(lora.b)
-                gradients[2 * index + 1] = self._gradient(dye_T[place.outputs], xe[:, place.low], dtype, lora.scale)
+                scale = self._scales[index]
+                gradients[2 * index + 1] = self._gradient(dye_T[place.outputs], xe[:, place.low], dtype, scale)
             if lora.a.requires_grad:
                 before = runs[-1][-1] if runs else None
                 if (
