@@ -208,6 +208,17 @@ def test_what_the_host_may_have_is_proposed() -> None:
     assert "training.optimizer_in_backward" not in names and "training.offload_optimizer" in names
 
 
+def test_sums_in_bf16_are_proposed() -> None:
+    """Where several forwards are added up in fp32: 4 bytes less for two of each value."""
+    card = Card("fake", (9, 0), round(80e9), round(80e9), is_here=False)
+    several = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "vram": "17GiB"}
+    config = config_of(training=several, data={"max_length": 2048})
+    found = settings_of(shortfall(config, ground_of(config, card)))
+    assert {"training.grad_accum_dtype": "bf16"} in found, found
+    config = config_of(training={**several, "grad_accum_dtype": "bf16"}, data={"max_length": 2048})
+    assert shortfall(config, ground_of(config, card)) is None
+
+
 @pytest.mark.parametrize(
     ("training", "compute", "could"),
     [

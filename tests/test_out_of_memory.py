@@ -157,6 +157,11 @@ def test_what_to_lower_first(llama_folder: Path, korean_corpus: Path, tmp_path: 
         "adapter": {"modules_to_save": []},
     }
     assert names(narrow) == ["data.max_length", "model.trained_dtype", "adapter.r"]
+    in_bf16 = {**narrow, "model": {**narrow["model"], "fused": "on", "trained_dtype": "bf16"}}
+    several = {**narrow["training"], "gradient_accumulation_steps": 2}
+    assert "training.grad_accum_dtype" in names({**in_bf16, "training": several})
+    for lower in (narrow["training"], {**several, "grad_accum_dtype": "bf16"}, {**several, "optim": "adamw_torch"}):
+        assert "training.grad_accum_dtype" not in names({**in_bf16, "training": lower})
     narrow["training"] |= {"max_grad_norm": 0}
     assert names(narrow)[0] == "training.optimizer_in_backward"
     narrow["training"] |= {"optimizer_in_backward": True, "per_device_train_batch_size": 2}

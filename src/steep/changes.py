@@ -60,7 +60,7 @@ CHANGEABLE = {
     "model.fp8_products",  # the same weights, multiplied with another rounding
     *(f"training.{name}" for name in (
         "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_checkpointing",
-        "deterministic", "full_determinism", "tf32", *_SPIKES,
+        "grad_accum_dtype", "deterministic", "full_determinism", "tf32", *_SPIKES,
     )),
 }  # fmt: skip
 

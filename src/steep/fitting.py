@@ -156,6 +156,7 @@ def _knobs(config: RunConfig, computation: Computation, ground: Ground, sizes: S
         _offloads(config, ground.card),
         _amounts_of_host_memory(config, ground, sizes),
         [] if training.optim in ADAMW_8BIT else [{"training.optim": "adamw_8bit"}],
+        _sums_in_bf16(training, sizes),
         [] if computation.base == "nf4" else [{"model.base": "nf4"}],
         [] if computation.trained == "bf16" else [{"model.trained_dtype": "bf16"}],
         _lengths(config),
@@ -174,6 +175,13 @@ def _batches(config: RunConfig) -> Knob:
         for part in range(batch - 1, 0, -1)
         if rows % part == 0
     ]
+
+
+def _sums_in_bf16(training: Any, sizes: Sizes) -> Knob:
+    """Where gradients are summed in fp32 whose weights are in bf16."""
+    step = sizes.step
+    wider = step is not None and step.trained == "bf16" and step.gradient_width == 4
+    return [{"training.grad_accum_dtype": "bf16"}] if wider and training.gradient_accumulation_steps > 1 else []
 
 
 def _offloads(config: RunConfig, card: Card | None) -> Knob:

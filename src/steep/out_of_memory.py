@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from steep import ranks
 from steep.errors import RunError
 from steep.machine_faults import PINNED, place_that_ran_out
 from steep.model.block import LEVELS
@@ -67,6 +68,9 @@ def what_to_lower(plan: Plan, *, loading: bool = False, place: str = "GPU") -> l
             found.append(f"training.vram (now {training.vram}), or training.gradient_checkpointing: true")
         elif not plan.fused and not uses_checkpointing(config, plan.card is not None):
             found.append("training.gradient_checkpointing: true (now false)")
+        in_fp32 = plan.fused and plan.trained_dtype == "bf16" and training.grad_accum_dtype == "fp32"
+        if in_fp32 and accumulation > 1 and ranks.world_size() == 1 and training.optim in ADAMW_8BIT:
+            found.append("training.grad_accum_dtype: bf16 (now fp32)")
         if training.optim not in ADAMW_8BIT:
             found.append(f"training.optim: adamw_8bit (now {training.optim})")
         found.append(f"data.max_length (now {config.data.max_length})")

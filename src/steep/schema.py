@@ -226,6 +226,11 @@ class TrainingSection(BaseModel):
         description="Whose optimizer states live in page-locked host memory: none, of the trained embeddings, or all. "
         "They come and go on streams of their own. The same weights to the bit, with adamw_8bit only.",
     )
+    grad_accum_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="In what a fused run in one process adds up the gradients of several forwards of a step, with "
+        "adamw_8bit and where weights train in bf16: bf16 takes half the memory, and rounds the sum at each forward.",
+    )
     gradient_checkpointing: bool | None = Field(
         None,
         description="Recompute activations in the backward pass: much less memory; default: on a GPU. In a fused run: "

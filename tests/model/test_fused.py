@@ -152,6 +152,38 @@ def test_tied_and_untied(family: str, tied: bool) -> None:
     assert_same(adapted(tiny_model(family, tied=tied)), packed())
 
 
+@pytest.mark.parametrize(
+    ("family", "vocabulary", "hidden", "device"),
+    [
+        pytest.param("gemma3", 262_144, 640, "cpu", id="Gemma-3-270M"),
+        pytest.param("gemma3", 262_144, 640, "cuda", id="Gemma-3-270M, on a GPU", marks=pytest.mark.gpu),
+        pytest.param("llama", 128_256, 2048, "cuda", id="Llama-3.2-1B, on a GPU", marks=pytest.mark.gpu),
+    ],
+)
+def test_tied_tables_of_real_shapes(family: str, vocabulary: int, hidden: int, device: str) -> None:
+    """One layer of them. A tied table has the gradients of the rows that were looked up in that of its head."""
+    shape: dict[str, Any] = {"vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": 1}
+    if family == "gemma3":
+        shape["layer_types"] = ["full_attention"]
+    model = adapted(tiny_model(family, tied=True, **shape)).to(device)
+    batch = {name: values.to(device) for name, values in packed([[9, 15]]).items()}
+    batch["input_ids"][0, 5:7] = vocabulary - 1  # twice, and far from the others
+    (table,) = (p for name, p in model.named_parameters() if p.requires_grad and "lora" not in name)
+    found: list[torch.Tensor] = []
+    for fuse in (uninstall, install):
+        fuse(model)
+        model(**batch, use_cache=False).loss.backward()
+        assert table.grad is not None and not table.grad.is_sparse
+        found.append(table.grad)
+        model.zero_grad(set_to_none=True)
+    expected, ours = found
+    size = expected.norm()
+    looked_up = expected[batch["input_ids"][0]]
+    bound = EXACT if device == "cpu" else 1e-2  # products in TF32 or fp32 of another order
+    assert (ours[batch["input_ids"][0]] - looked_up).norm() <= bound * looked_up.norm()
+    assert ours.sub_(expected).norm() <= bound * size
+
+
 def test_a_sliding_window() -> None:
     assert_same(adapted(tiny_model("mistral", sliding_window=16)), packed())
 

@@ -106,6 +106,23 @@ def test_micro_batches_of_bf16_weights_add_up_in_fp32(family: str, corpus: Corpu
         assert difference < 0.02, f"{name}: {difference:.3f}"
 
 
+def test_and_in_bf16_where_that_is_asked_for(corpus: Corpus, tmp_path: Path) -> None:
+    """Half the memory, and a sum that is rounded at each micro-batch: near the other, and not the same."""
+    found = []
+    for number, dtype in enumerate(("fp32", "bf16")):
+        model = install(adapted(trained_dtype="bf16").to(BF16))
+        given: dict[str, Any] = {"gradient_accumulation_steps": 4, "grad_accum_dtype": dtype}
+        found.append(gradients_of_a_step(model, corpus, tmp_path / str(number), **given))
+    exact, rounded = found
+    assert {gradient.dtype for gradient in exact.values()} == {torch.float32} and exact.keys() == rounded.keys()
+    assert {gradient.dtype for gradient in rounded.values()} == {BF16}
+    for name, gradient in exact.items():
+        if gradient.norm() > 0:  # that of A is 0 while B is
+            difference = (rounded[name].float() - gradient).norm() / gradient.norm()
+            assert difference < 0.02, f"{name}: {difference:.3f}"
+    assert any(not torch.equal(exact[name].to(BF16), gradient) for name, gradient in rounded.items())
+
+
 def test_two_micro_batches_are_their_sum_rounded_once(corpus: Corpus, tmp_path: Path) -> None:
     """Each micro-batch's own gradients, added up outside, are to the bit what autograd keeps."""
 

@@ -13,6 +13,7 @@ from steep.training.adamw8bit import OFFLOADS
 from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import FALLS
 
+GRAD_ACCUM_DTYPES = ("fp32", "bf16")
 SPIKE_ACTIONS = ("off", "warn", "skip", "rollback")
 MIN_SPIKE_WINDOW, MAX_SPIKE_WINDOW = 8, 100_000  # its median is taken at each step
 
@@ -36,6 +37,9 @@ class TrainingArguments(transformers.TrainingArguments):
             the update at the end of a step without clipping, in less memory. See `steep.training.in_backward`.
         offload_optimizer: whose optimizer states live in page-locked host memory: of the trained "embeddings", of "all"
             tensors, or of "none". The same update to the bit, with `adamw_8bit`. See `steep.training.offload`.
+        grad_accum_dtype: in what the gradients of several forwards of a step are added up, "fp32" or "bf16", where the
+            model is fused, its weights are bf16, and `adamw_8bit` updates them in one process. bf16 takes half the
+            memory, and rounds the sum at each forward; elsewhere it is the weights' dtype.
         deterministic: on a GPU, train with kernels only that give the same bits each time, so that a resumed run ends
             in those of one never stopped; slower. Sets the variable CUBLAS_WORKSPACE_CONFIG, which stays.
         eval_stride: new tokens that each window of a long held-out document scores; default: half a row.
@@ -64,6 +68,7 @@ class TrainingArguments(transformers.TrainingArguments):
     max_nonfinite_steps: int = field(default=3)
     optimizer_in_backward: bool = field(default=False)
     offload_optimizer: str = field(default="none")
+    grad_accum_dtype: str = field(default="fp32")
     deterministic: bool = field(default=False)
     spike_action: str = field(default="warn")
     spike_threshold: float = field(default=6.0)
@@ -100,6 +105,10 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.offload_optimizer not in OFFLOADS:
             raise UserError(
                 "offload_optimizer", f"{self.offload_optimizer!r} is unknown", f"Give {', '.join(OFFLOADS)}."
+            )
+        if self.grad_accum_dtype not in GRAD_ACCUM_DTYPES:
+            raise UserError(
+                "grad_accum_dtype", f"{self.grad_accum_dtype!r} is unknown", f"Give {' or '.join(GRAD_ACCUM_DTYPES)}."
             )
         if self.max_nonfinite_steps < 1:
             raise UserError("max_nonfinite_steps", f"{self.max_nonfinite_steps} is too few", "Give a number ≥ 1.")

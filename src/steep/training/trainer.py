@@ -190,9 +190,10 @@ class Trainer(Reporting):
         if self.resumed_state is None:
             parallel.draw_apart(self.args.seed)
         self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self._until_trained.enter_context(
-            gradients_summed_in_fp32(self.model, self._own_optimizer, self.args.gradient_accumulation_steps)
-        )
+        if self.args.grad_accum_dtype == "fp32":
+            self._until_trained.enter_context(
+                gradients_summed_in_fp32(self.model, self._own_optimizer, self.args.gradient_accumulation_steps)
+            )
         self._until_trained.enter_context(
             gradients_by_rows(
                 self.model, self._own_optimizer, self.args.gradient_accumulation_steps, self.accelerator.scaler
