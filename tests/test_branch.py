@@ -237,6 +237,14 @@ def test_what_a_branch_may_not_change(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_branch_may_add_up_gradients_otherwise(
+    parent: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    config = branch_file(llama_folder, korean_corpus, tmp_path / "run", training={"grad_accum_dtype": "bf16"})
+    train_run(config, branch=parent / "checkpoint-3")
+    assert read(tmp_path / "run" / "proof.json")["ok"]
+
+
 def test_another_tokenizer_is_refused(parent: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
     """With other text nothing else would notice it."""
     copy = shutil.copytree(parent, tmp_path / "ko")

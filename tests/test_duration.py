@@ -288,8 +288,8 @@ def name_of(row: dict[str, Any]) -> str:
     return f"{row['call'][:10]}, {row['peer']}, {row['shape']}, {row['batch']} x {row['seq']}{within}"
 
 
-# What is predicted of a measured step, as a share, where that is further off than of others: steps of the day before
-# updates over host memory took half as much of the host, and products in e4m3 were faster.
+# What is predicted of a measured step, as a share, where that is further off than of others: both were measured a day
+# before the host took half as long for updates over its memory, and products in e4m3 were faster.
 MISSED = {
     "2026-11-29, steep-lean, llama-3-8b, 2 x 2048 within 9": 0.83,
     "2026-11-29, steep-fp8, llama-3-8b, 2 x 2048 within 26.4": 0.97,
@@ -315,10 +315,13 @@ def test_and_so_by_rates_of_bare_work(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.get("measured")], ids=name_of)
 def test_and_by_the_calibration_before_it(row: dict[str, Any]) -> None:
-    """Of 7B and 8B models: 7 % too long in one document of 16,384 tokens, the others within 4 %."""
+    """Of 7B and 8B models: 7 % too long in one document of 16,384 tokens, over e4m3 and in tiles within 4 %, the others
+    within 2 %."""
     found = seconds_of(row, rates_of(None, Measured(**row["measured"])))
     assert found == measured_seconds(row)
-    assert name_of(row) in MISSED or found == pytest.approx(row["step_s"], rel=0.08 if row["seq"] > 2048 else 0.04)
+    of_tiles = row["tile"] < row["batch"] * row["seq"]
+    near = 0.08 if row["seq"] > 2048 else 0.04 if of_tiles or row["fp8_products"] == "both" else 0.02
+    assert name_of(row) in MISSED or found == pytest.approx(row["step_s"], rel=near)
 
 
 def test_every_run_that_was_measured_is_there() -> None:

@@ -209,7 +209,8 @@ def test_what_the_host_may_have_is_proposed() -> None:
 
 
 def test_sums_in_bf16_are_proposed() -> None:
-    """Where several forwards are added up in fp32: 4 bytes less for two of each value."""
+    """Where several forwards are added up in fp32, which is 4 bytes a value in place of 2; or would be with the
+    optimizer, or the parts of a batch, that fit."""
     card = Card("fake", (9, 0), round(80e9), round(80e9), is_here=False)
     several = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "vram": "17GiB"}
     config = config_of(training=several, data={"max_length": 2048})
@@ -217,6 +218,9 @@ def test_sums_in_bf16_are_proposed() -> None:
     assert {"training.grad_accum_dtype": "bf16"} in found, found
     config = config_of(training={**several, "grad_accum_dtype": "bf16"}, data={"max_length": 2048})
     assert shortfall(config, ground_of(config, card)) is None
+    config = config_of(training={**several, "optim": "adamw_torch"}, data={"max_length": 2048})
+    found = settings_of(shortfall(config, ground_of(config, card)))
+    assert {"training.optim": "adamw_8bit", "training.grad_accum_dtype": "bf16"} in found, found
 
 
 @pytest.mark.parametrize(

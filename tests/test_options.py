@@ -173,5 +173,9 @@ def test_more_passes_than_teach_are_warned_of(base: Path, korean_corpus: Path, t
 
     assert "is gone through" not in warned(max_steps=-1, num_train_epochs=16)
     assert "is gone through 17.0 times" in warned(max_steps=-1, num_train_epochs=17)
+    assert "grad_accum_dtype" not in warned(gradient_accumulation_steps=2)
+    single = "training.grad_accum_dtype: bf16 changes nothing: a step is a single forward"
+    assert single in warned(gradient_accumulation_steps=1, grad_accum_dtype="bf16")
+    assert "weights train in fp32" in warned(gradient_accumulation_steps=2, grad_accum_dtype="bf16")
     assert "each step is a whole pass" not in warned()
     assert "a step takes 2,000,000 rows and the text has" in warned(gradient_accumulation_steps=10**6)

@@ -67,7 +67,7 @@ CHANGEABLE = {
 # What a branch may change: the rates and their schedule, how long it is, and the text.
 BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 OWN_OF_A_BRANCH = {
-    *_SCHEDULE, *BATCH, *(f"training.{name}" for name in ("deterministic", *_SPIKES)),
+    *_SCHEDULE, *BATCH, *(f"training.{name}" for name in ("grad_accum_dtype", "deterministic", *_SPIKES)),
 }  # fmt: skip
 
 # Why a field stays, by its beginning; the longest one that fits.

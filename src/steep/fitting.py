@@ -25,7 +25,7 @@ from steep.model.layer import Layer
 from steep.model.machine import Card
 from steep.ops.lora import Lora, Projection
 from steep.schema import RunConfig
-from steep.settings import could_be_lean
+from steep.settings import could_be_lean, rows_per_step
 from steep.sizes import host_bytes
 from steep.training.adamw8bit import ADAMW_8BIT
 from steep.vram import asked_bytes, host_budget, host_limit
@@ -156,7 +156,7 @@ def _knobs(config: RunConfig, computation: Computation, ground: Ground, sizes: S
         _offloads(config, ground.card),
         _amounts_of_host_memory(config, ground, sizes),
         [] if training.optim in ADAMW_8BIT else [{"training.optim": "adamw_8bit"}],
-        _sums_in_bf16(training, sizes),
+        _sums_in_bf16(config, sizes),
         [] if computation.base == "nf4" else [{"model.base": "nf4"}],
         [] if computation.trained == "bf16" else [{"model.trained_dtype": "bf16"}],
         _lengths(config),
@@ -177,11 +177,10 @@ def _batches(config: RunConfig) -> Knob:
     ]
 
 
-def _sums_in_bf16(training: Any, sizes: Sizes) -> Knob:
-    """Where gradients are summed in fp32 whose weights are in bf16."""
-    step = sizes.step
-    wider = step is not None and step.trained == "bf16" and step.gradient_width == 4
-    return [{"training.grad_accum_dtype": "bf16"}] if wider and training.gradient_accumulation_steps > 1 else []
+def _sums_in_bf16(config: RunConfig, sizes: Sizes) -> Knob:
+    """Gradients of several forwards; with what else is turned there may be some that are summed in fp32."""
+    could_be = sizes.step is not None and config.training.grad_accum_dtype == "fp32"
+    return [{"training.grad_accum_dtype": "bf16"}] if could_be and rows_per_step(config) > 1 else []
 
 
 def _offloads(config: RunConfig, card: Card | None) -> Knob:

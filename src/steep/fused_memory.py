@@ -40,7 +40,7 @@ class FusedStep:
         fp8: which products are in fp8.
         offload: whose optimizer states live in host memory; there has to be a card.
         micro_batches: that make a step.
-        sums_in_fp32: whether the gradients of several are added up in fp32, where that can be (`grad_accum_dtype`).
+        accumulates_in_fp32: whether gradients of several are added up in fp32 where they can be (`grad_accum_dtype`).
         trains_table: whether the input embeddings have a gradient.
         hidden: operations of a layer forward for each byte from which on its copy to the host is hidden.
     """
@@ -61,7 +61,7 @@ class FusedStep:
     fp8: Fp8Products = "none"
     offload: Offload = "none"
     micro_batches: int = 1
-    sums_in_fp32: bool = True
+    accumulates_in_fp32: bool = True
     trains_table: bool = False
     hidden: float = HIDDEN
     _works: dict[tuple[int, int, Place], int] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -111,7 +111,7 @@ class FusedStep:
 
         for (levels, tile), way in product(all_of_them, ways):
             if self._at_least(levels, way, tile, host_room) > budget:
-                continue  # for a hundredth of the work; there are up to two thousand
+                continue  # for a hundredth of the work; there are up to three thousand
             places = self._kept.fewest(levels, host_room, partial(fits, levels, way, tile))
             if places is not None:
                 return levels, _some(places), way, tile
@@ -127,7 +127,7 @@ class FusedStep:
     def gradient_width(self) -> int:
         """Bytes of a value's gradient: one process adds up several micro-batches of bf16 weights in fp32 where
         AdamW8bit reads them, see the trainer."""
-        in_fp32 = self.sums_in_fp32 and self.accumulates and self.processes == 1 and self.optim in ADAMW_8BIT
+        in_fp32 = self.accumulates_in_fp32 and self.accumulates and self.processes == 1 and self.optim in ADAMW_8BIT
         return 4 if in_fp32 else WIDTH[self.trained]
 
     @property

@@ -136,7 +136,7 @@ def fused_step(
         fp8=fp8,
         offload=training.offload_optimizer if on_card else "none",
         micro_batches=training.gradient_accumulation_steps,
-        sums_in_fp32=training.grad_accum_dtype == "fp32",
+        accumulates_in_fp32=training.grad_accum_dtype == "fp32",
         trains_table="embed_tokens" in saved or (tied and bool(saved)),
         hidden=hidden,
     )

@@ -19,6 +19,7 @@ from steep.model.unwrap import unwrap
 from steep.ops import fp8, fp8_groups, fp8_linear, fp8_product
 from steep.ops.base_weight import DenseWeight
 from steep.ops.fp8 import Fp8Weight
+from steep.ops.fp8_linear import Fp8Group
 from tests.fp8_checkpoints import in_e4m3
 from tests.model.test_fused import adapted, assert_same, loss_and_gradients, packed
 from tests.ops.closeness import error
@@ -78,6 +79,8 @@ def test_in_tiles(family: str) -> None:
     model = adapted(tiny_model(family))
     assert_same(model, packed(), levels=[3, 0], tile=50)
     assert fused_of(model).fp8 == "both"
+    groups = fused_of(model).layer(unwrap(model).model.layers[0]).groups(torch.float32, "both")
+    assert isinstance(groups.down, Fp8Group) and groups.down._read_in_place() is not None
 
 
 @pytest.mark.parametrize("products", ["backward", "none"])

@@ -405,7 +405,7 @@ def test_a_single_adapter_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> N
     group, adapter = Fp8Group(own, BF16), own[0].adapters[0]
     buffer = group.filled_buffer(torch.device("cpu"))
     assert (buffer.b.data_ptr(), buffer.a.data_ptr()) == (adapter.b.data_ptr(), adapter.a.data_ptr())
-    assert group.buffer_bytes == 0 and adapter.scale != 1
+    assert adapter.scale != 1
     x, dy = torch.randn(37, 144).bfloat16(), torch.randn(37, 96).bfloat16()
     read = results(fp8_linears, x, own, dy)
     monkeypatch.setattr(Fp8Group, "_read_in_place", lambda self: None)
@@ -414,19 +414,22 @@ def test_a_single_adapter_is_read_in_place(monkeypatch: pytest.MonkeyPatch) -> N
         assert error(ours, other) < 8e-3 < error(ours / 2, other)
 
 
-@pytest.mark.parametrize("why", ["rank", "adapters", "dtype", "strides", "projections"])
+@pytest.mark.parametrize("why", ["rank", "adapters", "dtype", "strides", "address", "projections"])
 def test_and_others_are_filled_in(why: str) -> None:
     ranks = {"rank": (12,), "adapters": (8, 8)}.get(why, (16,))
     outputs = (96, 48) if why == "projections" else (96,)
     adapter_dtype = torch.float32 if why == "dtype" else BF16
     own = group_projections(144, outputs, [ranks, ()][: len(outputs)], False, dtype=BF16, adapter_dtype=adapter_dtype)
+    (adapter, *_) = own[0].adapters
     if why == "strides":
-        (adapter,) = own[0].adapters
         own = [replace(own[0], adapters=(replace(adapter, a=adapter.a.t().contiguous().t()),))]
+    if why == "address":
+        beside = torch.empty(16 * 144 + 1, dtype=BF16)[1:].view(16, 144)
+        own = [replace(own[0], adapters=(replace(adapter, a=beside),))]
     group = Fp8Group(own, BF16)
     buffer = group.filled_buffer(torch.device("cpu"))
     assert buffer.a.data_ptr() != own[0].adapters[0].a.data_ptr() and buffer.a.dtype == buffer.b.dtype == BF16
-    assert group.buffer_bytes == sum(part.numel() * 2 for part in buffer) > 0
+    assert group.buffer_bytes == sum(part.numel() * 2 for part in buffer)
 
 
 def test_the_transposed_codes_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:

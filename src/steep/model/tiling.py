@@ -10,15 +10,20 @@ SLOWER = 2**11, 2**10  # the host launches as much for each as for a large one
 def tile_sizes(tokens: int) -> list[int]:
     """Sizes of a tile, from the fastest to the leanest: even parts of the batch."""
     fast, slower = fast_and_slower(tokens)
-    return [*fast, *slower]
+    return fast + slower
 
 
 def fast_and_slower(tokens: int) -> tuple[list[int], list[int]]:
-    """`tile_sizes`, and from which on they are slower than the others."""
-    fast = [max(tokens, 1)] if tokens <= WHOLE else []
-    fast += [size] if (size := _even(tokens, LARGE)) not in fast else []
-    slower = {size: None for largest in SLOWER if (size := _even(tokens, largest)) not in fast}
-    return fast, list(slower)
+    """The sizes that are as fast as any, and those that are slower, both from the largest on."""
+    fast: list[int] = []
+    slower: list[int] = []
+    if tokens <= WHOLE:
+        fast.append(max(tokens, 1))
+    for sizes, largest in ((fast, LARGE), *((slower, most) for most in SLOWER)):
+        size = _even(tokens, largest)
+        if size not in (*fast, *slower):
+            sizes.append(size)
+    return fast, slower
 
 
 def _even(tokens: int, largest: int) -> int:

@@ -107,7 +107,7 @@ def empty_fp8_rows(
     """Rows to write into."""
     width = -(-columns // 16) * 16
     codes = torch.empty(tokens, width, dtype=E4M3, device=device)
-    if width > columns:  # a view that is none takes the host as long as the memory
+    if width > columns:  # a slice of all takes the host as long as the memory does
         codes = codes[:, :columns]
     scale = torch.empty((tokens, -(-columns // BLOCK)) if pieces else (tokens,), dtype=torch.float32, device=device)
     return Fp8Rows(codes, scale, factors)

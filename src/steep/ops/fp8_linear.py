@@ -14,7 +14,7 @@ they are turned anew for each call.
     input      XE  = [x | x·A₁ᵀ | x·A₂ᵀ | ...]                    [T, input_width]
     gradient   DYE = [dy₁ | dy₂ | ... | dy₁·s·B₁ | dy₂·s·B₂ ...]    [T, gradient_width]
 
-A single adapter is read where it is, where it can be: then x·Aᵀ is multiplied by s, and not B.
+The only adapter of a single projection is read where it is, where it can be: then s is in x·Aᵀ and dy·B, not in B.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Fp8Group(AdapterGroup):
         outputs: N, the features of all outputs.
         input_width, x_columns: of the input rows, and where x stands in them.
         gradient_width: of the gradient rows; dy stands in their first N columns.
-        buffer_bytes: of a filled buffer.
+        buffer_bytes: of a filled buffer; an adapter that is read in place takes none.
         transposed_bytes: of the transposed codes.
     """
 
@@ -62,7 +62,8 @@ class Fp8Group(AdapterGroup):
         self._layout = layout = beside_layout_of(tuple([projection.member() for projection in projections]))
         super().__init__(projections, dtype, layout.places, layout.x_columns)
         self._weights: list[Fp8Weight] = [weight for weight in weights if isinstance(weight, Fp8Weight)]
-        self._in_place, self._scale_of_low = self._read_in_place(), 1.0
+        self._in_place = self._read_in_place()
+        self._scale_of_low = 1.0  # of x·Aᵀ and dy·B as they are written
         if self._in_place is not None:
             self._scale_of_low, self._scales = self._scales[0], [1.0]
         self._has_blocks = self._weights[0].has_blocks
@@ -72,7 +73,7 @@ class Fp8Group(AdapterGroup):
         # Rows of the transposed codes begin at multiples of 16 bytes.
         self._transposed_shape = layout.a_shape[1], -(-layout.outputs // 16) * 16
         sizes = [rows * columns for rows, columns in (layout.b_shape, layout.a_shape)]
-        self.buffer_bytes = 0 if self._in_place is not None else sum(sizes) * dtype.itemsize
+        self.buffer_bytes = sum(sizes) * dtype.itemsize
         self.transposed_bytes = self._transposed_shape[0] * self._transposed_shape[1]
 
     def _read_in_place(self) -> Fp8Buffer | None:
