@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from steep import ranks
 from steep.data.packing import Corpus
 from steep.errors import UserError
 from steep.export.gguf_families import family_of
@@ -12,7 +11,7 @@ from steep.memory import Shape
 from steep.model.positions import unstretched
 from steep.model.resolve import ResolvedModel, looks_like_chat
 from steep.schema import RunConfig
-from steep.settings import embedding_rate, planned_epochs, rows_per_step
+from steep.settings import embedding_rate, planned_epochs, rows_per_step, why_not_summed_in_fp32
 from steep.training.adamw8bit import ADAMW_8BIT
 
 # An adapter holds about 2 bits a parameter (Allen-Zhu & Li 2024), and a token of text teaches about 1 bit.
@@ -42,18 +41,6 @@ def _of_options(config: RunConfig) -> list[str]:
     if adapter.use_dora:
         found.append("DoRA reads every weight once more in each forward: at 8B a step took 1.6 times as long.")
     return found
-
-
-def _why_not_in_fp32(config: RunConfig, trained_dtype: str, fused: bool) -> str | None:
-    """Why gradients would not be added up in fp32 anyway."""
-    training = config.training
-    if training.gradient_accumulation_steps == 1:
-        return "a step is a single forward (gradient_accumulation_steps: 1)"
-    if trained_dtype != "bf16":
-        return f"weights train in {trained_dtype}, and so their gradients are added up"
-    if not fused or training.optim not in ADAMW_8BIT or ranks.world_size() > 1:
-        return "elsewhere than in a fused run in one process with adamw_8bit, gradients are in their weights' dtype"
-    return None
 
 
 def advice(
@@ -116,7 +103,7 @@ def advice(
             f"model.trained_dtype is bf16, and {config.training.optim} rounds most updates of such weights away. Use "
             "optim: adamw_8bit, which rounds stochastically, or trained_dtype: fp32."
         )
-    if config.training.grad_accum_dtype == "bf16" and (reason := _why_not_in_fp32(config, trained_dtype, fused)):
+    if config.training.grad_accum_dtype == "bf16" and (reason := why_not_summed_in_fp32(config, trained_dtype, fused)):
         found.append(f"training.grad_accum_dtype: bf16 changes nothing: {reason}.")
     found += _of_options(config)
     if resolved.stretched is not None:

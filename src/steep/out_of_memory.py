@@ -8,12 +8,11 @@ from contextlib import contextmanager
 
 import torch
 
-from steep import ranks
 from steep.errors import RunError
 from steep.machine_faults import PINNED, place_that_ran_out
 from steep.model.block import LEVELS
 from steep.plan import Plan
-from steep.settings import could_be_lean, uses_checkpointing
+from steep.settings import could_be_lean, uses_checkpointing, why_not_summed_in_fp32
 from steep.terminal import human_bytes
 from steep.training.adamw8bit import ADAMW_8BIT
 
@@ -68,8 +67,8 @@ def what_to_lower(plan: Plan, *, loading: bool = False, place: str = "GPU") -> l
             found.append(f"training.vram (now {training.vram}), or training.gradient_checkpointing: true")
         elif not plan.fused and not uses_checkpointing(config, plan.card is not None):
             found.append("training.gradient_checkpointing: true (now false)")
-        in_fp32 = plan.fused and plan.trained_dtype == "bf16" and training.grad_accum_dtype == "fp32"
-        if in_fp32 and accumulation > 1 and ranks.world_size() == 1 and training.optim in ADAMW_8BIT:
+        in_fp32 = why_not_summed_in_fp32(config, plan.trained_dtype, plan.fused) is None
+        if in_fp32 and training.grad_accum_dtype == "fp32":
             found.append("training.grad_accum_dtype: bf16 (now fp32)")
         if training.optim not in ADAMW_8BIT:
             found.append(f"training.optim: adamw_8bit (now {training.optim})")

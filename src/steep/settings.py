@@ -17,6 +17,7 @@ from steep.errors import UserError, did_you_mean
 from steep.model.load import DTYPES
 from steep.schema import RunConfig
 from steep.trackers import check_trackers
+from steep.training.adamw8bit import ADAMW_8BIT
 from steep.training.arguments import TrainingArguments
 from steep.training.in_backward import check_in_backward
 from steep.training.offload import check_embeddings_train, check_offload
@@ -112,6 +113,22 @@ def could_be_lean(config: RunConfig, compute: str) -> bool:
     except UserError:
         return False
     return True
+
+
+def why_not_summed_in_fp32(config: RunConfig, trained: str, fused: bool) -> str | None:
+    """Why gradients are not added up in fp32 whatever `grad_accum_dtype` is; None: it says so.
+
+    Args:
+        trained: dtype of what trains.
+    """
+    training = config.training
+    if training.gradient_accumulation_steps == 1:
+        return "a step is a single forward (gradient_accumulation_steps: 1)"
+    if trained != "bf16":
+        return f"weights train in {trained}, and so their gradients are added up"
+    if not fused or training.optim not in ADAMW_8BIT or ranks.world_size() > 1:
+        return "elsewhere than in a fused run in one process with adamw_8bit, gradients are in their weights' dtype"
+    return None
 
 
 def training_arguments(

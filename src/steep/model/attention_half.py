@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from steep.model.layer import Batch, Layer, Rows, at, place, rows
+from steep.model.layer import Batch, Layer, Rows, place, rows
 from steep.model.weights import AdapterGradients, Weights
 from steep.ops.attention import attention_backward, attention_backward_in_place, attention_forward
 from steep.ops.copy_rows import copy_rows
 from steep.ops.fp8 import Fp8Rows
 from steep.ops.qk_norm import qk_norm_rope_backward, qk_norm_rope_forward
 from steep.ops.rope import rope_backward, rope_forward
+from steep.ops.slices import rows_of
 
 
 class AttentionHalf:
@@ -44,8 +45,8 @@ class AttentionHalf:
         """q, k and v of all tokens, as they are before norms and rope; and the input rows, where one tile has all."""
         qkv, normed = rows(x, self.qkv.outputs, self.batch.dtype), None
         for tile in self.batch.tiles:
-            multiplied = self.normed(at(x, tile), weights.buffer)
-            self.qkv.forward(multiplied.extended, weights.buffer, at(qkv, tile), quantised=multiplied.quantised)
+            multiplied = self.normed(rows_of(x, tile), weights.buffer)
+            self.qkv.forward(multiplied.extended, weights.buffer, rows_of(qkv, tile), quantised=multiplied.quantised)
             weights.used()
             normed = multiplied.extended
         return qkv, normed if len(self.batch.tiles) == 1 else None
@@ -185,7 +186,7 @@ class AttentionHalf:
         return self.layer.attention_norm.backward(d_normed, x, add=dx2, out=into)
 
     def _rotate_backward(self, d_qkv: torch.Tensor, qkv: torch.Tensor, tile: slice, quantised: Fp8Rows | None) -> None:
-        attention, cos, sin = self.layer.attention, at(self.batch.cos, tile), at(self.batch.sin, tile)
+        attention, cos, sin = self.layer.attention, rows_of(self.batch.cos, tile), rows_of(self.batch.sin, tile)
         if attention.q_norm is None or attention.k_norm is None:
             rope_backward(d_qkv, cos, sin, *attention.heads, quantised=quantised)
             return

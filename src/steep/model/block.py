@@ -39,12 +39,13 @@ from torch.autograd.function import once_differentiable
 
 from steep.model.attention_half import AttentionHalf
 from steep.model.host_store import HostLayer, left_in_an_error
-from steep.model.layer import Batch, Layer, at, rows
+from steep.model.layer import Batch, Layer, rows
 from steep.model.mlp_half import MlpHalf
 from steep.model.weights import AdapterGradients, Weights
 from steep.ops.backend import without_autocast
 from steep.ops.copy_rows import copy_rows
 from steep.ops.products import sums_in_fp32
+from steep.ops.slices import rows_of
 
 LEVELS = (0, 1, 2, 3)
 Place = Literal["gpu", "x", "attention", "all"]
@@ -138,8 +139,8 @@ class _Block(torch.autograd.Function):
                 kept.attention_out = rows(x, first.o.outputs, batch.dtype)
             weights = batch.weights(first.o)
             for tile in batch.tiles:
-                of_tile = first.attended(at(attended, tile), weights.buffer)
-                first.add(at(x, tile), of_tile, weights.buffer, at(x2, tile), _at(kept.attention_out, tile))
+                of_tile = first.attended(rows_of(attended, tile), weights.buffer)
+                first.add(rows_of(x, tile), of_tile, weights.buffer, rows_of(x2, tile), _at(kept.attention_out, tile))
                 weights.used()
             if level <= 2:
                 kept.attended, kept.saved = attended, saved
@@ -154,7 +155,7 @@ class _Block(torch.autograd.Function):
             of_gate_up, of_down = batch.weights(second.gate_up), batch.weights(second.down)
             for tile in batch.tiles:
                 to_keep = _at(kept.gate_up, tile), _at(kept.mlp_out, tile)
-                second.forward(at(x2, tile), of_gate_up, of_down, *to_keep, at(y, tile))
+                second.forward(rows_of(x2, tile), of_gate_up, of_down, *to_keep, rows_of(y, tile))
         if keeps:
             kept.x = x
             if batch.host is not None:
@@ -206,7 +207,7 @@ class _Backward:
         kept.attended, kept.saved = None, ()
         dx = dx2 if len(tiles) > 1 else None
         for tile in tiles:
-            of_tile = at(d_qkv, tile), at(kept.qkv, tile), at(dx2, tile), at(x, tile), normed
+            of_tile = rows_of(d_qkv, tile), rows_of(kept.qkv, tile), rows_of(dx2, tile), rows_of(x, tile), normed
             made = first.project_backward(*of_tile, tile, weights.buffer, self.gradients[0], into=_at(dx, tile))
             weights.used()
         return made if dx is None else dx, [each for gradients in self.gradients for each in gradients.take()]
@@ -221,23 +222,23 @@ class _Backward:
         of_o, of_gate_up, of_down = map(self.batch.weights, (first.o, second.gate_up, second.down))
         of_mlp = self.gradients[2], self.gradients[3]
         for tile in tiles:
-            x2, attended, out = self._again(at(x, tile), tile, of_o)
+            x2, attended, out = self._again(rows_of(x, tile), tile, of_o)
             gate_up, mlp_out = _at(kept.gate_up, tile), _at(kept.mlp_out, tile)
             if tile is tiles[-1]:
                 kept.x2 = kept.attention_out = kept.gate_up = kept.mlp_out = None
-            d_normed = second.backward(at(dy, tile), x2, gate_up, mlp_out, of_gate_up, of_down, of_mlp)
+            d_normed = second.backward(rows_of(dy, tile), x2, gate_up, mlp_out, of_gate_up, of_down, of_mlp)
             del gate_up, mlp_out
             d_out, into = first.gradient_rows(x2)
-            d_x2 = second.add_backward(d_normed, x2, at(dy, tile), into)
+            d_x2 = second.add_backward(d_normed, x2, rows_of(dy, tile), into)
             del d_normed, x2, into
             if attended is None:
-                attended = first.attended(at(kept.attended, tile), of_o.buffer, is_multiplied=False).extended
+                attended = first.attended(rows_of(kept.attended, tile), of_o.buffer, is_multiplied=False).extended
             given = d_out, out, attended, of_o.buffer, self.gradients[1]
             made = first.output_backward(d_x2, *given, into=_at(d_attended, tile))
             of_o.used()
             del given, d_out, out, attended
             if dx2 is not None:
-                copy_rows(d_x2, at(dx2, tile))
+                copy_rows(d_x2, rows_of(dx2, tile))
         return d_x2 if dx2 is None else dx2, made if d_attended is None else d_attended
 
     def _again(
@@ -249,7 +250,7 @@ class _Backward:
         x2, out = _at(kept.x2, tile), _at(kept.attention_out, tile)
         if x2 is not None and (out is not None or first.layer.attention_out_norm is None):
             return x2, None, out
-        attended = first.attended(at(kept.attended, tile), weights.buffer)
+        attended = first.attended(rows_of(kept.attended, tile), weights.buffer)
         if x2 is None:
             x2 = torch.empty_like(x)
             out = first.add(x, attended, weights.buffer, x2)
@@ -259,4 +260,4 @@ class _Backward:
 
 
 def _at(whole: torch.Tensor | None, tile: slice) -> torch.Tensor | None:
-    return None if whole is None else at(whole, tile)
+    return None if whole is None else rows_of(whole, tile)

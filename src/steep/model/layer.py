@@ -184,8 +184,3 @@ def place(like: torch.Tensor) -> tuple[int, torch.device]:
 def rows(like: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Uninitialised [T, width], T and device those of `like`."""
     return torch.empty(like.shape[0], width, dtype=dtype, device=like.device)
-
-
-def at(whole: torch.Tensor, tile: slice) -> torch.Tensor:
-    """whole[tile]; itself where the tile has all tokens, since the host takes 20 of them a layer."""
-    return whole if tile.stop - tile.start == whole.shape[0] else whole[tile]

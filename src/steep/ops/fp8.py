@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from steep.ops.backend import uses_kernels
+from steep.ops.slices import columns_of
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -106,9 +107,7 @@ def empty_fp8_rows(
 ) -> Fp8Rows:
     """Rows to write into."""
     width = -(-columns // 16) * 16
-    codes = torch.empty(tokens, width, dtype=E4M3, device=device)
-    if width > columns:  # a slice of all takes the host as long as the memory does
-        codes = codes[:, :columns]
+    codes = columns_of(torch.empty(tokens, width, dtype=E4M3, device=device), slice(0, columns))
     scale = torch.empty((tokens, -(-columns // BLOCK)) if pieces else (tokens,), dtype=torch.float32, device=device)
     return Fp8Rows(codes, scale, factors)
 

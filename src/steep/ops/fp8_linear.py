@@ -35,6 +35,7 @@ from steep.ops.lora_fill import LoraFill
 from steep.ops.lora_layout import ALIGNMENT, beside_layout_of
 from steep.ops.lora_linear import linears
 from steep.ops.products import product
+from steep.ops.slices import columns_of, rows_of
 
 
 class Fp8Buffer(NamedTuple):
@@ -169,13 +170,13 @@ class Fp8Group(AdapterGroup):
             fp8_product(
                 quantised,
                 run.codes,
-                _rows(scale, run.scales),
-                _columns(out, rows),
+                rows_of(scale, run.scales),
+                columns_of(out, rows),
                 low=xe,
-                b=_rows(buffer.b, rows),
+                b=rows_of(buffer.b, rows),
                 parts=run.parts,
-                bias=None if bias is None else _rows(bias, rows),
-                add=None if add is None else _columns(add, rows),
+                bias=None if bias is None else rows_of(bias, rows),
+                add=None if add is None else columns_of(add, rows),
             )
 
     def extend_gradient(self, dye: torch.Tensor, buffer: Fp8Buffer) -> None:
@@ -183,7 +184,7 @@ class Fp8Group(AdapterGroup):
         for rows, low_rows in zip(self._layout.rows, self._layout.low_rows, strict=True):
             width = low_rows.stop - low_rows.start
             if width:
-                b = _columns(_rows(buffer.b, rows), slice(0, width))
+                b = columns_of(rows_of(buffer.b, rows), slice(0, width))
                 product(dye[:, rows], b, out=dye[:, low_rows], scale=self._scale_of_low)
 
     def input_gradient(
@@ -218,20 +219,10 @@ class Fp8Group(AdapterGroup):
     def _transposed(self) -> torch.Tensor:
         """The codes of all weights, [in_features, N]."""
         codes = torch.empty(self._transposed_shape, dtype=E4M3, device=self._weights[0].codes.device)
-        codes = _columns(codes, slice(0, self.outputs))
+        codes = columns_of(codes, slice(0, self.outputs))
         for run in self._runs:
-            transpose(run.codes, _columns(codes, run.rows))
+            transpose(run.codes, columns_of(codes, run.rows))
         return codes
-
-
-def _rows(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
-    """tensor[rows]; itself where these are all, since the host makes many of them."""
-    return tensor if rows.stop - rows.start == tensor.shape[0] else tensor[rows]
-
-
-def _columns(tensor: torch.Tensor, columns: slice) -> torch.Tensor:
-    """tensor[:, columns], likewise."""
-    return tensor if columns.stop - columns.start == tensor.shape[1] else tensor[:, columns]
 
 
 @dataclass(frozen=True)
