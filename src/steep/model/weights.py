@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from steep.ops.backend import gradient_dtype
-from steep.ops.lora import Group
+from steep.ops.lora import GradientProduct, Group
+from steep.ops.lora_layout import ALIGNMENT
 
 
 class Weights:
@@ -35,28 +36,49 @@ class Weights:
 
 
 class AdapterGradients:
-    """The gradients of a group's adapters, summed over tiles in fp32; those of a single one are not summed."""
+    """The gradients of a group's adapters. Those of several tiles are summed in fp32, by the products themselves, in
+    one piece of memory, which becomes what autograd keeps in one step where that is of one dtype."""
 
     def __init__(self, group: Group, tiles: int) -> None:
         self._group, self._sums = group, tiles > 1
         self._gradients: list[torch.Tensor | None] = []
+        self._products: list[GradientProduct] = []
+        self._whole: torch.Tensor | None = None
 
     def add(self, dye: torch.Tensor, xe: torch.Tensor) -> None:
         """Of one tile: see `Group.adapter_gradients`."""
-        of_tile = self._group.adapter_gradients(dye, xe, torch.float32 if self._sums else None)
-        if not self._gradients:
-            self._gradients = of_tile
+        if not self._sums:
+            self._gradients = self._group.adapter_gradients(dye, xe)
             return
-        for whole, part in zip(self._gradients, of_tile, strict=True):
-            if whole is not None and part is not None:
-                whole.add_(part)
+        adds = self._whole is not None
+        if self._whole is None:
+            self._products = self._group.gradient_products()
+            sizes = [_padded(each.shape) for each in self._products]
+            self._whole = torch.empty(sum(sizes), dtype=torch.float32, device=dye.device)
+        for each, part in zip(self._products, self._parts(self._whole), strict=True):
+            each.write(dye, xe, part, adds=adds)
 
     def take(self) -> list[torch.Tensor]:
         """Those that are asked for, in what autograd keeps of each."""
-        trained = [tensor for each in self._group.projections for tensor in each.tensors()]
         gradients, self._gradients = self._gradients, []
+        if self._whole is not None:
+            whole, self._whole = self._whole, None
+            dtypes = [each.dtype for each in self._products]
+            if len(set(dtypes)) == 1:
+                parts = self._parts(whole.to(dtypes[0]))
+            else:
+                parts = [part.to(dtype) for part, dtype in zip(self._parts(whole), dtypes, strict=True)]
+            gradients = self._group.gradients_of(self._products, parts)
+        return [gradient for gradient in gradients if gradient is not None]
+
+    def _parts(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        """What each product makes."""
+        parts = whole.split([_padded(each.shape) for each in self._products])
         return [
-            gradient.to(gradient_dtype(tensor))
-            for tensor, gradient in zip(trained, gradients, strict=True)
-            if gradient is not None
+            part[: math.prod(each.shape)].view(each.shape) for each, part in zip(self._products, parts, strict=True)
         ]
+
+
+def _padded(shape: tuple[int, int]) -> int:
+    """Elements that such a product takes, so that the next one begins at a multiple of ALIGNMENT."""
+    return -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT

@@ -44,6 +44,7 @@ from steep.ops.lora_fill import LoraFill
 from steep.ops.lora_layout import ALIGNMENT, Member, Place, layout_of
 from steep.ops.nf4 import stacked
 from steep.ops.products import product
+from steep.ops.slices import rows_of
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,42 @@ class Group(Protocol):
         self, dye: torch.Tensor, xe: torch.Tensor, out_dtype: torch.dtype | None = None
     ) -> list[torch.Tensor | None]: ...
 
+    def gradient_products(self) -> list[GradientProduct]: ...
+
+    def gradients_of(
+        self, products: Sequence[GradientProduct], made: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor | None]: ...
+
+
+@dataclass(frozen=True)
+class GradientProduct:
+    """Gradients of adapters that are one product, of columns of the gradient rows and columns of the input rows.
+
+    Attributes:
+        dye, xe: the columns.
+        shape: of the product.
+        dtype: what autograd keeps of the gradients.
+        scale: of the product.
+        members: among all gradients of a group the number of each that is made, and its rows of the product.
+    """
+
+    dye: slice
+    xe: slice
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    scale: float
+    members: list[tuple[int, slice]]
+
+    def made(self, dye: torch.Tensor, xe: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """In `dtype`, of the rows of all tokens."""
+        own = dtype if dtype in (xe.dtype, torch.float32) else torch.float32  # a product comes in one of these
+        return product(dye[:, self.dye].t(), xe[:, self.xe], out_dtype=own, scale=self.scale).to(dtype)
+
+    def write(self, dye: torch.Tensor, xe: torch.Tensor, out: torch.Tensor, *, adds: bool) -> None:
+        """Into `out`, in fp32, of the rows of some tokens. adds: to what is there."""
+        add = out if adds else None
+        product(dye[:, self.dye].t(), xe[:, self.xe], add=add, out=out, scale=self.scale)
+
 
 class AdapterGroup:
     """Projections that read the same input, and the gradients of their adapters.
@@ -148,6 +185,7 @@ class AdapterGroup:
         self._adapters = [adapter for projection in projections for adapter in projection.adapters]
         self._places = places
         self._scales = [adapter.scale for adapter in self._adapters]  # of x·Aᵀ where it is read for dB
+        self._products: dict[tuple[torch.dtype | None, ...], list[GradientProduct]] = {}  # by what trains, and in what
 
     def forward_bytes(self, tokens: int) -> int:
         """Bytes that `forward` of [T, any] takes at its peak beside what it is handed: none."""
@@ -162,42 +200,61 @@ class AdapterGroup:
         Each is contiguous, in `out_dtype` or else in what autograd keeps of it (`gradient_dtype`), straight from the
         fp32 accumulation where the dtype is fp32 or that of the group. Those of a are rows of one tensor.
         """
-        places, adapters, dye_T = self._places, self._adapters, dye.t()
-        gradients: list[torch.Tensor | None] = [None] * (2 * len(places))
+        products = self.gradient_products()
+        return self.gradients_of(products, [each.made(dye, xe, out_dtype or each.dtype) for each in products])
+
+    def gradient_products(self) -> list[GradientProduct]:
+        """Those of the adapters that train now."""
+        trains = tuple([_kept_as(tensor) for adapter in self._adapters for tensor in (adapter.a, adapter.b)])
+        if trains not in self._products:
+            self._products[trains] = self._worked_out(trains)
+        return self._products[trains]
+
+    def _worked_out(self, trains: Sequence[torch.dtype | None]) -> list[GradientProduct]:
+        found: list[GradientProduct] = []
         runs: list[list[int]] = []  # of neighbours: one product each; what pads them is computed with them
-        for index, place in enumerate(places):
-            lora = adapters[index]
-            if lora.b.requires_grad:
-                dtype = out_dtype or gradient_dtype(lora.b)
-                scale = self._scales[index]
-                gradients[2 * index + 1] = self._gradient(dye_T[place.outputs], xe[:, place.low], dtype, scale)
-            if lora.a.requires_grad:
-                before = runs[-1][-1] if runs else None
-                if (
-                    before is not None
-                    and place.low_rows.start - places[before].low_rows.stop < ALIGNMENT
-                    and gradient_dtype(lora.a) == gradient_dtype(adapters[before].a)
-                ):
-                    runs[-1].append(index)
-                else:
-                    runs.append([index])
-        for run in runs:
-            rows = slice(places[run[0]].low_rows.start, places[run[-1]].low_rows.stop)
-            dtype = out_dtype or gradient_dtype(adapters[run[0]].a)
-            all_of_run = self._gradient(dye_T[rows], xe[:, self.x_columns], dtype)
-            if len(run) == 1:
-                gradients[2 * run[0]] = all_of_run
+        for index, place in enumerate(self._places):
+            of_a, of_b = trains[2 * index], trains[2 * index + 1]
+            if of_b is not None:
+                height = place.outputs.stop - place.outputs.start
+                shape, member = (height, place.low.stop - place.low.start), (2 * index + 1, slice(0, height))
+                found.append(GradientProduct(place.outputs, place.low, shape, of_b, self._scales[index], [member]))
+            if of_a is None:
                 continue
-            for index in run:
-                low_rows = places[index].low_rows
-                gradients[2 * index] = all_of_run[low_rows.start - rows.start : low_rows.stop - rows.start]
+            before = runs[-1][-1] if runs else None
+            if (
+                before is not None
+                and place.low_rows.start - self._places[before].low_rows.stop < ALIGNMENT
+                and of_a == trains[2 * before]
+            ):
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        for run in runs:
+            rows = [self._places[index].low_rows for index in run]
+            start, stop = rows[0].start, rows[-1].stop
+            members = [
+                (2 * index, slice(own.start - start, own.stop - start)) for index, own in zip(run, rows, strict=True)
+            ]
+            shape, dtype = (stop - start, self._adapters[run[0]].a.shape[1]), trains[2 * run[0]]
+            assert dtype is not None
+            found.append(GradientProduct(slice(start, stop), self.x_columns, shape, dtype, 1.0, members))
+        return found
+
+    def gradients_of(
+        self, products: Sequence[GradientProduct], made: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        """As `adapter_gradients` gives them, from what each product made."""
+        gradients: list[torch.Tensor | None] = [None] * (2 * len(self._adapters))
+        for each, whole in zip(products, made, strict=True):
+            for number, rows in each.members:
+                gradients[number] = rows_of(whole, rows)
         return gradients
 
-    def _gradient(self, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-        # A product comes in its operands' dtype or in fp32.
-        if dtype in (self.dtype, torch.float32):
-            return product(a, b, out_dtype=dtype, scale=scale)
-        return product(a, b, out_dtype=torch.float32, scale=scale).to(dtype)
+
+def _kept_as(tensor: torch.Tensor) -> torch.dtype | None:
+    """What autograd keeps of its gradient; None: it does not train."""
+    return gradient_dtype(tensor) if tensor.requires_grad else None
 
 
 class LoraGroup(AdapterGroup):

@@ -65,7 +65,8 @@ def product(
     if a.is_cuda:
         if summand is None:
             return torch.ops.aten.mm.dtype_out(a, b, out_dtype, out=out)
-        summand = summand.expand(out.shape)
+        if summand.shape != out.shape:  # a view of `out` would be copied onto it
+            summand = summand.expand(out.shape)
         return torch.ops.aten.addmm.dtype_out(summand, a, b, out_dtype, beta=beta, alpha=scale, out=out)
     exact = (a.float() @ b.float()) * scale  # torch has mixed products on CUDA only
     return out.copy_(exact if add is None else add.float() + exact)
