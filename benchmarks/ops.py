@@ -4,7 +4,8 @@
 
 The floor of an op is its bytes over the measured speed of a copy, or its FLOPs over the measured speed of a bf16
 product, whichever is longer. Times are medians of 20 launches, with the second-level cache flushed before each. An op
-whose result is not that of its reference is not timed: the command ends with exit code 1. Liger's functions get what
+whose first result is not that of its reference is not timed: the command ends with exit code 1. All of its results,
+gradients too, are what `pytest -m gpu tests/ops` is for. Liger's functions get what
 Liger's users give them, and their results are held against the reference too.
 
 Prints a table, and appends one line of JSON a row to `benchmarks/results/DATE-GPU-ops.jsonl`. The rows stand in

@@ -1,6 +1,7 @@
 """The peers of `benchmarks.train`: how each makes its model trainable, and the bare loop that times them.
 
-`hf` is QLoRA as the libraries' documentation has it, `hf-lean` the same with everything that trains in bf16.
+`hf` is QLoRA as the libraries' documentation has it, with gradient checkpointing, `hf-lean` the same with everything
+that trains in bf16.
 `hf-flash` is `hf` with the flash-attn package and the batch as one row, so that documents are isolated without a
 mask; `hf-varlen` the same with the flash kernels that torch brings. steep's own two are in `benchmarks/steep_run.py`.
 """

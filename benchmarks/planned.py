@@ -138,7 +138,7 @@ def rows_of(folder: Path) -> list[Row]:
 
 def belongs(row: Row) -> bool:
     has_both = row.get("planned_gib") is not None and row.get("peak_allocated_gib") is not None
-    as_it_is = row["r"] == RANK and row["steep_args"] in ("", HOST)
+    as_it_is = row["r"] == RANK and row["steep_args"].strip() in ("", HOST)
     return has_both and as_it_is and row["gpu"] != "none" and row["fused"] and row["shape"] != "tiny"
 
 

@@ -240,8 +240,8 @@ class FusedStep:
     def _loss(self, way: Way) -> int:
         shape, gradient = self.shape, self.gradient_width if self.trains_head else 0
         converts = self.trains_head and self.trained != self.compute
-        width = WIDTH[self.compute]
-        return loss_bytes(self.tokens, shape.vocabulary, shape.hidden, width, gradient, way, converts=converts)
+        widths = WIDTH[self.compute], WIDTH[self.stream]
+        return loss_bytes(self.tokens, shape.vocabulary, shape.hidden, *widths, gradient, way, converts=converts)
 
 
 def _some(places: list[Place]) -> list[Place] | None:

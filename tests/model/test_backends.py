@@ -57,6 +57,20 @@ def test_what_training_chooses_later_is_heeded(monkeypatch: pytest.MonkeyPatch) 
         assert [choices.backend(layer.attention, packing, dtype, trains=False) for dtype in dtypes] == found
 
 
+def test_training_in_another_dtype_does_without_what_that_forbids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was chosen first stays, for what it was chosen for."""
+    usable = {torch.float32: ["reference"], torch.bfloat16: ["flash", "reference"]}
+    monkeypatch.setattr(backends, "usable_backends", lambda device, dtype, *_: usable[dtype])
+    monkeypatch.setattr(backends, "table_backend", lambda device, dtype, *_, deterministic: usable[dtype][0])
+    model = install(adapted(tiny_model("llama")))
+    layer = fused_of(model).layer(model.get_base_model().model.layers[0])
+    packing, choices = backends.Packing.from_lengths([5, 3], "cpu"), fused_of(model).backends
+    dtypes = torch.bfloat16, torch.float32, torch.bfloat16
+    found = [choices.backend(layer.attention, packing, dtype, trains=True) for dtype in dtypes]
+    assert found == ["flash", "reference", "flash"]
+    assert choices.chosen == {"documents of uneven lengths": "flash"}
+
+
 @pytest.mark.parametrize("longest", [SLIDING_WINDOW, SLIDING_WINDOW + 1])
 def test_a_window_that_no_document_outgrows_is_none(longest: int) -> None:
     """So both kinds of a model's layers take one backend, which may be one without windows."""

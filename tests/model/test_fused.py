@@ -558,6 +558,33 @@ def test_an_adapter_that_is_frozen_before_its_backward_is_an_error() -> None:
         loss.backward()
 
 
+def test_another_adapter_in_its_place_is_an_error() -> None:
+    """As many train as did, of the same shapes."""
+    model = install(adapted(tiny_model("llama")))
+    mlp = unwrap(model).model.layers[0].mlp
+    for part in (mlp.gate_proj, mlp.up_proj):
+        part.lora_B["default"].weight.requires_grad_(part is mlp.gate_proj)
+    loss = model(**packed(), use_cache=False).loss
+    for part in (mlp.gate_proj, mlp.up_proj):
+        part.lora_B["default"].weight.requires_grad_(part is mlp.up_proj)
+    with pytest.raises(RuntimeError, match="an adapter was frozen, or made to train, after"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("setting", ["scale_grad_by_freq", "sparse"])
+def test_an_embedding_of_torchs_own_settings_is_looked_up_by_torch(setting: str) -> None:
+    """Also where its gradient is wanted by rows, which knows nothing of them."""
+    settings: Any = {setting: True}
+    table = torch.nn.Embedding(8, 4, **settings)
+    ids = torch.tensor([[1, 1, 1, 5]])
+    table(ids).sum().backward()
+    assert table.weight.grad is not None
+    expected, table.weight.grad = table.weight.grad.to_dense(), None
+    decoder.looked_up(table, ids, by_rows=1).sum().backward()
+    assert table.weight.grad is not None
+    assert torch.equal(table.weight.grad.to_dense(), expected) and expected.any()
+
+
 def test_trainer_finds_the_same_labels() -> None:
     for fused in FUSED:
         if fused.__name__.endswith("ForCausalLM"):
@@ -593,7 +620,7 @@ def test_labels_at_padded_places_are_left_out_and_told(caplog: pytest.LogCapture
     expected = model(**batch, labels=right).loss
     assert caplog.text == ""
     assert torch.equal(model(**batch, labels=tokens).loss, expected)
-    assert "padded places are left out" in caplog.text and "num_items_in_batch counts them" in caplog.text
+    assert "padded places would predict are left out" in caplog.text and "num_items_in_batch counts them" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [transformers.Trainer, Trainer])

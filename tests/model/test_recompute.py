@@ -218,12 +218,12 @@ def test_a_script_leaves_room_for_the_head(tied: bool) -> None:
     model(**batch, use_cache=False)
     tokens, (vocabulary, hidden) = batch["input_ids"].numel(), model.get_input_embeddings().weight.shape
     own = 0 if tied else vocabulary * hidden * (4 + 8)  # gradient, moments
-    logits = loss_bytes(tokens, vocabulary, hidden, 2, 4, None, converts=True)
+    logits = loss_bytes(tokens, vocabulary, hidden, 2, 4, 4, None, converts=True)
     assert fused_of(model).beside == own + logits
     assert logits > tokens * vocabulary * 2 / 2  # two tiles
-    with_sum = loss_bytes(10**5, 128_256, 4096, 2, 2, "tokens", converts=False)
+    with_sum = loss_bytes(10**5, 128_256, 4096, 2, 2, 2, "tokens", converts=False)
     assert with_sum > 4 * 128_256 * 4096 + 2**29
-    assert loss_bytes(10**5, 128_256, 4096, 2, 2, "vocabulary", converts=False) < with_sum
+    assert loss_bytes(10**5, 128_256, 4096, 2, 2, 2, "vocabulary", converts=False) < with_sum
     base = unwrap(model).model
     assert all(p.dtype == torch.float32 for p in base.parameters() if p.requires_grad)
     counted = training_bytes([*base.parameters(), *base.parameters()])
@@ -251,7 +251,7 @@ def test_a_script_leaves_room_for_the_head_whoever_makes_the_loss(way: str, tied
         of_loss = 0
     else:
         model(**batch, use_cache=False)
-        of_loss = loss_bytes(tokens, vocabulary, hidden, 2, 4, None, converts=True)
+        of_loss = loss_bytes(tokens, vocabulary, hidden, 2, 4, 4, None, converts=True)
         if way == "logits too":
             of_loss += tokens * vocabulary * 4
         elif way != "evaluated before":
@@ -336,7 +336,7 @@ def test_a_longer_batch_chooses_levels_again(monkeypatch: pytest.MonkeyPatch) ->
     rooms: list[float] = []
 
     def head(tokens: int) -> int:
-        return vocabulary * hidden * 12 + loss_bytes(tokens, vocabulary, hidden, 2, 4, None, converts=True)
+        return vocabulary * hidden * 12 + loss_bytes(tokens, vocabulary, hidden, 2, 4, 4, None, converts=True)
 
     def room_on_card(*_: Any) -> float:
         work = work_bytes(read, fp32, fp32, 0, 128)

@@ -518,6 +518,33 @@ def test_only_fused_backends_are_timed_and_once(monkeypatch: pytest.MonkeyPatch)
     assert timed == ["cudnn", "flash"]
 
 
+def test_a_long_batch_is_timed_by_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it would take more memory than the step."""
+    timed: list[tuple[int, Packing]] = []
+    monkeypatch.setattr(attention_backends, "_measured", {})
+    monkeypatch.setattr(
+        attention_backends, "_milliseconds", lambda q, k, v, dout, packing, *_: timed.append((len(q), packing)) or 1.0
+    )
+    monkeypatch.setattr(attention_backends, "usable_backends", lambda *_: ["cudnn", "flash"])
+    whole = attention_backends.TIMED
+    cases: list[tuple[list[int], tuple[int, ...]]] = [
+        ([2048] * 8, (2048,) * 8),  # of as many tokens as are timed
+        ([2048] * 64, (2048,) * 8),
+        ([131_072], (whole - 128,)),
+        ([131_072 + 77], (whole - 128 + 77,)),
+        ([8000, 8000, 9000], (8000, 8000, 1)),  # of several lengths, as the batch is
+        ([20_000, 300], (whole - 128 + 20_000 % 128, 1)),
+        ([1] * 40_000 + [3], (1,) * whole + (2,)),
+    ]
+    for lengths, expected in cases:
+        timed.clear()
+        attention_backends._measured.clear()
+        packing = Packing.from_lengths(lengths, "cpu")
+        measured_backends(packing, 1, 1, 8, torch.bfloat16)
+        assert [(tokens, part.lengths) for tokens, part in timed] == [(sum(expected), expected)] * 2
+        assert (timed[0][1].uniform is None) == (packing.uniform is None)
+
+
 def test_a_deterministic_table_has_no_backend_that_adds_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_backends, "usable_backends", lambda *_: list(BACKENDS))
     assert table_backend("cuda", torch.bfloat16, 128, 2048, deterministic=False) == "cudnn"

@@ -70,6 +70,24 @@ def test_sums_in_fp32_leaves_torchs_settings_as_they_were(reductions: tuple[bool
     assert _reductions() == [reductions, reductions]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)],
+)
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_any_dtype_is_rounded_into(device: str, dtype: torch.dtype, out_dtype: torch.dtype, scale: float) -> None:
+    """As a residual stream in bf16 needs it under products in fp16 or fp32, which torch's own products refuse."""
+    a, b = (torch.randn(shape).to(device, dtype) for shape in ((33, 40), (40, 24)))
+    add = torch.randn(33, 24).to(device, out_dtype)
+    truth = scale * (a.double() @ b.double())
+    assert error(product(a, b, out_dtype=out_dtype, scale=scale), truth) < ONE_ROUNDING[out_dtype]
+    out = add.clone()
+    product(a, b, add=out, out=out, scale=scale)
+    assert out.dtype == out_dtype and error(out, truth + add.double()) < ONE_ROUNDING[out_dtype]
+    assert error(out / 2, truth + add.double()) > ONE_ROUNDING[out_dtype]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_long_sum_is_rounded_once(dtype: torch.dtype) -> None:

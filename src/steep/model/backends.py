@@ -25,11 +25,12 @@ class Backends:
     """
 
     chosen: dict[str, str] = field(default_factory=dict)
-    _looked_at: set[str] = field(default_factory=set)  # by this process, on this card
+    # Whether what is chosen for a kind is to be had for a dtype and head_dim: by this process, on this card.
+    _looked_at: dict[tuple[str, torch.dtype, int], bool] = field(default_factory=dict)
     _others: dict[tuple[object, ...], str] = field(default_factory=dict)  # what is not simply `chosen`
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_looked_at": set(), "_others": {}}  # another process may have another card
+        return {**self.__dict__, "_looked_at": {}, "_others": {}}  # another process may have another card
 
     def backend(self, attention: Attention, packing: Packing, dtype: torch.dtype, *, trains: bool) -> str:
         """The backend for one layer and one batch.
@@ -43,9 +44,10 @@ class Backends:
             window = None
         asked = (device, dtype, attention.head_dim, packing.uniform, window, attention.softcap)
         kind = _kind(packing, window, attention.softcap, deterministic)
-        if trains and kind not in self._looked_at:
+        looked_at = kind, dtype, attention.head_dim
+        if trains and looked_at not in self._looked_at:
             before, usable = self.chosen.get(kind), usable_backends(*asked)
-            if before not in usable:
+            if before not in usable and all(kind != other for other, *_ in self._looked_at):
                 if device.type == "cpu" or deterministic:
                     self.chosen[kind] = table_backend(*asked, deterministic=deterministic)
                 else:
@@ -57,10 +59,11 @@ class Backends:
                         "attention ran on %s so far (%s), which is not to be had here: it goes on with %s, whose sums "
                         "round otherwise", before, kind, self.chosen[kind],
                     )  # fmt: skip
-            self._looked_at.add(kind)
+            self._looked_at[looked_at] = self.chosen[kind] in usable
         found = self.chosen.get(kind)
         # a batch of the same kind may still have a length that the backend does not take
-        if trains and found is not None and BACKENDS[found].lacks(packing.uniform, window, attention.softcap) is None:
+        of_batch = packing.uniform, window, attention.softcap
+        if trains and found is not None and self._looked_at[looked_at] and BACKENDS[found].lacks(*of_batch) is None:
             return found
         key = found, deterministic, *asked
         if key not in self._others:  # asking torch takes longer than a layer is launched

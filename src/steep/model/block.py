@@ -30,6 +30,7 @@ with fp32 inside norms, products and softmax. Autocast is off inside.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -162,7 +163,7 @@ class _Block(torch.autograd.Function):
                 kept.to_host(batch.host)
             stays, kept.x = () if kept.x is None else (x,), None
             ctx.save_for_backward(*stays, *trained)  # what is changed before the backward pass is an error
-            ctx.halves, ctx.kept, ctx.num_trained = (first, second), kept, len(trained)
+            ctx.halves, ctx.kept, ctx.trained = (first, second), kept, trained
         return y
 
     @staticmethod
@@ -177,7 +178,8 @@ class _Block(torch.autograd.Function):
             x = saved[0] if kept.x is None else kept.x
             with without_autocast(x.device.type), sums_in_fp32():
                 dx, gradients = _Backward(first, second, kept).run(x, dy.contiguous())
-        if len(gradients) != ctx.num_trained:
+        trained = first.layer.trained()
+        if len(trained) != len(ctx.trained) or not all(map(operator.is_, trained, ctx.trained)):
             raise RuntimeError("an adapter was frozen, or made to train, after the forward of a fused layer")
         return (dx if ctx.needs_input_grad[0] else None, None, None, None, *gradients)
 

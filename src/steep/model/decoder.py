@@ -296,7 +296,7 @@ def looked_up(module: Any, input_ids: torch.Tensor, by_rows: int = 0) -> torch.T
     known = type(table) is nn.Embedding or (isinstance(table, nn.Embedding) and scale is not None)
     hooked = any(any(hooks_of(part)) or "forward" in part.__dict__ for part in (module, table))
     as_torch_does = not by_rows and gradient_dtype(table.weight) == table.weight.dtype
-    if not known or hooked or table.max_norm is not None or as_torch_does:
+    if not known or hooked or as_torch_does or table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
         return module(input_ids)
     rows = embedding(table.weight, input_ids, table.padding_idx, by_rows)
     return rows if scale is None else rows * scale.to(rows.dtype)

@@ -109,7 +109,10 @@ class Fused:
         assert self.levels is not None, "places are chosen with levels"
         begun = self._host.begin(device, has_little(self.levels, self.places))
         if begun is None:
-            held = "a forward before the backward of another keeps all on the GPU: host memory is for one"
+            held = (
+                "a forward before the backward of another keeps all on the GPU: host memory is for one. A step that an "
+                "error ended is one too, as long as somebody has its loss"
+            )
             self.say_once(held, fused=True)
             return nowhere
         return [HostLayer(begun, index, place) for index, place in enumerate(self.places)]

@@ -22,8 +22,8 @@ from steep.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORED = -100
 _OF_PADDING = (
-    "labels at padded places are left out of the loss, which is too small where num_items_in_batch counts them, as "
-    "Trainer's does: give them -100"
+    "labels that padded places would predict are left out of the loss, which is too small where num_items_in_batch "
+    "counts them, as Trainer's does: give them -100"
 )
 
 
@@ -166,7 +166,9 @@ class FusedCausalLM(Walked):
             width = min(head.dtype.itemsize, 2)
             converts = head.dtype.itemsize != width
             (vocabulary, hidden), way = head.shape, self.fused.loss_way
-            of_loss = loss_bytes(tokens, vocabulary, hidden, width, gradient, way, converts=converts)
+            embeddings: Any = self.model.embed_tokens
+            stream = in_use(embeddings).weight.dtype.itemsize
+            of_loss = loss_bytes(tokens, vocabulary, hidden, width, stream, gradient, way, converts=converts)
             if self.fused.logits:
                 of_loss += tokens * vocabulary * head.dtype.itemsize
         self.fused.beside, self.fused.beside_for = bytes_beside_decoder(self, self.fused.updates) + of_loss, tokens

@@ -137,13 +137,22 @@ def _dy_in_fp8(group: Group, tokens: int) -> int:
 
 
 def loss_bytes(
-    tokens: int, vocabulary: int, hidden: int, width: int, gradient: int, way: Way | None, *, converts: bool
+    tokens: int,
+    vocabulary: int,
+    hidden: int,
+    width: int,
+    stream: int,
+    gradient: int,
+    way: Way | None,
+    *,
+    converts: bool,
 ) -> int:
-    """Bytes that the head's loss takes at its peak, the head's gradient not counted: the last hidden states and their
-    gradient, logits, and what is summed or converted. See `steep.ops.linear_cross_entropy`.
+    """Bytes that the head's loss takes at its peak, the head's gradient not counted: the last hidden states, before and
+    after the final norm, and their gradient, logits, and what is summed or converted. See
+    `steep.ops.linear_cross_entropy`.
 
     Args:
-        width: bytes of a hidden state.
+        width, stream: bytes of a hidden state after the norm and before it.
         gradient: bytes of a value of the head's gradient; 0: it has none.
         converts: the head is kept in another dtype than the hidden states.
     """
@@ -152,10 +161,14 @@ def loss_bytes(
     if way != "tokens":
         chunk = chunk_size(tokens, vocabulary, width, gradients=True, way=way)
         copy = chunk * hidden * width if converts else 0
-        return tokens * hidden * (2 * width + 4) + tokens * chunk * width + copy
+        rounded = tokens * hidden * width  # the gradient, once the logits are gone
+        return tokens * hidden * (stream + width + 4) + max(tokens * chunk * width, rounded) + copy
     tile = min(tile_size(tokens, vocabulary, width, not gradient), tokens)
     copy = table * width if converts else 0
-    return 2 * tokens * hidden * width + tile * vocabulary * width + copy + (4 * table if sums and tile < tokens else 0)
+    logits, summed = tile * vocabulary * width, 0
+    if sums and tile < tokens:
+        logits, summed = max(logits - table * gradient, 0), 4 * table  # what the sum becomes takes the logits' place
+    return tokens * hidden * (stream + 2 * width) + logits + summed + copy
 
 
 def whole_logits_bytes(tokens: int, vocabulary: int) -> int:

@@ -5,6 +5,9 @@ A choice holds for batches like the one it was made for: packed or uniform, wind
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
+
 import torch
 
 from steep.ops.attention import BACKENDS, attention_backward, attention_forward
@@ -13,6 +16,9 @@ from steep.ops.packing import Packing
 _NOT_DETERMINISTIC = ("cudnn",)  # its backward, for which torch asks no deterministic form
 _SLOW = ("sdpa", "reference")  # never timed where another one is fit: they may not even fit into memory
 _COMPILED = ("flex",)  # timing it costs many seconds of compiling
+# Tokens, and so those of a document, up to which a batch is timed whole: of a longer one what is timed would take more
+# memory than its step does. Which backend is faster is settled by then.
+TIMED = 2**14
 _CUDNN_FIRST = (9, 10)  # major compute capabilities where cuDNN is ahead: half the time of flash on an H200
 
 _measured: dict[tuple[object, ...], dict[str, float]] = {}
@@ -90,7 +96,8 @@ def fastest_backend(
 ) -> str:
     """The one whose forward and backward took the least time on this card, for batches of this shape.
 
-    Measured once a process; batches of uneven lengths count as one shape if they have as many tokens.
+    Measured once a process, a long batch by a part of it; batches of uneven lengths count as one shape if they have as
+    many tokens.
     """
     timings = measured_backends(packing, num_heads, num_kv_heads, head_dim, dtype, window=window, softcap=softcap)
     return min(timings, key=lambda name: timings[name])
@@ -110,6 +117,7 @@ def measured_backends(
 
     The compiled backend is timed only where nothing but slow ones would be left.
     """
+    packing = _part(packing)
     device = packing.cu_seqlens.device
     deterministic = torch.are_deterministic_algorithms_enabled()
     key = (
@@ -133,6 +141,18 @@ def measured_backends(
         timings = {name: _milliseconds(q, k, v, dout, packing, window, softcap, name) for name in candidates}
     _measured[key] = timings
     return timings
+
+
+def _part(packing: Packing) -> Packing:
+    """Documents of the batch, of about TIMED tokens at most, or a shorter one if the first has more: of one length or
+    of several as in the batch. What 128 leaves of a length stays, since some backends go by it."""
+    if packing.num_tokens <= TIMED:
+        return packing
+    ends = list(accumulate(packing.lengths))
+    lengths = packing.lengths[: bisect_right(ends, TIMED)] or (TIMED - 128 + packing.lengths[0] % 128,)
+    if packing.uniform is None and len(set(lengths)) == 1:
+        lengths = (*lengths, 1 if lengths[0] > 1 else 2)
+    return Packing.from_lengths(lengths, packing.cu_seqlens.device)
 
 
 def _order(device: torch.device) -> list[str]:

@@ -45,7 +45,8 @@ def product(
         a, b: [M, K] and [K, N] of one dtype; transposed views and columns of wider buffers are read in place.
         add: [M, N] or [N], of `out_dtype`; may be `out`.
         out: where to write [M, N]; its rows may be apart (columns of a wider buffer).
-        out_dtype: default: that of `out`, else of `a`.
+        out_dtype: default: that of `out`, else of `a`. One that is neither a's nor fp32 takes an fp32 product beside
+            it.
         scale: a factor of the fp32 product.
     """
     if out is None and add is None and scale == 1.0 and out_dtype in (None, a.dtype):
@@ -62,11 +63,14 @@ def product(
         if summand is None:
             return torch.mm(a, b, out=out)
         return torch.addmm(summand, a, b, beta=beta, alpha=scale, out=out)
-    if a.is_cuda:
+    if a.is_cuda and out_dtype == torch.float32:
         if summand is None:
             return torch.ops.aten.mm.dtype_out(a, b, out_dtype, out=out)
         if summand.shape != out.shape:  # a view of `out` would be copied onto it
             summand = summand.expand(out.shape)
         return torch.ops.aten.addmm.dtype_out(summand, a, b, out_dtype, beta=beta, alpha=scale, out=out)
+    if a.is_cuda:  # torch has products of 16 bit in their own dtype and in fp32
+        exact = product(a, b, add=None if add is None else add.float(), out_dtype=torch.float32, scale=scale)
+        return out.copy_(exact)
     exact = (a.float() @ b.float()) * scale  # torch has mixed products on CUDA only
     return out.copy_(exact if add is None else add.float() + exact)
