@@ -87,6 +87,12 @@ ARMS: dict[str, Arm] = {
     ),
     "fused": Arm("by fused layers", RECIPE, on_top=True, model={"fused": "on"}),
     "stochastic": Arm("trained in bf16, rounded stochastically", RECIPE, on_top=True, model={"trained_dtype": "bf16"}),
+    "lean": Arm(
+        "not clipped, updated inside the backward pass",
+        RECIPE,
+        on_top=True,
+        training={"max_grad_norm": 0.0, "optimizer_in_backward": True},
+    ),
     "adamw": Arm("with AdamW's states in 32 bits", RECIPE, on_top=True, training={"optim": "adamw_torch"}),
     "nearest": Arm(
         "so, trained in bf16, rounded to the nearest",
