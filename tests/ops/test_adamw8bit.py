@@ -17,6 +17,7 @@ import triton.language as tl
 from bitsandbytes import functional
 
 from steep.kernels import adamw8bit as kernels
+from steep.ops import master_weights
 from steep.ops.adamw8bit import Update, adamw8bit, adamw8bit_reference, noise_key, rounding_noise
 from steep.ops.row_gradient import places
 from tests.ops.closeness import assert_as_good
@@ -27,6 +28,8 @@ SIZES = (1, 63, 4095, 4096, 4097, 10_003)
 LARGE = (*SIZES, 100_003, 2**20, 2**22 + 1)
 BF16, FP32 = torch.bfloat16, torch.float32
 DTYPES = [(BF16, BF16), (BF16, FP32), (FP32, FP32)]
+# Whether states are 8-bit from 4,096 elements on, and whether bf16 weights have masters.
+KINDS = [(True, True), (False, True), (False, False)]
 
 
 def maps(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,14 +53,25 @@ def assert_nothing_beside(view: torch.Tensor) -> None:
 
 
 def tensors(
-    sizes: tuple[int, ...], dtype: torch.dtype, gradient: torch.dtype, device: str = "cpu", offset: int = 0
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    gradient: torch.dtype,
+    device: str = "cpu",
+    offset: int = 0,
+    coded: bool = True,
+    masters: bool = False,
 ) -> list[Update]:
-    """One update of tensors of `sizes` in the midst of a training, their states 8-bit from 4,096 elements on."""
+    """One update of tensors of `sizes` in the midst of a training.
+
+    Args:
+        coded: their states are 8-bit from 4,096 elements on.
+        masters: of bf16 weights, anything that may stand beside them.
+    """
     draw = torch.Generator().manual_seed(1)
     updates: list[Update] = []
     for index, size in enumerate(sizes):
         blocks, scales = -(-size // 256), None
-        if size >= 4096:
+        if size >= 4096 and coded:
             moments = [torch.randint(0, 256, (size,), generator=draw, dtype=torch.uint8) for _ in range(2)]
             magnitudes = [torch.rand(blocks, generator=draw) * most for most in (0.1, 0.01)]
             scales = (placed(magnitudes[0], device, 0), placed(magnitudes[1], device, 0))
@@ -78,17 +92,28 @@ def tensors(
                 key=noise_key(5, 3 + index, index),
             )
         )
+        if masters:
+            own = torch.Generator().manual_seed(index)  # the rest is the same with and without
+            low = torch.randint(-(2**15), 2**15, (size,), generator=own, dtype=torch.int16)
+            updates[-1].low = placed(low, device, offset)
     return updates
 
 
 def written(update: Update) -> tuple[torch.Tensor, ...]:
-    return (update.parameter, *update.moments, *(update.scales or ()))
+    low = () if update.low is None else (update.low,)
+    return (update.parameter, *update.moments, *(update.scales or ()), *low)
 
 
 def on_cpu(update: Update) -> Update:
     first, second = (moment.cpu() for moment in update.moments)
     scales = None if update.scales is None else (update.scales[0].cpu(), update.scales[1].cpu())
-    return replace(update, parameter=update.parameter.cpu(), moments=(first, second), scales=scales)
+    low = None if update.low is None else update.low.cpu()
+    return replace(update, parameter=update.parameter.cpu(), moments=(first, second), scales=scales, low=low)
+
+
+def exact(update: Update) -> torch.Tensor:
+    """What is updated, in fp32."""
+    return update.parameter if update.low is None else master_weights.join(update.parameter, update.low)
 
 
 def assert_equal(ours: Update, theirs: Update) -> None:
@@ -99,7 +124,12 @@ def assert_equal(ours: Update, theirs: Update) -> None:
 def assert_close(ours: Update, theirs: Update) -> None:
     """Codes but for ties, and values but for the last bits of fp32: of an update that can be 100 times the weight,
     where v is next to nothing. A bf16 weight one such bit from where the noise turns it over may fall to the other
-    side."""
+    side; with masters these are compared."""
+    if ours.low is not None and theirs.low is not None:
+        both = [(exact(each).float(), *each.moments, *(each.scales or ())) for each in (ours, theirs)]
+        assert (ours.parameter != theirs.parameter).float().mean() < 1e-3 + 1 / ours.parameter.numel()
+        assert torch.allclose(both[0][0], both[1][0], rtol=2e-6, atol=1e-3)
+        ours, theirs = (replace(each, parameter=each.moments[0], low=None) for each in (ours, theirs))
     for one, other in zip(written(ours), written(theirs), strict=True):
         slack = 1e-3 if one is ours.parameter else 1e-7
         if one.dtype == torch.uint8:
@@ -178,6 +208,100 @@ def test_many_tensors(
         assert_close(again[-1], truth[-1])
 
 
+@pytest.mark.parametrize(
+    ("route", "sizes", "offset"), cases([(SIZES, 0), (SIZES[:4], 1)], real=[(LARGE, 0), (LARGE, 1)])
+)
+@pytest.mark.parametrize(("coded", "masters"), KINDS)
+@pytest.mark.parametrize("gradient", [BF16, FP32])
+def test_fp32_states_and_masters(
+    route: str, sizes: tuple[int, ...], offset: int, coded: bool, masters: bool, gradient: torch.dtype
+) -> None:
+    kind = {"coded": coded, "masters": masters}
+    with along(route, kernels, launch=2 if coded else 1) as device:
+        updates = tensors(sizes, BF16, gradient, device, offset, **kind)
+        adamw8bit(updates, maps(device), torch.tensor([0.37], device=device))
+    truth, before = (tensors(sizes, BF16, gradient, **kind) for _ in range(2))
+    adamw8bit_reference(truth, maps(), torch.tensor([0.37]))
+    for update, wanted, start in zip(updates, truth, before, strict=True):
+        for view in written(update):
+            assert_nothing_beside(view)
+        assert_close(on_cpu(update), wanted)
+        assert len(start.parameter) == 1 or not torch.equal(wanted.parameter, start.parameter)
+    if masters:
+        with pytest.raises(AssertionError):  # without what the masters have beside the weights
+            again = tensors(sizes, BF16, gradient, **kind)
+            for update in again:
+                assert update.low is not None
+                update.low.zero_()
+            adamw8bit_reference(again, maps(), torch.tensor([0.37]))
+            assert_close(again[-1], truth[-1])
+
+
+@pytest.mark.parametrize(("route", "sizes"), cases([((4097, 100),)], real=[(LARGE,)]))
+@pytest.mark.parametrize("coded", [True, False])
+def test_a_master_is_the_weight_that_trains_in_fp32(route: str, sizes: tuple[int, ...], coded: bool) -> None:
+    """To the bit over some steps, moments too, and the weight is the bf16 nearest to it. (On a card either is compiled
+    by itself.)"""
+    steps = 2 if route == "interpreter" else 5
+    with along(route, kernels, launch=steps * (4 if coded else 2)) as device:
+        ours = tensors(sizes, BF16, FP32, device, coded=coded, masters=True)
+        whole = tensors(sizes, FP32, FP32, device, coded=coded)
+        for one, other in zip(ours, whole, strict=True):
+            other.parameter.copy_(exact(one))
+        for _ in range(steps):
+            adamw8bit(ours, maps(device))
+            adamw8bit(whole, maps(device))
+    for one, other in zip(ours, whole, strict=True):
+        wanted = replace(other, parameter=master_weights.split(other.parameter)[0])
+        wanted.low = master_weights.split(other.parameter)[1]
+        if route == "gpu":
+            assert_close(on_cpu(one), on_cpu(wanted))
+        else:
+            assert_equal(one, wanted)
+            assert torch.equal(exact(one), other.parameter)
+
+
+@pytest.mark.parametrize(("route",), cases([()]))
+def test_updates_below_a_last_bit_add_up_in_a_master(route: str) -> None:
+    """Each moves a weight of 1 by a hundredth of the distance to its neighbour below; the noise draws another path."""
+    with along(route, kernels, launch=40) as device:
+        found = []
+        for masters in (True, False):
+            weights = torch.ones(256, dtype=BF16, device=device)
+            low = torch.zeros(256, dtype=torch.int16, device=device) if masters else None
+            moments = (torch.ones(256, device=device), torch.ones(256, device=device))
+            update = Update(
+                weights, torch.ones(256, device=device), moments, None, 10**6, 2**-8 / 100, (0.9, 0.95), 0.0, 0.0, 3,
+                low=low,
+            )  # fmt: skip
+            for step in range(20):
+                update = replace(update, key=noise_key(0, step, 0))
+                adamw8bit([update], maps(device))
+            found.append(update)
+    ours, noisy = (on_cpu(each) for each in found)
+    assert (ours.parameter == 1).all() and torch.allclose(exact(ours), torch.tensor(1 - 0.2 * 2**-8), rtol=1e-6)
+    assert 0.05 < (noisy.parameter != 1).float().mean() < 0.4
+
+
+@pytest.mark.parametrize(("route", "size"), cases([(4096 + 100,), (100,)]))
+def test_what_is_not_finite_in_a_master(route: str, size: int) -> None:
+    """A NaN stays one whatever its bits are, infinities too; the rest is untouched by them."""
+    with along(route, kernels, launch=1) as device, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of the interpreter
+        (update,) = tensors((size,), BF16, FP32, device, coded=False, masters=True)
+        assert update.low is not None
+        update.gradient[::4] = torch.tensor(0x7FFFFFFF, dtype=torch.int32, device=device).view(FP32)
+        update.parameter[1::4] = torch.tensor(0x7FFF, dtype=torch.int16, device=device).view(BF16)
+        for place, sign in ((2, 1), (6, -1)):
+            update.parameter[place::8], update.low[place::8] = sign * math.inf, 0
+        adamw8bit([update], maps(device))
+    weights, values, place = update.parameter.cpu(), exact(on_cpu(update)), torch.arange(size)
+    for found in (weights, values):
+        assert torch.equal(found.isnan(), place % 4 < 2)
+        assert torch.equal(found.isinf(), place % 4 == 2)
+        assert torch.equal(found < -1e38, place % 8 == 6)
+
+
 def test_what_is_launched_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the types and constants that the kernel is compiled for to look at its machine code."""
     built = [(dict(each.constants), each.num_warps) for each in kernels.compilations(BF16)]
@@ -198,6 +322,9 @@ def test_what_is_launched_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
             with along("interpreter", kernels, launch=1):
                 adamw8bit(tensors((4096, 4097), *dtypes, offset=offset), maps(), torch.ones(1))
     assert grids == 6 * [(3, 1, 1)]
+    with along("interpreter", kernels, launch=3):
+        for coded, masters in KINDS:
+            adamw8bit(tensors((4096, 4097), BF16, BF16, coded=coded, masters=masters), maps(), torch.ones(1))
 
 
 @pytest.mark.parametrize(("route", "sizes"), cases([((1, 4096, 63, 4097),)], real=[(LARGE,)]))
@@ -250,13 +377,21 @@ def test_nothing_to_do() -> None:
     ("route", "rows", "width", "first"),
     cases([(5, 1000, 0), (70, 64, 256), (3, 2304, 512)], real=[(20_001, 896, 0), (2**16, 4096, 2**26)]),
 )
-@pytest.mark.parametrize(("dtype", "gradient"), [(BF16, FP32), (FP32, FP32), (BF16, BF16)])
+@pytest.mark.parametrize(
+    ("dtype", "gradient", "kind"),
+    [
+        *((*dtypes, (True, False)) for dtypes in [(BF16, FP32), (FP32, FP32), (BF16, BF16)]),
+        *((BF16, FP32, kind) for kind in KINDS),
+    ],
+)
 def test_a_gradient_of_some_rows_is_the_dense_one(
-    route: str, rows: int, width: int, first: int, dtype: torch.dtype, gradient: torch.dtype
+    route: str, rows: int, width: int, first: int, dtype: torch.dtype, gradient: torch.dtype, kind: tuple[bool, bool]
 ) -> None:
     """To the bit, of a whole table or of its part from `first` on: rows without a gradient decay and move too."""
+    coded, masters = kind
+    drawn = {"coded": coded, "masters": masters}
     with along(route, kernels, launch=2) as device:
-        (dense,), (ours,) = (tensors((rows * width - first,), dtype, gradient, device) for _ in range(2))
+        (dense,), (ours,) = (tensors((rows * width - first,), dtype, gradient, device, **drawn) for _ in range(2))
         table = torch.zeros(rows * width, dtype=gradient, device=device)
         table[first:] = dense.gradient
         table = table.view(rows, width)
@@ -272,7 +407,7 @@ def test_a_gradient_of_some_rows_is_the_dense_one(
         adamw8bit([dense], maps(device))
     assert_equal(ours, dense)
     assert (ours.parameter != start)[absent.repeat_interleave(width)[first:]].any()
-    (wrong,) = tensors((rows * width - first,), dtype, gradient, device)
+    (wrong,) = tensors((rows * width - first,), dtype, gradient, device, **drawn)
     adamw8bit_reference([replace(wrong, gradient=ours.gradient, rows=place.roll(1), first=first)], maps(device))
     assert not torch.equal(wrong.parameter, ours.parameter)
 

@@ -16,7 +16,7 @@ from steep.ops import host_states, piece_tables
 from steep.ops.adamw8bit import Update, adamw8bit, noise_key
 from steep.ops.host_states import HostState, Staging, staging_bytes, state_bytes
 from tests.ops.routes import cases
-from tests.ops.test_adamw8bit import BF16, DTYPES, FP32, along, maps, tensors
+from tests.ops.test_adamw8bit import BF16, DTYPES, FP32, KINDS, along, maps, tensors, written
 
 adamw8bit_module = importlib.import_module("steep.ops.adamw8bit")
 
@@ -26,47 +26,56 @@ LARGE = (2**24 + 5, 2**22, 3 * 2**24, 100)
 
 def hosted(updates: list[Update], device: str) -> list[tuple[Update, HostState]]:
     """The same updates with their moments on the host."""
-    given = []
-    for update in updates:
-        scales = update.scales
-        first, second = (moment.cpu() for moment in update.moments)
-        given.append(((first, second), None if scales is None else (scales[0].cpu(), scales[1].cpu())))
+    given = [[tensor.cpu() for tensor in written(update)[1:]] for update in updates]
     states = host_states.host_states(given, torch.device(device))
-    return [
-        (replace(update, moments=state.moments, scales=state.scales), state)
-        for update, state in zip(updates, states, strict=True)
-    ]
+    found = []
+    for update, state in zip(updates, states, strict=True):
+        first, second, *rest = state.tensors
+        scales = (rest[0], rest[1]) if state.coded else None
+        low = rest[-1] if state.master else None
+        found.append((replace(update, moments=(first, second), scales=scales, low=low), state))
+    return found
 
 
 def moved(update: Update) -> list[torch.Tensor]:
-    return [tensor.cpu() for tensor in (update.parameter, *update.moments, *(update.scales or ()))]
+    return [tensor.cpu() for tensor in written(update)]
 
 
 def differ(one: Update, other: Update) -> bool:
     return not all(torch.equal(*pair) for pair in zip(moved(one), moved(other), strict=True))
 
 
-@pytest.mark.parametrize(("route", "sizes", "piece", "launches"), cases([(SIZES, 2**12, 8)], real=[(LARGE, 2**24, 6)]))
-@pytest.mark.parametrize(("dtype", "gradient"), DTYPES)
+@pytest.mark.parametrize(("route", "sizes", "piece"), cases([(SIZES, 2**12)], real=[(LARGE, 2**24)]))
+@pytest.mark.parametrize(
+    ("dtype", "gradient", "coded", "masters", "launches"),
+    [*((*dtypes, True, False, (8, 6)) for dtypes in DTYPES), *((BF16, BF16, *kind, None) for kind in KINDS)],
+)
 def test_pieces_are_the_whole_to_the_bit(
     route: str,
     sizes: tuple[int, ...],
     piece: int,
-    launches: int,
     dtype: torch.dtype,
     gradient: torch.dtype,
+    coded: bool,
+    masters: bool,
+    launches: tuple[int, int] | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Over several steps, whose pieces meet other slots each time."""
     monkeypatch.setattr(host_states, "PIECE", piece)
     device = "cuda" if route == "gpu" else "cpu"
-    whole, given = tensors(sizes, dtype, gradient, device), tensors(sizes, dtype, gradient, device)
+    whole, given = (
+        tensors(sizes, dtype, gradient, device, coded=coded, masters=masters and dtype == BF16) for _ in range(2)
+    )
     ours, factor = hosted(given, device), torch.tensor([0.37], device=device)
+    of_batches = [{one.state.coded for one in batch.pieces} for batch in host_states._batches(s for _, s in ours)]
+    of_pieces = sum(map(len, of_batches))
+    assert launches is None or of_pieces == launches[route == "gpu"]
     staging = Staging(torch.device(device))
     steps = 1 if route == "interpreter" else 3
     for step in range(steps):
         scale = factor if step < 2 else None
-        with along(route, kernels, launch=2 + launches):
+        with along(route, kernels, launch=(2 if coded else 1) + of_pieces):
             adamw8bit(whole, maps(device), scale)
             done = staging.run(ours, maps(device), scale)
         if done is not None:
@@ -222,11 +231,31 @@ def test_batches_of_so_many_pieces_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
 def test_bytes() -> None:
     assert state_bytes(2**23) == 2 * 2**23 + 2 * 2**17 == staging_bytes() // 3
     assert state_bytes(1000, coded=False) == 2 * 4032
-    first, second = torch.arange(300).view(3, 100).to(torch.uint8), torch.ones(3, 100, dtype=torch.uint8)
-    scales = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
-    (state,) = host_states.host_states([((first, second), scales)], torch.device("cpu"))
-    assert all(torch.equal(*pair) for pair in zip(state.tensors, (first, second, *scales), strict=True))
-    assert all(one.is_contiguous() and one.data_ptr() % 64 == state.tensors[0].data_ptr() % 64 for one in state.tensors)
+    assert state_bytes(2**23, master=True) == state_bytes(2**23) + 2 * 2**23
+    codes = [torch.arange(300).view(3, 100).to(torch.uint8), torch.ones(3, 100, dtype=torch.uint8)]
+    scales = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]
+    moments, low = [torch.randn(3, 100) for _ in range(2)], torch.arange(-150, 150).view(3, 100).short()
+    for given in ([*codes, *scales], moments, [*codes, *scales, low], [*moments, low]):
+        (state,) = host_states.host_states([given], torch.device("cpu"))
+        assert all(torch.equal(*pair) for pair in zip(state.tensors, given, strict=True))
+        assert all(one.is_contiguous() for one in state.tensors)
+        assert len({one.data_ptr() % 64 for one in state.tensors}) == 1
+        assert (state.coded, state.master) == (len(given) > 3, given[-1] is low)
+
+
+@pytest.mark.parametrize(("coded", "masters"), [(True, False), *KINDS])
+def test_a_piece_fills_a_slot(coded: bool, masters: bool) -> None:
+    """As far as a power of two can, so that noise is that of the whole tensor, and never more."""
+    (update,) = tensors((2**14,), BF16, BF16, coded=coded, masters=masters)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_states, "PIECE", 2**12)
+        ((_, state),) = hosted([update], "cpu")
+        sizes = {piece.stop - piece.start for piece in state.pieces()}
+        assert sizes == {
+            2**12 // {(True, False): 1, (True, True): 2, (False, False): 4, (False, True): 8}[coded, masters]
+        }
+        (size,) = sizes
+        assert state_bytes(size, coded, masters) <= state_bytes(2**12) < state_bytes(2 * size, coded, masters)
 
 
 @pytest.mark.gpu

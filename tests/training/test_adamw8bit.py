@@ -13,8 +13,9 @@ import torch
 from steep.kernels import adamw8bit as kernels
 from steep.ops import host_states
 from steep.ops.backend import interpreted
-from steep.training import adamw8bit
-from steep.training.adamw8bit import AdamW8bit, stochastic_round_
+from steep.training import adamw8bit, bitsandbytes_update
+from steep.training.adamw8bit import AdamW8bit
+from steep.training.bitsandbytes_update import stochastic_round_
 from tests.ops.closeness import assert_as_good
 from tests.ops.moment_codes import assert_same_codes
 from tests.training.helpers import update_by_reference
@@ -103,7 +104,7 @@ def test_slices_change_nothing_but_the_noise(monkeypatch: pytest.MonkeyPatch) ->
         return run(optimizer, parameter, 3), optimizer, parameter
 
     whole, one, first = train()
-    monkeypatch.setattr(adamw8bit, "SLICE", 1024)
+    monkeypatch.setattr(bitsandbytes_update, "SLICE", 1024)
     pieces, other, second = train()
     for key in ("state1", "state2", "absmax1", "absmax2"):
         assert torch.equal(one.state[first][key], other.state[second][key])
@@ -160,7 +161,7 @@ SIZES = [SIZE, SIZE, 5 * SIZE, 300, 4096 + 7, SIZE, 100, 2 * SIZE]
 
 def many(slice_size: int, monkeypatch: pytest.MonkeyPatch, steps: int = 4) -> list[dict[str, torch.Tensor]]:
     """Tensors of `SIZES` after some steps, the fourth without a gradient in the second step; weights and states."""
-    monkeypatch.setattr(adamw8bit, "SLICE", slice_size)
+    monkeypatch.setattr(bitsandbytes_update, "SLICE", slice_size)
     parameters = [torch.nn.Parameter(weights(size)) for size in SIZES]
     optimizer = AdamW8bit([{"params": parameters[:5], "lr": 1e-2}, {"params": parameters[5:], "lr": 2e-3}])
     for step in range(steps):
@@ -199,8 +200,8 @@ def test_tensors_that_share_an_update_get_what_each_would_get_alone(monkeypatch:
 
 def test_many_tensors_take_few_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    update = adamw8bit._update
-    monkeypatch.setattr(adamw8bit, "_update", lambda pieces, *rest: (calls.append(len(pieces)), update(pieces, *rest)))
+    update = bitsandbytes_update._update
+    monkeypatch.setattr(bitsandbytes_update, "_update", lambda pieces: (calls.append(len(pieces)), update(pieces)))
     many(2**20, monkeypatch, steps=1)
     # First group: three in 8 bit, the small one in fp32, the ragged one; second group: one, the small one, one.
     assert calls == [3, 1, 1, 1, 1, 1]
@@ -504,7 +505,7 @@ def test_states_in_host_memory_are_those_on_the_card(
         assert [index for index, one in enumerate(found) if one in optimizer._hosted] == hosted
         for index in hosted:
             state = optimizer.state[found[index]]
-            assert state["state1"] is optimizer._hosted[found[index]].moments[0]
+            assert state["state1"] is optimizer._hosted[found[index]].tensors[0]
             assert all(state[key].device.type == "cpu" for key in ("state1", "state2", "absmax1", "absmax2"))
     assert not optimizer._under_way
 

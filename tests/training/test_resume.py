@@ -13,7 +13,7 @@ from steep.data.packing import Corpus
 from steep.errors import UserError
 from steep.model.adapters import add_adapters
 from steep.model.load import load
-from steep.training import adamw8bit
+from steep.training import bitsandbytes_update
 from steep.training.trainer import Trainer
 from tests.training.helpers import AtStep, adapted, trained_weights, trainer_for
 from tests.trees import tree_differences
@@ -81,13 +81,13 @@ def test_tensors_that_share_an_8bit_update_resume(
 ) -> None:
     """A run wholly in bf16, at a rank that gives most adapters the 4,096 elements from which states are 8-bit."""
     shared: set[tuple[int, torch.dtype]] = set()
-    update = adamw8bit._update
+    update = bitsandbytes_update._update
 
     def spy(pieces: list[Any], *rest: Any) -> None:
         shared.add((len(pieces), pieces[0].moments[0].dtype))
         update(pieces, *rest)
 
-    monkeypatch.setattr(adamw8bit, "_update", spy)
+    monkeypatch.setattr(bitsandbytes_update, "_update", spy)
     whole = make(llama_folder, corpus, tmp_path / "whole", "bf16", base="bf16", r=64)
     assert {p.dtype for p in whole.model.parameters()} == {torch.bfloat16} and whole.autocast_dtype is None
     whole.train()

@@ -16,7 +16,9 @@ their own: the line of the smallest decade is bent for the one, a step added for
 is the nearest code, but for values within 1e-4 bins of a midpoint, which may take either.
 
 **Rounding.** A bf16 weight is rounded by 16 random bits below its last one. They come from a hash of the tensor's key,
-the block and the element, one hash of 32 bits to two elements: no state, the same bits in every order.
+the block and the element, one hash of 32 bits to two elements: no state, the same bits in every order. With an fp32
+master, of which the weight is the upper half and an int16 the rest (`steep.ops.master_weights`), it is rounded to the
+nearest, and no noise is drawn.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -43,10 +45,11 @@ ALIGNMENT = 16  # bytes
 # addresses that are aligned.
 ADDRESSES = (
     "parameter", "gradient", "moment1", "moment2", "scale1", "scale2", "numel", "first_chunk", "key", "rows", "width",
-    "first_element", "chunks",
+    "first_element", "chunks", "low",
 )  # fmt: skip
 SETTINGS = ("decay", "step_size", "epsilon", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2")
 ROW, SETTINGS_ROW = 14, 8
+NAN = tl.constexpr(0x7FC00000)  # bits of one whose lower half is zero
 
 _ROW = tl.constexpr(ROW)
 _SETTINGS_ROW = tl.constexpr(SETTINGS_ROW)
@@ -121,7 +124,7 @@ def _write(pointers, values, there, WHOLE: tl.constexpr):
 def _update(
     row, setting, map1, map2, factor, start, left,
     WHOLE: tl.constexpr, DTYPE: tl.constexpr, GRADIENT: tl.constexpr, CODED: tl.constexpr, ALIGNED: tl.constexpr,
-    SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, ROWS: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update the `left` elements of one tensor from `start` on; WHOLE: in whole blocks."""
     decay, step_size, epsilon = tl.load(setting), tl.load(setting + 1), tl.load(setting + 2)
@@ -130,7 +133,7 @@ def _update(
     if SCALED:
         scale = tl.load(factor)
         rest1, rest2 = rest1 * scale, rest2 * scale * scale
-    STOCHASTIC: tl.constexpr = DTYPE == tl.bfloat16  # noqa: SIM300
+    STOCHASTIC: tl.constexpr = DTYPE == tl.bfloat16 and not MASTER  # noqa: SIM300
     MOMENT: tl.constexpr = tl.uint8 if CODED else tl.float32
     parameters = _address(row, 0, DTYPE, ALIGNED) + start
     gradients = _address(row, 1, GRADIENT, ALIGNED)
@@ -147,6 +150,8 @@ def _update(
     moments2 = _address(row, 3, MOMENT, ALIGNED) + start
     scales1 = _address(row, 4, tl.float32, False) + start // BLOCK
     scales2 = _address(row, 5, tl.float32, False) + start // BLOCK
+    if MASTER:
+        lows = _address(row, 13, tl.int16, ALIGNED) + start
     key = tl.load(row + 8)
     key1, key2 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
     first_block = (start // BLOCK).to(tl.uint32)
@@ -166,6 +171,9 @@ def _update(
         else:
             gradient = _read(gradients + inside, there, WHOLE).to(tl.float32)
         value = _read(parameters + inside, there, WHOLE).to(tl.float32)
+        if MASTER:
+            bits = value.to(tl.int32, bitcast=True) + _read(lows + inside, there, WHOLE).to(tl.int32)
+            value = bits.to(tl.float32, bitcast=True)
         if CODED:
             has_block = block * BLOCK < left
             kept1 = beta1 * _read(scales1 + block, has_block, WHOLE)
@@ -187,6 +195,11 @@ def _update(
             noise = tl.where(value == value, noise, 0)  # a GPU's NaN is all ones: a carry would make it -0
             bits = (value.to(tl.uint32, bitcast=True) + noise) >> 16
             _write(parameters + inside, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), there, WHOLE)
+        elif MASTER:
+            bits = tl.where(value == value, value.to(tl.int32, bitcast=True), NAN)
+            upper = (bits + 0x8000) >> 16
+            _write(parameters + inside, upper.to(tl.uint16).to(tl.bfloat16, bitcast=True), there, WHOLE)
+            _write(lows + inside, (bits - (upper << 16)).to(tl.int16), there, WHOLE)
         else:
             _write(parameters + inside, value, there, WHOLE)
 
@@ -207,7 +220,7 @@ def _update(
 def adamw8bit_kernel(
     addresses, settings, owners, map1, map2, factor,
     DTYPE: tl.constexpr, GRADIENT: tl.constexpr, CODED: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, MASTER: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk, BLOCKS blocks of one tensor.
 
@@ -215,6 +228,7 @@ def adamw8bit_kernel(
     owners: [chunks], the tensor of each chunk. map1, map2: fp32 [256]. factor: fp32 [1], of gradients (SCALED).
     DTYPE: of the parameters; bf16 is rounded stochastically. CODED: the moments are codes, not fp32.
     ROWS: the gradient has some rows of a table alone, and a map says where each is (-1: it is zero).
+    MASTER: the parameters are bf16 with fp32 masters.
     """
     CHUNK: tl.constexpr = BLOCKS * BLOCK
     chunk = tl.program_id(0)
@@ -225,10 +239,10 @@ def adamw8bit_kernel(
     left = tl.load(row + 6) - start
     if left >= CHUNK:
         _update(row, setting, map1, map2, factor, start, CHUNK,
-                True, DTYPE, GRADIENT, CODED, ALIGNED, SCALED, ROWS, BLOCK)  # fmt: skip
+                True, DTYPE, GRADIENT, CODED, ALIGNED, SCALED, ROWS, MASTER, BLOCK)  # fmt: skip
     else:
         _update(row, setting, map1, map2, factor, start, left.to(tl.int32),
-                False, DTYPE, GRADIENT, CODED, ALIGNED, SCALED, ROWS, BLOCK)  # fmt: skip
+                False, DTYPE, GRADIENT, CODED, ALIGNED, SCALED, ROWS, MASTER, BLOCK)  # fmt: skip
 
 
 def launch(
@@ -243,6 +257,7 @@ def launch(
     coded: bool,
     aligned: bool,
     rows: bool,
+    masters: bool,
 ) -> None:
     """Update every tensor of the tables, all of one kind, in one launch.
 
@@ -255,21 +270,28 @@ def launch(
         parameter: bf16 (rounded stochastically) or fp32.
         gradient: bf16, fp16 or fp32.
         coded: the moments are 8-bit codes, else fp32.
-        aligned: every address of a parameter, gradient or moment is a multiple of ALIGNMENT bytes.
+        aligned: every address of a parameter, gradient, moment or master is a multiple of ALIGNMENT bytes.
         rows: gradients are of some rows alone.
+        masters: parameters are bf16, each with an fp32 master.
     """
     variants.launch(
         adamw8bit_kernel,
         (owners.numel(), 1, 1),
         (addresses, settings, owners, *maps, settings if factor is None else factor),
-        tuple(_constants(parameter, gradient, coded, aligned, factor is not None, rows).values()),
+        tuple(_constants(parameter, gradient, coded, aligned, factor is not None, rows, masters).values()),
         num_warps=NUM_WARPS,
     )
 
 
 @lru_cache(maxsize=64)  # of few kinds
 def _constants(
-    parameter: torch.dtype, gradient: torch.dtype, coded: bool, aligned: bool, scaled: bool, rows: bool
+    parameter: torch.dtype,
+    gradient: torch.dtype,
+    coded: bool,
+    aligned: bool,
+    scaled: bool,
+    rows: bool,
+    masters: bool,
 ) -> dict[str, object]:
     """In the kernel's order."""
     return {
@@ -279,6 +301,7 @@ def _constants(
         "ALIGNED": aligned,
         "SCALED": scaled,
         "ROWS": rows,
+        "MASTER": masters,
         "BLOCK": BLOCK,
         "BLOCKS": BLOCKS,
     }
@@ -290,9 +313,13 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
     kinds = [(torch.float32, torch.float32)]
     if dtype == torch.bfloat16:
         kinds += [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+    flags = [
+        (coded, True, rows, masters) for coded in (True, False) for rows in (False, True) for masters in (False, True)
+    ]
+    flags += [(True, False, rows, False) for rows in (False, True)]  # as of the few that are not aligned
     return [
-        Compilation(adamw8bit_kernel, signature, _constants(*kind, coded, aligned, scaled=True, rows=rows), NUM_WARPS)
+        Compilation(adamw8bit_kernel, signature, _constants(*kind, coded, aligned, True, rows, masters), NUM_WARPS)
         for kind in kinds
-        for coded, aligned in ((True, True), (True, False), (False, True))
-        for rows in ((False, True) if coded else (False,))
+        for coded, aligned, rows, masters in flags
+        if kind[0] == torch.bfloat16 or not masters
     ]

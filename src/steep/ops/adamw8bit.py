@@ -6,8 +6,10 @@ Of every tensor, with its gradient g (times `factor`), moments m and v, and t th
     w = (1 - lr decay) w - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 
 m and v are kept as 8-bit codes, a scale to each block of 256 elements (Dettmers et al. 2022): a code stands for its
-entry of bitsandbytes' dynamic map, times the scale. Small tensors keep them in fp32. All arithmetic is in fp32. A bf16
-weight is rounded up or down with the probability of its distance, by random bits of its key and place alone.
+entry of bitsandbytes' dynamic map, times the scale. Or they are kept in fp32, of small tensors always. All arithmetic
+is in fp32. A bf16 weight is rounded up or down with the probability of its distance, by random bits of its key and
+place alone. Where it has an fp32 master (`steep.ops.master_weights`), that is updated, and the weight is the bf16
+nearest to it.
 
 Each moment becomes the nearest code, as in bitsandbytes' CUDA kernel but for one exception of that: a negative m whose
 nearest code is zero becomes the smallest negative code there, 5.5e-7 of the scale. (On a CPU bitsandbytes looks a code
@@ -24,6 +26,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 
+from steep.ops import master_weights
 from steep.ops.backend import uses_kernels
 from steep.ops.pinned import upload
 
@@ -36,7 +39,7 @@ class Update:
     """What one update of a tensor of N elements reads and writes; all are contiguous.
 
     Attributes:
-        parameter: bf16 (rounded stochastically) or fp32, N elements; written.
+        parameter: bf16 (rounded stochastically, or to the nearest with `low`) or fp32, N elements; written.
         gradient: bf16, fp16 or fp32, N elements; with `rows` that of some rows of a table, [R, width].
         moments: m and v, uint8 codes or fp32, N elements each; written.
         scales: of codes, fp32 [ceil(N / 256)] each; written. None with fp32 moments.
@@ -45,6 +48,7 @@ class Update:
         key: of the rounding noise, 64 bits: `noise_key`.
         rows: int32, where in `gradient` each row of the table is; -1: its gradient is zero.
         first: where in the table the N elements begin, if they are a part of it.
+        low: int16, N elements: with a bf16 parameter its fp32 master, as `steep.ops.master_weights` says; written.
     """
 
     parameter: torch.Tensor
@@ -59,6 +63,7 @@ class Update:
     key: int = 0
     rows: torch.Tensor | None = None
     first: int = 0
+    low: torch.Tensor | None = None
 
     @property
     def settings(self) -> tuple[float, ...]:
@@ -83,14 +88,19 @@ class Update:
             found.append(tensor.data_ptr())
         return (*found, 0, 0) if self.scales is None else tuple(found)
 
-    def kind(self, alignment: int) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool, bool]:
+    @cached_property
+    def low_address(self) -> int:
+        assert self.low is None or self.low.is_contiguous()
+        return 0 if self.low is None else self.low.data_ptr()
+
+    def kind(self, alignment: int) -> tuple[torch.device, torch.dtype, torch.dtype, bool, bool, bool, bool]:
         """What all tensors of one launch have in common; the last are whether they begin at multiples of `alignment`,
-        and whether their gradients are of rows."""
+        whether their gradients are of rows, and whether they have masters."""
         parameter, gradient, moment1, moment2, *_ = self.addresses
-        aligned = (parameter | gradient | moment1 | moment2) % alignment == 0
+        aligned = (parameter | gradient | moment1 | moment2 | self.low_address) % alignment == 0
         return (
             self.parameter.device, self.parameter.dtype, self.gradient.dtype, self.scales is not None, aligned,
-            self.rows is not None,
+            self.rows is not None, self.low is not None,
         )  # fmt: skip
 
 
@@ -160,12 +170,17 @@ def adamw8bit_reference(
             first, second = map(_decode, (first, second), maps, update.scales)
         first = first * beta1 + gradient * rest1
         second = second * beta2 + gradient.square() * rest2
-        value = update.parameter.view(-1).float() * decay - step_size * (first / (second.sqrt() + epsilon))
-        if update.parameter.dtype == torch.bfloat16:
+        weights = update.parameter.view(-1)
+        value = weights.float() if update.low is None else master_weights.join(weights, update.low.view(-1))
+        value = value * decay - step_size * (first / (second.sqrt() + epsilon))
+        if update.low is not None:
+            value, low = master_weights.split(value)
+            update.low.view(-1).copy_(low)
+        elif update.parameter.dtype == torch.bfloat16:
             noise = rounding_noise(update.key, value.numel(), value.device)
             bits = value.view(torch.int32) + noise.masked_fill(value.isnan(), 0)  # a carry could make a NaN -0
             value = (bits & ~0xFFFF).view(torch.float32)
-        update.parameter.view(-1).copy_(value)
+        weights.copy_(value)
         moments = [first, second]
         if update.scales is not None:
             for index in range(2):
@@ -188,6 +203,7 @@ class Launch:
     coded: bool
     aligned: bool
     rows: bool
+    masters: bool
 
     def run(self, factor: torch.Tensor | None = None) -> None:
         from steep.kernels import adamw8bit as kernel
@@ -196,7 +212,7 @@ class Launch:
             kernel.launch(
                 *self.tables, self.maps, factor,
                 parameter=self.parameter, gradient=self.gradient, coded=self.coded, aligned=self.aligned,
-                rows=self.rows,
+                rows=self.rows, masters=self.masters,
             )  # fmt: skip
 
 
@@ -205,25 +221,25 @@ def launches(updates: Sequence[Update], maps: tuple[torch.Tensor, torch.Tensor])
     from steep.kernels import adamw8bit as kernel
 
     assert kernel.BLOCK == BLOCK
-    kinds: dict[tuple[torch.device, torch.dtype, torch.dtype, bool, bool, bool], list[Update]] = {}
+    kinds: dict[tuple[torch.device, torch.dtype, torch.dtype, bool, bool, bool, bool], list[Update]] = {}
     for update in updates:
         kinds.setdefault(update.kind(kernel.ALIGNMENT), []).append(update)
     found: list[Launch] = []
-    for (device, parameter, gradient, coded, aligned, by_rows), members in kinds.items():
+    for (device, parameter, gradient, coded, aligned, by_rows, masters), members in kinds.items():
         chunks = [-(-update.parameter.numel() // kernel.CHUNK) for update in members]
         rows: list[tuple[int, ...]] = []
         first = 0
         for update, count in zip(members, chunks, strict=True):
             table_of_rows = (0, 0) if update.rows is None else (update.rows.data_ptr(), update.gradient.shape[1])
-            rows.append(
-                (*update.addresses, update.parameter.numel(), first, update.key, *table_of_rows, update.first, count)
-            )
+            place = (update.parameter.numel(), first, update.key, *table_of_rows, update.first, count)
+            rows.append((*update.addresses, *place, update.low_address))
             first += count
         if first == 0:
             continue
         addresses, settings = tables(np.array(rows, np.int64), np.array([one.settings for one in members]), device)
         owners = torch.repeat_interleave(addresses[:, kernel.ADDRESSES.index("chunks")], output_size=first)
-        found.append(Launch(members, (addresses, settings, owners), maps, parameter, gradient, coded, aligned, by_rows))
+        there = (addresses, settings, owners)
+        found.append(Launch(members, there, maps, parameter, gradient, coded, aligned, by_rows, masters))
     return found
 
 

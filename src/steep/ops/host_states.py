@@ -28,9 +28,10 @@ _ALIGNMENT = 64  # bytes
 _OTHERWISE = "each step waits for the moments of the optimizer"
 
 
-def state_bytes(numel: int, coded: bool = True) -> int:
-    """What moments and scales of a tensor take in host memory, or of a piece on the card."""
-    return _places(numel, coded)[1]
+def state_bytes(numel: int, coded: bool = True, master: bool = False) -> int:
+    """What the states of a tensor take in host memory, or of a piece on the card: moments and scales, and what its
+    master has beside the weight."""
+    return _places(numel, coded, master)[1]
 
 
 def staging_bytes() -> int:
@@ -39,9 +40,10 @@ def staging_bytes() -> int:
 
 
 @lru_cache(maxsize=256)  # many tensors, few sizes
-def _places(numel: int, coded: bool) -> tuple[list[slice], int]:
-    """Where moments and scales stand in a block of bytes, and its size."""
+def _places(numel: int, coded: bool, master: bool) -> tuple[list[slice], int]:
+    """Where states stand in a block of bytes, and its size."""
     sizes = [numel, numel, *[4 * -(-numel // BLOCK)] * 2] if coded else [4 * numel] * 2
+    sizes += [2 * numel] * master
     places: list[slice] = []
     end = 0
     for size in sizes:
@@ -50,47 +52,39 @@ def _places(numel: int, coded: bool) -> tuple[list[slice], int]:
     return places, end
 
 
-def _views(block: torch.Tensor, numel: int, coded: bool) -> tuple[torch.Tensor, ...]:
-    """Moments and scales in a block, flat."""
-    places, _ = _places(numel, coded)
+def _views(block: torch.Tensor, numel: int, coded: bool, master: bool) -> tuple[torch.Tensor, ...]:
+    """The states in a block, flat."""
+    places, _ = _places(numel, coded, master)
     dtypes = [torch.uint8] * 2 + [torch.float32] * 2 if coded else [torch.float32] * 2
+    dtypes += [torch.int16] * master
     return tuple(block[place].view(dtype) for place, dtype in zip(places, dtypes, strict=True))
 
 
-Moments = tuple[torch.Tensor, torch.Tensor]
-
-
 class HostState:
-    """Moments and scales of one tensor in page-locked memory.
+    """What an update of one tensor reads and writes beside it, in page-locked memory.
 
     Args:
-        moments: m and v on a CPU, uint8 codes or fp32, N elements each; copied.
-        scales: of codes, fp32 [ceil(N / 256)] each; copied.
+        states: on a CPU; copied. m and v, uint8 codes or fp32, N elements each; of codes their scales, fp32
+            [ceil(N / 256)] each; and, of a bf16 tensor with a master, the int16 beside it, N elements.
         block: uint8, the memory that they get.
 
     Attributes:
-        moments, scales: the same in the block, in their shapes.
+        tensors: the same in the block, in their shapes.
+        coded, master: whether there are scales, and a master.
     """
 
-    def __init__(self, moments: Moments, scales: Moments | None, block: torch.Tensor) -> None:
-        self.numel, self.coded = moments[0].numel(), scales is not None
+    def __init__(self, states: Sequence[torch.Tensor], block: torch.Tensor) -> None:
+        self.numel, self.coded, self.master = _layout(states)
         self._block = block
-        given = (*moments, *(scales or ()))
-        kept = [
-            view.view(one.shape).copy_(one)
-            for view, one in zip(_views(block, self.numel, self.coded), given, strict=True)
-        ]
-        self.moments = (kept[0], kept[1])
-        self.scales = (kept[2], kept[3]) if self.coded else None
+        views = _views(block, self.numel, self.coded, self.master)
+        self.tensors = tuple(view.view(one.shape).copy_(one) for view, one in zip(views, states, strict=True))
         self._written: torch.cuda.Event | None = None
 
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (*self.moments, *(self.scales or ()))
-
     def pieces(self) -> Iterator[slice]:
-        """The elements of each piece."""
-        step = PIECE if self.coded else PIECE // 4  # as many bytes
+        """The elements of each piece, as many as a slot holds; their number is a power of two, see `part`."""
+        step = PIECE
+        while state_bytes(step, self.coded, self.master) > state_bytes(PIECE):
+            step //= 2
         return (slice(start, min(start + step, self.numel)) for start in range(0, self.numel, step))
 
     def copies(self, piece: slice, slot: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -99,23 +93,28 @@ class HostState:
         if numel == self.numel:
             yield self._block, slot[: self._block.numel()]
             return
-        places, _ = _places(numel, self.coded)
+        places, _ = _places(numel, self.coded, self.master)
         for tensor, place in zip(self.tensors, places, strict=True):
             first = piece.start // BLOCK if tensor.numel() < self.numel else piece.start
             begin = first * tensor.element_size()
             yield tensor.view(-1).view(torch.uint8)[begin : begin + place.stop - place.start], slot[place]
 
 
-def host_states(given: Sequence[tuple[Moments, Moments | None]], device: torch.device) -> list[HostState]:
-    """The states of tensors on `device` that are updated together, from moments and scales on a CPU. They share a block
-    of memory, and stand there one behind the other: what is one copy need not be many."""
-    sizes = [state_bytes(moments[0].numel(), scales is not None) for moments, scales in given]
+def _layout(states: Sequence[torch.Tensor]) -> tuple[int, bool, bool]:
+    """The number of elements, whether moments are codes, and whether there is a master."""
+    return states[0].numel(), states[0].dtype == torch.uint8, states[-1].dtype == torch.int16
+
+
+def host_states(given: Sequence[Sequence[torch.Tensor]], device: torch.device) -> list[HostState]:
+    """The states of tensors on `device` that are updated together, from those on a CPU. They share a block of memory,
+    and stand there one behind the other: what is one copy need not be many."""
+    sizes = [state_bytes(*_layout(states)) for states in given]
     block = pinned_zeros((sum(sizes),), torch.uint8, device, _OTHERWISE)
-    return [HostState(*one, part) for one, part in zip(given, block.split(sizes), strict=True)]
+    return [HostState(states, part) for states, part in zip(given, block.split(sizes), strict=True)]
 
 
 def part(update: Update, piece: slice, state: Sequence[torch.Tensor]) -> Update:
-    """The update of elements `piece` of a tensor; `state` are their moments and scales.
+    """The update of elements `piece` of a tensor; `state` are their states, in the order of `HostState`.
 
     The noise of block b of the tensor is that of b ^ key. Pieces begin at multiples of a power of two of blocks, and
     have no more: so b of the tensor is `first` ^ (b of the piece), and the piece's key is key ^ `first`.
@@ -125,9 +124,10 @@ def part(update: Update, piece: slice, state: Sequence[torch.Tensor]) -> Update:
         parameter = parameter.view(-1)[piece]
         gradient = gradient if update.rows is not None else gradient.view(-1)[piece]
     return Update(
-        parameter, gradient, (state[0], state[1]), (state[2], state[3]) if len(state) == 4 else None,
+        parameter, gradient, (state[0], state[1]), None if update.scales is None else (state[2], state[3]),
         update.step, update.lr, update.betas, update.eps, update.weight_decay,
         update.key ^ piece.start // BLOCK, update.rows, update.first + piece.start,
+        None if update.low is None else state[-1],
     )  # fmt: skip
 
 
@@ -201,7 +201,11 @@ class _Piece:
 
     @property
     def bytes(self) -> int:
-        return state_bytes(self.elements.stop - self.elements.start, self.state.coded)
+        return state_bytes(self.numel, self.state.coded, self.state.master)
+
+    @property
+    def numel(self) -> int:
+        return self.elements.stop - self.elements.start
 
 
 @dataclass
@@ -210,7 +214,7 @@ class _InSlot:
 
     Attributes:
         copies: ranges of host memory, and their places on the card.
-        pieces: with moments and scales on the card.
+        pieces: with their states on the card.
         written: the end of the last copies to the host from here.
     """
 
@@ -243,7 +247,7 @@ class _Batch:
                 InSlot(
                     piece.number,
                     piece.elements,
-                    _views(place, piece.elements.stop - piece.elements.start, piece.state.coded),
+                    _views(place, piece.numel, piece.state.coded, piece.state.master),
                 )
                 for piece, place in zip(self.pieces, places, strict=True)
             ]
@@ -297,7 +301,6 @@ class _Batches:
     """
 
     of: list[_Batch]
-    coded: list[bool]
     tables: dict[int, PieceTables] = field(default_factory=dict)
 
     @property
@@ -329,7 +332,7 @@ class Staging:
         """Queue the update of every tensor, behind what the current stream has queued so far.
 
         Args:
-            updates: whose moments and scales are those of the state beside each.
+            updates: whose moments, scales and master are those of the state beside each.
             maps, factor: as in `adamw8bit`.
 
         Returns:
@@ -362,7 +365,7 @@ class Staging:
         """They hold the states, each of which has a piece, so that no other has the name of one."""
         names = tuple(map(id, states))
         if names not in self._batches:
-            new = _Batches(list(_batches(states)), [state.coded for state in states])
+            new = _Batches(list(_batches(states)))
             while self._batches and new.pieces + sum(each.pieces for each in self._batches.values()) > KEPT:
                 self._batches.pop(next(iter(self._batches)))
             self._batches[names] = new
@@ -370,7 +373,7 @@ class Staging:
 
     def _launches(self, batches: _Batches, updates: Sequence[Update]) -> list[list[PieceLaunch]]:
         self._compute.take()  # so that tables are memory of this stream
-        first, kinds = self._next, kinds_of(updates, batches.coded)
+        first, kinds = self._next, kinds_of(updates)
         found = batches.tables.get(first)
         if found is None or found.kinds != kinds:
             slots = [(first + number) % SLOTS for number in range(len(batches.of))]

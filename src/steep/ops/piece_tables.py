@@ -16,7 +16,7 @@ import torch
 from steep.ops.adamw8bit import BLOCK, Update, tables
 from steep.ops.pinned import upload
 
-Kind = tuple[torch.dtype, torch.dtype, bool, bool, bool]  # of a launch: see its arguments
+Kind = tuple[torch.dtype, torch.dtype, bool, bool, bool, bool]  # of a launch: see its arguments
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class InSlot:
     Attributes:
         number: of its tensor among those that are updated.
         elements: which of the tensor.
-        state: their moments and scales on the card, flat; those of fp32 moments are the moments alone.
+        state: their states on the card, flat: moments, of codes their scales, and what masters have beside weights.
     """
 
     number: int
@@ -45,10 +45,11 @@ class PieceLaunch:
         """On the current device and stream."""
         from steep.kernels import adamw8bit as kernel
 
-        parameter, gradient, coded, aligned, rows = self.kind
+        parameter, gradient, coded, aligned, rows, masters = self.kind
         kernel.launch(
-            *self.tables, maps, factor, parameter=parameter, gradient=gradient, coded=coded, aligned=aligned, rows=rows
-        )
+            *self.tables, maps, factor,
+            parameter=parameter, gradient=gradient, coded=coded, aligned=aligned, rows=rows, masters=masters,
+        )  # fmt: skip
 
 
 class Owners:
@@ -116,20 +117,17 @@ class PieceTables:
         ]
 
 
-def kinds_of(updates: Sequence[Update], coded: Sequence[bool]) -> list[Kind]:
-    """Slots and pieces begin at multiples of more bytes than the kernel asks for: what tensors begin at decides.
-
-    Args:
-        coded: whether each one's moments are codes.
-    """
+def kinds_of(updates: Sequence[Update]) -> list[Kind]:
+    """Slots and pieces begin at multiples of more bytes than the kernel asks for: what tensors begin at decides."""
     from steep.kernels.adamw8bit import ALIGNMENT
 
     return [
         (
-            update.parameter.dtype, update.gradient.dtype, has_codes,
+            update.parameter.dtype, update.gradient.dtype, update.scales is not None,
             (update.parameter.data_ptr() | update.gradient.data_ptr()) % ALIGNMENT == 0, update.rows is not None,
+            update.low is not None,
         )
-        for update, has_codes in zip(updates, coded, strict=True)
+        for update in updates
     ]  # fmt: skip
 
 
@@ -139,10 +137,12 @@ def _numel(piece: InSlot) -> int:
 
 def _fixed(piece: InSlot, first_chunk: int, chunks: int, kind: Kind) -> tuple[int, ...]:
     """A row as `kernel.ADDRESSES` names its columns, where the tensor's own are zero."""
-    (parameter, gradient, *_, by_rows), start = kind, piece.elements.start
+    (parameter, gradient, *_, by_rows, has_masters), start = kind, piece.elements.start
+    states = [one.data_ptr() for one in piece.state]
+    low = states.pop() if has_masters else 0
     return (
         start * parameter.itemsize, 0 if by_rows else start * gradient.itemsize,
-        *((*(one.data_ptr() for one in piece.state), 0, 0)[:4]), _numel(piece), first_chunk, 0, 0, 0, start, chunks,
+        *((*states, 0, 0)[:4]), _numel(piece), first_chunk, 0, 0, 0, start, chunks, low,
     )  # fmt: skip
 
 
@@ -152,5 +152,5 @@ def _changing(update: Update) -> tuple[int, ...]:
     assert parameter.is_contiguous() and gradient.is_contiguous()
     places, width = (0, 0) if rows is None else (rows.data_ptr(), gradient.shape[1])
     return (
-        parameter.data_ptr(), gradient.data_ptr(), 0, 0, 0, 0, 0, 0, update.key, places, width, update.first, 0
+        parameter.data_ptr(), gradient.data_ptr(), 0, 0, 0, 0, 0, 0, update.key, places, width, update.first, 0, 0
     )  # fmt: skip

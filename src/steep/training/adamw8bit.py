@@ -1,8 +1,9 @@
-"""AdamW with 8-bit states (bitsandbytes' blockwise update) that does not lose small updates of bf16 weights.
+"""bitsandbytes' AdamW, with 8-bit states or fp32 ones, that does not lose small updates of bf16 weights.
 
 A bf16 weight keeps 8 bits of mantissa: near 1.0 its neighbours are 0.4 % apart, so at a rate of 5e-6 nearly every
 update rounds back to the old value. Stochastic rounding keeps the update in expectation (Gupta et al. 2015; Zamirai et
-al. 2020): the update runs in fp32, and the result is rounded up or down with the probability of its distance.
+al. 2020): the update runs in fp32, and the result is rounded up or down with the probability of its distance. Or a
+weight has an fp32 master: 16 bits more, which stand beside the moments (`ops/master_weights.py`).
 
 On a GPU `ops/adamw8bit.py` updates all tensors in a launch or a few. On a CPU bitsandbytes' own functions do. The
 states are bitsandbytes' on both, in name and format. Those that live in host memory come to the card for their update
@@ -18,21 +19,24 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from bitsandbytes import functional
 from bitsandbytes.optim import AdamW
 
+from steep.errors import UserError
 from steep.ops.adamw8bit import Launch, Update, launches, noise_key
 from steep.ops.backend import uses_kernels
 from steep.ops.host_states import HostState, Staging, host_states
 from steep.ops.row_gradient import coalesced, places, values_of
+from steep.training.bitsandbytes_update import Piece, cut, update
 
 Offload = Literal["none", "embeddings", "all"]
+Masters = Literal["none", "embeddings", "all"]
+States = Literal["8bit", "fp32"]
 ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit")  # the names that it has in `optim`
 OFFLOADS: tuple[Offload, ...] = ("none", "embeddings", "all")
+MASTERS: tuple[Masters, ...] = OFFLOADS
+STATES: tuple[States, ...] = ("8bit", "fp32")
 
-BLOCK = 256  # elements that share one scale in bitsandbytes' 8-bit states
-SLICE = 2**24  # elements updated at once: bounds the copies to 0.4 GiB whatever the size of a tensor
-SMALLEST_OFFLOADED = 4096  # elements; what is smaller keeps 32-bit states, and they stay with it
+SMALLEST_OFFLOADED = 4096  # elements; what is smaller keeps fp32 states, and they stay with it
 
 # Calls of `update` within which one over host memory is to be done: its gradients stay meanwhile, which are few where
 # they are a layer's. Who cannot leave them that long awaits it by `finish_updates`.
@@ -41,29 +45,18 @@ UPDATES_UNDER_WAY = 4
 # Elements whose states share a block of host memory: a layer's adapters, or more of smaller ones.
 SHARED = 2**25
 
-_STATES = ("state1", "state2", "absmax1", "absmax2")
-
-
-def stochastic_round_(target: torch.Tensor, values: torch.Tensor, generator: torch.Generator) -> None:
-    """Round fp32 `values` (overwritten) into bf16 `target` of the same size, up or down by chance, unbiased.
-
-    bf16 is the upper half of fp32's bits: adding 16 random bits below it carries into it as often as it should.
-    """
-    noise = torch.empty(values.shape, dtype=torch.int32, device=values.device).random_(0, 2**16, generator=generator)
-    noise.masked_fill_(values.isnan(), 0)  # a NaN's bits may all be ones: a carry would make it -0
-    bits = values.view(torch.int32).add_(noise)
-    # Little-endian: of each pair of 16-bit halves, the second is the upper one.
-    target.view(torch.int16).copy_(bits.view(torch.int16)[1::2])
+_STATES = ("state1", "state2", "absmax1", "absmax2", "low")  # in the order of `HostState`
 
 
 class _Place(NamedTuple):
     """Of a parameter: its group, its number in the group, and that in all groups; whether its states live in host
-    memory."""
+    memory, and whether it has an fp32 master."""
 
     gindex: int
     pindex: int
     index: int
     offloaded: bool
+    master: bool
 
 
 class _Slot(NamedTuple):
@@ -77,38 +70,6 @@ class _Slot(NamedTuple):
     def gradient(self) -> torch.Tensor:
         assert self.parameter.grad is not None
         return self.parameter.grad
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Part of a parameter, with its share of everything that one update reads and writes; all are flat views.
-
-    Attributes:
-        weights, gradient: bf16 [N], N ≤ SLICE.
-        moments: both moments, 8-bit codes or (a tensor below 4,096 elements) fp32 [N], then the codes' scales, fp32
-            [ceil(N / BLOCK)].
-        step: updates of this parameter, this one included.
-        state: the whole parameter's, for its code tables.
-        config: bitsandbytes' settings of this parameter.
-        noise: of the rounding, drawn from piece to piece of this parameter.
-    """
-
-    weights: torch.Tensor
-    gradient: torch.Tensor
-    moments: list[torch.Tensor]
-    step: int
-    state: dict[str, Any]
-    config: dict[str, Any]
-    noise: torch.Generator
-
-    def joins(self, other: _Piece) -> bool:
-        """Whether `other` can follow this one in a single update: same settings, same kind, whole blocks so far.
-
-        A tensor that once had no gradient is at a step of its own, and Adam's bias correction depends on it.
-        """
-        same_place = self.weights.device == other.weights.device and self.step == other.step
-        same_kind = self.moments[0].dtype == other.moments[0].dtype and self.config == other.config
-        return same_place and same_kind and len(self.weights) % BLOCK == 0
 
 
 class _Dependencies:
@@ -163,7 +124,7 @@ class _UnderWay(NamedTuple):
 
 
 class AdamW8bit(AdamW):
-    """bitsandbytes' AdamW with 8-bit states; bf16 parameters are updated in fp32 and rounded stochastically.
+    """bitsandbytes' AdamW; bf16 parameters are updated in fp32 and rounded stochastically, or have fp32 masters.
 
     fp32 parameters are updated as bitsandbytes does, and fp16 ones by bitsandbytes. The rounding noise is keyed by
     (seed, step, tensor), on a CPU too: a resumed run draws what an uninterrupted one would have drawn, and the order
@@ -174,6 +135,9 @@ class AdamW8bit(AdamW):
         seed: of the rounding noise.
         offload: whose states live in page-locked host memory: of the group named ``embeddings``, of all, or of none.
             A tensor of less than 4,096 elements keeps them.
+        states: "8bit", but of tensors of less than 4,096 elements; or "fp32".
+        masters: whose bf16 weights have an fp32 master, beside their states: of the group named ``embeddings``, of all,
+            or of none.
         **kwargs: `bitsandbytes.optim.AdamW`'s own.
 
     Attributes:
@@ -182,10 +146,22 @@ class AdamW8bit(AdamW):
             place.
     """
 
-    def __init__(self, params: Any, *, seed: int = 0, offload: Offload = "none", **kwargs: Any) -> None:
-        assert offload in OFFLOADS, offload
-        self.offload: Offload = offload
-        super().__init__(params, **{**kwargs, "optim_bits": 8})
+    def __init__(
+        self,
+        params: Any,
+        *,
+        seed: int = 0,
+        offload: Offload = "none",
+        states: States = "8bit",
+        masters: Masters = "none",
+        **kwargs: Any,
+    ) -> None:
+        assert offload in OFFLOADS and states in STATES and masters in MASTERS, (offload, states, masters)
+        self.offload, self.states, self.masters = offload, states, masters
+        super().__init__(params, **{**kwargs, "optim_bits": {"8bit": 8, "fp32": 32}[states]})
+        self.non_castable_tensor_keys.add("low")
+        if states == "fp32":
+            self.fill_qmap()  # bitsandbytes does not, and the kernel is given the maps anyway
         self.seed = seed
         self.gradient_factor: torch.Tensor | None = None
         self._prepared: tuple[_Dependencies, _Work] | None = None
@@ -198,10 +174,11 @@ class AdamW8bit(AdamW):
         super().add_param_group(param_group)
         self._places: dict[torch.Tensor, _Place] = {}
         for gindex, group in enumerate(self.param_groups):
-            chosen = self.offload == "all" or (self.offload == "embeddings" and group.get("name") == "embeddings")
+            chosen = {"all", group.get("name")} - {"none"}
             for pindex, parameter in enumerate(group["params"]):
-                offloaded = chosen and parameter.numel() >= SMALLEST_OFFLOADED
-                self._places[parameter] = _Place(gindex, pindex, len(self._places), offloaded)
+                offloaded = self.offload in chosen and parameter.numel() >= SMALLEST_OFFLOADED
+                master = self.masters in chosen and parameter.dtype == torch.bfloat16
+                self._places[parameter] = _Place(gindex, pindex, len(self._places), offloaded, master)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -262,9 +239,35 @@ class AdamW8bit(AdamW):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        """bitsandbytes' own. Masters that are not there begin as the weights, and those that are not asked for go.
+
+        Raises:
+            UserError: a tensor's states are in 8 bits and ought to be in fp32, or the other way round.
+        """
         super().load_state_dict(state_dict, move_to_device=False)
+        for parameter, place in self._places.items():
+            if parameter in self.state:
+                self._fit(parameter, self.state[parameter], place)
         if move_to_device:
             self._put_states(of_cpu=True)
+
+    def _fit(self, parameter: torch.Tensor, state: dict[str, Any], place: _Place) -> None:
+        config = self._config(place)
+        coded = config["optim_bits"] == 8 and parameter.numel() >= config["min_8bit_size"]
+        if (state["state1"].dtype == torch.uint8) != coded:
+            kind, other = STATES if coded else STATES[::-1]
+            raise UserError(
+                "optimizer_states", f"it is {kind}, and the states to go on with are {other}", f"Give {other}."
+            )
+        if not place.master:
+            state.pop("low", None)
+        elif "low" not in state:
+            state["low"] = self.get_state_buffer(parameter, torch.int16)
+
+    def init_state(self, group: dict[str, Any], p: torch.Tensor, gindex: int, pindex: int) -> None:
+        super().init_state(group, p, gindex, pindex)
+        if self._places[p].master:
+            self.state[p]["low"] = self.get_state_buffer(p, torch.int16)
 
     def to_gpu(self) -> None:
         self._put_states()
@@ -293,17 +296,14 @@ class AdamW8bit(AdamW):
         replaced = [self._hosted.pop(slot.parameter) for slot in run if slot.parameter in self._hosted]
         if replaced:
             self._staging_on(device).forget(replaced)
-        given = [[slot.state[name] for name in _STATES if name in slot.state] for slot in run]
-        pairs = [((one[0], one[1]), (one[2], one[3]) if len(one) == 4 else None) for one in given]
-        for slot, kept in zip(run, host_states(pairs, device), strict=True):
+        given = [list(_states_in(slot.state).values()) for slot in run]
+        for slot, kept in zip(run, host_states(given, device), strict=True):
             self._hosted[slot.parameter] = kept
-            slot.state.update(zip(_STATES, kept.tensors, strict=False))
+            slot.state.update(zip(_states_in(slot.state), kept.tensors, strict=True))
 
     def _is_hosted(self, slot: _Slot) -> bool:
-        kept = self._hosted.get(slot.parameter)
-        if kept is None:
-            return False
-        return all(map(operator.is_, kept.tensors, map(slot.state.get, _STATES)))
+        kept, states = self._hosted.get(slot.parameter), _states_in(slot.state).values()
+        return kept is not None and len(kept.tensors) == len(states) and all(map(operator.is_, kept.tensors, states))
 
     def _staging_on(self, device: torch.device) -> Staging:
         if device not in self._staging:
@@ -317,7 +317,7 @@ class AdamW8bit(AdamW):
             if factor is not None:
                 for slot in slots:
                     slot.gradient.mul_(factor.to(slot.parameter.device))
-            self._step_by_bitsandbytes(gindex, slots)
+            update(self._pieces(gindex, slots))
         for slot in work.slots:
             slot.state["step"] += 1
         for device, updates in work.hosted.items():  # first: their copies take longest
@@ -348,7 +348,9 @@ class AdamW8bit(AdamW):
                     continue
                 offloaded.setdefault(device, []).append(slot)
                 if not self._is_hosted(slot):
-                    if run and (run[0].parameter.device != device or _numel([*run, slot]) > SHARED):
+                    if run and (
+                        run[0].parameter.device != device or sum(one.parameter.numel() for one in (*run, slot)) > SHARED
+                    ):
                         self._put_into_host_memory(run)
                         run = []
                     run.append(slot)
@@ -396,7 +398,7 @@ class AdamW8bit(AdamW):
                 parameter, gradient.contiguous(), (first, state["state2"]),
                 (state["absmax1"], state["absmax2"]) if first.dtype == torch.uint8 else None,
                 step, config["lr"], tuple(config["betas"][:2]), config["eps"], config["weight_decay"],
-                noise_key(self.seed, step, place.index), rows,
+                noise_key(self.seed, step, place.index), rows, low=state.get("low"),
             )  # fmt: skip
             found.append(update)
         return found
@@ -409,13 +411,7 @@ class AdamW8bit(AdamW):
     def _config(self, place: _Place) -> dict[str, Any]:
         return self.get_config(place.gindex, place.pindex, self.param_groups[place.gindex])
 
-    def _step_by_bitsandbytes(self, gindex: int, slots: list[_Slot]) -> None:
-        """Update tensors of one group. Many small bf16 tensors share one update."""
-        # One batch after the other: the device works on it while the next one's pieces are cut.
-        for batch in _batches(self._pieces(gindex, slots)):
-            _update(batch)
-
-    def _pieces(self, gindex: int, slots: list[_Slot]) -> Iterator[_Piece]:
+    def _pieces(self, gindex: int, slots: list[_Slot]) -> Iterator[Piece]:
         """The bf16 tensors of a group in pieces; those of other dtypes are updated on the way, as bitsandbytes does."""
         for slot in slots:
             if slot.parameter.dtype != torch.bfloat16:
@@ -424,64 +420,9 @@ class AdamW8bit(AdamW):
             slot.state["step"] += 1
             noise = torch.Generator(slot.parameter.device)
             noise.manual_seed(noise_key(self.seed, slot.state["step"], slot.place.index))
-            yield from _cut(slot.parameter, slot.state, self._config(slot.place), noise)
+            yield from cut(slot.parameter, slot.state, self._config(slot.place), noise)
 
 
-def _numel(slots: Iterable[_Slot]) -> int:
-    return sum(slot.parameter.numel() for slot in slots)
-
-
-def _cut(
-    parameter: torch.Tensor, state: dict[str, Any], config: dict[str, Any], noise: torch.Generator
-) -> Iterator[_Piece]:
-    """A parameter in pieces of at most SLICE elements. SLICE is a multiple of BLOCK, so scales divide evenly."""
-    assert parameter.grad is not None
-    weights, gradient = parameter.detach().view(-1), parameter.grad.contiguous().view(-1)
-    scales = [state[name] for name in ("absmax1", "absmax2") if state["state1"].dtype == torch.uint8]
-    for start in range(0, len(weights), SLICE):
-        stop = min(start + SLICE, len(weights))
-        blocks = slice(start // BLOCK, -(-stop // BLOCK))
-        moments = [state[name].view(-1)[start:stop] for name in ("state1", "state2")]
-        moments += [scale[blocks] for scale in scales]
-        yield _Piece(weights[start:stop], gradient[start:stop], moments, state["step"], state, config, noise)
-
-
-def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Pieces in order, in runs that one update can take: at most SLICE elements."""
-    batch: list[_Piece] = []
-    size = 0
-    for piece in pieces:
-        if batch and (size + len(piece.weights) > SLICE or not batch[-1].joins(piece)):
-            yield batch
-            batch, size = [], 0
-        batch.append(piece)
-        size += len(piece.weights)
-    if batch:
-        yield batch
-
-
-def _update(pieces: list[_Piece]) -> None:
-    """bitsandbytes' update of all `pieces` as one tensor, rounded stochastically into their weights."""
-    values = _joined([piece.weights for piece in pieces]).float()
-    gradient = _joined([piece.gradient for piece in pieces]).float()
-    moments = [_joined(list(parts)) for parts in zip(*(piece.moments for piece in pieces), strict=True)]
-    step, state, config = pieces[0].step, pieces[0].state, pieces[0].config
-    (beta1, beta2), eps, lr, decay = config["betas"], config["eps"], config["lr"], config["weight_decay"]
-    if len(moments) == 2:
-        functional.optimizer_update_32bit(
-            "adam", gradient, values, moments[0], beta1, eps, step, lr, moments[1], beta2, weight_decay=decay
-        )
-    else:
-        functional.optimizer_update_8bit_blockwise(
-            "adam", gradient, values, moments[0], moments[1], beta1, beta2, 0.0, 0.0, eps, step, lr,
-            state["qmap1"], state["qmap2"], moments[2], moments[3], weight_decay=decay,
-        )  # fmt: skip
-    for piece, part in zip(pieces, values.split([len(piece.weights) for piece in pieces]), strict=True):
-        stochastic_round_(piece.weights, part, piece.noise)
-    if len(pieces) > 1:  # the moments of a single piece were updated in place
-        for joined, parts in zip(moments, zip(*(piece.moments for piece in pieces), strict=True), strict=True):
-            torch._foreach_copy_(list(parts), list(joined.split([len(part) for part in parts])))
-
-
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _states_in(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Those that can live in host memory."""
+    return {name: state[name] for name in _STATES if name in state}
