@@ -221,6 +221,7 @@ def test_other_text_starts_a_ledger_of_its_own(parent: Path, llama_folder: Path,
         ("training", {"weight_decay": 0.1}, r"training\.weight_decay: 0\.0 → 0\.1"),
         ("training", {"seed": 1}, r"training\.seed: 42 → 1"),
         ("training", {"optim": "adamw_torch"}, r"training\.optim"),
+        ("training", {"optimizer_states": "fp32"}, r"training\.optimizer_states: '8bit' → 'fp32'"),
         ("training", {"gradient_accumulation_steps": 2}, r"^--branch: the place in the rows is counted in steps"),
         ("training", {"lr_scheduler_type": "polynomial"}, r"^training\.lr_scheduler_type: polynomial cannot begin at"),
         ("training", {"decay_steps": 9}, r"^training\.decay_steps: the phases are longer than the 4 steps"),
@@ -237,10 +238,11 @@ def test_what_a_branch_may_not_change(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_branch_may_add_up_gradients_otherwise(
-    parent: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+@pytest.mark.parametrize("change", [{"grad_accum_dtype": "bf16"}, {"master_weights": "embeddings"}], ids=str)
+def test_a_branch_may_add_up_gradients_and_updates_otherwise(
+    change: dict[str, Any], parent: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path
 ) -> None:
-    config = branch_file(llama_folder, korean_corpus, tmp_path / "run", training={"grad_accum_dtype": "bf16"})
+    config = branch_file(llama_folder, korean_corpus, tmp_path / "run", training=change)
     train_run(config, branch=parent / "checkpoint-3")
     assert read(tmp_path / "run" / "proof.json")["ok"]
 

@@ -91,6 +91,16 @@ def test_every_field_has_been_thought_of() -> None:
         ({"training": {"adam_beta2": 0.9}}, r"adam_beta2: 0\.999 → 0\.9", r"--allow training\.adam_beta2"),
         ({"training": {"optim": "adamw_torch"}}, r"training\.optim: 'adamw_8bit' → 'adamw_torch'", "start a new run"),
         (
+            {"training": {"optimizer_states": "fp32"}},
+            r"training\.optimizer_states: '8bit' → 'fp32'",
+            "start a new run.*are of that kind",
+        ),
+        (
+            {"training": {"master_weights": "all"}},
+            r"master_weights: 'none' → 'all'",
+            r"--allow training\.master_weights",
+        ),
+        (
             {"training": {"max_steps": 9}},
             r"training\.max_steps: 6 → 9 \(at step 3 the rate was 0\.0091\d+ and would be 0\.009\d+\)",
             r"--allow training\.max_steps",

@@ -208,6 +208,23 @@ def test_what_the_host_may_have_is_proposed() -> None:
     assert "training.optimizer_in_backward" not in names and "training.offload_optimizer" in names
 
 
+def test_narrower_states_are_proposed() -> None:
+    """No masters, where these alone are too much; then 8-bit states."""
+    card = Card("fake", (9, 0), round(80e9), round(80e9), is_here=False)
+
+    def short(vram: str, **given: str) -> Shortfall | None:
+        settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "vram": vram, **given}
+        config = config_of(training=settings, data={"max_length": 2048})
+        return shortfall(config, ground_of(config, card))
+
+    wide = {"optimizer_states": "fp32", "master_weights": "all"}
+    assert short("18GiB") is None and short("26GiB", **wide) is None
+    none, of_8_bit = {"training.master_weights": "none"}, {"training.optimizer_states": "8bit"}
+    assert settings_of(short("24GiB", **wide))[1:] == [none, of_8_bit]
+    found = settings_of(short("22GiB", **wide))
+    assert of_8_bit in found and none not in found
+
+
 def test_sums_in_bf16_are_proposed() -> None:
     """Where several forwards are added up in fp32, which is 4 bytes a value in place of 2; or would be with the
     optimizer, or the parts of a batch, that fit."""
@@ -317,7 +334,8 @@ def test_a_new_run_is_held_to_its_share_of_the_host(
         warned = plan_run(config, card=card, choices=choices).warnings
         assert any("steep train refuses it: training.host_memory" in each for each in warned) == refused, available
         offloads = _Trials(config, ground_of(config, card), 2**40, goes_on)._host_has
-        sizes: Any = SimpleNamespace(shape=None, memory=None, on_host=0)
+        choices_of = SimpleNamespace(trained_dtype="bf16")
+        sizes: Any = SimpleNamespace(shape=None, memory=None, on_host=0, choices=choices_of)
         monkeypatch.setattr("steep.fitting.host_bytes", lambda *_: {"all": needed})
         assert offloads(config, sizes) != refused
 

@@ -860,13 +860,39 @@ def test_states_in_host_memory_leave_the_plan_of_the_card(
     config, states = config_of(training={**given, "offload_optimizer": offload}), round(shape.trained * (2 + 8 / 256))
     for processes in (1, 3):  # each has its own, and one writes the checkpoint
         monkeypatch.setattr("steep.ranks.processes_here", lambda processes=processes: processes)
-        host = host_bytes(config, shape, step.standing)
+        host = host_bytes(config, shape, step.standing, "bf16")
         assert host["optimizer states"] == processes * (states - ours["optimizer states"]) > 0
         assert host["copy of a checkpoint"] == states + ours["adapters"] + ours["trained embeddings"]
     library, on_card = (memory_by_item(shape, **how, offload=each) for each in (offload, "none"))
     assert library["optimizer states"] == ours["optimizer states"]
     assert library["gradients"] == on_card["gradients"]  # at the loss
     assert sum(library.values()) < sum(on_card.values())
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_fp32_states_and_masters_are_planned(offload: Offload) -> None:
+    """8 bytes a value, and 2 for a master, which bf16 weights alone have; on the card, on the host and in a checkpoint.
+    The step takes as much longer as they take to move."""
+    empty = empty_llama(num_hidden_layers=4, hidden_size=1024)
+    config = config_of(
+        training={"optimizer_states": "fp32", "master_weights": "embeddings", "offload_optimizer": offload}
+    )
+    step = step_of(config, empty)
+    shape = step.shape
+    of_adapters, of_tables = 8 * shape.lora, 10 * shape.trained_embeddings
+    on_card = {"none": of_adapters + of_tables, "embeddings": of_adapters, "all": 0}[offload]
+    assert step.standing["optimizer states"] == on_card
+    host = host_bytes(config, shape, step.standing, "bf16")
+    assert host["optimizer states"] == of_adapters + of_tables - on_card
+    weights = step.standing["adapters"] + step.standing["trained embeddings"]
+    assert host["copy of a checkpoint"] == of_adapters + of_tables + weights
+    how: dict[str, Any] = {"base": "nf4", "compute": "bf16", "optim": "adamw_8bit", "tokens": 64, "on_card": True}
+    how |= {"checkpointing": True, "accumulates": False, "offload": offload, "states": "fp32", "masters": "embeddings"}
+    assert memory_by_item(shape, trained="bf16", **how)["optimizer states"] == on_card
+    in_fp32 = fused_step(config, step.layers, shape, base="nf4", compute="bf16", trained="fp32", on_card=True)
+    assert in_fp32.states_bytes("none") == 8 * shape.trained
+    narrow = step_of(config_of(training={"offload_optimizer": offload}), empty)
+    assert narrow.states_bytes("none") == round(shape.trained * (2 + 8 / 256))
 
 
 @pytest.mark.parametrize(("batches", "accumulation"), [(1, 1), (2, 4), (1, 32)])

@@ -177,5 +177,8 @@ def test_more_passes_than_teach_are_warned_of(base: Path, korean_corpus: Path, t
     single = "training.grad_accum_dtype: bf16 changes nothing: a step is a single forward"
     assert single in warned(gradient_accumulation_steps=1, grad_accum_dtype="bf16")
     assert "weights train in fp32" in warned(gradient_accumulation_steps=2, grad_accum_dtype="bf16")
+    assert "master_weights" not in warned()
+    unneeded = "training.master_weights: embeddings changes nothing: weights train in fp32"
+    assert unneeded in warned(master_weights="embeddings")
     assert "each step is a whole pass" not in warned()
     assert "a step takes 2,000,000 rows and the text has" in warned(gradient_accumulation_steps=10**6)

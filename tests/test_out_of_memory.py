@@ -162,6 +162,11 @@ def test_what_to_lower_first(llama_folder: Path, korean_corpus: Path, tmp_path: 
     assert "training.grad_accum_dtype" in names({**in_bf16, "training": several})
     for lower in (narrow["training"], {**several, "grad_accum_dtype": "bf16"}, {**several, "optim": "adamw_torch"}):
         assert "training.grad_accum_dtype" not in names({**in_bf16, "training": lower})
+    wider = {"training.master_weights", "training.optimizer_states"}
+    assert not wider & {*names(in_bf16)}
+    asked = {**narrow["training"], "optimizer_states": "fp32", "master_weights": "all"}
+    assert wider < {*names({**in_bf16, "training": asked})}
+    assert wider & {*names({**narrow, "training": asked})} == {"training.optimizer_states"}  # weights train in fp32
     narrow["training"] |= {"max_grad_norm": 0}
     assert names(narrow)[0] == "training.optimizer_in_backward"
     narrow["training"] |= {"optimizer_in_backward": True, "per_device_train_batch_size": 2}

@@ -105,6 +105,11 @@ def advice(
         )
     if config.training.grad_accum_dtype == "bf16" and (reason := why_not_summed_in_fp32(config, trained_dtype, fused)):
         found.append(f"training.grad_accum_dtype: bf16 changes nothing: {reason}.")
+    if config.training.master_weights != "none" and trained_dtype != "bf16":
+        found.append(
+            f"training.master_weights: {config.training.master_weights} changes nothing: weights train in "
+            f"{trained_dtype}, and need no masters."
+        )
     found += _of_options(config)
     if resolved.stretched is not None:
         reach = unstretched(resolved.stretched)

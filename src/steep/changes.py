@@ -60,14 +60,15 @@ CHANGEABLE = {
     "model.fp8_products",  # the same weights, multiplied with another rounding
     *(f"training.{name}" for name in (
         "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_checkpointing",
-        "grad_accum_dtype", "deterministic", "full_determinism", "tf32", *_SPIKES,
+        "grad_accum_dtype", "master_weights", "deterministic", "full_determinism", "tf32", *_SPIKES,
     )),
 }  # fmt: skip
 
 # What a branch may change: the rates and their schedule, how long it is, and the text.
 BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 OWN_OF_A_BRANCH = {
-    *_SCHEDULE, *BATCH, *(f"training.{name}" for name in ("grad_accum_dtype", "deterministic", *_SPIKES)),
+    *_SCHEDULE, *BATCH,
+    *(f"training.{name}" for name in ("grad_accum_dtype", "master_weights", "deterministic", *_SPIKES)),
 }  # fmt: skip
 
 # Why a field stays, by its beginning; the longest one that fits.
@@ -84,6 +85,7 @@ _STAYS = {
     "training.dataloader_in_order": "the order of the rows follows from it",
     "training.average_tokens_across_devices": "each step's mean is taken in that way",
     "training.optim": "the states in the checkpoint are that optimizer's",
+    "training.optimizer_states": "the states in the checkpoint are of that kind",
     "training.vram": "what layers keep was chosen by it at the beginning; gradient_checkpointing may change",
     "training.": "the steps before were trained with it",
 }

@@ -144,7 +144,7 @@ class Ground:
                 fp8=computation.products,
                 hidden=hidden_from(self.rates, computation.products),
             )
-            others = sum(host_bytes(config, shape, step.standing).values())
+            others = sum(host_bytes(config, shape, step.standing, trained).values())
             choices = settle(config, step, self.budget, self.before, (self.host - others) // ranks.processes_here())
         memory = memory_of(config, shape, step, choices, base=base, compute=compute, on_card=on_card)
         on_host = step.in_host_memory(choices.levels, choices.places) if step and choices.levels else 0

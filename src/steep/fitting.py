@@ -156,6 +156,8 @@ def _knobs(config: RunConfig, computation: Computation, ground: Ground, sizes: S
         _offloads(config, ground.card),
         _amounts_of_host_memory(config, ground, sizes),
         [] if training.optim in ADAMW_8BIT else [{"training.optim": "adamw_8bit"}],
+        [] if training.master_weights == "none" else [{"training.master_weights": "none"}],
+        [] if training.optimizer_states == "8bit" else [{"training.optimizer_states": "8bit"}],
         _sums_in_bf16(config, sizes),
         [] if computation.base == "nf4" else [{"model.base": "nf4"}],
         [] if computation.trained == "bf16" else [{"model.trained_dtype": "bf16"}],
@@ -199,7 +201,7 @@ def _amounts_of_host_memory(config: RunConfig, ground: Ground, sizes: Sizes) -> 
     inputs: list[Place] = ["x"] * (sizes.shape.layers - 1)
     inputs.append("gpu")
     needed = sizes.step.in_host_memory([LEVELS[-1]] * sizes.shape.layers, inputs) * ranks.processes_here()
-    needed += sum(host_bytes(config, sizes.shape, sizes.memory).values())
+    needed += sum(host_bytes(config, sizes.shape, sizes.memory, sizes.choices.trained_dtype).values())
     amount = 2 ** max(math.ceil(math.log2(needed / GIB)), 0)
     fits = ground.host < amount * GIB <= host_limit("auto", ground.card)
     return [{"training.host_memory": f"{amount}GiB"}] if fits else []
@@ -217,8 +219,9 @@ def _no_embeddings(config: RunConfig) -> Knob:
     if needed or not adapter.modules_to_save:
         return []
     settings: Settings = {"adapter.modules_to_save": []}
-    if config.training.offload_optimizer == "embeddings":
-        settings["training.offload_optimizer"] = "none"
+    for name in ("offload_optimizer", "master_weights"):
+        if getattr(config.training, name) == "embeddings":
+            settings[f"training.{name}"] = "none"
     return [settings]
 
 
@@ -287,7 +290,7 @@ class _Trials:
         training = config.training
         if training.optimizer_in_backward and training.gradient_accumulation_steps > 1:
             return math.inf
-        if training.offload_optimizer == "embeddings" and not config.adapter.modules_to_save:
+        if "embeddings" in (training.offload_optimizer, training.master_weights) and not config.adapter.modules_to_save:
             return math.inf
         sizes = ground.sized(config, computation)
         return sizes.peak if self._host_has(config, sizes) else math.inf
@@ -298,7 +301,7 @@ class _Trials:
         locked = config.training.offload_optimizer != "none" or sizes.on_host
         if not locked or card is None:
             return True
-        needed = host_bytes(config, sizes.shape, sizes.memory, sizes.on_host)
+        needed = host_bytes(config, sizes.shape, sizes.memory, sizes.choices.trained_dtype, sizes.on_host)
         limit = host_limit(asked, card, None if self.goes_on else host_budget(asked, card))
         return sum(needed.values()) <= limit
 

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
-from steep.memory import WIDTH, Shape, standing, update_scratch, updates_under_way
+from steep.memory import WIDTH, Shape, standing, states_bytes, update_scratch, updates_under_way
 from steep.model.block import Place
 from steep.model.layer import Layer
 from steep.model.load import DTYPES
@@ -19,7 +19,7 @@ from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
 from steep.ops.row_gradient import SUMMING, fewer_rows
-from steep.training.adamw8bit import ADAMW_8BIT, Offload
+from steep.training.adamw8bit import ADAMW_8BIT, Masters, Offload, States
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class FusedStep:
         on_card: it is planned for a card.
         fp8: which products are in fp8.
         offload: whose optimizer states live in host memory; there has to be a card.
+        states, masters: as in `steep.memory.states_bytes`.
         micro_batches: that make a step.
         accumulates_in_fp32: whether gradients of several are added up in fp32 where they can be (`grad_accum_dtype`).
         trains_table: whether the input embeddings have a gradient.
@@ -60,6 +61,8 @@ class FusedStep:
     on_card: bool
     fp8: Fp8Products = "none"
     offload: Offload = "none"
+    states: States = "8bit"
+    masters: Masters = "none"
     micro_batches: int = 1
     accumulates_in_fp32: bool = True
     trains_table: bool = False
@@ -138,7 +141,11 @@ class FusedStep:
     def standing(self) -> dict[str, int]:
         """Bytes by item of what is there all the time."""
         how = {"base": self.base, "compute": self.compute, "trained": self.trained, "optim": self.optim}
-        return standing(self.shape, **how, offload=self.offload)
+        return standing(self.shape, **how, offload=self.offload, states=self.states, masters=self.masters)
+
+    def states_bytes(self, offload: Offload) -> int:
+        """Bytes of the optimizer's states, less those of `offload`."""
+        return states_bytes(self.shape, self.optim, offload, states=self.states, masters=self.masters)
 
     @cached_property
     def _kept(self) -> Kept:

@@ -13,7 +13,7 @@ import torch
 from steep import ranks
 from steep.errors import UserError
 from steep.fused_memory import FusedStep
-from steep.memory import WORKSPACES, Shape
+from steep.memory import WORKSPACES, Shape, masters_kept
 from steep.model.adapters import add_adapters
 from steep.model.block import LEVELS
 from steep.model.choices import Choices
@@ -135,6 +135,8 @@ def fused_step(
         on_card=on_card,
         fp8=fp8,
         offload=training.offload_optimizer if on_card else "none",
+        states=training.optimizer_states,
+        masters=masters_kept(training, trained),
         micro_batches=training.gradient_accumulation_steps,
         accumulates_in_fp32=training.grad_accum_dtype == "fp32",
         trains_table="embed_tokens" in saved or (tied and bool(saved)),

@@ -12,16 +12,17 @@ from steep.model.embeddings import is_tied
 from steep.model.names import EMBEDDINGS
 from steep.model.step_bytes import whole_logits_bytes
 from steep.ops.host_states import staging_bytes
-from steep.schema import AdapterSection
-from steep.training.adamw8bit import ADAMW_8BIT, UPDATES_UNDER_WAY, Offload
+from steep.schema import AdapterSection, TrainingSection
+from steep.training.adamw8bit import ADAMW_8BIT, UPDATES_UNDER_WAY, Masters, Offload, States
 
 GIB = 2**30
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Bytes a weight: codes, and their scales (nf4: a byte for each 64 weights and 4 bytes for each 256 of those; int8
 # and fp8: 4 bytes a row, or a block of 128 x 128).
 BASE_WIDTH = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "fp8": 1.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
-# Bytes of optimizer state a trained value; others are counted like plain Adam.
+# Bytes of optimizer state a trained value; others are counted like plain Adam, and so are fp32 states.
 OPTIMIZER_WIDTH = {"adamw_8bit": 2 + 8 / 256, "adamw_bnb_8bit": 2 + 8 / 256, "sgd": 0.0, "adafactor": 0.01}
+MASTER_WIDTH = 2  # beside a bf16 weight: `steep.ops.master_weights`
 
 # What the update of bf16 weights copies to fp32 at a time, where it is not a kernel of steep's.
 UPDATE_SCRATCH = round(0.4 * GIB)
@@ -115,10 +116,28 @@ def shape_of(model: Any, adapter: AdapterSection, kept: Collection[str] = ()) ->
     )
 
 
-def states_bytes(shape: Shape, optim: str, offload: Offload = "none") -> int:
-    """Bytes of the optimizer's states, less those that live in host memory (`offload_optimizer`)."""
-    trained = {"none": shape.trained, "embeddings": shape.lora, "all": 0}[offload]
-    return round(trained * OPTIMIZER_WIDTH.get(optim, 8.0))
+def masters_kept(training: TrainingSection, trained: str) -> Masters:
+    """Whose weights have an fp32 master: as asked, where they train in bf16.
+
+    Args:
+        trained: dtype of what trains.
+    """
+    return training.master_weights if trained == "bf16" else "none"
+
+
+def states_bytes(
+    shape: Shape, optim: str, offload: Offload = "none", *, states: States = "8bit", masters: Masters = "none"
+) -> int:
+    """Bytes of the optimizer's states, masters among them, less those that live in host memory (`offload_optimizer`).
+
+    Args:
+        states: of `optimizer_states`.
+        masters: whose weights have one (`masters_kept`).
+    """
+    width = OPTIMIZER_WIDTH.get(optim, 8.0) if states == "8bit" else 8.0
+    adapters = shape.lora * (width + MASTER_WIDTH * (masters == "all"))
+    embeddings = shape.trained_embeddings * (width + MASTER_WIDTH * (masters != "none"))
+    return round({"none": adapters + embeddings, "embeddings": adapters, "all": 0}[offload])
 
 
 def updates_under_way(of_layer: int, layers: int, offload: Offload) -> int:
@@ -128,13 +147,22 @@ def updates_under_way(of_layer: int, layers: int, offload: Offload) -> int:
 
 
 def standing(
-    shape: Shape, *, base: str, compute: str, trained: str, optim: str, offload: Offload = "none"
+    shape: Shape,
+    *,
+    base: str,
+    compute: str,
+    trained: str,
+    optim: str,
+    offload: Offload = "none",
+    states: States = "8bit",
+    masters: Masters = "none",
 ) -> dict[str, int]:
     """Bytes by item of what is there all the time. The frozen originals of trained embeddings are not
     (`steep.model.original_module`); the base is scored with its head in the place of gradients.
 
     Args:
         offload: whose optimizer states live in host memory; there has to be a card.
+        states, masters: as in `states_bytes`.
     """
     untrained = shape.embeddings - shape.trained_embeddings + shape.other
     return {
@@ -142,7 +170,7 @@ def standing(
         "frozen embeddings and norms": untrained * WIDTH.get(base, WIDTH[compute]),
         "adapters": (shape.lora + shape.lora_start) * WIDTH[trained],
         "trained embeddings": shape.trained_embeddings * WIDTH[trained],
-        "optimizer states": states_bytes(shape, optim, offload),
+        "optimizer states": states_bytes(shape, optim, offload, states=states, masters=masters),
         "staging of states": 0 if offload == "none" else staging_bytes(),
     }
 
@@ -166,6 +194,8 @@ def memory_by_item(
     on_card: bool,
     in_backward: bool = False,
     offload: Offload = "none",
+    states: States = "8bit",
+    masters: Masters = "none",
 ) -> dict[str, int]:
     """Bytes by item at the peak of a step over `tokens` tokens in one forward of the library's.
 
@@ -178,6 +208,7 @@ def memory_by_item(
         on_card: it is planned for a card.
         in_backward: a gradient is gone as soon as it is whole (`optimizer_in_backward`).
         offload: whose optimizer states live in host memory.
+        states, masters: as in `states_bytes`.
     """
     stream = WIDTH[trained]
     inside = tokens * (8 * shape.hidden * stream + 5 * shape.intermediate * WIDTH[compute])
@@ -185,23 +216,24 @@ def memory_by_item(
     gradients = shape.trained * WIDTH[trained]
     scratch = update_scratch(optim, trained, on_card)
     copies = (shape.trained + shape.lora_start) * WIDTH[compute] if trained != compute else 0
-    always = standing(shape, base=base, compute=compute, trained=trained, optim=optim, offload=offload)
+    kept_so: dict[str, Any] = {"optim": optim, "offload": offload, "states": states, "masters": masters}
+    always = standing(shape, base=base, compute=compute, trained=trained, **kept_so)
     fixed = {**always, "16-bit copies": copies}
     at_the_loss = {
         "activations": kept,
         "logits and loss": whole_logits_bytes(tokens, shape.vocabulary),
         "gradients": gradients if accumulates else 0,
     }
-    states = [at_the_loss]
+    moments = [at_the_loss]
     if in_backward:
         of_table = shape.table * WIDTH[trained] if shape.trained_embeddings else 0
         of_layer = shape.lora * WIDTH[trained] // shape.layers
         waits = of_table if shape.tied else 0  # the head's, for that of the same table
         of_layer += updates_under_way(of_layer, shape.layers - 1, offload)
         for activations, there in ((kept, of_table), (inside, waits + of_layer), (0, waits + of_table)):
-            states.append({"activations": activations, "logits and loss": 0, "gradients": there + scratch})
+            moments.append({"activations": activations, "logits and loss": 0, "gradients": there + scratch})
     else:
-        states.append({"activations": inside, "logits and loss": 0, "gradients": gradients + scratch})
+        moments.append({"activations": inside, "logits and loss": 0, "gradients": gradients + scratch})
         new = shape.table * WIDTH[trained] * (accumulates + shape.tied) if shape.trained_embeddings else 0
-        states.append({"activations": 0, "logits and loss": 0, "gradients": gradients + new})  # the table's comes last
-    return {**fixed, **max(states, key=lambda items: sum(items.values()))}
+        moments.append({"activations": 0, "logits and loss": 0, "gradients": gradients + new})  # the table's comes last
+    return {**fixed, **max(moments, key=lambda items: sum(items.values()))}

@@ -10,6 +10,7 @@ import torch
 
 from steep.errors import RunError
 from steep.machine_faults import PINNED, place_that_ran_out
+from steep.memory import masters_kept
 from steep.model.block import LEVELS
 from steep.plan import Plan
 from steep.settings import could_be_lean, uses_checkpointing, why_not_summed_in_fp32
@@ -70,6 +71,10 @@ def what_to_lower(plan: Plan, *, loading: bool = False, place: str = "GPU") -> l
         in_fp32 = why_not_summed_in_fp32(config, plan.trained_dtype, plan.fused) is None
         if in_fp32 and training.grad_accum_dtype == "fp32":
             found.append("training.grad_accum_dtype: bf16 (now fp32)")
+        if (masters := masters_kept(training, plan.trained_dtype)) != "none":
+            found.append(f"training.master_weights: none (now {masters})")
+        if training.optimizer_states != "8bit":
+            found.append(f"training.optimizer_states: 8bit (now {training.optimizer_states})")
         if training.optim not in ADAMW_8BIT:
             found.append(f"training.optim: adamw_8bit (now {training.optim})")
         found.append(f"data.max_length (now {config.data.max_length})")

@@ -334,7 +334,7 @@ def _work_out(
     shortfall = shortfall_of(config, ground, computation, sizes, is_branch=branch is not None)
     if refuses and shortfall is not None and shortfall.is_refused:
         raise shortfall.error()
-    host, goes_on = host_bytes(config, shape, memory, sizes.on_host), before is not None and branch is None
+    host, goes_on = host_bytes(config, shape, memory, trained, sizes.on_host), before is not None and branch is None
     try:
         limit = host_limit(training.host_memory, card, None if goes_on or not to_train else host_memory)
         check_host(host, limit, goes_on=goes_on)
@@ -379,6 +379,7 @@ def _work_out(
         config,
         shape,
         memory,
+        trained,
         steps,
         rolls_back=arguments.spike_action == "rollback",
         keeps_best=arguments.metric_for_best_model is not None,

@@ -226,6 +226,17 @@ class TrainingSection(BaseModel):
         description="Whose optimizer states live in page-locked host memory: none, of the trained embeddings, or all. "
         "They come and go on streams of their own. The same weights to the bit, with adamw_8bit only.",
     )
+    optimizer_states: Literal["8bit", "fp32"] = Field(
+        "8bit",
+        description="In what adamw_8bit keeps its moments: codes of 8 bits with a scale to each 256 of them, but of "
+        "tensors of less than 4,096 elements; or fp32, which takes four times the memory.",
+    )
+    master_weights: Literal["none", "embeddings", "all"] = Field(
+        "none",
+        description="Whose bf16 weights have an fp32 master with adamw_8bit: none's, which are rounded stochastically, "
+        "those of the trained embeddings, or all. The master is what is updated, and the weight is the bf16 nearest to "
+        "it. It takes 2 bytes a value, where the optimizer's states live.",
+    )
     grad_accum_dtype: Literal["fp32", "bf16"] = Field(
         "fp32",
         description="In what a fused run in one process adds up the gradients of several forwards of a step, with "

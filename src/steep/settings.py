@@ -20,9 +20,9 @@ from steep.trackers import check_trackers
 from steep.training.adamw8bit import ADAMW_8BIT
 from steep.training.arguments import TrainingArguments
 from steep.training.in_backward import check_in_backward
-from steep.training.offload import check_embeddings_train, check_offload
 from steep.training.retention import check_best_metric
 from steep.training.schedules import check_schedule, kind_of_schedule
+from steep.training.state_options import check_embeddings_train, check_states
 from steep.training.trainer import Trainer
 
 MIN_LR_RATE = {"cosine": 0.1, "linear": 0.1}  # Ibrahim et al. 2024 end at a tenth of the peak rate
@@ -186,8 +186,8 @@ def training_arguments(
         raise UserError("training", f"transformers refuses it: {reason}", remedy) from error
     check_schedule(arguments, branch=branch, section="training.")
     check_in_backward(arguments, section="training.")
-    check_offload(arguments, section="training.")
-    check_embeddings_train(arguments.offload_optimizer, bool(config.adapter.modules_to_save), section="training.")
+    check_states(arguments, section="training.")
+    check_embeddings_train(arguments, bool(config.adapter.modules_to_save), section="training.")
     _check_rates(config)
     if arguments.dataloader_multiprocessing_context and not arguments.dataloader_num_workers:
         raise UserError(

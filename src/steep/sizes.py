@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from steep import ranks
 from steep.fused_memory import FusedStep
-from steep.memory import WORKSPACES, Shape, memory_by_item, states_bytes
+from steep.memory import WORKSPACES, Shape, masters_kept, memory_by_item, states_bytes
 from steep.model.choices import Choices
 from steep.schema import RunConfig
 from steep.settings import uses_checkpointing
@@ -46,6 +46,8 @@ def memory_of(
         on_card=on_card,
         in_backward=training.optimizer_in_backward,
         offload=training.offload_optimizer if on_card else "none",
+        states=training.optimizer_states,
+        masters=masters_kept(training, choices.trained_dtype),
     )
     return of_step | of_libraries
 
@@ -59,15 +61,19 @@ def result_bytes(memory: Mapping[str, int], *, tied: bool) -> int:
     return (2 if tied else 1) * memory["trained embeddings"] + memory["adapters"]  # PEFT's format holds both names
 
 
-def host_bytes(config: RunConfig, shape: Shape, memory: Mapping[str, int], kept: int = 0) -> dict[str, int]:
+def host_bytes(
+    config: RunConfig, shape: Shape, memory: Mapping[str, int], trained: str, kept: int = 0
+) -> dict[str, int]:
     """Bytes by item on the host beside the model.
 
     Args:
         memory: of a step, by item.
+        trained: dtype of what trains.
         kept: bytes that layers keep there, of each process.
     """
     # A copy of a checkpoint is written while training goes on. States are on the card or here.
-    states = states_bytes(shape, config.training.optim)
+    training, masters = config.training, masters_kept(config.training, trained)
+    states = states_bytes(shape, training.optim, states=training.optimizer_states, masters=masters)
     checkpoint = result_bytes(memory, tied=shape.tied) + states
     on_host = (states - memory["optimizer states"]) * ranks.processes_here()  # each has its own
     of_layers = {"kept for the backward pass": kept * ranks.processes_here()} if kept else {}
@@ -75,17 +81,25 @@ def host_bytes(config: RunConfig, shape: Shape, memory: Mapping[str, int], kept:
 
 
 def disk_bytes(
-    config: RunConfig, shape: Shape, memory: Mapping[str, int], steps: int, *, rolls_back: bool, keeps_best: bool
+    config: RunConfig,
+    shape: Shape,
+    memory: Mapping[str, int],
+    trained: str,
+    steps: int,
+    *,
+    rolls_back: bool,
+    keeps_best: bool,
 ) -> dict[str, int]:
     """Bytes by item on the disk.
 
     Args:
         memory: of `memory_of`.
+        trained: dtype of what trains.
         rolls_back: the run saves its start too, to go back to.
     """
     training = config.training
     interval = training.save_steps if training.save_steps >= 1 else training.save_steps * steps
     written = math.ceil(steps / max(interval, 1)) + rolls_back
     kept = min(written, training.save_total_limit or written) + 1  # one more while the next is written
-    of_each = host_bytes(config, shape, memory)["copy of a checkpoint"]
+    of_each = host_bytes(config, shape, memory, trained)["copy of a checkpoint"]
     return {"checkpoints": (kept + keeps_best) * of_each, "final": result_bytes(memory, tied=shape.tied)}

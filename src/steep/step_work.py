@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from steep.fused_memory import FusedStep
-from steep.memory import BASE_WIDTH, WIDTH, states_bytes
+from steep.memory import BASE_WIDTH, WIDTH
 from steep.model.block import Place, drops_x2, has_little
 from steep.model.host_store import buffers_of
 from steep.model.layer import Attention, Layer
@@ -20,7 +20,8 @@ from steep.ops.linear_cross_entropy import Way, chunk_size
 from steep.ops.lora import Projection
 from steep.training.adamw8bit import ADAMW_8BIT
 
-_UPDATE = 12  # bytes a trained bf16 value: gradient read twice, weight and both moments in 8 bits read and written
+_UPDATE = 8  # bytes a trained bf16 value: gradient read twice, weight read and written; its states are too
+_OTHER_UPDATE = 24  # of other optimizers, all in all
 ATTENTION_BACKWARD = 2.5  # times the operations forward
 
 
@@ -107,7 +108,9 @@ def step_work(
             coming = [(copied, Work()), (of_states, backward)]
         transfers += [Transfer(nbytes, half, times) for nbytes, half in ((copied, forward), *coming) if nbytes]
     weights = 2 * step.shape.layers * _filled(layer, step)  # once in each direction
-    update = step.shape.trained * (_UPDATE if step.optim in ADAMW_8BIT else 2 * _UPDATE)
+    update = step.shape.trained * _OTHER_UPDATE
+    if step.optim in ADAMW_8BIT:
+        update = step.shape.trained * _UPDATE + 2 * step.states_bytes("none")
     whole = (layers + _head(step, way or step.faster_way).times(tokens) + Work(moved=weights)).times(
         micro_batches
     ) + Work(moved=update)
@@ -135,7 +138,7 @@ def _awaited_states(step: FusedStep) -> Iterator[Transfer]:
     """Copies of optimizer states in host memory that nothing hides. The next forward pass waits for the last update,
     and so for all at the end of a step. Of updates inside backward those of the embeddings are awaited: the head's at
     once (`steep.training.in_backward`), and the table's gradient comes last. A tied pair has one update."""
-    on_host = states_bytes(step.shape, step.optim) - states_bytes(step.shape, step.optim, step.offload)
+    on_host = step.states_bytes("none") - step.states_bytes(step.offload)
     if not step.in_backward:
         if on_host:
             yield Transfer(on_host, Work())
@@ -149,7 +152,7 @@ def _states_of_a_layer(step: FusedStep) -> float:
     """Bytes of optimizer states that come from host memory, and go back, in a layer's backward pass."""
     if not step.in_backward or step.offload != "all":
         return 0
-    return states_bytes(step.shape, step.optim, "embeddings") / step.shape.layers
+    return step.states_bytes("embeddings") / step.shape.layers
 
 
 def _layer(layer: Layer, step: FusedStep, level: int, place: Place, document: float) -> tuple[Work, Work]:

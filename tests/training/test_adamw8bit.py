@@ -341,20 +341,22 @@ def test_a_bf16_weight_with_an_fp32_gradient() -> None:
     assert torch.equal(parameter, other)
 
 
-def test_kernel_resumes_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [{}, {"states": "fp32", "masters": "all"}, {"masters": "all"}], ids=str)
+def test_kernel_resumes_to_the_bit(given: dict[str, Any], tmp_path: Path) -> None:
     parameters = mixed()
-    optimizer = AdamW8bit(parameters, lr=1e-3, seed=7)
+    optimizer = AdamW8bit(parameters, lr=1e-3, seed=7, **given)
     for step in (1, 2):
         step_with(optimizer, parameters, step)
     torch.save((optimizer.state_dict(), [p.detach() for p in parameters]), tmp_path / "checkpoint")
     step_with(optimizer, parameters, 3)
     states, values = torch.load(tmp_path / "checkpoint")
     resumed = [torch.nn.Parameter(value) for value in values]
-    again = AdamW8bit(resumed, lr=1e-3, seed=7)
+    again = AdamW8bit(resumed, lr=1e-3, seed=7, **given)
     again.load_state_dict(states)
     step_with(again, resumed, 3)
     for one, other in zip(parameters, resumed, strict=True):
         assert torch.equal(one, other)
+        assert optimizer.state[one].keys() == again.state[other].keys()
         for key, value in optimizer.state[one].items():
             assert value == again.state[other][key] if key == "step" else torch.equal(value, again.state[other][key])
 
@@ -436,9 +438,11 @@ def by_reference(monkeypatch: pytest.MonkeyPatch) -> None:
         update_by_reference(monkeypatch)
 
 
-def offloaded(offload: adamw8bit.Offload, kind: str = "step") -> tuple[list[torch.nn.Parameter], AdamW8bit]:
+def offloaded(
+    offload: adamw8bit.Offload, kind: str = "step", **given: Any
+) -> tuple[list[torch.nn.Parameter], AdamW8bit]:
     """Three steps of large and small tensors in two groups; kind: by `step`, prepared, or by `update`, or resumed with
-    the other choice in their midst, or the third with the states from before the second."""
+    the other choice in their midst, or the third with the states from before the second. `given` to the optimizer."""
     parameters = [*mixed(), *(torch.nn.Parameter(weights(12_289).to(dtype)) for dtype in (torch.bfloat16, torch.float))]
 
     def made(choice: adamw8bit.Offload) -> AdamW8bit:
@@ -446,7 +450,7 @@ def offloaded(offload: adamw8bit.Offload, kind: str = "step") -> tuple[list[torc
             {"params": parameters[:3], "lr": 1e-2, "name": "adapters_a"},
             {"params": parameters[3:], "lr": 1e-3, "weight_decay": 0.1, "name": "embeddings"},
         ]
-        return AdamW8bit(groups, seed=3, offload=choice)
+        return AdamW8bit(groups, seed=3, offload=choice, **given)
 
     optimizer, saved = made(offload), {}
     for step in range(3):
@@ -475,8 +479,11 @@ def offloaded(offload: adamw8bit.Offload, kind: str = "step") -> tuple[list[torc
 @pytest.mark.usefixtures("by_reference")
 @pytest.mark.parametrize("kind", ["step", "prepared", "update", "resumed", "rolled back"])
 @pytest.mark.parametrize("offload", ["embeddings", "all"])
+@pytest.mark.parametrize(
+    "given", [{}, {"states": "fp32", "masters": "all"}, {"masters": "embeddings"}, {"states": "fp32"}], ids=str
+)
 def test_states_in_host_memory_are_those_on_the_card(
-    offload: adamw8bit.Offload, kind: str, monkeypatch: pytest.MonkeyPatch
+    offload: adamw8bit.Offload, kind: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights and states, to the bit; and the states never leave their page-locked blocks."""
     monkeypatch.setattr(host_states, "PIECE", 2**12)
@@ -487,9 +494,9 @@ def test_states_in_host_memory_are_those_on_the_card(
         "run",
         lambda self, updates, *rest: updated.append(len(updates)) or run(self, updates, *rest),
     )
-    wanted, whole = offloaded("none", "step" if kind == "resumed" else kind)
+    wanted, whole = offloaded("none", "step" if kind == "resumed" else kind, **given)
     assert updated == []
-    found, optimizer = offloaded(offload, kind)
+    found, optimizer = offloaded(offload, kind, **given)
     each = {"embeddings": [2], "all": [4]}[offload]  # the one of 100 elements keeps its own
     if kind == "update":
         each = each[0] * [1]
@@ -504,9 +511,12 @@ def test_states_in_host_memory_are_those_on_the_card(
         hosted = {"embeddings": [3, 4], "all": [0, 2, 3, 4]}[offload]
         assert [index for index, one in enumerate(found) if one in optimizer._hosted] == hosted
         for index in hosted:
-            state = optimizer.state[found[index]]
+            state, master = optimizer.state[found[index]], found[index].dtype == torch.bfloat16
+            names = {"state1", "state2"} | ({"absmax1", "absmax2"} if given.get("states") != "fp32" else set())
+            names |= {"low"} if master and given.get("masters") in ("all", index >= 3 and "embeddings") else set()
+            assert state.keys() - {"step", "qmap1", "qmap2"} == names
             assert state["state1"] is optimizer._hosted[found[index]].tensors[0]
-            assert all(state[key].device.type == "cpu" for key in ("state1", "state2", "absmax1", "absmax2"))
+            assert all(state[key].device.type == "cpu" for key in names)
     assert not optimizer._under_way
 
 

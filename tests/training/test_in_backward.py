@@ -50,16 +50,23 @@ def lean(model: Any, corpus: Corpus, folder: Path, **settings: Any) -> Trainer:
 
 
 @pytest.mark.parametrize(
-    ("fused", "tied", "dtype"), [(False, True, FP32), (False, False, BF16), (True, False, FP32), (True, True, BF16)]
+    ("fused", "tied", "dtype", "given"),
+    [
+        (False, True, FP32, {}),
+        (False, False, BF16, {}),
+        (True, False, FP32, {}),
+        (True, True, BF16, {}),
+        (True, True, BF16, {"master_weights": "all", "optimizer_states": "fp32"}),
+    ],
 )
 def test_it_is_the_update_at_the_end(
-    fused: bool, tied: bool, dtype: torch.dtype, corpus: Corpus, tmp_path: Path
+    fused: bool, tied: bool, dtype: torch.dtype, given: dict[str, Any], corpus: Corpus, tmp_path: Path
 ) -> None:
     runs = []
     for in_backward in (False, True):
         model = model_of(dtype, tied=tied, fused=fused)
         start = trained_weights(model)
-        trainer = lean(model, corpus, tmp_path / str(in_backward), optimizer_in_backward=in_backward)
+        trainer = lean(model, corpus, tmp_path / str(in_backward), optimizer_in_backward=in_backward, **given)
         trainer.train()
         assert not [name for name, weight in trained_weights(model).items() if torch.equal(weight, start[name])]
         assert not fused or fused_of(model).calls == 4

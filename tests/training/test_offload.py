@@ -30,8 +30,10 @@ AT_THE_END: dict[str, Any] = {"optimizer_in_backward": False, "max_grad_norm": 0
         (AT_THE_END, FP32, True, "all"),
         (LEAN, BF16, False, "all"),
         (LEAN, BF16, True, "embeddings"),
+        ({**AT_THE_END, "optimizer_states": "fp32", "master_weights": "embeddings"}, BF16, False, "all"),
+        ({**LEAN, "master_weights": "all"}, BF16, False, "embeddings"),
     ],
-    ids=["clipped", "clipped-tied", "in-backward", "in-backward-tied"],
+    ids=["clipped", "clipped-tied", "in-backward", "in-backward-tied", "fp32-masters", "masters"],
 )
 def test_a_run_is_the_one_with_states_on_the_card(
     settings: dict[str, Any],

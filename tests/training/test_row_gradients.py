@@ -48,8 +48,13 @@ def trained(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_grad_norm": 0.1, "optimizer_in_backward": False}, LEAN, {**LEAN, "offload_optimizer": "all", "dtype": FP32}],
-    ids=["clipped", "in-backward", "in-backward-host"],
+    [
+        {"max_grad_norm": 0.1, "optimizer_in_backward": False},
+        LEAN,
+        {**LEAN, "offload_optimizer": "all", "dtype": FP32},
+        {**LEAN, "offload_optimizer": "embeddings", "optimizer_states": "fp32", "master_weights": "embeddings"},
+    ],
+    ids=["clipped", "in-backward", "in-backward-host", "in-backward-host-masters"],
 )
 def test_a_run_is_the_one_with_dense_gradients(
     settings: dict[str, Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -55,22 +55,25 @@ class Updates:
         on_host: whose states are in host memory.
         tied: the table is the head too, so that its gradient waits for that of the input embeddings; another table's
             comes when the layers' work is over.
+        width: bytes of a value's states, where they are more than two moments in the parameter's dtype.
     """
 
     in_backward: bool = False
     on_host: str = "none"
     tied: bool = False
+    width: int = 0
 
     def bytes_of(self, decoder: Any) -> int:
         """Bytes on the card, beside the weights, of what a decoder trains."""
-        if self == Updates():
-            return training_bytes(decoder.parameters())
+        if not self.in_backward and self.on_host == "none":
+            return training_bytes(decoder.parameters(), width=self.width)
         layers = [list(layer.parameters()) for layer in decoder.layers]
         of_layers = {id(parameter) for layer in layers for parameter in layer}
         others = [parameter for parameter in decoder.parameters() if id(parameter) not in of_layers]
-        states = 0 if self.on_host == "all" else sum(training_bytes(layer, gradients=False) for layer in layers)
+        of_states = {"gradients": False, "width": self.width}
+        states = 0 if self.on_host == "all" else sum(training_bytes(layer, **of_states) for layer in layers)
         if self.on_host == "none":
-            states += training_bytes(others, gradients=False)
+            states += training_bytes(others, **of_states)
         else:
             states += staging_bytes()
         if self.in_backward:
@@ -95,7 +98,7 @@ def bytes_beside_decoder(model: Any, updates: Updates) -> int:
     table."""
     of_decoder = {id(parameter) for parameter in model.model.parameters()}
     beside = (parameter for parameter in model.parameters() if id(parameter) not in of_decoder)
-    return training_bytes(beside, states=updates.on_host == "none")
+    return training_bytes(beside, states=updates.on_host == "none", width=updates.width)
 
 
 def levels_within(

@@ -176,15 +176,19 @@ def whole_logits_bytes(tokens: int, vocabulary: int) -> int:
     return 12 * tokens * vocabulary
 
 
-def training_bytes(parameters: Iterable[torch.Tensor], *, gradients: bool = True, states: bool = True) -> int:
+def training_bytes(
+    parameters: Iterable[torch.Tensor], *, gradients: bool = True, states: bool = True, width: int = 0
+) -> int:
     """Bytes of what trains: of each value its gradient and an optimizer's two moments, which may not be there yet. They
     are counted in the parameter's dtype, as torch's own AdamW keeps them.
 
     Args:
         gradients, states: whether those are counted.
+        width: bytes of a value's states, where they are more.
     """
     trained = {id(parameter): parameter for parameter in parameters if parameter.requires_grad}
     return sum(
-        parameter.numel() * (gradients * gradient_dtype(parameter).itemsize + states * 2 * parameter.dtype.itemsize)
+        parameter.numel()
+        * (gradients * gradient_dtype(parameter).itemsize + states * max(2 * parameter.dtype.itemsize, width))
         for parameter in trained.values()
     )

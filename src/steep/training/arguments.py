@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import transformers
 
 from steep.errors import UserError
-from steep.training.adamw8bit import OFFLOADS
+from steep.training.adamw8bit import MASTERS, OFFLOADS, STATES
 from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import FALLS
 
@@ -36,7 +36,10 @@ class TrainingArguments(transformers.TrainingArguments):
         optimizer_in_backward: update each tensor as soon as its gradient is whole, and free the gradient: to the bit
             the update at the end of a step without clipping, in less memory. See `steep.training.in_backward`.
         offload_optimizer: whose optimizer states live in page-locked host memory: of the trained "embeddings", of "all"
-            tensors, or of "none". The same update to the bit, with `adamw_8bit`. See `steep.training.offload`.
+            tensors, or of "none". The same update to the bit, with `adamw_8bit`. See `steep.ops.host_states`.
+        optimizer_states: "8bit" or "fp32", in what `adamw_8bit` keeps its moments.
+        master_weights: whose bf16 weights `adamw_8bit` gives an fp32 master, beside their states: the trained
+            "embeddings", "all", or "none", which are rounded stochastically. Weights in fp32 need none and get none.
         grad_accum_dtype: in what the gradients of several forwards of a step are added up, "fp32" or "bf16", where the
             model is fused, its weights are bf16, and `adamw_8bit` updates them in one process. bf16 takes half the
             memory, and rounds the sum at each forward; elsewhere it is the weights' dtype.
@@ -68,6 +71,8 @@ class TrainingArguments(transformers.TrainingArguments):
     max_nonfinite_steps: int = field(default=3)
     optimizer_in_backward: bool = field(default=False)
     offload_optimizer: str = field(default="none")
+    optimizer_states: str = field(default="8bit")
+    master_weights: str = field(default="none")
     grad_accum_dtype: str = field(default="fp32")
     deterministic: bool = field(default=False)
     spike_action: str = field(default="warn")
@@ -102,14 +107,14 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise UserError(name, f"{steps} is no number of steps", "Give one above 0; below 1 it is a share.")
         if self.decay_type not in (None, *FALLS):
             raise UserError("decay_type", f"{self.decay_type!r} is unknown", f"Give one of {', '.join(FALLS)}.")
-        if self.offload_optimizer not in OFFLOADS:
-            raise UserError(
-                "offload_optimizer", f"{self.offload_optimizer!r} is unknown", f"Give {', '.join(OFFLOADS)}."
-            )
-        if self.grad_accum_dtype not in GRAD_ACCUM_DTYPES:
-            raise UserError(
-                "grad_accum_dtype", f"{self.grad_accum_dtype!r} is unknown", f"Give {' or '.join(GRAD_ACCUM_DTYPES)}."
-            )
+        for name, choices in (
+            ("offload_optimizer", OFFLOADS),
+            ("optimizer_states", STATES),
+            ("master_weights", MASTERS),
+            ("grad_accum_dtype", GRAD_ACCUM_DTYPES),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(name, f"{getattr(self, name)!r} is unknown", f"Give {', '.join(choices)}.")
         if self.max_nonfinite_steps < 1:
             raise UserError("max_nonfinite_steps", f"{self.max_nonfinite_steps} is too few", "Give a number ≥ 1.")
         if self.spike_action not in SPIKE_ACTIONS:

@@ -22,7 +22,7 @@ from steep.model.install import fused_of, is_installed
 from steep.model.recompute import Updates
 from steep.model.unwrap import unwrap
 from steep.stopping import Stop
-from steep.training import offload, parallel
+from steep.training import parallel, state_options
 from steep.training.adamw8bit import ADAMW_8BIT, AdamW8bit
 from steep.training.ahead import forget_ahead, work_ahead
 from steep.training.arguments import TrainingArguments
@@ -99,11 +99,12 @@ class Trainer(Reporting):
         super().__init__(model, args, data_collator, rows, eval_dataset, **kwargs)
         parallel.settle_trainer(self)
         check_trainer(self)
-        offload.check_trainer(self)
+        state_options.check_trainer(self)
         if is_installed(self.model):  # before its first call, which chooses levels
             tied = is_tied(unwrap(self.model))
-            updates = Updates(args.optimizer_in_backward, args.offload_optimizer, tied)
-            fused_of(self.model).expect(updates, offload.bytes_on_host(self.model, args))
+            width = state_options.bytes_of_value(args)
+            updates = Updates(args.optimizer_in_backward, args.offload_optimizer, tied, width)
+            fused_of(self.model).expect(updates, state_options.bytes_on_host(self.model, args))
         self.let_end(stop)
         self.add_callback(_StepObserver(self))
         self.proof: Proof | None = None
@@ -125,7 +126,7 @@ class Trainer(Reporting):
         cls, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
         if args.optim in ADAMW_8BIT:
             kwargs = {key: value for key, value in kwargs.items() if key not in ("optim_bits", "is_paged")}
-            return AdamW8bit, {**kwargs, "seed": args.seed, "offload": args.offload_optimizer}
+            return AdamW8bit, {**kwargs, "seed": args.seed, **state_options.keywords(args)}
         return cls, kwargs
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
