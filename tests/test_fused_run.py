@@ -47,6 +47,7 @@ from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import AdapterSection, RunConfig
 from steep.sizes import host_bytes
+from steep.step_work import step_work
 from steep.terminal import fused_line
 from steep.training.adamw8bit import OFFLOADS, Offload
 from steep.training.checkpoint import FORMAT, read_choices
@@ -893,6 +894,11 @@ def test_fp32_states_and_masters_are_planned(offload: Offload) -> None:
     assert in_fp32.states_bytes("none") == 8 * shape.trained
     narrow = step_of(config_of(training={"offload_optimizer": offload}), empty)
     assert narrow.states_bytes("none") == round(shape.trained * (2 + 8 / 256))
+    ours, theirs = (step_work(each, [1] * 4, micro_batches=1, document=64) for each in (step, narrow))
+    wider = step.states_bytes("none") - narrow.states_bytes("none")
+    assert ours.moved - theirs.moved == 2 * wider > 0
+    copied = [sum(each.nbytes * each.count for each in work.transfers) for work in (ours, theirs)]
+    assert copied[0] == of_adapters + of_tables - on_card and (copied[0] > copied[1] or offload == "none")
 
 
 @pytest.mark.parametrize(("batches", "accumulation"), [(1, 1), (2, 4), (1, 32)])

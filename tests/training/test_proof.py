@@ -8,6 +8,7 @@ from torch import nn
 
 from steep.errors import RunError
 from steep.model.checksum import checksum
+from steep.training.adamw8bit import AdamW8bit
 from steep.training.proof import MAX_SAMPLED, MIN_UPDATES, Proof
 from steep.training.state_files import load_state
 from tests.training.helpers import save_state
@@ -70,6 +71,30 @@ def test_updates_that_round_away_are_not_training() -> None:
     steps(model, proof, gradient=1.0, rate=1e-6, decay=0.0)
     with pytest.raises(RunError, match=r"may all round away in bfloat16"):
         proof.judge()
+
+
+def test_what_a_master_keeps_is_training() -> None:
+    """Where no weight has moved by a last bit yet; and what was there before the first step is not."""
+    model = Two()
+    model.moving.data = torch.ones(100, dtype=torch.bfloat16)
+    optimizer = AdamW8bit([model.moving], lr=1e-6, masters="all")
+
+    def updated(proof: Proof, gradient: float) -> None:
+        for _ in range(MIN_UPDATES):
+            model.moving.grad = torch.full_like(model.moving, gradient)
+            optimizer.step()
+            proof.observe({"moving": 1.0}, optimizer)
+
+    proof = Proof(model, {"moving": "other"}, optimizer=optimizer)
+    updated(proof, 1.0)
+    assert (model.moving == 1).all()
+    proof.judge()
+    assert proof.records["moving"].changed_share == 1
+    later = Proof(model, {"moving": "other"}, optimizer=optimizer)
+    optimizer.param_groups[0]["lr"] = 0.0
+    updated(later, 1.0)
+    later.measure()
+    assert later.records["moving"].changed_share == 0
 
 
 def test_steps_at_rate_zero_are_no_updates() -> None:

@@ -25,8 +25,9 @@ from steep.errors import UserError
 from steep.ops.adamw8bit import Launch, Update, launches, noise_key
 from steep.ops.backend import uses_kernels
 from steep.ops.host_states import HostState, Staging, host_states
-from steep.ops.row_gradient import coalesced, places, values_of
+from steep.ops.row_gradient import coalesced, places
 from steep.training.bitsandbytes_update import Piece, cut, update
+from steep.training.prepared_step import Dependencies
 
 Offload = Literal["none", "embeddings", "all"]
 Masters = Literal["none", "embeddings", "all"]
@@ -70,38 +71,6 @@ class _Slot(NamedTuple):
     def gradient(self) -> torch.Tensor:
         assert self.parameter.grad is not None
         return self.parameter.grad
-
-
-class _Dependencies:
-    """What a step that was worked out depends on, to be compared with the GPU waiting."""
-
-    def __init__(self, optimizer: AdamW8bit) -> None:
-        self._optimizer_state, self._rates = optimizer.state, _rates(optimizer)
-        self._gradients = _gradients(optimizer)
-        self._parameters = [
-            parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None
-        ]
-        self._places = self._addresses()
-
-    def hold(self, optimizer: AdamW8bit) -> bool:
-        return (
-            optimizer.state is self._optimizer_state
-            and _rates(optimizer) == self._rates
-            and all(map(operator.is_, _gradients(optimizer), self._gradients))
-            and self._addresses() == self._places
-        )
-
-    def _addresses(self) -> list[int]:
-        gradients = [values_of(gradient).data_ptr() for gradient in self._gradients if gradient is not None]
-        return [parameter.data_ptr() for parameter in self._parameters] + gradients
-
-
-def _rates(optimizer: AdamW8bit) -> list[Any]:
-    return [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-
-
-def _gradients(optimizer: AdamW8bit) -> list[torch.Tensor | None]:
-    return [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
 
 
 @dataclass(frozen=True)
@@ -164,7 +133,7 @@ class AdamW8bit(AdamW):
             self.fill_qmap()  # bitsandbytes does not, and the kernel is given the maps anyway
         self.seed = seed
         self.gradient_factor: torch.Tensor | None = None
-        self._prepared: tuple[_Dependencies, _Work] | None = None
+        self._prepared: tuple[Dependencies, _Work] | None = None
         self._hosted: dict[torch.Tensor, HostState] = {}
         self._staging: dict[torch.device, Staging] = {}
         self._under_way: deque[_UnderWay] = deque()
@@ -185,7 +154,7 @@ class AdamW8bit(AdamW):
         """Work out the next `step` as far as the host has to, while the GPU still computes the gradients that there are
         now. A step over other gradients, or at other rates, works it out anew."""
         work = self._worked_out(self._places)  # which may move a parameter
-        self._prepared = _Dependencies(self), work
+        self._prepared = Dependencies(self), work
 
     def forget_prepared(self) -> None:
         """Let go of a step that was prepared and is not taken, and of the gradients that it holds."""
@@ -237,6 +206,12 @@ class AdamW8bit(AdamW):
         for staging in self._staging.values():
             staging.synchronize()
         return super().state_dict()
+
+    def low_of(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """int16, what the master of a bf16 parameter has beside it, if there is one. The host waits for it as above."""
+        for staging in self._staging.values():
+            staging.synchronize()
+        return self.state.get(parameter, {}).get("low")
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
         """bitsandbytes' own. Masters that are not there begin as the weights, and those that are not asked for go.

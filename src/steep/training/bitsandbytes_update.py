@@ -61,7 +61,6 @@ class Piece:
         """
         same_place = self.weights.device == other.weights.device and self.step == other.step
         same_kind = self.moments[0].dtype == other.moments[0].dtype and self.config == other.config
-        same_kind = same_kind and (self.low is None) == (other.low is None)
         return same_place and same_kind and len(self.weights) % BLOCK == 0
 
 
@@ -104,7 +103,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 def _update(pieces: list[Piece]) -> None:
     """bitsandbytes' update of all `pieces` as one tensor, rounded into their weights."""
     weights = _joined([piece.weights for piece in pieces])
-    lows = [piece.low for piece in pieces if piece.low is not None]
+    lows = [piece.low for piece in pieces if piece.low is not None]  # all of a group have masters, or none
     values = master_weights.join(weights, _joined(lows)) if lows else weights.float()
     gradient = _joined([piece.gradient for piece in pieces]).float()
     moments = [_joined(list(parts)) for parts in zip(*(piece.moments for piece in pieces), strict=True)]

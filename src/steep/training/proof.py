@@ -17,6 +17,8 @@ from torch import nn
 from steep.errors import RunError
 from steep.model.checksum import checksum
 from steep.model.original_module import OriginalModule
+from steep.ops import master_weights
+from steep.training.adamw8bit import AdamW8bit
 
 MIN_UPDATES = 3  # LoRA's A has no gradient until B has moved, and a warm-up starts at a rate of zero
 _FIRST_FREQUENCIES = "original_inv_freq"  # transformers' buffer beside `inv_freq`; a layer's kind may stand before
@@ -96,15 +98,18 @@ class Proof:
         model: the model, as it is before the first step of this process.
         groups: name of the parameter group of each trainable parameter, by parameter name.
         seed: chooses the elements that are watched in large tensors.
+        optimizer: that updates them. Where a weight has a master, that is watched: it moves before its bf16 does.
 
     Attributes:
         records: what was seen of each trained tensor, by name.
         files: frozen tensor → the file that it is read from, of those that are not in memory.
     """
 
-    def __init__(self, model: nn.Module, groups: dict[str, str], seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, groups: dict[str, str], seed: int = 0, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._seed = seed
+        self._seed, self._optimizer = seed, optimizer
         self.records = {
             name: TensorRecord(groups[name], elements=p.numel(), elements_checked=min(p.numel(), MAX_SAMPLED))
             for name, p in self._parameters.items()
@@ -121,7 +126,12 @@ class Proof:
         }
 
     def _sample(self, parameter: torch.Tensor) -> torch.Tensor:
-        flat = parameter.detach().reshape(-1)
+        low = self._optimizer.low_of(parameter) if isinstance(self._optimizer, AdamW8bit) else None
+        weights = self._watched(parameter)
+        return weights if low is None else master_weights.join(weights, self._watched(low))
+
+    def _watched(self, tensor: torch.Tensor) -> torch.Tensor:
+        flat = tensor.detach().reshape(-1)
         if flat.numel() > MAX_SAMPLED:
             # Drawn on the CPU, so that a resumed run on another device watches the same elements.
             generator = torch.Generator().manual_seed(self._seed)
@@ -149,11 +159,11 @@ class Proof:
     def measure(self) -> None:
         """Compare the watched elements with their first values."""
         for name, parameter in self._parameters.items():
-            start, now = self._start[name].double(), self._sample(parameter).double()
+            start, now = self._start[name].double(), self._sample(parameter)
             kept = self._decay_only[name]
             # Beyond decay's own pull, and a rounding of the storage where decay made one.
-            slack = start.abs() * ((1 - kept) + (torch.finfo(parameter.dtype).eps if kept < 1 else 0.0))
-            share = float(((now - start * kept).abs() > slack).double().mean())
+            slack = start.abs() * ((1 - kept) + (torch.finfo(now.dtype).eps if kept < 1 else 0.0))
+            share = float(((now.double() - start * kept).abs() > slack).double().mean())
             self.records[name].changed_share = max(self.records[name].changed_share, share)
 
     @property

@@ -200,7 +200,7 @@ class Trainer(Reporting):
                 self.model, self._own_optimizer, self.args.gradient_accumulation_steps, self.accelerator.scaler
             )
         )
-        proof = Proof(self.model, self._groups_of_trained(), seed=self.args.seed)
+        proof = Proof(self.model, self._groups_of_trained(), self.args.seed, self._own_optimizer)
         self._updates = None
         if self.args.optimizer_in_backward:
             self._updates = self._until_trained.enter_context(updates_in_backward(self._trainable, self._own_optimizer))
