@@ -41,6 +41,28 @@ def run(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, steps: 
     return parameter.detach()
 
 
+def test_a_tensor_that_is_not_contiguous_goes_on_as_one_that_is() -> None:
+    """With saved states too, which were those of a contiguous one by then."""
+
+    def stepped(gradients: list[torch.Tensor], *, turns: bool, resumes: bool) -> torch.Tensor:
+        saved = None
+        value = weights().view(64, 128)
+        for gradient in gradients:
+            parameter = torch.nn.Parameter(value.t().contiguous().t() if turns else value.clone())
+            assert parameter.is_contiguous() != turns
+            optimizer = AdamW8bit([parameter], lr=1e-3)
+            if saved is not None and resumes:
+                optimizer.load_state_dict(saved)
+            parameter.grad = gradient.view(64, 128)
+            optimizer.step()
+            value, saved = parameter.detach(), optimizer.state_dict()
+        return value
+
+    some = gradients(3)
+    assert torch.equal(*(stepped(some, turns=turns, resumes=True) for turns in (False, True)))
+    assert not torch.equal(*(stepped(some, turns=True, resumes=resumes) for resumes in (False, True)))
+
+
 def test_rounding_is_unbiased_and_to_a_neighbour() -> None:
     values = torch.tensor([1.0, 1.0 + 2**-9, 1.0 + 2**-8 + 2**-12, -3.1415926, 1e-30, -0.0, 65504.25], device=DEVICE)
     draws = 20_000

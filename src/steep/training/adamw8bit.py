@@ -349,8 +349,9 @@ class AdamW8bit(AdamW):
             if parameter.grad is None:
                 continue
             place, state = self._places[parameter], self.state[parameter]
+            if not parameter.is_contiguous():  # the states take its strides, and saved ones have those that it had then
+                parameter.data = parameter.data.contiguous()
             if len(state) == 0:
-                parameter.data = parameter.data.contiguous()  # the states take its strides
                 self.init_state(self.param_groups[place.gindex], parameter, place.gindex, place.pindex)
             yield _Slot(parameter, state, place)
 
