@@ -1,7 +1,7 @@
 """The peers of `benchmarks.train`: how each makes its model trainable, and the bare loop that times them.
 
 `hf` is QLoRA as the libraries' documentation has it, with gradient checkpointing, `hf-lean` the same with everything
-that trains in bf16.
+that trains in bf16. `hf-plain` is `hf` without checkpointing: each layer is computed forward once, in more memory.
 `hf-flash` is `hf` with the flash-attn package and the batch as one row, so that documents are isolated without a
 mask; `hf-varlen` the same with the flash kernels that torch brings. steep's own two are in `benchmarks/steep_run.py`.
 """
@@ -87,15 +87,20 @@ def _with_adapters(model: Any, work: Work, autocast_adapters: bool) -> Any:
     return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapters)
 
 
-def hf(work: Work, attention: str | None = None) -> Peer:
+def hf(work: Work, attention: str | None = None, *, recomputes: bool = True) -> Peer:
     """fp32 norms, embeddings and adapters under bf16 autocast, gradient checkpointing, 8-bit AdamW."""
     from peft import prepare_model_for_kbit_training
 
     model = prepare_model_for_kbit_training(
-        _library_model(work, attention), gradient_checkpointing_kwargs={"use_reentrant": False}
+        _library_model(work, attention), recomputes, gradient_checkpointing_kwargs={"use_reentrant": False}
     )
     model = _with_adapters(model, work, autocast_adapters=True)
     return Peer(model, _bitsandbytes(trained(model)), autocast=True)
+
+
+def hf_plain(work: Work) -> Peer:
+    """`hf` that keeps everything of its layers."""
+    return hf(work, recomputes=False)
 
 
 def hf_flash(work: Work) -> Peer:
@@ -201,6 +206,7 @@ PEERS: dict[str, Callable[[Work], Peer]] = {
     "hf-flash": hf_flash,
     "hf-varlen": hf_varlen,
     "hf-lean": hf_lean,
+    "hf-plain": hf_plain,
     "hf-liger": hf_liger,
     "unsloth": unsloth,
 }

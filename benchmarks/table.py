@@ -27,7 +27,10 @@ RANK = 256
 STEEP, ALONE, FP8 = "steep", "steep-bare", "steep-fp8"
 LIBRARY = {"hf": "", "hf-flash": ", flash-attn", "hf-varlen": ", torch's flash kernels"}
 YARDSTICK = "transformers + PEFT"
-PEERS = {"hf-lean": "the same, all in bf16", "hf-liger": "with Liger", "unsloth": "Unsloth"}
+PEERS = {
+    "hf-lean": "the same, all in bf16", "hf-plain": "the same, without checkpointing", "hf-liger": "with Liger",
+    "unsloth": "Unsloth",
+}  # fmt: skip
 OVER_FP8 = "steep over e4m3"
 COLUMNS = [STEEP, "its step alone", OVER_FP8, YARDSTICK, *PEERS.values()]
 

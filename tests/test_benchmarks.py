@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks import op_rows, ops, peers, planned, steep_run, table, train
 from benchmarks.op_rows import first
 from benchmarks.ops import TOLERANCE, wrong_by
-from benchmarks.peers import Peer, Work, bare_loop, batches, flattened
+from benchmarks.peers import PEERS, Peer, Work, bare_loop, batches, flattened
 from benchmarks.shapes import empty_model, flops_a_step, write
 from steep import load
+from steep.model.unwrap import unwrap
 from tests.faults.command import ForkServer
 from tests.ops.closeness import assert_as_good
 from tests.trees import tree_differences
@@ -721,3 +722,16 @@ def test_a_case_is_a_call_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(SystemExit, match=r"--weights: .* needs 61 GiB, and its disk has 1: "):
         monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=train.GIB))
         planned.refuse_full_disk(planned.CASES, tmp_path)
+
+
+@pytest.mark.parametrize(("peer", "forwards"), [("hf", 2), ("hf-plain", 1)])
+def test_a_library_computes_layers_as_often_as_it_is_said_to(peer: str, forwards: int, tmp_path: Path) -> None:
+    folder = write("tiny", tmp_path / "weights", "cpu")
+    made = PEERS[peer](Work(str(folder), 1, 16, 8, 1, False, "cpu"))
+    calls: list[int] = []
+    layer = unwrap(made.model).model.layers[0]
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))  # a pass again ends before the last of a layer
+    tokens = torch.randint(8, (1, 16))
+    made.model.train()
+    made.model(input_ids=tokens, labels=tokens).loss.backward()
+    assert len(calls) == forwards
