@@ -324,6 +324,19 @@ def test_and_by_the_calibration_before_it(row: dict[str, Any]) -> None:
     assert name_of(row) in MISSED or found == pytest.approx(row["step_s"], rel=near)
 
 
+def test_the_last_layers_copies_are_waited_for() -> None:
+    """Of those of the others a long sequence waits for what it fetches alone."""
+    step = replace(step_of(config_of(), empty_model("llama-3-8b")), tokens=131_072)
+
+    def waited(places: list[Any]) -> float:
+        work = step_work(step, [2] * 32, micro_batches=1, document=131_072, places=places)
+        return sum(each.nbytes * each.count for each in work.transfers if each.behind == Work())
+
+    some, everywhere = ["attention"] * 31 + ["gpu"], ["attention"] * 32
+    one = step.in_host_memory([2], ["attention"])
+    assert waited(some) == 31 * one and waited(everywhere) == 33 * one
+
+
 def test_every_run_that_was_measured_is_there() -> None:
     """Of each peer that is `steep train`, and none has a figure that is not looked at."""
     assert {row["peer"] for row in ROWS} == set(RUNS)

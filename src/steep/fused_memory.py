@@ -160,8 +160,7 @@ class FusedStep:
         return self._works[key]
 
     def _at_least(self, levels: list[int], way: Way, tile: int, host_room: int) -> int:
-        """Bytes below which no place brings a step: at the loss, in the last layer, which keeps all on the GPU, and at
-        the update."""
+        """Bytes below which no place brings a step: at the loss, in the last layer, and at the update."""
         kept = self._least_on_gpu(levels, host_room)
         at_the_loss = kept + self._loss(way) + self._gradients_before + self._of_head
         in_last_layer = kept + self._work(tile, levels[-1], "gpu") + self._gradients_in(len(levels) - 1, len(levels))

@@ -99,14 +99,17 @@ def step_work(
     fetched_before = buffers_of(slot, has_little(levels, places)) > 1
     transfers: list[Transfer] = []
     layers, of_states = Work(), _states_of_a_layer(step)
-    for (level, place), count in Counter(zip(levels, places, strict=True)).items():
+    waits = [False] * (len(levels) - 1) + [places[-1] != "gpu"]  # the last layer, for its own copies
+    for (level, place, waited), count in Counter(zip(levels, places, waits, strict=True)).items():
         forward, backward = (half.times(tokens) for half in _layer(layer, step, level, place, document))
         layers += (forward + backward).times(count)
         copied, times = step.in_host_memory([level], [place]), micro_batches * count
-        coming = [(copied + of_states, backward)]  # over one link
-        if not fetched_before:  # a layer with one buffer fetches its own, and waits
+        going, coming = (copied, forward), [(copied + of_states, backward)]  # over one link
+        if waited or not fetched_before:  # a layer with one buffer fetches its own
             coming = [(copied, Work()), (of_states, backward)]
-        transfers += [Transfer(nbytes, half, times) for nbytes, half in ((copied, forward), *coming) if nbytes]
+        if waited:  # the loss comes after it
+            going = copied, Work()
+        transfers += [Transfer(nbytes, half, times) for nbytes, half in (going, *coming) if nbytes]
     weights = 2 * step.shape.layers * _filled(layer, step)  # once in each direction
     update = step.shape.trained * _OTHER_UPDATE
     if step.optim in ADAMW_8BIT:

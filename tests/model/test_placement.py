@@ -63,7 +63,7 @@ def test_copies_that_compute_hides(of_8b: Kept) -> None:
     tiny = unwrap(adapted(tiny_model("llama"))).model.layers[0]
     narrow = Kept.of([read_layer(tiny, install_traits())], BF16, BF16, "none", 1000)
     assert narrow.furthest == [0, 0, 0, 0]
-    assert narrow.most([3, 3, 3], 10**12) == ["x", "x", "gpu"]  # where nothing else is left
+    assert narrow.most([3, 3, 3], 10**12) == ["x", "x", "x"]  # where nothing else is left
 
 
 def install_traits() -> Any:
@@ -129,6 +129,25 @@ def test_as_few_as_fit(of_8b: Kept) -> None:
     assert of_8b.most(levels, 7 * x + 2 * (whole - x)) == ["attention"] * 2 + ["x"] * 5 + ["gpu"]
 
 
+def test_the_last_layer_goes_to_the_host_last() -> None:
+    """With all that it keeps: of a long sequence, whose layers have one slot, and at the loss."""
+    kept = Kept.of([layer_of_8b()], BF16, BF16, "none", 131_072)
+    levels, with_a = [2] * 4, kept.on_host[2][2]
+    most = kept.in_host_memory(levels, ["attention"] * 4)
+
+    def within(limit: int, room: int) -> Any:
+        def fits(places: Any) -> bool:
+            own = [each for _, each in kept.in_backward(levels, places)]
+            return max(*own, kept.on_gpu(levels, places)) <= limit
+
+        return kept.fewest(levels, room, fits)
+
+    assert within(with_a, most) == ["attention"] * 4
+    assert within(with_a, most - 1) is None
+    assert within(with_a + 2**30, most) == ["attention"] * 3 + ["gpu"]  # which keeps x2 too
+    assert kept.on_gpu(levels, ["attention"] * 4) == 0
+
+
 def test_the_host_comes_before_computing_again(of_8b: Kept) -> None:
     """As far as there is host memory; a room that it has not changes nothing."""
     read, tokens = layer_of_8b(), 1000
@@ -145,5 +164,5 @@ def test_the_host_comes_before_computing_again(of_8b: Kept) -> None:
     assert within(everything - 1, 0) == ([1] + [0] * 7, ["gpu"] * 8)
     levels, places = within(2 * kept[1] + work[1], 10**12)
     assert max(levels) <= 1 and "attention" in places
-    assert within(0, 10**12) == ([3] * 8, ["x"] * 7 + ["gpu"])
+    assert within(0, 10**12) == ([3] * 8, ["x"] * 8)
     assert within(0, 3 * of_8b.on_host[3][1]) == ([3] * 8, ["x"] * 3 + ["gpu"] * 5)

@@ -90,7 +90,8 @@ class Kept:
         """Places with which a step fits, whose layers have no more than `room` bytes in host memory; None: it does not
         fit."""
         reach, before = self._reach(levels, room), -1
-        for end in sorted({0, min(len(levels) - 1, reach), reach}):  # of what is in between each needs less
+        steps = {0, *(min(count, reach) for count in (len(levels) - 1, 2 * len(levels) - 2, reach))}
+        for end in sorted(steps):  # of what is in between each needs less
             if fits(self._places(levels, end)):
                 while end - before > 1:
                     middle = (before + end) // 2
@@ -105,17 +106,19 @@ class Kept:
 
     def _places(self, levels: Sequence[int], count: int) -> list[Place]:
         """The input of one layer after another goes to the host, the first layer's first; then the rest, as far as
-        copies are hidden. What the last layer keeps stays: its backward pass comes at once."""
+        copies are hidden. What the last layer keeps goes last, and as a whole: its backward pass comes at once, so that
+        nothing hides its copies."""
         others = len(levels) - 1
-        inputs, rest = min(count, others), max(count - others, 0)
+        inputs, rest = min(count, others), min(max(count - others, 0), others)
         numbers = [max(self.furthest[level], 1) for level in levels[:rest]] + [1] * (inputs - rest)
-        return [PLACES[number] for number in (*numbers, *[0] * (len(levels) - inputs))]
+        of_last = max(self.furthest[levels[-1]], 1) if count > 2 * others else 0
+        return [PLACES[number] for number in (*numbers, *[0] * (others - inputs), of_last)]
 
     def _reach(self, levels: Sequence[int], room: int) -> int:
         """The largest count of `_places` within the room."""
         if room <= 0:
             return 0
-        counts = range(1, 2 * len(levels) - 1)
+        counts = range(1, 2 * len(levels))
         return bisect_right(counts, room, key=lambda count: self.in_host_memory(levels, self._places(levels, count)))
 
     def _there(self, level: int, place: Place) -> int:
