@@ -133,7 +133,8 @@ def test_the_last_layer_goes_to_the_host_last() -> None:
     """With all that it keeps: of a long sequence, whose layers have one slot, and at the loss."""
     kept = Kept.of([layer_of_8b()], BF16, BF16, "none", 131_072)
     levels, with_a = [2] * 4, kept.on_host[2][2]
-    most = kept.in_host_memory(levels, ["attention"] * 4)
+    everywhere: Any = ["attention"] * 4
+    most = kept.in_host_memory(levels, everywhere)
 
     def within(limit: int, room: int) -> Any:
         def fits(places: Any) -> bool:
@@ -142,10 +143,10 @@ def test_the_last_layer_goes_to_the_host_last() -> None:
 
         return kept.fewest(levels, room, fits)
 
-    assert within(with_a, most) == ["attention"] * 4
+    assert within(with_a, most) == everywhere
     assert within(with_a, most - 1) is None
     assert within(with_a + 2**30, most) == ["attention"] * 3 + ["gpu"]  # which keeps x2 too
-    assert kept.on_gpu(levels, ["attention"] * 4) == 0
+    assert kept.on_gpu(levels, everywhere) == 0
 
 
 def test_the_host_comes_before_computing_again(of_8b: Kept) -> None:
