@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from steep import run
-from steep.config import parse_config
+from steep.config import load_config, parse_config
 from steep.errors import RunError, UserError
 from steep.evaluation.perplexity import evaluate
 from steep.model.adapters import add_adapters
@@ -143,7 +143,6 @@ def test_final_opens_with_peft(finished: Path, llama_folder: Path) -> None:
     model = PeftModel.from_pretrained(base, str(finished / "final"))
     assert len(AutoTokenizer.from_pretrained(finished / "final")) == 384
     saved = {row["domain"]: row for row in lines(finished / "evaluation.jsonl") if row["step"] == 6}
-    from steep.config import load_config
     from steep.evaluation.perplexity import evaluate
     from steep.plan import plan_run
 
@@ -284,8 +283,8 @@ def test_resume_refuses_another_run_file(finished: Path, llama_folder: Path, kor
 
 
 def test_resume_without_a_run(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no run to go on with"):
-        train_run(run_file(llama_folder, korean_corpus, tmp_path / "none"), resume=True)
+    with pytest.raises(UserError, match=f"{Path.cwd()}/runs/none holds no run to go on with.* its own run.yaml"):
+        train_run(run_file(llama_folder, korean_corpus, Path("runs/none")), resume=True)
 
 
 def test_a_place_that_takes_no_file(llama_folder: Path, korean_corpus: Path) -> None:
@@ -606,6 +605,30 @@ def test_a_run_is_evaluated_from_any_folder(
     monkeypatch.chdir(tmp_path / "elsewhere")
     base, trained = evaluate_run(tmp_path / "run")
     assert trained[0].loss < base[0].loss
+
+
+def test_a_run_goes_on_from_any_folder_and_wherever_its_own_was_moved(
+    llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train_run(run_file(llama_folder, korean_corpus, Path("run")))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    copy = Path(shutil.copy(tmp_path / "run" / "run.yaml", elsewhere / "copy.yaml"))
+    assert load_config(copy).training.output_dir == str(tmp_path / "run")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    weights = (moved / "final" / "adapter_model.safetensors").read_bytes()
+    for part in ("final", "checkpoint-6"):
+        shutil.rmtree(moved / part)
+    train_run(load_config(moved / "run.yaml"), resume=True)
+    assert (moved / "final" / "adapter_model.safetensors").read_bytes() == weights
+    assert list(elsewhere.iterdir()) == [copy] and not (tmp_path / "run").exists()
+    given = ["--training.output_dir", str(tmp_path / "new")]
+    assert load_config(moved / "run.yaml", given).training.output_dir == str(tmp_path / "new")
+    file = moved / "run.yaml"
+    file.write_text(file.read_text(encoding="utf-8").replace(str(moved), "/proc/none"), encoding="utf-8")
+    evaluate_run(moved)  # which writes nothing to the folder that the file names
 
 
 @pytest.mark.parametrize(

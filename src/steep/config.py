@@ -61,6 +61,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file and apply command-line overrides (``--training.learning_rate 3e-5`` or
     ``--section.field=value``).
 
+    In the run.yaml of a run folder, `training.output_dir` is that folder, wherever it lies now.
+
     Raises:
         UserError: with the field and the remedy, for everything that is wrong in the file or the overrides.
     """
@@ -82,7 +84,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError("run file", f"{path} is not valid YAML{place}: {problem}", "Mend that line.") from error
     if not isinstance(tree, dict):
         raise UserError("run file", f"{path} holds no sections", "Write one with: steep init")
-    return parse_config(merge(tree, parse_overrides(overrides)))
+    return parse_config(merge(_where_it_lies(tree, path), parse_overrides(overrides)))
+
+
+def _where_it_lies(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A run folder may have been moved or copied: its own run file is that of the folder which it lies in."""
+    is_own, training = path.name == "run.yaml" and (path.parent / "plan.json").is_file(), tree.get("training")
+    if not (is_own and isinstance(training, dict)):
+        return tree
+    return {**tree, "training": {**training, "output_dir": str(path.parent)}}
 
 
 def recorded_config(run_yaml: Path, field: str = "run folder") -> RunConfig:

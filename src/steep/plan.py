@@ -263,8 +263,9 @@ def _work_out(
     if training.deterministic:
         prepare_cublas("training.deterministic")
     folder = RunFolder(config.training.output_dir)
-    folder.check_place()
-    folder.refuse_data(config.data.sources)
+    if to_train:  # else nothing is written there, and the run may lie elsewhere now
+        folder.check_place()
+        folder.refuse_data(config.data.sources)
     resolved = resolve(
         model.name,
         revision=model.revision,

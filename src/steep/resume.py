@@ -48,8 +48,8 @@ def refuse_no_run(folder: RunFolder) -> None:
     if not (folder / "run.yaml").is_file():
         raise UserError(
             "--resume",
-            f"{folder.path} holds no run to go on with",
-            "Start the run without --resume, or give its output_dir.",
+            f"{folder.path.absolute()} holds no run to go on with",
+            "Start the run without --resume, or give its output_dir, or its own run.yaml.",
         )
     folder.refuse_links("--resume")
 

@@ -213,7 +213,7 @@ def _train(
             shutil.copytree(plan.vocabulary.folder, staging, dirs_exist_ok=True)
     done = found.step if found else plan.first_step
     record_changes(folder, changes, config, done)
-    folder.write_text("run.yaml", config.to_yaml())
+    folder.write_text("run.yaml", _found_from_anywhere(config).to_yaml())
     folder.write_json("plan.json", plan.as_dict())
     folder.write_json("environment.json", environment())
     if resume:
@@ -269,6 +269,12 @@ def _train(
         "before": before,
         "after": after,
     }
+
+
+def _found_from_anywhere(config: RunConfig) -> RunConfig:
+    """`config` with the folder of the run as an absolute path, as those of model and text are."""
+    place = str(Path(config.training.output_dir).absolute())
+    return config.model_copy(update={"training": config.training.model_copy(update={"output_dir": place})})
 
 
 def _account(trainer: Trainer, folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
