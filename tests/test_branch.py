@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -390,8 +391,10 @@ def test_a_stopped_branch_says_how_to_go_on(
         raise Interrupted(signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "training_step", stop)
-    words = ["steep", "train", parent / "run.yaml", "--branch", "checkpoint-3", "--training.output_dir", tmp_path / "b"]
+    folder = tmp_path / "my run's ü 한국"
+    words = ["steep", "train", parent / "run.yaml", "--branch", "checkpoint-3", "--training.output_dir", folder]
     monkeypatch.setattr(cli.sys, "argv", [str(word) for word in words])
     with pytest.raises(SystemExit):
         cli.main()
-    assert capfd.readouterr().err.rstrip().endswith(f"steep train {tmp_path / 'b' / 'run.yaml'} --resume")
+    _, command = capfd.readouterr().err.rsplit(" with: ", 1)
+    assert shlex.split(command) == ["steep", "train", str(folder / "run.yaml"), "--resume"]

@@ -89,10 +89,10 @@ def test_debug_is_an_option_and_behind_two_dashes_a_word(
 
 
 def test_init_writes_a_file_that_plans(steep: Steep, llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
-    file, replay = tmp_path / "ko.yaml", shutil.copytree(korean_corpus, tmp_path / "english")
+    file, replay = tmp_path / "my ko.yaml", shutil.copytree(korean_corpus, tmp_path / "english")
     said = steep("init", "--model", llama_folder, "--data", korean_corpus, "--replay", replay, "-o", file)
     assert said.code == 0, said
-    assert f"wrote {file}" in said.out and "steep plan" in said.out
+    assert f"wrote {file}" in said.out and f"next: steep plan '{file}'" in said.out
     tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert [source["role"] for source in tree["data"]["sources"]] == ["train", "replay"]
     planned = steep("plan", file, "--data.max_length", "64", "--training.output_dir", tmp_path / "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from steep.export.adapter_weights import AdapterWeights
 from steep.export.gate import Measured
 from steep.export.gguf import write_gguf
 from steep.export.merged import Merger
-from steep.hand_over import export_run
+from steep.hand_over import export_run, next_step
 from steep.plan import plan_run
 from steep.result import finished
 from steep.run import train_run
@@ -529,6 +530,15 @@ def test_a_result_is_uploaded(runs: Runs, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     result = export_run(runs("fp32"), tmp_path / "out", to="adapter", push_to="ada/ko", api=Api())
     assert result["address"] == "hub:ada/ko"
+
+
+def test_what_comes_next_can_be_copied() -> None:
+    place = Path("my ü's/ko out")
+    said = {form: next_step(place, form) for form in ("merged", "gguf")}
+    serve, load = said["merged"].removeprefix("next: ").split(", or ")
+    assert shlex.split(serve) == ["vllm", "serve", str(place)] and repr(str(place)) in load
+    create = shlex.split(said["gguf"].removeprefix("next: "))
+    assert create == ["ollama", "create", "ko out", "-f", str(place / "Modelfile")]
 
 
 def test_the_command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from steep.errors import UserError
+from steep.result import evaluate_run
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.training.checkpoint import checkpoints
@@ -119,6 +121,20 @@ def test_what_may_be_the_users_is_never_taken(name: str, tmp_path: Path) -> None
         folder.refuse_contents()
     folder.clear(resumed=False)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_words_that_are_told_can_be_copied(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    place = tmp_path / "my run's"
+    place.mkdir()
+    (place / "run.yaml").write_text(run_file(llama_folder, korean_corpus, place).to_yaml(), encoding="utf-8")
+    with pytest.raises(UserError) as told:
+        RunFolder(place).refuse_contents(branch=True)
+    option = told.value.remedy.removeprefix("A branch has a folder of its own: ").removesuffix(".")
+    assert shlex.split(option) == ["--training.output_dir", f"{place}-branch"]
+    with pytest.raises(UserError) as told:
+        evaluate_run(place)
+    command = told.value.remedy.removeprefix("Finish it with: ")
+    assert shlex.split(command) == ["steep", "train", str(place / "run.yaml"), "--resume"]
 
 
 def test_a_run_that_is_there_keeps_all_its_files(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import threading
 import traceback
@@ -86,7 +87,7 @@ def init(
     from steep.initialise import init_run
 
     path = init_run(model, data, output, replay=replay or [])
-    print(f"wrote {one_line(str(path))}\nnext: steep plan {one_line(str(path))}")
+    print(f"wrote {one_line(str(path))}\nnext: steep plan {one_line(shlex.quote(str(path)))}")
 
 
 @app.command(context_settings=_OVERRIDES)
@@ -185,16 +186,17 @@ def train(
         branch = Path(load_config(file).training.output_dir) / branch
     # With overrides the file alone is another run; the folder holds this one's.
     again = Path(config.training.output_dir) / "run.yaml" if context.args else file
+    command = f"steep train {shlex.quote(str(again))} --resume"
     try:
         train_run(config, resume=resume, branch=branch, allow=allow or [], terminal=terminal, stop=context.obj)
     except Stopped as end:
-        terminal.say(f"{end}; go on with: steep train {again} --resume")
+        terminal.say(f"{end}; go on with: {command}")
         raise typer.Exit(end.exit_code) from None
     except Interrupted as end:
         run_dir = Path(config.training.output_dir)
         if (run_dir / "run.yaml").is_file():  # else the text that was tokenised is kept
             how = "go on from the newest checkpoint" if any(run_dir.glob("checkpoint-*")) else "begin again"
-            end.go_on = f"{how} with: steep train {again} --resume"
+            end.go_on = f"{how} with: {command}"
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -101,10 +102,11 @@ def export_run(
 
 def next_step(output: Path, to: str) -> str:
     """What to do with an export, in a line."""
+    place = shlex.quote(str(output))
     return {
-        "merged": f"next: vllm serve {output}, or AutoModelForCausalLM.from_pretrained({str(output)!r})",
+        "merged": f"next: vllm serve {place}, or AutoModelForCausalLM.from_pretrained({str(output)!r})",
         "adapter": f"next: PeftModel.from_pretrained(base_model, {str(output)!r})",
-        "gguf": f"next: ollama create {output.name} -f {output / 'Modelfile'}",
+        "gguf": f"next: ollama create {shlex.quote(output.name)} -f {shlex.quote(str(output / 'Modelfile'))}",
     }[to]
 
 

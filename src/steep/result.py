@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -57,7 +58,7 @@ def finished(run_dir: str | Path, *, trust_remote_code: bool = False) -> tuple[R
         raise UserError(
             "run folder",
             f"{folder.path} is not finished",
-            f"Finish it with: steep train {folder / 'run.yaml'} --resume",
+            f"Finish it with: steep train {shlex.quote(str(folder / 'run.yaml'))} --resume",
         )
     if config.model.trust_remote_code and not trust_remote_code:
         raise UserError(

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -136,7 +137,8 @@ class RunFolder:
         ):
             what = "holds another run" if (self / "run.yaml").exists() else "is not empty"
             if branch:
-                remedy = f"A branch has a folder of its own: --training.output_dir {self.path}-branch."
+                beside = shlex.quote(f"{self.path}-branch")
+                remedy = f"A branch has a folder of its own: --training.output_dir {beside}."
             elif (self / "run.yaml").exists():
                 remedy = "Give another folder, or go on with that run: --resume."
             else:
