@@ -60,9 +60,10 @@ PLACES = [
     ),
     row(
         "the cache is a file",
-        "FOLDER/run.yaml",
+        "data.cache_dir",
         in_order,
-        "Check path, permissions",
+        "FOLDER/run.yaml cannot be written into",
+        "Give a folder you may write",
         words=("--data.cache_dir", "FOLDER/run.yaml"),
     ),
     row(

@@ -323,6 +323,19 @@ def test_progress(tmp_path: Path, write_jsonl: Write, tokenizer, monkeypatch: py
     assert seen == [(2, 4), (3, 5), (5, 7)]
 
 
+def test_a_cache_that_cannot_be_written_is_named_before_a_text_is_read(
+    tmp_path: Path, write_jsonl: Write, tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    """Also as root, whom permissions do not stop."""
+    file = write_jsonl(["하나"])
+    monkeypatch.setattr(token_file, "read_documents", lambda *_: pytest.fail("it was read"))
+    for place in (file, file / "tokens", Path("/proc/x"), Path("/proc")):
+        with pytest.raises(
+            UserError, match=f"^data.cache_dir: {place} cannot be written into: .* folder you may write"
+        ):
+            run(file, tokenizer, place)
+
+
 def test_an_error_midway_leaves_nothing(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(token_file, "_BATCH_DOCUMENTS", 2)
     path = tmp_path / "x.jsonl"

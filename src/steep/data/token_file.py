@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -101,13 +101,13 @@ def write_tokens(
         documents: read no more than so many.
 
     Raises:
-        UserError: the source cannot be read, a text encodes to the id that ends documents, or a file has changed.
+        UserError: the source cannot be read, a text encodes to the id that ends documents, a file has changed, or the
+            folder cannot be written into.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(path.parent)
     temporary = temporary_name(path)
+    opened = _opened(temporary)
     try:
-        with naming(path.parent), temporary.open("xb") as file:
+        with naming(path.parent), opened as file:
             _write_stream(source, files, encoder, file, field, progress, documents)
             file.flush()
             os.fsync(file.fileno())
@@ -115,6 +115,17 @@ def write_tokens(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # gone if it was renamed
+
+
+def _opened(temporary: Path) -> BinaryIO:
+    folder = temporary.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_stale(folder)
+        return temporary.open("xb")
+    except OSError as error:
+        problem = f"{folder} cannot be written into: {error.strerror}"
+        raise UserError("data.cache_dir", problem, "Give a folder you may write.") from error
 
 
 def _reject_changed(files: Mapping[Path, Stamp], field: str) -> None:
