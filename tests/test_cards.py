@@ -86,6 +86,23 @@ def test_time_is_that_of_all_steps(planned: Any, monkeypatch: pytest.MonkeyPatch
     assert slow.duration.step > 5 * fast.duration.step
 
 
+@pytest.mark.parametrize("is_here", [False, True])
+def test_units_that_a_card_lacks_are_said(planned: Any, monkeypatch: pytest.MonkeyPatch, is_here: bool) -> None:
+    def said(card: str, **model: str) -> list[str]:
+        if not is_here:
+            plan = planned(card, model=model)
+        else:
+            monkeypatch.setattr("steep.plan.card_here", lambda: card_named(card))
+            plan = planned(None, model=model)
+        return [warning.split(" (")[0] for warning in plan.warnings if "units" in warning]
+
+    assert said("T4") == said("T4", base="nf4", compute_dtype="fp16") == []
+    assert said("T4", compute_dtype="bf16") == ["the T4 has no bf16 units"]
+    assert said("T4", base="fp8") == ["the T4 has no fp8 units"]
+    assert said("A100-80", base="fp8", compute_dtype="bf16") == ["the A100-80 has no fp8 units"]
+    assert said("L4", base="fp8", compute_dtype="bf16") == []
+
+
 def test_units_that_a_card_lacks_are_an_error(planned: Any) -> None:
     model = {"base": "fp8", "fp8_products": "both", "compute_dtype": "bf16"}
     assert planned("L40S", model=model).choices.fp8_products == "both"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from steep.computation import Computation
 from steep.data.packing import Corpus
 from steep.errors import UserError
 from steep.export.gguf_families import family_of
 from steep.memory import Shape
+from steep.model.machine import Card
 from steep.model.positions import unstretched
 from steep.model.resolve import ResolvedModel, looks_like_chat
 from steep.schema import RunConfig
@@ -43,17 +45,34 @@ def _of_options(config: RunConfig) -> list[str]:
     return found
 
 
+def _of_card(card: Card | None, base: str, compute: str) -> list[str]:
+    """What the card has no units for."""
+    found = []
+    if card is not None and compute == "bf16" and not card.has_bf16:
+        found.append(
+            f"the {card.name} has no bf16 units (compute capability 8.0 and newer have): it emulates them, at about a "
+            "tenth of the speed. Leave model.compute_dtype at auto, which is fp16 there."
+        )
+    if card is not None and base == "fp8" and not card.has_fp8_units:
+        found.append(
+            f"the {card.name} has no fp8 units (compute capability 8.9 and newer have): the same weights train there, "
+            f"but slower, since each product in {compute} dequantises them first."
+        )
+    return found
+
+
 def advice(
     config: RunConfig,
     resolved: ResolvedModel,
     tokenizer: Any,
     corpus: Corpus,
     shape: Shape,
-    trained_dtype: str,
-    fused: bool,
+    computation: Computation,
+    card: Card | None,
 ) -> list[str]:
-    """What a user should know of the model, the text and the settings before the run."""
-    found = []
+    """What a user should know of the model, the text, the settings and the card before the run."""
+    trained_dtype, fused = computation.trained, computation.layers is not None
+    found = _of_card(card, computation.base, computation.compute)
     if fused and config.model.attn_implementation != "auto":
         found.append(
             f"model.attn_implementation: {config.model.attn_implementation} is transformers' attention, which a fused "

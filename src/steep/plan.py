@@ -413,7 +413,7 @@ def _work_out(
         *stored,
         *([str(shortfall)] if shortfall else []),
         *(remarks(training, card, host) if to_train else []),
-        *advice(config, resolved, tokenizer, corpus, shape, trained, sizes.choices.fused),
+        *advice(config, resolved, tokenizer, corpus, shape, computation, card),
         *corpus.warnings,
     ]
     if vocabulary is not None:
