@@ -19,7 +19,7 @@ import torch
 from steep import ranks
 from steep.computation import Computation, Ground, Sizes
 from steep.errors import UserError
-from steep.memory import GIB
+from steep.memory import GIB, in_gib
 from steep.model.block import LEVELS, Place
 from steep.model.layer import Layer
 from steep.model.machine import Card
@@ -46,7 +46,7 @@ class Alternative:
 
     def __str__(self) -> str:
         named = [f"{name}: {'null' if value is None else value}" for name, value in self.settings.items()]
-        return f"{' with '.join(named)} ({_gib(self.peak)})"
+        return f"{' with '.join(named)} ({in_gib(self.peak)})"
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class Shortfall:
     def problem(self) -> str:
         of_card = "of the card"
         if self.card is not None:
-            of_card = f"of the {_gib(self.card.memory)} of the {self.card.name}"
+            of_card = f"of the {in_gib(self.card.memory)} of the {self.card.name}"
             if self.card.is_here:
-                of_card += f" ({_gib(self.card.free)} are free)"
+                of_card += f" ({in_gib(self.card.free)} are free)"
         return (
-            f"a step needs about {_gib(self.peak)}, and {_gib(self.budget)} {of_card} may be filled (training.vram: "
+            f"a step needs about {in_gib(self.peak)}, and {in_gib(self.budget)} {of_card} may be filled (training.vram: "
             f"{self.vram})"
         )
 
@@ -333,7 +333,3 @@ def with_rank(layer: Layer, rank: int) -> Layer:
 
 def _merged(*settings: Settings) -> Settings:
     return {name: value for part in settings for name, value in part.items()}
-
-
-def _gib(count: float) -> str:
-    return f"{count / GIB:.3g} GiB"

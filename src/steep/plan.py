@@ -23,7 +23,7 @@ from steep.fitting import Shortfall, changed, shortfall_of
 from steep.fp8_choice import dequantised
 from steep.fusing import decide
 from steep.generation import prompt_ids_of
-from steep.memory import Shape
+from steep.memory import Shape, in_gib
 from steep.model.adapters import check_embeddings, check_rank
 from steep.model.choices import Choices
 from steep.model.embeddings import untie
@@ -329,8 +329,9 @@ def _work_out(
     shape, memory = sizes.shape, sizes.memory
     if budget is not None and card is None and model.compute_dtype == "auto":
         stored.append(
-            f"it is planned for a card without one, with products in {compute} as here: name the card (steep plan "
-            "--card), or give model.compute_dtype, bf16 for one that has it"
+            f"there is no GPU here, and of the card that is planned for only training.vram, {training.vram}, is known: "
+            f"products are taken to be in {compute}, as on this machine. Name the card (steep plan --card), or give "
+            "model.compute_dtype (bf16, if the card has that)."
         )
     shortfall = shortfall_of(config, ground, computation, sizes, is_branch=branch is not None)
     if refuses and shortfall is not None and shortfall.is_refused:
@@ -422,8 +423,8 @@ def _work_out(
     if to_train and folder.free_bytes() + folder.kept_bytes() < sum(disk.values()):
         raise UserError(
             "training.output_dir",
-            f"the disk of {folder.path} has {folder.free_bytes() / 2**30:.3g} GiB free, and the run needs about "
-            f"{sum(disk.values()) / 2**30:.3g} GiB for its checkpoints and its result",
+            f"the disk of {folder.path} has {in_gib(folder.free_bytes())} free, and the run needs about "
+            f"{in_gib(sum(disk.values()))} for its checkpoints and its result",
             "Give another folder, or lower training.save_total_limit or adapter.r.",
         )
     return plan

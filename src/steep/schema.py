@@ -305,7 +305,7 @@ class TrainingSection(BaseModel):
         most = 100 if found and found["unit"] == "%" else math.inf
         if value == "auto" or (found and 0 < float(found["number"]) <= most):
             return value
-        raise ValueError("give an amount such as 22GiB, 24GB or 20000MiB, a share of the card such as 80%, or auto")
+        raise ValueError("give an amount in GiB, GB, MiB or MB such as 22GiB, a share of the card such as 80%, or auto")
 
     @field_validator("host_memory", mode="before")
     @classmethod
@@ -313,7 +313,7 @@ class TrainingSection(BaseModel):
         found = VRAM.fullmatch(value.strip()) if isinstance(value, str) else None
         if value == "auto" or (found and found["unit"] != "%" and float(found["number"]) > 0):
             return value
-        raise ValueError("give an amount such as 64GiB, 100GB or 20000MiB, or auto")
+        raise ValueError("give an amount in GiB, GB, MiB or MB such as 64GiB, or auto")
 
     @field_validator("spike_action", mode="before")
     @classmethod

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from steep import ranks
 from steep.errors import UserError
+from steep.memory import in_gib
 from steep.model.machine import Card, available_on_host, room_on_host
 from steep.schema import VRAM, TrainingSection
 
@@ -64,11 +65,11 @@ def check_host(host: Mapping[str, int], limit: float, *, goes_on: bool) -> None:
     locked = {name: size for name, size in host.items() if name != "copy of a checkpoint" and size}
     if locked and sum(host.values()) > limit:
         again = ", and gradient_checkpointing: true, with --allow training.gradient_checkpointing, chooses again"
-        parts = " and ".join(f"{size / 2**30:.3g} GiB of {name}" for name, size in locked.items())
+        parts = " and ".join(f"{in_gib(size)} of {name}" for name, size in locked.items())
         raise UserError(
             "training.host_memory",
             f"the run has {parts} in host memory, and with a copy of a checkpoint needs "
-            f"{sum(host.values()) / 2**30:.3g} GiB there; {limit / 2**30:.3g} GiB may be filled",
+            f"{in_gib(sum(host.values()))} there; {in_gib(limit)} may be filled",
             "Free some, or give the amount that there is; training.offload_optimizer: none leaves the states on the "
             f"card{again if goes_on else ''}.",
         )
@@ -89,8 +90,8 @@ def remarks(training: TrainingSection, card: Card | None, host: Mapping[str, int
         needed, there = sum(host.values()), available_on_host()
         if needed > there:
             return [
-                f"the run fills {needed / 2**30:.3g} GiB of host memory, and the system reports {there / 2**30:.3g} "
-                f"GiB available: training.host_memory: {training.host_memory} is taken at its word, and where there "
+                f"the run fills {in_gib(needed)} of host memory, and the system reports {in_gib(there)} "
+                f"available: training.host_memory: {training.host_memory} is taken at its word, and where there "
                 "is less the system ends the run."
             ]
     return []
