@@ -12,7 +12,8 @@ from yaml.constructor import ConstructorError
 
 from steep.credentials import refuse_credentials
 from steep.data.sources import Source
-from steep.errors import UserError, did_you_mean, shown
+from steep.errors import UserError, shown
+from steep.invalid import explained
 from steep.schema import RunConfig, TrainingSection
 
 
@@ -120,7 +121,7 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error) from error
+        raise explained(error, _fields_at) from error
     if config.training.further:
         from steep.training.passed_through import check_further
 
@@ -194,62 +195,6 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any], section: str = ""
         else:
             merged[key] = value
     return merged
-
-
-def _explain(error: ValidationError) -> UserError:
-    errors = error.errors()
-    # A misspelt name first: it may be what another one is missing for.
-    first = next((each for each in errors if _meant(each)), errors[0])
-    # Union members stand in the location too ("list[str]"): names of types, not of fields.
-    location = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    left = len(errors) - 1
-    more = f" ({left} more {'problem' if left == 1 else 'problems'} after this one.)" if left else ""
-    if first["type"] == "extra_forbidden":
-        hint = _meant(first) or f"Known here: {', '.join(_fields_at(first['loc'][:-1]))}."
-        return UserError(field, "it is not a field of the run file", hint + more)
-    if first["type"] == "missing":
-        return UserError(field, "it is missing", f"Add it to the run file.{more}")
-    given, message = first.get("input"), first["msg"].removeprefix("Value error, ")
-    remedy = _remedy(first)
-    if remedy is None:  # the message is all there is to say
-        return UserError(field, f"{shown(given)} is not valid", f"{message[0].upper()}{message[1:]}.{more}")
-    return UserError(field, f"{shown(given)} is not valid", f"{remedy}{more}")
-
-
-_REMEDIES = {
-    "greater_than": "Give a number above {gt}.",
-    "greater_than_equal": "Give {ge} or more.",
-    "less_than": "Give a number below {lt}.",
-    "less_than_equal": "Give {le} or less.",
-    "literal_error": "Give one of {expected}.",
-    "finite_number": "Give a finite number.",
-    "too_short": "Give at least {min_length}.",
-    "string_too_short": "Give a text.",
-    "list_type": "Write a list: [{given}].",
-    "model_type": "Write a section: its fields in lines of their own, indented.",
-    "int_type": "Give a whole number.",
-    "int_parsing": "Give a whole number.",
-    "int_from_float": "Give a whole number.",
-    "float_type": "Give a number.",
-    "float_parsing": "Give a number.",
-    "string_type": "Give a text.",
-    "string_unicode": "Give a text in Unicode.",
-    "bool_type": "Write true or false.",
-    "bool_parsing": "Write true or false.",
-}
-
-
-def _remedy(error: Any) -> str | None:
-    remedy = _REMEDIES.get(error["type"])
-    given = error.get("input")
-    return remedy and remedy.format(**error.get("ctx", {}), given=given if isinstance(given, str) else shown(given))
-
-
-def _meant(error: Any) -> str:
-    """Which field an unknown one was probably meant to be."""
-    *section, name = error["loc"]
-    return did_you_mean(str(name), _fields_at(section)) if error["type"] == "extra_forbidden" else ""
 
 
 def _fields_at(location: Sequence[int | str]) -> list[str]:

@@ -84,8 +84,8 @@ class Shortfall:
             if self.card.is_here:
                 of_card += f" ({in_gib(self.card.free)} are free)"
         return (
-            f"a step needs about {in_gib(self.peak)}, and {in_gib(self.budget)} {of_card} may be filled (training.vram: "
-            f"{self.vram})"
+            f"a step needs about {in_gib(self.peak)}, and {in_gib(self.budget)} {of_card} may be filled "
+            f"(training.vram: {self.vram})"
         )
 
     @property

@@ -314,8 +314,13 @@ def test_sources_in_every_form(tmp_path: Path, byte_tokenizer):
         ({"strategy": "random"}, "data.packing", "'random' is unknown"),
         ({"seed": -1}, "training.seed", "-1 is negative"),
         ({"sources": []}, "data.sources", "there is no source"),
-        ({"sources": [{"path": "x", "weight": -1}]}, "data.sources[0].weight", "greater than 0"),
+        ({"max_length": "64"}, "data.max_length", "'64' is not a whole number"),
+        ({"seed": 4.2}, "training.seed", "4.2 is not a whole number"),
+        ({"holdout": None}, "data.holdout", "None is not a number"),
+        ({"sources": [{"path": "x", "weight": -1}]}, "data.sources[0].weight", "Give a number above 0"),
         ({"sources": ["x", {}]}, "data.sources[1]", "exactly one of path and hub"),
+        ({"sources": {"pth": "x"}}, "data.sources[0].pth", "not a field of the run file. Did you mean 'path'?"),
+        ({"sources": {"path": "x", "role": "trian"}}, "data.sources[0].role", "Give one of 'train', 'replay' or 'held"),
         ({"sources": "nowhere.txt"}, "data.sources[0].path", "nowhere.txt does not exist"),
     ],
 )
@@ -324,7 +329,7 @@ def test_settings_out_of_range(tmp_path: Path, byte_tokenizer, options: dict[str
     with pytest.raises(UserError) as caught:
         pack(sources, byte_tokenizer, cache_dir=tmp_path, **options)
     assert caught.value.field == field
-    assert problem in caught.value.problem
+    assert problem in str(caught.value)
 
 
 def test_cache_dir_and_progress(tmp_path: Path, byte_tokenizer, monkeypatch: pytest.MonkeyPatch):

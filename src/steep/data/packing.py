@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +25,8 @@ from steep.data.rows import pack_best_fit, pack_sequential
 from steep.data.sources import MIN_LENGTH, Source
 from steep.data.token_file import Progress
 from steep.data.tokens import TokenizedSource, tokenize
-from steep.errors import UserError
+from steep.errors import UserError, shown
+from steep.invalid import explained
 from steep.storage import cache_folder
 
 if TYPE_CHECKING:
@@ -221,6 +223,12 @@ def tokenize_sources(
 
 
 def _check(max_length: int, strategy: str, replay_share: float, holdout: float, seed: int) -> None:
+    for field, number in (("data.max_length", max_length), ("training.seed", seed)):
+        if not isinstance(number, Integral) or isinstance(number, bool):
+            raise UserError(field, f"{shown(number)} is not a whole number", "Give it as an int")
+    for name, share in (("replay_share", replay_share), ("holdout", holdout)):
+        if not isinstance(share, Real):
+            raise UserError(f"data.{name}", f"{shown(share)} is not a number", "Give it as a float")
     if max_length < MIN_LENGTH:
         raise UserError("data.max_length", f"{max_length} is less than {MIN_LENGTH}", "Use e.g. 2048")
     if strategy not in ("sequential", "best_fit"):
@@ -243,9 +251,7 @@ def _as_sources(given: SourceLike | Sequence[SourceLike]) -> list[Source]:
         try:
             sources.append(item if isinstance(item, Source) else Source.model_validate(item))
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join([f"data.sources[{index}]", *map(str, first["loc"])])
-            raise UserError(field, first["msg"], "Correct the source") from error
+            raise explained(error, lambda _: list(Source.model_fields), ("data", "sources", index)) from error
     return sources
 
 
