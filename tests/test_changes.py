@@ -176,8 +176,9 @@ def test_a_run_cannot_end_before_where_it_is(
     training = {**CONSTANT, "max_steps": 2}
     config = run_file(llama_folder, korean_corpus, folder, adapter={"lora_dropout": 0.1}, training=training)
     for allow in ([], ["training.max_steps"]):
-        with pytest.raises(UserError, match=r"^--resume: 3 steps are done already, and the run would end at step 2"):
+        with pytest.raises(UserError, match=r"^--resume: 3 steps are done already, and the run would end at") as told:
             train_run(config, resume=True, allow=allow)
+        assert told.value.remedy.endswith(f"went on with: steep train {folder / 'run.yaml'} --resume")
 
 
 # --- let pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -126,7 +127,8 @@ def _with_length(
                 "--resume",
                 f"{done} steps are done already, and the run would end at step {first + steps} with "
                 f"{'; '.join(map(str, fields))}",
-                "Give at least as many steps as are done.",
+                "Give at least as many steps as are done, or the run's own run.yaml, which has the settings that it "
+                f"went on with: steep train {shlex.quote(str(folder / 'run.yaml'))} --resume",
             )
         branch = branch_of(folder)
         start = branch.rate_factor if branch else None
