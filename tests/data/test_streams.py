@@ -235,14 +235,14 @@ def test_an_unknown_split(hub: Hub, read: Any):
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"hub": "a/b", "stream": True}, "stream needs max_tokens"),
-        ({"path": "x.txt", "stream": True, "max_tokens": 5}, "stream belongs to a hub data set"),
-        ({"hub": "a/b", "max_tokens": 0}, "greater than 0"),
-        ({"hub": "a/b", "max_tokens": True}, "valid integer"),
+        ({"hub": "a/b", "stream": True}, "Stream needs max_tokens"),
+        ({"path": "x.txt", "stream": True, "max_tokens": 5}, "Stream belongs to a hub data set"),
+        ({"hub": "a/b", "max_tokens": 0}, "Give a number above 0"),
+        ({"hub": "a/b", "max_tokens": True}, "Give a whole number"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path: Path, byte_tokenizer: Any, fields: dict[str, Any], problem: str):
-    with pytest.raises(ValidationError, match=problem):
+    with pytest.raises(ValidationError):
         Source.model_validate(fields)
     with pytest.raises(UserError, match=problem):
         pack(fields, byte_tokenizer, cache_dir=tmp_path)
