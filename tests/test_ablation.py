@@ -170,7 +170,7 @@ def test_runs_share_all_but_what_they_are_about(name: str, data: Path, llama_fol
         "model.base", "adapter.target_modules", "adapter.modules_to_save", "adapter.use_rslora", "adapter.use_dora",
         "adapter.init_lora_weights", "data.replay_share", "data.sources", "training.learning_rate",
         "training.embedding_learning_rate", "training.loraplus_lr_ratio", "model.fused", "model.trained_dtype",
-        "training.optim",
+        "training.optim", "training.max_grad_norm", "training.optimizer_in_backward",
     }  # fmt: skip
     assert ("data.sources" in differ) == ("data.replay_share" in differ) == (ARMS[name].replay > 0)
     assert ("training.learning_rate" in differ) == (name == FULL)

@@ -741,7 +741,7 @@ def test_a_step_takes_the_host_before_it_computes_again() -> None:
     assert step.in_host_memory(levels, places) > 0 == step.in_host_memory(levels, None)
     config = config_of(training={"gradient_checkpointing": True})
     leanest = settle(config, step, WORKSPACES, None, 10**12)
-    assert (leanest.levels, leanest.places) == ([3] * 6, ["x"] * 5 + ["gpu"])
+    assert (leanest.levels, leanest.places) == ([3] * 6, ["x"] * 6)
     half: list[Place] = ["x", "x", "x", "gpu", "gpu", "gpu"]
     assert settle(config, step, WORKSPACES, None, step.in_host_memory([3] * 6, half)).places == half
     assert settle(config, step, WORKSPACES, leanest, 0).places == leanest.places  # as before
