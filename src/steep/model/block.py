@@ -24,6 +24,9 @@ what the one before has there:
 All but attention is row by row, and computed for a tile of tokens at a time (`Batch.tile`), so that of a long sequence
 only what attention reads and gives is there as a whole. The tiles share one filled weight buffer of each group.
 
+The gradient of y is written over by those of x2 and x where several tiles are computed and nobody else has it: so of a
+long sequence one gradient of the stream goes through all layers.
+
 The residual stream (x, x2, y and their gradients) keeps the dtype that it comes in; all else is in the compute dtype,
 with fp32 inside norms, products and softmax. Autocast is off inside.
 """
@@ -220,7 +223,7 @@ class _Backward:
         assert kept.attended is not None
         dx2 = d_attended = None
         if len(tiles) > 1:
-            dx2, d_attended = torch.empty_like(x), torch.empty_like(kept.attended)
+            dx2, d_attended = dy if self.batch.takes_dy else torch.empty_like(x), torch.empty_like(kept.attended)
         of_o, of_gate_up, of_down = map(self.batch.weights, (first.o, second.gate_up, second.down))
         of_mlp = self.gradients[2], self.gradients[3]
         for tile in tiles:

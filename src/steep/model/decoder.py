@@ -216,7 +216,7 @@ class FusedDecoder(nn.Module):
         tile = self.fused.tile or tile_sizes(packing.num_tokens)[0]
         with left_in_an_error(hosts[-1]):
             for module, layer, kind, level, host in zip(self.layers, layers, kinds, levels, hosts, strict=True):
-                batch = Batch(packing, *turns[kind], dtype, fp8, level, tile, host)
+                batch = Batch(packing, *turns[kind], dtype, fp8, level, tile, host, takes_dy=self._is_plain)
                 hidden_states = module(hidden_states, batch=batch, fused=self.fused, layer=layer)
             if hosts[-1] is not None:
                 hosts[-1].let_go()
@@ -229,8 +229,12 @@ class FusedDecoder(nn.Module):
         all now where the last call was not fused, or where calling a layer does more than to compute it: what refuses a
         layer would find others computed in vain, or called already."""
         read = (self._read_one(number, layer) for number, layer in enumerate(self.layers))
-        plain = all(isinstance(layer, FusedLayer) and not layer._forward_pre_hooks for layer in self.layers)
-        return chain([next(read)], read) if plain and self.fused.was_fused else list(read)
+        return chain([next(read)], read) if self._is_plain and self.fused.was_fused else list(read)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether a layer's output goes to the next one alone, and its gradient comes from there: FSDP has hooks."""
+        return all(isinstance(layer, FusedLayer) and not layer._forward_pre_hooks for layer in self.layers)
 
     def _read_one(self, number: int, layer: Any) -> Layer | None:
         """None: its tensors are other ones when it is called (FSDP gathers them then)."""

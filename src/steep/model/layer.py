@@ -142,6 +142,7 @@ class Batch:
         level: what the layer keeps for its backward pass (`steep.model.block`); None: there is none.
         tile: tokens that what is row by row is computed for at a time.
         host: where the layer keeps some of it in host memory; None: no layer does.
+        takes_dy: the gradient of the layer's output is nobody else's, so that its backward pass may write over it.
     """
 
     packing: Packing
@@ -152,6 +153,7 @@ class Batch:
     level: int | None
     tile: int
     host: HostLayer | None = None
+    takes_dy: bool = False
 
     @cached_property
     def tiles(self) -> list[slice]:

@@ -67,9 +67,9 @@ def work_bytes(
     place: Place = "gpu",
 ) -> int:
     """Bytes that a layer's backward pass takes beside what it kept, at its peak: weight buffers, rows that are computed
-    again, and gradients between them. The peak is in the MLP or in attention's backward; see `steep.model.block`. Over
-    an fp8 base also dy in e4m3, the transposed weight of a product, and what products of the forward pass take that are
-    not in fp8.
+    again, and gradients between them, where that of its output is its own (`Batch.takes_dy`). The peak is in the MLP or
+    in attention's backward; see `steep.model.block`. Over an fp8 base also dy in e4m3, the transposed weight of a
+    product, and what products of the forward pass take that are not in fp8.
 
     Args:
         tile: tokens that are computed at a time where that is row by row; None: all.
@@ -98,7 +98,7 @@ def work_bytes(
     buffers = qkv.buffer_bytes + _dy_in_fp8(qkv, of_tile)
     dq = 4 * heads  # in fp32, in some backends
     if several:
-        made = tokens * (x + heads * width)  # the gradients of x2 and of attention's output
+        made = tokens * heads * width  # the gradient of attention's output; that of x2 is written over dy
         in_fp32 = 4 * sum(matrix.numel() for matrix in layer.trained())
         of_one = tokens * qkv.outputs * width // attention.num_kv_heads
         group = of_one * min(max(GROUP_BYTES // of_one, 1), attention.num_kv_heads)
