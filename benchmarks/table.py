@@ -28,8 +28,8 @@ STEEP, ALONE, FP8 = "steep", "steep-bare", "steep-fp8"
 LIBRARY = {"hf": "", "hf-flash": ", flash-attn", "hf-varlen": ", torch's flash kernels"}
 YARDSTICK = "transformers + PEFT"
 PEERS = {
-    "hf-lean": "the same, all in bf16", "hf-plain": "the same, without checkpointing", "hf-liger": "with Liger",
-    "unsloth": "Unsloth",
+    "hf-lean": "the same, all in bf16", "hf-plain": "transformers + PEFT, without checkpointing",
+    "hf-liger": "with Liger", "unsloth": "Unsloth",
 }  # fmt: skip
 OVER_FP8 = "steep over e4m3"
 COLUMNS = [STEEP, "its step alone", OVER_FP8, YARDSTICK, *PEERS.values()]
@@ -119,9 +119,9 @@ def table(rows: Iterable[Row]) -> str:
             f"One training step, QLoRA at rank {RANK} with both embeddings trained: time, and peak of allocated",
             "memory. In brackets: how many times as fast `steep train` was. A line is one call of",
             "`python -m benchmarks.train`. Memory that a work is within limits what steep allocates, and no one else;",
-            "with the gaps between allocations it may take a ninth more. The other libraries compute each layer's",
-            "forward pass again in the backward pass (gradient checkpointing), as their documentation has it; steep",
-            "does so as far as its memory asks for it.",
+            "with the gaps between allocations it may take a ninth more. But for a column that says so, the other",
+            "libraries compute each layer's forward pass again in the backward pass (gradient checkpointing), as",
+            "their documentation has it; steep does so as far as its memory asks for it.",
             *(["†: and host memory, in which some of what layers keep waits for the backward pass."] * marked),
             "",
             *written,

@@ -13,6 +13,7 @@ import torch
 from steep import hand_over, plan, result, run
 from steep.errors import RunError
 from steep.machine_faults import PINNED, is_the_machines, place_that_ran_out
+from steep.model.block import Place
 from steep.model.choices import Choices
 from steep.model.machine import Card
 from steep.out_of_memory import memory_told, what_to_lower
@@ -140,9 +141,9 @@ def test_what_a_card_says(
 
 
 def test_what_to_lower_first(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
-    def names(sections: dict[str, dict[str, Any]], loading: bool = False) -> list[str]:
+    def names(sections: dict[str, dict[str, Any]], loading: bool = False, place: str = "GPU") -> list[str]:
         planned = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **sections))
-        return [line.split(" ")[0].rstrip(":") for line in what_to_lower(planned, loading=loading)]
+        return [line.split(" ")[0].rstrip(":") for line in what_to_lower(planned, loading=loading, place=place)]
 
     wide = {"training": {"per_device_train_batch_size": 4, "gradient_checkpointing": False, "optim": "adamw_torch"}}
     everything = [
@@ -167,6 +168,11 @@ def test_what_to_lower_first(llama_folder: Path, korean_corpus: Path, tmp_path: 
     asked = {**narrow["training"], "optimizer_states": "fp32", "master_weights": "all"}
     assert wider < {*names({**in_bf16, "training": asked})}
     assert wider & {*names({**narrow, "training": asked})} == {"training.optimizer_states"}  # weights train in fp32
+    of_tables = {**in_bf16, "adapter": {}, "training": {**asked, "master_weights": "embeddings"}}
+    for offload, on_card in (("all", set()), ("embeddings", {"training.optimizer_states"})):  # the rest is on the host
+        training = {**of_tables["training"], "offload_optimizer": offload}
+        assert wider & {*names({**of_tables, "training": training})} == on_card
+        assert wider < {*names({**of_tables, "training": training}, place="host")}
     narrow["training"] |= {"max_grad_norm": 0}
     assert names(narrow)[0] == "training.optimizer_in_backward"
     narrow["training"] |= {"optimizer_in_backward": True, "per_device_train_batch_size": 2}
@@ -190,13 +196,15 @@ def test_what_could_be_in_host_memory(llama_folder: Path, korean_corpus: Path, t
         found = what_to_lower(replace(on_card, config=config), place=place)
         return [each for each in found if "offload" in each or "host_memory" in each]
 
-    choices = Choices(True, "bf16", [3, 3], places=["x", "gpu"])
+    choices = Choices(True, "bf16", [3, 3], places=["x", "x"])
     on_card = replace(planned, card=Card("fake", (9, 0), 2**34, 2**34), choices=choices)
     states = "training.offload_optimizer: all (now none; nothing else changes)"
     assert named() == [states] and named(offload_optimizer="all") == []
     assert named(optim="adamw_torch") == []
-    on_card.choices = replace(choices, places=None)
-    assert named() == [states, "training.host_memory: more than was planned with (now auto)"]
+    some: list[list[Place] | None] = [None, ["x", "gpu"]]
+    for places in some:  # the last layer's can go too
+        on_card.choices = replace(choices, places=places)
+        assert named() == [states, "training.host_memory: more than was planned with (now auto)"]
     on_card.choices = replace(choices, levels=[3, 2], places=None)  # training.vram has more of it there
     assert named() == [states]
     on_card.choices = choices

@@ -626,6 +626,12 @@ def test_a_run_goes_on_from_any_folder_and_wherever_its_own_was_moved(
     assert list(elsewhere.iterdir()) == [copy] and not (tmp_path / "run").exists()
     given = ["--training.output_dir", str(tmp_path / "new")]
     assert load_config(moved / "run.yaml", given).training.output_dir == str(tmp_path / "new")
+    monkeypatch.chdir(moved)
+    assert load_config("run.yaml").training.output_dir == str(moved)
+    users = elsewhere / "run.yaml"  # a file of a user's own, beside a plan
+    users.write_bytes((moved / "run.yaml").read_bytes())
+    shutil.copy(moved / "plan.json", elsewhere)
+    assert load_config(users).training.output_dir == str(moved)
     file = moved / "run.yaml"
     file.write_text(file.read_text(encoding="utf-8").replace(str(moved), "/proc/none"), encoding="utf-8")
     evaluate_run(moved)  # which writes nothing to the folder that the file names

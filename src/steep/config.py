@@ -90,10 +90,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _where_it_lies(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     """A run folder may have been moved or copied: its own run file is that of the folder which it lies in."""
-    is_own, training = path.name == "run.yaml" and (path.parent / "plan.json").is_file(), tree.get("training")
+    folder, training = path.absolute().parent, tree.get("training")
+    is_own = path.name == "run.yaml" and all((folder / name).is_file() for name in ("plan.json", "environment.json"))
     if not (is_own and isinstance(training, dict)):
         return tree
-    return {**tree, "training": {**training, "output_dir": str(path.parent)}}
+    return {**tree, "training": {**training, "output_dir": str(folder)}}
 
 
 def recorded_config(run_yaml: Path, field: str = "run folder") -> RunConfig:

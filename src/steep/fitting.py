@@ -198,8 +198,7 @@ def _amounts_of_host_memory(config: RunConfig, ground: Ground, sizes: Sizes) -> 
     """As much of it as the inputs of all layers need, and what else is there, if the host of this card has it."""
     if sizes.step is None or ground.card is None:
         return []
-    inputs: list[Place] = ["x"] * (sizes.shape.layers - 1)
-    inputs.append("gpu")
+    inputs: list[Place] = ["x"] * sizes.shape.layers
     needed = sizes.step.in_host_memory([LEVELS[-1]] * sizes.shape.layers, inputs) * ranks.processes_here()
     needed += sum(host_bytes(config, sizes.shape, sizes.memory, sizes.choices.trained_dtype).values())
     amount = 2 ** max(math.ceil(math.log2(needed / GIB)), 0)

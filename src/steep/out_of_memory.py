@@ -71,9 +71,11 @@ def what_to_lower(plan: Plan, *, loading: bool = False, place: str = "GPU") -> l
         in_fp32 = why_not_summed_in_fp32(config, plan.trained_dtype, plan.fused) is None
         if in_fp32 and training.grad_accum_dtype == "fp32":
             found.append("training.grad_accum_dtype: bf16 (now fp32)")
-        if (masters := masters_kept(training, plan.trained_dtype)) != "none":
+        on_host = training.offload_optimizer if place == "GPU" else "none"  # whose states take nothing of what ran out
+        masters = masters_kept(training, plan.trained_dtype)
+        if masters != "none" and on_host not in ("all", masters):
             found.append(f"training.master_weights: none (now {masters})")
-        if training.optimizer_states != "8bit":
+        if training.optimizer_states != "8bit" and on_host != "all":
             found.append(f"training.optimizer_states: 8bit (now {training.optimizer_states})")
         if training.optim not in ADAMW_8BIT:
             found.append(f"training.optim: adamw_8bit (now {training.optim})")
@@ -103,7 +105,7 @@ def _of_the_host(plan: Plan, place: str) -> list[str]:
     if training.offload_optimizer != "all" and training.optim in ADAMW_8BIT:
         found.append(f"training.offload_optimizer: all (now {training.offload_optimizer}; nothing else changes)")
     levels, places = choices.levels or [], choices.places or ["gpu"] * len(choices.levels or ())
-    if plan.fused and min(levels, default=0) == LEVELS[-1] and "gpu" in places[:-1]:
+    if plan.fused and min(levels, default=0) == LEVELS[-1] and "gpu" in places:
         found.append(f"training.host_memory: more than was planned with (now {training.host_memory})")
     return found
 

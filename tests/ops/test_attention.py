@@ -530,10 +530,11 @@ def test_a_long_batch_is_timed_by_a_part_of_it(monkeypatch: pytest.MonkeyPatch) 
     cases: list[tuple[list[int], tuple[int, ...]]] = [
         ([2048] * 8, (2048,) * 8),  # of as many tokens as are timed
         ([2048] * 64, (2048,) * 8),
-        ([131_072], (whole - 128,)),
+        ([131_072], (whole,)),
         ([131_072 + 77], (whole - 128 + 77,)),
-        ([8000, 8000, 9000], (8000, 8000, 1)),  # of several lengths, as the batch is
+        ([8000, 8000, 9000], (8000, 8000, 256 + 9000 % 128)),  # of several lengths, as the batch is
         ([20_000, 300], (whole - 128 + 20_000 % 128, 1)),
+        ([10, 130_000], (10, whole - 128 + 130_000 % 128)),  # a tail, then what takes the time
         ([1] * 40_000 + [3], (1,) * whole + (2,)),
     ]
     for lengths, expected in cases:

@@ -58,6 +58,16 @@ def test_a_tensor_that_is_not_contiguous_goes_on_as_one_that_is() -> None:
             value, saved = parameter.detach(), optimizer.state_dict()
         return value
 
+    parameter = torch.nn.Parameter(weights().view(64, 128).t())
+    first = AdamW8bit([parameter], lr=1e-3)
+    parameter.grad = torch.ones_like(parameter)
+    first.step()
+    again = torch.nn.Parameter(parameter.detach().t().contiguous().t())
+    second = AdamW8bit([again], lr=1e-3, masters="all")  # which begin with what is loaded
+    second.load_state_dict(first.state_dict())
+    again.grad = torch.ones_like(again)
+    second.step()
+    assert second.state[again]["low"].any()
     some = gradients(3)
     assert torch.equal(*(stepped(some, turns=turns, resumes=True) for turns in (False, True)))
     assert not torch.equal(*(stepped(some, turns=True, resumes=resumes) for resumes in (False, True)))

@@ -60,6 +60,12 @@ class Backends:
                         "round otherwise", before, kind, self.chosen[kind],
                     )  # fmt: skip
             self._looked_at[looked_at] = self.chosen[kind] in usable
+            if not self._looked_at[looked_at]:
+                logger.warning(
+                    "attention runs on %s (%s), which is not to be had for %s and heads of %d: there it takes %s",
+                    self.chosen[kind], kind, dtype, attention.head_dim,
+                    table_backend(*asked, deterministic=deterministic),
+                )  # fmt: skip
         found = self.chosen.get(kind)
         # a batch of the same kind may still have a length that the backend does not take
         of_batch = packing.uniform, window, attention.softcap

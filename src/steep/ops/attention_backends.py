@@ -144,12 +144,16 @@ def measured_backends(
 
 
 def _part(packing: Packing) -> Packing:
-    """Documents of the batch, of about TIMED tokens at most, or a shorter one if the first has more: of one length or
-    of several as in the batch. What 128 leaves of a length stays, since some backends go by it."""
+    """The first documents of the batch, of about TIMED tokens at most, the last of them cut: of one length or of
+    several as in the batch. What 128 leaves of a length stays, since some backends go by it."""
     if packing.num_tokens <= TIMED:
         return packing
     ends = list(accumulate(packing.lengths))
-    lengths = packing.lengths[: bisect_right(ends, TIMED)] or (TIMED - 128 + packing.lengths[0] % 128,)
+    whole = bisect_right(ends, TIMED)
+    lengths, left = packing.lengths[:whole], TIMED - (ends[whole - 1] if whole else 0)
+    cut = left - (left - packing.lengths[whole]) % 128
+    if cut > 0 and (packing.uniform is None or not whole):
+        lengths = (*lengths, cut)
     if packing.uniform is None and len(set(lengths)) == 1:
         lengths = (*lengths, 1 if lengths[0] > 1 else 2)
     return Packing.from_lengths(lengths, packing.cu_seqlens.device)

@@ -133,14 +133,6 @@ def chunk_size(num_tokens: int, num_columns: int, itemsize: int, gradients: bool
     return _even(num_columns, max(most, MIN_CHUNK), 64)
 
 
-def _into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """out = a @ b, accumulated in fp32, rounded once: torch's products write their own dtype, or fp32."""
-    if out.dtype in (a.dtype, torch.float32):
-        product(a, b, out=out)
-    else:
-        out.copy_(product(a, b, out_dtype=torch.float32))
-
-
 def _by_tokens(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -166,9 +158,9 @@ def _by_tokens(
         g = product(x[part], weight.t(), out=buffer[: len(x[part]), : len(weight)])
         losses[part] = entropy.losses_and_turn(g, labels[part], factor)
         if dx is not None:
-            _into(dx[part], g, weight)
+            product(g, weight, out=dx[part])
         if dw is not None and start == 0:
-            _into(dw, g.t(), x[part])
+            product(g.t(), x[part], out=dw)
         elif dw is not None:
             product(g.t(), x[part], add=dw, out=dw)
     del buffer, g  # before dW may be there twice
@@ -209,7 +201,7 @@ def _by_vocabulary(
         if dx is not None:
             product(g, part, add=dx if first else None, out=dx)
         if dw is not None:
-            _into(dw[first : first + chunk], g.t(), x)
+            product(g.t(), x, out=dw[first : first + chunk])
     del buffer, g  # before dX is there twice
     return losses, None if dx is None else dx.to(x_dtype), dw
 

@@ -160,8 +160,7 @@ class GradientProduct:
 
     def made(self, dye: torch.Tensor, xe: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """In `dtype`, of the rows of all tokens."""
-        own = dtype if dtype in (xe.dtype, torch.float32) else torch.float32  # a product comes in one of these
-        return product(dye[:, self.dye].t(), xe[:, self.xe], out_dtype=own, scale=self.scale).to(dtype)
+        return product(dye[:, self.dye].t(), xe[:, self.xe], out_dtype=dtype, scale=self.scale)
 
     def write(self, dye: torch.Tensor, xe: torch.Tensor, out: torch.Tensor, *, adds: bool) -> None:
         """Into `out`, in fp32, of the rows of some tokens. adds: to what is there."""

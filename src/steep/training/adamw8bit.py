@@ -250,7 +250,7 @@ class AdamW8bit(AdamW):
     def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         if self._places[p].offloaded:  # the next update puts it into its block
             return torch.zeros(p.shape, dtype=dtype)
-        return super().get_state_buffer(p, dtype)
+        return torch.zeros(p.shape, dtype=dtype, device=p.device)  # contiguous, as the parameter is once it is updated
 
     def _put_states(self, of_cpu: bool = False) -> None:
         """Put each state where its parameter is, or into host memory; of_cpu: those of parameters on a CPU too."""
