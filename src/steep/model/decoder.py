@@ -198,7 +198,8 @@ class FusedDecoder(nn.Module):
     def _layers(
         self, hidden_states: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor | None, packing: Packing
     ) -> torch.Tensor:
-        layers = self._read()
+        plain = all(isinstance(layer, FusedLayer) and not layer._forward_pre_hooks for layer in self.layers)
+        layers = self._read(plain)
         dtype = compute_dtype(self.layers[0].mlp.down_proj, hidden_states)
         kinds = [getattr(layer.self_attn, "layer_type", None) for layer in self.layers]
         if kinds[0] is not None and kinds != list(self.config.layer_types)[: len(kinds)]:
@@ -216,7 +217,7 @@ class FusedDecoder(nn.Module):
         tile = self.fused.tile or tile_sizes(packing.num_tokens)[0]
         with left_in_an_error(hosts[-1]):
             for module, layer, kind, level, host in zip(self.layers, layers, kinds, levels, hosts, strict=True):
-                batch = Batch(packing, *turns[kind], dtype, fp8, level, tile, host, takes_dy=self._is_plain)
+                batch = Batch(packing, *turns[kind], dtype, fp8, level, tile, host, takes_dy=plain)
                 hidden_states = module(hidden_states, batch=batch, fused=self.fused, layer=layer)
             if hosts[-1] is not None:
                 hosts[-1].let_go()
@@ -224,17 +225,16 @@ class FusedDecoder(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             return rms_norm(hidden_states, self.norm.weight, eps_of(self.norm), unit_offset=traits.unit_offset)
 
-    def _read(self) -> Iterable[Layer | None]:
+    def _read(self, plain: bool) -> Iterable[Layer | None]:
         """Every layer: the first now, each other when its turn has come, so that the GPU has work while it is read. But
         all now where the last call was not fused, or where calling a layer does more than to compute it: what refuses a
-        layer would find others computed in vain, or called already."""
-        read = (self._read_one(number, layer) for number, layer in enumerate(self.layers))
-        return chain([next(read)], read) if self._is_plain and self.fused.was_fused else list(read)
+        layer would find others computed in vain, or called already.
 
-    @property
-    def _is_plain(self) -> bool:
-        """Whether a layer's output goes to the next one alone, and its gradient comes from there: FSDP has hooks."""
-        return all(isinstance(layer, FusedLayer) and not layer._forward_pre_hooks for layer in self.layers)
+        Args:
+            plain: a layer's output goes to the next one alone, and its gradient comes from there: FSDP has hooks.
+        """
+        read = (self._read_one(number, layer) for number, layer in enumerate(self.layers))
+        return chain([next(read)], read) if plain and self.fused.was_fused else list(read)
 
     def _read_one(self, number: int, layer: Any) -> Layer | None:
         """None: its tensors are other ones when it is called (FSDP gathers them then)."""

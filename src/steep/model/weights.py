@@ -44,6 +44,7 @@ class AdapterGradients:
         self._gradients: list[torch.Tensor | None] = []
         self._products: list[GradientProduct] = []
         self._whole: torch.Tensor | None = None
+        self._parts: list[torch.Tensor] = []  # of the whole, what each product makes
 
     def add(self, dye: torch.Tensor, xe: torch.Tensor) -> None:
         """Of one tile: see `Group.adapter_gradients`."""
@@ -55,23 +56,24 @@ class AdapterGradients:
             self._products = self._group.gradient_products()
             sizes = [_padded(each.shape) for each in self._products]
             self._whole = torch.empty(sum(sizes), dtype=torch.float32, device=dye.device)
-        for each, part in zip(self._products, self._parts(self._whole), strict=True):
+            self._parts = self._parts_of(self._whole)
+        for each, part in zip(self._products, self._parts, strict=True):
             each.write(dye, xe, part, adds=adds)
 
     def take(self) -> list[torch.Tensor]:
         """Those that are asked for, in what autograd keeps of each."""
         gradients, self._gradients = self._gradients, []
         if self._whole is not None:
-            whole, self._whole = self._whole, None
+            whole, parts, self._whole, self._parts = self._whole, self._parts, None, []
             dtypes = [each.dtype for each in self._products]
             if len(set(dtypes)) == 1:
-                parts = self._parts(whole.to(dtypes[0]))
+                parts = self._parts_of(whole.to(dtypes[0]))
             else:
-                parts = [part.to(dtype) for part, dtype in zip(self._parts(whole), dtypes, strict=True)]
+                parts = [part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
             gradients = self._group.gradients_of(self._products, parts)
         return [gradient for gradient in gradients if gradient is not None]
 
-    def _parts(self, whole: torch.Tensor) -> list[torch.Tensor]:
+    def _parts_of(self, whole: torch.Tensor) -> list[torch.Tensor]:
         """What each product makes."""
         parts = whole.split([_padded(each.shape) for each in self._products])
         return [

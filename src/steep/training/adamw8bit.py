@@ -248,9 +248,8 @@ class AdamW8bit(AdamW):
         self._put_states()
 
     def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        if self._places[p].offloaded:  # the next update puts it into its block
-            return torch.zeros(p.shape, dtype=dtype)
-        return torch.zeros(p.shape, dtype=dtype, device=p.device)  # contiguous, as the parameter is once it is updated
+        # What is offloaded is put into its block by the next update. Contiguous, as the parameter is by then.
+        return torch.zeros(p.shape, dtype=dtype, device="cpu" if self._places[p].offloaded else p.device)
 
     def _put_states(self, of_cpu: bool = False) -> None:
         """Put each state where its parameter is, or into host memory; of_cpu: those of parameters on a CPU too."""
@@ -349,7 +348,7 @@ class AdamW8bit(AdamW):
             if parameter.grad is None:
                 continue
             place, state = self._places[parameter], self.state[parameter]
-            if not parameter.is_contiguous():  # the states take its strides, and saved ones have those that it had then
+            if not parameter.is_contiguous():  # as its states are
                 parameter.data = parameter.data.contiguous()
             if len(state) == 0:
                 self.init_state(self.param_groups[place.gindex], parameter, place.gindex, place.pindex)
