@@ -1,7 +1,8 @@
 """The notebooks run from top to bottom: each in a real kernel, on a tiny model and text of our own, on a CPU.
 
-Only values of the cell tagged "parameters" are exchanged. The commands are the real ones; they run in forks of a
-process that has imported the libraries, and every exit code is looked at, which a notebook itself does not do.
+The cells run as they stand, with a model and text beside them. Steps and sizes of the run file are then exchanged by a
+cell of the test, those of the ladder in its cell tagged "parameters". The commands are the real ones; they run in forks
+of a process that has imported the libraries, and every exit code is looked at, which a notebook itself does not do.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import metadata, util
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,8 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = sorted(file.name for file in FOLDER.glob("*.ipynb"))
 RUN_FILES = {"korean.ipynb": "korean.yaml", "text_completion.ipynb": "prose.yaml"}
 WRITES = re.compile(r"%%writefile (\S+)\n")
+LOCAL_MODEL = "models/SmolLM2-135M"
+SMALL_TRAINING = ["max_steps", "learning_rate", "vram"]
 CELL_SECONDS = 200
 
 
@@ -56,10 +59,9 @@ def run_file(source: str) -> dict[str, Any]:
     return yaml.safe_load(WRITES.sub("", source, count=1))
 
 
-def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """`old` with the values of `new`, section by section."""
-    both = {name: merged(old[name], new[name]) for name in old.keys() & new.keys() if isinstance(new[name], dict)}
-    return {**old, **new, **both}
+def cell_of(notebook: NotebookNode, name: str) -> NotebookNode:
+    (cell,) = (cell for cell in notebook.cells if cell.id == name)
+    return cell
 
 
 # ---- the settings
@@ -82,15 +84,43 @@ def test_every_setting_that_stands_in_the_notebook_is_one(name: str) -> None:
     assert WRITES.match(source)[1] == RUN_FILES[name]  # pyright: ignore[reportOptionalSubscript]
     as_it_is = parse_config(run_file(source))
     on_a_t4 = parse_config(run_file(with_alternatives(source, "  # T4")))
-    others = parse_config(run_file(with_alternatives(source, "")))
     assert on_a_t4.adapter.r < as_it_is.adapter.r
     assert on_a_t4.training.per_device_train_batch_size < as_it_is.training.per_device_train_batch_size
     rows = [
         c.training.per_device_train_batch_size * c.training.gradient_accumulation_steps for c in (as_it_is, on_a_t4)
     ]
     assert rows[0] == rows[1]
-    assert others.model.name != as_it_is.model.name and others.training.vram != as_it_is.training.vram
-    assert {source.role for source in others.data.sources if source.path} == {"train", "replay", "heldout"}
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_the_small_run_is_that_of_local_folders_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notebook, file = read(name), tmp_path / RUN_FILES[name]
+    source = cell_of(notebook, "small").source
+    written = WRITES.sub("", parameters(notebook).source, count=1)
+    file.write_text(written, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models", "data"):  # one of the two is not enough, nor is a folder without the model
+        exec(compile(source, "cell", "exec"), {})
+        assert "of the hub" in capsys.readouterr().out and file.read_text("utf-8") == written
+        (tmp_path / folder).mkdir()
+    exec(compile(source, "cell", "exec"), {})
+    assert "of the hub" in capsys.readouterr().out and file.read_text("utf-8") == written
+    (tmp_path / LOCAL_MODEL).mkdir()
+    exec(compile(source, "cell", "exec"), {})
+    said = capsys.readouterr().out
+    before, after = yaml.safe_load(written), yaml.safe_load(file.read_text("utf-8"))
+    small = parse_config(after)
+    assert Path(small.model.name) == tmp_path / LOCAL_MODEL and small.training.vram == "22GiB"
+    assert [source.role for source in small.data.sources] == ["train", "heldout", "replay", "heldout"]
+    assert [s["domain"] for s in before["data"]["sources"]] == [s.domain for s in small.data.sources[::2]]
+    assert all(source.path and not source.hub for source in small.data.sources)
+    assert said.startswith("The small run") and f" {small.training.max_steps} steps, at most 22 GiB" in said
+    for section, fields in {"model": ["name"], "data": ["sources"], "training": SMALL_TRAINING}.items():
+        for field in fields:
+            del before[section][field], after[section][field]
+    assert after == before  # nothing else is exchanged
 
 
 # ---- the cell that installs
@@ -113,7 +143,7 @@ def installed_by(source: str, missing: set[str], monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_what_is_missing_is_installed_and_never_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (source,) = (cell.source for cell in read(name).cells if cell.id == "install")
+    source = cell_of(read(name), "install").source
     assert installed_by(source, set(), monkeypatch) == []
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
     assert installed_by(source, {"steep"}, monkeypatch) == [[*pip, "..", "torch==9.5"]]
@@ -187,24 +217,17 @@ def commands(quick: ForkServer, tmp_path: Path) -> Iterator[Commands]:
 def here(tmp_path: Path) -> Path:
     """The folder that a notebook runs in, with a model and text."""
     folder = tmp_path / "notebooks"
-    save_tiny("llama", folder / "models" / "tiny")
+    save_tiny("llama", folder / LOCAL_MODEL)
     (folder / "data").mkdir()
     korean, english = documents("ko", 150), documents("en", 150)
     for name, texts in {
         "ko-tech.train": korean[:120], "ko-tech.heldout": korean[120:],
         "en-books.train": english[:120], "en-books.heldout": english[120:],
+        "en-wiki.train": korean[:120], "en-wiki.heldout": korean[120:],  # in other words than the books
     }.items():  # fmt: skip
         with gzip.open(folder / "data" / f"{name}.jsonl.gz", "wt", encoding="utf-8") as stream:
             stream.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     return folder
-
-
-def sources(train: str, replay: str, domains: tuple[str, str]) -> list[dict[str, str]]:
-    return [
-        {"path": f"data/{name}.{part}.jsonl.gz", "role": role, "domain": domain}
-        for name, domain, own in ((train, domains[0], "train"), (replay, domains[1], "replay"))
-        for part, role in (("train", own), ("heldout", "heldout"))
-    ]
 
 
 def execute(notebook: NotebookNode, folder: Path, commands: Commands) -> None:
@@ -262,11 +285,7 @@ def test_a_run_from_top_to_bottom(name: str, here: Path, commands: Commands) -> 
     korean = name == "korean.ipynb"
     domains = ("korean", "english") if korean else ("prose", "general")
     tiny = {
-        "model": {"name": "models/tiny"},
-        "data": {
-            "max_length": 64,
-            "sources": sources(*(("ko-tech", "en-books") if korean else ("en-books", "ko-tech")), domains),
-        },
+        "data": {"max_length": 64},
         "training": {
             "max_steps": 4,
             "per_device_train_batch_size": 2,
@@ -276,16 +295,23 @@ def test_a_run_from_top_to_bottom(name: str, here: Path, commands: Commands) -> 
         "evaluation": {"max_new_tokens": 4, "max_tokens": 400},
     }
     notebook = read(name)
-    cell = parameters(notebook)
-    written = merged(run_file(cell.source), tiny)
-    cell.source = f"%%writefile {RUN_FILES[name]}\n{yaml.safe_dump(written, allow_unicode=True)}"
+    written = run_file(parameters(notebook).source)
+    file = f"Path({RUN_FILES[name]!r})"
+    exchange = nbformat.v4.new_code_cell(
+        f"tiny = yaml.safe_load({file}.read_text('utf-8'))\n"
+        f"for section, values in {tiny!r}.items():\n"
+        "    tiny[section] |= values\n"
+        f"{file}.write_text(yaml.safe_dump(tiny, allow_unicode=True), 'utf-8');"
+    )
+    notebook.cells.insert(notebook.cells.index(cell_of(notebook, "small")) + 1, exchange)
     execute(notebook, here, commands)
 
     run = here / written["training"]["output_dir"]
     asked = ["plan", "train", *(["eval", "report"] if korean else []), "generate", "export", *["export"] * korean]
     assert [words[2] for words, _ in commands.done] == asked
     assert "step 4/4" in text_of(notebook, "train") and f"result: {run.relative_to(here)}/final" in text_of(notebook)
-    assert "models/tiny" in text_of(notebook, "plan")
+    assert text_of(notebook, "card").startswith("no GPU, torch") and "The small run" in text_of(notebook, "small")
+    assert LOCAL_MODEL in text_of(notebook, "plan")
     assert any("image/png" in output.get("data", {}) for output in outputs(notebook, "loss"))
     board = text_of(notebook, "board" if korean else "train")
     assert all(domain in board for domain in domains) and "better" in board
@@ -303,7 +329,7 @@ def test_the_ladder_from_top_to_bottom(here: Path, commands: Commands) -> None:
     notebook = read("ablation.ipynb")
     cell = parameters(notebook)
     tiny = {
-        "MODEL": "models/tiny", "ARMS": "lora gate", "TOKENS": 256, "BATCH": 2, "SEQ": 32, "RATE": 4e-3,
+        "ARMS": "lora gate", "TOKENS": 256, "BATCH": 2, "SEQ": 32, "RATE": 4e-3,
         "HELDOUT": 100,
     }  # fmt: skip
     lines = cell.source.splitlines()
@@ -319,6 +345,7 @@ def test_the_ladder_from_top_to_bottom(here: Path, commands: Commands) -> None:
     assert {"image/svg+xml", "text/markdown"} <= drawn
     table = text_of(notebook, "table")
     assert "| gate | and on gate_proj |" in table and "(n = 2)" in table and "| lora → gate | Korean better |" in table
+    assert text_of(notebook, "card").startswith("no GPU, torch")
     assert unfit(notebook) == []
 
 
@@ -352,6 +379,20 @@ def test_what_is_committed(name: str) -> None:
     links = relative_links(prose)
     assert links and [link for link in links if not (FOLDER / link).exists()] == []
     assert unfit(notebook) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_committed_was_executed_on_a_card(name: str) -> None:
+    notebook = read(name)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1)), "execute it from top to bottom: CONTRIBUTING.md"
+    assert re.match(r"NVIDIA \w.*, torch \d.*, CUDA \d", text_of(notebook, "card"))
+    plots = {"image/svg+xml", "text/markdown"} if name == "ablation.ipynb" else {"image/png", "text/html"}
+    assert plots <= {kind for output in outputs(notebook) for kind in output.get("data", {})}
+    if name in RUN_FILES:
+        (steps,) = re.findall(r"The small run: .* (\d+) steps", text_of(notebook, "small"))
+        assert f"step {steps}/{steps}" in text_of(notebook, "train")
+        assert "--- trained" in text_of(notebook, "generate")
 
 
 def test_unfit_outputs_are_found() -> None:
