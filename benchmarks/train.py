@@ -53,6 +53,7 @@ from benchmarks.measuring import append, command, gpu_name, product_flops_per_se
 from benchmarks.peers import PEERS, Peer, Work, bare_loop, flash_of_the_hub, flash_package
 from benchmarks.shapes import SHAPES, config_of, flops_a_step, folder_of, write
 from benchmarks.steep_run import RUNS, chosen, steep_bare, steep_script, steep_train
+from steep.allocator import let_segments_grow
 from steep.vram import SHARE
 
 WARM_UP = 3  # steps
@@ -244,6 +245,8 @@ def run(arguments: argparse.Namespace, peer: str, words: list[str]) -> dict[str,
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "result.json"
         environment = {**os.environ, "BENCHMARK_BEGUN": str(time.time()), "UNSLOTH_DISABLE_STATISTICS": "1"}
+        if peer in RUNS:
+            let_segments_grow(environment)  # as the command does, whose process would not have imported torch yet
         process = [sys.executable, "-m", "benchmarks.train", *words, "--worker", peer, str(file)]
         done = subprocess.run(process, env=environment, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         if done.returncode or not file.exists():

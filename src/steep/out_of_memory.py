@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,7 +45,7 @@ def memory_told(plan: Plan | None, *, loading: bool = False) -> Iterator[None]:
             remedy = f"Lower, in this order: {', '.join(what_to_lower(plan, loading=loading, place=place))}"
             remedy += "" if loading else ". The last checkpoint is as it was"
         notes = "".join(f". {note}" for note in getattr(error, "__notes__", ()))
-        raise RunError(f"{place} memory ran out: {said}{_there_was(place)}. {remedy}{notes}") from error
+        raise RunError(f"{place} memory ran out: {said}{_there_was(place, str(error))}. {remedy}{notes}") from error
 
 
 def what_to_lower(plan: Plan, *, loading: bool = False, place: str = "GPU") -> list[str]:
@@ -124,14 +125,16 @@ def _lock_less(plan: Plan | None) -> str:
     )
 
 
-def _there_was(place: str) -> str:
+def _there_was(place: str, error: str) -> str:
     if place != "GPU" or not torch.cuda.is_available():
         page = os.sysconf("SC_PAGE_SIZE")
         total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
         return f"this machine has {human_bytes(total)}, of which {human_bytes(free)} are free"
     free, total = torch.cuda.mem_get_info()
     own = torch.cuda.memory_reserved()
+    asked = re.search(r"Tried to allocate (\S+ \wi?B)", error)  # as torch says it
     return (
         f"the card has {human_bytes(total)}, of which {human_bytes(free + own)} were free for this run "
-        f"(it had {human_bytes(torch.cuda.max_memory_allocated())} in use at its peak)"
+        f"(it had {human_bytes(torch.cuda.max_memory_allocated())} in use at its peak, and {human_bytes(own)} reserved"
+        f"{f'; it asked for {asked[1]}' if asked else ''})"
     )
