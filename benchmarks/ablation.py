@@ -28,10 +28,9 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from benchmarks.ablation_figure import figure
 from benchmarks.ablation_run import GRID, NEW_TEXTS, RUN, Job, Work, data_name, files, one_run, tokenise_once
 from benchmarks.ablation_table import in_docs, own_rate, tell
 from benchmarks.measuring import append, command, gpu_name, results_file
+from steep.export.gate import free_memory
 
 DOCS = Path(__file__).parent.parent / "docs" / "evidence.md"
 
@@ -179,29 +179,39 @@ def leave_out_notes() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def attempt(job: Job, out: Path) -> tuple[str, bool]:
+    """What there is to say of a run, and whether it was done. An error is returned, not raised: a process of a pool
+    keeps what it raised, with the frames that it went through, and they the model on the card."""
+    try:
+        return do(job, out), True
+    except Exception:
+        said = traceback.format_exc()
+    free_memory()
+    return said, False
+
+
 def do_all(jobs: Sequence[Job], out: Path, at_once: int) -> list[Job]:
     """Those of `jobs` that failed; why is printed."""
     failed: list[Job] = []
 
-    def tell_end(job: Job, end: Callable[[], str]) -> None:
-        try:
-            said = end()
-        except Exception:
-            traceback.print_exc()
+    def tell_end(job: Job, said: str, done: bool) -> None:
+        if not done:
+            print(said, file=sys.stderr)
             failed.append(job)
-            said = "failed"
+        said = said if done else "failed"
         print(f"{job.part} {job.arm} seed {job.seed} rate {job.learning_rate:g}: {said}", flush=True)
 
     if at_once == 1:
         leave_out_notes()
         for job in jobs:
-            tell_end(job, partial(do, job, out))
+            tell_end(job, *attempt(job, out))
         return failed
     spawn = multiprocessing.get_context("spawn")  # CUDA does not outlive a fork
     with ProcessPoolExecutor(at_once, spawn, initializer=share_threads, initargs=(at_once,)) as pool:
-        under_way = {pool.submit(do, job, out): job for job in jobs}
+        under_way = {pool.submit(attempt, job, out): job for job in jobs}
         for future in as_completed(under_way):
-            tell_end(under_way[future], future.result)
+            died = future.exception()  # its process
+            tell_end(under_way[future], *((repr(died), False) if died else future.result()))
     return failed
 
 

@@ -95,6 +95,7 @@ def tensors(
         if masters:
             own = torch.Generator().manual_seed(index)  # the rest is the same with and without
             low = torch.randint(-(2**15), 2**15, (size,), generator=own, dtype=torch.int16)
+            low[weights.to(dtype) == 0] = 0  # no value is below a zero: that would be a NaN
             updates[-1].low = placed(low, device, offset)
     return updates
 
