@@ -1,20 +1,27 @@
-"""Loss against tokens of the arms of `benchmarks.ablation`, as an SVG that reads in light and in dark."""
+"""The core of `benchmarks.ablation` as an SVG that reads in light and in dark: how the loss falls, and what is kept.
+
+Above stands the training loss against tokens, and beside it the same less the first arm's on the same rows: they are
+drawn alike, so that what single rows cost falls out. Below, each arm's held-out text: what was learned to the left,
+what was forgotten upwards, with the seeds' 95 % intervals. Replay has no curve, since a loss on other text is none of
+the same.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from benchmarks.ablation_arms import CORE
-from benchmarks.ablation_table import COMMON, OWN, Ladder, Named, label, ladders
+from benchmarks.ablation_arms import ARMS, CORE
+from benchmarks.ablation_table import COMMON, LANGUAGE, OWN, Estimate, Ladder, Named, bits, label, ladders
 from steep.report.curves import smooth, smoothing_span
 from steep.report.figures import short
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 460, 64, 250, 52, 52
+WIDTH, HEIGHT = 860, 760
 COLOURS = ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#57606a")
 DASHES = ("", "7 3", "2 3")
 SHOWN_FROM = 0.05  # share of the steps that is left out: the warm-up's fall would flatten the rest
@@ -23,31 +30,55 @@ STYLE = """
     .head { font-size: 16px; font-weight: 600; }
     .note { font-size: 12px; fill: #57606a; }
     .axis { stroke: #d0d7de; stroke-width: 1; }
-    .curve { fill: none; stroke-width: 1.6; }
+    .curve, .mark { fill: none; stroke-width: 1.6; }
+    .mark { stroke-dasharray: none; }
     @media (prefers-color-scheme: dark) { text { fill: #e6edf3; } .note { fill: #9198a1; } .axis { stroke: #3d444d; } }
   """
 
-
-def mean_curve(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, and the smoothed loss, mean over the seeds; steps that some seed has no finite loss of are left out."""
-    by_step = [dict(zip(row["curve"]["tokens"], row["curve"]["loss"], strict=True)) for row in rows]
-    tokens = sorted(set.intersection(*(set(losses) for losses in by_step)))
-    losses = np.mean([[losses[count] for count in tokens] for losses in by_step], axis=0)
-    smoothed = smooth(losses.tolist(), smoothing_span(len(tokens)))
-    first = math.ceil(SHOWN_FROM * len(tokens))
-    return np.array(tokens[first:]), np.array(smoothed[first:], float)
+Rows = Sequence[dict[str, Any]]
+Curve = tuple[np.ndarray, np.ndarray]  # tokens, nats
 
 
-def curves_of(ladder: Ladder) -> Iterator[tuple[Named, str, int, np.ndarray, np.ndarray]]:
-    """Arms of the core: at their own rates where all that have runs have such, else at the common one."""
-    core = [name for name in ladder.names if name[0] in CORE]
-    way = OWN if all(ladder.by_seed(name, OWN) for name in core) else COMMON
-    for name in core:
-        rows = list(ladder.by_seed(name, way).values())
-        if rows:
-            tokens, losses = mean_curve(rows)
-            if len(tokens):
-                yield name, way, len(rows), tokens, losses
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A pair of axes: where they stand, in pixels, and what they span."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    across: tuple[float, float]
+    up: tuple[float, float]
+
+    def x(self, value: float) -> float:
+        return self.left + self.width * (value - self.across[0]) / (self.across[1] - self.across[0])
+
+    def y(self, value: float) -> float:
+        return self.top + self.height * (self.up[1] - value) / (self.up[1] - self.up[0])
+
+    def frame(self, head: str, below: str, name: Any) -> Iterator[str]:
+        """Axes with round numbers; `name` writes those below."""
+        bottom = self.top + self.height
+        yield f'<text x="{self.left}" y="{self.top - 14}">{escape(head)}</text>'
+        yield _line(self.left, bottom, self.left + self.width, bottom)
+        yield _line(self.left, self.top, self.left, bottom)
+        for value in ticks(*self.up):
+            yield _note(self.left - 8, self.y(value) + 4, f"{value:.4g}", "end")
+        for value in ticks(*self.across):
+            yield _note(self.x(value), bottom + 18, name(value), "middle")
+        yield _note(self.left, bottom + 38, below, "start")
+
+    def curve(self, look: str, curve: Curve) -> str:
+        points = " ".join(f"{self.x(count):.1f},{self.y(loss):.1f}" for count, loss in zip(*curve, strict=True))
+        return f'<polyline class="curve" {look} points="{points}"/>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, look: str = 'class="axis"') -> str:
+    return f'<line {look} x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _note(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text class="note" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -58,56 +89,138 @@ def ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, math.floor(high / step) + 1)]
 
 
-def figure(lines: Sequence[dict[str, Any]], common: float) -> str:
+def span(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
+    low, high = min(values), max(max(values), min(values) + 1e-6)
+    return low - margin * (high - low), high + margin * (high - low)
+
+
+def mean_curve(rows: Rows, less: Mapping[int, dict[str, Any]] | None = None) -> Curve:
+    """The smoothed loss, mean over the seeds; steps that some seed has no finite loss of are left out.
+
+    Args:
+        less: of each seed the run whose losses are taken off, step by step.
+    """
+    curves = []
+    for row in rows:
+        losses = _losses(row)
+        if less is not None:
+            other = _losses(less[row["seed"]])
+            losses = {count: losses[count] - other[count] for count in losses.keys() & other.keys()}
+        curves.append(losses)
+    tokens = sorted(set.intersection(*(set(losses) for losses in curves)))
+    losses = np.mean([[losses[count] for count in tokens] for losses in curves], axis=0)
+    smoothed = smooth(losses.tolist(), smoothing_span(len(tokens)))
+    first = math.ceil(SHOWN_FROM * len(tokens))
+    return np.array(tokens[first:]), np.array(smoothed[first:], float)
+
+
+def _losses(row: dict[str, Any]) -> dict[int, float]:
+    return dict(zip(row["curve"]["tokens"], row["curve"]["loss"], strict=True))
+
+
+def runs_of(ladder: Ladder) -> tuple[str, dict[Named, Rows]]:
+    """Runs of the arms of the core: at their own rates where all that have runs have such, else at the common one."""
+    core = [name for name in ladder.names if name[0] in CORE]
+    way = OWN if all(ladder.by_seed(name, OWN) for name in core) else COMMON
+    return way, {name: rows for name in core if (rows := list(ladder.by_seed(name, way).values()))}
+
+
+def figure(lines: Rows, common: float) -> str:
     """The SVG of the first work of the lines.
 
     Raises:
         SystemExit: no arm of the core has runs.
     """
     found = ladders(lines, common)
-    curves = list(curves_of(found[0])) if found else []
-    if not curves:
+    way, runs = runs_of(found[0]) if found else (COMMON, {})
+    if not runs:
         raise SystemExit("--figure: the file has no runs of the core's arms.")
-    work, way = found[0].work, curves[0][1]
-    tokens, losses = (np.concatenate([curve[part] for curve in curves]) for part in (3, 4))
-    low, high = float(losses.min()), max(float(losses.max()), float(losses.min()) + 1e-6)
-    most = float(tokens.max())
-
-    def x(count: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * count / most
-
-    def y(loss: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / (high - low)
-
-    head = f"{work.model} learns {work.text}: training loss, {way}"
-    said = [f"{label(name)}: {losses[-1]:.3f} at the end (n = {n})" for name, _, n, _, losses in curves]
-    parts = [
+    ladder = found[0]
+    looks = {name: _look(number) for number, name in enumerate(runs)}
+    head = f"{ladder.work.model} learns {ladder.work.text}, {way}"
+    said = [f"{label(name)}: {_scores(ladder, rows)} (n = {len(rows)})" for name, rows in runs.items()]
+    return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         'role="img" aria-labelledby="t d">',
         f'<title id="t">{escape(head)}</title>',
         f'<desc id="d">{escape("; ".join(said))}.</desc>',
         f"<style>{STYLE}</style>",
         f'<text class="head" x="16" y="28">{escape(head)}</text>',
-        f'<line class="axis" x1="{LEFT}" y1="{HEIGHT - BOTTOM}" x2="{WIDTH - RIGHT}" y2="{HEIGHT - BOTTOM}"/>',
-        f'<line class="axis" x1="{LEFT}" y1="{TOP}" x2="{LEFT}" y2="{HEIGHT - BOTTOM}"/>',
-    ]
-    for loss in ticks(low, high):
-        parts.append(f'<text class="note" x="{LEFT - 8}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.4g}</text>')
-    for count in ticks(0, most):
-        parts.append(
-            f'<text class="note" x="{x(count):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
-            f"{short(count)}</text>"
-        )
-    parts.append(
-        f'<text class="note" x="{LEFT}" y="{HEIGHT - 12}">tokens; nats a token, exponential mean, averaged over n '
-        f"seeds; the first {SHOWN_FROM:.0%} of the steps are left out</text>"
+        *_loss(runs, looks),
+        *_learned(ladder, runs, looks),
+        *_legend(runs, looks),
+        "</svg>",
+        "",
+    ])  # fmt: skip
+
+
+def _look(number: int) -> str:
+    colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+    return f'stroke="{colour}"' + (f' stroke-dasharray="{dash}"' if dash else "")
+
+
+def _scores(ladder: Ladder, rows: Rows) -> str:
+    return ", ".join(
+        f"{LANGUAGE[domain]} {Estimate.of([bits(row, domain) for row in rows]).mean:.3f} bits a byte"
+        for domain in (ladder.new, ladder.old)
     )
-    for number, (name, _, n, counts, values) in enumerate(curves):
-        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
-        look = f'stroke="{colour}"' + (f' stroke-dasharray="{dash}"' if dash else "")
-        points = " ".join(f"{x(count):.1f},{y(loss):.1f}" for count, loss in zip(counts, values, strict=True))
-        parts.append(f'<polyline class="curve" {look} points="{points}"/>')
-        line, left = TOP + 14 + 22 * number, WIDTH - RIGHT + 16
-        parts.append(f'<line class="curve" {look} x1="{left}" y1="{line}" x2="{left + 26}" y2="{line}"/>')
-        parts.append(f'<text x="{left + 34}" y="{line + 4}">{escape(label(name))} (n = {n})</text>')
-    return "\n".join([*parts, "</svg>", ""])
+
+
+def _loss(runs: Mapping[Named, Rows], looks: Mapping[Named, str]) -> Iterator[str]:
+    """Two panels: the loss, and the loss less the first arm's."""
+    alike = {name: rows for name, rows in runs.items() if not ARMS[name[0]].replay}
+    first = next(iter(alike))
+    of_first = {row["seed"]: row for row in alike[first]}
+    curves = {name: mean_curve(rows) for name, rows in alike.items()}
+    less = {}
+    for name, rows in alike.items():
+        paired = [row for row in rows if row["seed"] in of_first]
+        if name != first and paired:
+            less[name] = mean_curve(paired, of_first)
+    for kind, drawn, left, title in (
+        ("loss", curves, 64, "Training loss, nats a token"),
+        ("difference", less, 494, f"Less that of {label(first)} on the same rows"),
+    ):
+        yield f'<g id="{kind}">'
+        if drawn:
+            tokens, losses = (np.concatenate([curve[part] for curve in drawn.values()]) for part in (0, 1))
+            panel = Panel(left, 80, 350, 250, (0, float(tokens.max())), span(losses.tolist(), 0.02))
+            below = f"tokens; exponential mean, without the first {SHOWN_FROM:.0%} of the steps"
+            yield from panel.frame(title, below, short)
+            yield from (panel.curve(looks[name], curve) for name, curve in drawn.items())
+        yield "</g>"
+
+
+def _learned(ladder: Ladder, runs: Mapping[Named, Rows], looks: Mapping[Named, str]) -> Iterator[str]:
+    """One panel: held-out bits a byte of both texts, a cross for each arm, and what the base has of the old text."""
+    found = {
+        name: tuple(Estimate.of([bits(row, domain) for row in rows]) for domain in (ladder.new, ladder.old))
+        for name, rows in runs.items()
+    }
+    base = float(np.mean([bits(row, ladder.old, "before") for rows in runs.values() for row in rows]))
+    across = [end for new, _ in found.values() for end in (new.low, new.high)]
+    up = [base, *(end for _, old in found.values() for end in (old.low, old.high))]
+    panel = Panel(64, 440, 520, 250, span(across, 0.05), span(up, 0.05))
+    new, old = LANGUAGE[ladder.new], LANGUAGE[ladder.old]
+    yield '<g id="learned">'
+    below = f"{new}, bits a byte: fewer are better. Bars: 95 % intervals; dashed: what the base has of {old}"
+    yield from panel.frame(f"Held out: {old}, bits a byte", below, lambda value: f"{value:.4g}")
+    yield _line(
+        panel.left, panel.y(base), panel.left + panel.width, panel.y(base), 'class="axis" stroke-dasharray="5 4"'
+    )
+    for name, (learned, kept) in found.items():
+        x, y = panel.x(learned.mean), panel.y(kept.mean)
+        look = f'class="curve" {looks[name]}'
+        yield _line(panel.x(learned.low), y, panel.x(learned.high), y, look)
+        yield _line(x, panel.y(kept.low), x, panel.y(kept.high), look)
+        yield f'<circle class="mark" {looks[name]} cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
+        yield _note(x + 7, y - 6, name[0], "start")
+    yield "</g>"
+
+
+def _legend(runs: Mapping[Named, Rows], looks: Mapping[Named, str]) -> Iterator[str]:
+    left = 620
+    for number, (name, rows) in enumerate(runs.items()):
+        line = 450 + 22 * number
+        yield _line(left, line, left + 26, line, f'class="curve" {looks[name]}')
+        yield f'<text x="{left + 34}" y="{line + 4}">{escape(label(name))} (n = {len(rows)})</text>'

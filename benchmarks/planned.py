@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,9 +137,14 @@ def rows_of(folder: Path) -> list[Row]:
     return sorted(found, key=lambda row: row["call"])
 
 
+# Where kept tensors may go, and positions beyond the model's own: the plan takes both into account.
+_OF_THE_PLAN = re.compile(r" *--(training\.host_memory|model\.rope_scaling\.\w+) \S+")
+
+
 def belongs(row: Row) -> bool:
+    """Whether a run of a real shape is as `steep train` comes, and has both figures."""
     has_both = row.get("planned_gib") is not None and row.get("peak_allocated_gib") is not None
-    as_it_is = row["r"] == RANK and row["steep_args"].strip() in ("", HOST)
+    as_it_is = row["r"] == RANK and not _OF_THE_PLAN.sub("", row["steep_args"]).strip()
     return has_both and as_it_is and row["gpu"] != "none" and row["fused"] and row["shape"] != "tiny"
 
 

@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 
 from benchmarks import ablation, ablation_run, ablation_table
 from benchmarks.ablation_arms import ARMS, CORE, FULL, LADDER, arm_over, run_file
-from benchmarks.ablation_figure import figure, ticks
+from benchmarks.ablation_figure import figure, mean_curve, ticks
 from benchmarks.ablation_run import GRID, RUN, Work
 from benchmarks.ablation_table import COMMON, OWN, Estimate, Ladder
 from steep.config import parse_config
@@ -462,20 +462,51 @@ def test_the_summary_of_real_lines_goes_into_the_docs_and_a_figure(
     ablation.main(words)
     assert docs.read_text(encoding="utf-8") == text, "written twice, it stands there once"
     drawn = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
-    assert len(drawn.findall("{*}polyline")) == len(CORE) - 1, "at the common rate, without full finetuning"
+    assert len(drawn.findall("{*}g[@id='loss']/{*}polyline")) == len(LADDER), "at the common rate, so none of full"
+    assert len(drawn.findall("{*}g[@id='learned']/{*}circle")) == len(CORE) - 1
 
 
-def test_a_figure_draws_the_losses() -> None:
-    rows = [*three("lora", 2.0, 2.1), *three("gate", 1.9, 1.8)]
+def test_a_figure_draws_losses_and_what_they_differ_by() -> None:
+    """Of each seed with the first arm's on the same rows: a seed that this lacks has no part in it."""
+    rows = [*three("lora", 2.0, 2.1), *three("gate", 1.9, 1.8, 9.9)]
     drawn = ElementTree.fromstring(figure(rows, RATE))
-    curves = drawn.findall("{*}polyline")
-    assert len(curves) == 2
-    for curve in curves:
-        heights = [float(point.split(",")[1]) for point in (curve.get("points") or "").split()]
-        assert heights[0] < heights[-1], "a loss that falls is drawn lower"
+    loss, less = (heights(drawn, name) for name in ("loss", "difference"))
+    assert len(loss) == 2 and len(less) == 1
+    for curve in loss:
+        assert curve[0] < curve[-1], "a loss that falls is drawn lower"
+    assert less == heights(ElementTree.fromstring(figure(rows[:-1], RATE)), "difference")
     assert "lora (n = 2)" in figure(rows, RATE)
     with pytest.raises(SystemExit, match="no runs of the core"):
         figure(three("dora", 2.0), RATE)
+
+
+def test_a_difference_is_taken_step_by_step_of_each_seed() -> None:
+    def run(seed: int, *losses: float) -> Row:
+        return {"seed": seed, "curve": {"tokens": [8, 16, 24][: len(losses)], "loss": list(losses)}}
+
+    first = {0: run(0, 3.0, 2.0, 9.0), 1: run(1, 5.0, 4.0)}
+    tokens, losses = mean_curve([run(0, 2.5, 1.5, 1.0), run(1, 4.9, 3.9, 1.0)], first)
+    assert tokens.tolist() == [16], "a step that some seed lacks is left out, and the first"
+    assert losses.tolist() == pytest.approx([-0.3])
+
+
+def heights(drawn: ElementTree.Element, group: str) -> list[list[float]]:
+    """Of the points of each curve."""
+    curves = drawn.findall(f"{{*}}g[@id='{group}']/{{*}}polyline")
+    return [[float(point.split(",")[1]) for point in (curve.get("points") or "").split()] for curve in curves]
+
+
+def test_a_figure_shows_what_is_learned_and_forgotten_with_replay_that_has_no_curve() -> None:
+    rows = [*three("lora", 2.0, 2.1), *three("rslora", 1.9, 1.8), *three("replay-5", 3.0, 3.1)]
+    drawn = ElementTree.fromstring(figure(rows, RATE))
+    assert len(heights(drawn, "loss")) == 2
+    marks = drawn.findall("{*}g[@id='learned']/{*}circle")
+    across = [float(mark.get("cx") or "nan") for mark in marks]
+    assert across[1] < across[0] < across[2], "fewer bits of the new text stand to the left"
+    bars = drawn.findall("{*}g[@id='learned']/{*}line[@class='curve']")
+    assert len(bars) == 2 * len(marks)
+    alone = ElementTree.fromstring(figure(three("lora", 2.0), RATE))
+    assert heights(alone, "difference") == [] and len(heights(alone, "loss")) == 1
 
 
 def test_ticks_are_round_and_within() -> None:

@@ -387,7 +387,7 @@ def test_what_is_committed_was_executed_on_a_card(name: str) -> None:
     notebook = read(name)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     if not any(counts):
-        assert outputs(notebook) == []
+        assert list(outputs(notebook)) == []
         return
     assert counts == list(range(1, len(counts) + 1)), "execute it from top to bottom: CONTRIBUTING.md"
     assert re.match(r"NVIDIA \w.*, torch \d.*, CUDA \d", text_of(notebook, "card"))
