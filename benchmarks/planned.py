@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +34,7 @@ import torch
 from benchmarks.measuring import RESULTS, results_file
 from benchmarks.pages import with_part
 from benchmarks.shapes import SHAPES, folder_of, weight_bytes, write
-from benchmarks.table import RANK
+from benchmarks.table import OF_THE_WORK, RANK
 
 PAGE = Path(__file__).parent.parent / "docs" / "fused-step.md"
 BEGIN, END = "<!-- benchmarks.planned: begin -->", "<!-- benchmarks.planned: end -->"
@@ -137,14 +136,10 @@ def rows_of(folder: Path) -> list[Row]:
     return sorted(found, key=lambda row: row["call"])
 
 
-# Where kept tensors may go, and positions beyond the model's own: the plan takes both into account.
-_OF_THE_PLAN = re.compile(r" *--(training\.host_memory|model\.rope_scaling\.\w+) \S+")
-
-
 def belongs(row: Row) -> bool:
     """Whether a run of a real shape is as `steep train` comes, and has both figures."""
     has_both = row.get("planned_gib") is not None and row.get("peak_allocated_gib") is not None
-    as_it_is = row["r"] == RANK and not _OF_THE_PLAN.sub("", row["steep_args"]).strip()
+    as_it_is = row["r"] == RANK and not OF_THE_WORK.sub("", row["steep_args"]).strip()
     return has_both and as_it_is and row["gpu"] != "none" and row["fused"] and row["shape"] != "tiny"
 
 

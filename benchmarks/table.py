@@ -1,18 +1,20 @@
-"""Writes the README's table of training steps from `benchmarks/results/*-train.jsonl`.
+"""Writes the README's tables of training steps from `benchmarks/results/*-train.jsonl`.
 
     python -m benchmarks.table [--check]
 
 A column is a peer, a line a call: of each work the newest that timed steep and the libraries, and an older one where
 that has a peer which no newer one has. So all figures and ratios of a line are of one call. transformers + PEFT is the
 fastest of `hf`, `hf-flash` and `hf-varlen`. Only what the table says of itself is in it: real shapes at rank 256 on a
-GPU, and steep as it is by default, without `--steep-args`. With --check nothing is written, and the exit code is 1
-where the README is not in step.
+GPU, and steep as it is by default, without `--steep-args`. The second table is of the lean peers, of each work within
+its limit the newest: `--steep-args` say there how much host memory there was, and how positions were stretched. With
+--check nothing is written, and the exit code is 1 where the README is not in step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,9 +22,14 @@ from typing import Any
 
 from benchmarks.measuring import RESULTS
 from benchmarks.pages import with_part
+from benchmarks.shapes import SHAPES
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks.table: begin -->", "<!-- benchmarks.table: end -->"
+LEAN_BEGIN, LEAN_END = "<!-- benchmarks.table, lean: begin -->", "<!-- benchmarks.table, lean: end -->"
+LEAN = {"steep-lean": "NF4", "steep-fp8-lean": "e4m3"}  # the base
+# Where kept tensors may go, and positions beyond the model's own: no choice of how a step is computed.
+OF_THE_WORK = re.compile(r" *--(training\.host_memory|model\.rope_scaling\.\w+) \S+")
 RANK = 256
 STEEP, ALONE, FP8 = "steep", "steep-bare", "steep-fp8"
 LIBRARY = {"hf": "", "hf-flash": ", flash-attn", "hf-varlen": ", torch's flash kernels"}
@@ -46,8 +53,10 @@ def rows_of(folder: Path) -> list[Row]:
 def belongs(row: Row) -> bool:
     if "failed" in row or row["shape"] == "tiny" or row["gpu"] == "none":
         return False
-    as_it_is = row.get("fused", True) and not row.get("steep_args")  # a library's row says nothing of either
-    return row["r"] == RANK and as_it_is
+    given = row.get("steep_args", "")  # a library's row says nothing of it
+    if row["peer"] in LEAN:
+        given = OF_THE_WORK.sub("", given)
+    return row["r"] == RANK and row.get("fused", True) and not given
 
 
 def work_of(call: dict[str, Row]) -> str:
@@ -129,9 +138,38 @@ def table(rows: Iterable[Row]) -> str:
     )
 
 
+def lean_table(rows: Iterable[Row]) -> str:
+    """Markdown, of each work within its limit the newest, the smallest first; empty where there is none."""
+    order, newest = list(SHAPES), dict[tuple[Any, ...], Row]()
+    for row in rows:
+        if row["peer"] in LEAN:
+            work = order.index(row["shape"]), row["batch"] * row["seq"], row["batch"], row["peer"]
+            newest[*work, row["gpu"], row["cap_gib"]] = row
+    if not newest:
+        return ""
+    head = ("work", "base", "a step", "tokens/s", "peak, allocated", "reserved", "stretched positions")
+    body = []
+    for _, row in sorted(newest.items(), key=lambda each: (*each[0][:3], each[1]["peak_allocated_gib"])):
+        stretched = re.search(r"rope_scaling\.factor (\S+)", row["steep_args"])
+        body.append((
+            f"{row['gpu'].removeprefix('NVIDIA ')}, {row['shape']}, {row['batch']} × {row['seq']:,}", LEAN[row["peer"]],
+            f"{row['step_s']:.3g} s", f"{row['tokens_per_second']:,.0f}", f"{row['peak_allocated_gib']:.1f} GiB",
+            f"{row['peak_reserved_gib']:.1f} GiB", f"{stretched[1]}×" if stretched else "–",
+        ))  # fmt: skip
+    return "\n".join(
+        [
+            "The same training with weights updated inside the backward pass (so without clipping by the norm of all",
+            "gradients), the optimizer's states in host memory, and of what layers keep as much as the limit asks for.",
+            "",
+            *(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)),
+        ]
+    )
+
+
 def in_step(text: str, rows: Iterable[Row]) -> str:
-    """The README's text with the table of `rows` between its marks."""
-    return with_part(text, BEGIN, END, table(rows))
+    """The README's text with the tables of `rows` between their marks."""
+    rows = list(rows)
+    return with_part(with_part(text, BEGIN, END, table(rows)), LEAN_BEGIN, LEAN_END, lean_table(rows))
 
 
 def main() -> None:

@@ -220,10 +220,11 @@ def test_all_figures_of_a_line_are_of_one_call() -> None:
         with_unsloth
         == f"{work[:-3]}, on 1 | 0.300 s, 10.0 GiB | – | 0.750 s, 10.0 GiB (2.50×) | 0.450 s, 10.0 GiB (1.50×) |"
     )
-    text = f"a\n{table.BEGIN}\nold\n{table.END}\nb"
+    lean = f"{table.LEAN_BEGIN}\n{table.LEAN_END}"
+    text = f"a\n{table.BEGIN}\nold\n{table.END}\nb\n{lean}"
     assert newest in table.in_step(text, rows)
     assert table.in_step(table.in_step(text, rows), rows) == table.in_step(text, rows)
-    assert table.in_step(text, []) == f"a\n{table.BEGIN}\n{table.END}\nb"
+    assert table.in_step(text, []) == f"a\n{table.BEGIN}\n{table.END}\nb\n{lean}"
 
 
 def test_the_table_shows_steep_within_its_limit_against_the_libraries_without_one() -> None:
@@ -290,6 +291,30 @@ def test_what_the_table_says_nothing_of_is_not_in_it(other: dict[str, Any], tmp_
     newer = [timed("steep", 0.1, "2", **other), timed("hf", 0.2, "2", **{"fused": True, **other, "steep_args": ""})]
     (tmp_path / "a-train.jsonl").write_text("\n".join(map(json.dumps, rows + newer)) + "\n")
     assert table.table(table.rows_of(tmp_path)) == table.table(rows)
+
+
+def test_the_lean_table_has_each_work_within_its_limit_once(tmp_path: Path) -> None:
+    def lean(step_s: float, call: str, **fields: object) -> dict[str, Any]:
+        seen = {"fused": True, "tokens_per_second": 4096 / step_s, "peak_reserved_gib": 11.5, "cap_gib": 10.0}
+        return timed("steep-lean", step_s, call, **{**seen, **fields})
+
+    rope = "--model.rope_scaling"
+    rows = [
+        lean(9.0, "1", batch=1, seq=65536, cap_gib=22.0, steep_args=" --training.host_memory 96GiB"),
+        lean(0.5, "2"), lean(0.4, "3"), lean(0.3, "4", cap_gib=16.0, peak_allocated_gib=15.5),
+        lean(20.0, "5", batch=1, seq=262144, steep_args=f" --training.host_memory 9GiB {rope}.rope_type linear {rope}.factor 2"),
+        lean(0.1, "6", cap_gib=8.0, steep_args=" --training.host_memory 9GiB --model.fused off"),
+        lean(0.1, "7", cap_gib=7.0, fused=False), timed("steep", 0.2, "8"), timed("hf", 0.4, "8"),
+    ]  # fmt: skip
+    (tmp_path / "a-train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    found = table.rows_of(tmp_path)
+    assert [line for line in table.lean_table(found).splitlines() if line.startswith("| H200")] == [
+        "| H200, llama-3-8b, 2 × 2,048 | NF4 | 0.4 s | 10,240 | 10.0 GiB | 11.5 GiB | – |",
+        "| H200, llama-3-8b, 2 × 2,048 | NF4 | 0.3 s | 13,653 | 15.5 GiB | 11.5 GiB | – |",
+        "| H200, llama-3-8b, 1 × 65,536 | NF4 | 9 s | 455 | 10.0 GiB | 11.5 GiB | – |",
+        "| H200, llama-3-8b, 1 × 262,144 | NF4 | 20 s | 205 | 10.0 GiB | 11.5 GiB | 2× |",
+    ]
+    assert len(lines_of(found)) == 1 and table.lean_table(found[-2:]) == ""
 
 
 # ---- benchmarks.train
