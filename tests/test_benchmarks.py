@@ -298,11 +298,11 @@ def test_the_lean_table_has_each_work_within_its_limit_once(tmp_path: Path) -> N
         seen = {"fused": True, "tokens_per_second": 4096 / step_s, "peak_reserved_gib": 11.5, "cap_gib": 10.0}
         return timed("steep-lean", step_s, call, **{**seen, **fields})
 
-    rope = "--model.rope_scaling"
+    stretched = "--model.rope_scaling.rope_type linear --model.rope_scaling.factor 2"
     rows = [
         lean(9.0, "1", batch=1, seq=65536, cap_gib=22.0, steep_args=" --training.host_memory 96GiB"),
         lean(0.5, "2"), lean(0.4, "3"), lean(0.3, "4", cap_gib=16.0, peak_allocated_gib=15.5),
-        lean(20.0, "5", batch=1, seq=262144, steep_args=f" --training.host_memory 9GiB {rope}.rope_type linear {rope}.factor 2"),
+        lean(20.0, "5", batch=1, seq=262144, steep_args=f" --training.host_memory 9GiB {stretched}"),
         lean(0.1, "6", cap_gib=8.0, steep_args=" --training.host_memory 9GiB --model.fused off"),
         lean(0.1, "7", cap_gib=7.0, fused=False), timed("steep", 0.2, "8"), timed("hf", 0.4, "8"),
     ]  # fmt: skip
