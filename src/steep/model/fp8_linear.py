@@ -27,6 +27,9 @@ class Fp8Linear(nn.Linear):
         weight: e4m3 [out_features, in_features], the codes.
         scale: fp32 [out_features], or of blocks of 128 x 128.
         compute_dtype: what products run in; PEFT puts adapters on the layer in it.
+
+    Raises:
+        UserError: in `forward`, codes that are to be trained, as PEFT's `modules_to_save` would: they get no gradient.
     """
 
     scale: torch.Tensor
@@ -45,6 +48,13 @@ class Fp8Linear(nn.Linear):
         return Fp8Weight(self.weight.data, self.scale)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.weight.requires_grad:
+            raise UserError(
+                "model",
+                f"a layer of {self.out_features} x {self.in_features} in e4m3 is to be trained itself, and codes get no "
+                "gradient",
+                "Freeze it, leave it out of modules_to_save, and train an adapter on it; or load the base in 16 bits.",
+            )
         device = input.device.type
         with_autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if with_autocast else self.compute_dtype
