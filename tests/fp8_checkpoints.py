@@ -33,6 +33,7 @@ def compressed(strategy: str = "channel") -> dict[str, Any]:
         "ignore": ["lm_head", IGNORED],
         "kv_cache_scheme": None,
         "sparsity_config": {},
+        "transform_config": {},
     }
 
 

@@ -219,6 +219,7 @@ def changed(settings: dict[str, Any], **values: Any) -> dict[str, Any]:
         (changed(compressed(), group__input_activations__dynamic=False), "activations whose scales are fixed"),
         (changed(compressed(), group__output_activations={"num_bits": 8}), "quantised outputs"),
         (changed(compressed(), sparsity_config={"format": "sparse-24-bitmask"}), "sparse weights"),
+        (changed(compressed(), transform_config={"config_groups": {"v": {"type": "hadamard"}}}), "by a transform"),
         ({"quant_method": "gptq", "bits": 4}, "stored quantised by gptq"),
     ],
 )

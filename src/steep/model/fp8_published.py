@@ -143,6 +143,8 @@ def _compressed(settings: Mapping[str, Any]) -> str | None:
         return "a quantised cache (kv_cache_scheme)"
     if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
         return "sparse weights (sparsity_config)"
+    if (settings.get("transform_config") or {}).get("config_groups"):
+        return "weights turned by a transform (transform_config)"
     groups: Any = settings.get("config_groups") or {}
     for name, group in groups.items():
         weights, inputs = group.get("weights") or {}, group.get("input_activations")
