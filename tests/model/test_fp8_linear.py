@@ -127,10 +127,10 @@ def test_codes_that_are_to_be_trained_are_refused() -> None:
     """They would stay as they are, and nothing would say so."""
     whole = LoraConfig(r=4, target_modules=["0"], modules_to_save=["1"])
     model = get_peft_model(nn.Sequential(layer(72, 72), layer()), whole)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UserError, match=r"40 x 72 in e4m3 is to be trained itself.* leave it out of modules_to_save"):
+    with pytest.raises(UserError, match=r"40 x 72 is to be trained in e4m3.* leave it out of modules_to_save"):
         model(rows())
-    model.base_model.model[1].modules_to_save.requires_grad_(False)  # pyright: ignore[reportArgumentType, reportIndexIssue]
-    model(rows()).sum().backward()
+    model.requires_grad_(False)
+    model(rows())
 
 
 # ---- as a module

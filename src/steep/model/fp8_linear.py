@@ -51,8 +51,7 @@ class Fp8Linear(nn.Linear):
         if self.weight.requires_grad:
             raise UserError(
                 "model",
-                f"a layer of {self.out_features} x {self.in_features} in e4m3 is to be trained itself, and codes get no "
-                "gradient",
+                f"a layer of {self.out_features} x {self.in_features} is to be trained in e4m3, and gets no gradient",
                 "Freeze it, leave it out of modules_to_save, and train an adapter on it; or load the base in 16 bits.",
             )
         device = input.device.type
