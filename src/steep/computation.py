@@ -19,7 +19,7 @@ from steep.model.fp8_published import has_blocks
 from steep.model.layer import Layer
 from steep.model.load import QUANTISED, resolve_base, resolve_compute_dtype
 from steep.model.machine import Card
-from steep.model.quantisable import quantisable
+from steep.model.quantisable import check_quantisable, quantisable
 from steep.model.resolve import ResolvedModel
 from steep.ops.fp8_groups import Fp8Products
 from steep.rates import Rates, hidden_from
@@ -103,6 +103,7 @@ class Ground:
         """
         model, layers = config.model, None if self.layer is None else [self.layer]
         base = resolve_base(model.base, self.resolved)
+        check_quantisable(self.empty, base)
         check_adapter(config, base, self.resolved)
         compute = resolve_compute_dtype(model.compute_dtype, base, self.card)
         trained = resolve_trained_dtype(config, layers is not None, compute, self.before)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from steep.errors import UserError
 from steep.model import fp8_loading
@@ -24,9 +24,11 @@ from steep.model.load import DTYPES, load
 from steep.model.resolve import resolve
 from steep.model.stored_weights import check_finite, check_stored
 from steep.ops.fp8 import fp8_reference, quantise_weight
+from steep.plan import plan_run
 from tests.fp8_checkpoints import FINE_GRAINED, IGNORED, compressed, publish
 from tests.ops.closeness import error
-from tests.tiny import FAMILIES, save_tiny, tiny_model
+from tests.test_run import run_file
+from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 FORMATS: dict[str, dict[str, Any]] = {
     "fine-grained": FINE_GRAINED,
@@ -106,6 +108,20 @@ def test_what_it_says_beside_weights_is_taken(llama_folder: Path) -> None:
 def test_a_tied_head_stays_tied(tmp_path: Path) -> None:
     model, _ = load(str(save_tiny("llama", tmp_path, tied=True)), base="fp8")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_model_without_a_layer_for_it_is_refused(korean_corpus: Path, tmp_path: Path) -> None:
+    """Falcon's linear layers are of its own class. The base would be called fp8 and be in 16 bits."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 384}
+    falcon = FalconForCausalLM(FalconConfig(**shape, bos_token_id=1, eos_token_id=2))  # pyright: ignore[reportArgumentType]
+    for each in (falcon, tiny_tokenizer()):
+        each.save_pretrained(tmp_path / "falcon")
+    refused = r"^model\.base: FalconForCausalLM has no nn\.Linear before its head.* Set model\.base: bf16"
+    with pytest.raises(UserError, match=refused):
+        load(str(tmp_path / "falcon"), base="fp8")
+    run = {"model": {"base": "fp8"}, "adapter": {"target_modules": ["query_key_value"], "modules_to_save": []}}
+    with pytest.raises(UserError, match=refused):
+        plan_run(run_file(tmp_path / "falcon", korean_corpus, tmp_path / "run", **run))
 
 
 def test_shards_are_read(tmp_path: Path, llama_folder: Path) -> None:
@@ -262,6 +278,12 @@ def other_weight(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(130, 1)
 
 
+def all_in_16_bits(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn]:
+        tensors[name] = tensors[name].to(torch.bfloat16)
+        del tensors[f"{name}_scale"]
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
@@ -270,6 +292,7 @@ def other_weight(tensors: dict[str, torch.Tensor]) -> None:
         (head_in_e4m3, r"lm_head\.weight in e4m3, and it is not the weight of a linear layer before the head"),
         (whole_numbers, r"up_proj\.weight as I8"),
         (no_weight, r"does not hold model\.layers\.0\.mlp\.up_proj\.weight"),
+        (all_in_16_bits, r"says that it is stored in e4m3, and it holds no such tensor"),
         (other_weight, r"up_proj\.weight as 130 x 64, and its config\.json makes it 128 x 64"),
     ],
 )

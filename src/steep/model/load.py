@@ -18,6 +18,7 @@ from steep.model.fp8_published import is_published_fp8
 from steep.model.gguf import convert
 from steep.model.loading_progress import Progress, tensors_told
 from steep.model.machine import Card, card_here
+from steep.model.quantisable import check_quantisable
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.model.safety import check_weights_in_safetensors
 from steep.model.stored_weights import check_finite, check_stored
@@ -139,6 +140,7 @@ def _load_fp8(
     resolved: ResolvedModel, compute: torch.dtype, attn_implementation: str, progress: Progress | None
 ) -> Any:
     empty = empty_model(resolved, attn_implementation)
+    check_quantisable(empty, "fp8")
     check_stored(resolved, empty)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with attention_refused(attn_implementation):

@@ -131,11 +131,14 @@ def _take_published(
     """Check the tensors of a checkpoint that is published in e4m3, and take the scales out of `stored`.
 
     Raises:
-        UserError: e4m3 in another place than the weight of a linear layer, a scale that is missing or of another shape,
-            or a tensor in another quantised type.
+        UserError: no tensor is in e4m3, one in another place than the weight of a linear layer is, a scale is missing
+            or of another shape, or a tensor is in another quantised type.
     """
     quantization: Any = resolved.quantization
     linear = set(quantisable(empty))
+    if STORED_E4M3 not in kinds.values():
+        problem = f"the config.json of {resolved.name} says that it is stored in e4m3, and it holds no such tensor"
+        raise UserError(field, problem, "Give the config.json and the weights that belong together.")
     for name in [name for name, kind in kinds.items() if kind == STORED_E4M3]:
         layer, _, last = name.rpartition(".")
         if layer not in linear or last != "weight":
