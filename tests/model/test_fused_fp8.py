@@ -173,6 +173,17 @@ def test_what_is_not_in_fp8_is_said_once(caplog: pytest.LogCaptureFixture) -> No
     assert not fused_of(whole).said
 
 
+def test_a_first_layer_in_16_bits_does_not_speak_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publishers often leave it so."""
+    monkeypatch.setattr(decoder, "has_fp8_units", lambda device: True)
+    model = tiny_model("llama")
+    first = tuple(name for name, module in model.model.layers.named_modules() if type(module) is nn.Linear)[:7]
+    assert all(name.startswith("0.") for name in first)
+    model = install(stored(model, but=first), levels=1)
+    loss_and_gradients(model, packed())
+    assert fused_of(model).fp8 == "both"
+
+
 @pytest.mark.parametrize("products", ["both", "backward"])
 def test_what_no_group_can_have_is_refused(products: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plain: Any = tiny_model("llama")

@@ -266,7 +266,7 @@ class FusedDecoder(nn.Module):
     def _fp8(self) -> Fp8Products:
         fused = self.fused
         if fused.fp8 is None:
-            stored = any(isinstance(module, Fp8Linear) for module in self.layers[0].modules())
+            stored = any(isinstance(module, Fp8Linear) for layer in self.layers for module in layer.modules())
             fused.fp8 = "both" if stored and has_fp8_units(self.norm.weight.device) else "none"
         return fused.fp8
 
