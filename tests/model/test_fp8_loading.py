@@ -19,7 +19,7 @@ from steep.model.adapters import add_adapters
 from steep.model.attention import attention
 from steep.model.empty import empty_model
 from steep.model.fp8_linear import Fp8Linear
-from steep.model.fp8_published import expanded_scale
+from steep.model.fp8_published import expanded_scale, has_blocks
 from steep.model.load import DTYPES, load
 from steep.model.resolve import resolve
 from steep.model.stored_weights import check_finite, check_stored
@@ -199,6 +199,11 @@ def test_a_published_checkpoint_loads_as_it_is_and_trains(published: Path) -> No
         optimizer.step()
         optimizer.zero_grad()
     assert peft_model(ids(), labels=ids()).loss < 0.9 * before
+
+
+def test_what_a_plan_reads_of_a_config_is_what_is_stored() -> None:
+    assert [has_blocks(settings) for settings in FORMATS.values()] == [True, False, False, True, False]
+    assert has_blocks({"quant_method": "fp8"}) and not has_blocks(None)  # the former as transformers reads it
 
 
 def test_it_is_kept_as_it_is_stored(published: Path) -> None:

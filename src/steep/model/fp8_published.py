@@ -35,7 +35,7 @@ def has_blocks(quantization: Mapping[str, Any] | None) -> bool:
     if quantization is None:
         return False
     if quantization.get("quant_method") == FINE_GRAINED:
-        return quantization.get("weight_block_size") is not None
+        return quantization.get("weight_block_size", BLOCK) is not None  # without a word on it transformers takes 128
     groups: Any = quantization.get("config_groups") or {}
     return any((group.get("weights") or {}).get("strategy") == "block" for group in groups.values())
 
