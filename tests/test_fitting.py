@@ -292,7 +292,7 @@ def test_amounts_that_do_nothing_or_are_not_there_are_told(monkeypatch: pytest.M
     names = "training.vram and training.host_memory and training.offload_optimizer"
     assert remarks(given, None, {"states": 2**31}) == [f"there is no GPU, and without one nothing is done by {names}."]
     (beyond,) = remarks(given, card, {"states": 2**31})
-    assert "fills 2 GiB of host memory, and the system reports 1 GiB available" in beyond
+    assert "fills 2.00 GiB of host memory, and the system reports 1.00 GiB available" in beyond
     for training, there, needed in (
         ({}, None, 2**31),
         ({"vram": "24GiB", "host_memory": "64GiB"}, None, 2**31),  # planned for a card of that size
@@ -355,7 +355,7 @@ def test_auto_refuses_above_what_it_would_fill() -> None:
     nearly = far(memory=31e9, free=31e9)  # it would go in, with no room for gaps
     assert nearly.is_refused and nearly.peak < 31e9
     text = str(far(free=20e9).error())
-    assert text.startswith("training.vram: a step needs about 2") and "(18.6 GiB are free)" in text
+    assert text.startswith("training.vram: a step needs about 2") and "(18.63 GiB are free)" in text
     assert "What fits, nearest first: training." in text and "training.host_memory: 32GiB (" in text
     assert "; or data.max_length: 512 (" in text
     assert "To try it all the same: training.vram: " in text and "\n" not in text
@@ -464,7 +464,7 @@ def test_a_batch_that_no_card_holds_is_refused_at_once(rows: int, length: int, f
 
 def test_an_alternative_in_words() -> None:
     told = str(Alternative({"training.gradient_checkpointing": None, "adapter.r": 64}, 3 * 2**30))
-    assert told == "training.gradient_checkpointing: null with adapter.r: 64 (3 GiB)"
+    assert told == "training.gradient_checkpointing: null with adapter.r: 64 (3.00 GiB)"
 
 
 # ---- from the run file

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from steep import hand_over, result
+from steep.amounts import human_bytes
 from steep.config import parse_config, recorded_config
 from steep.errors import RunError, UserError
 from steep.evaluation.perplexity import evaluate
@@ -33,7 +34,7 @@ from steep.result import evaluate_run, generate_run, load_result
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
-from steep.terminal import Terminal, fused_line, human_bytes
+from steep.terminal import Terminal, fused_line
 from steep.verify_resume import compare
 from tests.command_line import Steep
 from tests.faults.command import ForkServer, torchrun

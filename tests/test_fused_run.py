@@ -653,7 +653,7 @@ def test_an_amount_of_vram_is_planned_for_without_a_card(
         return plan.choices.levels, " ".join(plan.warnings)
 
     levels, warned = planned("1MiB", "bf16")
-    assert levels == [3, 3] and "and 1 MiB of the card may be filled" in warned and "there is no GPU" not in warned
+    assert levels == [3, 3] and "and 1.0 MiB of the card may be filled" in warned and "there is no GPU" not in warned
     whole = sum(plan_run(fused_file(llama_folder, korean_corpus, tmp_path / "run")).memory.values())
     between = f"{(WORKSPACES + 0.8 * whole) / 2**20:.3f}MiB"
     in_bf16, _ = planned(between, "bf16")

@@ -103,7 +103,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints(scene: Scene, steep: Steep, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(GIB, GIB - 2**20, 2**20))  # pyright: ignore[reportAttributeAccessIssue]
     for name in ("plan", "train"):
         said = steep(name, scene.file)
-        assert_one_error_line(said, "training.output_dir: ", " 1 MiB free", "save_total_limit")
+        assert_one_error_line(said, "training.output_dir: ", " 1.0 MiB free", "save_total_limit")
     assert not scene.run.exists()
 
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from steep.amounts import human_bytes
 from steep.computation import Ground, Sizes
 from steep.duration import Pace
 from steep.errors import UserError
 from steep.fitting import changed
 from steep.fp8_choice import FIELD, dequantised, why_none
-from steep.memory import in_gib
 from steep.model.load import QUANTISED
 from steep.model.machine import Card
 from steep.schema import RunConfig
@@ -117,6 +117,6 @@ def _chosen(config: RunConfig, ground: Ground, card: Card, budget: int) -> tuple
         return ELSE, f"{FIELD} is {asked}" if asked != "auto" else why_none(FASTER, compute, layers)
     peak = ground.sized(faster, computation).peak
     if peak > budget:
-        return ELSE, f"over fp8 a step needs {in_gib(peak)}, and may fill {in_gib(budget)}"
+        return ELSE, f"over fp8 a step needs {human_bytes(peak)}, and may fill {human_bytes(budget)}"
     assert layers is not None  # they are fused
     return FASTER, "; ".join(["the card multiplies in fp8, and a step fits", *dequantised(layers, compute)])

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from steep import ranks
+from steep.amounts import human_bytes
 from steep.computation import Computation, Ground, Sizes
 from steep.errors import UserError
-from steep.memory import GIB, in_gib
+from steep.memory import GIB
 from steep.model.block import LEVELS, Place
 from steep.model.layer import Layer
 from steep.model.machine import Card
@@ -46,7 +47,7 @@ class Alternative:
 
     def __str__(self) -> str:
         named = [f"{name}: {'null' if value is None else value}" for name, value in self.settings.items()]
-        return f"{' with '.join(named)} ({in_gib(self.peak)})"
+        return f"{' with '.join(named)} ({human_bytes(self.peak)})"
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ class Shortfall:
     def problem(self) -> str:
         of_card = "of the card"
         if self.card is not None:
-            of_card = f"of the {in_gib(self.card.memory)} of the {self.card.name}"
+            of_card = f"of the {human_bytes(self.card.memory)} of the {self.card.name}"
             if self.card.is_here:
-                of_card += f" ({in_gib(self.card.free)} are free)"
+                of_card += f" ({human_bytes(self.card.free)} are free)"
         return (
-            f"a step needs about {in_gib(self.peak)}, and {in_gib(self.budget)} {of_card} may be filled "
+            f"a step needs about {human_bytes(self.peak)}, and {human_bytes(self.budget)} {of_card} may be filled "
             f"(training.vram: {self.vram})"
         )
 

@@ -31,11 +31,6 @@ UPDATE_SCRATCH = round(0.4 * GIB)
 WORKSPACES = round(0.15 * GIB)
 
 
-def in_gib(count: float) -> str:
-    """An amount as messages show it: ``7.95 GiB``; below 0.01 GiB ``1 MiB``."""
-    return f"{count / GIB:.3g} GiB" if count >= 0.01 * GIB else f"{count / 2**20:.3g} MiB"
-
-
 @dataclass(frozen=True)
 class Shape:
     """Counts that a model's memory follows from.

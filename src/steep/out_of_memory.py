@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 import torch
 
+from steep.amounts import human_bytes
 from steep.errors import RunError
 from steep.machine_faults import PINNED, place_that_ran_out
 from steep.memory import masters_kept
 from steep.model.block import LEVELS
 from steep.plan import Plan
 from steep.settings import could_be_lean, uses_checkpointing, why_not_summed_in_fp32
-from steep.terminal import human_bytes
 from steep.training.adamw8bit import ADAMW_8BIT
 
 

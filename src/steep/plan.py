@@ -12,6 +12,7 @@ import torch
 
 from steep import ranks
 from steep.advice import advice
+from steep.amounts import human_bytes
 from steep.bases import Base, bases_of, with_base
 from steep.calibration import measured_here, with_attention
 from steep.computation import Ground
@@ -23,7 +24,7 @@ from steep.fitting import Shortfall, changed, shortfall_of
 from steep.fp8_choice import dequantised
 from steep.fusing import decide
 from steep.generation import prompt_ids_of
-from steep.memory import Shape, in_gib
+from steep.memory import Shape
 from steep.model.adapters import check_embeddings, check_rank
 from steep.model.choices import Choices
 from steep.model.embeddings import untie
@@ -423,8 +424,8 @@ def _work_out(
     if to_train and folder.free_bytes() + folder.kept_bytes() < sum(disk.values()):
         raise UserError(
             "training.output_dir",
-            f"the disk of {folder.path} has {in_gib(folder.free_bytes())} free, and the run needs about "
-            f"{in_gib(sum(disk.values()))} for its checkpoints and its result",
+            f"the disk of {folder.path} has {human_bytes(folder.free_bytes())} free, and the run needs about "
+            f"{human_bytes(sum(disk.values()))} for its checkpoints and its result",
             "Give another folder, or lower training.save_total_limit or adapter.r.",
         )
     return plan

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from steep.amounts import human_bytes, human_seconds
 from steep.errors import one_line
 
 if TYPE_CHECKING:  # this file is imported before the libraries
@@ -28,24 +29,6 @@ if TYPE_CHECKING:  # this file is imported before the libraries
     from steep.data.token_file import Progress as Tokenised
 
 _PLAIN_SECONDS = 10  # between two progress lines in a pipe
-
-
-def human_seconds(seconds: float) -> str:
-    """8040 → ``2.2 h``."""
-    if seconds < 99.5:
-        return f"{seconds:.2g} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.2g} min"
-    return f"{seconds / 3600:.2g} h" if seconds < 99.5 * 3600 else f"{seconds / 3600:,.0f} h"
-
-
-def human_bytes(count: float) -> str:
-    """1536 → ``1.5 KiB``."""
-    for unit, decimals in (("B", 0), ("KiB", 1), ("MiB", 1), ("GiB", 2)):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.{decimals}f} {unit}"
-        count /= 1024
-    raise AssertionError
 
 
 def why_no_loss(row: Mapping[str, Any]) -> str:

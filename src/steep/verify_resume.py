@@ -29,11 +29,12 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from steep import ranks
+from steep.amounts import human_bytes
 from steep.errors import RunError, UserError
 from steep.plan import plan_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
-from steep.terminal import Terminal, human_bytes
+from steep.terminal import Terminal
 from steep.training.checkpoint import checkpoints, step_of
 from steep.training.state_files import load_state
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 
 from steep import ranks
+from steep.amounts import human_bytes
 from steep.errors import UserError
-from steep.memory import in_gib
 from steep.model.machine import Card, available_on_host, room_on_host
 from steep.schema import VRAM, TrainingSection
 
@@ -65,11 +65,11 @@ def check_host(host: Mapping[str, int], limit: float, *, goes_on: bool) -> None:
     locked = {name: size for name, size in host.items() if name != "copy of a checkpoint" and size}
     if locked and sum(host.values()) > limit:
         again = ", and gradient_checkpointing: true, with --allow training.gradient_checkpointing, chooses again"
-        parts = " and ".join(f"{in_gib(size)} of {name}" for name, size in locked.items())
+        parts = " and ".join(f"{human_bytes(size)} of {name}" for name, size in locked.items())
         raise UserError(
             "training.host_memory",
             f"the run has {parts} in host memory, and with a copy of a checkpoint needs "
-            f"{in_gib(sum(host.values()))} there; {in_gib(limit)} may be filled",
+            f"{human_bytes(sum(host.values()))} there; {human_bytes(limit)} may be filled",
             "Free some, or give the amount that there is; training.offload_optimizer: none leaves the states on the "
             f"card{again if goes_on else ''}.",
         )
@@ -90,7 +90,7 @@ def remarks(training: TrainingSection, card: Card | None, host: Mapping[str, int
         needed, there = sum(host.values()), available_on_host()
         if needed > there:
             return [
-                f"the run fills {in_gib(needed)} of host memory, and the system reports {in_gib(there)} "
+                f"the run fills {human_bytes(needed)} of host memory, and the system reports {human_bytes(there)} "
                 f"available: training.host_memory: {training.host_memory} is taken at its word, and where there "
                 "is less the system ends the run."
             ]

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from steep.amounts import human_bytes
 from steep.errors import UserError
 from steep.report import comparison, figures
 from steep.report.accounts import (
@@ -36,7 +37,6 @@ from steep.report.curves import charts, smooth, smoothing_span
 from steep.report.read import Run, read_runs
 from steep.report.verdict import changes, headline
 from steep.run_folder import RunFolder
-from steep.terminal import human_bytes
 
 PARTS = {
     "verdict": "Verdict",

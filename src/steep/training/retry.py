@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from steep import ranks
+from steep.amounts import human_bytes
 from steep.machine_faults import place_that_ran_out
 from steep.model.install import is_installed
 from steep.model.leaner import make_leaner
@@ -107,8 +108,8 @@ def retry_of(trainer: Any, compute: Compute) -> Retry | None:
 def _missed(planned: int | None) -> str:
     """The plan beside what was found."""
     used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    found = "the peak is not known" if used is None else f"{used / 2**30:.2f} GiB were in use at the peak"
-    return found if planned is None else f"{planned / 2**30:.2f} GiB were planned for a step, and {found}"
+    found = "the peak is not known" if used is None else f"{human_bytes(used)} were in use at the peak"
+    return found if planned is None else f"{human_bytes(planned)} were planned for a step, and {found}"
 
 
 def _random_states() -> list[torch.Tensor]:
