@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ AUTO = {"name": "x", "base": "auto"}
     [
         ("H200", {}, "fp8", "the card multiplies in fp8, and a step fits"),
         ("4090", {"training": {"per_device_train_batch_size": 1}}, "fp8", "a step fits"),
-        ("H200", {"training": {"vram": "12GiB"}}, "nf4", "over fp8 a step needs "),
+        ("H200", {"training": {"vram": "12GiB"}}, "nf4", " more than it may fill"),
         ("A100-80", {}, "nf4", "the card has no fp8 units"),
         ("H200", {"model": {**AUTO, "fused": "off"}}, "nf4", "of fused steps"),
         ("H200", {"model": {**AUTO, "fp8_products": "none"}}, "nf4", "model.fp8_products is none"),
@@ -166,6 +167,24 @@ def test_auto_is_fp8_where_the_card_multiplies_in_it_and_a_step_fits(
         assert with_base(config, replace(ground, before=Choices(True, "bf16"))) == (config, None), "it goes on"
         ground.resolved.quantization = {"load_in_4bit": True}  # pyright: ignore[reportAttributeAccessIssue]
         assert with_base(config, ground) == (config, None)
+
+
+def test_what_would_keep_fp8_is_said_with_what_is_missing() -> None:
+    """And planned: with it `auto` is fp8."""
+
+    def chosen(**training: Any) -> tuple[str, str]:
+        sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, **training}
+        config = config_of(model=AUTO, training=sizes)
+        config, why = with_base(config, ground_of(config, card_named("4090")))
+        return config.model.base, why or ""
+
+    assert chosen(vram="19.5GiB")[0] == "nf4" and "would" not in chosen(vram="10GiB")[1]
+    why = chosen(vram="19.5GiB")[1]
+    missing = re.search(r"a step needs (\S+) GiB, (\S+) (GiB|MiB) more than it may fill; with (\S+): (\S+) \(", why)
+    assert missing, why
+    needed, more, unit, name, value = missing.groups()
+    assert float(needed) - 19.5 == pytest.approx(float(more) / (1 if unit == "GiB" else 1024), abs=0.01)
+    assert chosen(vram="19.5GiB", **{name.split(".")[1]: value})[0] == "fp8"
 
 
 def test_products_that_are_not_in_fp8_are_named() -> None:

@@ -31,8 +31,12 @@ from tests.test_fused_run import config_of, empty_llama
 from tests.test_run import run_file
 
 BATCH, PARTS = "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
-# Fewer rows at a time make more parts; embeddings that stay as they are have no states to be elsewhere.
-GO_ALONG = {BATCH: PARTS, "adapter.modules_to_save": "training.offload_optimizer"}
+# Fewer rows at a time make more parts, whose gradients wait for each other, or are clipped; embeddings that stay as
+# they are have no states to be elsewhere.
+TOGETHER = (
+    {BATCH, PARTS, "training.optimizer_in_backward", "training.max_grad_norm"},
+    {"adapter.modules_to_save", "training.offload_optimizer"},
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +72,13 @@ def settings_of(found: Shortfall | None) -> list[dict[str, Any]]:
     return [each.settings for each in found.nearest]
 
 
-def peak_of(config: RunConfig, card: Card, shape: str) -> int:
-    """As the run itself would plan it."""
+def peak_of(config: RunConfig, card: Card, shape: str) -> float:
+    """As the run itself would plan it; infinite where that refuses its settings."""
     ground = ground_of(config, card, shape)
+    try:
+        training_arguments(config, None, fused=True, branch=False)
+    except UserError:
+        return math.inf
     return ground.sized(config, ground.computation(config)).peak
 
 
@@ -95,6 +103,15 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "training": {"offload_optimizer": "embeddings", "vram": "7GiB", BATCH.split(".")[1]: 1},
         },
     ),
+    "8B on a card for games": ("3060", "llama-3-8b", {}),
+    "8B there, of a step of 16 rows": ("3060", "llama-3-8b", {"training": {PARTS.split(".")[1]: 8}}),
+    "8B there, in fp32": (
+        "3060", "llama-3-8b",
+        {
+            "model": {"base": "bf16", "trained_dtype": "fp32"},
+            "training": {"optim": "adamw_torch", PARTS.split(".")[1]: 8},
+        },
+    ),
     "updates inside backward": (
         "4090", "llama-3-8b",
         {
@@ -117,24 +134,23 @@ def test_what_is_proposed_fits_and_nothing_of_it_can_be_left_out(name: str) -> N
     assert found.is_refused == (config.training.vram == "auto" or found.peak > there.memory)
     for each in found.nearest:
         assert peak_of(changed(config, each.settings), there, shape) == each.peak <= found.budget
-        training_arguments(
-            changed(config, each.settings), None, fused=True, branch=False
-        )  # which refuses what does not go
         steps = [changed(config, each.settings), config]
         rows = [c.training.per_device_train_batch_size * c.training.gradient_accumulation_steps for c in steps]
-        assert rows[0] == rows[1]
-        names = turned(each)
-        if len(names) > 1:
-            for left_out in names:
-                pair = (left_out, GO_ALONG.get(left_out))
-                fewer = {name: value for name, value in each.settings.items() if name not in pair}
-                assert peak_of(changed(config, fewer), there, shape) > found.budget
-    assert all(len(turned(each) - {BATCH}) <= 1 for each in found.nearest[1:])
+        assert rows[0] == rows[1] or f"with {rows[0]} in place of {rows[1]} rows a step" in each.changes
+        assert ("without clipping" in each.changes) == ("training.max_grad_norm" in each.settings)
+        parts = turned(each)
+        for left_out in parts if len(parts) > 1 else []:
+            fewer = {name: value for name, value in each.settings.items() if name not in left_out}
+            assert peak_of(changed(config, fewer), there, shape) > found.budget
+    plain = [each for each in found.nearest if not each.changes]
+    assert all(len(turned(each)) <= 1 for each in plain[1:])
 
 
-def turned(found: Alternative) -> set[str]:
-    """What is proposed, but for what only goes along with it."""
-    return set(found.settings) - {GO_ALONG.get(name) for name in found.settings}
+def turned(found: Alternative) -> list[set[str]]:
+    """The names of what is proposed, those in one that only go together."""
+    names = set(found.settings)
+    bound = [names & group for group in TOGETHER if len(names & group) > 1]
+    return [*bound, *({name} for name in names.difference(*bound))]
 
 
 def test_what_changes_the_result_least_comes_first() -> None:
@@ -208,6 +224,40 @@ def test_what_the_host_may_have_is_proposed() -> None:
     assert "training.optimizer_in_backward" not in names and "training.offload_optimizer" in names
 
 
+def test_rank_and_length_stay_where_a_step_without_clipping_fits() -> None:
+    """All its rows in one forward, as long as the host has room, and fewer where it has not. What is clipped is named
+    next."""
+    config = config_of(training={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8})
+    found = shortfall(config, ground_of(config, card_named("3060")))
+    assert found is not None
+    lean, clipped = found.nearest
+    names = {"training.offload_optimizer", "training.host_memory", "training.optimizer_in_backward"}
+    assert lean.settings.keys() == names | {"training.max_grad_norm", BATCH, PARTS}
+    assert (lean.settings[BATCH], lean.settings[PARTS], lean.changes) == (16, 1, ("without clipping",))
+    assert "adapter.r" in clipped.settings and clipped.changes == () and "without clipping" in found.remedy
+    here = replace(card_named("3060"), is_here=True)
+    small = replace(ground_of(config, here), host=12 * 2**30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("steep.vram.available_on_host", lambda: 15 * 2**30)
+        patch.setattr("steep.vram.room_on_host", lambda: 12 * 2**30)
+        found = shortfall(config, small)
+    assert found is not None and 1 <= found.nearest[0].settings.get(BATCH, 2) < 16
+    assert found.nearest[0].changes[1].endswith("in place of 16 rows a step")
+
+
+def test_the_same_step_inside_backward_and_outside() -> None:
+    """Nothing is clipped: its parts are one forward there, and one forward is parts here."""
+    parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_grad_norm": 0.0, "vram": "14GiB"}
+    config = config_of(training=parts)
+    first = settings_of(shortfall(config, ground_of(config, card_named("4090"))))[0]
+    assert first == {"training.optimizer_in_backward": True, BATCH: 4, PARTS: 1}
+    whole = {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
+    config = config_of(training={**whole, "optimizer_in_backward": True})
+    first = settings_of(shortfall(config, ground_of(config, card_named("4090"))))[0]
+    assert first.keys() == {"training.optimizer_in_backward", BATCH, PARTS} and first[BATCH] * first[PARTS] == 64
+    assert first["training.optimizer_in_backward"] is False
+
+
 def test_narrower_states_are_proposed() -> None:
     """No masters, where these alone are too much; then 8-bit states."""
     card = Card("fake", (9, 0), round(80e9), round(80e9), is_here=False)
@@ -235,9 +285,12 @@ def test_sums_in_bf16_are_proposed() -> None:
     assert {"training.grad_accum_dtype": "bf16"} in found, found
     config = config_of(training={**several, "grad_accum_dtype": "bf16"}, data={"max_length": 2048})
     assert shortfall(config, ground_of(config, card)) is None
-    config = config_of(training={**several, "optim": "adamw_torch"}, data={"max_length": 2048})
-    found = settings_of(shortfall(config, ground_of(config, card)))
-    assert {"training.optim": "adamw_8bit", "training.grad_accum_dtype": "bf16"} in found, found
+    config = config_of(training={**several, "vram": "13GiB", "optim": "adamw_torch"}, data={"max_length": 2048})
+    (found,) = settings_of(shortfall(config, ground_of(config, card)))
+    assert found == {
+        "training.offload_optimizer": "embeddings", "training.optim": "adamw_8bit",
+        "training.grad_accum_dtype": "bf16",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -465,6 +518,8 @@ def test_a_batch_that_no_card_holds_is_refused_at_once(rows: int, length: int, f
 def test_an_alternative_in_words() -> None:
     told = str(Alternative({"training.gradient_checkpointing": None, "adapter.r": 64}, 3 * 2**30))
     assert told == "training.gradient_checkpointing: null with adapter.r: 64 (3.00 GiB)"
+    told = str(Alternative({"training.optimizer_in_backward": True}, 3 * 2**30, ("without clipping",)))
+    assert told == "training.optimizer_in_backward: true (3.00 GiB, without clipping)"
 
 
 # ---- from the run file

@@ -10,7 +10,7 @@ from steep.amounts import human_bytes
 from steep.computation import Ground, Sizes
 from steep.duration import Pace
 from steep.errors import UserError
-from steep.fitting import changed
+from steep.fitting import changed, one_that_fits
 from steep.fp8_choice import FIELD, dequantised, why_none
 from steep.model.load import QUANTISED
 from steep.model.machine import Card
@@ -115,8 +115,11 @@ def _chosen(config: RunConfig, ground: Ground, card: Card, budget: int) -> tuple
     asked, compute, layers = config.model.fp8_products, computation.compute, computation.layers
     if computation.products == "none":  # asked for in one direction, they could not be over another base at all
         return ELSE, f"{FIELD} is {asked}" if asked != "auto" else why_none(FASTER, compute, layers)
-    peak = ground.sized(faster, computation).peak
-    if peak > budget:
-        return ELSE, f"over fp8 a step needs {human_bytes(peak)}, and may fill {human_bytes(budget)}"
+    sizes = ground.sized(faster, computation)
+    if sizes.peak > budget:
+        missing = f"{human_bytes(sizes.peak - budget)} more than it may fill"
+        keeps = one_that_fits(faster, ground, sizes, budget)
+        would = f"; with {keeps} it would be over fp8" if keeps else ""
+        return ELSE, f"over fp8 a step needs {human_bytes(sizes.peak)}, {missing}{would}"
     assert layers is not None  # they are fused
     return FASTER, "; ".join(["the card multiplies in fp8, and a step fits", *dequantised(layers, compute)])

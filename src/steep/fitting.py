@@ -1,15 +1,16 @@
 """Whether a step fits the card; and where it does not, the nearest settings with which it does.
 
 They are found by planning the memory of other settings, those first that change the result least: a batch in more parts
-makes the same step, optimizer states and weights in fewer bits nearly the same; shorter rows and a lower rank make
-another run, and so do embeddings that stay as they are. What may be in host memory changes no bit of a result; but the
-host has to have it, and a step takes longer.
+makes the same step, optimizer states and weights in fewer bits nearly the same; without clipping, gradients need not
+wait for each other; shorter rows and a lower rank make another run, and so do embeddings that stay as they are. What
+may be in host memory changes no bit of a result; but the host has to have it, and a step takes longer.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from typing import Any
@@ -26,7 +27,7 @@ from steep.model.layer import Layer
 from steep.model.machine import Card
 from steep.ops.lora import Lora, Projection
 from steep.schema import RunConfig
-from steep.settings import could_be_lean, rows_per_step
+from steep.settings import MOST_TOKENS, check_update, rows_per_step
 from steep.sizes import host_bytes
 from steep.training.adamw8bit import ADAMW_8BIT
 from steep.vram import asked_bytes, host_budget, host_limit
@@ -40,14 +41,21 @@ Knob = list[Settings]  # what one of the settings, or a pair, is turned to: what
 
 @dataclass(frozen=True)
 class Alternative:
-    """Settings with which a step fits, and the bytes that it then needs."""
+    """Settings with which a step fits.
+
+    Attributes:
+        peak: bytes that it then needs.
+        changes: what of the training is another then, where the settings' names do not say it.
+    """
 
     settings: Settings
     peak: float
+    changes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        named = [f"{name}: {'null' if value is None else value}" for name, value in self.settings.items()]
-        return f"{' with '.join(named)} ({human_bytes(self.peak)})"
+        said = {name: value if isinstance(value, str) else json.dumps(value) for name, value in self.settings.items()}
+        named = " with ".join(f"{name}: {value}" for name, value in said.items())
+        return f"{named} ({', '.join((human_bytes(self.peak), *self.changes))})"
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,9 @@ class Shortfall:
 
     def as_dict(self) -> dict[str, Any]:
         """In `plan.json`."""
-        nearest = [{"settings": each.settings, "bytes": each.peak} for each in self.nearest]
+        nearest = [
+            {"settings": each.settings, "bytes": each.peak, "changes": list(each.changes)} for each in self.nearest
+        ]
         return {"budget_bytes": self.budget, "refused": self.is_refused, "nearest": nearest}
 
 
@@ -144,6 +154,11 @@ def shortfall_of(
     return Shortfall(sizes.peak, budget, limit, card, vram, nearest, goes_on, is_branch)
 
 
+def one_that_fits(config: RunConfig, ground: Ground, sizes: Sizes, budget: int) -> Alternative | None:
+    """By the first of the settings, or pairs, that leave the result as it is; None: by none alone."""
+    return _Trials(config, ground, budget).first_alone(_of_the_same_result(config, ground, sizes))
+
+
 # ---- what may be turned
 
 
@@ -151,33 +166,56 @@ def _knobs(config: RunConfig, computation: Computation, ground: Ground, sizes: S
     """Those of a new run, in the order in which they change its result."""
     training, powers = config.training, range((config.adapter.r - 1).bit_length() - 1, -1, -1)
     return [
-        [{"training.gradient_checkpointing": None}] if training.gradient_checkpointing is False else [],
-        _batches(config),
-        [{"training.optimizer_in_backward": True}] if could_be_lean(config, computation.compute) else [],
-        _offloads(config, ground.card),
-        _amounts_of_host_memory(config, ground, sizes),
+        *_of_the_same_result(config, ground, sizes),
         [] if training.optim in ADAMW_8BIT else [{"training.optim": "adamw_8bit"}],
         [] if training.master_weights == "none" else [{"training.master_weights": "none"}],
         [] if training.optimizer_states == "8bit" else [{"training.optimizer_states": "8bit"}],
         _sums_in_bf16(config, sizes),
         [] if computation.base == "nf4" else [{"model.base": "nf4"}],
         [] if computation.trained == "bf16" else [{"model.trained_dtype": "bf16"}],
+        _lean(config)[1],
         _lengths(config),
         [{"adapter.r": 2**power} for power in powers if 2**power >= LOWEST_RANK],
         _no_embeddings(config),
     ]
 
 
-def _batches(config: RunConfig) -> Knob:
-    """The same step in more parts."""
-    training = config.training
-    batch, rows = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    rows *= batch
+def _of_the_same_result(config: RunConfig, ground: Ground, sizes: Sizes) -> list[Knob]:
+    """Those that leave it as it is, but for rounding."""
     return [
-        {"training.per_device_train_batch_size": part, "training.gradient_accumulation_steps": rows // part}
-        for part in range(batch - 1, 0, -1)
-        if rows % part == 0
+        [{"training.gradient_checkpointing": None}] if config.training.gradient_checkpointing is False else [],
+        _batches(config),
+        _lean(config)[0],
+        _offloads(config, ground.card),
+        _amounts_of_host_memory(config, ground, sizes),
     ]
+
+
+def _batches(config: RunConfig) -> Knob:
+    """The same step in more parts, whose gradients then have to wait for each other."""
+    batch, rows = config.training.per_device_train_batch_size, _rows(config)
+    waits = {"training.optimizer_in_backward": False}
+    return [{**_parts(part, rows // part), **waits} for part in range(batch - 1, 0, -1) if rows % part == 0]
+
+
+def _lean(config: RunConfig) -> tuple[Knob, Knob]:
+    """Updates inside backward: where the result stays what it is, the rows of a step in one forward; and where it does
+    not, since gradients were clipped, or with fewer rows a step."""
+    training, rows = config.training, _rows(config)
+    most = min(rows, MOST_TOKENS // config.data.max_length)
+    lean: Settings = {"training.optimizer_in_backward": True, "training.max_grad_norm": 0}
+    knob = [{**lean, **_parts(part, 1)} for part in range(most, 0, -1) if rows % part == 0]
+    exact = 1 if training.max_grad_norm == 0 and most == rows else 0
+    return knob[:exact], knob[exact:]
+
+
+def _rows(config: RunConfig) -> int:
+    """Of a step of one process."""
+    return config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
+
+
+def _parts(batch: int, forwards: int) -> Settings:
+    return {"training.per_device_train_batch_size": batch, "training.gradient_accumulation_steps": forwards}
 
 
 def _sums_in_bf16(config: RunConfig, sizes: Sizes) -> Knob:
@@ -189,22 +227,30 @@ def _sums_in_bf16(config: RunConfig, sizes: Sizes) -> Knob:
 def _offloads(config: RunConfig, card: Card | None) -> Knob:
     """Optimizer states in the memory of the host."""
     training = config.training
-    if card is None or training.optim not in ADAMW_8BIT or training.offload_optimizer == "all":
+    if card is None or training.offload_optimizer == "all":
         return []
     first = config.adapter.modules_to_save and training.offload_optimizer == "none"
     return [{"training.offload_optimizer": whose} for whose in (["embeddings"] if first else []) + ["all"]]
 
 
 def _amounts_of_host_memory(config: RunConfig, ground: Ground, sizes: Sizes) -> Knob:
-    """As much of it as the inputs of all layers need, and what else is there, if the host of this card has it."""
+    """As much of it as the inputs of all layers need, of one row up to a whole step's, and what else is there or could
+    be, if the host of this card has it."""
     if sizes.step is None or ground.card is None:
         return []
     inputs: list[Place] = ["x"] * sizes.shape.layers
-    needed = sizes.step.in_host_memory([LEVELS[-1]] * sizes.shape.layers, inputs) * ranks.processes_here()
-    needed += sum(host_bytes(config, sizes.shape, sizes.memory, sizes.choices.trained_dtype).values())
-    amount = 2 ** max(math.ceil(math.log2(needed / GIB)), 0)
-    fits = ground.host < amount * GIB <= host_limit("auto", ground.card)
-    return [{"training.host_memory": f"{amount}GiB"}] if fits else []
+    of_forward = sizes.step.in_host_memory([LEVELS[-1]] * sizes.shape.layers, inputs) * ranks.processes_here()
+    of_row = of_forward // config.training.per_device_train_batch_size
+
+    def power(of_layers: int, memory: Mapping[str, int]) -> int:
+        others = sum(host_bytes(config, sizes.shape, memory, sizes.choices.trained_dtype).values())
+        return max(math.ceil(math.log2((of_layers + others) / GIB)), 0)
+
+    least = power(of_row, sizes.memory)
+    most = power(of_row * _rows(config), {**sizes.memory, "optimizer states": 0})
+    limit = host_limit("auto", ground.card)
+    amounts = [2**number for number in range(least, most + 1) if ground.host < 2**number * GIB <= limit]
+    return [{"training.host_memory": f"{amount}GiB"} for amount in amounts]
 
 
 def _lengths(config: RunConfig) -> Knob:
@@ -244,14 +290,36 @@ class _Trials:
 
     def nearest(self, knobs: Sequence[Knob]) -> list[Alternative]:
         """What fits, at most three: first that for which the last knob that is turned is the earliest, and turned the
-        least, with as few others as can be; then later knobs that do it alone."""
+        least, with as few others as can be; where it changes more than its settings say, the first without its last
+        knob too; then later knobs that do it alone."""
         found: list[Alternative] = []
-        for number, knob in enumerate(knobs):
-            others = [] if found else knobs[:number]
-            settings = next(self._fitting(knob, [other for other in others if other]), None)
-            if settings is not None:
-                found.append(Alternative(settings, self._peak(settings)))
+        others: list[Knob] = []
+        for knob in knobs:
+            enough = any(not each.changes for each in found)
+            settings = next(self._fitting(knob, [] if enough else others), None)
+            nearest = None if settings is None else self._alternative(settings)
+            if nearest is not None and not (enough and nearest.changes):
+                found.append(nearest)
+            elif knob:
+                others.append(knob)
         return found[:MOST]
+
+    def first_alone(self, knobs: Iterable[Knob]) -> Alternative | None:
+        """What fits by one of them."""
+        fitting = (settings for knob in knobs for settings in self._fitting(knob, []))
+        return next(map(self._alternative, fitting), None)
+
+    def _alternative(self, settings: Settings) -> Alternative:
+        """In words, without what is asked for already."""
+        asked, training = self.config, changed(self.config, settings).training
+        changes = ["without clipping"] if asked.training.max_grad_norm > training.max_grad_norm else []
+        rows, before = (
+            each.per_device_train_batch_size * each.gradient_accumulation_steps for each in (training, asked.training)
+        )
+        if rows != before:
+            changes.append(f"with {rows} in place of {before} rows a step")
+        differing = {name: value for name, value in settings.items() if value != _asked(asked, name)}
+        return Alternative(differing, self._peak(settings), tuple(changes))
 
     def _fitting(self, knob: Knob, others: Sequence[Knob]) -> Iterator[Settings]:
         """Settings that fit, with and without others."""
@@ -285,12 +353,8 @@ class _Trials:
             ground = replace(ground, layer=with_rank(ground.layer, config.adapter.r))
         try:
             computation = ground.computation(config)
+            check_update(config, computation.compute)
         except UserError:
-            return math.inf
-        training = config.training
-        if training.optimizer_in_backward and training.gradient_accumulation_steps > 1:
-            return math.inf
-        if "embeddings" in (training.offload_optimizer, training.master_weights) and not config.adapter.modules_to_save:
             return math.inf
         sizes = ground.sized(config, computation)
         return sizes.peak if self._host_has(config, sizes) else math.inf
@@ -313,6 +377,11 @@ def changed(config: RunConfig, settings: Settings) -> RunConfig:
         section, field_name = name.split(".")
         setattr(getattr(copy, section), field_name, value)
     return copy
+
+
+def _asked(config: RunConfig, name: str) -> Any:
+    section, field_name = name.split(".")
+    return getattr(getattr(config, section), field_name)
 
 
 def with_rank(layer: Layer, rank: int) -> Layer:

@@ -103,16 +103,34 @@ def could_be_lean(config: RunConfig, compute: str) -> bool:
     Args:
         compute: dtype of products.
     """
-    training = config.training
-    if training.optimizer_in_backward:
+    if config.training.optimizer_in_backward:
         return False
-    others = {"auto_find_batch_size": False, "fp16": compute == "fp16"}  # the first is refused in run files
-    asked = {**training.model_dump(), **others, "optimizer_in_backward": True}
     try:
-        check_in_backward(SimpleNamespace(**asked))
+        check_in_backward(_of_the_update(config, compute, optimizer_in_backward=True))
     except UserError:
         return False
     return True
+
+
+def check_update(config: RunConfig, compute: str) -> None:
+    """Check that the weights can be updated as asked, as `training_arguments` does among the rest.
+
+    Args:
+        compute: dtype of products.
+
+    Raises:
+        UserError: they cannot.
+    """
+    asked = _of_the_update(config, compute)
+    check_in_backward(asked, section="training.")
+    check_states(asked, section="training.")
+    check_embeddings_train(asked, bool(config.adapter.modules_to_save), section="training.")
+
+
+def _of_the_update(config: RunConfig, compute: str, **given: Any) -> Any:
+    """What is asked for, by the names of `TrainingArguments`."""
+    others = {"auto_find_batch_size": False, "fp16": compute == "fp16"}  # the first is refused in run files
+    return SimpleNamespace(**{**config.training.model_dump(), **others, **given})
 
 
 def why_not_summed_in_fp32(config: RunConfig, trained: str, fused: bool) -> str | None:
