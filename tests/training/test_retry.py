@@ -128,16 +128,38 @@ def test_it_is_tried_until_nothing_leaner_is_left(corpus: Corpus, tmp_path: Path
 
         def noted(given: Any) -> str | None:
             kept = before(given)
-            found.append((kept, fused_of(given).levels))
+            found.append((kept, fused_of(given).levels, fused_of(given).loss_way))
             return kept
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("steep.training.retry.make_leaner", noted)
             failed.train()
     assert seen[0] == len(found) > 2
-    (kept, last), levels = found[-1], [[0, 0], *(levels for _, levels in found)]
-    assert kept is None and last == levels[-2] and all(sum(one) < sum(other) for one, other in pairwise(levels[:-1]))
+    *tried, narrowed, (kept, *last) = found  # the loss comes when layers can do no more: of so few, cut by tokens
+    levels = [[0, 0], *(levels for _, levels, _ in tried)]
+    assert tried and all(sum(one) < sum(other) for one, other in pairwise(levels))
+    assert {way for *_, way in tried} == {None} and narrowed[1:] == (levels[-1], "tokens")
+    assert "the loss cut by tokens" in narrowed[0] and kept is None and last == list(narrowed[1:])
     assert failed.state.global_step == AT - 1 and int(failed.times_trained.sum()) == 2 * (AT - 1)
+
+
+def test_a_loss_that_needs_less_is_that_of_a_run_with_it(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leaner, "leaner_than", lambda *given: None)  # layers can do no more
+    model, twin = fused(), fused()
+    failed, undisturbed = (trainer(each, corpus, tmp_path / str(id(each))) for each in (model, twin))
+    with planted(failed, "loss", (1,)):
+        failed.train()
+
+    def narrow(step: int) -> None:
+        if step == AT:
+            fused_of(twin).loss_way = "tokens"
+
+    undisturbed.add_callback(AtStep(narrow))
+    undisturbed.train()
+    assert_same(undisturbed, failed)
+    assert choices_of(model).loss_way == "tokens" and fused_of(model).levels == [0, 0]
 
 
 def test_checkpoints_and_resume_keep_it(corpus: Corpus, tmp_path: Path) -> None:

@@ -13,35 +13,45 @@ from steep.model.placement import Kept
 from steep.model.recompute import leaner_than, needed_bytes
 from steep.model.tiling import tile_sizes
 from steep.model.unwrap import unwrap
+from steep.ops.linear_cross_entropy import Way
+
+_CUT: dict[Way, str] = {
+    "tokens": ", the loss cut by tokens",
+    "vocabulary": ", the loss cut by the vocabulary",
+    "narrow": ", the loss cut into narrow parts of the vocabulary",
+}
 
 
 def make_leaner(model: Any) -> str | None:
     """Let the layers of an installed model keep less from now on than its last batch did, or compute it in smaller
-    tiles; a checkpoint keeps that, as it does what was chosen at first.
+    tiles; where they cannot, let its loss need less. A checkpoint keeps that, as it does what was chosen at first.
 
     Returns:
         What they keep now, in words; None: they keep the least already, or memory did not run out in a fused call.
     """
     fused = fused_of(model)
+    causal: Any = unwrap(model)
     if fused.levels is None or fused.last is None or (fused.calls and not fused.was_fused):
         return None
     tokens, dtype, stream = fused.last
-    layer, fp8 = fused.layer(unwrap(model).model.layers[0]), fused.fp8 or "none"
+    layer, fp8 = fused.layer(causal.model.layers[0]), fused.fp8 or "none"
     kept = Kept.of([layer], dtype, stream, fp8, tokens)
     on_gpu: list[Place] = ["gpu"] * len(fused.levels)
     places: Sequence[Place] = fused.places or on_gpu
     needed = needed_bytes(kept, layer, dtype, stream, tokens, fp8)
     here = fused.levels, fused.tile or tile_sizes(tokens)[0]
     found = leaner_than(*here, tokens, lambda levels, tile: needed(levels, places, tile))
-    if found is None:
+    if found is not None:
+        fused.levels, fused.tile = found
+    elif not causal.narrow_loss(tokens):
         return None
-    fused.levels, fused.tile = found
     fused.chosen_for = 0  # by what was free, which was not enough
     fused.give_up_pass()
-    return _in_words(fused)
+    return _in_words(fused, tokens)
 
 
-def _in_words(fused: Fused) -> str:
+def _in_words(fused: Fused, tokens: int) -> str:
     counts = Counter(fused.levels)
     levels = " and ".join(f"{level} in {count} layers" for level, count in sorted(counts.items()))
-    return f"level {levels}, in tiles of {fused.tile:,} tokens"
+    loss = _CUT[fused.loss_way] if fused.loss_way else ""
+    return f"level {levels}, in tiles of {fused.tile or tokens:,} tokens{loss}"

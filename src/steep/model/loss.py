@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -18,7 +18,7 @@ from steep.model.refusals import library_class_of, refuse_patch
 from steep.model.step_bytes import loss_bytes, whole_logits_bytes
 from steep.model.walked import Walked
 from steep.ops.backend import gradient_dtype
-from steep.ops.linear_cross_entropy import linear_cross_entropy
+from steep.ops.linear_cross_entropy import Way, linear_cross_entropy
 
 IGNORED = -100
 _OF_PADDING = (
@@ -162,16 +162,29 @@ class FusedCausalLM(Walked):
         if head is None:
             of_loss = whole_logits_bytes(tokens, self.config.vocab_size)
         else:
-            gradient = gradient_dtype(head).itemsize if head.requires_grad else 0
-            width = min(head.dtype.itemsize, 2)
-            converts = head.dtype.itemsize != width
-            (vocabulary, hidden), way = head.shape, self.fused.loss_way
-            embeddings: Any = self.model.embed_tokens
-            stream = in_use(embeddings).weight.dtype.itemsize
-            of_loss = loss_bytes(tokens, vocabulary, hidden, width, stream, gradient, way, converts=converts)
+            of_loss = self._loss_bytes(head, tokens, self.fused.loss_way)
             if self.fused.logits:
-                of_loss += tokens * vocabulary * head.dtype.itemsize
+                of_loss += tokens * len(head) * head.dtype.itemsize
         self.fused.beside, self.fused.beside_for = bytes_beside_decoder(self, self.fused.updates) + of_loss, tokens
+
+    def _loss_bytes(self, head: torch.Tensor, tokens: int, way: Way | None) -> int:
+        gradient = gradient_dtype(head).itemsize if head.requires_grad else 0
+        width = min(head.dtype.itemsize, 2)
+        converts = head.dtype.itemsize != width
+        vocabulary, hidden = head.shape
+        embeddings: Any = self.model.embed_tokens
+        stream = in_use(embeddings).weight.dtype.itemsize
+        return loss_bytes(tokens, vocabulary, hidden, width, stream, gradient, way, converts=converts)
+
+    def narrow_loss(self, tokens: int) -> bool:
+        """Cut the loss from now on as needs least for a batch of that many tokens; whether that is less than so far."""
+        head, before = self._head_of_the_loss(), self.fused.loss_way
+        if head is None:
+            return False
+        ways: tuple[Way | None, ...] = (before, *get_args(Way))  # where others need as much it stays as it is
+        needed = {way: self._loss_bytes(head, tokens, way) for way in ways}
+        self.fused.loss_way = min(ways, key=needed.__getitem__)
+        return needed[self.fused.loss_way] < needed[before]
 
     def _head_of_the_loss(self) -> torch.Tensor | None:
         """The head's weight [V, H]; None, and a line says why, where the loss is not one of these alone."""
