@@ -130,11 +130,21 @@ def test_cards() -> None:
 
 
 def test_the_line_says_how_the_time_is_known() -> None:
-    assert duration_line(None) == "not known"
+    assert duration_line(None) == "not known" and "does not fit" in duration_line(None, fits=False)
     figures = {"seconds_per_step": 0.2881, "tokens_per_second": 14_216.9, "hours": 3.1234, "measured": None}
     said = "about 0.29 s a step, 14,217 tokens/s, 3.1 h in all, "
     assert duration_line(figures) == said + "estimated from the maker's figures"
     assert duration_line({**figures, "measured": BARE.as_dict()}) == said + "measured on this card"
+    assert "about the same on any card" in duration_line({**figures, "is_of_host": True})
+
+
+@pytest.mark.parametrize(("shape", "of_host"), [("tiny", True), ("llama-3-8b", False)])
+def test_a_step_that_is_over_before_it_is_launched_is_said_so(shape: str, of_host: bool) -> None:
+    config = config_of(model={"compute_dtype": "bf16"})
+    ground = ground_of(config, card_named("H200"), shape)
+    assert H200 is not None
+    found = Pace(config, H200, 2048).duration(ground.sized(config, ground.computation(config)), 10)
+    assert found is not None and found.is_of_host == of_host == found.as_dict()["is_of_host"]
 
 
 def test_rates_are_shares_of_what_was_measured() -> None:

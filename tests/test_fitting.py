@@ -131,7 +131,7 @@ def test_what_is_proposed_fits_and_nothing_of_it_can_be_left_out(name: str) -> N
     config, there = config_of(**sections), card_named(card)
     found = shortfall(config, ground_of(config, there, shape))
     assert found is not None and 1 <= len(found.nearest) <= 3
-    assert found.is_refused == (config.training.vram == "auto" or found.peak > there.memory)
+    assert found.is_refused
     for each in found.nearest:
         assert peak_of(changed(config, each.settings), there, shape) == each.peak <= found.budget
         steps = [changed(config, each.settings), config]
@@ -416,8 +416,8 @@ def test_auto_refuses_above_what_it_would_fill() -> None:
 
 def test_what_is_set_by_hand_is_taken_at_its_word() -> None:
     for vram, memory, refused in (
-        ("10GB", 80e9, False),  # said, and no more: the card has it
-        ("10%", 80e9, False),
+        ("10GB", 80e9, True),  # the card has it, and others are to have it too
+        ("10%", 80e9, True),
         ("10GB", 24e9, True),
         ("100%", 24e9, True),
         ("25GB", 24e9, True),
@@ -495,8 +495,8 @@ def test_without_a_card_nothing_is_refused() -> None:
 def test_a_budget_of_ones_own_is_named() -> None:
     config = config_of(training={"vram": "12GiB"})
     found = shortfall(config, ground_of(config, card_named("4090")))
-    assert found is not None and not found.is_refused
-    assert "steep train begins it as it is" in found.remedy
+    assert found is not None and found.is_refused
+    assert "To try it all the same: training.vram: 14GiB." in found.remedy
     config = config_of(training={"vram": "1GiB"})
     found = shortfall(config, ground_of(config, card_named("4090")))
     assert found is not None and "a larger training.vram, or a card" in found.remedy

@@ -23,6 +23,7 @@ from benchmarks.shapes import empty_model
 from benchmarks.steep_run import RUNS
 from benchmarks.steep_run import run_file as benchmark_file
 from steep import fusing
+from steep.amounts import human_bytes
 from steep.config import parse_config, read_yaml
 from steep.errors import UserError
 from steep.fp8_choice import in_fp8
@@ -224,9 +225,9 @@ def test_a_run_goes_on_leaner_where_memory_ran_out(
     monkeypatch.setattr(MlpHalf, "backward", failing)
     config = fused_file(llama_folder, korean_corpus, folder, training={"gradient_checkpointing": False})
     train_run(config)
-    planned = sum(read(folder / "plan.json")["memory_bytes"].values()) / 2 / 2**30  # its total is among them
+    planned = human_bytes(sum(read(folder / "plan.json")["memory_bytes"].values()) / 2)  # its total is among them
     (incident,) = lines(folder / "incidents.jsonl")
-    assert incident["kind"].startswith(f"GPU memory ran out: {planned:.2f} GiB were planned for a step, and ")
+    assert incident["kind"].startswith(f"GPU memory ran out: {planned} were planned for a step, and ")
     assert (incident["step"], incident["action"]) == (3, "leaner") and incident["rows"][0]["pieces"]
     ledger, levels = read(folder / "ledger.json"), read_choices(folder / "checkpoint-3").levels
     assert ledger["adds_up"] and levels != [0, 0] == read(folder / "plan.json")["levels"]

@@ -90,13 +90,15 @@ def _sizes(config: RunConfig, ground: Ground, base: str) -> Sizes | None:
 def with_base(config: RunConfig, ground: Ground) -> tuple[RunConfig, str | None]:
     """`config` with what `model.base: auto` is for a new run from a 16-bit checkpoint, and why: fp8 where the card
     multiplies in it and a step fits, which is faster than NF4 and closer to the checkpoint (docs/recipe.md), else nf4.
-    No timer has a part in it. As it is, without a reason, where there is no card, or no choice: a base is named, a
-    checkpoint is stored in one, or steps were made over one.
+    No timer has a part in it. As it is where there is no card, and without a reason where there is no choice: a base is
+    named, a checkpoint is stored in one, or steps were made over one.
     """
     if config.model.base != AUTO or ground.resolved.quantization is not None:
         return config, None
-    if ground.before is not None or not ground.to_train or ground.card is None or ground.budget is None:
+    if ground.before is not None or not ground.to_train:
         return config, None
+    if ground.card is None or ground.budget is None:
+        return config, "fp8 is chosen for a card that is here or named"
     base, reason = _chosen(config, ground, ground.card, ground.budget)
     return changed(config, {"model.base": base}), reason
 

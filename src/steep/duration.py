@@ -7,7 +7,7 @@ from typing import Any
 
 from steep import ranks
 from steep.computation import Sizes
-from steep.rates import Rates
+from steep.rates import Rates, seconds_of_launches
 from steep.schema import RunConfig
 from steep.settings import rows_per_step
 from steep.step_work import mean_document, step_work
@@ -21,12 +21,14 @@ class Duration:
         step: seconds.
         tokens: a second.
         hours: of all steps.
+        is_of_host: the host takes longer to launch a step than the card to compute it.
         rates: that it follows from.
     """
 
     step: float
     tokens: float
     hours: float
+    is_of_host: bool
     rates: Rates
 
     def as_dict(self) -> dict[str, Any]:
@@ -36,6 +38,7 @@ class Duration:
             "seconds_per_step": self.step,
             "tokens_per_second": self.tokens,
             "hours": self.hours,
+            "is_of_host": self.is_of_host,
             "measured": measured.as_dict() if measured is not None else None,
         }
 
@@ -77,8 +80,7 @@ class Pace:
             places=choices.places,
             way=choices.loss_way,
         )
-        tiles = 1 if choices.tile is None else -(-step.tokens // choices.tile)
-        return self.rates.seconds_of_step(work, step.micro_batches * len(levels), tiles)
+        return self.rates.seconds_of_step(work, *_launched(sizes))
 
     def duration(self, sizes: Sizes, steps: int) -> Duration | None:
         """Of all steps."""
@@ -86,4 +88,13 @@ class Pace:
         if of_step is None:
             return None
         tokens = rows_per_step(self.config) * self.config.data.max_length
-        return Duration(of_step, tokens / of_step, steps * of_step / 3600, self.rates)
+        is_of_host = of_step == seconds_of_launches(*_launched(sizes))
+        return Duration(of_step, tokens / of_step, steps * of_step / 3600, is_of_host, self.rates)
+
+
+def _launched(sizes: Sizes) -> tuple[int, int]:
+    """Layers of a fused step, of all micro-batches, and the tiles that each computes."""
+    step, choices = sizes.step, sizes.choices
+    assert step is not None and choices.levels is not None
+    tiles = 1 if choices.tile is None else -(-step.tokens // choices.tile)
+    return step.micro_batches * len(choices.levels), tiles

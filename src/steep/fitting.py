@@ -107,8 +107,6 @@ class Shortfall:
         else:
             more = "" if self.vram == "auto" else " a larger training.vram,"
             said = f"Nothing that is trained otherwise fits: take a smaller model,{more} or a card with more."
-        if self.limit is not None and not self.is_refused and self.vram != "auto":
-            said += " steep train begins it as it is, since the card has as much."
         if self.is_refused and not (self.goes_on or self.is_branch):  # whose training.vram stays
             said += f" To try it all the same: training.vram: {math.ceil(self.peak / GIB)}GiB."
         return said
@@ -133,17 +131,20 @@ def shortfall_of(
 ) -> Shortfall | None:
     """How much more a step needs than the budget that it is planned within; None: no more, or there is no budget.
 
-    A run is refused above what `auto` lets it fill. What is set by hand is taken at its word: there it is refused above
-    that, and above all that the card has. One that goes on filled `auto` as that was when it began: it is refused above
-    what is free.
+    A run is refused above what it may fill, by `auto` or by an amount, which is taken at its word, also where the card
+    has less. One that goes on filled what there was when it began: it is refused above what is free, and above all that
+    the card has where an amount was given.
     """
     budget, card, vram = ground.budget, ground.card, config.training.vram
     if budget is None or sizes.peak <= budget:
         return None
     goes_on, limit = ground.before is not None and not is_branch, None
     if card is not None:
-        of_auto = budget if ground.before is None else card.free
-        limit = of_auto if vram == "auto" else max(asked_bytes(vram, card), card.memory)
+        asked = None if vram == "auto" else asked_bytes(vram, card)
+        if ground.before is None:
+            limit = budget if asked is None else asked
+        else:
+            limit = card.free if asked is None else max(asked, card.memory)
     if is_branch:
         knobs = [_lengths(config)]
     elif goes_on:

@@ -108,7 +108,7 @@ class Rates:
             tiles: that each computes.
         """
         waits = (each.count * max(each.nbytes / self.link - self.seconds(each.behind), 0.0) for each in work.transfers)
-        return max(self.seconds(work) + sum(waits), LAUNCHED * launched * (1 + TILE * (tiles - 1)))
+        return max(self.seconds(work) + sum(waits), seconds_of_launches(launched, tiles))
 
     def hidden_from(self, products: Fp8Products) -> float:
         """Operations of a layer's forward pass for each byte copied to the host meanwhile, from which on it is hidden.
@@ -118,6 +118,11 @@ class Rates:
         """
         forward = self.fp8 if products == "both" and self.fp8 is not None else self.products
         return (1 - _EXPOSED) * forward / self.link
+
+
+def seconds_of_launches(launched: int, tiles: int) -> float:
+    """Of the host, as `Rates.seconds_of_step` has them: no card makes a step shorter."""
+    return LAUNCHED * launched * (1 + TILE * (tiles - 1))
 
 
 def rates_of(card: Card | None, measured: Measured | None = None) -> Rates | None:

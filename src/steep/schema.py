@@ -93,6 +93,13 @@ class ModelSection(Section):
     def _yaml_words(cls, value: Any) -> Any:
         return ("on" if value else "off") if isinstance(value, bool) else value  # which YAML reads bare on and off as
 
+    @field_validator("rope_scaling", mode="before")
+    @classmethod
+    def _kind_and_factor(cls, value: Any) -> Any:
+        if value is None or isinstance(value, Mapping):
+            return value
+        raise ValueError("give a kind and a factor: {rope_type: yarn, factor: 4.0}, or --model.rope_scaling.factor 4.0")
+
     @field_validator("new_tokens", mode="before")
     @classmethod
     def _file_or_number(cls, value: Any) -> Any:
@@ -251,8 +258,8 @@ class TrainingSection(BaseModel):
         "auto",
         description="Memory of the card that a step may fill, such as 22GiB or 80%; auto: 90 % of it, less what "
         "others and the driver hold there when the run is planned. A fused run keeps what fits, and computes the rest "
-        "again in the backward pass. A step that needs more than auto is refused; set by hand, only one that needs "
-        "more than that and than the card has.",
+        "again in the backward pass. A step that needs more is refused, also where the card has more than an amount "
+        "that is given here; an amount above what the card has is taken at its word.",
     )
     host_memory: str = Field(
         "auto",

@@ -235,7 +235,7 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
         "rows": f"{data['rows']:,} of {data['max_length']} tokens, {data['targets']:,} targets",
         "steps": f"{plan['steps']:,} of {plan['rows_per_step']} rows ({plan['epochs']:.2f} epochs)"
         + (f", after the {plan['first_step']:,} of the parent" if plan["first_step"] else ""),
-        "time": duration_line(plan.get("duration")),
+        "time": duration_line(plan.get("duration"), fits=not (plan.get("shortfall") or {}).get("refused")),
     }.items():
         run.add_row(name, _cell(value))
     text = Table("domain", "role", "documents", "tokens", "tokens/character", "held out", title="text")
@@ -260,12 +260,14 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def duration_line(duration: Mapping[str, Any] | None) -> str:
+def duration_line(duration: Mapping[str, Any] | None, *, fits: bool = True) -> str:
     """How long training will take, and how that is known."""
     if duration is None:
-        return "not known"
+        return "not known" if fits else "none: a step does not fit"
     rate = f"{duration['tokens_per_second']:,.0f} tokens/s"
     basis = "measured on this card" if duration["measured"] else "estimated from the maker's figures"
+    if duration.get("is_of_host"):
+        basis = "which the host takes to launch it, so about the same on any card"
     in_all = human_seconds(duration["hours"] * 3600)
     return f"about {human_seconds(duration['seconds_per_step'])} a step, {rate}, {in_all} in all, {basis}"
 

@@ -53,7 +53,7 @@ def stretch(config: PretrainedConfig, scaling: Mapping[str, Any], field: str = "
         raise UserError(field, f"rope_type is {shown(kind)}", f"Give one of {', '.join(KINDS)}.")
     if not _is_number(factor) or not 1 <= factor <= FURTHEST:
         remedy = f"Give how many times as far it shall reach, from 1 to {FURTHEST}, such as 4.0."
-        raise UserError(field, f"factor is {shown(factor)}", remedy)
+        raise UserError(field, f"factor is {shown(factor)}" if "factor" in scaling else "factor is missing", remedy)
     kept = {name: own[name] for name in ("rope_theta", "partial_rotary_factor") if name in own}
     parameters = {**kept, **scaling}
     if own.get("rope_type", "default") != "default" and FROM not in scaling:
