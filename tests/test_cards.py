@@ -81,7 +81,7 @@ def test_time_is_that_of_all_steps(planned: Any, monkeypatch: pytest.MonkeyPatch
         rows = plan.as_dict()["rows_per_step"]
         assert duration.tokens == pytest.approx(512 * rows / duration.step)
         figures = plan.as_dict()["duration"]
-        assert figures.keys() == {"seconds_per_step", "tokens_per_second", "hours", "measured"}
+        assert figures.keys() == {"seconds_per_step", "tokens_per_second", "hours", "is_of_host", "measured"}
         assert figures["measured"] is None  # that card is not here
     assert slow.duration.step > 5 * fast.duration.step
 

@@ -267,7 +267,7 @@ def duration_line(duration: Mapping[str, Any] | None, *, fits: bool = True) -> s
     rate = f"{duration['tokens_per_second']:,.0f} tokens/s"
     basis = "measured on this card" if duration["measured"] else "estimated from the maker's figures"
     if duration.get("is_of_host"):
-        basis = "which the host takes to launch it, so about the same on any card"
+        basis += ", and about the same on any card, since it is the host that takes so long to launch it"
     in_all = human_seconds(duration["hours"] * 3600)
     return f"about {human_seconds(duration['seconds_per_step'])} a step, {rate}, {in_all} in all, {basis}"
 

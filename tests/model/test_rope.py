@@ -61,7 +61,7 @@ def test_it_reaches_so_far(scaling: dict[str, Any], reach: int, in_config: int) 
         ),
         ({"rope_type": "default", "factor": 1.0}, "rope_type is 'default'"),
         ({"rope_type": ["yarn"], "factor": 1.0}, r"rope_type is \['yarn'\]"),
-        ({"rope_type": "yarn"}, "factor is None"),
+        ({"rope_type": "yarn"}, "factor is missing"),
         ({"rope_type": "yarn", "factor": "4"}, "factor is '4'"),
         ({"rope_type": "yarn", "factor": 0.5}, "factor is 0.5"),
         ({"rope_type": "yarn", "factor": float("nan")}, "factor is nan"),
