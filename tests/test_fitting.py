@@ -112,6 +112,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "training": {"optim": "adamw_torch", PARTS.split(".")[1]: 8},
         },
     ),
+    "70B that is a rank without clipping, or shorter too": (
+        "L40S", "llama-3-70b", {"training": {BATCH.split(".")[1]: 1, PARTS.split(".")[1]: 1}},
+    ),
     "updates inside backward": (
         "4090", "llama-3-8b",
         {
@@ -143,6 +146,7 @@ def test_what_is_proposed_fits_and_nothing_of_it_can_be_left_out(name: str) -> N
             fewer = {name: value for name, value in each.settings.items() if name not in left_out}
             assert peak_of(changed(config, fewer), there, shape) > found.budget
     plain = [each for each in found.nearest if not each.changes]
+    assert plain and len(plain) >= len(found.nearest) - 1, "who wants to clip is told what that costs"
     assert all(len(turned(each)) <= 1 for each in plain[1:])
 
 

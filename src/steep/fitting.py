@@ -291,19 +291,22 @@ class _Trials:
 
     def nearest(self, knobs: Sequence[Knob]) -> list[Alternative]:
         """What fits, at most three: first that for which the last knob that is turned is the earliest, and turned the
-        least, with as few others as can be; where it changes more than its settings say, the first without its last
-        knob too; then later knobs that do it alone."""
+        least, with as few others as can be; where it changes more than its settings say, the first that does not, too;
+        then later knobs that do it alone."""
         found: list[Alternative] = []
-        others: list[Knob] = []
-        for knob in knobs:
-            enough = any(not each.changes for each in found)
-            settings = next(self._fitting(knob, [] if enough else others), None)
-            nearest = None if settings is None else self._alternative(settings)
-            if nearest is not None and not (enough and nearest.changes):
-                found.append(nearest)
-            elif knob:
-                others.append(knob)
-        return found[:MOST]
+        plain = [[turned for turned in knob if not self._changes(turned)] for knob in knobs]
+        later: list[Knob] = []
+        for some in (knobs, plain):
+            for number, knob in enumerate(some):
+                settings = next(self._fitting(knob, [other for other in some[:number] if other]), None)
+                if settings is not None:
+                    found.append(self._alternative(settings))
+                    later = plain[number + 1 :]
+                    break
+            if not found or not found[-1].changes:
+                break
+        alone = (next(self._fitting(knob, []), None) for knob in later)
+        return [*found, *(self._alternative(settings) for settings in alone if settings is not None)][:MOST]
 
     def first_alone(self, knobs: Iterable[Knob]) -> Alternative | None:
         """What fits by one of them."""
@@ -312,15 +315,19 @@ class _Trials:
 
     def _alternative(self, settings: Settings) -> Alternative:
         """In words, without what is asked for already."""
-        asked, training = self.config, changed(self.config, settings).training
-        changes = ["without clipping"] if asked.training.max_grad_norm > training.max_grad_norm else []
+        differing = {name: value for name, value in settings.items() if value != _asked(self.config, name)}
+        return Alternative(differing, self._peak(settings), self._changes(settings))
+
+    def _changes(self, settings: Settings) -> tuple[str, ...]:
+        """What the names of the settings do not say."""
+        asked, training = self.config.training, changed(self.config, settings).training
+        changes = ["without clipping"] if asked.max_grad_norm > training.max_grad_norm else []
         rows, before = (
-            each.per_device_train_batch_size * each.gradient_accumulation_steps for each in (training, asked.training)
+            each.per_device_train_batch_size * each.gradient_accumulation_steps for each in (training, asked)
         )
         if rows != before:
             changes.append(f"with {rows} in place of {before} rows a step")
-        differing = {name: value for name, value in settings.items() if value != _asked(asked, name)}
-        return Alternative(differing, self._peak(settings), tuple(changes))
+        return tuple(changes)
 
     def _fitting(self, knob: Knob, others: Sequence[Knob]) -> Iterator[Settings]:
         """Settings that fit, with and without others."""
