@@ -169,6 +169,8 @@ def _scores(ladder: Ladder, rows: Rows) -> str:
 def _loss(runs: Mapping[Named, Rows], looks: Mapping[Named, str]) -> Iterator[str]:
     """Two panels: the loss, and the loss less the first arm's."""
     alike = {name: rows for name, rows in runs.items() if not ARMS[name[0]].replay}
+    if not alike:
+        return
     first = next(iter(alike))
     of_first = {row["seed"]: row for row in alike[first]}
     curves = {name: mean_curve(rows) for name, rows in alike.items()}

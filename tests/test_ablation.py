@@ -507,6 +507,8 @@ def test_a_figure_shows_what_is_learned_and_forgotten_with_replay_that_has_no_cu
     assert len(bars) == 2 * len(marks)
     alone = ElementTree.fromstring(figure(three("lora", 2.0), RATE))
     assert heights(alone, "difference") == [] and len(heights(alone, "loss")) == 1
+    replay = ElementTree.fromstring(figure(three("replay-5", 3.0), RATE))
+    assert heights(replay, "loss") == [] and len(replay.findall("{*}g[@id='learned']/{*}circle")) == 1
 
 
 def test_ticks_are_round_and_within() -> None:
