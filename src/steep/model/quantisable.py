@@ -17,16 +17,16 @@ def quantisable(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
 
 
-def check_quantisable(model: Any, base: str, field: str = "model.base") -> None:
+def check_quantisable(model: Any, base: str) -> None:
     """
     Raises:
         UserError: `base` is fp8, and `model` has no layer that it would keep in e4m3: its weights would stay whole.
     """
     if base == "fp8" and not quantisable(model):
         raise UserError(
-            field,
+            "model.base",
             f"{type(model).__name__} has no nn.Linear before its head, and only such layers are kept in e4m3",
-            "Set model.base: bf16.",
+            "Set model.base: bf16, over a checkpoint in 16 bits.",
         )
 
 
