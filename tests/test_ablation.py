@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -509,6 +510,21 @@ def test_a_figure_shows_what_is_learned_and_forgotten_with_replay_that_has_no_cu
     assert heights(alone, "difference") == [] and len(heights(alone, "loss")) == 1
     replay = ElementTree.fromstring(figure(three("replay-5", 3.0), RATE))
     assert heights(replay, "loss") == [] and len(replay.findall("{*}g[@id='learned']/{*}circle")) == 1
+
+
+def test_a_run_that_failed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither its model, which the frames of an error hold, nor a line."""
+    models: list[weakref.ref[torch.nn.Module]] = []
+
+    def fails(job: Any) -> Row:
+        model = torch.nn.Linear(2, 2)
+        models.append(weakref.ref(model))
+        raise ValueError(f"planted in {job}")
+
+    monkeypatch.setattr(ablation, "one_run", fails)
+    said, done = ablation.attempt("a job", tmp_path / "out.jsonl")  # pyright: ignore[reportArgumentType]
+    assert not done and "ValueError: planted in a job" in said and "in fails" in said
+    assert models[0]() is None and not (tmp_path / "out.jsonl").exists()
 
 
 def test_ticks_are_round_and_within() -> None:
