@@ -285,7 +285,7 @@ def paragraphs(ladder: Ladder) -> Iterator[list[str]]:
             yield lines
         odd += found
     if odd:
-        yield ["Where our data do not bear out the advice:"]
+        yield ["Not borne out, or not settled:"]
         yield odd
     elif judged:
         yield ["Every step that was measured is in the order of the advice, and no such interval holds zero."]

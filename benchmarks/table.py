@@ -147,14 +147,15 @@ def lean_table(rows: Iterable[Row]) -> str:
             newest[*work, row["gpu"], row["cap_gib"]] = row
     if not newest:
         return ""
-    head = ("work", "base", "a step", "tokens/s", "peak, allocated", "reserved", "stretched positions")
+    head = ("work", "base", "within", "a step", "tokens/s", "peak, allocated", "reserved")
     body = []
     for _, row in sorted(newest.items(), key=lambda each: (*each[0][:3], each[1]["peak_allocated_gib"])):
         stretched = re.search(r"rope_scaling\.factor (\S+)", row["steep_args"])
+        work = f"{row['gpu'].removeprefix('NVIDIA ')}, {row['shape']}, {row['batch']} × {row['seq']:,}"
         body.append((
-            f"{row['gpu'].removeprefix('NVIDIA ')}, {row['shape']}, {row['batch']} × {row['seq']:,}", LEAN[row["peer"]],
-            f"{row['step_s']:.3g} s", f"{row['tokens_per_second']:,.0f}", f"{row['peak_allocated_gib']:.1f} GiB",
-            f"{row['peak_reserved_gib']:.1f} GiB", f"{stretched[1]}×" if stretched else "–",
+            f"{work}, positions stretched {stretched[1]}×" if stretched else work, LEAN[row["peer"]],
+            f"{row['cap_gib']:g} GiB", f"{row['step_s']:.3g} s", f"{row['tokens_per_second']:,.0f}",
+            f"{row['peak_allocated_gib']:.1f} GiB", f"{row['peak_reserved_gib']:.1f} GiB",
         ))  # fmt: skip
     return "\n".join(
         [

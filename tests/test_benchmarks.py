@@ -309,10 +309,10 @@ def test_the_lean_table_has_each_work_within_its_limit_once(tmp_path: Path) -> N
     (tmp_path / "a-train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     found = table.rows_of(tmp_path)
     assert [line for line in table.lean_table(found).splitlines() if line.startswith("| H200")] == [
-        "| H200, llama-3-8b, 2 × 2,048 | NF4 | 0.4 s | 10,240 | 10.0 GiB | 11.5 GiB | – |",
-        "| H200, llama-3-8b, 2 × 2,048 | NF4 | 0.3 s | 13,653 | 15.5 GiB | 11.5 GiB | – |",
-        "| H200, llama-3-8b, 1 × 65,536 | NF4 | 9 s | 455 | 10.0 GiB | 11.5 GiB | – |",
-        "| H200, llama-3-8b, 1 × 262,144 | NF4 | 20 s | 205 | 10.0 GiB | 11.5 GiB | 2× |",
+        "| H200, llama-3-8b, 2 × 2,048 | NF4 | 10 GiB | 0.4 s | 10,240 | 10.0 GiB | 11.5 GiB |",
+        "| H200, llama-3-8b, 2 × 2,048 | NF4 | 16 GiB | 0.3 s | 13,653 | 15.5 GiB | 11.5 GiB |",
+        "| H200, llama-3-8b, 1 × 65,536 | NF4 | 22 GiB | 9 s | 455 | 10.0 GiB | 11.5 GiB |",
+        "| H200, llama-3-8b, 1 × 262,144, positions stretched 2× | NF4 | 10 GiB | 20 s | 205 | 10.0 GiB | 11.5 GiB |",
     ]
     assert len(lines_of(found)) == 1 and table.lean_table(found[-2:]) == ""
 
