@@ -182,6 +182,24 @@ def test_tied_tables_of_real_shapes(family: str, vocabulary: int, hidden: int) -
     assert ours.sub_(expected).norm() <= bound * size
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | {"original_max_position_embeddings": 32},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_positions_are_scaled_as_the_model_scales_them(scaling: dict[str, Any]) -> None:
+    model = adapted(tiny_model("llama", rope_parameters={"rope_theta": 1e4, **scaling}))
+    plain = adapted(tiny_model("llama"))
+    assert_same(model, packed())
+    scaled, unscaled = (loss_and_gradients(each, packed())[0] for each in (model, plain))
+    assert abs(scaled - unscaled) > 10 * EXACT * unscaled
+
+
 def test_a_sliding_window() -> None:
     assert_same(adapted(tiny_model("mistral", sliding_window=16)), packed())
 

@@ -22,6 +22,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 512),
         # Qwen's YaRN leaves the positions at those of the pretraining; Llama 3.1 has raised them already.
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, 2048),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, 2048),
         ({"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64}}, 512),
     ],
 )
