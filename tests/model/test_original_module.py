@@ -138,8 +138,9 @@ def test_the_head_is_read_once_and_freed(tmp_path: Path, monkeypatch: pytest.Mon
     assert head._held is None
 
 
-def test_moves_and_casts_go_along(tmp_path: Path) -> None:
-    model = offload_originals(adapted(load(str(folder_of(tmp_path, "gemma3")), base="fp32")[0]))
+@pytest.mark.parametrize("tied", [True, False])
+def test_moves_and_casts_go_along(tied: bool, tmp_path: Path, korean_corpus: Path) -> None:
+    model = offload_originals(adapted(load(str(folder_of(tmp_path, "gemma3", tied)), base="fp32")[0]))
     with model.disable_adapter():
         plain = logits(model)
         model.to(torch.bfloat16)
@@ -147,8 +148,10 @@ def test_moves_and_casts_go_along(tmp_path: Path) -> None:
         in_bf16 = logits(model)
     expected = load(str(tmp_path / "base"), base="fp32")[0].to(torch.bfloat16)
     assert torch.equal(in_bf16, logits(expected)) and not torch.equal(in_bf16.float(), plain)
-    model.to("meta")
+    corpus = pack([Source(path=str(korean_corpus))], tiny_tokenizer(), max_length=64)
+    trainer_for(model, corpus, tmp_path / "run")._move_model_to_device(model, torch.device("meta"))
     assert all(module.weight.device.type == "meta" for module in original_modules(model).values())
+    assert all(tensor.device.type == "meta" for tensor in model.parameters())
 
 
 @pytest.mark.parametrize("tied", [True, False])

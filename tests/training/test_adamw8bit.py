@@ -598,6 +598,17 @@ def test_updates_over_host_memory_are_awaited_a_few_calls_later() -> None:
 
 
 @pytest.mark.usefixtures("by_reference")
+def test_who_reads_states_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint, and the proof that reads masters: copies to the host may still be under way."""
+    parameters, optimizer = offloaded("all", masters="all")
+    waited: list[int] = []
+    monkeypatch.setattr(host_states.Staging, "synchronize", lambda self: waited.append(1))
+    optimizer.state_dict()
+    assert waited == [1]
+    assert optimizer.low_of(parameters[0]) is not None and waited == [1, 1]
+
+
+@pytest.mark.usefixtures("by_reference")
 def test_states_of_a_checkpoint_stay_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where bitsandbytes would move them to the parameter."""
     parameters, optimizer = offloaded("all")

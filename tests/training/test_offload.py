@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from steep.data.packing import Corpus
 from steep.errors import UserError
@@ -15,6 +17,8 @@ from steep.model.recompute import Updates
 from steep.ops import host_states
 from steep.training import in_backward
 from steep.training.adamw8bit import AdamW8bit
+from steep.training.proof import Proof
+from steep.training.snapshot import Snapshot
 from steep.training.trainer import Trainer
 from tests.training.helpers import adapted, arguments, trainer_for, update_by_reference
 from tests.training.test_in_backward import BF16, FP32, LEAN, lean, model_of
@@ -93,6 +97,41 @@ def test_the_heads_update_is_awaited(
     trainer.train()
     assert before == 2 * ([0, 1, 2] if tied else [0, 0, 1, 2])
     assert read == [3, 3] and looked == [0, 0]
+
+
+@pytest.mark.parametrize("settings", [AT_THE_END, LEAN], ids=["clipped", "in-backward"])
+def test_nobody_reads_a_parameter_before_its_update(
+    settings: dict[str, Any], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No callback, evaluation, checkpoint or proof, nor whoever goes on after training."""
+    update_by_reference(monkeypatch)
+    left: dict[str, set[int]] = {}
+    trainer = lean(
+        model_of(BF16, fused=True), corpus, tmp_path, **settings, offload_optimizer="all", save_strategy="steps",
+        save_steps=2, max_steps=2,
+    )  # fmt: skip
+
+    def look(name: str) -> None:
+        left.setdefault(name, set()).add(len(trainer._own_optimizer._under_way))
+
+    class Looks(transformers.TrainerCallback):
+        def on_event(self, name: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            look(name)
+
+    events = ["on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log", "on_save", "on_train_end"]
+    for name in events:
+        monkeypatch.setattr(Looks, name, partialmethod(Looks.on_event, name))
+    trainer.add_callback(Looks())
+    for owner, name in ((Proof, "observe"), (Snapshot, "take"), (Trainer, "_maybe_log_save_evaluate")):
+        own = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *given, _own=own, _name=name, **named: (look(_name), _own(*given, **named))[1]
+        )
+    updated: list[int] = []
+    run = host_states.Staging.run
+    monkeypatch.setattr(host_states.Staging, "run", lambda *given: updated.append(1) or run(*given))
+    trainer.train()
+    assert updated and left == {name: {0} for name in (*events, "observe", "take", "_maybe_log_save_evaluate")}
 
 
 def test_what_comes_after_another_table_finds_its_gradient_gone() -> None:

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from steep import ranks
 from steep.data.packing import Corpus
-from steep.model.install import fused_of
+from steep.model.install import fused_of, install
 from steep.ops import embedding
 from steep.training import fused
+from steep.training.adamw8bit import AdamW8bit
 from steep.training.gradients import measure_and_clip
 from steep.training.trainer import Trainer
-from tests.training.helpers import AtStep, trained_weights, update_by_reference
+from tests.ops.closeness import error
+from tests.training.helpers import AtStep, adapted, trained_weights, update_by_reference
 from tests.training.test_in_backward import BF16, FP32, LEAN, lean, model_of
 from tests.training.test_offload import AT_THE_END
 from tests.training.test_resume import assert_same
@@ -90,6 +93,42 @@ def test_everything_else_gets_dense_gradients(
     settings = {"max_steps": 1, "optimizer_in_backward": False, **settings}
     _, seen = trained(corpus, tmp_path, monkeypatch, True, **settings)
     assert ranks.world_size() == 1 and [sparse for sparse, _ in seen] == [False]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_rows_are_those_of_the_librarys_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled as Gemma scales them, equal ids summed, and none of padding."""
+    monkeypatch.setattr(embedding, "fewer_rows", lambda tokens, rows: True)
+    model = adapted(family, tied=False).train()
+    padding, table = model.get_input_embeddings().padding_idx, table_of(model)
+    tokens = torch.tensor([[5, padding, 9, 5, 7, padding, 5, 11]])
+    found: list[torch.Tensor] = []
+    for by_rows in (False, True):
+        optimizer = AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        with fused.gradients_by_rows(install(model) if by_rows else model, optimizer, 1):
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            assert table.grad is not None and table.grad.is_sparse is by_rows
+            found.append(table.grad.to_dense())
+        model.zero_grad(set_to_none=True)
+    expected, ours = found
+    assert padding is not None and not ours[padding].any() and not expected[padding].any()
+    assert error(ours, expected) < 2e-5 < error(ours / 2, expected)
+    assert ours.any(dim=1).nonzero().flatten().tolist() == [5, 7, 9]  # the last predicts nothing
+
+
+def test_another_trainer_gets_dense_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which torch can clip: transformers' own, over the same fused model."""
+    monkeypatch.setattr(embedding, "fewer_rows", lambda tokens, rows: True)
+    model, seen = model_of(fused=True), list[bool]()
+    table = table_of(model)
+    table.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.is_sparse))  # pyright: ignore
+    tokens = list(range(3, 35))
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, max_grad_norm=0.1, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    rows: Any = [{"input_ids": tokens, "labels": tokens}] * 32
+    transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
+    assert seen == [False, False] and fused_of(model).calls == 2
 
 
 def test_bitsandbytes_update_on_a_cpu_has_them_dense(
