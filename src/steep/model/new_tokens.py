@@ -163,6 +163,15 @@ def rows_for(tokenizer: Any, rows: int) -> int:
     return max(rows, len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
+def _mean_in_order(rows: torch.Tensor) -> torch.Tensor:
+    """The mean of `rows` [n, H], added one after the other: a resumed run makes them again, perhaps on another device,
+    whose own sums are in another order, and has to find the bits that the run began with."""
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return total / len(rows)
+
+
 def grow_embeddings(model: Any, original: Any, tokenizer: Any) -> None:
     """Give `model` a row for each token that `tokenizer` has and `original` has not, in both embeddings.
 
@@ -190,5 +199,5 @@ def grow_embeddings(model: Any, original: Any, tokenizer: Any) -> None:
         for weight in weights:
             mean = weight[: max(old.values()) + 1].float().mean(dim=0)
             for number, ids in pieces.items():
-                weight[number] = (weight[ids].float().mean(dim=0) if ids else mean).to(weight.dtype)
+                weight[number] = (_mean_in_order(weight[ids].float()) if ids else mean).to(weight.dtype)
     model.requires_grad_(False)
