@@ -3,7 +3,7 @@
     python -m benchmarks.ablation --model FOLDER --data FOLDER --grid [--jobs N] [--out FILE]
     python -m benchmarks.ablation --model FOLDER --data FOLDER [--arms lora gate ...] [--seeds 3] [--first-seed 0]
                                   [--tokens 1000000] [--jobs N] [--out FILE]
-    python -m benchmarks.ablation --summary FILE [--docs] [--figure FILE.svg]
+    python -m benchmarks.ablation --summary FILE [--docs] [--figure FILE.svg [--arms ...]]
 
 The arms are in `benchmarks/ablation_arms.py`; without --arms they are those of the core. They share rows and their
 order (of a seed), schedule, optimizer, held-out documents and the number of tokens, which each run's ledger shows.
@@ -69,7 +69,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-GPU-ablation.jsonl")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="say what a file's lines come to, and run nothing")
     parser.add_argument("--docs", action="store_true", help="write the summary into docs/evidence.md too")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="write the summary's curves as an SVG")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="write the curves of --arms as an SVG")
     arguments = parser.parse_args(words)
     if arguments.summary is None and not (arguments.model and arguments.data):
         parser.error("give --model and --data, or --summary")
@@ -222,7 +222,7 @@ def summarise(arguments: argparse.Namespace) -> None:
     said = tell(lines, arguments.learning_rate)
     print(said)
     if arguments.figure:
-        arguments.figure.write_text(figure(lines, arguments.learning_rate), encoding="utf-8")
+        arguments.figure.write_text(figure(lines, arguments.learning_rate, arguments.arms or CORE), encoding="utf-8")
     if arguments.docs:
         text = in_docs(DOCS.read_text(encoding="utf-8"), said, arguments.summary.name)
         DOCS.write_text(text, encoding="utf-8")

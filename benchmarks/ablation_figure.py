@@ -1,4 +1,4 @@
-"""The core of `benchmarks.ablation` as an SVG that reads in light and in dark: how the loss falls, and what is kept.
+"""Arms of `benchmarks.ablation` as an SVG that reads in light and in dark: how the loss falls, and what is kept.
 
 Above stands the training loss against tokens, and beside it the same less the first arm's on the same rows: they are
 drawn alike, so that what single rows cost falls out. Below, each arm's held-out text: what was learned to the left,
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -118,23 +118,24 @@ def _losses(row: dict[str, Any]) -> dict[int, float]:
     return dict(zip(row["curve"]["tokens"], row["curve"]["loss"], strict=True))
 
 
-def runs_of(ladder: Ladder) -> tuple[str, dict[Named, Rows]]:
-    """Runs of the arms of the core: at their own rates where all that have runs have such, else at the common one."""
-    core = [name for name in ladder.names if name[0] in CORE]
-    way = OWN if all(ladder.by_seed(name, OWN) for name in core) else COMMON
-    return way, {name: rows for name in core if (rows := list(ladder.by_seed(name, way).values()))}
+def runs_of(ladder: Ladder, arms: Collection[str]) -> tuple[str, dict[Named, Rows]]:
+    """Runs of the arms: at their own rates where all that have runs have such, else at the common one."""
+    shown = [name for name in ladder.names if name[0] in arms]
+    way = OWN if all(ladder.by_seed(name, OWN) for name in shown) else COMMON
+    return way, {name: rows for name in shown if (rows := list(ladder.by_seed(name, way).values()))}
 
 
-def figure(lines: Rows, common: float) -> str:
+def figure(lines: Rows, common: float, arms: Collection[str] = CORE) -> str:
     """The SVG of the first work of the lines.
 
     Raises:
-        SystemExit: no arm of the core has runs.
+        SystemExit: none of the arms has runs.
     """
     found = ladders(lines, common)
-    way, runs = runs_of(found[0]) if found else (COMMON, {})
+    way, runs = runs_of(found[0], arms) if found else (COMMON, {})
     if not runs:
-        raise SystemExit("--figure: the file has no runs of the core's arms.")
+        whose = "the core's arms" if arms is CORE else ", ".join(arms)
+        raise SystemExit(f"--figure: the file has no runs of {whose}.")
     ladder = found[0]
     looks = {name: _look(number) for number, name in enumerate(runs)}
     head = f"{ladder.work.model} learns {ladder.work.text}, {way}"

@@ -481,6 +481,16 @@ def test_a_figure_draws_losses_and_what_they_differ_by() -> None:
         figure(three("dora", 2.0), RATE)
 
 
+def test_a_figure_is_of_the_arms_that_are_asked_for() -> None:
+    rows = [*three("lora", 2.0), *three("rslora", 1.9), *three("lean", 1.8)]
+    svg = figure(rows, RATE, ["rslora", "lean"])
+    drawn = ElementTree.fromstring(svg)
+    assert len(heights(drawn, "loss")) == 2 and len(heights(drawn, "difference")) == 1
+    assert "Less that of rslora on the same rows" in svg and "lora (n = 3)" not in svg.replace("rslora (n", "")
+    with pytest.raises(SystemExit, match=r"no runs of dora, lean\."):
+        figure(three("lora", 2.0), RATE, ["dora", "lean"])
+
+
 def test_a_difference_is_taken_step_by_step_of_each_seed() -> None:
     def run(seed: int, *losses: float) -> Row:
         return {"seed": seed, "curve": {"tokens": [8, 16, 24][: len(losses)], "loss": list(losses)}}
