@@ -536,6 +536,18 @@ def test_updates_inside_backward_need_few_gradients(tied: bool, saved: list[str]
     assert sum(step.choose(budget)[0]) <= sum(whole.choose(budget)[0])
 
 
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_bases_head_has_room_within_the_peak(tied: bool, lean: bool) -> None:
+    """It is held while the base is scored, when there are neither gradients nor what layers keep."""
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    empty = empty_llama(vocab_size=128_256, num_hidden_layers=4, tie_word_embeddings=tied, **large)
+    updates = {"optimizer_in_backward": True, "max_grad_norm": 0, "offload_optimizer": "all"} if lean else {}
+    step = step_of(config_of(data={"max_length": 256}, training={"per_device_train_batch_size": 1, **updates}), empty)
+    beside = sum(step.by_item([3] * 4, "narrow", tile_sizes(step.tokens)[-1]).values()) - sum(step.standing.values())
+    assert step.in_backward is lean and beside > 2 * 128_256 * 4096
+
+
 def test_the_library_too_needs_few_gradients() -> None:
     large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     for tied in (False, True):
