@@ -539,7 +539,8 @@ def test_updates_inside_backward_need_few_gradients(tied: bool, saved: list[str]
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_the_bases_head_has_room_within_the_peak(tied: bool, lean: bool) -> None:
-    """It is held while the base is scored, when there are neither gradients nor what layers keep."""
+    """It is held while the base is scored, when there are neither gradients nor what layers keep. The head alone: what
+    scoring computes beside it is not planned."""
     large = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     empty = empty_llama(vocab_size=128_256, num_hidden_layers=4, tie_word_embeddings=tied, **large)
     updates = {"optimizer_in_backward": True, "max_grad_norm": 0, "offload_optimizer": "all"} if lean else {}
