@@ -200,7 +200,7 @@ def test_the_base_is_scored_with_its_own_tokenizer(finished: Finished) -> None:
     model, tokenizer = load(str(finished.base), base="nf4")
     assert len(tokenizer) == 384
     own = pack(config.data.sources, tokenizer, max_length=64, holdout=0.0).heldout
-    expected = evaluate(model, own, max_length=64, max_tokens=None)
+    expected = evaluate(model, own, max_length=64, batch_tokens=64 * config.training.per_device_train_batch_size)
     rows = [row for row in lines(finished.folder / "evaluation.jsonl") if row["step"] == 0]
     measured = [row["bits_per_byte"] for row in rows]
     if finished.rows_before == 384:

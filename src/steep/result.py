@@ -14,7 +14,7 @@ from steep.config import recorded_config
 from steep.errors import UserError
 from steep.evaluation.adapters import base_model
 from steep.evaluation.board import board
-from steep.evaluation.perplexity import evaluate
+from steep.evaluation.perplexity import evaluate, within_a_step
 from steep.evaluation.score import DomainScore
 from steep.generation import check_settings, generate_side_by_side, prompt_ids_of
 from steep.model.adapters import open_adapter
@@ -118,6 +118,7 @@ def evaluate_run(
             model,
             max_length=config.data.max_length,
             stride=config.evaluation.stride,
+            batch_tokens=within_a_step(config.training.per_device_train_batch_size, config.data.max_length),
             autocast_dtype=plan.precision,
         )
         documents, max_tokens = documents_of_the_base(plan)

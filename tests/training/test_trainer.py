@@ -17,8 +17,10 @@ from steep.data.packed_dataset import collate
 from steep.data.packing import Corpus
 from steep.data.sampler import EpochSampler
 from steep.errors import RunError, UserError
+from steep.evaluation.perplexity import BATCH_TOKENS, within_a_step
 from steep.model.adapters import add_adapters
 from steep.model.load import load
+from steep.model.unwrap import unwrap
 from steep.training.trainer import Trainer
 from tests.tiny import FAMILIES
 from tests.training.helpers import AtStep, adapted, arguments, losses, trained_weights, trainer_for
@@ -97,6 +99,19 @@ def test_embeddings_train_at_a_tenth_by_default(corpus: Corpus, tmp_path: Path) 
     trainer = trainer_for(adapted(), corpus, tmp_path, max_steps=3, learning_rate=1e-3)
     trainer.train()
     assert trainer.state.log_history[0]["embedding_learning_rate"] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_no_more_is_scored_at_once_than_a_step_has(rows: int, corpus: Corpus, tmp_path: Path) -> None:
+    """So scoring needs no more than what was planned for a step."""
+    trainer = trainer_for(adapted(), corpus, tmp_path, per_device_train_batch_size=rows)
+    seen: list[int] = []
+    embeddings: Any = unwrap(trainer.model).get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel()))
+    trainer.evaluate()
+    length = corpus.train.max_length
+    assert max(seen) == rows * length
+    assert within_a_step(10**6, length) == BATCH_TOKENS == within_a_step(1, BATCH_TOKENS) == within_a_step(1, 10**6)
 
 
 def poison(model: torch.nn.Module, bad: set[int]) -> AtStep:

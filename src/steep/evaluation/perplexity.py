@@ -26,6 +26,7 @@ from steep.model.unwrap import unwrap
 Progress = Callable[[str, int, int], None]
 """Called after each batch with the domain, its tokens scored so far, and all that will be scored in it."""
 
+BATCH_TOKENS = 8192
 _PROBE_TOKENS = 32
 _PICKING_SEED = 0
 
@@ -40,13 +41,20 @@ class Document(Protocol):
     def num_bytes(self) -> int: ...
 
 
+def within_a_step(rows: int, max_length: int) -> int:
+    """`evaluate`'s `batch_tokens` beside a training whose forwards have so many rows: no more than these have, so that
+    scoring needs no more memory than what was planned for a step.
+    """
+    return min(BATCH_TOKENS, rows * max_length)
+
+
 def evaluate(
     model: nn.Module,
     documents: Mapping[str, Sequence[Document]],
     *,
     max_length: int = 2048,
     stride: int | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int = BATCH_TOKENS,
     max_tokens: int | None = None,
     step: int = 0,
     autocast_dtype: torch.dtype | None = None,

@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback, def
 
 from steep import ranks
 from steep.errors import UserError
-from steep.evaluation.perplexity import DomainScore, evaluate
+from steep.evaluation.perplexity import DomainScore, evaluate, within_a_step
 from steep.training.counting import Counting
 from steep.training.guard import Guard
 from steep.training.metrics import Meter
@@ -58,14 +58,16 @@ class Reporting(Counting):
         One of several processes scores, so that the scores are those of one process to the bit; the others wait.
         """
         assert self.corpus is not None
+        max_length = self.corpus.train.max_length
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()  # a schedule-free optimizer trains other weights than it means
         score = partial(
             evaluate,
             self.model,
             documents,
-            max_length=self.corpus.train.max_length,
+            max_length=max_length,
             stride=self.args.eval_stride,
+            batch_tokens=within_a_step(self.args.per_device_train_batch_size, max_length),
             max_tokens=max_tokens,
             step=self.state.global_step,
             autocast_dtype=self.autocast_dtype,
