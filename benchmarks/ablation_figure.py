@@ -89,7 +89,7 @@ def ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, math.floor(high / step) + 1)]
 
 
-def span(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
+def span(values: Sequence[float], margin: float) -> tuple[float, float]:
     low, high = min(values), max(max(values), min(values) + 1e-6)
     return low - margin * (high - low), high + margin * (high - low)
 
@@ -185,6 +185,7 @@ def _loss(runs: Mapping[Named, Rows], looks: Mapping[Named, str]) -> Iterator[st
         ("difference", less, 494, f"Less that of {label(first)} on the same rows"),
     ):
         yield f'<g id="{kind}">'
+        drawn = {name: curve for name, curve in drawn.items() if len(curve[0])}  # the rest has no finite loss
         if drawn:
             tokens, losses = (np.concatenate([curve[part] for curve in drawn.values()]) for part in (0, 1))
             panel = Panel(left, 80, 350, 250, (0, float(tokens.max())), span(losses.tolist(), 0.02))

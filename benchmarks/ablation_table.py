@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.ablation_arms import ARMS, FULL, NEW, OLD, arm_over
 from benchmarks.ablation_run import GRID, NEW_TEXTS, OLD_DOMAIN, RUN, Work
-from benchmarks.pages import with_part
+from benchmarks.pages import markdown, with_part
 
 Row = dict[str, Any]
 Named = tuple[str, str]  # an arm, and the rung that it stands on or ""
@@ -178,10 +178,6 @@ def verdict(change: Estimate, better: bool | None) -> str:
 
 def label(name: Named) -> str:
     return f"{name[0]} (on {name[1]})" if name[1] else name[0]
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
 
 
 def results(ladder: Ladder, way: str) -> list[str]:

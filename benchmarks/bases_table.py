@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.pages import markdown
+
 Row = dict[str, Any]
 
 DOMAINS = {"ko": "Korean", "en": "English"}
@@ -89,7 +91,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     work = rows[0]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     head = ["base, products", "seeds", *(f"{DOMAINS[domain]}, {where}" for domain, where in COLUMNS)]
-    lines = [head, ["---"] * len(head)]
+    lines: list[list[str]] = []
     for arm in arms:
         own = list(by_seed(rows, arm).values())
         cells = [
@@ -108,7 +110,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         f"{work['model']} on {work['gpu']}: {work['steps']} steps of {work['batch']} x {work['seq']} tokens, rank "
         f"{work['r']}, rate {work['learning_rate']:g}. Nats a token, mean ± standard deviation over seeds (bits a byte)"
     )
-    return [title, "", *(f"| {' | '.join(line)} |" for line in lines)]
+    return [title, "", *markdown(head, lines)]
 
 
 def verdicts(rows: Sequence[Row]) -> list[tuple[str, str]]:

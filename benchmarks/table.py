@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import RESULTS
-from benchmarks.pages import with_part
+from benchmarks.pages import markdown, with_part
 from benchmarks.shapes import SHAPES
 
 README = Path(__file__).parent.parent / "README.md"
@@ -122,7 +122,6 @@ def table(rows: Iterable[Row]) -> str:
     columns = [column for column in COLUMNS if any(column in cells for _, cells in lines)]
     head, marked = ["work", *columns], any("GiB†" in cell for _, cells in lines for cell in cells.values())
     body = [[work, *(cells.get(column, "–") for column in columns)] for work, cells in lines]
-    written = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
     return "\n".join(
         [
             f"One training step, QLoRA at rank {RANK} with both embeddings trained: time, and peak of allocated",
@@ -133,7 +132,7 @@ def table(rows: Iterable[Row]) -> str:
             "their documentation has it; steep does so as far as its memory asks for it.",
             *(["†: and host memory, in which some of what layers keep waits for the backward pass."] * marked),
             "",
-            *written,
+            *markdown(head, body),
         ]
     )
 
@@ -162,7 +161,7 @@ def lean_table(rows: Iterable[Row]) -> str:
             "The same training with weights updated inside the backward pass (so without clipping by the norm of all",
             "gradients), the optimizer's states in host memory, and of what layers keep as much as the limit asks for.",
             "",
-            *(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)),
+            *markdown(head, body),
         ]
     )
 

@@ -491,6 +491,14 @@ def test_a_figure_is_of_the_arms_that_are_asked_for() -> None:
         figure(three("lora", 2.0), RATE, ["dora", "lean"])
 
 
+def test_an_arm_without_a_finite_loss_has_no_curve() -> None:
+    rows = [*three("lora", 2.0), *three("gate", 1.9)]
+    rows[1]["curve"] = {"step": [], "tokens": [], "loss": []}
+    drawn = ElementTree.fromstring(figure(rows, RATE))
+    assert len(heights(drawn, "loss")) == 1 and heights(drawn, "difference") == []
+    assert len(drawn.findall("{*}g[@id='learned']/{*}circle")) == 2
+
+
 def test_a_difference_is_taken_step_by_step_of_each_seed() -> None:
     def run(seed: int, *losses: float) -> Row:
         return {"seed": seed, "curve": {"tokens": [8, 16, 24][: len(losses)], "loss": list(losses)}}

@@ -320,11 +320,9 @@ class _Trials:
 
     def _changes(self, settings: Settings) -> tuple[str, ...]:
         """What the names of the settings do not say."""
-        asked, training = self.config.training, changed(self.config, settings).training
-        changes = ["without clipping"] if asked.max_grad_norm > training.max_grad_norm else []
-        rows, before = (
-            each.per_device_train_batch_size * each.gradient_accumulation_steps for each in (training, asked)
-        )
+        new = changed(self.config, settings)
+        changes = ["without clipping"] if self.config.training.max_grad_norm > new.training.max_grad_norm else []
+        rows, before = _rows(new), _rows(self.config)
         if rows != before:
             changes.append(f"with {rows} in place of {before} rows a step")
         return tuple(changes)
