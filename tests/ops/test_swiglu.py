@@ -85,10 +85,10 @@ def test_backward(route: str, tokens: int, intermediate: int, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize(
     ("route", "tokens", "intermediate"),
-    cases(  # one block of the kernels, two of them, four
-        small=[(1, 64), (7, 100), (3, 384), (2, 5000)],
-        large=[(63, 100), (63, 4224)],
-        real=[(4096, 14336), (1000, 11008), (63, 6912), (1000, 1001), (63, 8192)],
+    cases(  # one block of the kernels, two of them, four; a row held whole, and one that is too long for that
+        small=[(1, 64), (7, 100), (3, 384), (2, 5000), (1, 16640)],
+        large=[(63, 100), (63, 4224), (5, 16384)],
+        real=[(4096, 14336), (1000, 11008), (63, 6912), (1000, 1001), (63, 8192), (63, 28672)],
     ),
 )
 def test_quantised(
