@@ -28,8 +28,9 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks.table: begin -->", "<!-- benchmarks.table: end -->"
 LEAN_BEGIN, LEAN_END = "<!-- benchmarks.table, lean: begin -->", "<!-- benchmarks.table, lean: end -->"
 LEAN = {"steep-lean": "NF4", "steep-fp8-lean": "e4m3"}  # the base
-# Where kept tensors may go, and positions beyond the model's own: no choice of how a step is computed.
-OF_THE_WORK = re.compile(r" *--(training\.host_memory|model\.rope_scaling\.\w+) \S+")
+# Where kept tensors may go, what a plan may fill, and positions beyond the model's own: no choice of how a step is
+# computed.
+OF_THE_WORK = re.compile(r" *--(training\.(host_memory|vram)|model\.rope_scaling\.\w+) \S+")
 RANK = 256
 STEEP, ALONE, FP8 = "steep", "steep-bare", "steep-fp8"
 LIBRARY = {"hf": "", "hf-flash": ", flash-attn", "hf-varlen": ", torch's flash kernels"}
