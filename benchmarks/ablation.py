@@ -16,7 +16,8 @@ file has its grid; full finetuning at its own alone.
 --data holds NAME.train.jsonl.gz and NAME.heldout.jsonl.gz of the text that is learned (--text) and of en-books. A run
 appends one line of JSON to --out, by default `benchmarks/results/DATE-GPU-ablation.jsonl`; one whose line is there is
 not done again. --jobs processes share the card; each imports once, and takes run after run. --summary says what the
-lines come to (`benchmarks/ablation_table.py`); with --docs it writes that into docs/evidence.md.
+lines come to (`benchmarks/ablation_table.py`); with --docs it writes that into docs/evidence.md, and a table of the
+core into the README.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ import torch
 from benchmarks.ablation_arms import ARMS, CORE, FULL, LADDER, RECIPE, arm_over
 from benchmarks.ablation_figure import figure
 from benchmarks.ablation_run import GRID, NEW_TEXTS, RUN, Job, Work, data_name, files, one_run, tokenise_once
-from benchmarks.ablation_table import in_docs, own_rate, tell
+from benchmarks.ablation_table import in_docs, in_readme, own_rate, tell
 from benchmarks.measuring import append, command, gpu_name, results_file
 from steep.export.gate import free_memory
 
-DOCS = Path(__file__).parent.parent / "docs" / "evidence.md"
+README = Path(__file__).parent.parent / "README.md"
+DOCS = README.parent / "docs" / "evidence.md"
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -68,7 +70,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes on the card at once")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-GPU-ablation.jsonl")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="say what a file's lines come to, and run nothing")
-    parser.add_argument("--docs", action="store_true", help="write the summary into docs/evidence.md too")
+    parser.add_argument("--docs", action="store_true", help="write it into docs/evidence.md and the README too")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="write the curves of --arms as an SVG")
     arguments = parser.parse_args(words)
     if arguments.summary is None and not (arguments.model and arguments.data):
@@ -226,6 +228,8 @@ def summarise(arguments: argparse.Namespace) -> None:
     if arguments.docs:
         text = in_docs(DOCS.read_text(encoding="utf-8"), said, arguments.summary.name)
         DOCS.write_text(text, encoding="utf-8")
+        text = in_readme(README.read_text(encoding="utf-8"), lines, arguments.learning_rate, arguments.summary.name)
+        README.write_text(text, encoding="utf-8")
 
 
 def main(words: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ablation_arms import ARMS, FULL, NEW, OLD, arm_over
+from benchmarks.ablation_arms import ARMS, CORE, FULL, NEW, OLD, arm_over
 from benchmarks.ablation_run import GRID, NEW_TEXTS, OLD_DOMAIN, RUN, Work
 from benchmarks.pages import markdown, with_part
 
@@ -309,3 +309,21 @@ def tell(lines: Sequence[Row], common: float) -> str:
 def in_docs(text: str, said: str, file: str) -> str:
     """The text of docs/evidence.md with `said` between its marks."""
     return with_part(text, BEGIN, END, f"From `benchmarks/results/{file}`.\n\n{said}")
+
+
+def in_readme(text: str, lines: Sequence[Row], common: float, file: str) -> str:
+    """The README's text with the core of the file's first work between its marks, each arm at its own rate."""
+    ladder = ladders(lines, common)[0]
+    trained = {name: rows for name in ladder.names if name[0] in CORE and (rows := ladder.by_seed(name, OWN))}
+    domains = ladder.new, ladder.old
+    body = []
+    for name, rows in trained.items():
+        of = [Estimate.of([bits(row, domain) for row in rows.values()]).text() for domain in domains]
+        body.append([label(name), arm_over(*name).says, *of])
+    said = (
+        f"{ladder.work.model} on {ladder.work.text}, {ladder.work.tokens:,} tokens a run, each at its own best rate:\n"
+        "bits a byte of held-out text, fewer are better; mean ± half of the 95 % interval over n seeds.\n"
+        f"`python -m benchmarks.ablation --summary benchmarks/results/{file} --docs`"
+    )
+    table = markdown(["arm", "what it is", *(LANGUAGE[domain] for domain in domains)], body)
+    return with_part(text, BEGIN, END, "\n".join([said, "", *table]) if body else "")

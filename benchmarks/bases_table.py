@@ -51,7 +51,7 @@ def tell(file: Path) -> bool:
 def refuse_unlike(rows: Sequence[Row]) -> None:
     """
     Raises:
-        SystemExit: runs of one work had other held-out text, or of one seed other tokens; or two arms computed the same.
+        SystemExit: runs had other held-out text, or those of a seed other tokens; or two arms computed the same.
     """
     for what in ("heldout", "embedding_learning_rate", "scale"):
         if len({json.dumps(row[what], sort_keys=True) for row in rows}) > 1:
@@ -59,7 +59,9 @@ def refuse_unlike(rows: Sequence[Row]) -> None:
     tokens: dict[int, int] = {}  # a seed's order of rows has the corpus's last one, which is short, or has it not
     for row in rows:
         if tokens.setdefault(row["seed"], row["tokens"]) != row["tokens"]:
-            raise SystemExit(f"runs of {row['model']} with seed {row['seed']} differ in tokens, and cannot be compared.")
+            raise SystemExit(
+                f"runs of {row['model']} with seed {row['seed']} differ in tokens, and cannot be compared."
+            )
     seen: dict[tuple[int, str], str] = {}
     for row in rows:
         other = seen.setdefault((row["seed"], json.dumps(row["curve"])), row["arm"])

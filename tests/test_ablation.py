@@ -450,21 +450,48 @@ def test_every_figure_says_of_how_many_runs_it_is() -> None:
 def test_the_summary_of_real_lines_goes_into_the_docs_and_a_figure(
     lines: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, docs, picture = tmp_path / "rows.jsonl", tmp_path / "evidence.md", tmp_path / "loss.svg"
+    file, docs, readme = tmp_path / "rows.jsonl", tmp_path / "evidence.md", tmp_path / "README.md"
+    picture = tmp_path / "loss.svg"
     file.write_text("".join(json.dumps(row) + "\n" for row in lines))
     docs.write_text((ROOT / "docs" / "evidence.md").read_text(encoding="utf-8"), encoding="utf-8")
+    readme.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(ablation, "DOCS", docs)
+    monkeypatch.setattr(ablation, "README", readme)
     words = ["--summary", str(file), "--learning-rate", f"{RATE}", "--docs", "--figure", str(picture)]
     ablation.main(words)
     said = capsys.readouterr().out.strip()
     assert all(f"| {name} " in said for name in ARMS if name != FULL) and "| full " in said.split(OWN.capitalize())[1]
     text = docs.read_text(encoding="utf-8")
     assert said in text and "benchmarks/results/rows.jsonl" in text
+    front = readme.read_text(encoding="utf-8")
+    table = front.split(ablation_table.BEGIN)[1].split(ablation_table.END)[0]
+    assert "benchmarks/results/rows.jsonl" in table and arms_of(table) == [FULL], "the others have no grid"
     ablation.main(words)
     assert docs.read_text(encoding="utf-8") == text, "written twice, it stands there once"
+    assert readme.read_text(encoding="utf-8") == front
     drawn = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
     assert len(drawn.findall("{*}g[@id='loss']/{*}polyline")) == len(LADDER), "at the common rate, so none of full"
     assert len(drawn.findall("{*}g[@id='learned']/{*}circle")) == len(CORE) - 1
+
+
+def arms_of(table: str) -> list[str]:
+    return re.findall(
+        r"^\| (\S+)(?: \(on \w+\))? \|", table.replace("| arm |", "").replace("| --- |", ""), re.MULTILINE
+    )
+
+
+def test_the_readme_has_the_core_each_at_its_own_rate() -> None:
+    rows = [*three("lora", 9.0), *three("lora", 2.0, 2.1, rate=2 * RATE), *three("gate", 3.0), *three("dora", 1.0)]
+    for arm, best in (("lora", 2 * RATE), ("gate", RATE), ("dora", RATE)):
+        rows += [line(GRID_WORK, arm, 0, rate, part=GRID, loss=3 + (rate != best)) for rate in (RATE, 2 * RATE)]
+    marks = f"a\n{ablation_table.BEGIN}\nold\n{ablation_table.END}\nb"
+    front = ablation_table.in_readme(marks, rows, RATE, "rows.jsonl")
+    assert front.startswith("a\n") and front.endswith("\nb") and "old" not in front
+    assert arms_of(front) == ["lora", "gate"], "dora is no arm of the core"
+    assert "2.0500 ± " in front and "(n = 2)" in front and "9.0" not in front and "3.0000 (n = 1)" in front
+    assert "| --- |" not in ablation_table.in_readme(marks, three("lora", 2.0), RATE, "rows.jsonl"), (
+        "no grid, no own rate"
+    )
 
 
 def test_a_figure_draws_losses_and_what_they_differ_by() -> None:
