@@ -12,7 +12,7 @@ from steep.memory import Shape
 from steep.model.machine import Card
 from steep.model.positions import unstretched
 from steep.model.resolve import ResolvedModel, looks_like_chat
-from steep.schema import RunConfig
+from steep.schema import FORWARDS, RunConfig
 from steep.settings import embedding_rate, planned_epochs, rows_per_step, why_not_summed_in_fp32
 from steep.training.adamw8bit import ADAMW_8BIT
 
@@ -108,9 +108,10 @@ def advice(
     rows = len(corpus.train)
     epochs = planned_epochs(config, rows)
     if (of_step := rows_per_step(config)) > rows:
+        names = FORWARDS if config.training.rows_per_step is None else ["rows_per_step"]
         found.append(
             f"a step takes {of_step:,} rows and the text has {rows:,}: each step is a whole pass over it. Lower "
-            "training.gradient_accumulation_steps or training.per_device_train_batch_size."
+            f"{' or '.join(f'training.{name}' for name in reversed(names))}."
         )
     if epochs > MANY_EPOCHS:
         found.append(

@@ -12,6 +12,7 @@ from steep.duration import Pace
 from steep.errors import UserError
 from steep.fitting import changed, one_that_fits
 from steep.fp8_choice import FIELD, dequantised, why_none
+from steep.micro_batch import with_micro_batch
 from steep.model.load import QUANTISED
 from steep.model.machine import Card
 from steep.schema import RunConfig
@@ -111,6 +112,7 @@ def _chosen(config: RunConfig, ground: Ground, card: Card, budget: int) -> tuple
         return ELSE, "products in fp8 are of fused steps"
     faster = changed(config, {"model.base": FASTER})
     try:
+        faster, _ = with_micro_batch(faster, ground)
         computation = ground.computation(faster)
     except UserError as error:
         return ELSE, f"over fp8 it cannot be: {error.field}"

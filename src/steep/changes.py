@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from steep.errors import UserError, did_you_mean
-from steep.schema import RunConfig
+from steep.schema import FORWARDS, RunConfig
 from steep.settings import planned_steps, training_arguments
 from steep.training.arguments import TrainingArguments
 from steep.training.passed_through import HONOURED
@@ -65,9 +65,9 @@ CHANGEABLE = {
 }  # fmt: skip
 
 # What a branch may change: the rates and their schedule, how long it is, and the text.
-BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+BATCH = tuple(f"training.{name}" for name in FORWARDS)
 OWN_OF_A_BRANCH = {
-    *_SCHEDULE, *BATCH,
+    *_SCHEDULE, *BATCH, "training.rows_per_step",
     *(f"training.{name}" for name in ("grad_accum_dtype", "master_weights", "deterministic", *_SPIKES)),
 }  # fmt: skip
 
@@ -78,6 +78,7 @@ _STAYS = {
     "adapter.": "it decides which weights there are and what they mean",
     "data.": "the place in the text is counted in those rows",
     "evaluation.": "its scores are compared with those before",
+    "training.rows_per_step": "the place in the text is counted in steps of so many",
     "training.per_device_train_batch_size": "the place in the text is counted in steps of that batch",
     "training.gradient_accumulation_steps": "the place in the text is counted in steps of that batch",
     "training.seed": "the order of the rows follows from it",

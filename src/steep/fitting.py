@@ -26,7 +26,7 @@ from steep.model.block import LEVELS, Place
 from steep.model.layer import Layer
 from steep.model.machine import Card
 from steep.ops.lora import Lora, Projection
-from steep.schema import RunConfig
+from steep.schema import FORWARDS, RunConfig
 from steep.settings import MOST_TOKENS, check_update, rows_per_step
 from steep.sizes import host_bytes
 from steep.training.adamw8bit import ADAMW_8BIT
@@ -196,7 +196,7 @@ def _batches(config: RunConfig) -> Knob:
     """The same step in more parts, whose gradients then have to wait for each other."""
     batch, rows = config.training.per_device_train_batch_size, _rows(config)
     waits = {"training.optimizer_in_backward": False}
-    return [{**_parts(part, rows // part), **waits} for part in range(batch - 1, 0, -1) if rows % part == 0]
+    return [{**forwards_of(part, rows // part), **waits} for part in range(batch - 1, 0, -1) if rows % part == 0]
 
 
 def _lean(config: RunConfig) -> tuple[Knob, Knob]:
@@ -205,7 +205,7 @@ def _lean(config: RunConfig) -> tuple[Knob, Knob]:
     training, rows = config.training, _rows(config)
     most = min(rows, MOST_TOKENS // config.data.max_length)
     lean: Settings = {"training.optimizer_in_backward": True, "training.max_grad_norm": 0}
-    knob = [{**lean, **_parts(part, 1)} for part in range(most, 0, -1) if rows % part == 0]
+    knob = [{**lean, **forwards_of(part, 1)} for part in range(most, 0, -1) if rows % part == 0]
     exact = 1 if training.max_grad_norm == 0 and most == rows else 0
     return knob[:exact], knob[exact:]
 
@@ -215,8 +215,9 @@ def _rows(config: RunConfig) -> int:
     return config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
 
 
-def _parts(batch: int, forwards: int) -> Settings:
-    return {"training.per_device_train_batch_size": batch, "training.gradient_accumulation_steps": forwards}
+def forwards_of(batch: int, forwards: int) -> Settings:
+    """How a step is cut: rows of a forward, and how many of these."""
+    return {f"training.{name}": value for name, value in zip(FORWARDS, (batch, forwards), strict=True)}
 
 
 def _sums_in_bf16(config: RunConfig, sizes: Sizes) -> Knob:
@@ -314,8 +315,13 @@ class _Trials:
         return next(map(self._alternative, fitting), None)
 
     def _alternative(self, settings: Settings) -> Alternative:
-        """In words, without what is asked for already."""
+        """In words, without what is asked for already, and without what the plan chooses by itself."""
         differing = {name: value for name, value in settings.items() if value != _asked(self.config, name)}
+        if self.config.training.rows_per_step is not None:
+            rows = _rows(changed(self.config, settings)) * ranks.world_size()
+            differing = {name: differing[name] for name in differing if name not in forwards_of(1, 1)}
+            if rows != self.config.training.rows_per_step:
+                differing["training.rows_per_step"] = rows
         return Alternative(differing, self._peak(settings), self._changes(settings))
 
     def _changes(self, settings: Settings) -> tuple[str, ...]:
@@ -357,23 +363,34 @@ class _Trials:
             ground = replace(ground, host=host_budget(config.training.host_memory, ground.card))
         if ground.layer is not None and "adapter.r" in settings:
             ground = replace(ground, layer=with_rank(ground.layer, config.adapter.r))
-        try:
-            computation = ground.computation(config)
-            check_update(config, computation.compute)
-        except UserError:
-            return math.inf
-        sizes = ground.sized(config, computation)
-        return sizes.peak if self._host_has(config, sizes) else math.inf
+        sizes = tried(config, ground, goes_on=self.goes_on)
+        return math.inf if sizes is None else sizes.peak
 
-    def _host_has(self, config: RunConfig, sizes: Sizes) -> bool:
-        """Whether its memory holds what is put there."""
-        card, asked = self.ground.card, config.training.host_memory
-        locked = config.training.offload_optimizer != "none" or sizes.on_host
-        if not locked or card is None:
-            return True
-        needed = host_bytes(config, sizes.shape, sizes.memory, sizes.choices.trained_dtype, sizes.on_host)
-        limit = host_limit(asked, card, None if self.goes_on else host_budget(asked, card))
-        return sum(needed.values()) <= limit
+
+def tried(config: RunConfig, ground: Ground, *, goes_on: bool = False) -> Sizes | None:
+    """A step with those settings; None: they do not go together, or the host has not the memory for them.
+
+    Args:
+        goes_on: the run was begun before.
+    """
+    try:
+        computation = ground.computation(config)
+        check_update(config, computation.compute)
+    except UserError:
+        return None
+    sizes = ground.sized(config, computation)
+    return sizes if _host_has(config, ground.card, sizes, goes_on) else None
+
+
+def _host_has(config: RunConfig, card: Card | None, sizes: Sizes, goes_on: bool) -> bool:
+    """Whether its memory holds what is put there."""
+    asked = config.training.host_memory
+    locked = config.training.offload_optimizer != "none" or sizes.on_host
+    if not locked or card is None:
+        return True
+    needed = host_bytes(config, sizes.shape, sizes.memory, sizes.choices.trained_dtype, sizes.on_host)
+    limit = host_limit(asked, card, None if goes_on else host_budget(asked, card))
+    return sum(needed.values()) <= limit
 
 
 def changed(config: RunConfig, settings: Settings) -> RunConfig:

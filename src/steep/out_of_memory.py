@@ -58,7 +58,14 @@ def what_to_lower(plan: Plan, *, loading: bool = False, place: str = "GPU") -> l
         if could_be_lean(config, plan.compute):
             found.append("training.optimizer_in_backward: true (now false; nothing else changes)")
         found += _of_the_host(plan, place)
-        if batch > 1 and lean:
+        if batch > 1 and training.rows_per_step is not None and not lean:
+            found.append(
+                f"training.per_device_train_batch_size (now {batch}, with gradient_accumulation_steps {accumulation}: "
+                "give the two in place of rows_per_step)"
+            )
+        elif batch > 1 and training.rows_per_step is not None:
+            found.append(f"training.rows_per_step (now {training.rows_per_step})")
+        elif batch > 1 and lean:
             found.append(f"training.per_device_train_batch_size (now {batch})")
         elif batch > 1:
             found.append(

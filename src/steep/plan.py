@@ -20,11 +20,12 @@ from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
 from steep.duration import Duration, Pace
 from steep.errors import UserError
-from steep.fitting import Shortfall, changed, shortfall_of
+from steep.fitting import Shortfall, changed, forwards_of, shortfall_of
 from steep.fp8_choice import dequantised
 from steep.fusing import decide
 from steep.generation import prompt_ids_of
-from steep.memory import Shape
+from steep.memory import Shape, fragmentation
+from steep.micro_batch import with_micro_batch
 from steep.model.adapters import check_embeddings, check_rank
 from steep.model.choices import Choices
 from steep.model.embeddings import untie
@@ -59,7 +60,7 @@ from steep.training.branch import Branch
 from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import Schedule, schedule_of
 from steep.vocabulary import Vocabulary, grown, warnings
-from steep.vram import check_host, host_budget, host_limit, remarks, vram_budget
+from steep.vram import check_host, host_budget, host_limit, left_by, remarks, vram_budget
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Plan:
         schedule: the learning rates' factor by step; None where the schedule is transformers' own.
         base, compute: the automatic choices made: storage of frozen weights, dtype of products.
         base_reason: why it is that base, where `model.base: auto` had a choice.
+        batch_reason: why a forward has so many rows, where `training.rows_per_step` left that to the plan.
         choices: those that the run keeps for good, and that a resumed one takes over.
         not_fused: why the steps are not fused; None where they are.
         card: that it is planned for; None: there is none, and nothing is planned for one but an amount of memory.
@@ -108,6 +110,7 @@ class Plan:
     bases: dict[str, Base] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     base_reason: str | None = None
+    batch_reason: str | None = None
 
     @property
     def fused(self) -> bool:
@@ -138,6 +141,13 @@ class Plan:
         tokens = config.training.per_device_train_batch_size * config.data.max_length
         return tile if tile is not None and tile < tokens else None
 
+    @property
+    def _fragmentation(self) -> dict[str, int | None] | None:
+        """Bytes reserved beyond the peak of a step, and those that are left for them; None: not known."""
+        if not self.fused or "libraries' workspaces" not in self.memory:
+            return None
+        return {"bytes": fragmentation(self.memory), "left_bytes": left_by(self.config.training.vram, self.card)}
+
     def as_dict(self) -> dict[str, Any]:
         """`plan.json`."""
         training, shape = self.config.training, self.shape
@@ -166,6 +176,9 @@ class Plan:
             "new_tokens": self.new_tokens,
             "steps": self.steps,
             "rows_per_step": rows_per_step(self.config),
+            "per_device_train_batch_size": training.per_device_train_batch_size,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps,
+            "batch_reason": self.batch_reason,
             "processes": ranks.world_size(),
             "epochs": planned_epochs(self.config, len(self.corpus.train)),
             "learning_rate": training.learning_rate,
@@ -174,6 +187,7 @@ class Plan:
             "schedule": self.schedule.describe() if self.schedule else None,
             "card": self.card.as_dict() if self.card else None,
             "memory_bytes": {**self.memory, "total": sum(self.memory.values())},
+            "fragmentation": self._fragmentation,
             "shortfall": self.shortfall.as_dict() if self.shortfall else None,
             "duration": self.duration.as_dict() if self.duration else None,
             "bases": {name: base.as_dict() for name, base in self.bases.items()},
@@ -227,10 +241,10 @@ def plan_run(
         measures=measures,
     )
     plan = work_out(config, commits or {}) if ranks.is_main() else None
-    read, base = ranks.from_main(lambda: _first_found(plan))
+    read, chosen = ranks.from_main(lambda: _first_found(plan))
     if plan is None:
         same = {int(index): commit for index, commit in read.items()}
-        plan = work_out(changed(config, {"model.base": base}), same)
+        plan = work_out(changed(config, chosen), same)
     if len(set(ranks.gathered_bytes(plan.corpus.fingerprint.encode()))) > 1:
         raise UserError(
             "data.sources", "the processes have not read the same text", "Give all of them the same files and model."
@@ -240,11 +254,22 @@ def plan_run(
     return plan
 
 
-def _first_found(plan: Plan | None) -> tuple[dict[int, str], str]:
-    """The commits that streamed sources were read at, by number, and the base: each process has a card of its own."""
+def _first_found(plan: Plan | None) -> tuple[dict[int, str], dict[str, Any]]:
+    """The commits that streamed sources were read at, by number, and the base and the forwards: each process has a card
+    of its own."""
     assert plan is not None
+    training = plan.config.training
+    forwards = forwards_of(training.per_device_train_batch_size, training.gradient_accumulation_steps)
     sources = enumerate(plan.corpus.statistics["sources"])
-    return {index: source["revision"] for index, source in sources if source["streamed"]}, plan.base
+    commits = {index: source["revision"] for index, source in sources if source["streamed"]}
+    return commits, {"model.base": plan.base, "training.rows_per_step": None, **forwards}
+
+
+def _chosen(config: RunConfig, ground: Ground) -> tuple[RunConfig, str | None, str | None]:
+    """`config` with the base and the forwards of a step that the run file leaves to the plan, and why those."""
+    config, base_reason = with_base(config, ground)
+    config, batch_reason = with_micro_batch(config, ground)
+    return config, base_reason, batch_reason
 
 
 def _work_out(
@@ -289,7 +314,8 @@ def _work_out(
     host_memory = host_budget(config.training.host_memory, card) if to_train else 0
     ground = Ground(resolved, empty, layer, card, budget, before, to_train, host_memory)
     as_asked = config
-    config, base_reason = with_base(as_asked, ground)
+    config, base_reason, batch_reason = _chosen(as_asked, ground)
+    training = config.training
     computation = ground.computation(config)
     compute, trained = computation.compute, computation.trained
     tokenizer = read_tokenizer(resolved)
@@ -315,8 +341,10 @@ def _work_out(
         tokenizer, sources = vocabulary.tokenizer, [read.source for read in vocabulary.before]
         rows = rows_for(tokenizer, empty.get_input_embeddings().weight.shape[0])
         empty.resize_token_embeddings(rows, mean_resizing=False)
-        config, base_reason = with_base(as_asked, ground)  # of the tables as they have become
+        config, base_reason, batch_reason = _chosen(as_asked, ground)  # of the tables as they have become
+        training = config.training
         computation = ground.computation(config)
+        arguments = training_arguments(config, precision, fused=layer is not None, branch=branch is not None)
     base = computation.base
     if computation.layers is not None and computation.products != "none":
         stored += dequantised(computation.layers, compute)
@@ -408,6 +436,7 @@ def _work_out(
         shortfall=shortfall,
         duration=None if pace is None or (shortfall and shortfall.is_refused) else pace.duration(sizes, steps),
         base_reason=base_reason,
+        batch_reason=batch_reason,
     )
     errors = weight_errors(resolved, quantisable(empty)) if to_train else {}
     plan.bases = bases_of(config, ground, sizes, pace, errors, base=base, compute=compute)

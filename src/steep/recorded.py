@@ -73,6 +73,11 @@ class PlannedDuration(TypedDict):
     measured: NotRequired[dict[str, Number | None] | None]
 
 
+class Fragmentation(TypedDict):
+    bytes: Count
+    left_bytes: Count | None
+
+
 class Plan(TypedDict):
     model: str
     base: str
@@ -83,11 +88,15 @@ class Plan(TypedDict):
     first_step: NotRequired[Count]
     steps: Count
     rows_per_step: Count
+    per_device_train_batch_size: NotRequired[Count]
+    gradient_accumulation_steps: NotRequired[Count]
+    batch_reason: NotRequired[str | None]
     processes: NotRequired[Count]
     epochs: Number
     learning_rate: Number
     embedding_learning_rate: Number
     memory_bytes: dict[str, Count]
+    fragmentation: NotRequired[Fragmentation | None]
     bases: NotRequired[dict[str, PlannedBase]]
     duration: NotRequired[PlannedDuration | None]
     fused: NotRequired[bool]

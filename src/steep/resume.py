@@ -30,8 +30,8 @@ from steep.model.adapter_start import START
 from steep.model.load import BASES
 from steep.plan import Plan
 from steep.run_folder import RunFolder, environment
-from steep.schema import RunConfig
-from steep.settings import planned_steps
+from steep.schema import FORWARDS, RunConfig
+from steep.settings import planned_steps, rows_per_step
 from steep.training.branch import Branch, read_branch
 from steep.training.observations import load_observations
 from steep.training.proof import frozen_checksums, other_tensors
@@ -75,6 +75,39 @@ def with_chosen_base(config: RunConfig, folder: RunFolder, field: str) -> RunCon
     if base not in BASES:
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"base": base})})
+
+
+def with_chosen_forwards(config: RunConfig, folder: RunFolder, field: str) -> RunConfig:
+    """The same for `training.rows_per_step`: `config` with the forwards that steps of the run of `folder` were cut
+    into. A branch whose steps have other rows is cut anew.
+
+    Raises:
+        UserError: what was recorded is damaged; the run goes on, and its steps have another number of rows.
+    """
+    rows = config.training.rows_per_step
+    if rows is None:
+        return config
+    plan, before = _plan_of(folder), recorded_config(folder / "run.yaml", field)
+    if field == "--resume" and plan is not None:
+        ranks.refuse_other_number(plan.get("processes", 1), field)
+    if rows_per_step(before) == rows:
+        kept = {name: getattr(before.training, name) for name in FORWARDS}
+        return config.model_copy(
+            update={"training": config.training.model_copy(update={**kept, "rows_per_step": None})}
+        )
+    if field == "--resume":
+        raise UserError(
+            field,
+            f"training.rows_per_step is {rows:,}, and a step of the run has {rows_per_step(before):,}: the place in "
+            "the text is counted in those",
+            "Put it back, or start a new run.",
+        )
+    return config
+
+
+def with_choices(config: RunConfig, folder: RunFolder, field: str) -> RunConfig:
+    """`with_chosen_base` and `with_chosen_forwards`."""
+    return with_chosen_forwards(with_chosen_base(config, folder, field), folder, field)
 
 
 def accept_changes(folder: RunFolder, config: RunConfig, done: int, allow: Collection[str] = ()) -> list[Change]:

@@ -38,7 +38,7 @@ from steep.resume import (
     refuse_other_inputs,
     refuse_unlike_parent,
     streamed_commits,
-    with_chosen_base,
+    with_choices,
 )
 from steep.run_folder import FolderOfAnother, RunFolder, environment
 from steep.schema import RunConfig
@@ -96,7 +96,7 @@ def train_run(
         raise UserError("--allow", "it is of a run that goes on", "Give --resume too, or leave it out.")
     parent = begin_branch(branch, config) if branch is not None else None
     if parent is not None:
-        config = with_chosen_base(config, RunFolder(Path(parent.checkpoint).parent), "--branch")
+        config = with_choices(config, RunFolder(Path(parent.checkpoint).parent), "--branch")
     folder.refuse_data(config.data.sources)  # which nobody should be told to empty
     folder.refuse_contents(branch=parent is not None)
     commits = commits_of_parent(parent, config) if parent is not None else {}
@@ -124,7 +124,7 @@ def _resume(
 ) -> dict[str, Any]:
     folder.clear(resumed=True)
     folder.refuse_damage()
-    config = with_chosen_base(config, folder, "--resume")
+    config = with_choices(config, folder, "--resume")
     found = choose(folder.path)
     changes = accept_changes(folder, config, found.step if found else 0, allow)
     parent = branch_of(folder)
@@ -213,7 +213,7 @@ def _train(
             shutil.copytree(plan.vocabulary.folder, staging, dirs_exist_ok=True)
     done = found.step if found else plan.first_step
     record_changes(folder, changes, config, done)
-    folder.write_text("run.yaml", _found_from_anywhere(config).to_yaml())
+    folder.write_text("run.yaml", _as_it_was_begun(config).to_yaml())
     folder.write_json("plan.json", plan.as_dict())
     folder.write_json("environment.json", environment())
     if resume:
@@ -271,10 +271,12 @@ def _train(
     }
 
 
-def _found_from_anywhere(config: RunConfig) -> RunConfig:
-    """`config` with the folder of the run as an absolute path, as those of model and text are."""
+def _as_it_was_begun(config: RunConfig) -> RunConfig:
+    """`config` with the folder of the run as an absolute path, as those of model and text are; and with the forwards
+    that a step was cut into in place of its rows, as with the base: a run keeps what was chosen."""
     place = str(Path(config.training.output_dir).absolute())
-    return config.model_copy(update={"training": config.training.model_copy(update={"output_dir": place})})
+    found = {"output_dir": place, "rows_per_step": None}
+    return config.model_copy(update={"training": config.training.model_copy(update=found)})
 
 
 def _account(trainer: Trainer, folder: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,6 +19,7 @@ Base = Literal["auto", "nf4", "int8", "fp8", "bf16", "fp16", "fp32"]
 
 Integer = Annotated[int, Strict()]
 MOST_NEW_TOKENS = 1_000_000  # room for as many as asked is taken at once, 70 bytes each
+FORWARDS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # what rows_per_step stands in place of
 _LARGEST_SEED = 2**32 - 1  # numpy's
 VRAM = re.compile(r"(?P<number>\d{1,9}(\.\d{1,9})?)\s*(?P<unit>%|GiB|GB|MiB|MB)", re.IGNORECASE)
 
@@ -173,6 +174,12 @@ class TrainingSection(BaseModel):
     output_dir: Place = Field(min_length=1, description="Folder of the run; never written over another run.")
     num_train_epochs: Number = Field(1.0, gt=0, description="Passes over the training rows.")
     max_steps: Integer = Field(-1, ge=-1, description="Stop after so many steps; -1: when the epochs end.")
+    rows_per_step: Integer | None = Field(
+        None,
+        ge=1,
+        description="Rows of one optimizer step, of all processes together, in place of the next two fields: the plan "
+        "then chooses these, the fastest that fit, and says why. A run keeps them.",
+    )
     per_device_train_batch_size: Integer = Field(2, gt=0, description="Rows in one forward.")
     gradient_accumulation_steps: Integer = Field(8, gt=0, description="Forwards in one step.")
     learning_rate: Number = Field(5e-5, gt=0, description="Peak rate of the adapters.")
@@ -334,6 +341,18 @@ class TrainingSection(BaseModel):
             raise ValueError("a run without a step trains nothing: give a number above 0, or -1 for whole epochs")
         return value
 
+    @model_validator(mode="after")
+    def _rows_or_forwards(self) -> TrainingSection:
+        given = [f"training.{name}" for name in FORWARDS if name in self.model_fields_set]
+        if self.rows_per_step is not None and given:
+            raise UserError(
+                "training.rows_per_step",
+                f"the plan chooses how its rows are cut into forwards, and {' and '.join(given)} "
+                f"{'say' if len(given) > 1 else 'says'} it too",
+                f"Leave {' and '.join(FORWARDS)} out, or leave out rows_per_step.",
+            )
+        return self
+
     @property
     def further(self) -> dict[str, Any]:
         """The TrainingArguments given beyond the fields listed here."""
@@ -393,5 +412,8 @@ class RunConfig(Section):
         return self
 
     def to_yaml(self) -> str:
-        """The resolved run file: every field with its value."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The resolved run file: every field with its value, but for those that the plan is to choose."""
+        tree = self.model_dump(mode="json")
+        if self.training.rows_per_step is not None:
+            tree["training"] = {name: value for name, value in tree["training"].items() if name not in FORWARDS}
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

@@ -27,6 +27,7 @@ from steep.training.trainer import Trainer
 
 MIN_LR_RATE = {"cosine": 0.1, "linear": 0.1}  # Ibrahim et al. 2024 end at a tenth of the peak rate
 WARMUP_STEPS = 0.05
+_OF_THE_PLAN = {"rows_per_step", "gradient_checkpointing", "vram", "host_memory"}  # what transformers does not know
 MOST_TOKENS = 2**25  # in one forward: of an 8B a byte a token and layer would be a GiB
 
 
@@ -51,21 +52,31 @@ def _per_epoch(config: RunConfig, rows: int) -> int:
 def rows_per_step(config: RunConfig) -> int:
     """Rows that all processes train in an optimizer step."""
     training = config.training
+    if training.rows_per_step is not None:
+        return training.rows_per_step
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * ranks.world_size()
 
 
 def check_batch(config: RunConfig) -> None:
-    """That a forward has no more tokens than any card could hold, before anything is worked out for it.
+    """That a forward has no more tokens than any card could hold, before anything is worked out for it; and that the
+    processes can share the rows of a step.
 
     Raises:
-        UserError: it has.
+        UserError: it has, or they cannot.
     """
     rows, length = config.training.per_device_train_batch_size, config.data.max_length
+    of_step, processes = config.training.rows_per_step, ranks.world_size()
     if length > MOST_TOKENS:
         raise UserError(
             "data.max_length", f"{length:,} tokens are more than a card holds", f"Give {MOST_TOKENS:,} at most."
         )
-    if rows * length > MOST_TOKENS:
+    if of_step is not None and of_step % processes:
+        raise UserError(
+            "training.rows_per_step",
+            f"{processes} processes cannot share {of_step:,} rows evenly",
+            f"Give a multiple of {processes}, such as {math.ceil(of_step / processes) * processes:,}.",
+        )
+    if of_step is None and rows * length > MOST_TOKENS:
         raise UserError(
             "training.per_device_train_batch_size",
             f"{rows:,} rows of {length:,} tokens are {rows * length:,} in one forward, more than a card holds",
@@ -168,7 +179,7 @@ def training_arguments(
     _check_choice("lr_scheduler_type", training.lr_scheduler_type, schedules)
     _check_choice("optim", training.optim, {name.value for name in OptimizerNames})
     check_trackers(training.report_to)
-    given = training.model_dump(exclude={"gradient_checkpointing", "vram", "host_memory", *training.further})
+    given = training.model_dump(exclude={*_OF_THE_PLAN, *training.further})
     names = TrainingArguments.__dataclass_fields__
     # transformers 5.23 renames gradient to activation checkpointing; 5.17 knows only the old name.
     prefix = "activation" if "activation_checkpointing" in names else "gradient"

@@ -235,6 +235,7 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
         "rows": f"{data['rows']:,} of {data['max_length']} tokens, {data['targets']:,} targets",
         "steps": f"{plan['steps']:,} of {plan['rows_per_step']} rows ({plan['epochs']:.2f} epochs)"
         + (f", after the {plan['first_step']:,} of the parent" if plan["first_step"] else ""),
+        "forwards": forwards_line(plan),
         "time": duration_line(plan.get("duration"), fits=not (plan.get("shortfall") or {}).get("refused")),
     }.items():
         run.add_row(name, _cell(value))
@@ -256,8 +257,28 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
         for name, count in plan[f"{kind}_bytes"].items():
             if count:
                 table.add_row(name, human_bytes(count))
+        if kind == "memory" and plan["fragmentation"]:
+            table.add_row("fragmentation, beyond the total", _fragmentation_of(plan))
         tables.append(table)
     return tables
+
+
+def _fragmentation_of(plan: Mapping[str, Any]) -> str:
+    """What is reserved beyond what is allocated, and where it has room."""
+    found = plan["fragmentation"]
+    left = found["left_bytes"]
+    room = "beside training.vram" if left is None else f"in the {human_bytes(left)} that training.vram: auto leaves"
+    return f"up to {human_bytes(found['bytes'])}, {room}"
+
+
+def forwards_line(plan: Mapping[str, Any]) -> str:
+    """Into what a step is cut, and why so where the plan chose it."""
+    rows, forwards, processes = (
+        plan[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
+    )
+    of_each = f", in each of {processes} processes" if processes > 1 else ""
+    reason = f" ({plan['batch_reason']})" if plan["batch_reason"] else ""
+    return f"{forwards:,} a step, of {rows:,} rows{of_each}{reason}"
 
 
 def duration_line(duration: Mapping[str, Any] | None, *, fits: bool = True) -> str:

@@ -1,0 +1,71 @@
+"""Of how many rows each forward of a step is, where the run file says only how many a step has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from steep import ranks
+from steep.computation import Ground, Sizes
+from steep.duration import Pace
+from steep.errors import UserError
+from steep.fitting import changed, forwards_of, tried
+from steep.rates import rates_of
+from steep.schema import RunConfig
+from steep.settings import MOST_TOKENS
+
+# Tokens of a forward whose time is not known, and on a CPU not its memory either: what a run has that leaves all at its
+# defaults. The products of an 8B are as fast by then, and whole logits over 128,000 words take some GiB.
+UNTIMED = 4096
+
+
+def with_micro_batch(config: RunConfig, ground: Ground) -> tuple[RunConfig, str | None]:
+    """`config` with `training.rows_per_step` cut into forwards of equally many rows, and why so: of the ways that fit
+    the one with the shortest predicted step, by the makers' figures, since no timer has a part in a run's bits; where
+    no time is known the largest forward up to `UNTIMED` tokens; where none fits that which needs least. As it is, and
+    without a reason, where the run file says how a step is cut.
+
+    Raises:
+        UserError: updates inside backward need all rows in one forward, and those are more than any card holds.
+    """
+    if config.training.rows_per_step is None:
+        return config, None
+    rows, length = config.training.rows_per_step // ranks.world_size(), config.data.max_length
+    in_one = config.training.optimizer_in_backward
+    if in_one and rows * length > MOST_TOKENS:
+        raise UserError(
+            "training.rows_per_step",
+            f"{rows:,} rows of {length:,} tokens are {rows * length:,} in one forward, which training."
+            "optimizer_in_backward needs: more than a card holds",
+            f"Give {MOST_TOKENS // length:,} at most, or set optimizer_in_backward: false.",
+        )
+    rates = rates_of(ground.card)
+    ground = replace(ground, rates=rates)
+    parts = [rows] if in_one else [part for part in range(1, min(rows, MOST_TOKENS // length) + 1) if rows % part == 0]
+    found = {part: tried(_cut(config, rows, part), ground) for part in parts}
+    possible = {part: sizes for part, sizes in found.items() if sizes is not None}
+    fitting = {part: sizes for part, sizes in possible.items() if ground.budget is None or sizes.peak <= ground.budget}
+    if in_one:
+        part, reason = rows, "with updates inside backward a step is one forward"
+    elif not fitting:  # which `steep.fitting` then says
+        part = min(possible, key=lambda part: possible[part].peak, default=1)
+        reason = "it needs least, and does not fit"
+    elif rates is None or (seconds := _seconds(Pace(config, rates, length), fitting)) is None:
+        part = max((part for part in fitting if part * length <= UNTIMED), default=min(fitting))
+        reason = f"the most that fit up to {UNTIMED:,} tokens: how long a step takes is not known"
+    else:
+        part = min(fitting, key=lambda part: (seconds[part], -part))
+        ways = f"{len(fitting)} of {len(parts)} ways to cut {rows:,} rows" if len(parts) > 1 else "the only way"
+        reason = f"the shortest predicted step of what fits: {ways}"
+    return _cut(config, rows, part), reason
+
+
+def _cut(config: RunConfig, rows: int, part: int) -> RunConfig:
+    return changed(config, forwards_of(part, rows // part))
+
+
+def _seconds(pace: Pace, found: dict[int, Sizes]) -> dict[int, float] | None:
+    """Of a step, by the rows of a forward; None: not known. The text is not read yet, so each row is taken for one
+    document: what attention takes by its documents is the same however rows are cut."""
+    seconds = {part: pace.seconds(sizes) for part, sizes in found.items()}
+    known = {part: each for part, each in seconds.items() if each is not None}
+    return known if len(known) == len(seconds) else None
