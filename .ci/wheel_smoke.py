@@ -120,7 +120,7 @@ def main() -> None:
         steep("doctor")
         steep("init", "--model", model, "--data", data, "-o", run_file)
         small = ["--data.max_length", "128", "--data.holdout", "0.1"]
-        small += ["--training.gradient_accumulation_steps", "1", "--training.max_steps", "4"]
+        small += ["--training.rows_per_step", "2", "--training.max_steps", "4"]
         steep("plan", run_file, *small)
         steep("train", run_file, "--training.output_dir", "runs/smoke", *small)
         open_adapter(Path(scratch, "runs", "smoke", "final"))

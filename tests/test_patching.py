@@ -278,7 +278,7 @@ def use_steep(model: Path, corpus: Path) -> None:
     """The whole way through the command line: a run file, a plan, and four steps of training."""
     from steep.cli import main
 
-    small = ["--data.max_length", "64", "--training.gradient_accumulation_steps", "1", "--training.max_steps", "4"]
+    small = ["--data.max_length", "64", "--training.rows_per_step", "2", "--training.max_steps", "4"]
     for command in (
         ["init", "--model", str(model), "--data", str(corpus)],
         ["plan", "run.yaml", *small],

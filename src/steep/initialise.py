@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 from steep.data.sources import Source
 from steep.errors import UserError
 from steep.model.names import can_only_be_path
-from steep.schema import AdapterSection, DataSection, EvaluationSection, ModelSection, TrainingSection
+from steep.schema import FORWARDS, AdapterSection, DataSection, EvaluationSection, ModelSection, TrainingSection
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSection,
@@ -23,6 +24,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "training": TrainingSection,
     "evaluation": EvaluationSection,
 }
+_ROWS = math.prod(TrainingSection.model_fields[name].default for name in FORWARDS)  # as many as a file without them has
 _SOURCE_FIELDS = ("path", "hub", "role", "domain", "text_field")
 
 
@@ -61,7 +63,7 @@ def init_run(
     given: dict[str, dict[str, Any]] = {
         "model": {"name": model},
         "data": {"sources": sources},
-        "training": {"output_dir": output_dir or f"runs/{output.stem}"},
+        "training": {"output_dir": output_dir or f"runs/{output.stem}", "rows_per_step": _ROWS},
     }
     lines = ["# A run of steep: continued pretraining. Check it with `steep plan`, start it with `steep train`."]
     for name, section in _SECTIONS.items():
@@ -69,7 +71,8 @@ def init_run(
         for field, info in section.model_fields.items():
             value = given.get(name, {}).get(field, info.get_default(call_default_factory=True))
             lines.append(f"  # {info.description}")
-            lines += _source_lines(value) if field == "sources" else [f"  {field}: {_yaml(value)}"]
+            instead = "# " if field in FORWARDS else ""  # of rows_per_step
+            lines += _source_lines(value) if field == "sources" else [f"  {instead}{field}: {_yaml(value)}"]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -51,7 +51,7 @@ def with_micro_batch(config: RunConfig, ground: Ground) -> tuple[RunConfig, str 
         reason = "it needs least, and does not fit"
     elif rates is None or (seconds := _seconds(Pace(config, rates, length), fitting)) is None:
         part = max((part for part in fitting if part * length <= UNTIMED), default=min(fitting))
-        reason = f"the most that fit up to {UNTIMED:,} tokens: how long a step takes is not known"
+        reason = f"the most that fit, up to {UNTIMED:,} tokens: the time of a step is not known"
     else:
         part = min(fitting, key=lambda part: (seconds[part], -part))
         ways = f"{len(fitting)} of {len(parts)} ways to cut {rows:,} rows" if len(parts) > 1 else "the only way"
