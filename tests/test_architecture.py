@@ -23,8 +23,8 @@ LAYERS = (
     "storage", "manifest", "recorded", "tensor_files", "kernels", "ops", "data", "model", "evaluation", "training",
     "export", "generation", "schema", "config", "initialise", "cards", "memory", "fused_memory", "step_work",
     "calibration", "rates", "vram", "fp8_choice", "fusing", "trackers", "settings", "sizes", "computation", "duration",
-    "fitting", "bases", "run_folder", "vocabulary", "advice", "plan", "changes", "resume", "terminal", "out_of_memory",
-    "opening", "result", "run", "verify_resume", "hand_over", "report", "doctor", "cli", "__main__",
+    "fitting", "micro_batch", "bases", "run_folder", "vocabulary", "advice", "plan", "changes", "resume", "terminal",
+    "out_of_memory", "opening", "result", "run", "verify_resume", "hand_over", "report", "doctor", "cli", "__main__",
 )  # fmt: skip
 
 

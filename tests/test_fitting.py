@@ -16,7 +16,7 @@ from steep import run
 from steep.cards import card_named
 from steep.computation import Ground
 from steep.errors import UserError
-from steep.fitting import Alternative, Shortfall, _Trials, changed, shortfall_of, with_rank
+from steep.fitting import Alternative, Shortfall, _host_has, _Trials, changed, shortfall_of, with_rank
 from steep.fusing import decide
 from steep.memory import WORKSPACES, shape_of
 from steep.model.choices import Choices
@@ -390,11 +390,10 @@ def test_a_new_run_is_held_to_its_share_of_the_host(
         choices = plan_run(config, card=card).choices if goes_on else None
         warned = plan_run(config, card=card, choices=choices).warnings
         assert any("steep train refuses it: training.host_memory" in each for each in warned) == refused, available
-        offloads = _Trials(config, ground_of(config, card), 2**40, goes_on)._host_has
         choices_of = SimpleNamespace(trained_dtype="bf16")
         sizes: Any = SimpleNamespace(shape=None, memory=None, on_host=0, choices=choices_of)
         monkeypatch.setattr("steep.fitting.host_bytes", lambda *_: {"all": needed})
-        assert offloads(config, sizes) != refused
+        assert _host_has(config, card, sizes, goes_on) != refused
 
 
 def far(vram: str = "auto", *, free: float = 24e9, memory: float = 24e9, before: Choices | None = None) -> Shortfall:

@@ -23,6 +23,7 @@ from steep.initialise import init_run
 from steep.memory import GIB, WORKSPACES, fragmentation
 from steep.micro_batch import UNTIMED, with_micro_batch
 from steep.model.machine import Card
+from steep.out_of_memory import what_to_lower
 from steep.plan import plan_run
 from steep.rates import rates_of
 from steep.run import train_run
@@ -205,9 +206,7 @@ def test_a_new_run_file_asks_for_rows(tmp_path: Path, korean_corpus: Path) -> No
 
 
 def of_rows(rows: int, model: Path, corpus: Path, folder: Path, **training: Any) -> RunConfig:
-    tree = run_file(model, corpus, folder, training=training).model_dump(exclude={"training": set(FORWARDS)})
-    tree["training"]["rows_per_step"] = rows
-    return parse_config(tree)
+    return run_file(model, corpus, folder, training={"rows_per_step": rows, **training})
 
 
 @pytest.fixture
@@ -288,6 +287,20 @@ def test_the_command_says_what_was_chosen(
     assert re.search(r"1 a step, of 12 rows \(the shortest predicted step of what fits", said("--card", "H200"))
 
 
+def test_what_is_advised_is_what_the_file_can_say(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    plan = plan_run(of_rows(10**6, llama_folder, korean_corpus, tmp_path / "run"))
+    assert any("a whole pass over it. Lower training.rows_per_step." in warning for warning in plan.warnings)
+    by_hand = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", training={FORWARDS[1]: 10**6}))
+    assert any(f"Lower training.{FORWARDS[1]} or training.{FORWARDS[0]}." in warning for warning in by_hand.warnings)
+    assert what_to_lower(plan_run(of_rows(4, llama_folder, korean_corpus, tmp_path / "run")))[0] == (
+        "training.per_device_train_batch_size (now 4, with gradient_accumulation_steps 1: give the two in place of "
+        "rows_per_step)"
+    )
+    lean = {"optimizer_in_backward": True, "max_grad_norm": 0.0}
+    planned = plan_run(of_rows(4, llama_folder, korean_corpus, tmp_path / "run", **lean))
+    assert what_to_lower(planned)[0] == "training.rows_per_step (now 4)"
+
+
 @pytest.mark.parametrize(("vram", "room"), [("auto", "in the 13.97 GiB that"), ("20GiB", "beside training.vram")])
 def test_fragmentation_is_a_line_of_the_plan(
     llama_folder: Path, korean_corpus: Path, tmp_path: Path, vram: str, room: str
@@ -322,8 +335,8 @@ def test_there_are_measured_rows() -> None:
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['shape']} {row['seq']} {row['planned_gib']:.1f}")
 def test_the_estimate_bounds_what_was_measured(row: dict[str, Any]) -> None:
-    """By the levels that the run had. A tenth of the peak would be too little for an 8B at 131,072 tokens, and ten times
-    too much for a 70B."""
+    """By the levels that the run had. A tenth of the peak would be too little for an 8B at 131,072 tokens, and ten
+    times too much for a 70B."""
     lean = {"optimizer_in_backward": True, "max_grad_norm": 0.0, "offload_optimizer": "all"}
     assert row["peer"] == "steep-lean"
     config = changed(

@@ -55,6 +55,8 @@ def run_file(model: Path, corpus: Path, folder: Path, /, **sections: dict[str, A
         },
         "evaluation": {"prompts": ["the river", "강물이"], "max_new_tokens": 4},
     }
+    if "rows_per_step" in sections.get("training", {}):
+        del given["training"]["gradient_accumulation_steps"]
     return parse_config({name: {**section, **sections.get(name, {})} for name, section in given.items()})
 
 

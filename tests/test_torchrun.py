@@ -255,10 +255,14 @@ def test_wrong_input_is_one_message_and_ends_all(llama_folder: Path, files: Path
 
 
 def test_an_fp8_base_trains_as_in_one_process(llama_folder: Path, files: Path, quick: ForkServer) -> None:
-    """gloo and NCCL can send no number in e4m3: DDP has to leave the frozen weights out."""
-    given = {"max_steps": 5, "save_steps": 5, "per_device_train_batch_size": 2, "learning_rate": 5e-3}
+    """gloo and NCCL can send no number in e4m3: DDP has to leave the frozen weights out. Rows of a step are those of
+    all processes."""
+    given = {"max_steps": 5, "save_steps": 5, "learning_rate": 5e-3}
     sections: dict[str, Any] = {"model": {"base": "fp8"}, "evaluation": {"prompts": []}}
-    finished(run(quick, write_run_file(llama_folder, files, "fp8-two", training=given, **sections)))
+    of_rows = {**given, "rows_per_step": 4}
+    finished(run(quick, write_run_file(llama_folder, files, "fp8-two", training=of_rows, **sections)))
+    own = yaml.safe_load((files / "fp8-two" / "run.yaml").read_text(encoding="utf-8"))["training"]
+    assert (own["per_device_train_batch_size"], own["gradient_accumulation_steps"]) == (2, 1)
     one = run_file(
         llama_folder,
         files / "corpus",
