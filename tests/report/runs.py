@@ -147,6 +147,7 @@ def _plan(steps: int, learning_rate: float) -> dict[str, Any]:
             "logits and loss": 5_100_000_000,
             "total": 19_800_000_000,
         },
+        "fragmentation": {"bytes": 1_700_000_000, "left_bytes": 8_500_000_000},
         "host_bytes": {"copy of a checkpoint": 3_500_000_000},
         "disk_bytes": {"checkpoints": 7_000_000_000, "final": 1_900_000_000, "total": 8_900_000_000},
         "warnings": ["the tokenizer spends 1.84 tokens a character on korean: rows hold little text."],

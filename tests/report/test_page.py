@@ -93,6 +93,10 @@ def test_everything_is_on_it(html: str) -> None:
         assert text in html, text
 
 
+def test_what_is_reserved_beyond_the_peak_is_told(html: str) -> None:
+    assert re.search(r"fragmentation, reserved beyond it at the most</th><td class=\"number\">1\.58 GiB</td>", html)
+
+
 def test_text_of_a_run_is_escaped(tmp_path: Path) -> None:
     folder = write_run(
         tmp_path / "ko<b>",
