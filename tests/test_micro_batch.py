@@ -145,12 +145,14 @@ def test_updates_inside_backward_take_all_rows_at_once() -> None:
 
 
 def test_fp8_is_chosen_where_some_way_to_cut_a_step_fits_over_it() -> None:
-    config = asking(64, model={"base": "auto"})
+    """Here all rows at once, whose gradients then are summed in no fp32; by two or one it does not."""
+    config = asking(4, model={"base": "auto"}, training={"vram": "20GiB"})
     ground = ground_of(config, card_named("L40S"))
-    whole = changed(config, {"training.rows_per_step": None, **forwards_of(64, 1)})
-    assert with_base(whole, ground)[0].model.base == "nf4"
+    halves = changed(config, {"training.rows_per_step": None, **forwards_of(2, 2)})
+    assert with_base(halves, ground)[0].model.base == "nf4"
     chosen, _ = with_base(config, ground)
     assert chosen == changed(config, {"model.base": "fp8"})
+    assert with_micro_batch(chosen, ground)[0].training.per_device_train_batch_size == 4
 
 
 def test_what_the_file_says_is_left_alone() -> None:
