@@ -303,7 +303,9 @@ def test_what_is_advised_is_what_the_file_can_say(llama_folder: Path, korean_cor
     assert what_to_lower(planned)[0] == "training.rows_per_step (now 4)"
 
 
-@pytest.mark.parametrize(("vram", "room"), [("auto", "in the 13.97 GiB that"), ("20GiB", "beside training.vram")])
+@pytest.mark.parametrize(
+    ("vram", "room"), [("auto", "for which training.vram: auto leaves 13.97 GiB"), ("20GiB", "beside training.vram")]
+)
 def test_fragmentation_is_a_line_of_the_plan(
     llama_folder: Path, korean_corpus: Path, tmp_path: Path, vram: str, room: str
 ) -> None:
@@ -312,7 +314,7 @@ def test_fragmentation_is_a_line_of_the_plan(
     plan = plan_run(config, card=card_named("H200")).as_dict()
     figures = plan["fragmentation"]
     passing = ("activations", "work of a layer", "logits and loss", "gradients")
-    assert figures["bytes"] == round(sum(plan["memory_bytes"][name] for name in passing) / 4) > 0
+    assert figures["bytes"] == round(sum(plan["memory_bytes"][name] for name in passing) * 0.4) > 0
     assert plan["memory_bytes"]["total"] == sum(plan["memory_bytes"].values()) / 2
     (table,) = [table for table in plan_tables(plan) if table.columns[0].header == "memory"]
     shown = [" ".join(map(str, row)) for row in zip(*(column.cells for column in table.columns), strict=True)]
@@ -332,22 +334,21 @@ MEASURED = [
 
 
 def test_there_are_measured_rows() -> None:
-    assert len(MEASURED) >= 5
+    assert len(MEASURED) >= 7
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['shape']} {row['seq']} {row['planned_gib']:.1f}")
 def test_the_estimate_bounds_what_was_measured(row: dict[str, Any]) -> None:
-    """By the levels that the run had. A tenth of the peak would be too little for an 8B at 131,072 tokens, and ten
-    times too much for a 70B."""
+    """By the levels that the run had. A tenth of the peak would be too little for an 8B at 65,536 tokens, and ten times
+    too much for a 70B."""
     lean = {"optimizer_in_backward": True, "max_grad_norm": 0.0, "offload_optimizer": "all"}
-    assert row["peer"] == "steep-lean"
-    config = changed(
-        asking(1, row["seq"], training=lean), {"training.rows_per_step": None, **forwards_of(row["batch"], 1)}
-    )
+    base, training = ("fp8" if "fp8" in row["peer"] else "nf4"), (lean if "lean" in row["peer"] else {})
+    config = asking(row["batch"], row["seq"], model={"base": base}, training=training)
+    config = changed(config, {"training.rows_per_step": None, **forwards_of(row["batch"], 1)})
     ground = ground_of(config, card_named("H200"), row["shape"])
     step = ground.sized(config, ground.computation(config)).step
     assert step is not None
     memory = step.by_item(row["levels"], row["loss_way"], row["tile"], row["places"])
     beyond = row["peak_reserved_gib"] - row["peak_allocated_gib"]
-    assert beyond <= fragmentation(memory) / GIB <= 1.6
+    assert beyond <= fragmentation(memory) / GIB <= 3.5
     assert (sum(memory.values()) + WORKSPACES) / GIB == pytest.approx(row["planned_gib"], abs=0.01)

@@ -267,7 +267,7 @@ def _fragmentation_of(plan: Mapping[str, Any]) -> str:
     """What is reserved beyond what is allocated, and where it has room."""
     found = plan["fragmentation"]
     left = found["left_bytes"]
-    room = "beside training.vram" if left is None else f"in the {human_bytes(left)} that training.vram: auto leaves"
+    room = "beside training.vram" if left is None else f"for which training.vram: auto leaves {human_bytes(left)}"
     return f"up to {human_bytes(found['bytes'])}, {room}"
 
 
