@@ -21,7 +21,7 @@ from steep.errors import UserError
 from steep.fitting import changed, forwards_of
 from steep.initialise import init_run
 from steep.memory import GIB, WORKSPACES, fragmentation
-from steep.micro_batch import UNTIMED, with_micro_batch
+from steep.micro_batch import AS_FAST, UNTIMED, with_micro_batch
 from steep.model.machine import Card
 from steep.out_of_memory import what_to_lower
 from steep.plan import plan_run
@@ -69,7 +69,7 @@ def cut(config: RunConfig, card: Card | None, shape: str = "llama-3-8b") -> tupl
         ("3060", "llama-3.2-1b", 12),
     ],
 )
-def test_the_fastest_that_fits_is_chosen(name: str, shape: str, rows: int) -> None:
+def test_the_smallest_that_is_as_fast_as_any_is_chosen(name: str, shape: str, rows: int) -> None:
     """Worked out here once more, each way by itself."""
     config, card = asking(rows), card_named(name)
     ground, rates = ground_of(config, card, shape), rates_of(card)
@@ -82,15 +82,18 @@ def test_the_fastest_that_fits_is_chosen(name: str, shape: str, rows: int) -> No
         if sizes.peak <= ground.budget:
             seconds[part] = pace.seconds(sizes) or 0.0
     part, _, reason = cut(config, card, shape)
-    assert seconds[part] == min(seconds.values()) and len(set(seconds.values())) > 1
-    assert reason == f"the shortest predicted step of what fits: {len(seconds)} of {len(ways)} ways to cut {rows} rows"
+    as_fast = [way for way in seconds if seconds[way] <= AS_FAST * min(seconds.values())]
+    assert part == min(as_fast) and len(as_fast) < len(seconds)
+    ways_that_fit = f"{len(seconds)} of {len(ways)} ways to cut {rows} rows fit"
+    assert reason == f"the smallest of those that are predicted as fast as any: {ways_that_fit}"
 
 
-def test_what_is_fastest_is_not_always_the_most() -> None:
-    """A card with room takes all rows at once; on a smaller one they would be computed again."""
-    assert cut(asking(16), card_named("H200"))[:2] == (16, 1)
-    assert cut(asking(64), card_named("A100-40"))[:2] == (2, 32)
-    assert cut(asking(1), card_named("H200"))[2] == "the shortest predicted step of what fits: the only way"
+def test_a_forward_is_no_larger_than_it_has_to_be() -> None:
+    """On a small card more would be computed again; a large one has nothing to gain by more than it needs."""
+    assert cut(asking(16), card_named("H200"))[:2] == (2, 8)
+    assert cut(asking(64), card_named("A100-40"))[:2] == (1, 64)
+    assert cut(asking(16), card_named("4090"))[:2] == (1, 16)
+    assert cut(asking(1), card_named("H200"))[2].endswith("as fast as any: the only way")
 
 
 @pytest.mark.parametrize("card", [None, Card("another", (9, 0), 2**37, 2**37)], ids=["CPU", "unknown card"])
@@ -286,7 +289,7 @@ def test_the_command_says_what_was_chosen(
     assert "1 a step, of 12 rows (the most that fit, up to 4,096" in said()
     assert "2 a step, of 6 rows (the most" in said("--data.max_length", "512")
     assert "1 a step, of 6 rows (the most" in said("--training.rows_per_step", "6")
-    assert re.search(r"1 a step, of 12 rows \(the shortest predicted step of what fits", said("--card", "H200"))
+    assert re.search(r"\d+ a step, of \d+ rows \(the smallest of those", said("--card", "H200"))
 
 
 def test_what_is_advised_is_what_the_file_can_say(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:

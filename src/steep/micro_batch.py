@@ -16,13 +16,15 @@ from steep.settings import MOST_TOKENS
 # Tokens of a forward whose time is not known, and on a CPU not its memory either: what a run has that leaves all at its
 # defaults. The products of an 8B are as fast by then, and whole logits over 128,000 words take some GiB.
 UNTIMED = 4096
+# As fast as the fastest, by what predicted times are worth: the smallest forward of these leaves the most memory.
+AS_FAST = 1.03
 
 
 def with_micro_batch(config: RunConfig, ground: Ground) -> tuple[RunConfig, str | None]:
     """`config` with `training.rows_per_step` cut into forwards of equally many rows, and why so: of the ways that fit
-    the one with the shortest predicted step, by the makers' figures, since no timer has a part in a run's bits; where
-    no time is known the largest forward up to `UNTIMED` tokens; where none fits that which needs least. As it is, and
-    without a reason, where the run file says how a step is cut.
+    the smallest forward whose predicted step is as short as any (`AS_FAST`), by the makers' figures, since no timer has
+    a part in a run's bits; where no time is known the largest up to `UNTIMED` tokens; where none fits that which needs
+    least. As it is, and without a reason, where the run file says how a step is cut.
 
     Raises:
         UserError: updates inside backward need all rows in one forward, and those are more than any card holds.
@@ -53,9 +55,9 @@ def with_micro_batch(config: RunConfig, ground: Ground) -> tuple[RunConfig, str 
         part = max((part for part in fitting if part * length <= UNTIMED), default=min(fitting))
         reason = f"the most that fit, up to {UNTIMED:,} tokens: the time of a step is not known"
     else:
-        part = min(fitting, key=lambda part: (seconds[part], -part))
-        ways = f"{len(fitting)} of {len(parts)} ways to cut {rows:,} rows" if len(parts) > 1 else "the only way"
-        reason = f"the shortest predicted step of what fits: {ways}"
+        part = min(part for part in fitting if seconds[part] <= AS_FAST * min(seconds.values()))
+        ways = f"{len(fitting)} of {len(parts)} ways to cut {rows:,} rows fit" if len(parts) > 1 else "the only way"
+        reason = f"the smallest of those that are predicted as fast as any: {ways}"
     return _cut(config, rows, part), reason
 
 
