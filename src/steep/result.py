@@ -25,6 +25,7 @@ from steep.model.install import install
 from steep.model.load import as_folder, load_resolved, resolve_base, resolve_compute_dtype
 from steep.model.loading_progress import Progress
 from steep.model.machine import card_here, lacks_fp8_units
+from steep.model.new_rows import NEW_ROWS, read_new_rows
 from steep.model.new_tokens import grow_embeddings
 from steep.model.resolve import ResolvedModel, read_tokenizer, read_tokenizer_folder, resolve
 from steep.model.stored_weights import check_finite, check_stored
@@ -191,13 +192,25 @@ def check_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, progr
     check_finite(stored, progress=progress)
 
 
-def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, progress: Progress | None = None) -> Any:
+def load_base(
+    config: RunConfig,
+    resolved: ResolvedModel,
+    tokenizer: Any,
+    progress: Progress | None = None,
+    rows: Path | None = None,
+) -> Any:
     """The frozen model that a run trains over.
 
     Args:
         progress: of `load_resolved`.
+        rows: of `grow_embeddings`, where the run has new tokens and has begun.
+
+    Raises:
+        UserError: `rows` is not there, damaged, or of another model.
     """
     settings = config.model
+    if rows is not None:
+        read_new_rows(rows)  # before much is loaded
     original = tokenizer if settings.new_tokens is None else read_tokenizer(resolved)
     model = load_resolved(
         resolved,
@@ -209,7 +222,7 @@ def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, progre
         progress=progress,
     )
     if settings.new_tokens is not None:
-        grow_embeddings(model, original, tokenizer)
+        grow_embeddings(model, original, tokenizer, rows)
     if settings.untie_embeddings:
         untie(model)
     return model
@@ -218,7 +231,8 @@ def load_base(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, progre
 def load_result(config: RunConfig, resolved: ResolvedModel, tokenizer: Any, folder: RunFolder) -> Any:
     """The model that a finished run trained: `final/` over the base. It computes as it did in training, but for
     products in fp8 on a card that has no units for them, which is said."""
-    base, choices = load_base(config, resolved, tokenizer), choices_of_run(folder)
+    rows = None if config.model.new_tokens is None else folder.tokenizer / NEW_ROWS
+    base, choices = load_base(config, resolved, tokenizer, rows=rows), choices_of_run(folder)
     model = open_adapter(base, folder.final, trained_dtype=choices.trained_dtype, offloads=True)
     if not choices.fused:
         return model

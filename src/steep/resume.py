@@ -26,13 +26,16 @@ from steep.changes import (
 )
 from steep.config import recorded_config
 from steep.errors import UserError
+from steep.manifest import read_manifest
 from steep.model.adapter_start import START
 from steep.model.load import BASES
+from steep.model.new_rows import NEW_ROWS, read_new_rows
 from steep.plan import Plan
 from steep.run_folder import RunFolder, environment
 from steep.schema import FORWARDS, RunConfig
 from steep.settings import planned_steps, rows_per_step
 from steep.training.branch import Branch, read_branch
+from steep.training.checkpoint import Checkpoint
 from steep.training.observations import load_observations
 from steep.training.proof import frozen_checksums, other_tensors
 from steep.vocabulary import refuse_other_words
@@ -234,6 +237,34 @@ def begun_tokenizer(config: RunConfig, folder: RunFolder | None, parent: Branch 
     if begun is not None and isinstance(words, str) and Path(words).exists():  # else the tokenizer has them
         refuse_other_words(begun, words, "--branch" if folder is None else "--resume")
     return begun
+
+
+def begun_rows(plan: Plan, folder: RunFolder | None, found: Checkpoint | None) -> Path | None:
+    """The file with the rows that the new tokens of a resumed run, or of a branch's parent, began with; None where they
+    are still to be made, and without new tokens.
+
+    Args:
+        folder: of the run that is resumed.
+        found: the checkpoint that it goes on from, if there is one.
+
+    Raises:
+        UserError: it is not there, damaged, or not the one that the checkpoint has.
+    """
+    if plan.vocabulary is None or (folder is None and plan.branch is None):
+        return None
+    checkpoint = None if found is None else found.path
+    if folder is None:
+        assert plan.branch is not None
+        checkpoint = Path(plan.branch.checkpoint)
+        folder = RunFolder(checkpoint.parent)
+    file = folder.tokenizer / NEW_ROWS
+    read_new_rows(file)
+    if checkpoint is not None:
+        is_known = NEW_ROWS in read_manifest(checkpoint).files
+        if not is_known or file.read_bytes() != (checkpoint / NEW_ROWS).read_bytes():
+            problem = f"{file} is not the {NEW_ROWS} of {checkpoint}"
+            raise UserError("run folder", problem, "Put back that of the checkpoint, if the two are of one run.")
+    return file
 
 
 def has_other_text(folder: RunFolder, plan: Plan) -> bool:

@@ -21,6 +21,7 @@ from steep.generation import sample
 from steep.model.adapters import add_adapters, load_adapter_weights
 from steep.model.choices import Choices, take_over
 from steep.model.install import install
+from steep.model.new_rows import NEW_ROWS, new_rows_of
 from steep.opening import write_readme
 from steep.out_of_memory import memory_told
 from steep.plan import Plan, plan_run
@@ -28,6 +29,7 @@ from steep.result import check_base, documents_of_the_base, first_and_last, load
 from steep.resume import (
     accept_changes,
     begin_branch,
+    begun_rows,
     begun_tokenizer,
     branch_of,
     changed_ground,
@@ -189,11 +191,12 @@ def _train(
     config = plan.config
     if resume and (ground := changed_ground(folder)):
         terminal.warn(f"the run goes on, but not surely to the same bits: {'; '.join(ground)}")
+    rows = begun_rows(plan, folder if resume else None, found)
     transformers.set_seed(config.training.seed)  # adapters are drawn at random
     terminal.say(f"loading {config.model.name}")
     settings = {**config.adapter.model_dump(), "trained_dtype": plan.trained_dtype}
     with memory_told(plan, loading=True), terminal.loading() as progress:
-        base = load_base(config, plan.resolved, plan.tokenizer, progress)
+        base = load_base(config, plan.resolved, plan.tokenizer, progress, rows)
         goes_on = found is not None or plan.branch is not None
         model = add_adapters(base, **settings, resumed=goes_on, offloads=True)
     model.peft_config["default"].revision = config.model.revision  # where PEFT looks for the base's
@@ -211,6 +214,9 @@ def _train(
     if ranks.is_main() and plan.vocabulary is not None and plan.vocabulary.folder != folder.tokenizer:
         with published(folder.tokenizer) as staging:
             shutil.copytree(plan.vocabulary.folder, staging, dirs_exist_ok=True)
+            begun = new_rows_of(model)
+            assert begun is not None
+            (staging / NEW_ROWS).write_bytes(begun.to_bytes())
     done = found.step if found else plan.first_step
     record_changes(folder, changes, config, done)
     folder.write_text("run.yaml", _as_it_was_begun(config).to_yaml())

@@ -15,6 +15,7 @@ from steep.model.bpe import Bpe, Growth, read_bpe
 from steep.model.embeddings import is_tied
 from steep.model.learned_tokens import in_batches, learn
 from steep.model.names import EMBEDDINGS
+from steep.model.new_rows import NewRows, check_new_rows, read_new_rows
 from steep.model.resolve import read_tokenizer_folder
 
 _LONGEST = 200  # characters; how it is put together takes time that grows with their square
@@ -163,16 +164,7 @@ def rows_for(tokenizer: Any, rows: int) -> int:
     return max(rows, len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
-def _mean_in_order(rows: torch.Tensor) -> torch.Tensor:
-    """The mean of `rows` [n, H], added one after the other: a resumed run makes them again, perhaps on another device,
-    whose own sums are in another order, and has to find the bits that the run began with."""
-    total = rows[0].clone()
-    for row in rows[1:]:
-        total += row
-    return total / len(rows)
-
-
-def grow_embeddings(model: Any, original: Any, tokenizer: Any) -> None:
+def grow_embeddings(model: Any, original: Any, tokenizer: Any, rows: str | Path | None = None) -> None:
     """Give `model` a row for each token that `tokenizer` has and `original` has not, in both embeddings.
 
     A new row is the mean of the rows of the pieces that `original` cuts the token into, in fp32, rounded once; where it
@@ -181,23 +173,41 @@ def grow_embeddings(model: Any, original: Any, tokenizer: Any) -> None:
 
     Args:
         original: the tokenizer that the model came with.
+        rows: ``new_tokens.safetensors`` of a run's ``tokenizer/`` or of a checkpoint: the new rows are those that were
+            trained from there, to the bit, and none is made.
+
+    Raises:
+        UserError: `rows` is not there, damaged, or of another model or other tokens.
     """
-    bpe = read_bpe(original, "tokenizer")
     old, new = original.get_vocab(), tokenizer.get_vocab()
-    pieces = {
-        number: [piece.id for piece in bpe.backend.model.tokenize(token)]
-        for token, number in new.items()
-        if token not in old
-    }
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rows = rows_for(tokenizer, table.weight.shape[0])
-    if rows > table.weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-        table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = [table.weight] if is_tied(model) else [table.weight, head.weight]
+    added = {number: token for token, number in new.items() if token not in old}
+    before = model.get_input_embeddings().weight.shape[0]
+    needed = rows_for(tokenizer, before)
+    if needed > before:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+    # Not of new tokens alone: some bases have fewer rows than their own tokenizer has ids.
+    ids = torch.tensor(sorted({*added, *range(before, needed)}), dtype=torch.int64)
+    weights = {"embed_tokens": model.get_input_embeddings().weight}
+    if not is_tied(model):
+        weights["lm_head"] = model.get_output_embeddings().weight
     with torch.no_grad():
-        for weight in weights:
-            mean = weight[: max(old.values()) + 1].float().mean(dim=0)
-            for number, ids in pieces.items():
-                weight[number] = (_mean_in_order(weight[ids].float()) if ids else mean).to(weight.dtype)
+        if rows is None:
+            _fill(weights, original, added)
+        else:
+            begun = read_new_rows(Path(rows))
+            check_new_rows(begun, ids, weights, Path(rows))
+            for name, weight in weights.items():
+                weight[ids.to(weight.device)] = begun.tables[name].to(weight)
     model.requires_grad_(False)
+    model.new_rows = NewRows(ids, {name: weight[ids.to(weight.device)].cpu() for name, weight in weights.items()})
+
+
+def _fill(weights: dict[str, torch.Tensor], original: Any, added: dict[int, str]) -> None:
+    """Give the rows of the tokens `added`, by id, their first values."""
+    bpe = read_bpe(original, "tokenizer")
+    highest = max(original.get_vocab().values())
+    for weight in weights.values():
+        mean = weight[: highest + 1].float().mean(dim=0)
+        for number, token in added.items():
+            ids = [piece.id for piece in bpe.backend.model.tokenize(token)]
+            weight[number] = (weight[ids].float().mean(dim=0) if ids else mean).to(weight.dtype)

@@ -26,7 +26,7 @@ from steep.training.state_files import from_bytes, to_bytes
 logger = logging.getLogger("steep")
 
 STATES = ("optimizer", "schedule", "random", "observations")
-FORMAT = 3  # another number as soon as a resumed run reads what checkpoints so far lack, or reads it otherwise
+FORMAT = 4  # another number as soon as a resumed run reads what checkpoints so far lack, or reads it otherwise
 FORMAT_FILE = "format.json"
 CHOICES_FILE = "choices.json"
 _NEEDED = (

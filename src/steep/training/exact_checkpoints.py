@@ -33,6 +33,7 @@ from steep.model.adapters import (
     save_adapter,
 )
 from steep.model.choices import choices_of
+from steep.model.new_rows import NEW_ROWS, new_rows_of
 from steep.recorded import parsed
 from steep.stopping import Interrupted
 from steep.storage import discard, flush, give_name, naming, stage
@@ -62,8 +63,9 @@ class ExactCheckpoints(transformers.Trainer):
 
     A checkpoint holds the adapter (PEFT's own files), the tokenizer, ``training_args.json``, ``trainer_state.json``,
     as pairs of ``.safetensors`` and ``.json``: ``optimizer``, ``schedule``, ``random``, ``scaler`` (fp16),
-    ``observations``; ``choices.json``, by which a resumed run computes in the same way; ``format.json``, by which
-    another version knows it; and ``manifest.json``, by which it is verified before anything of it is read.
+    ``observations``; ``new_tokens.safetensors``, the rows that new tokens began with, if there are any;
+    ``choices.json``, by which a resumed run computes in the same way; ``format.json``, by which another version knows
+    it; and ``manifest.json``, by which it is verified before anything of it is read.
 
     Attributes:
         seconds_saving: how long training has waited for checkpoints so far.
@@ -213,6 +215,8 @@ class ExactCheckpoints(transformers.Trainer):
                     for path in Path(place).rglob("*")
                     if path.is_file()
                 }
+            if (rows := new_rows_of(model)) is not None:
+                self._unchanging_files[NEW_ROWS] = rows.to_bytes()
         return self._unchanging_files
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
