@@ -18,10 +18,17 @@ from steep import run
 from steep.config import parse_config
 from steep.errors import UserError
 from steep.evaluation.perplexity import evaluate
-from steep.model.load import keep_4bit_layout
+from steep.hand_over import export_run
+from steep.model.adapters import open_adapter
+from steep.model.embeddings import untie
+from steep.model.load import keep_4bit_layout, load
+from steep.model.new_rows import NEW_ROWS, NewRows, read_new_rows
+from steep.model.new_tokens import grow_embeddings
+from steep.model.original_module import OriginalModule
 from steep.plan import plan_run
-from steep.result import evaluate_run, generate_run
+from steep.result import evaluate_run, generate_run, load_result
 from steep.run import train_run
+from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.terminal import plan_tables
 from steep.training.trainer import Trainer
@@ -29,6 +36,7 @@ from steep.vocabulary import warnings
 from tests import test_run
 from tests.test_run import lines
 from tests.tiny import documents, save_tiny, sentencepiece_tokenizer, tiny_tokenizer
+from tests.training.helpers import contents
 
 NEW = 40
 
@@ -89,18 +97,33 @@ class Finished:
     def __init__(self, kind: str, corpus: Path, folder: Path) -> None:
         settings = dict(KINDS[kind])
         untie = settings.pop("untie", False)
-        self.tied, self.rows_before = settings["tied"] and not untie, settings.get("vocab_size", 384)
+        self.base_is_tied: bool = settings["tied"]
+        self.tied, self.rows_before = self.base_is_tied and not untie, settings.get("vocab_size", 384)
         self.rows = max(384 + NEW, self.rows_before)
         self.original = settings.pop("tokenizer", tiny_tokenizer)()
         self.base = save_tiny("llama", folder / "base", tokenizer=self.original, **settings)
         self.folder = folder / "run"
         self.config = run_file(self.base, corpus, self.folder, model={"base": "nf4", "untie_embeddings": untie})
-        trainers: list[Trainer] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "Trainer", lambda **given: trainers.append(Trainer(**given)) or trainers[-1])
+            patch.setattr(run, "Trainer", lambda **given: self._note(given["model"]) or Trainer(**given))
             train_run(self.config)
-        self.model: Any = trainers[0].model
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder / "final")
+
+    def _note(self, model: Any) -> None:
+        """Keep the model, and a copy of the trained embeddings as they begin."""
+        self.model: Any = model
+        self.begun = {name: parameter.detach().clone() for name, parameter in embeddings(model).items()}
+
+
+def embeddings(model: Any) -> dict[str, torch.Tensor]:
+    """The trained embeddings by name; a tied head is the table."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        last: parameter
+        for last in ("embed_tokens", "lm_head")
+        for name, parameter in trained.items()
+        if f".{last}.modules_to_save." in name
+    }
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -158,8 +181,9 @@ def test_resumed_to_the_bit(finished: Finished, tmp_path: Path, monkeypatch: pyt
     folder = shutil.copytree(finished.folder, tmp_path / "run")
     for name in ("final", "checkpoint-6"):
         shutil.rmtree(folder / name)
-    # The run's own tokenizer counts, whatever would be learned now.
+    # The run's own tokenizer counts, whatever would be learned now, and the rows that its tokens began with.
     monkeypatch.setattr("steep.vocabulary.learn", lambda *given: pytest.fail("learned anew"))
+    monkeypatch.setattr("steep.model.new_tokens._fill", lambda *given: pytest.fail("made again"))
     config = finished.config.model_copy(deep=True)
     config.training.output_dir = str(folder)
     train_run(config, resume=True)
@@ -172,6 +196,92 @@ def test_resumed_to_the_bit(finished: Finished, tmp_path: Path, monkeypatch: pyt
     assert (folder / "tokenizer" / "new_tokens.json").read_bytes() == (
         finished.folder / "tokenizer" / "new_tokens.json"
     ).read_bytes()
+
+
+def test_the_first_rows_are_in_a_file_of_their_own(finished: Finished) -> None:
+    files = [finished.folder / name / NEW_ROWS for name in ("tokenizer", "checkpoint-3", "checkpoint-6")]
+    assert len({file.read_bytes() for file in files}) == 1
+    assert sorted(finished.folder.rglob(NEW_ROWS)) == sorted(files)
+    rows = read_new_rows(files[0])
+    assert rows.ids.tolist() == list(range(384, 384 + NEW))
+    assert rows.tables.keys() == ({"embed_tokens"} if finished.base_is_tied else {"embed_tokens", "lm_head"})
+    assert finished.begun.keys() == ({"embed_tokens"} if finished.tied else {"embed_tokens", "lm_head"})
+    for name, began in finished.begun.items():
+        stored = rows.tables.get(name, rows.tables["embed_tokens"])
+        assert torch.equal(began[rows.ids].to(stored.dtype), stored)
+        assert not torch.equal(embeddings(finished.model)[name][rows.ids], began[rows.ids])
+    assert files[0].stat().st_size < len(rows.ids) * (8 + 64 * 4 * len(rows.tables)) + 700
+
+
+def test_a_result_reads_the_first_rows_and_makes_none(finished: Finished, tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(finished.folder, tmp_path / "run"))
+    rows = read_new_rows(folder.tokenizer / NEW_ROWS)
+    others = {name: table + 1 for name, table in rows.tables.items()}
+    (folder.tokenizer / NEW_ROWS).write_bytes(NewRows(rows.ids, others).to_bytes())
+    plan = plan_run(finished.config, grown_tokenizer=folder.tokenizer, to_train=False)
+    model = load_result(finished.config, plan.resolved, plan.tokenizer, folder)
+    originals = {
+        name.split(".")[-2]: module for name, module in model.named_modules() if isinstance(module, OriginalModule)
+    }
+    assert originals.keys() == {"embed_tokens", "lm_head"}
+    with model.disable_adapter():
+        for name, module in originals.items():
+            expected = others.get(name, others["embed_tokens"])
+            assert torch.equal(module.weight[rows.ids.to(module.device)].cpu(), expected)
+
+
+def test_a_checkpoint_opens_alone(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copied to another place, without the run."""
+    checkpoint = shutil.copytree(finished.folder / "checkpoint-6", tmp_path / "elsewhere")
+    monkeypatch.setattr("steep.model.new_tokens._fill", lambda *given: pytest.fail("made again"))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokens = torch.tensor([tokenizer("강물이 북쪽 다리를 건넌다. the river")["input_ids"]])
+    assert int(tokens.max()) >= 384
+    base, original = load(str(finished.base), base="nf4")
+    grow_embeddings(base, original, tokenizer, checkpoint / NEW_ROWS)
+    if finished.tied is not finished.base_is_tied:
+        untie(base)
+    device = finished.model.device
+    with torch.no_grad():
+        before = base.eval()(tokens.to(base.device)).logits
+        model = open_adapter(base, checkpoint, offloads=True).eval()
+        assert torch.equal(model(tokens.to(base.device)).logits, finished.model.eval()(tokens.to(device)).logits)
+        with model.disable_adapter():
+            assert torch.equal(model(tokens.to(base.device)).logits, before)
+
+
+@pytest.mark.parametrize("harm", ["a changed byte", "gone", "of another run"])
+def test_harm_to_the_first_rows_is_told(harm: str, finished: Finished, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    file = folder / "tokenizer" / NEW_ROWS
+    config = finished.config.model_copy(deep=True)
+    config.training.output_dir = str(folder)
+    content = bytearray(file.read_bytes())
+    if harm == "a changed byte":
+        content[-5] ^= 1
+        file.write_bytes(content)
+        said = f"{file} is damaged: it does not hold what was written"
+    elif harm == "gone":
+        file.unlink()
+        said = f"{file}, the rows that new tokens begin with, is not there"
+    else:
+        rows = read_new_rows(file)
+        file.write_bytes(NewRows(rows.ids, {name: table + 1 for name, table in rows.tables.items()}).to_bytes())
+        said = f"{file} is not the {NEW_ROWS} of {folder / 'checkpoint-6'}"
+    before = contents(folder)
+    with pytest.raises(UserError, match=f"^run folder: {re.escape(said)}. Put (it )?back"):
+        train_run(config, resume=True)
+    assert contents(folder) == before
+    if harm != "of another run":
+        for use in (
+            lambda: evaluate_run(folder),
+            lambda: generate_run(folder, "강물이", max_new_tokens=2),
+            lambda: export_run(folder, tmp_path / "out"),
+        ):
+            with pytest.raises(UserError, match=f"^run folder: {re.escape(said)}. Put it back"):
+                use()
+    shutil.copyfile(folder / "checkpoint-3" / NEW_ROWS, file)  # as the error says
+    train_run(config, resume=True)
 
 
 def test_evaluated_and_generated_again(finished: Finished) -> None:

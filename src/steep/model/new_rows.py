@@ -21,7 +21,7 @@ from steep.model.unwrap import unwrap
 NEW_ROWS = "new_tokens.safetensors"
 _IDS, _CHECKSUM = "ids", "checksum"
 _REMEDY = (
-    "Put it back: tokenizer/ of the run and each of its checkpoints hold the same file. An older steep wrote none: open "
+    "Put it back: tokenizer/ of the run and each of its checkpoints have the same one. An older steep wrote none: open "
     "its run with that version, or train again."
 )
 
