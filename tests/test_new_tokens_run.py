@@ -198,6 +198,20 @@ def test_resumed_to_the_bit(finished: Finished, tmp_path: Path, monkeypatch: pyt
     ).read_bytes()
 
 
+def test_resumed_before_its_first_checkpoint(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    for name in ("final", "checkpoint-3", "checkpoint-6"):
+        shutil.rmtree(folder / name)
+    monkeypatch.setattr("steep.model.new_tokens._fill", lambda *given: pytest.fail("made again"))
+    config = finished.config.model_copy(deep=True)
+    config.training.output_dir = str(folder)
+    train_run(config, resume=True)
+    for name in (f"checkpoint-6/{NEW_ROWS}", "final/adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (finished.folder / name).read_bytes()
+
+
 def test_the_first_rows_are_in_a_file_of_their_own(finished: Finished) -> None:
     files = [finished.folder / name / NEW_ROWS for name in ("tokenizer", "checkpoint-3", "checkpoint-6")]
     assert len({file.read_bytes() for file in files}) == 1
@@ -459,8 +473,10 @@ def test_a_relative_file_is_found_from_any_folder(
     assert parse_config(config.model_dump(mode="json")) == config
 
 
-def test_a_branch_keeps_the_tokens_of_its_parent(llama_folder: Path, corpus: Path, tmp_path: Path) -> None:
-    """On other text, from which others would be learned."""
+def test_a_branch_keeps_the_tokens_of_its_parent(
+    llama_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On other text, from which others would be learned; with the rows that they began with."""
     short = {"max_steps": 2, "save_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0}
     train_run(run_file(llama_folder, corpus, tmp_path / "run", training=short, evaluation={"prompts": []}))
     more = write(tmp_path / "more", {"ko": [f"바람개비 {text}" for text in documents("ko", 60)]})
@@ -472,7 +488,16 @@ def test_a_branch_keeps_the_tokens_of_its_parent(llama_folder: Path, corpus: Pat
         training=short,
         evaluation={"prompts": []},
     )
+    monkeypatch.setattr("steep.model.new_tokens._fill", lambda *given: pytest.fail("made again"))
+    file = tmp_path / "run" / "tokenizer" / NEW_ROWS
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=f"^run folder: {file} is damaged: .*. Put it back: tokenizer/"):
+        train_run(config, branch=tmp_path / "run" / "checkpoint-1")
+    file.write_bytes(whole)
     train_run(config, branch=tmp_path / "run" / "checkpoint-1")
+    copies = [tmp_path / "branch" / name / NEW_ROWS for name in ("tokenizer", "checkpoint-2", "checkpoint-3")]
+    assert [copy.read_bytes() for copy in copies] == [whole] * 3
     tokenizers = [read(tmp_path / name / "tokenizer" / "tokenizer.json") for name in ("run", "branch")]
     assert tokenizers[0] == tokenizers[1]
     assert (
