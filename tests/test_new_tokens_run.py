@@ -265,6 +265,7 @@ def test_a_checkpoint_opens_alone(finished: Finished, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("harm", ["a changed byte", "gone", "of another run"])
+@pytest.mark.parametrize("finished", ["byte-level, tied", "metaspace, untied"], indirect=True)
 def test_harm_to_the_first_rows_is_told(harm: str, finished: Finished, tmp_path: Path) -> None:
     folder = shutil.copytree(finished.folder, tmp_path / "run")
     file = folder / "tokenizer" / NEW_ROWS
