@@ -1,7 +1,8 @@
 """A training step of steep and of its peers, side by side: time, memory, and the loss, which has to be the same.
 
     python -m benchmarks.train --peers steep,hf,hf-lean,hf-liger,unsloth --shape llama-3-8b --batch 2 --seq 2048
-                               [--cap-gib X] [--packed] [--steps 12] [--r 256] [--out FILE] [--steep-args "..."]
+                               [--cap-gib X [--card-gib Y]] [--packed] [--steps 12] [--r 256] [--out FILE]
+                               [--steep-args "..."]
 
 QLoRA over NF4 with double quantisation: rank 256 on all linear layers, embed_tokens and lm_head trained, 8-bit AdamW,
 clipping at 1. Each peer runs in a process of its own and loads the same random weights, which are made on the GPU once
@@ -74,8 +75,12 @@ OTHER_BASE = SPREAD * 2**0.5
 NEEDS = {"unsloth": "unsloth", "hf-liger": "liger_kernel", "hf-flash": "flash_attn"}  # they are no part of steep's
 
 
+def gib(word: str) -> float:
+    return positive(float, word)
+
+
 def cap(word: str) -> float | str:
-    return word if word == "hf" else positive(float, word)
+    return word if word == "hf" else gib(word)
 
 
 def positive(kind: type, word: str) -> Any:
@@ -114,6 +119,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--cap-gib", type=cap, help="what steep may allocate of the GPU's memory; hf: as much as hf did"
+    )
+    parser.add_argument(
+        "--card-gib", type=gib, help="what torch may reserve for it, as on a card of so much; default: a ninth more"
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--weights", type=Path, help="folder for the weights; default: in the system's temporary one")
@@ -171,6 +179,8 @@ def refuse(arguments: argparse.Namespace, peers: list[str]) -> None:
         raise SystemExit(f"not installed: {', '.join(absent)}. Install it, or leave it out of --peers.")
     if arguments.cap_gib and "steep-script" in peers:
         raise SystemExit("steep-script plans for the whole card: leave out --cap-gib, or steep-script of --peers.")
+    if arguments.card_gib and not (isinstance(arguments.cap_gib, float) and arguments.cap_gib <= arguments.card_gib):
+        raise SystemExit("--card-gib: give what may be allocated of it, too: --cap-gib, a number that is no larger.")
     if arguments.cap_gib == "hf":
         if not set(LIBRARY) & set(peers):
             raise SystemExit(f"--cap-gib hf: one of {', '.join(LIBRARY)} has to be among the peers.")
@@ -201,7 +211,8 @@ def measure(arguments: argparse.Namespace, peer: str) -> dict[str, Any]:
     on_gpu = arguments.device == "cuda"
     capped = work.cap_gib if peer in STEEP and on_gpu else None
     if capped:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, capped / SHARE * GIB / gpu_bytes()))
+        reserved = arguments.card_gib or capped / SHARE
+        torch.cuda.set_per_process_memory_fraction(min(1.0, reserved * GIB / gpu_bytes()))
     if peer in RUNS:
         vocab_size = config_of(arguments.shape).vocab_size
         with tempfile.TemporaryDirectory() as temporary:
@@ -266,6 +277,7 @@ def work_row(arguments: argparse.Namespace, peer: str) -> dict[str, Any]:
         "packed": arguments.packed,
         "cap_gib": arguments.cap_gib if peer in STEEP else None,
         "cap_of": arguments.cap_of if peer in STEEP else None,
+        "card_gib": arguments.card_gib if peer in STEEP else None,
         "steep_args": arguments.steep_args if peer in RUNS else "",
         "stored": arguments.stored,
         "gpu": gpu_name() if arguments.device == "cuda" else "none",

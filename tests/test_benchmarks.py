@@ -521,6 +521,14 @@ def test_a_limit_above_the_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     train.refuse(train.parse(["--cap-gib", "79"]), ["steep"])
     with pytest.raises(SystemExit, match=r"the GPU has 79\.0 GiB"):
         train.refuse(train.parse(["--cap-gib", "80"]), ["steep"])
+    train.refuse(train.parse(["--cap-gib", "20.5", "--card-gib", "22"]), ["steep"])
+    for words in (
+        ["--card-gib", "22"],
+        ["--cap-gib", "22.5", "--card-gib", "22"],
+        ["--cap-gib", "hf", "--card-gib", "9"],
+    ):
+        with pytest.raises(SystemExit, match="--card-gib: give what may be allocated of it"):
+            train.refuse(train.parse(words), ["steep", "hf"])
 
 
 @pytest.fixture(scope="module")

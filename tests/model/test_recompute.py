@@ -143,12 +143,12 @@ def layer_of_8b() -> Layer:
 
 
 def test_a_smaller_tile_comes_before_more_is_computed_again() -> None:
-    """And smaller ones after it."""
+    """And smaller ones after it. The smallest leaves what attention's backward takes, of some heads and all tokens."""
     read, bf16, tokens = layer_of_8b(), torch.bfloat16, 10_000
     kept = [tokens * each for each in kept_bytes(read, bf16, bf16)]
     whole, tiled, small, least = ([work_bytes(read, bf16, bf16, level, tokens, "none", tile) for level in range(4)]
                            for tile in tile_sizes(tokens))  # fmt: skip
-    assert all(a > b > c > d for a, b, c, d in list(zip(whole, tiled, small, least, strict=True))[1:])
+    assert all(a > b > c >= d for a, b, c, d in list(zip(whole, tiled, small, least, strict=True))[1:])
     assert whole[0] < tiled[0]  # which has gate and up of all tokens in any case
 
     def within(room: float) -> tuple[list[int], int]:

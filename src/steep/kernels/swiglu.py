@@ -13,8 +13,8 @@ To read back what the first pass wrote would move less, 57 KB for 86, but in 16 
 backward's inputs lie where its results go. With a scale for each 128 columns one pass is enough.
 """
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-# (a launch takes options; a kernel's part gives several tensors)
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# (a launch takes options; a kernel's part gives several tensors; next_power_of_2 of a plain number is one)
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def work_bytes(
         whole += qkv.outputs if several else qkv.input_width + qkv.outputs
     if level >= 3:
         whole += heads
-    standing = tokens * (whole * width + x)  # and dy
+    standing = tokens * (whole * width + x + 4 * attention.head_dim)  # and dy; and rope's cos and sin, in fp32
     again = 0  # columns of a tile, while it is differentiated from y to attention's output
     if level >= 1 and layer.attention_out_norm:
         again += o.outputs
@@ -102,7 +102,8 @@ def work_bytes(
         in_fp32 = 4 * sum(matrix.numel() for matrix in layer.trained())
         of_one = tokens * qkv.outputs * width // attention.num_kv_heads
         group = of_one * min(max(GROUP_BYTES // of_one, 1), attention.num_kv_heads)
-        group += group * (2 * heads * width + dq) // (qkv.outputs * width)  # two copies of q's size
+        # And copies of q and of attention's output and its gradient, and each query head's own part of dk and dv.
+        group += group * (5 * heads * width + dq) // (qkv.outputs * width)
         rows = of_tile * (qkv.gradient_width + qkv.input_width + o.outputs) * width
         return standing + made + in_fp32 + max(between, group, buffers + rows)
     in_attention = buffers + tokens * (x + dq + (o.gradient_width + heads + qkv.gradient_width + qkv.outputs) * width)
