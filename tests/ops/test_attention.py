@@ -21,6 +21,7 @@ from steep.ops.attention import (
     attention_backward_in_place,
     attention_forward,
     attention_reference,
+    heads_at_once,
 )
 from steep.ops.attention_backends import (
     fastest_backend,
@@ -120,13 +121,25 @@ def explicit(
 
 
 def in_place(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, packing: Packing, **options: Any
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    packing: Packing,
+    *,
+    group_bytes: int,
+    **options: Any,
 ) -> list[torch.Tensor]:
-    """The gradients written over q, k and v, a key and value head at a time."""
+    """The gradients written over q, k and v, some heads at a time."""
     q, k, v = split(torch.cat([x.flatten(1) for x in (q, k, v)], 1), (q.shape[1], k.shape[1]), q.shape[2])
     out, saved = attention_forward(q, k, v, packing, **options)
-    attention_backward_in_place(dout, q, k, v, out, saved, packing, **options, group_bytes=1)
+    attention_backward_in_place(dout, q, k, v, out, saved, packing, **options, group_bytes=group_bytes)
     return [out, q, k, v]
+
+
+def bytes_of_a_kv_head(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Of its gradients and those of its query heads."""
+    return q.element_size() * len(q) * q.shape[2] * (q.shape[1] // k.shape[1] + 2)
 
 
 def check(
@@ -138,7 +151,8 @@ def check(
     reference = with_gradients(eager, q, k, v, dout, packing, **options)
     for ours in (
         explicit(q, k, v, dout, packing, **options, backend=backend),
-        in_place(q, k, v, dout, packing, **options, backend=backend),
+        in_place(q, k, v, dout, packing, **options, backend=backend, group_bytes=1),
+        in_place(q, k, v, dout, packing, **options, backend=backend, group_bytes=bytes_of_a_kv_head(q, k)),
         with_gradients(attention, q, k, v, dout, packing, **options, backend=backend),
     ):
         for name, mine, theirs, true in zip(NAMES, ours, reference, truth, strict=True):
@@ -255,12 +269,21 @@ def test_gradients_may_be_written_over_the_inputs() -> None:
         assert torch.equal(written, right)
 
 
-@pytest.mark.parametrize(("group_bytes", "calls"), [(1, 4), (2 * 13 * 16 * 4 * 3, 2), (10**9, 1)])
+OF_A_HEAD = 13 * 16 * 4  # bytes of a gradient
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "group_bytes", "calls"),
+    [
+        (4, 1, 4), (4, 2 * 3 * OF_A_HEAD, 2), (4, 10**9, 1),
+        (2, 1, 4), (2, 4 * OF_A_HEAD - 1, 4), (2, 4 * OF_A_HEAD, 2), (2, 8 * OF_A_HEAD, 1), (1, 6 * OF_A_HEAD - 1, 4),
+    ],
+)  # fmt: skip
 def test_as_many_heads_at_once_as_there_is_room_for(
-    group_bytes: int, calls: int, monkeypatch: pytest.MonkeyPatch
+    num_kv_heads: int, group_bytes: int, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packing, options = Packing.from_lengths([9, 4], "cpu"), {"scale": 0.2, "backend": "reference"}
-    q, k, v, dout = draw(13, (4, 4), 16, torch.float32)
+    q, k, v, dout = draw(13, (4, num_kv_heads), 16, torch.float32)
     wanted = explicit(q, k, v, dout, packing, **options)
     heads: list[int] = []
     own = BACKENDS["reference"].backward
@@ -270,8 +293,9 @@ def test_as_many_heads_at_once_as_there_is_room_for(
     out, saved = attention_forward(q, k, v, packing, **options)
     attention_backward_in_place(dout, q, k, v, out, saved, packing, **options, group_bytes=group_bytes)
     assert heads == [4 // calls] * calls
+    assert heads_at_once(13, 4, num_kv_heads, 16, 4, group_bytes)[0] == heads[0]
     for written, right in zip((q, k, v), wanted[1:], strict=True):
-        assert torch.equal(written, right)
+        torch.testing.assert_close(written, right, rtol=1e-6, atol=1e-6)  # products may sum in another order
 
 
 # --- a document knows nothing of its neighbours -----------------------------------------------------------------
@@ -417,7 +441,8 @@ def test_what_is_handed_to_torch_fits_its_operations(backend: str, lengths: Sequ
         assert [x.shape for x in parts] == [x.shape for x in own]
         assert all(x.is_contiguous() for x in (*parts, *own))
     with Calls() as calls:
-        attention_backward_in_place(tensors[3], *tensors[:3], out, saved, packing, **options, group_bytes=1)
+        group_bytes = bytes_of_a_kv_head(*tensors[:2])
+        attention_backward_in_place(tensors[3], *tensors[:3], out, saved, packing, **options, group_bytes=group_bytes)
     assert calls.counts[OPERATIONS[backend][1]] == 2
 
 

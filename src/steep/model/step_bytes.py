@@ -11,7 +11,7 @@ import torch
 
 from steep.model.block import PLACES, Place, drops_x2
 from steep.model.layer import Layer
-from steep.ops.attention import GROUP_BYTES
+from steep.ops.attention import heads_at_once
 from steep.ops.backend import gradient_dtype
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, chunk_size, faster_way, tile_size
@@ -100,10 +100,7 @@ def work_bytes(
     if several:
         made = tokens * heads * width  # the gradient of attention's output; that of x2 is written over dy
         in_fp32 = 4 * sum(matrix.numel() for matrix in layer.trained())
-        of_one = tokens * qkv.outputs * width // attention.num_kv_heads
-        group = of_one * min(max(GROUP_BYTES // of_one, 1), attention.num_kv_heads)
-        # And copies of q and of attention's output and its gradient, and each query head's own part of dk and dv.
-        group += group * (5 * heads * width + dq) // (qkv.outputs * width)
+        group = tokens * attention.head_dim * _in_heads(layer, tokens, width)
         rows = of_tile * (qkv.gradient_width + qkv.input_width + o.outputs) * width
         return standing + made + in_fp32 + max(between, group, buffers + rows)
     in_attention = buffers + tokens * (x + dq + (o.gradient_width + heads + qkv.gradient_width + qkv.outputs) * width)
@@ -112,6 +109,18 @@ def work_bytes(
     if level == 0:
         in_attention -= tokens * layer.groups(dtype, fp8).gate_up.gradient_width * width  # which was kept
     return standing + max(between, in_attention, in_forward)
+
+
+def _in_heads(layer: Layer, tokens: int, width: int) -> int:
+    """Bytes for a token and each of a head's columns in attention's backward over q, k and v: the gradients of the
+    heads at a time, their copies of q and of attention's output and its gradient, dq in fp32, and of k and v each query
+    head's own gradients, and their sums where those come one after the other."""
+    attention = layer.attention
+    num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
+    heads, kv_heads = heads_at_once(tokens, num_heads, num_kv_heads, attention.head_dim, width)
+    found = (heads + 2 * kv_heads) * width + heads * (3 * width + 4)
+    found += 2 * heads * width if heads > kv_heads else 0
+    return found + (2 * 4 * kv_heads if heads * num_kv_heads < kv_heads * num_heads else 0)
 
 
 def _in_mlp(layer: Layer, dtype: torch.dtype, level: int, tokens: int, fp8: Fp8Products, *, several: bool) -> int:

@@ -116,23 +116,51 @@ def attention_backward_in_place(
     backend: str,
     group_bytes: int = GROUP_BYTES,
 ) -> None:
-    """`attention_backward`, its gradients written over q, k and v: some heads at a time, so that of gradients beside
-    them there are no more than `group_bytes`, or those of one key and value head."""
+    """`attention_backward`, its gradients written over q, k and v, of some heads at a time (`heads_at_once`). Where
+    query heads that share a key and value head are done one after the other, its gradients are summed in fp32."""
     window = _effective(window, packing)
     _check(q, k, v, packing, window, softcap, backend)
     assert dout.shape == out.shape == q.shape, (dout.shape, out.shape, q.shape)
-    one = BACKENDS[backend]
-    num_kv_heads, shared = k.shape[1], q.shape[1] // k.shape[1]
-    of_one = q.element_size() * len(q) * q.shape[2] * (shared + 2)
-    at_once = max(1, group_bytes // max(of_one, 1))
-    for first in range(0, num_kv_heads, at_once):
-        last = min(first + at_once, num_kv_heads)
-        heads, kv_heads = slice(first * shared, last * shared), slice(first, last)
-        part = q[:, heads], k[:, kv_heads], v[:, kv_heads]
-        kept = tuple(one.of_heads(each, heads, packing) for each in saved)
-        gradients = one.backward(dout[:, heads], *part, out[:, heads], kept, packing, scale, window, softcap)
-        for target, gradient in zip(part, gradients, strict=True):
-            target.copy_(gradient)
+    (tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
+    one, shared = BACKENDS[backend], num_heads // num_kv_heads
+    at_once, kv_at_once = heads_at_once(tokens, num_heads, num_kv_heads, head_dim, q.element_size(), group_bytes)
+    for kv_heads in _parts(0, num_kv_heads, kv_at_once):
+        of_kv = k[:, kv_heads], v[:, kv_heads]
+        sums: list[torch.Tensor] = []
+        for heads in _parts(kv_heads.start * shared, kv_heads.stop * shared, at_once):
+            kept = tuple(one.of_heads(each, heads, packing) for each in saved)
+            part = dout[:, heads], q[:, heads], *of_kv, out[:, heads]
+            dq, *gradients = one.backward(*part, kept, packing, scale, window, softcap)
+            q[:, heads].copy_(dq)
+            if not sums:
+                sums = gradients if at_once >= shared else [gradient.float() for gradient in gradients]
+            else:
+                for total, gradient in zip(sums, gradients, strict=True):
+                    total.add_(gradient)
+        for target, total in zip(of_kv, sums, strict=True):
+            target.copy_(total)
+
+
+def heads_at_once(
+    tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, width: int, group_bytes: int = GROUP_BYTES
+) -> tuple[int, int]:
+    """Query heads, and key and value heads, whose gradients `attention_backward_in_place` holds beside q, k and v: as
+    many as make no more than `group_bytes`; those of one key and value head; or a single query head, where it shares
+    that with others and all of theirs would be more.
+
+    Args:
+        width: bytes of a value.
+    """
+    shared = num_heads // num_kv_heads
+    of_one = width * tokens * head_dim * (shared + 2)
+    if of_one > group_bytes:
+        return 1, 1
+    at_once = min(group_bytes // max(of_one, 1), num_kv_heads)
+    return at_once * shared, at_once
+
+
+def _parts(first: int, end: int, length: int) -> list[slice]:
+    return [slice(start, min(start + length, end)) for start in range(first, end, length)]
 
 
 def attention(
