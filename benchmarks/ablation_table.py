@@ -315,9 +315,11 @@ def in_readme(text: str, lines: Sequence[Row], common: float, file: str) -> str:
     """The README's text with the core of the file's first work between its marks, each arm at its own rate."""
     ladder = ladders(lines, common)[0]
     trained = {name: rows for name in ladder.names if name[0] in CORE and (rows := ladder.by_seed(name, OWN))}
-    domains = ladder.new, ladder.old
-    body = []
+    domains, body = (ladder.new, ladder.old), []
     for name, rows in trained.items():
+        if not body:
+            (first, *_) = rows.values()
+            body.append(["–", "not trained", *(f"{bits(first, domain, 'before'):.4f}" for domain in domains)])
         of = [Estimate.of([bits(row, domain) for row in rows.values()]).text() for domain in domains]
         body.append([label(name), arm_over(*name).says, *of])
     said = (

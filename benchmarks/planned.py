@@ -34,7 +34,7 @@ import torch
 from benchmarks.measuring import RESULTS, results_file
 from benchmarks.pages import with_part
 from benchmarks.shapes import SHAPES, folder_of, weight_bytes, write
-from benchmarks.table import OF_THE_WORK, RANK
+from benchmarks.table import OF_THE_WORK, RANK, within
 
 PAGE = Path(__file__).parent.parent / "docs" / "fused-step.md"
 BEGIN, END = "<!-- benchmarks.planned: begin -->", "<!-- benchmarks.planned: end -->"
@@ -154,7 +154,7 @@ def table(rows: Iterable[Row]) -> str:
     newest: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         work = order.index(row["shape"]), row["batch"], row["seq"], row["packed"], row["peer"]
-        newest[*work, row["gpu"], round(row["cap_gib"] or 0, 1)] = row
+        newest[*work, row["gpu"], round(within(row) or 0, 1)] = row
     if not newest:
         return ""
     lines = []

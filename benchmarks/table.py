@@ -28,8 +28,8 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks.table: begin -->", "<!-- benchmarks.table: end -->"
 LEAN_BEGIN, LEAN_END = "<!-- benchmarks.table, lean: begin -->", "<!-- benchmarks.table, lean: end -->"
 LEAN = {"steep-lean": "NF4", "steep-fp8-lean": "e4m3"}  # the base
-# Where kept tensors may go, what a plan may fill, and positions beyond the model's own: no choice of how a step is
-# computed.
+# Where kept tensors may go, what a plan may fill (`within`), and positions beyond the model's own: no choice of how a
+# step is computed.
 OF_THE_WORK = re.compile(r" *--(training\.(host_memory|vram)|model\.rope_scaling\.\w+) \S+")
 RANK = 256
 STEEP, ALONE, FP8 = "steep", "steep-bare", "steep-fp8"
@@ -138,13 +138,19 @@ def table(rows: Iterable[Row]) -> str:
     )
 
 
+def within(row: Row) -> float | None:
+    """GiB that a run was to allocate."""
+    asked = re.search(r"--training\.vram ([\d.]+)GiB", row["steep_args"])
+    return float(asked[1]) if asked else row["cap_gib"]
+
+
 def lean_table(rows: Iterable[Row]) -> str:
     """Markdown, of each work within its limit the newest, the smallest first; empty where there is none."""
     order, newest = list(SHAPES), dict[tuple[Any, ...], Row]()
     for row in rows:
         if row["peer"] in LEAN:
             work = order.index(row["shape"]), row["batch"] * row["seq"], row["batch"], row["peer"]
-            newest[*work, row["gpu"], row["cap_gib"]] = row
+            newest[*work, row["gpu"], within(row)] = row
     if not newest:
         return ""
     head = ("work", "base", "within", "a step", "tokens/s", "peak, allocated", "reserved")
@@ -154,7 +160,7 @@ def lean_table(rows: Iterable[Row]) -> str:
         work = f"{row['gpu'].removeprefix('NVIDIA ')}, {row['shape']}, {row['batch']} × {row['seq']:,}"
         body.append((
             f"{work}, positions stretched {stretched[1]}×" if stretched else work, LEAN[row["peer"]],
-            f"{row['cap_gib']:g} GiB", f"{row['step_s']:.3g} s", f"{row['tokens_per_second']:,.0f}",
+            f"{within(row):g} GiB", f"{row['step_s']:.3g} s", f"{row['tokens_per_second']:,.0f}",
             f"{row['peak_allocated_gib']:.1f} GiB", f"{row['peak_reserved_gib']:.1f} GiB",
         ))  # fmt: skip
     return "\n".join(

@@ -465,7 +465,7 @@ def test_the_summary_of_real_lines_goes_into_the_docs_and_a_figure(
     assert said in text and "benchmarks/results/rows.jsonl" in text
     front = readme.read_text(encoding="utf-8")
     table = front.split(ablation_table.BEGIN)[1].split(ablation_table.END)[0]
-    assert "benchmarks/results/rows.jsonl" in table and arms_of(table) == [FULL], "the others have no grid"
+    assert "benchmarks/results/rows.jsonl" in table and arms_of(table) == ["–", FULL], "the others have no grid"
     ablation.main(words)
     assert docs.read_text(encoding="utf-8") == text, "written twice, it stands there once"
     assert readme.read_text(encoding="utf-8") == front
@@ -487,8 +487,14 @@ def test_the_readme_has_the_core_each_at_its_own_rate() -> None:
     marks = f"a\n{ablation_table.BEGIN}\nold\n{ablation_table.END}\nb"
     front = ablation_table.in_readme(marks, rows, RATE, "rows.jsonl")
     assert front.startswith("a\n") and front.endswith("\nb") and "old" not in front
-    assert arms_of(front) == ["lora", "gate"], "dora is no arm of the core"
-    assert "2.0500 ± " in front and "(n = 2)" in front and "9.0" not in front and "3.0000 (n = 1)" in front
+    assert arms_of(front) == ["–", "lora", "gate"], "dora is no arm of the core"
+    assert (
+        "| not trained | 2.5000 | 1.1000 |" in front
+        and "2.0500 ± " in front
+        and "(n = 2)" in front
+        and "9.0" not in front
+        and "3.0000 (n = 1)" in front
+    )
     assert "| --- |" not in ablation_table.in_readme(marks, three("lora", 2.0), RATE, "rows.jsonl"), (
         "no grid, no own rate"
     )

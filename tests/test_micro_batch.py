@@ -69,7 +69,7 @@ def cut(config: RunConfig, card: Card | None, shape: str = "llama-3-8b") -> tupl
         ("3060", "llama-3.2-1b", 12),
     ],
 )
-def test_the_smallest_that_is_as_fast_as_any_is_chosen(name: str, shape: str, rows: int) -> None:
+def test_the_smallest_that_is_nearly_as_fast_as_any_is_chosen(name: str, shape: str, rows: int) -> None:
     """Worked out here once more, each way by itself."""
     config, card = asking(rows), card_named(name)
     ground, rates = ground_of(config, card, shape), rates_of(card)
@@ -85,7 +85,7 @@ def test_the_smallest_that_is_as_fast_as_any_is_chosen(name: str, shape: str, ro
     as_fast = [way for way in seconds if seconds[way] <= AS_FAST * min(seconds.values())]
     assert part == min(as_fast) and len(as_fast) < len(seconds)
     ways_that_fit = f"{len(seconds)} of {len(ways)} ways to cut {rows} rows fit"
-    assert reason == f"the smallest of those that are predicted as fast as any: {ways_that_fit}"
+    assert reason == f"the smallest whose predicted step is within 3% of the shortest: {ways_that_fit}"
 
 
 def test_a_forward_is_no_larger_than_it_has_to_be() -> None:
@@ -93,7 +93,7 @@ def test_a_forward_is_no_larger_than_it_has_to_be() -> None:
     assert cut(asking(16), card_named("H200"))[:2] == (2, 8)
     assert cut(asking(64), card_named("A100-40"))[:2] == (1, 64)
     assert cut(asking(16), card_named("4090"))[:2] == (1, 16)
-    assert cut(asking(1), card_named("H200"))[2].endswith("as fast as any: the only way")
+    assert cut(asking(1), card_named("H200"))[2].endswith("of the shortest: the only way")
 
 
 @pytest.mark.parametrize("card", [None, Card("another", (9, 0), 2**37, 2**37)], ids=["CPU", "unknown card"])
@@ -271,8 +271,13 @@ def test_a_branch_cuts_steps_as_its_parent_does(
     own = load_config(tmp_path / "branch" / "run.yaml").training
     assert (own.per_device_train_batch_size, own.gradient_accumulation_steps) == (2, 2)
     other = of_rows(8, llama_folder, korean_corpus, tmp_path / "other", max_steps=1)
-    with pytest.raises(UserError, match=r"^--branch: the place in the rows is counted in steps"):
+    with pytest.raises(UserError, match=r"^--branch: training.rows_per_step is 8, and a step of the run has 4"):
         train_run(other, branch=tmp_path / "run" / "checkpoint-2")
+    other = of_rows(8, llama_folder, korean_corpus, tmp_path / "other", max_steps=1)
+    other.data.max_length *= 2
+    train_run(other, branch=tmp_path / "run" / "checkpoint-2")
+    own = load_config(tmp_path / "other" / "run.yaml").training
+    assert (own.per_device_train_batch_size, own.gradient_accumulation_steps) == (8, 1), "of other rows: cut anew"
 
 
 def test_the_command_says_what_was_chosen(
@@ -286,10 +291,10 @@ def test_the_command_says_what_was_chosen(
         assert shown.code == 0, shown
         return next(" ".join(line.split()) for line in shown.out.splitlines() if "forwards" in line)
 
-    assert "1 a step, of 12 rows (the most that fit, up to 4,096" in said()
+    assert "1 a step, of 12 rows (the most up to 4,096" in said()
     assert "2 a step, of 6 rows (the most" in said("--data.max_length", "512")
     assert "1 a step, of 6 rows (the most" in said("--training.rows_per_step", "6")
-    assert re.search(r"\d+ a step, of \d+ rows \(the smallest of those", said("--card", "H200"))
+    assert re.search(r"\d+ a step, of \d+ rows \(the smallest whose", said("--card", "H200"))
 
 
 def test_what_is_advised_is_what_the_file_can_say(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
@@ -328,6 +333,8 @@ def test_fragmentation_is_a_line_of_the_plan(
 
 
 GROWING_SINCE = "2026-11-30T10:55"  # before that the benchmark had blocks of fixed sizes
+# Rows of an 8B from LONG tokens on go through attention's backward one query head after the other since.
+ONE_HEAD_SINCE, LONG = "2026-11-30T14:50", 174_763
 MEASURED = [
     row
     for file in sorted(RESULTS.glob("*-train.jsonl"))
@@ -354,4 +361,5 @@ def test_the_estimate_bounds_what_was_measured(row: dict[str, Any]) -> None:
     memory = step.by_item(row["levels"], row["loss_way"], row["tile"], row["places"])
     beyond = row["peak_reserved_gib"] - row["peak_allocated_gib"]
     assert beyond <= fragmentation(memory) / GIB <= 3.5
-    assert (sum(memory.values()) + WORKSPACES) / GIB == pytest.approx(row["planned_gib"], abs=0.01)
+    if row["call"] >= ONE_HEAD_SINCE or row["seq"] < LONG:
+        assert (sum(memory.values()) + WORKSPACES) / GIB == pytest.approx(row["peak_allocated_gib"], rel=0.01)

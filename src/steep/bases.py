@@ -57,6 +57,7 @@ def bases_of(
     """By name: the run's own base as it is planned, others as a new run over them would be.
 
     Args:
+        config: as it is asked for, where the plan is to cut a step into forwards.
         sizes: of the run's own step.
         errors: of the weights, by base.
         base, compute: the run's own.
@@ -79,9 +80,9 @@ def _sizes(config: RunConfig, ground: Ground, base: str) -> Sizes | None:
     """Of a new run; None: it cannot be over that base, or there is nothing more to train."""
     if not ground.to_train:
         return None
-    other = changed(config, {"model.base": base, "model.fp8_products": "auto"})
     new = replace(ground, before=None)
     try:
+        other, _ = with_micro_batch(changed(config, {"model.base": base, "model.fp8_products": "auto"}), new)
         computation = new.computation(other)
     except UserError:
         return None

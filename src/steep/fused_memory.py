@@ -152,11 +152,17 @@ class FusedStep:
         how = DTYPES[self.compute], DTYPES[self.stream], self.fp8
         return Kept.of(self.layers, *how, self.tokens, self.hidden)
 
+    @cached_property
+    def _turns(self) -> int:
+        """Bytes of rope's cos and sin, in fp32, of layers with a window and of those without."""
+        widths = {layer.attention.window is None: layer.attention.head_dim for layer in self.layers}
+        return 4 * self.tokens * sum(widths.values())
+
     def _work(self, tile: int, level: int, place: Place) -> int:
         key = tile, level, place
         if key not in self._works:
             how = DTYPES[self.compute], DTYPES[self.stream], level, self.tokens, self.fp8, tile, place
-            self._works[key] = max(work_bytes(layer, *how) for layer in self.layers)
+            self._works[key] = self._turns + max(work_bytes(layer, *how) for layer in self.layers)
         return self._works[key]
 
     def _at_least(self, levels: list[int], way: Way, tile: int, host_room: int) -> int:

@@ -16,15 +16,14 @@ from steep.settings import MOST_TOKENS
 # Tokens of a forward whose time is not known, and on a CPU not its memory either: what a run has that leaves all at its
 # defaults. The products of an 8B are as fast by then, and whole logits over 128,000 words take some GiB.
 UNTIMED = 4096
-# As fast as the fastest, by what predicted times are worth: the smallest forward of these leaves the most memory.
-AS_FAST = 1.03
+AS_FAST = 1.03  # times the shortest: what predicted times are worth. Smaller forwards leave more of a large card.
 
 
 def with_micro_batch(config: RunConfig, ground: Ground) -> tuple[RunConfig, str | None]:
     """`config` with `training.rows_per_step` cut into forwards of equally many rows, and why so: of the ways that fit
-    the smallest forward whose predicted step is as short as any (`AS_FAST`), by the makers' figures, since no timer has
-    a part in a run's bits; where no time is known the largest up to `UNTIMED` tokens; where none fits that which needs
-    least. As it is, and without a reason, where the run file says how a step is cut.
+    the smallest forward whose predicted step is nearly as short as any (`AS_FAST`), by the makers' figures, since no
+    timer has a part in a run's bits; where no time is known the largest up to `UNTIMED` tokens; where none fits that
+    which needs least. As it is, and without a reason, where the run file says how a step is cut.
 
     Raises:
         UserError: updates inside backward need all rows in one forward, and those are more than any card holds.
@@ -38,26 +37,27 @@ def with_micro_batch(config: RunConfig, ground: Ground) -> tuple[RunConfig, str 
             "training.rows_per_step",
             f"{rows:,} rows of {length:,} tokens are {rows * length:,} in one forward, which training."
             "optimizer_in_backward needs: more than a card holds",
-            f"Give {MOST_TOKENS // length:,} at most, or set optimizer_in_backward: false.",
+            f"Give {MOST_TOKENS // length * ranks.world_size():,} at most, or set optimizer_in_backward: false.",
         )
+    if in_one:
+        return _cut(config, rows, rows), "with updates inside backward a step is one forward"
     rates = rates_of(ground.card)
     ground = replace(ground, rates=rates)
-    parts = [rows] if in_one else [part for part in range(1, min(rows, MOST_TOKENS // length) + 1) if rows % part == 0]
+    parts = [part for part in range(1, min(rows, MOST_TOKENS // length) + 1) if rows % part == 0]
     found = {part: tried(_cut(config, rows, part), ground) for part in parts}
     possible = {part: sizes for part, sizes in found.items() if sizes is not None}
     fitting = {part: sizes for part, sizes in possible.items() if ground.budget is None or sizes.peak <= ground.budget}
-    if in_one:
-        part, reason = rows, "with updates inside backward a step is one forward"
-    elif not fitting:  # which `steep.fitting` then says
+    if not fitting:  # which `steep.fitting` then says, or what forbids each of them
         part = min(possible, key=lambda part: possible[part].peak, default=1)
-        reason = "it needs least, and does not fit"
+        reason = "the one that needs least of the card, and does not fit" if possible else None
     elif rates is None or (seconds := _seconds(Pace(config, rates, length), fitting)) is None:
         part = max((part for part in fitting if part * length <= UNTIMED), default=min(fitting))
-        reason = f"the most that fit, up to {UNTIMED:,} tokens: the time of a step is not known"
+        most = f"the most up to {UNTIMED:,} tokens" if part * length <= UNTIMED else "the fewest that fit"
+        reason = f"{most}: the time of a step is not known"
     else:
         part = min(part for part in fitting if seconds[part] <= AS_FAST * min(seconds.values()))
         ways = f"{len(fitting)} of {len(parts)} ways to cut {rows:,} rows fit" if len(parts) > 1 else "the only way"
-        reason = f"the smallest of those that are predicted as fast as any: {ways}"
+        reason = f"the smallest whose predicted step is within {AS_FAST - 1:.0%} of the shortest: {ways}"
     return _cut(config, rows, part), reason
 
 

@@ -439,7 +439,7 @@ def _work_out(
         batch_reason=batch_reason,
     )
     errors = weight_errors(resolved, quantisable(empty)) if to_train else {}
-    plan.bases = bases_of(config, ground, sizes, pace, errors, base=base, compute=compute)
+    plan.bases = bases_of(as_asked, ground, sizes, pace, errors, base=base, compute=compute)
     plan.warnings = [
         *stored,
         *([str(shortfall)] if shortfall else []),

@@ -33,7 +33,7 @@ from steep.model.new_rows import NEW_ROWS, read_new_rows
 from steep.plan import Plan
 from steep.run_folder import RunFolder, environment
 from steep.schema import FORWARDS, RunConfig
-from steep.settings import planned_steps, rows_per_step
+from steep.settings import planned_steps
 from steep.training.branch import Branch, read_branch
 from steep.training.checkpoint import Checkpoint
 from steep.training.observations import load_observations
@@ -82,30 +82,25 @@ def with_chosen_base(config: RunConfig, folder: RunFolder, field: str) -> RunCon
 
 def with_chosen_forwards(config: RunConfig, folder: RunFolder, field: str) -> RunConfig:
     """The same for `training.rows_per_step`: `config` with the forwards that steps of the run of `folder` were cut
-    into. A branch whose steps have other rows is cut anew.
+    into. A branch that goes on with other text is cut anew.
 
     Raises:
-        UserError: what was recorded is damaged; the run goes on, and its steps have another number of rows.
+        UserError: what was recorded is damaged; the same rows go on, in more processes or fewer, or in steps of another
+            number of them.
     """
-    rows = config.training.rows_per_step
-    if rows is None:
+    rows, before, plan = config.training.rows_per_step, recorded_config(folder / "run.yaml", field), _plan_of(folder)
+    if rows is None or plan is None or (field == "--branch" and config.data != before.data):
         return config
-    plan, before = _plan_of(folder), recorded_config(folder / "run.yaml", field)
-    if field == "--resume" and plan is not None:
-        ranks.refuse_other_number(plan.get("processes", 1), field)
-    if rows_per_step(before) == rows:
-        kept = {name: getattr(before.training, name) for name in FORWARDS}
-        return config.model_copy(
-            update={"training": config.training.model_copy(update={**kept, "rows_per_step": None})}
-        )
-    if field == "--resume":
+    ranks.refuse_other_number(plan.get("processes", 1), field)
+    if rows != plan["rows_per_step"]:
         raise UserError(
             field,
-            f"training.rows_per_step is {rows:,}, and a step of the run has {rows_per_step(before):,}: the place in "
+            f"training.rows_per_step is {rows:,}, and a step of the run has {plan['rows_per_step']:,}: the place in "
             "the text is counted in those",
             "Put it back, or start a new run.",
         )
-    return config
+    kept = {name: getattr(before.training, name) for name in FORWARDS}
+    return config.model_copy(update={"training": config.training.model_copy(update={**kept, "rows_per_step": None})})
 
 
 def with_choices(config: RunConfig, folder: RunFolder, field: str) -> RunConfig:

@@ -349,7 +349,8 @@ class TrainingSection(BaseModel):
                 "training.rows_per_step",
                 f"the plan chooses how its rows are cut into forwards, and {' and '.join(given)} "
                 f"{'say' if len(given) > 1 else 'says'} it too",
-                f"Leave {' and '.join(FORWARDS)} out, or leave out rows_per_step.",
+                f"Leave {' and '.join(FORWARDS)} out, or leave out rows_per_step (on the command line: "
+                "--training.rows_per_step null).",
             )
         return self
 

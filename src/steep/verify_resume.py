@@ -110,7 +110,8 @@ def verify_resume(config: RunConfig, *, steps: int = STEPS, terminal: Terminal |
 
 
 def _shortened(config: RunConfig, steps: int, quiet: bool) -> tuple[RunConfig, int, bool]:
-    """The run file for a few steps, the bytes that two such runs need on the disk, and whether there is a GPU.
+    """The run file for a few steps, cut into forwards for both runs alike; the bytes that two such runs need on the
+    disk, and whether there is a GPU.
 
     Raises:
         UserError: the run file, or its short form, cannot be trained.
@@ -139,7 +140,9 @@ def _shortened(config: RunConfig, steps: int, quiet: bool) -> tuple[RunConfig, i
         setattr(training, name, value)
     short.evaluation.prompts = []
     short.evaluation.max_tokens = min(_SCORED, short.evaluation.max_tokens or _SCORED)
-    return short, 2 * sum(plan_run(short).disk.values()), torch.cuda.is_available()
+    plan = plan_run(short)
+    short.training = plan.config.training.model_copy(update={"rows_per_step": None})
+    return short, 2 * sum(plan.disk.values()), torch.cuda.is_available()
 
 
 @contextmanager

@@ -158,3 +158,11 @@ def test_a_script_gives_words_or_texts(tmp_path: Path) -> None:
     for wrong in ({}, {"words": ["구속"], "texts": documents("ko", 9), "number": 5}):
         with pytest.raises(UserError, match="tokens are given, or learned from texts"):
             grow_tokenizer(original, tmp_path, **wrong)
+
+
+def test_a_model_is_grown_once(tmp_path: Path) -> None:
+    """A second time the file of a checkpoint would have the second rows alone."""
+    model, original = tiny_model("llama"), tiny_tokenizer()
+    grow_embeddings(model, original, grow_tokenizer(original, tmp_path / "one", words=["강물"]))
+    with pytest.raises(UserError, match="it was grown before"):
+        grow_embeddings(model, original, grow_tokenizer(original, tmp_path / "two", words=["강물", "구속"]))

@@ -276,10 +276,12 @@ def compilations(dtype: torch.dtype) -> list[Compilation]:
             Compilation(gated_backward_kernel, signature, constants | {"BLOCK": BACKWARD_BLOCK}, BACKWARD_WARPS),
         ]
         constants |= {"BLOCK": ROW_BLOCK, "SHARED": 128 if is_gelu else ROW_BLOCK}
-        unweighted, whole = {"factors": None}, {"BLOCK": WHOLE_ROW, "SHARED": WHOLE_ROW}
+        forward = constants | {"factors": None}
+        whole = forward | {"BLOCK": WHOLE_ROW, "SHARED": WHOLE_ROW}
+        longer = forward if is_gelu else forward | {"INTERMEDIATE": 28672}  # Llama-3-70B's, gone through twice
         found += [
-            Compilation(gated_fp8_kernel, signature, constants | unweighted, ROW_WARPS, OLDEST_FP8_CARD),
-            Compilation(gated_fp8_kernel, signature, constants | unweighted | whole, WHOLE_ROW_WARPS, OLDEST_FP8_CARD),
+            Compilation(gated_fp8_kernel, signature, whole, WHOLE_ROW_WARPS, OLDEST_FP8_CARD),
+            Compilation(gated_fp8_kernel, signature, longer, ROW_WARPS, OLDEST_FP8_CARD),
             Compilation(gated_backward_fp8_kernel, signature, constants, ROW_WARPS, OLDEST_FP8_CARD),
         ]
     return found

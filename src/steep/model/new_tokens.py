@@ -177,8 +177,12 @@ def grow_embeddings(model: Any, original: Any, tokenizer: Any, rows: str | Path 
             trained from there, to the bit, and none is made.
 
     Raises:
-        UserError: `rows` is not there, damaged, or of another model or other tokens.
+        UserError: `rows` is not there, damaged, or of another model or other tokens; `model` was grown before.
     """
+    if getattr(model, "new_rows", None) is not None:
+        raise UserError(
+            "model", "it was grown before", "Give one tokenizer with all new tokens, and the model as it was loaded."
+        )
     old, new = original.get_vocab(), tokenizer.get_vocab()
     added = {number: token for token, number in new.items() if token not in old}
     before = model.get_input_embeddings().weight.shape[0]

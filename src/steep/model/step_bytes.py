@@ -84,7 +84,7 @@ def work_bytes(
         whole += qkv.outputs if several else qkv.input_width + qkv.outputs
     if level >= 3:
         whole += heads
-    standing = tokens * (whole * width + x + 4 * attention.head_dim)  # and dy; and rope's cos and sin, in fp32
+    standing = tokens * (whole * width + x)  # and dy
     again = 0  # columns of a tile, while it is differentiated from y to attention's output
     if level >= 1 and layer.attention_out_norm:
         again += o.outputs
