@@ -104,6 +104,7 @@ ARMS: dict[str, Arm] = {
     ),
 }
 CORE = [*LADDER, FULL, "replay-5", "replay-25"]
+BESIDE = {"apart-10": "gate"}  # the advice as a whole: embeddings trained slowly against none; better, as it says
 
 
 def arm_over(name: str, over: str) -> Arm:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ablation_arms import ARMS, CORE, FULL, NEW, OLD, arm_over
+from benchmarks.ablation_arms import ARMS, BESIDE, CORE, FULL, NEW, OLD, arm_over
 from benchmarks.ablation_run import GRID, NEW_TEXTS, OLD_DOMAIN, RUN, Work
 from benchmarks.pages import markdown, with_part
 
@@ -143,10 +143,17 @@ class Ladder:
         on = arm_over(*name).on
         return None if on is None else (on, name[1] if ARMS[on].on_top else "")
 
-    def differences(self, name: Named, way: str, text: str) -> list[float]:
-        """Bits a byte of the arm minus those of the one below it, of each seed that both have."""
-        below = self.below(name)
-        ours, theirs = self.by_seed(name, way), self.by_seed(below, way) if below else {}
+    def pairs(self) -> Iterator[tuple[Named, Named]]:
+        """Each arm with what it is held against: the one below it, and one beside the ladder."""
+        for name in self.names:
+            if (below := self.below(name)) is not None:
+                yield name, below
+            if name[0] in BESIDE:
+                yield name, (BESIDE[name[0]], "")
+
+    def differences(self, name: Named, other: Named, way: str, text: str) -> list[float]:
+        """Bits a byte of the arm minus those of another, of each seed that both have."""
+        ours, theirs = self.by_seed(name, way), self.by_seed(other, way)
         domain = self.domain(text)
         return [bits(ours[seed], domain) - bits(theirs[seed], domain) for seed in sorted(ours.keys() & theirs.keys())]
 
@@ -204,19 +211,18 @@ def results(ladder: Ladder, way: str) -> list[str]:
 def steps(ladder: Ladder, way: str) -> tuple[list[str], list[str]]:
     """A line a step, and the steps that are not in the order of the advice, or only seem to be."""
     lines, odd = [], []
-    for name in ladder.names:
-        below = ladder.below(name)
-        changes = {text: ladder.differences(name, way, text) for text in (NEW, OLD)}
-        if below is None or not changes[NEW]:
+    for name, other in ladder.pairs():
+        changes = {text: ladder.differences(name, other, way, text) for text in (NEW, OLD)}
+        if not changes[NEW]:
             continue
         arm = arm_over(*name)
         said = verdict(Estimate.of(changes[arm.by]), arm.better)
         advice = (
             "–" if arm.better is None else f"{LANGUAGE[ladder.domain(arm.by)]} {'better' if arm.better else 'worse'}"
         )
-        step = f"{below[0]} → {label(name)}"
+        step = f"{other[0]} → {label(name)}"
         estimates = [Estimate.of(changes[text]).text("+") for text in (NEW, OLD)]
-        lines.append([step, advice, *estimates, apart(ladder, name, below, way, arm.by), said])
+        lines.append([step, advice, *estimates, apart(ladder, name, other, way, arm.by), said])
         if arm.better is not None and said != "as the advice says":
             odd.append(f"- {step}, {way}: {said} ({Estimate.of(changes[arm.by]).text('+')} bits a byte).")
     head = ["step", "advice", *(f"{LANGUAGE[domain]}, change" for domain in (ladder.new, ladder.old)),

@@ -366,7 +366,7 @@ def test_intervals_by_hand() -> None:
 
 def test_differences_are_of_runs_with_the_same_seed() -> None:
     rows = [*three("lora", 2.00, 2.10, 2.20), *three("gate", 1.90, 1.99, 2.11, 1.0)]
-    found = Ladder(WORK, rows, RATE).differences(("gate", ""), COMMON, "new")
+    found = Ladder(WORK, rows, RATE).differences(("gate", ""), ("lora", ""), COMMON, "new")
     assert found == pytest.approx([-0.10, -0.11, -0.09])  # the fourth seed is of one arm alone
     said = ablation_table.tell(rows, RATE)
     half = 4.303 * 0.01 / 3**0.5

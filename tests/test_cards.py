@@ -14,6 +14,7 @@ from steep.memory import WORKSPACES
 from steep.plan import Plan, plan_run
 from tests.command_line import Steep, assert_one_error_line
 from tests.test_run import run_file
+from tests.tiny import save_tiny
 
 
 @pytest.fixture
@@ -101,6 +102,18 @@ def test_units_that_a_card_lacks_are_said(planned: Any, monkeypatch: pytest.Monk
     assert said("T4", base="fp8") == ["the T4 has no fp8 units"]
     assert said("A100-80", base="fp8", compute_dtype="bf16") == ["the A100-80 has no fp8 units"]
     assert said("L4", base="fp8", compute_dtype="bf16") == []
+
+
+@pytest.mark.parametrize(
+    ("family", "compute", "warned"), [("gemma3", "fp16", True), ("gemma3", "fp32", False), ("llama", "fp16", False)]
+)
+def test_gemma_in_fp16_is_warned_of(
+    family: str, compute: str, warned: bool, korean_corpus: Path, tmp_path: Path
+) -> None:
+    model = save_tiny(family, tmp_path / "model")
+    config = run_file(model, korean_corpus, tmp_path / "run", model={"compute_dtype": compute, "base": "nf4"})
+    found = [warning for warning in plan_run(config, card=card_named("T4")).warnings if "known to exceed" in warning]
+    assert len(found) == warned
 
 
 def test_units_that_a_card_lacks_are_an_error(planned: Any) -> None:

@@ -95,6 +95,15 @@ def test_each_layer_has_its_own_window() -> None:
     assert work.attention == pytest.approx(step.tokens * 4 * seen * 8 * 256 * 3.5)
 
 
+@pytest.mark.parametrize(("compute", "known"), [("fp16", True), ("bf16", False)])
+def test_a_dtype_that_the_card_emulates_has_no_time(compute: str, known: bool) -> None:
+    config, card = config_of(model={"compute_dtype": compute}), card_named("T4")
+    ground, rates = ground_of(config, card, "llama-3.2-1b"), rates_of(card)
+    assert rates is not None
+    seconds = Pace(config, rates, 2048).seconds(ground.sized(config, ground.computation(config)))
+    assert (seconds is not None) == known
+
+
 def test_products_in_fp32_have_no_time_by_a_makers_figures() -> None:
     config = config_of(model={"compute_dtype": "fp32"})
     ground = ground_of(config, card_named("A100-80"), "llama-3-8b")
@@ -135,7 +144,7 @@ def test_the_line_says_how_the_time_is_known() -> None:
     said = "about 0.29 s a step, 14,217 tokens/s, 3.1 h in all, "
     assert duration_line(figures) == said + "estimated from the maker's figures"
     assert duration_line({**figures, "measured": BARE.as_dict()}) == said + "measured on this card"
-    assert "about the same on any card" in duration_line({**figures, "is_of_host": True})
+    assert "the host that takes so long" in duration_line({**figures, "is_of_host": True})
 
 
 @pytest.mark.parametrize(("shape", "of_host"), [("tiny", True), ("llama-3-8b", False)])

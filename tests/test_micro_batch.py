@@ -13,6 +13,7 @@ import yaml
 
 from benchmarks.measuring import RESULTS
 from steep import ranks
+from steep.amounts import human_bytes
 from steep.bases import with_base
 from steep.cards import card_named
 from steep.config import load_config, parse_config
@@ -20,7 +21,7 @@ from steep.duration import Pace
 from steep.errors import UserError
 from steep.fitting import changed, forwards_of
 from steep.initialise import init_run
-from steep.memory import GIB, WORKSPACES, fragmentation
+from steep.memory import GIB, WORKSPACES, gaps
 from steep.micro_batch import AS_FAST, UNTIMED, with_micro_batch
 from steep.model.machine import Card
 from steep.out_of_memory import what_to_lower
@@ -311,23 +312,30 @@ def test_what_is_advised_is_what_the_file_can_say(llama_folder: Path, korean_cor
     assert what_to_lower(planned)[0] == "training.rows_per_step (now 4)"
 
 
-@pytest.mark.parametrize(
-    ("vram", "room"), [("auto", "for which training.vram: auto leaves 13.97 GiB"), ("20GiB", "beside training.vram")]
-)
-def test_fragmentation_is_a_line_of_the_plan(
-    llama_folder: Path, korean_corpus: Path, tmp_path: Path, vram: str, room: str
-) -> None:
-    """Beyond the total, which stays what is allocated."""
-    config = run_file(llama_folder, korean_corpus, tmp_path / "run", model={"base": "auto"}, training={"vram": vram})
-    plan = plan_run(config, card=card_named("H200")).as_dict()
-    figures = plan["fragmentation"]
-    passing = ("activations", "work of a layer", "logits and loss", "gradients")
-    assert figures["bytes"] == round(sum(plan["memory_bytes"][name] for name in passing) * 0.4) > 0
-    assert plan["memory_bytes"]["total"] == sum(plan["memory_bytes"].values()) / 2
-    (table,) = [table for table in plan_tables(plan) if table.columns[0].header == "memory"]
-    shown = [" ".join(map(str, row)) for row in zip(*(column.cells for column in table.columns), strict=True)]
-    assert shown[-1].startswith("fragmentation, beyond the total up to ") and room in shown[-1]
-    assert shown[-2].startswith("total")
+def test_fragmentation_is_a_line_of_the_plan(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    """Beyond the total, which stays what is allocated; and a warning where the card has no room for it."""
+    training = {"vram": "100%", "per_device_train_batch_size": 128}
+    config = run_file(llama_folder, korean_corpus, tmp_path / "run", model={"base": "auto"}, training=training)
+
+    def planned(card: Card) -> tuple[int, int]:
+        plan = plan_run(config, card=card).as_dict()
+        figures, total = plan["fragmentation"], plan["memory_bytes"]["total"]
+        passing = ("activations", "work of a layer", "logits and loss", "gradients")
+        assert figures["bytes"] == round(sum(plan["memory_bytes"][name] for name in passing) * 0.4) > 0
+        assert total == sum(plan["memory_bytes"].values()) / 2
+        (table,) = [table for table in plan_tables(plan) if table.columns[0].header == "memory"]
+        shown = [" ".join(map(str, row)) for row in zip(*(column.cells for column in table.columns), strict=True)]
+        assert shown[-1].startswith("fragmentation, beyond the total up to ") and shown[-2].startswith("total")
+        assert shown[-1].endswith(f", where the card has {human_bytes(card.memory - total)}")
+        warned = any("gaps between allocations may take" in each for each in plan["warnings"])
+        assert warned == (figures["bytes"] > card.memory - total)
+        return total, figures["bytes"]
+
+    large = card_named("H200")
+    total, most = planned(large)
+    assert most < large.memory - total
+    tight = total + most // 2
+    assert planned(replace(large, memory=tight, free=tight)) == (total, most)
     alone = plan_run(config).as_dict()
     assert alone["fragmentation"] is None and not alone["fused"]
 
@@ -360,6 +368,6 @@ def test_the_estimate_bounds_what_was_measured(row: dict[str, Any]) -> None:
     assert step is not None
     memory = step.by_item(row["levels"], row["loss_way"], row["tile"], row["places"])
     beyond = row["peak_reserved_gib"] - row["peak_allocated_gib"]
-    assert beyond <= fragmentation(memory) / GIB <= 3.5
+    assert beyond <= gaps(memory) / GIB <= 3.5
     if row["call"] >= ONE_HEAD_SINCE or row["seq"] < LONG:
         assert (sum(memory.values()) + WORKSPACES) / GIB == pytest.approx(row["peak_allocated_gib"], rel=0.01)

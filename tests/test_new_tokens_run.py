@@ -297,6 +297,13 @@ def test_harm_to_the_first_rows_is_told(harm: str, finished: Finished, tmp_path:
                 use()
     shutil.copyfile(folder / "checkpoint-3" / NEW_ROWS, file)  # as the error says
     train_run(config, resume=True)
+    if harm == "gone":
+        right = file.read_bytes()
+        for path in [*folder.glob("checkpoint-*"), folder / "final"]:
+            shutil.rmtree(path)
+        file.unlink()
+        train_run(config, resume=True)
+        assert file.read_bytes() == right, "nothing was trained from them: they are made again"
 
 
 def test_evaluated_and_generated_again(finished: Finished) -> None:

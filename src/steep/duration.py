@@ -67,10 +67,12 @@ class Pace:
         return cls(config, rates, mean_document(lengths))
 
     def seconds(self, sizes: Sizes) -> float | None:
-        """Of a step; None: it is not fused, or in fp32 on a card that was not measured."""
+        """Of a step; None: it is not fused, in bf16 that the card emulates, or in fp32 on one that was not measured."""
         step, choices = sizes.step, sizes.choices
         levels = choices.levels
-        if step is None or levels is None or (step.compute == "fp32" and self.rates.measured is None):
+        if step is None or levels is None or (step.compute == "bf16" and not self.rates.has_bf16):
+            return None
+        if step.compute == "fp32" and self.rates.measured is None:
             return None
         work = step_work(
             step,

@@ -107,7 +107,8 @@ class Shortfall:
         else:
             more = "" if self.vram == "auto" else " a larger training.vram,"
             said = f"Nothing that is trained otherwise fits: take a smaller model,{more} or a card with more."
-        if self.is_refused and not (self.goes_on or self.is_branch):  # whose training.vram stays
+        on_card = self.card is None or self.peak <= self.card.memory
+        if self.is_refused and on_card and not (self.goes_on or self.is_branch):  # whose training.vram stays
             said += f" To try it all the same: training.vram: {math.ceil(self.peak / GIB)}GiB."
         return said
 

@@ -180,7 +180,7 @@ def standing(
     }
 
 
-def fragmentation(memory: Mapping[str, int]) -> int:
+def gaps(memory: Mapping[str, int]) -> int:
     """Bytes that torch reserves at the most beyond the peak of a fused step, where its segments grow
     (`steep.allocator`): no part of the peak, but what `training.vram: auto` leaves a tenth of the card for.
 

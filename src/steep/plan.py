@@ -24,7 +24,7 @@ from steep.fitting import Shortfall, changed, forwards_of, shortfall_of
 from steep.fp8_choice import dequantised
 from steep.fusing import decide
 from steep.generation import prompt_ids_of
-from steep.memory import Shape, fragmentation
+from steep.memory import Shape, gaps
 from steep.micro_batch import with_micro_batch
 from steep.model.adapters import check_embeddings, check_rank
 from steep.model.choices import Choices
@@ -60,7 +60,7 @@ from steep.training.branch import Branch
 from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import Schedule, schedule_of
 from steep.vocabulary import Vocabulary, grown, warnings
-from steep.vram import check_host, host_budget, host_limit, left_by, remarks, vram_budget
+from steep.vram import check_host, host_budget, host_limit, remarks, vram_budget
 
 
 @dataclass
@@ -142,11 +142,12 @@ class Plan:
         return tile if tile is not None and tile < tokens else None
 
     @property
-    def _fragmentation(self) -> dict[str, int | None] | None:
-        """Bytes reserved beyond the peak of a step, and those that are left for them; None: not known."""
+    def fragmentation(self) -> dict[str, Any] | None:
+        """Bytes reserved beyond the peak of a step, and those that the card has beside it; None: not known."""
         if not self.fused or "libraries' workspaces" not in self.memory:
             return None
-        return {"bytes": fragmentation(self.memory), "left_bytes": left_by(self.config.training.vram, self.card)}
+        left = None if self.card is None else max(0, self.card.memory - sum(self.memory.values()))
+        return {"bytes": gaps(self.memory), "left_bytes": left}
 
     def as_dict(self) -> dict[str, Any]:
         """`plan.json`."""
@@ -187,7 +188,7 @@ class Plan:
             "schedule": self.schedule.describe() if self.schedule else None,
             "card": self.card.as_dict() if self.card else None,
             "memory_bytes": {**self.memory, "total": sum(self.memory.values())},
-            "fragmentation": self._fragmentation,
+            "fragmentation": self.fragmentation,
             "shortfall": self.shortfall.as_dict() if self.shortfall else None,
             "duration": self.duration.as_dict() if self.duration else None,
             "bases": {name: base.as_dict() for name, base in self.bases.items()},
@@ -442,7 +443,7 @@ def _work_out(
     plan.bases = bases_of(as_asked, ground, sizes, pace, errors, base=base, compute=compute)
     plan.warnings = [
         *stored,
-        *([str(shortfall)] if shortfall else []),
+        *([str(shortfall)] if shortfall else _gaps(plan)),
         *(remarks(training, card, host) if to_train else []),
         *advice(config, resolved, tokenizer, corpus, shape, computation, card),
         *corpus.warnings,
@@ -458,3 +459,15 @@ def _work_out(
             "Give another folder, or lower training.save_total_limit or adapter.r.",
         )
     return plan
+
+
+def _gaps(plan: Plan) -> list[str]:
+    """What a user should know where a step fits, and gaps between its allocations may not."""
+    found = plan.fragmentation
+    if found is None or found["left_bytes"] is None or found["bytes"] <= found["left_bytes"]:
+        return []
+    return [
+        f"a step has {human_bytes(sum(plan.memory.values()))}, and gaps between allocations may take up to "
+        f"{human_bytes(found['bytes'])} more, where the card has {human_bytes(found['left_bytes'])}: most runs have "
+        "far fewer. If memory runs out, the step is computed again and keeps less; a smaller training.vram leaves room."
+    ]

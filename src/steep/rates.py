@@ -83,6 +83,7 @@ class Rates:
         moved: bytes a second that kernels beside the products read and write.
         link: bytes a second each way between the card and host memory.
         measured: what was measured of the card; None: the rates are estimated from its maker's figures.
+        has_bf16: these are of bf16 too: a card without units for it emulates it, at about a tenth of the speed.
     """
 
     products: float
@@ -91,6 +92,7 @@ class Rates:
     moved: float
     link: float
     measured: Measured | None = None
+    has_bf16: bool = True
 
     def seconds(self, work: Work) -> float:
         """Of what is computed, were it launched in time and nothing waited for."""
@@ -147,6 +149,7 @@ def rates_of(card: Card | None, measured: Measured | None = None) -> Rates | Non
         share.moved * moved,
         share.link * link,
         measured,
+        card is None or card.has_bf16,
     )
 
 

@@ -253,6 +253,8 @@ def begun_rows(plan: Plan, folder: RunFolder | None, found: Checkpoint | None) -
         checkpoint = Path(plan.branch.checkpoint)
         folder = RunFolder(checkpoint.parent)
     file = folder.tokenizer / NEW_ROWS
+    if checkpoint is None and not file.exists():
+        return None  # nothing was trained from them
     read_new_rows(file)
     if checkpoint is not None:
         is_known = NEW_ROWS in read_manifest(checkpoint).files

@@ -211,7 +211,7 @@ def _train(
         refuse_other_base(trainer.model, Path(plan.branch.checkpoint), "--branch")
     if plan.branch is not None:  # before run.yaml, from which on the folder holds a run
         folder.write_json("parent.json", asdict(plan.branch))
-    if ranks.is_main() and plan.vocabulary is not None and plan.vocabulary.folder != folder.tokenizer:
+    if ranks.is_main() and plan.vocabulary is not None and (rows is None or plan.vocabulary.folder != folder.tokenizer):
         with published(folder.tokenizer) as staging:
             shutil.copytree(plan.vocabulary.folder, staging, dirs_exist_ok=True)
             begun = new_rows_of(model)

@@ -232,7 +232,7 @@ class TrainingSection(BaseModel):
     optimizer_in_backward: bool = Field(
         False,
         description="Update each tensor within the backward pass, as soon as its gradient is whole, and free that: a "
-        "step never holds all gradients. Exact, so only with max_grad_norm: 0, gradient_accumulation_steps: 1, "
+        "step never holds all gradients. Exact, so only with max_grad_norm: 0, one forward a step, "
         "adamw_8bit, one process. The first NaN or infinite step ends the run at its last checkpoint.",
     )
     offload_optimizer: Literal["none", "embeddings", "all"] = Field(

@@ -264,11 +264,11 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
 
 
 def _fragmentation_of(plan: Mapping[str, Any]) -> str:
-    """What is reserved beyond what is allocated, and where it has room."""
+    """What is reserved beyond what is allocated, and the room for it."""
     found = plan["fragmentation"]
     left = found["left_bytes"]
-    room = "beside training.vram" if left is None else f"for which training.vram: auto leaves {human_bytes(left)}"
-    return f"up to {human_bytes(found['bytes'])}, {room}"
+    room = "" if left is None else f", where the card has {human_bytes(left)}"
+    return f"up to {human_bytes(found['bytes'])}{room}"
 
 
 def forwards_line(plan: Mapping[str, Any]) -> str:
@@ -288,7 +288,7 @@ def duration_line(duration: Mapping[str, Any] | None, *, fits: bool = True) -> s
     rate = f"{duration['tokens_per_second']:,.0f} tokens/s"
     basis = "measured on this card" if duration["measured"] else "estimated from the maker's figures"
     if duration.get("is_of_host"):
-        basis += ", and about the same on any card, since it is the host that takes so long to launch it"
+        basis += "; it is the host that takes so long to launch it so"
     in_all = human_seconds(duration["hours"] * 3600)
     return f"about {human_seconds(duration['seconds_per_step'])} a step, {rate}, {in_all} in all, {basis}"
 

@@ -11,7 +11,7 @@ from steep.errors import UserError
 from steep.model.machine import Card, available_on_host, room_on_host
 from steep.schema import VRAM, TrainingSection
 
-SHARE = 0.9  # of the card: allocations of odd sizes leave gaps (`steep.memory.fragmentation`)
+SHARE = 0.9  # of the card: allocations of odd sizes leave gaps (`steep.memory.gaps`)
 _UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
 
@@ -26,12 +26,6 @@ def vram_budget(vram: str, card: Card | None) -> int | None:
     if vram == "auto":
         return max(round(SHARE * card.memory) - (card.memory - card.free), 0)
     return min(asked_bytes(vram, card), card.memory)
-
-
-def left_by(vram: str, card: Card | None) -> int | None:
-    """Bytes of `card` that ``auto`` leaves for gaps between allocations; None: there is no card, or an amount is given,
-    beside which they have to have room."""
-    return None if card is None or vram != "auto" else card.memory - round(SHARE * card.memory)
 
 
 def host_budget(host_memory: str, card: Card | None) -> int:
