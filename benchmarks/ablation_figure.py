@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ablation_arms import ARMS, CORE
+from benchmarks.ablation_arms import ARMS, CORE, arm_over
 from benchmarks.ablation_table import COMMON, LANGUAGE, OWN, Estimate, Ladder, Named, bits, label, ladders
 from steep.report.curves import smooth, smoothing_span
 from steep.report.figures import short
@@ -212,14 +212,26 @@ def _learned(ladder: Ladder, runs: Mapping[Named, Rows], looks: Mapping[Named, s
     yield _line(
         panel.left, panel.y(base), panel.left + panel.width, panel.y(base), 'class="axis" stroke-dasharray="5 4"'
     )
+    placed: list[tuple[float, float]] = []
     for name, (learned, kept) in found.items():
         x, y = panel.x(learned.mean), panel.y(kept.mean)
         look = f'class="curve" {looks[name]}'
         yield _line(panel.x(learned.low), y, panel.x(learned.high), y, look)
         yield _line(x, panel.y(kept.low), x, panel.y(kept.high), look)
         yield f'<circle class="mark" {looks[name]} cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
-        yield _note(x + 7, y - 6, name[0], "start")
+        beside = x + 7, y + _first_free(x, y, placed)
+        placed.append(beside)
+        yield _note(*beside, name[0], "start")
     yield "</g>"
+
+
+def _first_free(x: float, y: float, placed: Sequence[tuple[float, float]]) -> float:
+    """How far below a mark its name stands: where no other of those `placed` is in the way, or else right above."""
+    offsets = (-6.0, 16.0, -20.0, 30.0, -34.0)
+    return next(
+        (down for down in offsets if all(abs(x + 7 - left) > 60 or abs(y + down - line) > 12 for left, line in placed)),
+        offsets[0],
+    )
 
 
 def _legend(runs: Mapping[Named, Rows], looks: Mapping[Named, str]) -> Iterator[str]:
@@ -228,3 +240,5 @@ def _legend(runs: Mapping[Named, Rows], looks: Mapping[Named, str]) -> Iterator[
         line = 450 + 22 * number
         yield _line(left, line, left + 26, line, f'class="curve" {looks[name]}')
         yield f'<text x="{left + 34}" y="{line + 4}">{escape(label(name))} (n = {len(rows)})</text>'
+    if any(arm_over(*name).replay for name in runs):
+        yield _note(left, 450 + 22 * len(runs), "replay has no curve: its text is other", "start")

@@ -126,11 +126,12 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(
         [
             f"One training step, QLoRA at rank {RANK} with both embeddings trained: time, and peak of allocated",
-            "memory. In brackets: how many times as fast `steep train` was. A line is one call of",
-            "`python -m benchmarks.train`. Memory that a work is within limits what steep allocates, and no one else;",
-            "with the gaps between allocations it may take a ninth more. But for a column that says so, the other",
-            "libraries compute each layer's forward pass again in the backward pass (gradient checkpointing), as",
-            "their documentation has it; steep does so as far as its memory asks for it.",
+            "memory. In brackets: how many times as fast `steep train` was. A line is one call of `python -m",
+            "benchmarks.train`, whose words are in its rows of `benchmarks/results/*-train.jsonl`. Memory that",
+            "a work is within limits what steep allocates, and no one else; with the gaps between allocations",
+            "it may take a ninth more. But for a column that says so, the other libraries compute each layer's",
+            "forward pass again in the backward pass (gradient checkpointing), as their documentation has it;",
+            "steep does so as far as its memory asks for it.",
             *(["†: and host memory, in which some of what layers keep waits for the backward pass."] * marked),
             "",
             *markdown(head, body),
@@ -167,6 +168,7 @@ def lean_table(rows: Iterable[Row]) -> str:
         [
             "The same training with weights updated inside the backward pass (so without clipping by the norm of all",
             "gradients), the optimizer's states in host memory, and of what layers keep as much as the limit asks for.",
+            "The command of a line is in its row of `benchmarks/results/*-train.jsonl`.",
             "",
             *markdown(head, body),
         ]

@@ -75,9 +75,9 @@ def advice(
     found = _of_card(card, computation.base, computation.compute)
     if computation.compute == "fp16" and resolved.config.model_type.startswith("gemma"):
         found.append(
-            f"{config.model.name} computes in fp16, which ends at 65,504: models of its family are known to exceed that. "
-            "Steps that are not finite are not applied, and three in a row end the run. Take a card with bf16, or "
-            "model.compute_dtype: fp32."
+            f"{config.model.name} computes in fp16, which ends at 65,504: models of its family are known to exceed "
+            "that. Steps that are not finite are not applied, and three in a row end the run. Take a card with bf16, "
+            "or model.compute_dtype: fp32."
         )
     if fused and config.model.attn_implementation != "auto":
         found.append(
