@@ -178,7 +178,7 @@ class TrainingSection(BaseModel):
         None,
         ge=1,
         description="Rows of one optimizer step, of all processes together, in place of the next two fields: the plan "
-        "then chooses these, the fastest that fit, and says why. A run keeps them.",
+        "then chooses these, within 3 % of the fastest that fit, and says why. A run keeps them.",
     )
     per_device_train_batch_size: Integer = Field(2, gt=0, description="Rows in one forward.")
     gradient_accumulation_steps: Integer = Field(8, gt=0, description="Forwards in one step.")

@@ -113,8 +113,8 @@ def work_bytes(
 
 def _in_heads(layer: Layer, tokens: int, width: int) -> int:
     """Bytes for a token and each of a head's columns in attention's backward over q, k and v: the gradients of the
-    heads at a time, their copies of q and of attention's output and its gradient, dq in fp32, and of k and v each query
-    head's own gradients, and their sums where those come one after the other."""
+    heads at a time, three copies of q's size, dq in fp32, and of k and v each query head's own gradients, and their
+    sums where those come one after the other. What of it a backend takes is not known: it fits measured peaks."""
     attention = layer.attention
     num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
     heads, kv_heads = heads_at_once(tokens, num_heads, num_kv_heads, attention.head_dim, width)

@@ -125,20 +125,25 @@ def attention_backward_in_place(
     one, shared = BACKENDS[backend], num_heads // num_kv_heads
     at_once, kv_at_once = heads_at_once(tokens, num_heads, num_kv_heads, head_dim, q.element_size(), group_bytes)
     for kv_heads in _parts(0, num_kv_heads, kv_at_once):
-        of_kv = k[:, kv_heads], v[:, kv_heads]
-        sums: list[torch.Tensor] = []
+        of_k, of_v = k[:, kv_heads], v[:, kv_heads]
+        sum_k, sum_v = of_k, of_v
+        if at_once < shared:
+            sum_k, sum_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (of_k, of_v))
         for heads in _parts(kv_heads.start * shared, kv_heads.stop * shared, at_once):
             kept = tuple(one.of_heads(each, heads, packing) for each in saved)
-            part = dout[:, heads], q[:, heads], *of_kv, out[:, heads]
-            dq, *gradients = one.backward(*part, kept, packing, scale, window, softcap)
+            part = dout[:, heads], q[:, heads], of_k, of_v, out[:, heads]
+            dq, dk, dv = one.backward(*part, kept, packing, scale, window, softcap)
             q[:, heads].copy_(dq)
-            if not sums:
-                sums = gradients if at_once >= shared else [gradient.float() for gradient in gradients]
+            if at_once < shared:
+                sum_k.add_(dk)
+                sum_v.add_(dv)
             else:
-                for total, gradient in zip(sums, gradients, strict=True):
-                    total.add_(gradient)
-        for target, total in zip(of_kv, sums, strict=True):
-            target.copy_(total)
+                of_k.copy_(dk)
+                of_v.copy_(dv)
+            del dq, dk, dv  # else they stay beside those of the next heads
+        if at_once < shared:
+            of_k.copy_(sum_k)
+            of_v.copy_(sum_v)
 
 
 def heads_at_once(
