@@ -24,7 +24,6 @@ from steep.initialise import init_run
 from steep.memory import GIB, WORKSPACES, gaps
 from steep.micro_batch import AS_FAST, UNTIMED, with_micro_batch
 from steep.model.machine import Card
-from steep.out_of_memory import what_to_lower
 from steep.plan import plan_run
 from steep.rates import rates_of
 from steep.run import train_run
@@ -33,6 +32,7 @@ from steep.settings import check_batch, check_update, planned_steps, rows_per_st
 from steep.terminal import plan_tables
 from tests.command_line import Steep
 from tests.test_fitting import ground_of, settings_of, shortfall
+from tests.test_out_of_memory import first_to_lower
 from tests.test_run import lines, run_file
 
 
@@ -303,13 +303,13 @@ def test_what_is_advised_is_what_the_file_can_say(llama_folder: Path, korean_cor
     assert any("a whole pass over it. Lower training.rows_per_step." in warning for warning in plan.warnings)
     by_hand = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", training={FORWARDS[1]: 10**6}))
     assert any(f"Lower training.{FORWARDS[1]} or training.{FORWARDS[0]}." in warning for warning in by_hand.warnings)
-    assert what_to_lower(plan_run(of_rows(4, llama_folder, korean_corpus, tmp_path / "run")))[0] == (
-        "training.per_device_train_batch_size (now 4, with gradient_accumulation_steps 1: give the two in place of "
-        "rows_per_step)"
+    assert first_to_lower(plan_run(of_rows(4, llama_folder, korean_corpus, tmp_path / "run"))) == (
+        "training.per_device_train_batch_size (now 4; with more gradient_accumulation_steps, now 1, a step stays what "
+        "it is: give the two in place of rows_per_step)"
     )
     lean = {"optimizer_in_backward": True, "max_grad_norm": 0.0}
     planned = plan_run(of_rows(4, llama_folder, korean_corpus, tmp_path / "run", **lean))
-    assert what_to_lower(planned)[0] == "training.rows_per_step (now 4)"
+    assert first_to_lower(planned) == "training.rows_per_step (now 4)"
 
 
 def test_fragmentation_is_a_line_of_the_plan(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from steep.model.block import Place
 from steep.model.choices import Choices
 from steep.model.machine import Card
 from steep.out_of_memory import memory_told, what_to_lower
-from steep.plan import plan_run
+from steep.plan import Plan, plan_run
 from steep.training.trainer import Trainer
 from tests.command_line import Steep
 from tests.test_run import run_file
@@ -137,13 +137,34 @@ def test_what_a_card_says(
     text = str(raised.value)
     assert text.startswith("GPU memory ran out: ") and "were planned for a step" in text
     assert "the card has 24.00 GiB, of which 22.00 GiB were free for this run (it had 20.00 GiB in use" in text
-    assert "\n" not in text and "The last checkpoint is as it was" in text
+    assert "\n" not in text and "The last checkpoint is as it was. A run that goes on may change training." in text
+
+
+def test_what_a_begun_run_may_change_of_it(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
+    """Which `--resume` then takes."""
+    planned = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run"))
+    planned.choices = Choices(True, "bf16", [2, 2])
+    planned.card = Card("fake", (9, 0), 2**34, 2**34)
+    with pytest.raises(RunError) as raised, memory_told(planned):
+        raise torch.OutOfMemoryError(CUDA)
+    assert str(raised.value).split("A run that goes on may change ")[1] == (
+        "training.offload_optimizer, training.gradient_checkpointing with --allow training.gradient_checkpointing"
+    )
+    with (
+        pytest.raises(RunError, match="A run that goes on may change none of these"),
+        memory_told(planned, loading=True),
+    ):
+        raise torch.OutOfMemoryError(CUDA)
+
+
+def first_to_lower(plan: Plan) -> str:
+    return "".join(next(iter(what_to_lower(plan).items())))
 
 
 def test_what_to_lower_first(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
     def names(sections: dict[str, dict[str, Any]], loading: bool = False, place: str = "GPU") -> list[str]:
         planned = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **sections))
-        return [line.split(" ")[0].rstrip(":") for line in what_to_lower(planned, loading=loading, place=place)]
+        return list(what_to_lower(planned, loading=loading, place=place))
 
     wide = {"training": {"per_device_train_batch_size": 4, "gradient_checkpointing": False, "optim": "adamw_torch"}}
     everything = [
@@ -177,9 +198,9 @@ def test_what_to_lower_first(llama_folder: Path, korean_corpus: Path, tmp_path: 
     assert names(narrow)[0] == "training.optimizer_in_backward"
     narrow["training"] |= {"optimizer_in_backward": True, "per_device_train_batch_size": 2}
     planned = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **narrow))
-    assert what_to_lower(planned)[0] == "training.per_device_train_batch_size (now 2)"
+    assert first_to_lower(planned) == "training.per_device_train_batch_size (now 2)"
     planned = plan_run(run_file(llama_folder, korean_corpus, tmp_path / "run", **wide))
-    assert what_to_lower(planned)[0] == (
+    assert first_to_lower(planned) == (
         "training.per_device_train_batch_size (now 4; with more gradient_accumulation_steps, now 1, a step stays what "
         "it is)"
     )
@@ -194,7 +215,7 @@ def test_what_could_be_in_host_memory(llama_folder: Path, korean_corpus: Path, t
         for name, value in training.items():
             setattr(config.training, name, value)
         found = what_to_lower(replace(on_card, config=config), place=place)
-        return [each for each in found if "offload" in each or "host_memory" in each]
+        return [name + note for name, note in found.items() if "offload" in name or "host_memory" in name]
 
     choices = Choices(True, "bf16", [3, 3], places=["x", "x"])
     on_card = replace(planned, card=Card("fake", (9, 0), 2**34, 2**34), choices=choices)

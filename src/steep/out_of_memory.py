@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from steep.amounts import human_bytes
+from steep.changes import HARMLESS, changeable
 from steep.errors import RunError
 from steep.machine_faults import PINNED, place_that_ran_out
 from steep.memory import masters_kept
 from steep.model.block import LEVELS
 from steep.plan import Plan
+from steep.schema import TrainingSection
 from steep.settings import could_be_lean, uses_checkpointing, why_not_summed_in_fp32
 from steep.training.adamw8bit import ADAMW_8BIT
 
@@ -42,79 +45,93 @@ def memory_told(plan: Plan | None, *, loading: bool = False) -> Iterator[None]:
             said, remedy = "", "Free some of it, or take a machine that has more"
         else:
             said = f"{human_bytes(sum(plan.memory.values()))} were planned for a step, and "
-            remedy = f"Lower, in this order: {', '.join(what_to_lower(plan, loading=loading, place=place))}"
+            lower = what_to_lower(plan, loading=loading, place=place)
+            remedy = f"Lower, in this order: {', '.join(field + note for field, note in lower.items())}"
             remedy += "" if loading else ". The last checkpoint is as it was"
+            remedy += f". A run that goes on may change {_within_a_run(lower)}"
         notes = "".join(f". {note}" for note in getattr(error, "__notes__", ()))
         raise RunError(f"{place} memory ran out: {said}{_there_was(place, str(error))}. {remedy}{notes}") from error
 
 
-def what_to_lower(plan: Plan, *, loading: bool = False, place: str = "GPU") -> list[str]:
-    """The settings that take memory there, with their values, those first that change the result least."""
-    config, found = plan.config, []
+def what_to_lower(plan: Plan, *, loading: bool = False, place: str = "GPU") -> dict[str, str]:
+    """The settings that take memory there, each with what is said of it, those first that change the result least."""
+    config, found = plan.config, dict[str, str]()
     training = config.training
+
+    def lower(name: str, note: str | None = None) -> None:
+        section, field = name.split(".")
+        found[name] = f" (now {getattr(getattr(config, section), field)})" if note is None else note
+
     if not loading:
-        batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-        lean = training.optimizer_in_backward
         if could_be_lean(config, plan.compute):
-            found.append("training.optimizer_in_backward: true (now false; nothing else changes)")
-        found += _of_the_host(plan, place)
-        if batch > 1 and training.rows_per_step is not None and not lean:
-            found.append(
-                f"training.per_device_train_batch_size (now {batch}, with gradient_accumulation_steps {accumulation}: "
-                "give the two in place of rows_per_step)"
-            )
-        elif batch > 1 and training.rows_per_step is not None:
-            found.append(f"training.rows_per_step (now {training.rows_per_step})")
-        elif batch > 1 and lean:
-            found.append(f"training.per_device_train_batch_size (now {batch})")
-        elif batch > 1:
-            found.append(
-                f"training.per_device_train_batch_size (now {batch}; with more gradient_accumulation_steps, now "
-                f"{accumulation}, a step stays what it is)"
-            )
+            lower("training.optimizer_in_backward", ": true (now false; nothing else changes)")
+        found |= _of_the_host(plan, place)
+        if training.per_device_train_batch_size > 1:
+            found |= _fewer_rows(training)
         if plan.fused and any(level < LEVELS[-1] for level in plan.choices.levels or ()):
-            found.append(f"training.vram (now {training.vram}), or training.gradient_checkpointing: true")
+            lower("training.vram")
+            lower("training.gradient_checkpointing", f": true (now {json.dumps(training.gradient_checkpointing)})")
         elif not plan.fused and not uses_checkpointing(config, plan.card is not None):
-            found.append("training.gradient_checkpointing: true (now false)")
+            lower("training.gradient_checkpointing", ": true (now false)")
         in_fp32 = why_not_summed_in_fp32(config, plan.trained_dtype, plan.fused) is None
         if in_fp32 and training.grad_accum_dtype == "fp32":
-            found.append("training.grad_accum_dtype: bf16 (now fp32)")
+            lower("training.grad_accum_dtype", ": bf16 (now fp32)")
         on_host = training.offload_optimizer if place == "GPU" else "none"  # whose states take nothing of what ran out
         masters = masters_kept(training, plan.trained_dtype)
         if masters != "none" and on_host not in ("all", masters):
-            found.append(f"training.master_weights: none (now {masters})")
+            lower("training.master_weights", f": none (now {masters})")
         if training.optimizer_states != "8bit" and on_host != "all":
-            found.append(f"training.optimizer_states: 8bit (now {training.optimizer_states})")
+            lower("training.optimizer_states", f": 8bit (now {training.optimizer_states})")
         if training.optim not in ADAMW_8BIT:
-            found.append(f"training.optim: adamw_8bit (now {training.optim})")
-        found.append(f"data.max_length (now {config.data.max_length})")
+            lower("training.optim", f": adamw_8bit (now {training.optim})")
+        lower("data.max_length")
     if plan.trained_dtype != "bf16" and plan.compute == "bf16":
-        found.append(f"model.trained_dtype: bf16 (now {plan.trained_dtype})")
+        lower("model.trained_dtype", f": bf16 (now {plan.trained_dtype})")
     if plan.base != "nf4":
-        found.append(f"model.base: nf4 (now {plan.base})")
-    found.append(f"adapter.r (now {config.adapter.r})")
+        lower("model.base", f": nf4 (now {plan.base})")
+    lower("adapter.r")
     if config.adapter.modules_to_save:
-        found.append(f"adapter.modules_to_save (now {', '.join(config.adapter.modules_to_save)})")
+        lower("adapter.modules_to_save", f" (now {', '.join(config.adapter.modules_to_save)})")
     return found
 
 
-def _of_the_host(plan: Plan, place: str) -> list[str]:
+def _fewer_rows(training: TrainingSection) -> dict[str, str]:
+    """A forward of fewer rows; of updates inside backward the whole step is one."""
+    rows, batch = training.rows_per_step, training.per_device_train_batch_size
+    if training.optimizer_in_backward:
+        name, now = ("per_device_train_batch_size", batch) if rows is None else ("rows_per_step", rows)
+        return {f"training.{name}": f" (now {now})"}
+    instead = "" if rows is None else ": give the two in place of rows_per_step"
+    more = f"with more gradient_accumulation_steps, now {training.gradient_accumulation_steps}, a step stays what it is"
+    return {"training.per_device_train_batch_size": f" (now {batch}; {more}{instead})"}
+
+
+def _within_a_run(fields: Collection[str]) -> str:
+    """Those of the fields that need no new run."""
+    ways = {field: f" with --allow {field}" for field in fields if changeable(field)}
+    ways |= {field: "" for field in fields if field in HARMLESS}
+    return ", ".join(field + ways[field] for field in fields if field in ways) or "none of these"
+
+
+def _of_the_host(plan: Plan, place: str) -> dict[str, str]:
     """What could move from the card to host memory, or back; it changes nothing else."""
     training, choices = plan.config.training, plan.choices
     if plan.card is None:
-        return []
+        return {}
     if place != "GPU":
         names = ("offload_optimizer", "host_memory")
         there = training.offload_optimizer != "none", any(where != "gpu" for where in choices.places or ())
-        return [
-            f"training.{name} (now {getattr(training, name)})" for name, uses in zip(names, there, strict=True) if uses
-        ]
-    found = []
+        return {
+            f"training.{name}": f" (now {getattr(training, name)})"
+            for name, uses in zip(names, there, strict=True)
+            if uses
+        }
+    found = dict[str, str]()
     if training.offload_optimizer != "all" and training.optim in ADAMW_8BIT:
-        found.append(f"training.offload_optimizer: all (now {training.offload_optimizer}; nothing else changes)")
+        found["training.offload_optimizer"] = f": all (now {training.offload_optimizer}; nothing else changes)"
     levels, places = choices.levels or [], choices.places or ["gpu"] * len(choices.levels or ())
     if plan.fused and min(levels, default=0) == LEVELS[-1] and "gpu" in places:
-        found.append(f"training.host_memory: more than was planned with (now {training.host_memory})")
+        found["training.host_memory"] = f": more than was planned with (now {training.host_memory})"
     return found
 
 
