@@ -230,6 +230,19 @@ def test_every_domain_without_held_out_text_is_named(pack_texts: Pack):
     assert measured.warnings == []
 
 
+def test_a_domain_whose_held_out_text_another_source_has_is_named(pack_texts: Pack):
+    corpus = pack_texts(
+        (["a", "b"], {"domain": "ko"}),
+        (["h", "i"], {"domain": "ko", "role": "heldout"}),
+        (["i", "h", "i"], {"domain": "same", "role": "heldout"}),
+        (["h", "j"], {"domain": "other", "role": "heldout"}),
+    )
+    assert corpus.warnings == [
+        "Nothing of same is scored: each of its documents stands in a heldout source before it too, or has a single "
+        "token. Give it text of its own."
+    ]
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.lists(st.integers(1, 60), min_size=3, max_size=30), min_size=2, max_size=3),

@@ -327,9 +327,17 @@ def _not_measured(sources: Sequence[TokenizedSource], sides: Sequence[np.ndarray
     if not measured:
         return ["No document is held out, so nothing can be measured. Raise data.holdout or add a heldout source."]
     trained = dict.fromkeys(source.source.domain_name for source in sources if source.source.role != "heldout")
+    only_scored = dict.fromkeys(source.source.domain_name for source in sources).keys() - trained.keys() - measured
     return [
-        f"No document of {domain} is held out, so what happens to it cannot be measured. Raise data.holdout or add a "
-        f"heldout source with domain: {domain}."
-        for domain in trained
-        if domain not in measured
+        *(
+            f"No document of {domain} is held out, so what happens to it cannot be measured. Raise data.holdout or add "
+            f"a heldout source with domain: {domain}."
+            for domain in trained
+            if domain not in measured
+        ),
+        *(
+            f"Nothing of {domain} is scored: each of its documents stands in a heldout source before it too, or has a "
+            "single token. Give it text of its own."
+            for domain in sorted(only_scored)
+        ),
     ]
