@@ -97,11 +97,11 @@ def planned(work: Work) -> tuple[list[int], Any, Any]:
     """What `steep train` would keep in each layer within the work's memory, and how it would cut the loss."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from steep.fusing import decide, fused_step, settle
-    from steep.memory import shape_of
     from steep.model.machine import card_here
+    from steep.planning.fusing import decide, fused_step, settle
+    from steep.planning.memory import shape_of
+    from steep.planning.vram import vram_budget
     from steep.schema import RunConfig
-    from steep.vram import vram_budget
 
     tree = run_file(work, Path("text"), Path("run"))
     config = RunConfig.model_validate({**tree, "model": {**tree["model"], "fused": "on"}})

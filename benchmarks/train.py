@@ -55,7 +55,7 @@ from benchmarks.peers import PEERS, Peer, Work, bare_loop, flash_of_the_hub, fla
 from benchmarks.shapes import SHAPES, config_of, flops_a_step, folder_of, write
 from benchmarks.steep_run import RUNS, chosen, steep_bare, steep_script, steep_train
 from steep.allocator import let_segments_grow
-from steep.vram import SHARE
+from steep.planning.vram import SHARE
 
 WARM_UP = 3  # steps
 GIB = 2**30

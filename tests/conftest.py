@@ -81,7 +81,7 @@ _LONG = (
     "kernels/test_machine_code", "test_torchrun", "faults/test_sample", "test_verify_resume", "faults/test_full_disk",
     "model/test_fused_training", "faults/test_exact_resume", "test_bad_input", "test_benchmarks", "test_fp8_benchmarks",
     "test_stopping", "training/test_guard", "model/test_recompute", "test_fused_run", "test_ablation", "test_cli",
-    "test_fitting", "test_odd_input", "training/test_resume", "training/test_in_backward", "test_run",
+    "planning/test_fitting", "test_odd_input", "training/test_resume", "training/test_in_backward", "test_run",
     "faults/test_permissions", "test_notebooks", "export/test_gguf", "ops/test_linear_cross_entropy",
 )  # fmt: skip
 _PLACES = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(_LONG)}

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,9 @@ from tests.syntax import SOURCE, called_name, sources
 LAYERS = (
     "errors", "amounts", "invalid", "machine_faults", "foreign", "credentials", "ranks", "stopping", "allocator",
     "storage", "manifest", "recorded", "tensor_files", "kernels", "ops", "data", "model", "evaluation", "training",
-    "export", "generation", "schema", "config", "initialise", "cards", "memory", "fused_memory", "step_work",
-    "calibration", "rates", "vram", "fp8_choice", "fusing", "trackers", "settings", "sizes", "computation", "duration",
-    "fitting", "micro_batch", "bases", "run_folder", "vocabulary", "advice", "plan", "changes", "resume", "terminal",
-    "out_of_memory", "opening", "result", "run", "verify_resume", "hand_over", "report", "doctor", "cli", "__main__",
+    "export", "generation", "schema", "config", "initialise", "trackers", "settings", "planning", "run_folder",
+    "vocabulary", "plan", "changes", "resume", "terminal", "out_of_memory", "opening", "result", "run",
+    "verify_resume", "hand_over", "report", "doctor", "cli", "__main__",
 )  # fmt: skip
 
 
@@ -110,6 +110,42 @@ def test_a_wrong_import_is_found(module: str, source: str, fault: str) -> None:
 )
 def test_a_right_import_is_let_pass(module: str, source: str) -> None:
     assert import_violations(module, source) == []
+
+
+# --- and in no circle, within a layer either ---------------------------------------------------------------------
+
+
+def import_circle(modules: dict[str, str]) -> list[str]:
+    """Modules of which each imports the one before it and the first the last; none where there is no such circle.
+    What only a type checker imports is left out."""
+    graph: dict[str, set[str]] = {}
+    for module, source in modules.items():
+        tree = ast.parse(source)
+        for_checkers = [
+            node for node in tree.body if isinstance(node, ast.If) and is_only_for_checkers_or_scripts(node)
+        ]
+        tree.body = [node for node in tree.body if node not in for_checkers]
+        names = {name for _, name in imported_modules(module, tree)}
+        packages = {f"{name.rpartition('.')[0]}.__init__" for name in names - modules.keys()}
+        found = {part for name in names for part in (name, name.rpartition(".")[0])} | packages
+        graph[module] = (found & modules.keys()) - {module}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_imports_go_in_no_circle() -> None:
+    assert import_circle(sources()) == []
+
+
+@pytest.mark.parametrize("line", ["from steep.b import g", "import steep.b", "def f():\n    from . import b"])
+def test_a_circle_is_found(line: str) -> None:
+    modules = {"steep.a": line, "steep.b": "from steep.c import x", "steep.c": "from steep import a", "steep.d": line}
+    assert set(import_circle(modules)) == {"steep.a", "steep.b", "steep.c"}
+    assert import_circle({**modules, "steep.c": "if TYPE_CHECKING:\n    from steep import a"}) == []
+    assert import_circle({**modules, "steep.c": ""}) == []
 
 
 # --- kernels are imported where they are launched -----------------------------------------------------------------

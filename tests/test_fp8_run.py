@@ -160,7 +160,7 @@ def test_a_base_that_auto_chose_is_kept(
     assert read(run / "checkpoint-3" / "choices.json")["fp8_products"] == products
     on(HOPPER, monkeypatch)
     other = "nf4" if chosen == "fp8" else "fp8"
-    monkeypatch.setattr("steep.bases._chosen", lambda *given: (other, "it is full, or not"))
+    monkeypatch.setattr("steep.planning.bases._chosen", lambda *given: (other, "it is full, or not"))
     assert plan_run(config("auto", "new")).base == other
     train_run(config("auto", "stopped"), resume=True)
     assert recorded_config(run / "run.yaml").model.base == read(run / "plan.json")["base"] == chosen

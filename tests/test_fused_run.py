@@ -22,15 +22,10 @@ from benchmarks.peers import Work
 from benchmarks.shapes import empty_model
 from benchmarks.steep_run import RUNS
 from benchmarks.steep_run import run_file as benchmark_file
-from steep import fusing
 from steep.amounts import human_bytes
 from steep.config import parse_config, read_yaml
 from steep.errors import UserError
-from steep.fp8_choice import in_fp8
-from steep.fused_memory import FusedStep
-from steep.fusing import decide, fused_step, resolve_trained_dtype, settle
 from steep.hand_over import export_run
-from steep.memory import WORKSPACES, memory_by_item, shape_of
 from steep.model import decoder, machine
 from steep.model.block import Place
 from steep.model.choices import Choices
@@ -43,17 +38,22 @@ from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.row_gradient import SUMMING
 from steep.plan import plan_run
+from steep.planning import fusing
+from steep.planning.fp8_choice import in_fp8
+from steep.planning.fused_memory import FusedStep
+from steep.planning.fusing import decide, fused_step, resolve_trained_dtype, settle
+from steep.planning.memory import WORKSPACES, memory_by_item, shape_of
+from steep.planning.sizes import host_bytes
+from steep.planning.step_work import step_work
+from steep.planning.vram import host_budget, host_limit, vram_budget
 from steep.result import evaluate_run, generate_run, load_result
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import AdapterSection, RunConfig
-from steep.sizes import host_bytes
-from steep.step_work import step_work
 from steep.terminal import fused_line
 from steep.training.adamw8bit import OFFLOADS, Offload
 from steep.training.checkpoint import FORMAT, read_choices
 from steep.verify_resume import compare
-from steep.vram import host_budget, host_limit, vram_budget
 from tests.command_line import Steep
 from tests.test_run import lines, run_file
 from tests.tiny import save_tiny
@@ -682,12 +682,12 @@ def test_an_amount_of_vram_is_planned_for_without_a_card(
 def test_the_budget_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the host of a card that is not here nothing is known; two processes share one."""
     here = Card("X", (9, 0), 80 * 10**9, 80 * 10**9)
-    monkeypatch.setattr("steep.vram.room_on_host", lambda: 10**9)
+    monkeypatch.setattr("steep.planning.vram.room_on_host", lambda: 10**9)
     for card in (None, here, replace(here, is_here=False)):
         assert host_budget("64GiB", card) == 64 * 2**30
         assert host_budget("auto", card) == (10**9 if card is here else 0)
     monkeypatch.setattr("steep.ranks.world_size", lambda: 2)
-    monkeypatch.setattr("steep.vram.available_on_host", lambda: 5 * 10**9)
+    monkeypatch.setattr("steep.planning.vram.available_on_host", lambda: 5 * 10**9)
     assert [host_limit("auto", card) for card in (here, None)] == [5 * 10**9, math.inf]
     assert host_limit("auto", here, 4 * 10**9) == 4 * 10**9  # of a new run
     assert host_limit("auto", None, 0) == host_limit("auto", replace(here, is_here=False), 0) == math.inf

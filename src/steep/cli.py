@@ -119,8 +119,8 @@ def plan(
     from steep.config import load_config
 
     config = load_config(file, context.args)
-    from steep.cards import card_named
     from steep.plan import plan_run
+    from steep.planning.cards import card_named
     from steep.terminal import bases_table, plan_tables
 
     named = card_named(card) if card is not None else None

@@ -14,9 +14,9 @@ from steep.amounts import human_bytes
 from steep.changes import HARMLESS, changeable
 from steep.errors import RunError
 from steep.machine_faults import PINNED, place_that_ran_out
-from steep.memory import masters_kept
 from steep.model.block import LEVELS
 from steep.plan import Plan
+from steep.planning.memory import masters_kept
 from steep.schema import TrainingSection
 from steep.settings import could_be_lean, uses_checkpointing, why_not_summed_in_fp32
 from steep.training.adamw8bit import ADAMW_8BIT

@@ -11,21 +11,11 @@ from typing import Any
 import torch
 
 from steep import ranks
-from steep.advice import advice
 from steep.amounts import human_bytes
-from steep.bases import Base, bases_of, with_base
-from steep.calibration import measured_here, with_attention
-from steep.computation import Ground
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
-from steep.duration import Duration, Pace
 from steep.errors import UserError
-from steep.fitting import Shortfall, changed, forwards_of, shortfall_of
-from steep.fp8_choice import dequantised
-from steep.fusing import decide
 from steep.generation import prompt_ids_of
-from steep.memory import Shape, gaps
-from steep.micro_batch import with_micro_batch
 from steep.model.adapters import check_embeddings, check_rank
 from steep.model.choices import Choices
 from steep.model.embeddings import untie
@@ -38,7 +28,19 @@ from steep.model.quantisable import quantisable
 from steep.model.resolve import ResolvedModel, read_tokenizer, resolve
 from steep.model.stored_weights import check_stored
 from steep.model.weight_error import weight_errors
-from steep.rates import rates_of
+from steep.planning.advice import advice
+from steep.planning.bases import Base, bases_of, with_base
+from steep.planning.calibration import measured_here, with_attention
+from steep.planning.computation import Ground
+from steep.planning.duration import Duration, Pace
+from steep.planning.fitting import Shortfall, changed, forwards_of, shortfall_of
+from steep.planning.fp8_choice import dequantised
+from steep.planning.fusing import decide
+from steep.planning.memory import Shape, gaps
+from steep.planning.micro_batch import with_micro_batch
+from steep.planning.rates import rates_of
+from steep.planning.sizes import disk_bytes, host_bytes
+from steep.planning.vram import check_host, host_budget, host_limit, remarks, vram_budget
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.settings import (
@@ -53,14 +55,12 @@ from steep.settings import (
     rows_per_step,
     training_arguments,
 )
-from steep.sizes import disk_bytes, host_bytes
 from steep.trackers import check_login
 from steep.training.arguments import TrainingArguments
 from steep.training.branch import Branch
 from steep.training.deterministic import prepare_cublas
 from steep.training.schedules import Schedule, schedule_of
 from steep.vocabulary import Vocabulary, grown, warnings
-from steep.vram import check_host, host_budget, host_limit, remarks, vram_budget
 
 
 @dataclass

@@ -469,9 +469,9 @@ def test_evaluation_keeps_nothing(family: str, monkeypatch: pytest.MonkeyPatch) 
 def test_a_step_takes_what_was_planned(level: int, place: Place, accumulation: int) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from steep.fusing import decide, fused_step
-    from steep.memory import shape_of
     from steep.model.adapters import add_adapters
+    from steep.planning.fusing import decide, fused_step
+    from steep.planning.memory import shape_of
     from steep.training.adamw8bit import AdamW8bit
     from tests.test_fused_run import config_of
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from steep.errors import UserError
-from steep.memory import Shape, states_bytes
 from steep.ops.backend import interpreted
 from steep.ops.master_weights import join, split
+from steep.planning.memory import Shape, states_bytes
 from steep.training.adamw8bit import MASTERS, OFFLOADS, STATES, AdamW8bit, Masters, Offload, States
 from tests.training.helpers import update_by_reference
 

@@ -29,7 +29,7 @@ class Card:
     """A GPU that steps are planned for.
 
     Attributes:
-        name: the maker's, or that in `steep.cards`.
+        name: the maker's, or that in `steep.planning.cards`.
         capability: its compute capability.
         memory: bytes, as CUDA counts them.
         free: those of them that a run may take: neither others hold them, nor CUDA itself.

@@ -18,7 +18,7 @@ from steep.model.step_bytes import Stored, products_a_byte, stored_bytes
 from steep.ops.fp8_groups import Fp8Products
 
 # Copies are hidden where a layer computes so many operations forward for each byte: an H200 does 13,000 while a byte
-# goes to its host, and cards that compute slower less. A plan takes what it knows of its card (`steep.rates`).
+# goes to its host, and cards that compute slower less. A plan takes what it knows of its card (`steep.planning.rates`).
 HIDDEN = 10_000
 _ALL = len(PLACES) - 1
 _NUMBERS = {place: number for number, place in enumerate(PLACES)}

@@ -26,7 +26,7 @@ from steep.ops.attention import attention_backward, attention_forward
 from steep.ops.fp8 import E4M3
 from steep.ops.packing import Packing
 from steep.ops.pinned import pinned_zeros
-from steep.step_work import ATTENTION_BACKWARD, attention_work, mean_document
+from steep.planning.step_work import ATTENTION_BACKWARD, attention_work, mean_document
 from steep.training.deterministic import deterministic
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from steep.errors import UserError
 from steep.model.machine import Card, available_on_host, room_on_host
 from steep.schema import VRAM, TrainingSection
 
-SHARE = 0.9  # of the card: allocations of odd sizes leave gaps (`steep.memory.gaps`)
+SHARE = 0.9  # of the card: allocations of odd sizes leave gaps (`steep.planning.memory.gaps`)
 _UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from steep import ranks
-from steep.computation import Ground, Sizes
-from steep.duration import Pace
 from steep.errors import UserError
-from steep.fitting import changed, forwards_of, tried
-from steep.rates import rates_of
+from steep.planning.computation import Ground, Sizes
+from steep.planning.duration import Pace
+from steep.planning.fitting import changed, forwards_of, tried
+from steep.planning.rates import rates_of
 from steep.schema import RunConfig
 from steep.settings import MOST_TOKENS
 
@@ -47,7 +47,7 @@ def with_micro_batch(config: RunConfig, ground: Ground) -> tuple[RunConfig, str 
     found = {part: tried(_cut(config, rows, part), ground) for part in parts}
     possible = {part: sizes for part, sizes in found.items() if sizes is not None}
     fitting = {part: sizes for part, sizes in possible.items() if ground.budget is None or sizes.peak <= ground.budget}
-    if not fitting:  # which `steep.fitting` then says, or what forbids each of them
+    if not fitting:  # which `steep.planning.fitting` then says, or what forbids each of them
         part = min(possible, key=lambda part: possible[part].peak, default=1)
         reason = "the one that needs least of the card, and does not fit" if possible else None
     elif rates is None or (seconds := _seconds(Pace(config, rates, length), fitting)) is None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from steep import ranks
-from steep.computation import Sizes
-from steep.rates import Rates, seconds_of_launches
+from steep.planning.computation import Sizes
+from steep.planning.rates import Rates, seconds_of_launches
+from steep.planning.step_work import mean_document, step_work
 from steep.schema import RunConfig
 from steep.settings import rows_per_step
-from steep.step_work import mean_document, step_work
 
 
 @dataclass(frozen=True)

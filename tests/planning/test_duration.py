@@ -9,16 +9,16 @@ import pytest
 
 from benchmarks.shapes import SHAPES, empty_model
 from benchmarks.steep_run import RUNS
-from steep.calibration import Measured
-from steep.cards import CARDS, card_named
-from steep.duration import Pace
 from steep.model.block import Place
 from steep.model.machine import Card
 from steep.model.placement import HIDDEN
-from steep.rates import LAUNCHED, OF_MEASURED, OF_PUBLISHED, TILE, Rates, hidden_from, rates_of
-from steep.step_work import StepWork, Transfer, Work, mean_document, step_work
+from steep.planning.calibration import Measured
+from steep.planning.cards import CARDS, card_named
+from steep.planning.duration import Pace
+from steep.planning.rates import LAUNCHED, OF_MEASURED, OF_PUBLISHED, TILE, Rates, hidden_from, rates_of
+from steep.planning.step_work import StepWork, Transfer, Work, mean_document, step_work
 from steep.terminal import duration_line
-from tests.test_fitting import ground_of
+from tests.planning.test_fitting import ground_of
 from tests.test_fused_run import config_of, empty_llama, measured, measured_config, step_of
 
 H200 = rates_of(card_named("H200"))

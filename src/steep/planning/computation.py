@@ -9,10 +9,6 @@ from typing import Any
 
 from steep import ranks
 from steep.errors import UserError
-from steep.fp8_choice import in_fp8, kept_in_16_bits, resolve_fp8_products
-from steep.fused_memory import FusedStep
-from steep.fusing import fused_step, resolve_trained_dtype, settle
-from steep.memory import Shape, shape_of
 from steep.model.adapters import check_start
 from steep.model.choices import Choices
 from steep.model.fp8_published import has_blocks
@@ -22,9 +18,13 @@ from steep.model.machine import Card
 from steep.model.quantisable import check_quantisable, quantisable
 from steep.model.resolve import ResolvedModel
 from steep.ops.fp8_groups import Fp8Products
-from steep.rates import Rates, hidden_from
+from steep.planning.fp8_choice import in_fp8, kept_in_16_bits, resolve_fp8_products
+from steep.planning.fused_memory import FusedStep
+from steep.planning.fusing import fused_step, resolve_trained_dtype, settle
+from steep.planning.memory import Shape, shape_of
+from steep.planning.rates import Rates, hidden_from
+from steep.planning.sizes import host_bytes, memory_of
 from steep.schema import RunConfig
-from steep.sizes import host_bytes, memory_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Ground:
 
     Attributes:
         empty: the model on the meta device; it may get rows for new tokens before `sized`.
-        layer: of `steep.fusing.decide`; None: the run is not fused.
+        layer: of `steep.planning.fusing.decide`; None: the run is not fused.
         card: that it is planned for, if any.
         budget: bytes of it that may be filled, or of a card that nothing more is known of; None: there is none.
         before: what the run that goes on was begun with.

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 
 from steep import ranks
-from steep.fused_memory import FusedStep
-from steep.memory import WORKSPACES, Shape, masters_kept, memory_by_item, states_bytes
 from steep.model.choices import Choices
+from steep.planning.fused_memory import FusedStep
+from steep.planning.memory import WORKSPACES, Shape, masters_kept, memory_by_item, states_bytes
 from steep.schema import RunConfig
 from steep.settings import uses_checkpointing
 
@@ -56,7 +56,7 @@ def result_bytes(memory: Mapping[str, int], *, tied: bool) -> int:
     """Bytes of `final/`, which is also part of a checkpoint.
 
     Args:
-        memory: with what `steep.memory.standing` gives.
+        memory: with what `steep.planning.memory.standing` gives.
     """
     return (2 if tied else 1) * memory["trained embeddings"] + memory["adapters"]  # PEFT's format holds both names
 

@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from steep.amounts import human_bytes
-from steep.computation import Ground, Sizes
-from steep.duration import Pace
 from steep.errors import UserError
-from steep.fitting import changed, one_that_fits
-from steep.fp8_choice import FIELD, dequantised, why_none
-from steep.micro_batch import with_micro_batch
 from steep.model.load import QUANTISED
 from steep.model.machine import Card
+from steep.planning.computation import Ground, Sizes
+from steep.planning.duration import Pace
+from steep.planning.fitting import changed, one_that_fits
+from steep.planning.fp8_choice import FIELD, dequantised, why_none
+from steep.planning.micro_batch import with_micro_batch
 from steep.schema import RunConfig
 
 SHOWN = (*QUANTISED, "bf16")

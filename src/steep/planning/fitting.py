@@ -19,18 +19,18 @@ import torch
 
 from steep import ranks
 from steep.amounts import human_bytes
-from steep.computation import Computation, Ground, Sizes
 from steep.errors import UserError
-from steep.memory import GIB
 from steep.model.block import LEVELS, Place
 from steep.model.layer import Layer
 from steep.model.machine import Card
 from steep.ops.lora import Lora, Projection
+from steep.planning.computation import Computation, Ground, Sizes
+from steep.planning.memory import GIB
+from steep.planning.sizes import host_bytes
+from steep.planning.vram import asked_bytes, host_budget, host_limit
 from steep.schema import FORWARDS, RunConfig
 from steep.settings import MOST_TOKENS, check_update, rows_per_step
-from steep.sizes import host_bytes
 from steep.training.adamw8bit import ADAMW_8BIT
-from steep.vram import asked_bytes, host_budget, host_limit
 
 SHORTEST, LOWEST_RANK = 256, 8  # that are proposed
 MOST = 3

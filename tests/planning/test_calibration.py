@@ -13,8 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from steep import calibration
-from steep.calibration import (
+from steep.data.packed_dataset import PackedDataset
+from steep.data.rows import pack_best_fit
+from steep.errors import RunError, UserError
+from steep.model import machine
+from steep.model.layer import Attention
+from steep.model.machine import Card, card_here
+from steep.model.placement import HIDDEN
+from steep.plan import Plan, plan_run
+from steep.planning import calibration
+from steep.planning.calibration import (
     SECONDS,
     Measured,
     Timer,
@@ -25,18 +33,10 @@ from steep.calibration import (
     measured_here,
     with_attention,
 )
-from steep.data.packed_dataset import PackedDataset
-from steep.data.rows import pack_best_fit
-from steep.errors import RunError, UserError
-from steep.fusing import fused_step
-from steep.model import machine
-from steep.model.layer import Attention
-from steep.model.machine import Card, card_here
-from steep.model.placement import HIDDEN
-from steep.plan import Plan, plan_run
-from steep.rates import rates_of
+from steep.planning.fusing import fused_step
+from steep.planning.rates import rates_of
+from steep.planning.step_work import attention_work, mean_document
 from steep.run import train_run
-from steep.step_work import attention_work, mean_document
 from steep.terminal import plan_tables
 from tests.command_line import Steep
 from tests.model.test_recompute import layer_of_8b
@@ -333,7 +333,7 @@ def test_what_may_wait_in_host_memory_follows_from_the_link(planned_here: Any, m
             seen.append(how["hidden"])
         return fused_step(*given, **how)
 
-    monkeypatch.setattr("steep.computation.fused_step", step)
+    monkeypatch.setattr("steep.planning.computation.fused_step", step)
     planned_here(FOUND)
     planned_here(replace(FOUND, to_host=1e10))
     planned_here(None)

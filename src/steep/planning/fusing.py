@@ -12,8 +12,6 @@ import torch
 
 from steep import ranks
 from steep.errors import UserError
-from steep.fused_memory import FusedStep
-from steep.memory import WORKSPACES, Shape, masters_kept
 from steep.model.adapters import add_adapters
 from steep.model.block import LEVELS
 from steep.model.choices import Choices
@@ -26,6 +24,8 @@ from steep.model.read_layer import read_layer
 from steep.model.tiling import tile_sizes
 from steep.model.unwrap import unwrap
 from steep.ops.fp8_groups import Fp8Products
+from steep.planning.fused_memory import FusedStep
+from steep.planning.memory import WORKSPACES, Shape, masters_kept
 from steep.schema import RunConfig
 from steep.training.adamw8bit import ADAMW_8BIT
 

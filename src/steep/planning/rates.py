@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steep.calibration import Measured
 from steep.model.machine import Card
 from steep.model.placement import HIDDEN
 from steep.ops.fp8_groups import Fp8Products
-from steep.step_work import StepWork, Work
+from steep.planning.calibration import Measured
+from steep.planning.step_work import StepWork, Work
 
 LAUNCHED = 5.8e-3  # seconds of the host for a layer in both directions: as the 1B and 3B of benchmarks/results took
 TILE = 0.8  # of that for each tile beyond the first: one run of an 8B in four tiles, whose steps took 0.50 to 0.77 s

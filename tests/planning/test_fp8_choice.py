@@ -10,11 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from steep import computation
 from steep.errors import UserError
-from steep.fp8_choice import dequantised, in_fp8, kept_in_16_bits, resolve_fp8_products
-from steep.fused_memory import FusedStep
-from steep.fusing import fused_step
 from steep.model.choices import Choices
 from steep.model.install import install
 from steep.model.layer import Layer
@@ -26,6 +22,10 @@ from steep.ops.fp8_groups import Fp8BackwardGroup
 from steep.ops.fp8_linear import Fp8Group
 from steep.ops.lora import LoraGroup
 from steep.plan import plan_run
+from steep.planning import computation
+from steep.planning.fp8_choice import dequantised, in_fp8, kept_in_16_bits, resolve_fp8_products
+from steep.planning.fused_memory import FusedStep
+from steep.planning.fusing import fused_step
 from tests.fp8_checkpoints import compressed, publish
 from tests.model.test_fused import adapted
 from tests.model.test_recompute import kept_bytes

@@ -8,7 +8,6 @@ from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
-from steep.memory import WIDTH, Shape, standing, states_bytes, update_scratch, updates_under_way
 from steep.model.block import Place
 from steep.model.layer import Layer
 from steep.model.load import DTYPES
@@ -19,6 +18,7 @@ from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
 from steep.ops.row_gradient import SUMMING, fewer_rows
+from steep.planning.memory import WIDTH, Shape, standing, states_bytes, update_scratch, updates_under_way
 from steep.training.adamw8bit import ADAMW_8BIT, Masters, Offload, States
 
 
@@ -39,7 +39,7 @@ class FusedStep:
         on_card: it is planned for a card.
         fp8: which products are in fp8.
         offload: whose optimizer states live in host memory; there has to be a card.
-        states, masters: as in `steep.memory.states_bytes`.
+        states, masters: as in `steep.planning.memory.states_bytes`.
         micro_batches: that make a step.
         accumulates_in_fp32: whether gradients of several are added up in fp32 where they can be (`grad_accum_dtype`).
         trains_table: whether the input embeddings have a gradient.

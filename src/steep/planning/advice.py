@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from steep.computation import Computation
 from steep.data.packing import Corpus
 from steep.errors import UserError
 from steep.export.gguf_families import family_of
-from steep.memory import Shape
 from steep.model.machine import Card
 from steep.model.positions import unstretched
 from steep.model.resolve import ResolvedModel, looks_like_chat
+from steep.planning.computation import Computation
+from steep.planning.memory import Shape
 from steep.schema import FORWARDS, RunConfig
 from steep.settings import embedding_rate, planned_epochs, rows_per_step, why_not_summed_in_fp32
 from steep.training.adamw8bit import ADAMW_8BIT

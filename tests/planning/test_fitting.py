@@ -13,20 +13,20 @@ import pytest
 
 from benchmarks.shapes import empty_model
 from steep import run
-from steep.cards import card_named
-from steep.computation import Ground
 from steep.errors import UserError
-from steep.fitting import Alternative, Shortfall, _host_has, _Trials, changed, shortfall_of, with_rank
-from steep.fusing import decide
-from steep.memory import WORKSPACES, shape_of
 from steep.model.choices import Choices
 from steep.model.layer import Layer
 from steep.model.machine import Card
 from steep.plan import plan_run
+from steep.planning.cards import card_named
+from steep.planning.computation import Ground
+from steep.planning.fitting import Alternative, Shortfall, _host_has, _Trials, changed, shortfall_of, with_rank
+from steep.planning.fusing import decide
+from steep.planning.memory import WORKSPACES, shape_of
+from steep.planning.vram import host_budget, remarks, vram_budget
 from steep.run import train_run
 from steep.schema import RunConfig
 from steep.settings import check_batch, could_be_lean, training_arguments
-from steep.vram import host_budget, remarks, vram_budget
 from tests.test_fused_run import config_of, empty_llama
 from tests.test_run import run_file
 
@@ -42,8 +42,8 @@ TOGETHER = (
 @pytest.fixture(autouse=True)
 def host(monkeypatch: pytest.MonkeyPatch) -> None:
     """160 GiB are available, of which a new run may fill 128."""
-    monkeypatch.setattr("steep.vram.available_on_host", lambda: 10 * 2**34)
-    monkeypatch.setattr("steep.vram.room_on_host", lambda: 2**37)
+    monkeypatch.setattr("steep.planning.vram.available_on_host", lambda: 10 * 2**34)
+    monkeypatch.setattr("steep.planning.vram.room_on_host", lambda: 2**37)
 
 
 @cache
@@ -242,8 +242,8 @@ def test_rank_and_length_stay_where_a_step_without_clipping_fits() -> None:
     here = replace(card_named("3060"), is_here=True)
     small = replace(ground_of(config, here), host=12 * 2**30)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("steep.vram.available_on_host", lambda: 15 * 2**30)
-        patch.setattr("steep.vram.room_on_host", lambda: 12 * 2**30)
+        patch.setattr("steep.planning.vram.available_on_host", lambda: 15 * 2**30)
+        patch.setattr("steep.planning.vram.room_on_host", lambda: 12 * 2**30)
         found = shortfall(config, small)
     assert found is not None and 1 <= found.nearest[0].settings.get(BATCH, 2) < 16
     assert found.nearest[0].changes[1].endswith("in place of 16 rows a step")
@@ -335,15 +335,15 @@ def test_no_more_of_the_host_is_proposed_than_it_has(monkeypatch: pytest.MonkeyP
     config = config_of(training={**sizes, "vram": "24GiB"}, data={"max_length": 65536})
     card = Card("fake", (9, 0), round(80e9), round(80e9))
     for there, proposed in ((2**38, True), (2**30, False)):
-        monkeypatch.setattr("steep.vram.available_on_host", lambda there=there: there)
-        monkeypatch.setattr("steep.vram.room_on_host", lambda there=there: 0.8 * there)
+        monkeypatch.setattr("steep.planning.vram.available_on_host", lambda there=there: there)
+        monkeypatch.setattr("steep.planning.vram.room_on_host", lambda there=there: 0.8 * there)
         names = {name for each in settings_of(shortfall(config, ground_of(config, card))) for name in each}
         assert ("training.host_memory" in names) == proposed
         assert proposed or "training.offload_optimizer" not in names
 
 
 def test_amounts_that_do_nothing_or_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steep.vram.available_on_host", lambda: 2**30)
+    monkeypatch.setattr("steep.planning.vram.available_on_host", lambda: 2**30)
     card = Card("fake", (9, 0), round(80e9), round(80e9))
     given = config_of(training={"vram": "80%", "host_memory": "64GiB", "offload_optimizer": "all"}).training
     names = "training.vram and training.host_memory and training.offload_optimizer"
@@ -385,14 +385,14 @@ def test_a_new_run_is_held_to_its_share_of_the_host(
     needed = sum(plan_run(config, card=card).host.values())
     for available, goes_on, refused in ((1.2, False, True), (1.3, False, False), (1.2, True, False), (0.9, True, True)):
         there = round(available * needed)
-        monkeypatch.setattr("steep.vram.available_on_host", lambda there=there: there)
-        monkeypatch.setattr("steep.vram.room_on_host", lambda there=there: round(0.8 * there))
+        monkeypatch.setattr("steep.planning.vram.available_on_host", lambda there=there: there)
+        monkeypatch.setattr("steep.planning.vram.room_on_host", lambda there=there: round(0.8 * there))
         choices = plan_run(config, card=card).choices if goes_on else None
         warned = plan_run(config, card=card, choices=choices).warnings
         assert any("steep train refuses it: training.host_memory" in each for each in warned) == refused, available
         choices_of = SimpleNamespace(trained_dtype="bf16")
         sizes: Any = SimpleNamespace(shape=None, memory=None, on_host=0, choices=choices_of)
-        monkeypatch.setattr("steep.fitting.host_bytes", lambda *_: {"all": needed})
+        monkeypatch.setattr("steep.planning.fitting.host_bytes", lambda *_: {"all": needed})
         assert _host_has(config, card, sizes, goes_on) != refused
 
 
@@ -460,7 +460,8 @@ def test_what_does_not_fit_walks_through_the_model_once_for_each_adapter(monkeyp
     """Of more than a hundred settings that are tried."""
     asked: list[str] = []
     monkeypatch.setattr(
-        "steep.computation.shape_of", lambda *given: asked.append(given[1].model_dump_json()) or shape_of(*given)
+        "steep.planning.computation.shape_of",
+        lambda *given: asked.append(given[1].model_dump_json()) or shape_of(*given),
     )
     config = config_of()
     found = shortfall(config, ground_of(config, card_named("4090"), "llama-3-70b"))

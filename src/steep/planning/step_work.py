@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from steep.fused_memory import FusedStep
-from steep.memory import BASE_WIDTH, WIDTH
 from steep.model.block import Place, drops_x2, has_little
 from steep.model.host_store import buffers_of
 from steep.model.layer import Attention, Layer
 from steep.model.load import QUANTISED
 from steep.ops.linear_cross_entropy import Way, chunk_size
 from steep.ops.lora import Projection
+from steep.planning.fused_memory import FusedStep
+from steep.planning.memory import BASE_WIDTH, WIDTH
 from steep.training.adamw8bit import ADAMW_8BIT
 
 _UPDATE = 8  # bytes a trained bf16 value: gradient read twice, weight read and written; its states are too

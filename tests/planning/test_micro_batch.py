@@ -14,24 +14,24 @@ import yaml
 from benchmarks.measuring import RESULTS
 from steep import ranks
 from steep.amounts import human_bytes
-from steep.bases import with_base
-from steep.cards import card_named
 from steep.config import load_config, parse_config
-from steep.duration import Pace
 from steep.errors import UserError
-from steep.fitting import changed, forwards_of
 from steep.initialise import init_run
-from steep.memory import GIB, WORKSPACES, gaps
-from steep.micro_batch import AS_FAST, UNTIMED, with_micro_batch
 from steep.model.machine import Card
 from steep.plan import plan_run
-from steep.rates import rates_of
+from steep.planning.bases import with_base
+from steep.planning.cards import card_named
+from steep.planning.duration import Pace
+from steep.planning.fitting import changed, forwards_of
+from steep.planning.memory import GIB, WORKSPACES, gaps
+from steep.planning.micro_batch import AS_FAST, UNTIMED, with_micro_batch
+from steep.planning.rates import rates_of
 from steep.run import train_run
 from steep.schema import FORWARDS, RunConfig
 from steep.settings import check_batch, check_update, planned_steps, rows_per_step
 from steep.terminal import plan_tables
 from tests.command_line import Steep
-from tests.test_fitting import ground_of, settings_of, shortfall
+from tests.planning.test_fitting import ground_of, settings_of, shortfall
 from tests.test_out_of_memory import first_to_lower
 from tests.test_run import lines, run_file
 
@@ -39,8 +39,8 @@ from tests.test_run import lines, run_file
 @pytest.fixture(autouse=True)
 def host(monkeypatch: pytest.MonkeyPatch) -> None:
     """160 GiB are available, of which a new run may fill 128."""
-    monkeypatch.setattr("steep.vram.available_on_host", lambda: 10 * 2**34)
-    monkeypatch.setattr("steep.vram.room_on_host", lambda: 2**37)
+    monkeypatch.setattr("steep.planning.vram.available_on_host", lambda: 10 * 2**34)
+    monkeypatch.setattr("steep.planning.vram.room_on_host", lambda: 2**37)
 
 
 def asking(rows: int, length: int = 2048, /, **sections: Any) -> RunConfig:
@@ -218,7 +218,7 @@ def of_rows(rows: int, model: Path, corpus: Path, folder: Path, **training: Any)
 @pytest.fixture
 def short_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows of 64 tokens."""
-    monkeypatch.setattr("steep.micro_batch.UNTIMED", 128)
+    monkeypatch.setattr("steep.planning.micro_batch.UNTIMED", 128)
 
 
 def weights(folder: Path) -> bytes:
@@ -245,7 +245,7 @@ def test_a_run_keeps_how_its_steps_are_cut(
     assert own.training.rows_per_step is None
     assert [getattr(own.training, name) for name in FORWARDS] == [2, 2]
 
-    monkeypatch.setattr("steep.micro_batch.UNTIMED", 10**6)  # all four at once, for a run that begins now
+    monkeypatch.setattr("steep.planning.micro_batch.UNTIMED", 10**6)  # all four at once, for a run that begins now
     assert plan_run(config).config.training.per_device_train_batch_size == 4
     expected = weights(tmp_path / "run")
     for again in (config, own):
@@ -266,7 +266,7 @@ def test_a_branch_cuts_steps_as_its_parent_does(
     llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_run(of_rows(4, llama_folder, korean_corpus, tmp_path / "run", max_steps=2, save_steps=2))
-    monkeypatch.setattr("steep.micro_batch.UNTIMED", 10**6)
+    monkeypatch.setattr("steep.planning.micro_batch.UNTIMED", 10**6)
     branch = of_rows(4, llama_folder, korean_corpus, tmp_path / "branch", max_steps=1)
     train_run(branch, branch=tmp_path / "run" / "checkpoint-2")
     own = load_config(tmp_path / "branch" / "run.yaml").training

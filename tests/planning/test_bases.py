@@ -11,18 +11,18 @@ import pytest
 import torch
 import yaml
 
-from steep.bases import SHOWN, Base, bases_of, with_base
-from steep.cards import card_named
-from steep.computation import Sizes
-from steep.duration import Pace
 from steep.model.choices import Choices
 from steep.ops.base_weight import DenseWeight
 from steep.ops.lora import Projection
 from steep.plan import plan_run
-from steep.rates import rates_of
+from steep.planning.bases import SHOWN, Base, bases_of, with_base
+from steep.planning.cards import card_named
+from steep.planning.computation import Sizes
+from steep.planning.duration import Pace
+from steep.planning.rates import rates_of
 from steep.terminal import bases_table
 from tests.command_line import Steep
-from tests.test_fitting import ground_of
+from tests.planning.test_fitting import ground_of
 from tests.test_fused_run import config_of
 from tests.test_run import run_file
 

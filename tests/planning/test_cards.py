@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from steep.cards import CARDS, CONTEXT, card_named
 from steep.errors import UserError
-from steep.memory import WORKSPACES
 from steep.plan import Plan, plan_run
+from steep.planning.cards import CARDS, CONTEXT, card_named
+from steep.planning.memory import WORKSPACES
 from tests.command_line import Steep, assert_one_error_line
 from tests.test_run import run_file
 from tests.tiny import save_tiny
@@ -74,7 +74,8 @@ def test_what_is_not_fused_recomputes_as_on_a_gpu(planned: Any) -> None:
 
 
 def test_time_is_that_of_all_steps(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("steep.rates.LAUNCHED", 0.0)  # layers as small as these are over before they are launched
+    # Layers as small as these are over before they are launched.
+    monkeypatch.setattr("steep.planning.rates.LAUNCHED", 0.0)
     fast, slow = (planned(name, data={"max_length": 512}) for name in ("H200", "L4"))
     for plan in (fast, slow):
         duration = plan.duration
@@ -128,7 +129,8 @@ def test_levels_and_shares_are_of_that_card(planned: Any, monkeypatch: pytest.Mo
     fits = planned("H100", training={"vram": "50%"})
     assert fits.choices.levels == [0, 0] and fits.shortfall is None
     monkeypatch.setattr(
-        "steep.computation.settle", lambda config, step, budget, before, host: seen.append(budget) or fits.choices
+        "steep.planning.computation.settle",
+        lambda config, step, budget, before, host: seen.append(budget) or fits.choices,
     )
     for vram in ("auto", "50%", "20GB", "200GB"):
         planned("H100", training={"vram": vram})
