@@ -260,9 +260,10 @@ def choices_of_run(folder: RunFolder) -> Choices:
     )
 
 
-def untouched_base(model: Any, plan: Plan) -> AbstractContextManager[None]:
+def untouched_base(model: Any, plan: Plan, *, untrained: bool = False) -> AbstractContextManager[None]:
     """Lets `model` compute what the base does, without the rows of new tokens."""
-    return base_model(model, None if plan.vocabulary is None else plan.vocabulary.ids_before)
+    vocabulary = None if plan.vocabulary is None else plan.vocabulary.ids_before
+    return base_model(model, vocabulary, untrained=untrained)
 
 
 def documents_of_the_base(plan: Plan) -> tuple[Mapping[str, Sequence[Any]], int | None]:

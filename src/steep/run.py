@@ -370,13 +370,13 @@ def _measure(trainer: Trainer, folder: RunFolder, plan: Plan) -> None:
         if step > 0:
             trainer.evaluate()
         else:
-            with untouched_base(trainer.model, plan):
+            with untouched_base(trainer.model, plan, untrained=True):
                 trainer.evaluate_documents(*documents_of_the_base(plan))
         if not any(isinstance(callback, _Recorder) for callback in trainer.callback_handler.callbacks):
             _record_scores(folder, trainer.evaluations[-1], plan)
     if settings.prompts and missing("samples.jsonl", "prompt", settings.prompts) and ranks.is_main():
         base = plan.vocabulary if step == 0 else None  # before training, the base as it was without new tokens
-        with nullcontext() if base is None else base_model(trainer.model, base.ids_before):
+        with nullcontext() if base is None else base_model(trainer.model, base.ids_before, untrained=True):
             samples = sample(
                 trainer.model,
                 plan.tokenizer if base is None else base.original,

@@ -27,6 +27,7 @@ from steep.model import checksum, frozen_matrix
 from steep.model.adapters import add_adapters, all_tensors, open_adapter, save_adapter
 from steep.model.base_tensors import BaseTensors
 from steep.model.embeddings import is_tied, untie
+from steep.model.frozen_matrix import FrozenMatrix
 from steep.model.install import fused_of, install
 from steep.model.load import DTYPES, load
 from steep.model.new_tokens import grow_embeddings, grow_tokenizer
@@ -118,8 +119,12 @@ def test_computes_what_the_base_computed(family: str, tied: bool, kind: str, tmp
     assert now == checksums  # so a checkpoint of a run that had them in memory goes on
 
 
-def test_the_head_is_read_once_and_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_head_is_read_once_and_freed(fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the table never: its rows are gathered."""
     model = offload_originals(adapted(load(str(folder_of(tmp_path)), base="fp32")[0]))
+    if fused:
+        install(model)
     head: Any = original_modules(model)["lm_head"]
     reads: list[str] = []
     read = BaseTensors.__getitem__
@@ -129,13 +134,36 @@ def test_the_head_is_read_once_and_freed(tmp_path: Path, monkeypatch: pytest.Mon
     with model.disable_adapter():
         for _ in range(3):
             logits(model)
-        assert head._held is not None
+        assert head._held is not None and original_modules(model)["embed_tokens"]._held is None
     assert head._held is None
     assert sorted(reads) == ["lm_head.weight"] + 3 * ["model.embed_tokens.weight"]
     with pytest.raises(ZeroDivisionError), model.disable_adapter():
         logits(model)
         raise ZeroDivisionError
     assert head._held is None
+
+
+@pytest.mark.parametrize("trained_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_before_training_the_copies_are_lent(
+    tied: bool, trained_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no head is read, and in bf16 none is there twice; the scores are the base's to the bit."""
+    base, _ = load(str(folder_of(tmp_path, tied=tied)), base="bf16")
+    model = install(add_adapters(base, r=4, trained_dtype=trained_dtype, offloads=True))
+    scores, modules = [], original_modules(model)
+    for untrained in (False, True):
+        with base_model(model, untrained=untrained):
+            scores.append(evaluate(model, {"d": DOCUMENTS}, max_length=64))
+            lent = {name: module._held for name, module in modules.items()}
+        assert all(module._held is None for module in modules.values())
+    assert scores[0] == scores[1]
+    copies = model.get_base_model().model.embed_tokens.modules_to_save["default"].weight
+    assert lent["embed_tokens"].dtype == torch.bfloat16
+    assert (lent["embed_tokens"].data_ptr() == copies.data_ptr()) == (trained_dtype == "bf16")
+    monkeypatch.setattr(FrozenMatrix, "whole", lambda *_: pytest.fail("a matrix was read"))
+    with base_model(model, untrained=True):
+        evaluate(model, {"d": DOCUMENTS}, max_length=64)
 
 
 @pytest.mark.parametrize("tied", [True, False])

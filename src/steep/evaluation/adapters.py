@@ -10,12 +10,12 @@ from peft import PeftModel
 from torch import nn
 
 from steep.errors import UserError
-from steep.model.original_module import OriginalModule
+from steep.model.original_module import OriginalModule, lend_copies
 from steep.model.unwrap import unwrap
 
 
 @contextmanager
-def base_model(model: nn.Module, vocabulary: int | None = None) -> Iterator[None]:
+def base_model(model: nn.Module, vocabulary: int | None = None, *, untrained: bool = False) -> Iterator[None]:
     """Switch adapters and trained copies of modules off: the model then computes what the untouched base computes.
 
     PEFT's `disable_adapter()` turns `requires_grad` on for every active adapter when it ends, a frozen one included,
@@ -25,6 +25,7 @@ def base_model(model: nn.Module, vocabulary: int | None = None) -> Iterator[None
         vocabulary: how many ids the untouched base has, where new tokens were added behind them: the others are then
             not predicted, so that the losses are the untouched base's; rows that a base has to spare are not either,
             which it predicts with next to no probability.
+        untrained: nothing of the model was trained yet, so that its copies of modules are those of the base.
 
     Raises:
         UserError: the model has no adapters, so there is no second model to compare with.
@@ -38,6 +39,8 @@ def base_model(model: nn.Module, vocabulary: int | None = None) -> Iterator[None
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter(), _only_the_first(model, vocabulary):
+            if untrained:
+                lend_copies(model)
             yield
     finally:
         for parameter, requires_grad in flags:

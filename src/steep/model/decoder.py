@@ -186,8 +186,10 @@ class FusedDecoder(nn.Module):
         if packing.num_tokens < len(hidden_states) and lengths is not None:
             valid = torch.cat([torch.arange(n) + row * shape[1] for row, n in enumerate(lengths)]).to(device)
             hidden_states = hidden_states[valid]
-        with torch.cuda.device_of(hidden_states):  # Triton launches on the current device
-            hidden_states = self._layers(hidden_states, positions, valid, packing)
+        inputs = [hidden_states]
+        del embedded, hidden_states  # what the first layer has of it may be in host memory alone
+        with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device
+            hidden_states = self._layers(inputs, positions, valid, packing)
         if valid is not None:
             padded = hidden_states.new_zeros(shape.numel(), hidden_states.shape[1])
             hidden_states = padded.index_copy(0, valid, hidden_states)
@@ -196,8 +198,10 @@ class FusedDecoder(nn.Module):
         return hidden_states.view(*shape, -1)
 
     def _layers(
-        self, hidden_states: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor | None, packing: Packing
+        self, inputs: list[torch.Tensor], positions: torch.Tensor, valid: torch.Tensor | None, packing: Packing
     ) -> torch.Tensor:
+        """Hidden states [T, H], before the layers and after them: the list is emptied, so that nobody else holds them."""
+        hidden_states = inputs.pop()
         plain = all(isinstance(layer, FusedLayer) and not layer._forward_pre_hooks for layer in self.layers)
         layers = self._read(plain)
         dtype = compute_dtype(self.layers[0].mlp.down_proj, hidden_states)
@@ -299,8 +303,9 @@ def looked_up(module: Any, input_ids: torch.Tensor, by_rows: int = 0) -> torch.T
     scale = getattr(table, "embed_scale", None)  # Gemma's own class multiplies by it
     known = type(table) is nn.Embedding or (isinstance(table, nn.Embedding) and scale is not None)
     hooked = any(any(hooks_of(part)) or "forward" in part.__dict__ for part in (module, table))
-    as_torch_does = not by_rows and gradient_dtype(table.weight) == table.weight.dtype
-    if not known or hooked or as_torch_does or table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
+    if not known or hooked or table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
+        return module(input_ids)
+    if not by_rows and gradient_dtype(table.weight) == table.weight.dtype:
         return module(input_ids)
     rows = embedding(table.weight, input_ids, table.padding_idx, by_rows)
     return rows if scale is None else rows * scale.to(rows.dtype)

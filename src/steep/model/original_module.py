@@ -96,6 +96,15 @@ def copied_to_nowhere(model: Any, saved: Collection[str]) -> Iterator[Callable[[
         weights.clear()  # what was given lives on
 
 
+def lend_copies(model: Any) -> None:
+    """Let each original that is in use be its trained copy until adapters are enabled again: of a model of which nothing
+    was trained yet, so that the two are the same. No head is read then, and none is there twice."""
+    for module in model.modules():
+        if isinstance(module, _Wrapper) and module.disable_adapters:
+            (copied,) = module.modules_to_save.values()
+            module.original_module.lend(copied.weight.detach())
+
+
 def _memory_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
@@ -152,6 +161,11 @@ class OriginalModule(nn.Module, ABC):
     def hold(self, holds: bool) -> None:
         """Keep `weight` once it is read, or read it anew each time and free the one that is kept."""
         self._holds, self._held = holds, None
+
+    def lend(self, weight: torch.Tensor) -> None:
+        """Have `weight`, [V, H], for as long as it is held."""
+        assert self._holds
+        self._held = weight.to(self.dtype)
 
     @contextmanager
     def only_the_first(self, rows: int) -> Iterator[None]:
