@@ -113,13 +113,13 @@ def test_what_to_do_about_locked_pages(llama_folder: Path, korean_corpus: Path, 
         with pytest.raises(RunError) as raised, memory_told(plan_):
             raise registered("out of memory (2)")
         text = str(raised.value)
-        assert text.startswith("page-locked host memory ran out: this machine has ") and advice in text
+        assert text.startswith("page-locked host memory ran out: ") and advice in text
         assert "GPU" not in text and "\n" not in text
 
 
 def test_torch_itself_says_it_so() -> None:
     """The host's allocator refuses what no machine has."""
-    told = r"^host memory ran out: this machine has .* GiB, of which .* free\. Free some"
+    told = r"^host memory ran out: [\d.]+ GiB are available to this process\. Free some"
     with pytest.raises(RunError, match=told), memory_told(None):
         torch.empty(2**50)
 
@@ -230,6 +230,10 @@ def test_what_could_be_in_host_memory(llama_folder: Path, korean_corpus: Path, t
     assert named() == [states]
     on_card.choices = choices
     assert named("host") == ["training.host_memory (now auto)"]
+    assert list(what_to_lower(on_card, place="host")) == [  # nothing that is of the card alone, or has more on the host
+        "training.host_memory", "training.per_device_train_batch_size", "data.max_length", "adapter.r",
+        "adapter.modules_to_save",
+    ]  # fmt: skip
     assert named(PINNED, offload_optimizer="all")[0] == "training.offload_optimizer (now all)"
     on_card.card = None
     assert named() == named("host") == []
@@ -326,5 +330,5 @@ def test_with_a_finished_run(
 ) -> None:
     run.train_run(run_file(llama_folder, korean_corpus, tmp_path / "run", evaluation={"prompts": []}))
     monkeypatch.setattr(place, name, raises)
-    with pytest.raises(RunError, match=r"^GPU memory ran out: this machine has .*Free some of it"):
+    with pytest.raises(RunError, match=r"^GPU memory ran out: .* are available to this process.*Free some of it"):
         use(tmp_path / "run", tmp_path / "out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from steep.changes import HARMLESS, changeable
 from steep.errors import RunError
 from steep.machine_faults import PINNED, place_that_ran_out
 from steep.model.block import LEVELS
+from steep.model.machine import available_on_host
 from steep.plan import Plan
 from steep.planning.memory import masters_kept
 from steep.schema import TrainingSection
@@ -62,19 +62,20 @@ def what_to_lower(plan: Plan, *, loading: bool = False, place: str = "GPU") -> d
         section, field = name.split(".")
         found[name] = f" (now {getattr(getattr(config, section), field)})" if note is None else note
 
+    of_step = place == "GPU" or plan.card is None  # a step's memory is of the card, if there is one
     if not loading:
-        if could_be_lean(config, plan.compute):
+        if of_step and could_be_lean(config, plan.compute):
             lower("training.optimizer_in_backward", ": true (now false; nothing else changes)")
         found |= _of_the_host(plan, place)
         if training.per_device_train_batch_size > 1:
             found |= _fewer_rows(training)
-        if plan.fused and any(level < LEVELS[-1] for level in plan.choices.levels or ()):
+        if plan.fused and of_step and any(level < LEVELS[-1] for level in plan.choices.levels or ()):
             lower("training.vram")
             lower("training.gradient_checkpointing", f": true (now {json.dumps(training.gradient_checkpointing)})")
-        elif not plan.fused and not uses_checkpointing(config, plan.card is not None):
+        elif of_step and not plan.fused and not uses_checkpointing(config, plan.card is not None):
             lower("training.gradient_checkpointing", ": true (now false)")
         in_fp32 = why_not_summed_in_fp32(config, plan.trained_dtype, plan.fused) is None
-        if in_fp32 and training.grad_accum_dtype == "fp32":
+        if in_fp32 and of_step and training.grad_accum_dtype == "fp32":
             lower("training.grad_accum_dtype", ": bf16 (now fp32)")
         on_host = training.offload_optimizer if place == "GPU" else "none"  # whose states take nothing of what ran out
         masters = masters_kept(training, plan.trained_dtype)
@@ -82,12 +83,12 @@ def what_to_lower(plan: Plan, *, loading: bool = False, place: str = "GPU") -> d
             lower("training.master_weights", f": none (now {masters})")
         if training.optimizer_states != "8bit" and on_host != "all":
             lower("training.optimizer_states", f": 8bit (now {training.optimizer_states})")
-        if training.optim not in ADAMW_8BIT:
+        if of_step and training.optim not in ADAMW_8BIT:
             lower("training.optim", f": adamw_8bit (now {training.optim})")
         lower("data.max_length")
     if plan.trained_dtype != "bf16" and plan.compute == "bf16":
         lower("model.trained_dtype", f": bf16 (now {plan.trained_dtype})")
-    if plan.base != "nf4":
+    if of_step and plan.base != "nf4":
         lower("model.base", f": nf4 (now {plan.base})")
     lower("adapter.r")
     if config.adapter.modules_to_save:
@@ -151,9 +152,7 @@ def _lock_less(plan: Plan | None) -> str:
 
 def _there_was(place: str, error: str) -> str:
     if place != "GPU" or not torch.cuda.is_available():
-        page = os.sysconf("SC_PAGE_SIZE")
-        total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
-        return f"this machine has {human_bytes(total)}, of which {human_bytes(free)} are free"
+        return f"{human_bytes(available_on_host())} are available to this process"
     free, total = torch.cuda.mem_get_info()
     own = torch.cuda.memory_reserved()
     asked = re.search(r"Tried to allocate (\S+ \wi?B)", error)  # as torch says it

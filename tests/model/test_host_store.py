@@ -233,7 +233,7 @@ def test_x_is_held_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         model = placed(adapted(tiny_model("llama")), levels=3, places=places)
         inputs: list[StorageWeakRef] = []
 
-        def noted(x: torch.Tensor, *rest: Any, inputs: Any = inputs) -> torch.Tensor:
+        def noted(x: torch.Tensor, *rest: Any, inputs: Any = inputs, places: Any = places) -> torch.Tensor:
             inputs.append(StorageWeakRef(x.untyped_storage()))
             y = block(x, *rest)
             if len(inputs) > 1:  # what was copied last is held meanwhile

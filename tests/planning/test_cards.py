@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from steep.errors import UserError
 from steep.plan import Plan, plan_run
 from steep.planning.cards import CARDS, CONTEXT, card_named
+from steep.planning.computation import Ground
+from steep.planning.fusing import decide
 from steep.planning.memory import WORKSPACES
+from steep.planning.vram import vram_budget
 from tests.command_line import Steep, assert_one_error_line
+from tests.test_fused_run import config_of
 from tests.test_run import run_file
 from tests.tiny import save_tiny
 
@@ -149,3 +156,29 @@ def test_the_command(steep: Steep, llama_folder: Path, korean_corpus: Path, tmp_
         assert part in plan, part
     assert_one_error_line(steep("plan", file, "--card", "T5"), "--card", "'T5' is unknown", "T4", "H200")
     assert "--card" in steep("plan", "--help").out
+
+
+@pytest.mark.parametrize(("card", "compute"), [("T4", "fp16"), ("4090", "fp32"), ("4090", "bf16")])
+def test_scores_that_exist_whole_are_counted(card: str, compute: str) -> None:
+    """A soft cap is for the compiled attention alone, which old cards lack, as all do in fp32."""
+
+    def work(softcap: float | None, length: int) -> int:
+        with torch.device("meta"):
+            config = Gemma2Config(
+                vocab_size=64, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
+                num_key_value_heads=4, head_dim=32, attn_logit_softcapping=softcap,
+            )  # fmt: skip
+            empty = Gemma2ForCausalLM(config).requires_grad_(False)
+        training = {"per_device_train_batch_size": 2, "gradient_checkpointing": True}
+        model = {"compute_dtype": compute}
+        run = config_of(adapter={"r": 8}, model=model, training=training, data={"max_length": length})
+        layer, _ = decide(run, empty, None, card_named(card))
+        budget = vram_budget("auto", card_named(card))
+        ground = Ground(SimpleNamespace(quantization=None), empty, layer, card_named(card), budget, None)  # pyright: ignore[reportArgumentType]
+        step = ground.sized(run, ground.computation(run)).step
+        assert step is not None
+        return step.by_item([3, 3], "tokens", 2 * length)["work of a layer"]
+
+    for length in (512, 1024):
+        scores = 0 if (card, compute) == ("4090", "bf16") else 6 * 4 * 8 * 2 * length**2
+        assert work(50.0, length) - work(None, length) == scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -141,6 +142,20 @@ def test_it_is_tried_until_nothing_leaner_is_left(corpus: Corpus, tmp_path: Path
     assert {way for *_, way in tried} == {None} and narrowed[1:] == (levels[-1], "tokens")
     assert "the loss cut by tokens" in narrowed[0] and kept is None and last == list(narrowed[1:])
     assert failed.state.global_step == AT - 1 and int(failed.times_trained.sum()) == 2 * (AT - 1)
+
+
+def test_no_more_is_kept_on_the_host(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lower level has more there, and whether the host has it was not asked."""
+    found: dict[int, float] = {}
+
+    def noted(levels: Any, tile: int, tokens: int, needed: Any) -> None:
+        found.update({level: needed([level, level], tile) for level in (0, 1, 2, 3)})
+
+    monkeypatch.setattr(leaner, "leaner_than", noted)
+    failed = trainer(fused(levels=2, places="all"), corpus, tmp_path)
+    with planted(failed, "backward", (1,)):
+        failed.train()
+    assert [math.isinf(found[level]) for level in (0, 1, 2, 3)] == [True, True, False, False]
 
 
 def test_a_loss_that_needs_less_is_that_of_a_run_with_it(

@@ -200,7 +200,7 @@ class FusedDecoder(nn.Module):
     def _layers(
         self, inputs: list[torch.Tensor], positions: torch.Tensor, valid: torch.Tensor | None, packing: Packing
     ) -> torch.Tensor:
-        """Hidden states [T, H], before the layers and after them: the list is emptied, so that nobody else holds them."""
+        """Hidden states [T, H], before the layers to behind them; the list is emptied, so nobody else holds those."""
         hidden_states = inputs.pop()
         plain = all(isinstance(layer, FusedLayer) and not layer._forward_pre_hooks for layer in self.layers)
         layers = self._read(plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +41,13 @@ def make_leaner(model: Any) -> str | None:
     places: Sequence[Place] = fused.places or on_gpu
     needed = needed_bytes(kept, layer, dtype, stream, tokens, fp8)
     here = fused.levels, fused.tile or tile_sizes(tokens)[0]
-    found = leaner_than(*here, tokens, lambda levels, tile: needed(levels, places, tile))
+    on_host = kept.in_host_memory(fused.levels, places)
+
+    def needed_at(levels: Sequence[int], tile: int) -> float:
+        """Of what keeps no more in host memory than now: how much more that has is not known."""
+        return needed(levels, places, tile) if kept.in_host_memory(levels, places) <= on_host else math.inf
+
+    found = leaner_than(*here, tokens, needed_at)
     if found is not None:
         fused.levels, fused.tile = found
     elif not causal.narrow_loss(tokens):

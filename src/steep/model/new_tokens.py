@@ -211,7 +211,7 @@ def _fill(weights: dict[str, torch.Tensor], original: Any, added: dict[int, str]
     bpe = read_bpe(original, "tokenizer")
     highest = max(original.get_vocab().values())
     for weight in weights.values():
-        mean = weight[: highest + 1].float().mean(dim=0)
+        mean = weight[: highest + 1].mean(dim=0, dtype=torch.float32)
         for number, token in added.items():
             ids = [piece.id for piece in bpe.backend.model.tokenize(token)]
             weight[number] = (weight[ids].float().mean(dim=0) if ids else mean).to(weight.dtype)

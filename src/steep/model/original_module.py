@@ -97,8 +97,8 @@ def copied_to_nowhere(model: Any, saved: Collection[str]) -> Iterator[Callable[[
 
 
 def lend_copies(model: Any) -> None:
-    """Let each original that is in use be its trained copy until adapters are enabled again: of a model of which nothing
-    was trained yet, so that the two are the same. No head is read then, and none is there twice."""
+    """Let each original that is in use be its trained copy until adapters are enabled again. Nothing of the model may
+    be trained yet: the two are the same then. So no head is read, and none is there twice."""
     for module in model.modules():
         if isinstance(module, _Wrapper) and module.disable_adapters:
             (copied,) = module.modules_to_save.values()

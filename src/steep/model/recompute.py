@@ -138,7 +138,7 @@ def levels_within(
 
 
 def leaner_than(
-    levels: Sequence[int], tile: int, tokens: int, needed: Callable[[Sequence[int], int], int]
+    levels: Sequence[int], tile: int, tokens: int, needed: Callable[[Sequence[int], int], float]
 ) -> tuple[list[int], int] | None:
     """The first of `candidates` that needs less by a share that is worth a step, or the one that needs least; None:
     none needs less.

@@ -17,6 +17,9 @@ from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, chunk_size, faster_way, tile_size
 from steep.ops.lora import Group
 
+# Tensors of a soft-capped attention's scores at the peak of its backward, by torch's autograd: 5.2 were counted.
+_SCORES = 6
+
 
 class Stored(NamedTuple):
     """Bytes a token of what a layer keeps."""
@@ -121,6 +124,22 @@ def _in_heads(layer: Layer, tokens: int, width: int) -> int:
     found = (heads + 2 * kv_heads) * width + heads * (3 * width + 4)
     found += 2 * heads * width if heads > kv_heads else 0
     return found + (2 * 4 * kv_heads if heads * num_kv_heads < kv_heads * num_heads else 0)
+
+
+def scores_bytes(layer: Layer, tokens: int, row: int, width: int, tile: int | None) -> int:
+    """Bytes of attention's backward where no kernel knows its form, so that scores of [heads, L, L] exist in fp32: as
+    they are, under their soft cap and softmax, and gradients. Documents are taken to be as long as a row.
+
+    Args:
+        row: tokens of a row.
+        width: bytes of a value of q.
+        tile: as in `work_bytes`: where there are several, some heads are computed at a time.
+    """
+    attention = layer.attention
+    heads = attention.num_heads
+    if tile is not None and tile < tokens:
+        heads, _ = heads_at_once(tokens, heads, attention.num_kv_heads, attention.head_dim, width)
+    return _SCORES * 4 * heads * tokens * row
 
 
 def _in_mlp(layer: Layer, dtype: torch.dtype, level: int, tokens: int, fp8: Fp8Products, *, several: bool) -> int:

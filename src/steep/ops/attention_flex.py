@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex
 from steep.ops.backend import vjp
 from steep.ops.packing import Packing
 
+OLDEST_CARD = (8, 0)  # compute capability
 _BLOCK = 128  # tokens of a block of the mask: FlexAttention's default, which its tile sizes divide
 # Of one form: lengths take five or more (one token, one block, ...), and torch's own limit of eight is an error.
 _COMPILATIONS = 64
@@ -28,7 +29,7 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     """Why this card cannot run it; None if it can."""
     if device.type != "cuda":
         return "it needs a CUDA device"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < OLDEST_CARD:
         return "the compiler that it needs has no code for this card"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it is for 16 bit, not {dtype}"

@@ -142,6 +142,7 @@ class Ground:
                 compute=compute,
                 trained=trained,
                 on_card=on_card,
+                card=self.card,
                 fp8=computation.products,
                 hidden=hidden_from(self.rates, computation.products),
             )

@@ -27,7 +27,7 @@ from steep.ops.lora import Lora, Projection
 from steep.planning.computation import Computation, Ground, Sizes
 from steep.planning.memory import GIB
 from steep.planning.sizes import host_bytes
-from steep.planning.vram import asked_bytes, host_budget, host_limit
+from steep.planning.vram import asked_bytes, host_budget, host_lacks, host_limit
 from steep.schema import FORWARDS, RunConfig
 from steep.settings import MOST_TOKENS, check_update, rows_per_step
 from steep.training.adamw8bit import ADAMW_8BIT
@@ -385,13 +385,12 @@ def tried(config: RunConfig, ground: Ground, *, goes_on: bool = False) -> Sizes 
 
 def _host_has(config: RunConfig, card: Card | None, sizes: Sizes, goes_on: bool) -> bool:
     """Whether its memory holds what is put there."""
-    asked = config.training.host_memory
-    locked = config.training.offload_optimizer != "none" or sizes.on_host
-    if not locked or card is None:
+    if card is None:
         return True
+    asked = config.training.host_memory
     needed = host_bytes(config, sizes.shape, sizes.memory, sizes.choices.trained_dtype, sizes.on_host)
     limit = host_limit(asked, card, None if goes_on else host_budget(asked, card))
-    return sum(needed.values()) <= limit
+    return not host_lacks(needed, limit)
 
 
 def changed(config: RunConfig, settings: Settings) -> RunConfig:

@@ -13,7 +13,7 @@ from steep.model.layer import Layer
 from steep.model.load import DTYPES
 from steep.model.placement import HIDDEN, Kept
 from steep.model.recompute import candidates
-from steep.model.step_bytes import loss_bytes, work_bytes
+from steep.model.step_bytes import loss_bytes, scores_bytes, work_bytes
 from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
@@ -44,6 +44,7 @@ class FusedStep:
         accumulates_in_fp32: whether gradients of several are added up in fp32 where they can be (`grad_accum_dtype`).
         trains_table: whether the input embeddings have a gradient.
         hidden: operations of a layer forward for each byte from which on its copy to the host is hidden.
+        row: tokens of a row, where no kernel of the card knows this attention, so that its scores exist; else 0.
     """
 
     shape: Shape
@@ -67,6 +68,7 @@ class FusedStep:
     accumulates_in_fp32: bool = True
     trains_table: bool = False
     hidden: float = HIDDEN
+    row: int = 0
     _works: dict[tuple[int, int, Place], int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _least: dict[Any, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -162,7 +164,9 @@ class FusedStep:
         key = tile, level, place
         if key not in self._works:
             how = DTYPES[self.compute], DTYPES[self.stream], level, self.tokens, self.fp8, tile, place
-            self._works[key] = self._turns + max(work_bytes(layer, *how) for layer in self.layers)
+            scores = self.tokens, self.row, WIDTH[self.compute], tile
+            works = (work_bytes(layer, *how) + scores_bytes(layer, *scores) for layer in self.layers)
+            self._works[key] = self._turns + max(works)
         return self._works[key]
 
     def _at_least(self, levels: list[int], way: Way, tile: int, host_room: int) -> int:

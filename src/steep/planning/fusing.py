@@ -23,6 +23,7 @@ from steep.model.placement import HIDDEN
 from steep.model.read_layer import read_layer
 from steep.model.tiling import tile_sizes
 from steep.model.unwrap import unwrap
+from steep.ops.attention_flex import OLDEST_CARD as OLDEST_COMPILED
 from steep.ops.fp8_groups import Fp8Products
 from steep.planning.fused_memory import FusedStep
 from steep.planning.memory import WORKSPACES, Shape, masters_kept
@@ -105,6 +106,7 @@ def fused_step(
     compute: str,
     trained: str,
     on_card: bool,
+    card: Card | None = None,
     fp8: Fp8Products = "none",
     hidden: float = HIDDEN,
 ) -> FusedStep:
@@ -113,6 +115,7 @@ def fused_step(
     Args:
         layers: of `decide`, their weights as they are kept.
         on_card: it is planned for a card.
+        card: that card, if more than its memory is known.
         fp8: which products are in fp8.
         hidden: see `FusedStep`.
     """
@@ -141,7 +144,14 @@ def fused_step(
         accumulates_in_fp32=training.grad_accum_dtype == "fp32",
         trains_table="embed_tokens" in saved or (tied and bool(saved)),
         hidden=hidden,
+        row=config.data.max_length if on_card and _lacks_attention(layers, compute, card) else 0,
     )
+
+
+def _lacks_attention(layers: Sequence[Layer], compute: str, card: Card | None) -> bool:
+    """Whether no kernel computes the attention of these layers there: soft caps are for the compiled one alone."""
+    capped = any(layer.attention.softcap is not None for layer in layers)
+    return capped and (compute == "fp32" or (card is not None and card.capability < OLDEST_COMPILED))
 
 
 def settle(

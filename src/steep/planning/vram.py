@@ -51,6 +51,21 @@ def host_limit(host_memory: str, card: Card | None, budget: int | None = None) -
     return available_on_host() if budget is None else budget
 
 
+def host_lacks(host: Mapping[str, int], limit: float) -> bool:
+    """Whether what is locked in host memory, with the copy of a checkpoint, needs more than may be filled; that copy
+    alone is memory like any other.
+
+    Args:
+        host: bytes by item.
+        limit: of `host_limit`.
+    """
+    return bool(_locked(host)) and sum(host.values()) > limit
+
+
+def _locked(host: Mapping[str, int]) -> dict[str, int]:
+    return {name: size for name, size in host.items() if name != "copy of a checkpoint" and size}
+
+
 def check_host(host: Mapping[str, int], limit: float, *, goes_on: bool) -> None:
     """That states and what layers keep have room in host memory, also where a run goes on on another machine.
 
@@ -62,10 +77,9 @@ def check_host(host: Mapping[str, int], limit: float, *, goes_on: bool) -> None:
     Raises:
         UserError: they have not.
     """
-    locked = {name: size for name, size in host.items() if name != "copy of a checkpoint" and size}
-    if locked and sum(host.values()) > limit:
+    if host_lacks(host, limit):
         again = ", and gradient_checkpointing: true, with --allow training.gradient_checkpointing, chooses again"
-        parts = " and ".join(f"{human_bytes(size)} of {name}" for name, size in locked.items())
+        parts = " and ".join(f"{human_bytes(size)} of {name}" for name, size in _locked(host).items())
         raise UserError(
             "training.host_memory",
             f"the run has {parts} in host memory, and with a copy of a checkpoint needs "
