@@ -1,9 +1,9 @@
 """Arms of `benchmarks.ablation` as an SVG that reads in light and in dark: how the loss falls, and what is kept.
 
-Above stands the training loss against tokens, and beside it the same less the first arm's on the same rows: they are
-drawn alike, so that what single rows cost falls out. Below, each arm's held-out text: what was learned to the left,
-what was forgotten upwards, with the seeds' 95 % intervals. Replay has no curve, since a loss on other text is none of
-the same.
+All that is drawn is of the seeds that all shown arms share: a mean over other rows is none to hold against. Above stands
+the training loss against tokens, and beside it the same less the first arm's on the same rows: they are drawn alike, so
+that what single rows cost falls out. Below, each arm's held-out text: what was learned to the left, what was forgotten
+upwards, with the seeds' 95 % intervals. Replay has no curve, since a loss on other text is none of the same.
 """
 
 from __future__ import annotations
@@ -94,18 +94,18 @@ def span(values: Sequence[float], margin: float) -> tuple[float, float]:
     return low - margin * (high - low), high + margin * (high - low)
 
 
-def mean_curve(rows: Rows, less: Mapping[int, dict[str, Any]] | None = None) -> Curve:
+def mean_curve(rows: Rows, less: Rows | None = None) -> Curve:
     """The smoothed loss, mean over the seeds; steps that some seed has no finite loss of are left out.
 
     Args:
-        less: of each seed the run whose losses are taken off, step by step.
+        less: runs of the same seeds, in the same order, whose losses are taken off, step by step.
     """
     curves = []
-    for row in rows:
+    for row, other in zip(rows, less or [None] * len(rows), strict=True):
         losses = _losses(row)
-        if less is not None:
-            other = _losses(less[row["seed"]])
-            losses = {count: losses[count] - other[count] for count in losses.keys() & other.keys()}
+        if other is not None:
+            taken = _losses(other)
+            losses = {count: losses[count] - taken[count] for count in losses.keys() & taken.keys()}
         curves.append(losses)
     tokens = sorted(set.intersection(*(set(losses) for losses in curves)))
     losses = np.mean([[losses[count] for count in tokens] for losses in curves], axis=0)
@@ -119,23 +119,28 @@ def _losses(row: dict[str, Any]) -> dict[int, float]:
 
 
 def runs_of(ladder: Ladder, arms: Collection[str]) -> tuple[str, dict[Named, Rows]]:
-    """Runs of the arms: at their own rates where all that have runs have such, else at the common one."""
+    """Runs of the arms of the seeds that all have, by seed: at their own rates where all that have runs have such, else
+    at the common one."""
     shown = [name for name in ladder.names if name[0] in arms]
     way = OWN if all(ladder.by_seed(name, OWN) for name in shown) else COMMON
-    return way, {name: rows for name in shown if (rows := list(ladder.by_seed(name, way).values()))}
+    found = {name: runs for name in shown if (runs := ladder.by_seed(name, way))}
+    shared = sorted(set.intersection(*(set(runs) for runs in found.values()))) if found else []
+    return way, {name: [runs[seed] for seed in shared] for name, runs in found.items()}
 
 
 def figure(lines: Rows, common: float, arms: Collection[str] = CORE) -> str:
     """The SVG of the first work of the lines.
 
     Raises:
-        SystemExit: none of the arms has runs.
+        SystemExit: none of the arms has runs, or no seed is one of all that have.
     """
     found = ladders(lines, common)
     way, runs = runs_of(found[0], arms) if found else (COMMON, {})
     if not runs:
         whose = "the core's arms" if arms is CORE else ", ".join(arms)
         raise SystemExit(f"--figure: the file has no runs of {whose}.")
+    if not all(runs.values()):
+        raise SystemExit(f"--figure: {', '.join(map(label, runs))} share no seed: leave one out of --arms.")
     ladder = found[0]
     looks = {name: _look(number) for number, name in enumerate(runs)}
     head = f"{ladder.work.model} learns {ladder.work.text}, {way}"
@@ -173,13 +178,8 @@ def _loss(runs: Mapping[Named, Rows], looks: Mapping[Named, str]) -> Iterator[st
     if not alike:
         return
     first = next(iter(alike))
-    of_first = {row["seed"]: row for row in alike[first]}
     curves = {name: mean_curve(rows) for name, rows in alike.items()}
-    less = {}
-    for name, rows in alike.items():
-        paired = [row for row in rows if row["seed"] in of_first]
-        if name != first and paired:
-            less[name] = mean_curve(paired, of_first)
+    less = {name: mean_curve(rows, alike[first]) for name, rows in alike.items() if name != first}
     for kind, drawn, left, title in (
         ("loss", curves, 64, "Training loss, nats a token"),
         ("difference", less, 494, f"Less that of {label(first)} on the same rows"),
@@ -207,7 +207,10 @@ def _learned(ladder: Ladder, runs: Mapping[Named, Rows], looks: Mapping[Named, s
     panel = Panel(64, 440, 520, 250, span(across, 0.05), span(up, 0.05))
     new, old = LANGUAGE[ladder.new], LANGUAGE[ladder.old]
     yield '<g id="learned">'
-    below = f"{new}, bits a byte: fewer are better. Bars: 95 % intervals; dashed: what the base has of {old}"
+    bars = (
+        "Bars: 95 % intervals" if any(part.half is not None for pair in found.values() for part in pair) else "One seed"
+    )
+    below = f"{new}, bits a byte: fewer are better. {bars}; dashed: what the base has of {old}"
     yield from panel.frame(f"Held out: {old}, bits a byte", below, lambda value: f"{value:.4g}")
     yield _line(
         panel.left, panel.y(base), panel.left + panel.width, panel.y(base), 'class="axis" stroke-dasharray="5 4"'

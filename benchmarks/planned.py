@@ -199,14 +199,14 @@ def in_step(text: str, rows: Iterable[Row]) -> str:
     return with_part(text, BEGIN, END, table(rows))
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="measure, in place of writing the table")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is not in step")
     parser.add_argument("--cases", help=f"numbers of 0 to {len(CASES) - 1}, by commas; default: all")
     parser.add_argument("--weights", type=Path, default=Path(tempfile.gettempdir()) / "steep-benchmarks")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-GPU-planned.jsonl")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(sys.argv[1:] if words is None else words)
     if arguments.run:
         if not torch.cuda.is_available():
             raise SystemExit("there is no GPU, whose memory this measures.")

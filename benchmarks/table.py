@@ -181,10 +181,10 @@ def in_step(text: str, rows: Iterable[Row]) -> str:
     return with_part(with_part(text, BEGIN, END, table(rows)), LEAN_BEGIN, LEAN_END, lean_table(rows))
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(sys.argv[1:] if words is None else words)
     text = README.read_text(encoding="utf-8")
     new = in_step(text, rows_of(RESULTS))
     if arguments.check:

@@ -501,15 +501,19 @@ def test_the_readme_has_the_core_each_at_its_own_rate() -> None:
 
 
 def test_a_figure_draws_losses_and_what_they_differ_by() -> None:
-    """Of each seed with the first arm's on the same rows: a seed that this lacks has no part in it."""
+    """Of the seeds that all arms share: one that an arm lacks has no part in any panel."""
     rows = [*three("lora", 2.0, 2.1), *three("gate", 1.9, 1.8, 9.9)]
     drawn = ElementTree.fromstring(figure(rows, RATE))
     loss, less = (heights(drawn, name) for name in ("loss", "difference"))
     assert len(loss) == 2 and len(less) == 1
     for curve in loss:
         assert curve[0] < curve[-1], "a loss that falls is drawn lower"
-    assert less == heights(ElementTree.fromstring(figure(rows[:-1], RATE)), "difference")
-    assert "lora (n = 2)" in figure(rows, RATE)
+    assert figure(rows, RATE) == figure(rows[:-1], RATE)
+    assert "lora (n = 2)" in figure(rows, RATE) and "gate (n = 2)" in figure(rows, RATE)
+    swapped = [rows[1], rows[0], *rows[2:]]
+    assert figure(swapped, RATE) == figure(rows, RATE), "runs stand by seed, whatever their order in the file"
+    with pytest.raises(SystemExit, match=r"lora, gate share no seed: leave one out"):
+        figure([rows[0], rows[3]], RATE)
     with pytest.raises(SystemExit, match="no runs of the core"):
         figure(three("dora", 2.0), RATE)
 
@@ -536,7 +540,7 @@ def test_a_difference_is_taken_step_by_step_of_each_seed() -> None:
     def run(seed: int, *losses: float) -> Row:
         return {"seed": seed, "curve": {"tokens": [8, 16, 24][: len(losses)], "loss": list(losses)}}
 
-    first = {0: run(0, 3.0, 2.0, 9.0), 1: run(1, 5.0, 4.0)}
+    first = [run(0, 3.0, 2.0, 9.0), run(1, 5.0, 4.0)]
     tokens, losses = mean_curve([run(0, 2.5, 1.5, 1.0), run(1, 4.9, 3.9, 1.0)], first)
     assert tokens.tolist() == [16], "a step that some seed lacks is left out, and the first"
     assert losses.tolist() == pytest.approx([-0.3])
@@ -557,6 +561,7 @@ def test_a_figure_shows_what_is_learned_and_forgotten_with_replay_that_has_no_cu
     assert across[1] < across[0] < across[2], "fewer bits of the new text stand to the left"
     bars = drawn.findall("{*}g[@id='learned']/{*}line[@class='curve']")
     assert len(bars) == 2 * len(marks)
+    assert "Bars: 95 % intervals; dashed" in figure(rows, RATE) and "One seed; dashed" in figure(rows[::2], RATE)
     alone = ElementTree.fromstring(figure(three("lora", 2.0), RATE))
     assert heights(alone, "difference") == [] and len(heights(alone, "loss")) == 1
     replay = ElementTree.fromstring(figure(three("replay-5", 3.0), RATE))

@@ -191,11 +191,6 @@ def timed(peer: str, step_s: float, call: str, **fields: object) -> dict[str, An
     return {"peer": peer, "step_s": step_s, "call": call, "peak_allocated_gib": 10.04, **same, **fields}
 
 
-def test_the_readme_is_in_step_with_the_results() -> None:
-    text = table.README.read_text(encoding="utf-8")
-    assert table.in_step(text, table.rows_of(table.RESULTS)) == text, "run python -m benchmarks.table"
-
-
 def lines_of(rows: list[dict[str, Any]]) -> list[str]:
     return [line for line in table.table(rows).splitlines() if line.startswith("| H200")]
 
@@ -708,11 +703,6 @@ def test_ops_need_a_gpu_and_a_known_op(monkeypatch: pytest.MonkeyPatch, capsys: 
 def run_of(call: str, planned_gib: float, **fields: object) -> dict[str, Any]:
     kept = {"levels": [0, 1, 1], "places": ["gpu", "x", "x"], "cap_gib": 9.0}
     return timed("steep", 0.4, call, planned_gib=planned_gib, **{**kept, **fields})
-
-
-def test_the_page_is_in_step_with_the_peaks_that_were_planned() -> None:
-    text = planned.PAGE.read_text(encoding="utf-8")
-    assert planned.in_step(text, planned.rows_of(planned.RESULTS)) == text, "run python -m benchmarks.planned"
 
 
 def test_a_plan_stands_beside_the_newest_peak_of_its_work(tmp_path: Path) -> None:
