@@ -191,6 +191,10 @@ def steep_train(
     seconds = seconds[: work.steps - profiled]
     plan = json.loads((temporary / "run" / "plan.json").read_text())
     computed["planned_gib"] = plan["memory_bytes"]["total"] / 2**30
+    of_steps = {
+        name: size for name, size in plan["host_bytes"].items() if name != "copy of a checkpoint"
+    }  # none is made
+    computed["planned_host_gib"] = sum(of_steps.values()) / 2**30
     if plan["duration"] is not None:
         computed["planned_s"], computed["measured"] = plan["duration"]["seconds_per_step"], plan["duration"]["measured"]
     found = {"seconds": seconds, "losses": losses, "first_step_s": first, "chosen": computed}

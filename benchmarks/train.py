@@ -8,15 +8,15 @@ QLoRA over NF4 with double quantisation: rank 256 on all linear layers, embed_to
 clipping at 1. Each peer runs in a process of its own and loads the same random weights, which are made on the GPU once
 (--weights). Each step has fresh random tokens, a row is one document, and with --packed some of 128 to 1,024 tokens.
 
-A time is the median of the steps after the third. MFU is the FLOPs that the step has to do, none twice, over the
-measured speed of a bf16 product; packed rows have none, since the work of attention differs from step to step. `steep`
-is `steep train`, with everything that it does; `steep-fp8` the same over a base in e4m3 (`model.base: fp8`, not QLoRA);
-`-lean` behind either: without clipping, updated inside the backward pass, the optimizer's states in host memory;
-`steep-bare` its model and optimizer in the loop of the others, `steep-script` that of `hf` after
-`steep.install(model)`. --cap-gib holds the first three to so much allocated memory, and to a ninth more with the gaps
-between allocations, and nobody else; `--cap-gib hf` to the peak of the fastest of hf, hf-flash and hf-varlen, which the
-call then begins with. Without --peers these are all timed on packed rows, hf-flash where the package flash-attn is
-installed.
+A time is the median of the steps after the third, each of which stands in `seconds` of a row. MFU is the FLOPs that
+the step has to do, none twice, over the measured speed of a bf16 product; packed rows have none, since the work of
+attention differs from step to step. `steep` is `steep train`, with everything that it does; `steep-fp8` the same over
+a base in e4m3 (`model.base: fp8`, not QLoRA); `-lean` behind either: without clipping, updated inside the backward
+pass, the optimizer's states in host memory; `steep-bare` its model and optimizer in the loop of the others, `steep-
+script` that of `hf` after `steep.install(model)`. --cap-gib holds the first three to so much allocated memory, and to
+a ninth more with the gaps between allocations, and nobody else; `--cap-gib hf` to the peak of the fastest of hf, hf-
+flash and hf-varlen, which the call then begins with. Without --peers these are all timed on packed rows, hf-flash
+where the package flash-attn is installed.
 
 The losses of all bare loops have to agree, the first and the last, and steep's first one with theirs as far as its
 other tokens let it; over e4m3 its base has other weights too, and the first loss may differ as much as that of another
@@ -292,6 +292,7 @@ def row_of(arguments: argparse.Namespace, peer: str, result: dict[str, Any], cei
     return {
         **work_row(arguments, peer),
         "step_s": step,
+        "seconds": timed,
         "step_s_min": min(timed),
         "step_s_max": max(timed),
         "steps_timed": len(timed),
