@@ -1,9 +1,10 @@
 """Arms of `benchmarks.ablation` as an SVG that reads in light and in dark: how the loss falls, and what is kept.
 
-All that is drawn is of the seeds that all shown arms share: a mean over other rows is none to hold against.
-Above stands the training loss against tokens, and beside it the same less the first arm's on the same rows: they are drawn alike, so
-that what single rows cost falls out. Below, each arm's held-out text: what was learned to the left, what was forgotten
-upwards, with the seeds' 95 % intervals. Replay has no curve, since a loss on other text is none of the same.
+All that is drawn is of the seeds that all shown arms share: a mean over other rows is none to hold against. Above
+stands the training loss against tokens, and beside it the same less the first arm's on the same rows: they are drawn
+alike, so that what single rows cost falls out. Below, each arm's held-out text: what was learned to the left, what
+was forgotten upwards, with the seeds' 95 % intervals. Replay has no curve, since a loss on other text is none of the
+same.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ import torch
 from benchmarks.measuring import RESULTS, results_file
 from benchmarks.pages import with_part
 from benchmarks.shapes import SHAPES, folder_of, weight_bytes, write
-from benchmarks.table import OF_THE_WORK, RANK, within
+from benchmarks.table import OF_THE_WORK, RANK, asked_gib
 
 PAGE = Path(__file__).parent.parent / "docs" / "fused-step.md"
 BEGIN, END = "<!-- benchmarks.planned: begin -->", "<!-- benchmarks.planned: end -->"
@@ -154,7 +154,7 @@ def table(rows: Iterable[Row]) -> str:
     newest: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         work = order.index(row["shape"]), row["batch"], row["seq"], row["packed"], row["peer"]
-        newest[*work, row["gpu"], round(within(row) or 0, 1)] = row
+        newest[*work, row["gpu"], round(asked_gib(row) or 0, 1)] = row
     if not newest:
         return ""
     lines = []
@@ -167,7 +167,7 @@ def table(rows: Iterable[Row]) -> str:
     off = f"{max(abs(deviation(row)) for row in done):.1%}" if done else "–"
     failed = f", {len(newest) - len(done)} of which failed" * (len(done) < len(newest))
     head = (
-        "shape", "rows", "run", "within, GiB allocated", "layers × level", "with host memory", "planned", "measured",
+        "shape", "rows", "run", "asked for, GiB allocated", "layers × level", "with host memory", "planned", "measured",
         "off by",
     )  # fmt: skip
     gpus = ", ".join(sorted({row["gpu"].removeprefix("NVIDIA ") for row in newest.values()}))

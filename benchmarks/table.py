@@ -6,7 +6,8 @@ A column is a peer, a line a call: of each work the newest that timed steep and 
 that has a peer which no newer one has. So all figures and ratios of a line are of one call. transformers + PEFT is the
 fastest of `hf`, `hf-flash` and `hf-varlen`. Only what the table says of itself is in it: real shapes at rank 256 on a
 GPU, and steep as it is by default, without `--steep-args`. The second table is of the lean peers, of each work within
-its limit the newest: `--steep-args` say there how much host memory there was, and how positions were stretched. With
+its limit the newest: `--steep-args` say there what a run was asked to fill where that is not `--cap-gib`, how much host
+memory it was allowed, and how positions were stretched. With
 --check nothing is written, and the exit code is 1 where the README is not in step.
 """
 
@@ -34,13 +35,12 @@ OF_THE_WORK = re.compile(r" *--(training\.(host_memory|vram)|model\.rope_scaling
 RANK = 256
 STEEP, ALONE, FP8 = "steep", "steep-bare", "steep-fp8"
 LIBRARY = {"hf": "", "hf-flash": ", flash-attn", "hf-varlen": ", torch's flash kernels"}
-YARDSTICK = "transformers + PEFT"
+ITS_STEP, OVER_FP8, YARDSTICK = "its step alone", "steep over e4m3", "transformers + PEFT"
 PEERS = {
     "hf-lean": "the same, all in bf16", "hf-plain": "transformers + PEFT, without checkpointing",
     "hf-liger": "with Liger", "unsloth": "Unsloth",
 }  # fmt: skip
-OVER_FP8 = "steep over e4m3"
-COLUMNS = [STEEP, "its step alone", OVER_FP8, YARDSTICK, *PEERS.values()]
+COLUMNS = [STEEP, ITS_STEP, OVER_FP8, YARDSTICK, *PEERS.values()]
 
 Row = dict[str, Any]
 
@@ -87,19 +87,22 @@ def cost(row: Row) -> str:
     return f"{row['step_s']:.3f} s, {row['peak_allocated_gib']:.1f} GiB" + "†" * waits_in_host_memory(row)
 
 
-def cells_of(call: dict[str, Row]) -> dict[str, str]:
-    """A call's cells by column."""
-    steep = call[STEEP]
-    cells = {STEEP: cost(steep)}
-    if ALONE in call:
-        cells["its step alone"] = cost(call[ALONE])
-    library = library_of(call)
-    if FP8 in call:
-        ratio = library["step_s"] / call[FP8]["step_s"]
-        cells[OVER_FP8] = f"{cost(call[FP8])} ({ratio:.2f}× as fast as {YARDSTICK})"
-    for column, row in [(YARDSTICK, library), *((PEERS[peer], call[peer]) for peer in PEERS if peer in call)]:
-        cells[column] = f"{cost(row)}{LIBRARY.get(row['peer'], '')} ({row['step_s'] / steep['step_s']:.2f}×)"
-    return cells
+def shown_of(call: dict[str, Row]) -> dict[str, Row]:
+    """A call's rows by column."""
+    by_column = {STEEP: STEEP, ITS_STEP: ALONE, OVER_FP8: FP8, **{column: peer for peer, column in PEERS.items()}}
+    found = {column: call[peer] for column, peer in by_column.items() if peer in call}
+    return found | {YARDSTICK: library_of(call)}
+
+
+def cell(column: str, row: Row, steep: Row, library: Row) -> str:
+    if column in (STEEP, ITS_STEP):
+        return cost(row)
+    if column == OVER_FP8:
+        return f"{cost(row)} ({library['step_s'] / row['step_s']:.2f}× as fast as {YARDSTICK})"
+    # Of the yardstick the work says it.
+    more = column != YARDSTICK and steep["peak_allocated_gib"] > row["peak_allocated_gib"]
+    ratio = f"{row['step_s'] / steep['step_s']:.2f}×{', in more memory' * more}"
+    return f"{cost(row)}{LIBRARY.get(row['peer'], '')} ({ratio})"
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -107,42 +110,72 @@ def table(rows: Iterable[Row]) -> str:
     calls: dict[str, dict[str, Row]] = {}
     for row in rows:
         calls.setdefault(row["call"], {})[row["peer"]] = row
-    works: dict[str, list[tuple[str, dict[str, str]]]] = {}  # the oldest call first
+    works: dict[str, list[dict[str, Row]]] = {}  # the oldest call first
     for call in calls.values():
         if STEEP in call and any(peer in call for peer in LIBRARY):
-            works.setdefault(work_of(call), []).append((call[STEEP]["call"][:10], cells_of(call)))
-    lines: list[tuple[str, dict[str, str]]] = []
+            works.setdefault(work_of(call), []).append(shown_of(call))
+    lines: list[tuple[str, dict[str, Row]]] = []
     for work, found in works.items():
-        shown: set[str] = set()
-        for day, cells in reversed(found):
-            if not shown.issuperset(cells):
-                lines.append((f"{work}, on {day}" if shown else work, cells))
-                shown.update(cells)
+        seen: set[str] = set()
+        for shown in reversed(found):
+            if not seen.issuperset(shown):
+                lines.append((f"{work}, on {shown[STEEP]['call'][:10]}" if seen else work, shown))
+                seen.update(shown)
     if not lines:
         return ""
-    columns = [column for column in COLUMNS if any(column in cells for _, cells in lines)]
-    head, marked = ["work", *columns], any("GiB†" in cell for _, cells in lines for cell in cells.values())
-    body = [[work, *(cells.get(column, "–") for column in columns)] for work, cells in lines]
+    columns = [column for column in COLUMNS if any(column in shown for _, shown in lines)]
+    body = [
+        [work, *(cell(column, shown[column], shown[STEEP], shown[YARDSTICK]) if column in shown else "–"
+                 for column in columns)]
+        for work, shown in lines
+    ]  # fmt: skip
+    all_shown = [row for _, shown in lines for row in shown.values()]
     return "\n".join(
         [
-            f"One training step, QLoRA at rank {RANK} with both embeddings trained: time, and peak of allocated",
-            "memory. In brackets: how many times as fast `steep train` was. A line is one call of `python -m",
-            "benchmarks.train`, whose words are in its rows of `benchmarks/results/*-train.jsonl`. Memory that",
-            "a work is within limits what steep allocates, and no one else; with the gaps between allocations",
+            f"One training step, QLoRA at rank {RANK} with both embeddings trained: time ({medians(all_shown)}), and",
+            "peak of allocated memory. In brackets: how many times as fast `steep train` was. A line is one call of",
+            "`python -m benchmarks.train`, whose words are in its rows of `benchmarks/results/*-train.jsonl`. Memory",
+            "that a work is within limits what steep allocates, and no one else; with the gaps between allocations",
             "it may take a ninth more. But for a column that says so, the other libraries compute each layer's",
             "forward pass again in the backward pass (gradient checkpointing), as their documentation has it;",
             "steep does so as far as its memory asks for it.",
-            *(["†: and host memory, in which some of what layers keep waits for the backward pass."] * marked),
+            *(
+                ["†: and host memory, in which some of what layers keep waits for the backward pass."]
+                * any(map(waits_in_host_memory, all_shown))
+            ),
             "",
-            *markdown(head, body),
+            *markdown(["work", *columns], body),
         ]
     )
 
 
-def within(row: Row) -> float | None:
+def medians(rows: Iterable[Row]) -> str:
+    """What a time is."""
+    counts = sorted({row["steps_timed"] for row in rows})
+    number = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    return f"median of {number} step{'s' * (counts[-1] > 1)}, random weights"
+
+
+def asked_gib(row: Row) -> float | None:
     """GiB that a run was to allocate."""
     asked = re.search(r"--training\.vram ([\d.]+)GiB", row["steep_args"])
     return float(asked[1]) if asked else row["cap_gib"]
+
+
+def within(row: Row) -> str:
+    """What its process was held to, and what the run was asked for where that is another amount."""
+    asked, held_to = asked_gib(row), row["cap_gib"]
+    if asked == held_to:
+        return f"{held_to:g} GiB"
+    return f"{f'{held_to:g} GiB' if held_to else 'no limit'}, asked for {asked:g}"
+
+
+def host_memory(row: Row) -> str:
+    """As the plan had it; else what it was allowed."""
+    if (planned := row.get("planned_host_gib")) is not None:
+        return f"{planned:.1f} GiB"
+    allowed = re.search(r"--training\.host_memory ([\d.]+)GiB", row["steep_args"])
+    return f"≤ {allowed[1]} GiB" if allowed else "–"
 
 
 def lean_table(rows: Iterable[Row]) -> str:
@@ -151,23 +184,29 @@ def lean_table(rows: Iterable[Row]) -> str:
     for row in rows:
         if row["peer"] in LEAN:
             work = order.index(row["shape"]), row["batch"] * row["seq"], row["batch"], row["peer"]
-            newest[*work, row["gpu"], within(row)] = row
+            newest[*work, row["gpu"], asked_gib(row)] = row
     if not newest:
         return ""
-    head = ("work", "base", "within", "a step", "tokens/s", "peak, allocated", "reserved")
+    head = (
+        "work", "base", "within, allocated", "a step", "steps timed", "tokens/s", "peak, allocated", "reserved",
+        "host memory",
+    )  # fmt: skip
     body = []
     for _, row in sorted(newest.items(), key=lambda each: (*each[0][:3], each[1]["peak_allocated_gib"])):
         stretched = re.search(r"rope_scaling\.factor (\S+)", row["steep_args"])
         work = f"{row['gpu'].removeprefix('NVIDIA ')}, {row['shape']}, {row['batch']} × {row['seq']:,}"
         body.append((
             f"{work}, positions stretched {stretched[1]}×" if stretched else work, LEAN[row["peer"]],
-            f"{within(row):g} GiB", f"{row['step_s']:.3g} s", f"{row['tokens_per_second']:,.0f}",
-            f"{row['peak_allocated_gib']:.1f} GiB", f"{row['peak_reserved_gib']:.1f} GiB",
+            within(row), f"{row['step_s']:.3g} s", str(row["steps_timed"]), f"{row['tokens_per_second']:,.0f}",
+            f"{row['peak_allocated_gib']:.1f} GiB", f"{row['peak_reserved_gib']:.1f} GiB", host_memory(row),
         ))  # fmt: skip
     return "\n".join(
         [
             "The same training with weights updated inside the backward pass (so without clipping by the norm of all",
             "gradients), the optimizer's states in host memory, and of what layers keep as much as the limit asks for.",
+            f"A time is the {medians(newest.values())}. A limit is on what is allocated: where its",
+            "process was held to another than the run was asked for, both are there. Host memory is what the plan has",
+            "there of states and of what layers keep; ≤: what the run was allowed, where its row says no more.",
             "The command of a line is in its row of `benchmarks/results/*-train.jsonl`.",
             "",
             *markdown(head, body),

@@ -172,6 +172,7 @@ def test_peers_train_the_same_model_on_the_same_tokens(
     assert steep["loss_last"] == pytest.approx(library["loss_last"], abs=5e-3)
     assert steep["loss_first"] != steep["loss_last"]
     assert steep["steps_timed"] == 2 and steep["step_s_min"] <= steep["step_s"] <= steep["step_s_max"]
+    assert sorted(steep["seconds"]) == [steep["step_s_min"], steep["step_s_max"]]
     assert steep["tokens_per_second"] == pytest.approx(2 * 48 / steep["step_s"])
 
 
@@ -185,7 +186,7 @@ def test_a_step_has_as_many_flops_as_counted_by_hand() -> None:
 
 def timed(peer: str, step_s: float, call: str, **fields: object) -> dict[str, Any]:
     same = {"shape": "llama-3-8b", "batch": 2, "seq": 2048, "packed": False, "cap_gib": None, "gpu": "NVIDIA H200"}
-    same |= {"loss_first": 12.0, "loss_last": 11.5, "cap_of": None, "r": 256, "steep_args": ""}
+    same |= {"loss_first": 12.0, "loss_last": 11.5, "cap_of": None, "r": 256, "steep_args": "", "steps_timed": 9}
     if peer == "steep":
         same["fused"] = True
     return {"peer": peer, "step_s": step_s, "call": call, "peak_allocated_gib": 10.04, **same, **fields}
@@ -254,6 +255,24 @@ def test_the_yardstick_is_the_faster_of_the_libraries_ways() -> None:
     assert "0.500 s, 10.0 GiB, torch's flash kernels (1.67×)" in line
 
 
+def test_a_library_that_took_less_memory_is_said_so() -> None:
+    rows = [timed("steep", 0.3, "1"), timed("hf", 0.9, "1"), timed("hf-liger", 0.8, "1", peak_allocated_gib=10.04)]
+    rows.append(timed("unsloth", 0.45, "1", peak_allocated_gib=10.03))
+    (line,) = lines_of(rows)
+    assert line.endswith(
+        "| 0.900 s, 10.0 GiB (3.00×) | 0.800 s, 10.0 GiB (2.67×) | 0.450 s, 10.0 GiB (1.50×, in more memory) |"
+    )
+
+
+def test_a_time_is_said_to_be_a_median_of_random_weights() -> None:
+    rows = [timed("steep", 0.3, "1", steps_timed=8), timed("hf", 0.9, "1")]
+    assert "time (median of 8 to 9 steps, random weights)" in table.table(rows)
+    rows[1]["steps_timed"] = 8
+    rows.append(timed("hf-varlen", 1.0, "1", steps_timed=3))  # not in the table: the slower one
+    assert "time (median of 8 steps, random weights)" in table.table(rows)
+    assert table.medians([timed("steep", 0.3, "1", steps_timed=1)]) == "median of 1 step, random weights"
+
+
 def test_steep_over_e4m3_has_a_column_where_it_was_timed() -> None:
     rows = [timed("steep", 0.3, "1"), timed("hf", 0.9, "1"), timed("steep-fp8", 0.225, "1", fused=True)]
     (line,) = lines_of(rows)
@@ -295,20 +314,25 @@ def test_the_lean_table_has_each_work_within_its_limit_once(tmp_path: Path) -> N
 
     stretched = "--model.rope_scaling.rope_type linear --model.rope_scaling.factor 2 --training.vram 9.5GiB"
     rows = [
-        lean(9.0, "1", batch=1, seq=65536, cap_gib=22.0, steep_args=" --training.host_memory 96GiB"),
-        lean(0.5, "2"), lean(0.4, "3"), lean(0.3, "4", cap_gib=16.0, peak_allocated_gib=15.5),
+        lean(9.0, "1", batch=1, seq=65536, cap_gib=22.0, steep_args=" --training.host_memory 96GiB", steps_timed=1),
+        lean(0.5, "2"), lean(0.4, "3", planned_host_gib=3.26),
+        lean(0.3, "4", cap_gib=16.0, peak_allocated_gib=15.5),
         lean(20.0, "5", batch=1, seq=262144, steep_args=f" --training.host_memory 9GiB {stretched}"),
+        lean(21.0, "5", batch=1, seq=131072, steep_args=" --training.vram 9.5GiB", cap_gib=None),
         lean(0.1, "6", cap_gib=8.0, steep_args=" --training.host_memory 9GiB --model.fused off"),
         lean(0.1, "7", cap_gib=7.0, fused=False), timed("steep", 0.2, "8"), timed("hf", 0.4, "8"),
     ]  # fmt: skip
     (tmp_path / "a-train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     found = table.rows_of(tmp_path)
-    assert [line for line in table.lean_table(found).splitlines() if line.startswith("| H200")] == [
-        "| H200, llama-3-8b, 2 × 2,048 | NF4 | 10 GiB | 0.4 s | 10,240 | 10.0 GiB | 11.5 GiB |",
-        "| H200, llama-3-8b, 2 × 2,048 | NF4 | 16 GiB | 0.3 s | 13,653 | 15.5 GiB | 11.5 GiB |",
-        "| H200, llama-3-8b, 1 × 65,536 | NF4 | 22 GiB | 9 s | 455 | 10.0 GiB | 11.5 GiB |",
-        "| H200, llama-3-8b, 1 × 262,144, positions stretched 2× | NF4 | 9.5 GiB | 20 s | 205 | 10.0 GiB | 11.5 GiB |",
+    peaks, held = "10.0 GiB | 11.5 GiB", "10 GiB, asked for 9.5"
+    assert [line.removeprefix("| H200, ") for line in table.lean_table(found).splitlines() if "| H200" in line] == [
+        f"llama-3-8b, 2 × 2,048 | NF4 | 10 GiB | 0.4 s | 9 | 10,240 | {peaks} | 3.3 GiB |",
+        "llama-3-8b, 2 × 2,048 | NF4 | 16 GiB | 0.3 s | 9 | 13,653 | 15.5 GiB | 11.5 GiB | – |",
+        f"llama-3-8b, 1 × 65,536 | NF4 | 22 GiB | 9 s | 1 | 455 | {peaks} | ≤ 96 GiB |",
+        f"llama-3-8b, 1 × 131,072 | NF4 | no limit, asked for 9.5 | 21 s | 9 | 195 | {peaks} | – |",
+        f"llama-3-8b, 1 × 262,144, positions stretched 2× | NF4 | {held} | 20 s | 9 | 205 | {peaks} | ≤ 9 GiB |",
     ]
+    assert "the median of 1 to 9 steps, random weights." in table.lean_table(found)
     assert len(lines_of(found)) == 1 and table.lean_table(found[-2:]) == ""
 
 
@@ -429,7 +453,7 @@ def test_steps_that_are_not_timed_are_told(tmp_path: Path, monkeypatch: pytest.M
     """Where a step takes a minute one of them has to do."""
     result = {**measured(0.2, 12.0, 11.5), "seconds": [9.0, 8.0, 0.2]}
     code, (row,), _ = run_main("--steps 3 --warm-up 2", {"hf": result}, tmp_path, monkeypatch)
-    assert code == 0 and (row["steps_timed"], row["step_s"]) == (1, 0.2)
+    assert code == 0 and (row["steps_timed"], row["step_s"], row["seconds"]) == (1, 0.2, [0.2])
     for words, reason in (
         ("--steps 3", "the first 3 are not timed"),
         ("--steps 3 --warm-up 0", "--warm-up: the first step has no beginning"),
@@ -556,6 +580,7 @@ def test_steeps_own_command_is_timed_and_tells_what_it_chose(
     assert chosen["levels"] == (level if level is None else [level] * 2)  # there is not even room for these
     assert chosen["trained_dtype"] == "bf16" and (chosen["backends"] != {}) == (fused == "on")
     assert 0.15 < chosen["planned_gib"] < 0.16  # the libraries' workspaces for the most part
+    assert chosen["planned_host_gib"] == 0  # nothing of a step; a copy of a checkpoint is none
     assert "planned_s" not in chosen  # there is no card
 
 
