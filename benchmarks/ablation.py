@@ -23,7 +23,6 @@ core into the README.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -39,9 +38,10 @@ import torch
 
 from benchmarks.ablation_arms import ARMS, CORE, FULL, LADDER, RECIPE, arm_over
 from benchmarks.ablation_figure import figure
-from benchmarks.ablation_run import GRID, NEW_TEXTS, RUN, Job, Work, data_name, files, one_run, tokenise_once
+from benchmarks.ablation_run import GRID, NEW_TEXTS, RUN, Job, Work, data_name, files, one_run, run_config
 from benchmarks.ablation_table import in_docs, in_readme, own_rate, tell
-from benchmarks.measuring import append, command, gpu_name, results_file
+from benchmarks.measuring import append, command, gpu_name, lines_of, results_file
+from benchmarks.real_runs import tokenise_once
 from steep.export.gate import free_memory
 
 README = Path(__file__).parent.parent / "README.md"
@@ -125,10 +125,6 @@ def work_of(arguments: argparse.Namespace, tokens: int) -> Work:
         tokens // step * step, arguments.batch, arguments.seq, arguments.r, arguments.untied,
         arguments.heldout_tokens, gpu_name(),
     )  # fmt: skip
-
-
-def lines_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def jobs_of(arguments: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> Iterator[Job]:
@@ -246,7 +242,8 @@ def main(words: list[str] | None = None) -> None:
     if not jobs:
         return
     out.parent.mkdir(parents=True, exist_ok=True)  # before hours of work have no place to go to
-    tokenise_once(jobs)
+    by_replay = {bool(job.definition.replay): job for job in jobs}  # the text of runs differs in nothing else
+    tokenise_once(run_config(job, out.parent) for job in by_replay.values())
     failed = do_all(jobs, out, arguments.jobs)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed; the same command does these again.")

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ablation_arms import ARMS, CORE, arm_over
-from benchmarks.ablation_table import COMMON, LANGUAGE, OWN, Estimate, Ladder, Named, bits, label, ladders
+from benchmarks.ablation_table import COMMON, LANGUAGE, OWN, Ladder, Named, bits, label, ladders
+from benchmarks.estimate import Estimate
 from steep.report.curves import smooth, smoothing_span
 from steep.report.figures import short
 

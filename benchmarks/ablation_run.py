@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import math
-import os
 import tempfile
 import time
 from collections import Counter
@@ -19,17 +17,15 @@ import transformers
 
 from benchmarks.ablation_arms import Arm, arm_over, run_file
 from benchmarks.measuring import versions
+from benchmarks.real_runs import columns
 from steep.config import parse_config
-from steep.data.packing import tokenize_sources
 from steep.evaluation.score import DomainScore
 from steep.export.gate import free_memory
 from steep.model.load import load_resolved
-from steep.model.resolve import read_tokenizer, resolve
 from steep.plan import plan_run
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
-from steep.storage import cache_folder
 from steep.training.trainer import Trainer
 
 NEW_TEXTS, OLD_TEXT = {"ko-tech": "ko", "ko-law": "ko", "en-med": "med"}, "en-books"
@@ -151,21 +147,6 @@ def run_config(job: Job, output: Path) -> RunConfig:
     })  # fmt: skip
 
 
-def tokenise_once(jobs: Iterable[Job]) -> None:
-    """Put the tokens of all texts into the cache; of several calls the first does it, and the others wait."""
-    folder = cache_folder() / "tokens"
-    folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        by_replay = {bool(job.definition.replay): job for job in jobs}
-        for job in by_replay.values():
-            config = run_config(job, folder)
-            tokenize_sources(config.data.sources, read_tokenizer(resolve(config.model.name)))
-    finally:
-        os.close(held)
-
-
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """What a run leaves.
@@ -252,12 +233,6 @@ def trained_tensors(proof: Mapping[str, Any]) -> dict[str, int]:
 
 
 _WITHIN = {"weight", "bias", "default", "lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save"}
-
-
-def columns(scores: Iterable[DomainScore], domains: Iterable[str]) -> dict[str, dict[str, float]]:
-    """Loss (nats a token) and bits a byte of each domain."""
-    found = {score.domain: {"loss": score.loss, "bits_per_byte": score.bits_per_byte} for score in scores}
-    return {domain: found[domain] for domain in domains}
 
 
 def curve(steps: Iterable[Mapping[str, Any]], work: Work) -> dict[str, list[float]]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -121,6 +122,11 @@ def results_file(name: str) -> Path:
     """`benchmarks/results/DATE-GPU-NAME.jsonl`, of today and this machine's GPU."""
     gpu = gpu_name().removeprefix("NVIDIA ").split()[0].lower()
     return RESULTS / f"{date.today()}-{gpu}-{name}.jsonl"
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of results; none where it is not there."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def append(file: Path, row: dict[str, object]) -> None:

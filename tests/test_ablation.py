@@ -23,7 +23,9 @@ from benchmarks import ablation, ablation_run, ablation_table
 from benchmarks.ablation_arms import ARMS, CORE, FULL, LADDER, arm_over, run_file
 from benchmarks.ablation_figure import figure, mean_curve, ticks
 from benchmarks.ablation_run import GRID, RUN, Work
-from benchmarks.ablation_table import COMMON, OWN, Estimate, Ladder
+from benchmarks.ablation_table import COMMON, OWN, Ladder
+from benchmarks.estimate import Estimate
+from benchmarks.measuring import lines_of
 from steep.config import parse_config
 from steep.model.adapters import add_adapters
 from tests.tiny import documents, tiny_model
@@ -64,7 +66,7 @@ def lines(llama_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFacto
         ablation.main(words_for(llama_folder, data, out, "--arms", *ARMS))
     finally:
         torch.set_num_threads(threads)
-    return ablation.lines_of(out)
+    return lines_of(out)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +218,7 @@ def test_what_is_there_is_not_done_again(
     begun.clear()
     ablation.main(words_for(llama_folder, data, out, "--arms", "lora", "gate"))
     assert begun == []
-    assert len({row["data"] for row in ablation.lines_of(out)}) == 1
+    assert len({row["data"] for row in lines_of(out)}) == 1
 
 
 def test_other_text_is_other_work(data: Path, tmp_path: Path) -> None:
@@ -240,7 +242,7 @@ def test_two_processes_take_runs_from_one_queue(
         text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = {row["arm"]: row for row in ablation.lines_of(out)}
+    found = {row["arm"]: row for row in lines_of(out)}
     assert set(found) == {"lora", "gate"} and all(row["at_once"] == 2 for row in found.values())
     for name, row in found.items():
         assert row["curve"]["loss"] == pytest.approx(runs[name]["curve"]["loss"], rel=1e-3)
