@@ -2,7 +2,7 @@
 
     python -m benchmarks.bases --model FOLDER --data FOLDER [--arms nf4 fp8-both ...] [--seeds 3] [--first-seed 0]
                                [--steps 100] [--out FILE]
-    python -m benchmarks.bases --summary FILE
+    python -m benchmarks.bases --summary FILE ... [--docs]
 
 Each arm trains the same 16-bit model on the same Korean rows with `steep train`: rank 256, rank-stabilised with a scale
 of 2, embeddings at a tenth of the rate, 8-bit AdamW with stochastic rounding, fused where there is a GPU. The seed is
@@ -22,16 +22,14 @@ plain transformers.
 --data holds ko-tech and ko-law (.train.jsonl.gz, .heldout.jsonl.gz) and en-books.heldout.jsonl.gz. A run appends one
 line of JSON to --out, by default `benchmarks/results/DATE-GPU-bases.jsonl`. A run whose line is there is not done
 again, and several processes may share a file: give each other arms or seeds. --summary says what the lines come to
-(`benchmarks/bases_table.py`).
+(`benchmarks/bases_table.py`); with --docs it writes that into docs/decisions.md, and bits a byte into docs/recipe.md,
+else the exit code is 1 where the bar is not shown to hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
-import json
-import os
 import sys
 import tempfile
 import time
@@ -41,10 +39,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.bases_table import DOMAINS, tell
-from benchmarks.measuring import append, command, gpu_name, results_file, versions
+from benchmarks.bases_arms import ARMS, DOMAINS, Work
+from benchmarks.bases_table import bar_holds, in_docs, in_recipe, tell
+from benchmarks.measuring import append, command, gpu_name, lines_of, results_file, versions
+from benchmarks.real_runs import columns, tokenise_once
 from steep.config import parse_config
-from steep.data.packing import tokenize_sources
 from steep.evaluation.perplexity import evaluate
 from steep.evaluation.score import DomainScore
 from steep.export.adapter_weights import AdapterWeights
@@ -53,45 +52,17 @@ from steep.export.merged import Merger
 from steep.model.attention import attention
 from steep.model.choices import Choices
 from steep.model.load import DTYPES, as_folder
-from steep.model.resolve import read_tokenizer, resolve
 from steep.result import choices_of_run, plan_again
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
-from steep.storage import cache_folder
 from steep.terminal import Terminal
 
-ARMS: dict[str, dict[str, str]] = {
-    "nf4": {"base": "nf4"},
-    "fp8-none": {"base": "fp8", "fp8_products": "none"},
-    "fp8-backward": {"base": "fp8", "fp8_products": "backward"},
-    "fp8-both": {"base": "fp8", "fp8_products": "both"},
-    "bf16": {"base": "bf16"},
-}
 SCALE = 2.0
 TRAINED, MEASURED = ("ko-tech", "ko-law"), {"ko": ("ko-tech", "ko-law"), "en": ("en-books",)}
 GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What all arms have in common; only lines of one work are compared.
-
-    Attributes:
-        model: the folder's name.
-        learning_rate: of the adapters.
-        heldout_tokens: scored of each language at the most.
-        gpu: the card's name, or "none".
-    """
-
-    model: str
-    steps: int
-    batch: int
-    seq: int
-    r: int
-    learning_rate: float
-    heldout_tokens: int
-    gpu: str
+DOCS = Path(__file__).parent.parent / "docs" / "decisions.md"
+RECIPE = DOCS.parent / "recipe.md"
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -109,10 +80,15 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--heldout-tokens", type=int, default=100_000, help="scored of each language at the most")
     parser.add_argument("--vram", default="8GiB", help="what a run may fill of the card: others may be on it")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-GPU-bases.jsonl")
-    parser.add_argument("--summary", type=Path, metavar="FILE", help="say what a file's lines come to, and run nothing")
+    parser.add_argument(
+        "--summary", type=Path, nargs="+", metavar="FILE", help="say what the lines of files come to, and run nothing"
+    )
+    parser.add_argument("--docs", action="store_true", help="write it into docs/decisions.md and docs/recipe.md too")
     arguments = parser.parse_args(words)
     if arguments.summary is None and not (arguments.model and arguments.data):
         parser.error("give --model and --data, or --summary")
+    if arguments.docs and not arguments.summary:
+        parser.error("--docs is of a --summary")
     return arguments
 
 
@@ -162,24 +138,6 @@ def run_config(arguments: argparse.Namespace, arm: str, seed: int, output: Path)
     })  # fmt: skip
 
 
-def tokenise_once(config: RunConfig) -> None:
-    """Put the text's tokens into the cache; of several processes the first does it, and the others wait."""
-    folder = cache_folder() / "tokens"
-    folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        tokenize_sources(config.data.sources, read_tokenizer(resolve(config.model.name)))
-    finally:
-        os.close(held)
-
-
-def columns(scores: list[DomainScore]) -> dict[str, dict[str, float]]:
-    """Loss (nats a token) and bits a byte of each language."""
-    found = {score.domain: {"loss": score.loss, "bits_per_byte": score.bits_per_byte} for score in scores}
-    return {domain: found[domain] for domain in DOMAINS}
-
-
 def refuse_other(arm: str, choices: Choices, on_gpu: bool) -> None:
     """
     Raises:
@@ -216,7 +174,8 @@ def one_run(arguments: argparse.Namespace, arm: str, seed: int) -> dict[str, Any
         "arm": arm, "seed": seed, **dataclasses.asdict(work_of(arguments)),
         "embedding_learning_rate": config.training.embedding_learning_rate, "scale": SCALE,
         "tokens": steps[-1]["tokens"], "curve": [row["loss"] for row in steps],
-        "before": columns(trained["before"]), "own": columns(after), "merged": columns(merged),
+        "before": columns(trained["before"], DOMAINS), "own": columns(after, DOMAINS),
+        "merged": columns(merged, DOMAINS),
         "heldout": {score.domain: [score.documents, score.tokens] for score in after},
         "chosen": dataclasses.asdict(choices), "peak_allocated_gib": peak, "trained_s": trained_s,
         "seconds": time.perf_counter() - begun, "versions": versions(), "command": command(),
@@ -242,19 +201,35 @@ def scores_merged(config: RunConfig, folder: RunFolder, output: Path) -> list[Do
 
 def done(out: Path, work: Work) -> set[tuple[str, int]]:
     """Arms and seeds whose lines of this work are in the file."""
-    lines = map(json.loads, out.read_text(encoding="utf-8").splitlines()) if out.exists() else ()
     wanted = dataclasses.asdict(work)
-    return {(row["arm"], row["seed"]) for row in lines if wanted.items() <= row.items()}
+    return {(row["arm"], row["seed"]) for row in lines_of(out) if wanted.items() <= row.items()}
+
+
+def summarise(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        SystemExit: a file has no lines, or such as cannot be compared; without --docs always, with 1 where the bar is
+            not shown to hold.
+    """
+    if empty := [str(file) for file in arguments.summary if not lines_of(file)]:
+        raise SystemExit(f"--summary: {', '.join(empty)} has no lines.")
+    files = {file.name: lines_of(file) for file in arguments.summary}
+    print("\n\n".join(map(tell, files.values())))
+    if not arguments.docs:
+        sys.exit(not all(map(bar_holds, files.values())))
+    DOCS.write_text(in_docs(DOCS.read_text(encoding="utf-8"), files), encoding="utf-8")
+    RECIPE.write_text(in_recipe(RECIPE.read_text(encoding="utf-8"), files), encoding="utf-8")
 
 
 def main(words: list[str] | None = None) -> None:
     arguments = parse(sys.argv[1:] if words is None else words)
     if arguments.summary:
-        sys.exit(not tell(arguments.summary))
+        summarise(arguments)
+        return
     refuse(arguments)
     out, work = arguments.out or results_file("bases"), work_of(arguments)
     with tempfile.TemporaryDirectory() as temporary:
-        tokenise_once(run_config(arguments, "bf16", 0, Path(temporary)))
+        tokenise_once([run_config(arguments, "bf16", 0, Path(temporary))])
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             for arm in arguments.arms:
                 if (arm, seed) in done(out, work):

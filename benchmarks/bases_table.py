@@ -1,51 +1,46 @@
-"""What the lines of `benchmarks.bases` come to: a table, and whether the bar for an fp8 base holds.
+"""What the lines of `benchmarks.bases` come to: tables, and whether the bar for an fp8 base holds.
 
 The bar: fp8 in both directions is not worse than NF4 with bf16 products in any of four columns, Korean and English, in
 their own arithmetic and merged into the 16-bit original; and merged it is within 0.015 nats a token of the bf16 base.
-Differences are of runs with the same seed, and a mean is known to two of its standard errors: where those decide it,
-the answer is open, and takes more seeds.
+Differences are of runs with the same seed. A part of the bar holds where the whole 95 % interval of the mean (Student's
+t over the seeds) is within it; where the mean is and the interval is not, it is open, and takes more seeds.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from benchmarks.pages import markdown
+from benchmarks.bases_arms import ARMS, DOMAINS, Work
+from benchmarks.estimate import Estimate
+from benchmarks.pages import markdown, with_part
 
 Row = dict[str, Any]
+Column = tuple[str, str]  # domain, and in which arithmetic
 
-DOMAINS = {"ko": "Korean", "en": "English"}
-COLUMNS = [(domain, where) for domain in DOMAINS for where in ("own", "merged")]
+BEGIN, END = "<!-- benchmarks.bases: begin -->", "<!-- benchmarks.bases: end -->"
+COLUMNS: list[Column] = [(domain, where) for domain in DOMAINS for where in ("own", "merged")]
 JUDGED, FOUR_BIT, SIXTEEN_BIT = "fp8-both", "nf4", "bf16"
 MERGED_WITHIN = 0.015  # nats a token
-HOLDS, OPEN, FAILS = "holds", "open: within two standard errors, more seeds would say", "does not hold"
-# What a line has to share with another to be compared with it.
-SAME = ("model", "steps", "batch", "seq", "r", "learning_rate", "heldout_tokens", "gpu")
+HOLDS, OPEN, FAILS = "holds", "open", "does not hold"
+PRODUCTS = {"none": "bf16", "backward": "fp8 backward", "both": "fp8 both ways"}
+INTERVALS = "mean ± half of the 95 % interval by Student's t over n seeds"
 
 
-def tell(file: Path) -> bool:
-    """Print all works of a file; whether the bar holds in each."""
-    works: dict[tuple[Any, ...], list[Row]] = {}
-    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-        works.setdefault(tuple(row[name] for name in SAME), []).append(row)
-    if not works:
-        raise SystemExit(f"--summary: {file} has no lines.")
-    holds = True
-    for rows in works.values():
-        refuse_unlike(rows)
-        print("\n".join(table(rows)), end="\n\n")
-        answers = verdicts(rows)
-        for what, answer in answers:
-            print(f"{what}: {answer}")
-        holds &= all(answer.startswith(HOLDS) for _, answer in answers)
-        print()
-    print(f"the bar {'holds' if holds else 'is not shown to hold'}")
-    return holds
+def works_of(rows: Sequence[Row]) -> list[tuple[Work, list[Row]]]:
+    """Each work with its lines, in their order.
+
+    Raises:
+        SystemExit: see `refuse_unlike`.
+    """
+    works: dict[Work, list[Row]] = {}
+    for row in rows:
+        works.setdefault(Work(**{field.name: row[field.name] for field in dataclasses.fields(Work)}), []).append(row)
+    for found in works.values():
+        refuse_unlike(found)
+    return list(works.items())
 
 
 def refuse_unlike(rows: Sequence[Row]) -> None:
@@ -72,51 +67,64 @@ def refuse_unlike(rows: Sequence[Row]) -> None:
             )
 
 
-def nats(row: Row, domain: str, where: str) -> float:
-    return row[where][domain]["loss"]
+def arms_of(rows: Sequence[Row]) -> list[str]:
+    there = {row["arm"] for row in rows}
+    return [arm for arm in ARMS if arm in there]
 
 
 def by_seed(rows: Sequence[Row], arm: str) -> dict[int, Row]:
     return {row["seed"]: row for row in rows if row["arm"] == arm}
 
 
-def differences(rows: Sequence[Row], arm: str, other: str, column: tuple[str, str]) -> list[float]:
+def score(row: Row, column: Column, unit: str) -> float:
+    """
+    Args:
+        unit: `loss`, which is in nats a token, or `bits_per_byte`.
+    """
+    domain, where = column
+    return row[where][domain][unit]
+
+
+def differences(rows: Sequence[Row], arm: str, other: str, column: Column) -> list[float]:
     """Nats of `arm` minus those of `other`, of each seed that both have."""
     ours, theirs = by_seed(rows, arm), by_seed(rows, other)
-    return [nats(ours[seed], *column) - nats(theirs[seed], *column) for seed in sorted(ours.keys() & theirs.keys())]
+    shared = sorted(ours.keys() & theirs.keys())
+    return [score(ours[seed], column, "loss") - score(theirs[seed], column, "loss") for seed in shared]
 
 
-def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean ± standard deviation."""
-    deviation = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{sign}.4f}{deviation}"
+# ---- tables
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """Markdown: nats a token (bits a byte) over the seeds, and differences to nf4 and to bf16 in nats."""
-    work = rows[0]
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    head = ["base, products", "seeds", *(f"{DOMAINS[domain]}, {where}" for domain, where in COLUMNS)]
-    lines: list[list[str]] = []
-    for arm in arms:
-        own = list(by_seed(rows, arm).values())
-        cells = [
-            f"{spread([nats(row, *column) for row in own])} "
-            f"({np.mean([row[column[1]][column[0]]['bits_per_byte'] for row in own]):.4f})"
-            for column in COLUMNS
-        ]
-        lines.append([arm, str(len(own)), *cells])
-    for arm in arms:
-        for other in (FOUR_BIT, SIXTEEN_BIT):
+def scores(rows: Sequence[Row], unit: str) -> list[str]:
+    """Markdown, a line an arm."""
+    head = ["base", "products", *(f"{DOMAINS[domain]}, {where}" for domain, where in COLUMNS)]
+    lines = []
+    for arm in arms_of(rows):
+        own = by_seed(rows, arm).values()
+        found = [Estimate.of([score(row, column, unit) for row in own]).text() for column in COLUMNS]
+        lines.append([ARMS[arm]["base"], PRODUCTS[ARMS[arm].get("fp8_products", "none")], *found])
+    return markdown(head, lines)
+
+
+def apart(rows: Sequence[Row]) -> list[str]:
+    """Markdown, a line for each arm that is held against nf4 or bf16, in nats."""
+    lines = []
+    for other in (FOUR_BIT, SIXTEEN_BIT):
+        for arm in arms_of(rows):
             found = [differences(rows, arm, other, column) for column in COLUMNS]
-            if arm != other and found[0]:
-                cells = [spread(values, "+") for values in found]
-                lines.append([f"{arm} minus {other}", str(len(found[0])), *cells])
-    title = (
-        f"{work['model']} on {work['gpu']}: {work['steps']} steps of {work['batch']} x {work['seq']} tokens, rank "
-        f"{work['r']}, rate {work['learning_rate']:g}. Nats a token, mean ± standard deviation over seeds (bits a byte)"
+            if found[0] and arm != other and (arm, other) != (SIXTEEN_BIT, FOUR_BIT):  # which stands there turned round
+                lines.append([f"{arm} minus {other}", *(Estimate.of(values).text("+") for values in found)])
+    return markdown(["arms", *(f"{DOMAINS[domain]}, {where}" for domain, where in COLUMNS)], lines) if lines else []
+
+
+def title(work: Work) -> str:
+    return (
+        f"{work.model} on {work.gpu}: {work.steps} steps of {work.batch} × {work.seq:,} tokens, rank {work.r}, rate "
+        f"{work.learning_rate:g}."
     )
-    return [title, "", *markdown(head, lines)]
+
+
+# ---- the bar
 
 
 def verdicts(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -134,10 +142,62 @@ def verdicts(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def verdict(values: Sequence[float], most: float) -> str:
-    """Whether the mean of differences is at most `most`."""
+    """Whether differences are at most `most`."""
     if not values:
         return "no seed has both runs"
-    mean = np.mean(values)
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    answer = HOLDS if mean <= most else OPEN if mean - 2 * error <= most else FAILS  # NaN does not hold
-    return f"{answer} ({spread(values, '+')}, {len(values)} seed{'s' * (len(values) > 1)})"
+    change = Estimate.of(values)
+    if not change.mean <= most:  # NaN does not hold
+        return f"{FAILS}, {change.text('+')}"
+    if change.half is None:
+        return f"{OPEN}, {change.text('+')}: one seed has no interval"
+    if not change.high <= most:
+        return f"{OPEN}, {change.text('+')}: the mean is within it, its interval is not"
+    return f"{HOLDS}, {change.text('+')}"
+
+
+def bar_holds(rows: Sequence[Row]) -> bool:
+    """In each work."""
+    return all(answer.startswith(HOLDS) for _, found in works_of(rows) for _, answer in verdicts(found))
+
+
+# ---- what is said
+
+
+def tell(rows: Sequence[Row]) -> str:
+    """Markdown, of every work: nats a token, differences, and the bar.
+
+    Raises:
+        SystemExit: see `refuse_unlike`.
+    """
+    parts = []
+    for work, found in works_of(rows):
+        answers = verdicts(found)
+        holds = all(answer.startswith(HOLDS) for _, answer in answers)
+        parts += [
+            [f"{title(work)} Nats a token, fewer are better; {INTERVALS}."],
+            scores(found, "loss"),
+            ["Differences, seed by seed:"],
+            apart(found),
+            [f"The bar {'holds' if holds else 'is not shown to hold'}:"],
+            [f"- {what}: {answer}" for what, answer in answers],
+        ]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def in_docs(text: str, files: Mapping[str, Sequence[Row]]) -> str:
+    """The text of docs/decisions.md with what is said between its marks.
+
+    Args:
+        files: lines by the name of their file.
+    """
+    said = [f"From `benchmarks/results/{name}`.\n\n{tell(rows)}" for name, rows in files.items()]
+    return with_part(text, BEGIN, END, "\n\n".join(said))
+
+
+def in_recipe(text: str, files: Mapping[str, Sequence[Row]]) -> str:
+    """The text of docs/recipe.md with bits a byte between its marks."""
+    parts = [f"Bits a byte of held-out text, fewer are better; {INTERVALS}. Own: scored in the arithmetic of the run."]
+    for name, rows in files.items():
+        for work, found in works_of(rows):
+            parts += [f"{title(work)} `benchmarks/results/{name}`", "\n".join(scores(found, "bits_per_byte"))]
+    return with_part(text, BEGIN, END, "\n\n".join(parts))

@@ -8,6 +8,7 @@ import gzip
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,8 @@ def test_arms_differ_in_base_and_products_alone() -> None:
     ("words", "said"),
     [
         ([], "give --model and --data, or --summary"),
+        (["--model", "{model}", "--data", "{folder}", "--docs"], "--docs is of a --summary"),
+        (["--summary", "{folder}/none.jsonl"], "none.jsonl has no lines"),
         (["--model", "{folder}", "--data", "{folder}"], "holds no model"),
         (["--model", "{model}", "--data", "{folder}"], "lacks ko-tech.train.jsonl.gz"),
         (["--model", "{model}", "--data", "{folder}", "--arms", "fp4"], "invalid choice: 'fp4'"),
@@ -194,7 +197,10 @@ def planted(arm: str, seed: int, losses: tuple[float, float, float, float], **fi
     scores = [{"loss": loss, "bits_per_byte": loss / 2} for loss in losses]
     row = {"arm": arm, "seed": seed, "model": "m", "steps": 5, "batch": 2, "seq": 64, "r": 8, "learning_rate": 1e-4}
     row |= {"heldout_tokens": 600, "gpu": "none", "tokens": 640, "embedding_learning_rate": 1e-5, "scale": 2.0}
-    row |= {"heldout": {"ko": [9, 500], "en": [9, 500]}, "curve": [6.0, 5.0 + seed / 10 + len(arm) / 100]}
+    row |= {
+        "heldout": {"ko": [9, 500], "en": [9, 500]},
+        "curve": [6.0, 5.0 + seed / 10 + list(bases.ARMS).index(arm) / 100],
+    }
     return row | {"own": dict(zip(("ko", "en"), scores[:2], strict=True))} | {
         "merged": dict(zip(("ko", "en"), scores[2:], strict=True)), **fields,
     }  # fmt: skip
@@ -225,18 +231,20 @@ def summary_of(
     with pytest.raises(SystemExit) as end:
         bases.main(["--summary", str(file)])
     said = capsys.readouterr().out
-    answers = dict(line.split(": ", 1) for line in said.splitlines() if line.startswith("fp8-both is "))
+    answers = dict(line[2:].split(": ", 1) for line in said.splitlines() if line.startswith("- fp8-both is "))
     return int(end.value.code or 0), answers, said
 
 
 def test_the_studys_figures_hold_the_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, answers, said = summary_of(of_three_seeds(), tmp_path, capsys)
     assert code == 0 and len(answers) == 6
-    assert all(answer.startswith("holds (") for answer in answers.values())
-    assert "the bar holds" in said
-    assert "| fp8-both | 3 | 0.8760 ± 0.1000 (0.4380) |" in said
-    assert "| fp8-both minus nf4 | 3 | -0.0040 ± 0.0000 | -0.1200 ± 0.0000 | -0.1240 ± 0.0000 |" in said
-    assert "| fp8-both minus bf16 | 3 | +0.0100 ± 0.0000 | +0.0110 ± 0.0000 |" in said
+    assert all(answer.startswith("holds, ") for answer in answers.values())
+    assert "The bar holds:" in said
+    assert f"| fp8 | fp8 both ways | 0.8760 ± {4.303 * 0.1 / 3**0.5:.4f} (n = 3) |" in said
+    none = "± 0.0000 (n = 3)"
+    assert f"| fp8-both minus nf4 | -0.0040 {none} | -0.1200 {none} | -0.1240 {none} |" in said
+    assert f"| fp8-both minus bf16 | +0.0100 {none} | +0.0110 {none} |" in said
+    assert "| nf4 minus bf16 |" in said and "bf16 minus nf4" not in said
 
 
 @pytest.mark.parametrize("column", range(4))
@@ -247,11 +255,11 @@ def test_one_column_that_is_worse_breaks_it(column: int, tmp_path: Path, capsys:
         code, answers, said = summary_of(of_three_seeds(tuple(both)), tmp_path, capsys)  # pyright: ignore[reportArgumentType]
         language, where = ("Korean", "English")[column % 2], ("own", "merged")[column // 2]
         answer = answers[f"fp8-both is not worse than nf4, {language}, {where}"]
-        assert answer.startswith("holds (" if holds else "does not hold (")
+        assert answer.startswith("holds, " if holds else "does not hold, ")
         others = [answer for what, answer in answers.items() if "nf4" in what and f"{language}, {where}" not in what]
         assert len(others) == 3 and all(other.startswith("holds") for other in others)
         if not holds:
-            assert code == 1 and "the bar is not shown to hold" in said
+            assert code == 1 and "The bar is not shown to hold:" in said
 
 
 @pytest.mark.parametrize(("gap", "holds"), [(0.0149, True), (0.0151, False)])
@@ -263,20 +271,37 @@ def test_merged_it_may_be_so_far_from_16_bits(
     both[column] = BF16[column] + gap
     code, answers, _ = summary_of(of_three_seeds(tuple(both)), tmp_path, capsys)  # pyright: ignore[reportArgumentType]
     what = f"fp8-both is within 0.015 of bf16, {('Korean', 'English')[column % 2]}, merged"
-    assert answers[what].startswith("holds (" if holds else "does not hold (") and (code == 0) is holds
+    assert answers[what].startswith("holds, " if holds else "does not hold, ") and (code == 0) is holds
 
 
-def test_what_noise_could_have_made_is_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    both = (NF4[0] + 0.0005, *BOTH[1:])
+@pytest.mark.parametrize(
+    ("gap", "answer"),
+    [
+        (-0.0026, "holds, -0.0026 ± 0.0025 (n = 3)"),  # 4.303 standard errors of 0.000577
+        (-0.0024, "open, -0.0024 ± 0.0025 (n = 3): the mean is within it, its interval is not"),
+        (0.0005, "does not hold, +0.0005 ± 0.0025 (n = 3)"),
+    ],
+)
+def test_a_part_holds_if_its_whole_interval_does(
+    gap: float, answer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = (NF4[0] + gap, *BOTH[1:])
     code, answers, _ = summary_of(of_three_seeds(both, noise=(-0.001, 0.001, 0.0)), tmp_path, capsys)
-    assert answers["fp8-both is not worse than nf4, Korean, own"].startswith("open: ") and code == 1
+    assert answers["fp8-both is not worse than nf4, Korean, own"] == answer
     assert answers["fp8-both is not worse than nf4, English, own"].startswith("holds")
+    assert (code == 0) is answer.startswith("holds")
+
+
+def test_one_seed_leaves_it_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, answers, _ = summary_of(of_three_seeds()[:3], tmp_path, capsys)
+    assert code == 1 and len(answers) == 6
+    assert all(re.fullmatch(r"open, .* \(n = 1\): one seed has no interval", answer) for answer in answers.values())
 
 
 def test_a_seed_that_one_arm_lacks_decides_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lone = planted("fp8-both", 9, (9.0, 9.0, 9.0, 9.0))
     code, answers, _ = summary_of([*of_three_seeds(), lone], tmp_path, capsys)
-    assert code == 0 and all("3 seeds" in answer for answer in answers.values())
+    assert code == 0 and all("(n = 3)" in answer for answer in answers.values())
     code, answers, _ = summary_of([lone, planted("nf4", 0, NF4)], tmp_path, capsys)
     assert code == 1 and set(answers.values()) == {"no seed has both runs"}
 
@@ -284,7 +309,7 @@ def test_a_seed_that_one_arm_lacks_decides_nothing(tmp_path: Path, capsys: pytes
 def test_each_model_has_to_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     worse = [{**row, "model": "other"} for row in of_three_seeds((NF4[0] + 0.01, *BOTH[1:]))]
     code, _, said = summary_of([*of_three_seeds(), *worse], tmp_path, capsys)
-    assert code == 1 and said.count("| base, products |") == 2
+    assert code == 1 and said.count("| base | products |") == 2
 
 
 @pytest.mark.parametrize(
@@ -295,20 +320,34 @@ def test_each_model_has_to_hold(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ({"curve": None}, "have the same losses to the last digit"),
     ],
 )
-def test_runs_that_are_unlike_are_not_compared(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_runs_that_are_unlike_are_not_compared(fields: dict[str, Any], said: str) -> None:
     rows = of_three_seeds()
     rows[2] |= {"curve": rows[0]["curve"]} if "curve" in fields else fields
-    (file := tmp_path / "planted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit, match=said):
-        bases_table.tell(file)
+        bases_table.tell(rows)
 
 
-def test_seeds_may_differ_in_tokens(tmp_path: Path) -> None:
+def test_seeds_may_differ_in_tokens() -> None:
     """The order of the rows may leave out the last one, which is short: of all arms of a seed alike."""
     rows = [row | {"tokens": row["tokens"] - (row["seed"] == 2)} for row in of_three_seeds()]
-    (file := tmp_path / "planted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len({row["tokens"] for row in rows}) == 2
-    bases_table.tell(file)
+    bases_table.tell(rows)
+
+
+def test_every_arm_is_in_the_documents_with_its_interval() -> None:
+    """Of each file and each work, in bits a byte in one page and in nats in the other."""
+    rows = [
+        planted(arm, seed, (0.9 + seed / 100, 3.5, 0.9, 3.5), model=model)
+        for model in ("one", "two") for arm in bases.ARMS for seed in (0, 1)
+    ]  # fmt: skip
+    marks = f"a\n{bases_table.BEGIN}\nold\n{bases_table.END}\nb"
+    files = {"x.jsonl": rows, "y.jsonl": rows[:2]}
+    for page, loss in ((bases_table.in_recipe(marks, files), 0.4525), (bases_table.in_docs(marks, files), 0.905)):
+        half = 12.706 * loss / 0.905 * 0.01 / 2
+        assert page.startswith("a\n") and page.endswith("\nb") and "\nold\n" not in page
+        assert page.count(f"| {loss:.4f} ± {half:.4f} (n = 2) |") == 2 * len(bases.ARMS) + 1
+        assert page.count("| fp8 | fp8 backward |") == 2 and page.count("| nf4 | bf16 |") == 3
+        assert page.count("x.jsonl") in (1, 2) and page.count("y.jsonl") == 1
 
 
 # ---- loading

@@ -13,15 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablation, planned, table
+from benchmarks import ablation, bases, planned, table
 
 ROOT = Path(__file__).parents[1]
 PART = re.compile(r"(<!-- (benchmarks\.[\w, ]+): begin -->\n).*?(<!-- \2: end -->)", re.DOTALL)
-PAGES = ((ablation, "README"), (ablation, "DOCS"), (planned, "PAGE"), (table, "README"))
-ABLATION = ["--summary", str(ROOT / "benchmarks" / "results" / "2026-11-29-h200-ablation.jsonl")]
+PAGES = (
+    (ablation, "README"), (ablation, "DOCS"), (bases, "DOCS"), (bases, "RECIPE"), (planned, "PAGE"), (table, "README"),
+)  # fmt: skip
+RESULTS = ROOT / "benchmarks" / "results"
+ABLATION = ["--summary", str(RESULTS / "2026-11-29-h200-ablation.jsonl")]
 COMMANDS: list[tuple[Callable[[list[str]], None], list[str]]] = [
     (table.main, []),
     (planned.main, []),
+    (bases.main, ["--summary", *map(str, sorted(RESULTS.glob("*-bases.jsonl"))), "--docs"]),
     (ablation.main, [*ABLATION, "--docs", "--figure", "docs/evidence.svg"]),
     (ablation.main, [*ABLATION, "--figure", "docs/lean.svg", "--arms", "rslora", "lean"]),
 ]
