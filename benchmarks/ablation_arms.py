@@ -37,6 +37,7 @@ class Arm:
         replay: share of the tokens.
         whole: all weights train, without adapters.
         on_top: it stands on the rung that --over names.
+        rates: the grid of its learning rates.
         model, adapter, training: fields of the run file that are its own.
     """
 
@@ -51,21 +52,23 @@ class Arm:
     replay: float = 0.0
     whole: bool = False
     on_top: bool = False
+    rates: tuple[float, ...] = ADAPTER_RATES
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapter: dict[str, Any] = dataclasses.field(default_factory=dict)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """The grid of its learning rates."""
-        return FULL_RATES if self.whole else ADAPTER_RATES
 
     def embedding_rate(self, learning_rate: float) -> float | None:
         return learning_rate / self.slower if self.saved else None
 
 
 LADDER: dict[str, Arm] = {
-    "lora": Arm("LoRA on attention, up and down, scale alpha / r", targets=WITHOUT_GATE, saved=(), rslora=False),
+    "lora": Arm(
+        "LoRA on attention, up and down, scale alpha / r",
+        targets=WITHOUT_GATE,
+        saved=(),
+        rslora=False,
+        rates=(*ADAPTER_RATES, 1.28e-2, 2.56e-2),  # its best was the last of the others'
+    ),
     "gate": Arm("and on gate_proj", "lora", True, saved=(), rslora=False),
     "embeddings": Arm("and embed_tokens and lm_head at the same rate", "gate", False, slower=1, rslora=False),
     "apart-2": Arm("these at half the rate", "embeddings", True, slower=2, rslora=False),
@@ -75,7 +78,9 @@ LADDER: dict[str, Arm] = {
 }
 ARMS: dict[str, Arm] = {
     **LADDER,
-    FULL: Arm("full finetuning at one rate", RECIPE, True, slower=1, whole=True, model={"base": "fp32"}),
+    FULL: Arm(
+        "full finetuning at one rate", RECIPE, True, slower=1, whole=True, rates=FULL_RATES, model={"base": "fp32"}
+    ),
     "replay-5": Arm("with 5 % replay", RECIPE, True, OLD, replay=0.05, on_top=True),
     "replay-25": Arm("with 25 % replay", "replay-5", True, OLD, replay=0.25, on_top=True),
     "pissa": Arm("begun by PiSSA", RECIPE, on_top=True, adapter={"init_lora_weights": "pissa"}),
