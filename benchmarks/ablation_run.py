@@ -257,8 +257,9 @@ def peak_rates(steps: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def one_run(job: Job) -> dict[str, Any]:
-    """Train and score; the line that says it."""
-    begun, arm, on_gpu = time.perf_counter(), job.definition, torch.cuda.is_available()
+    """Train and score; the line that says it. `begun` and `ended` are Unix time: of runs that share a card they say how
+    long it was held."""
+    begun, arm, on_gpu = time.time(), job.definition, torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as temporary:
         config = run_config(job, Path(temporary) / "run")
         if on_gpu:
@@ -267,7 +268,7 @@ def one_run(job: Job) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() / GIB if on_gpu else None
     free_memory()
     refuse_unequal(trained.ledger, job.work)
-    seconds = time.perf_counter() - begun
+    ended = time.time()
     domains = (NEW_TEXTS[job.work.text], OLD_DOMAIN)
     return {
         **job.key, "steps": job.work.steps, "targets": trained.ledger["targets_trained"],
@@ -275,6 +276,6 @@ def one_run(job: Job) -> dict[str, Any]:
         "trained_tensors": trained_tensors(trained.proof), "curve": curve(trained.steps, job.work),
         "before": columns(trained.before, domains), "after": columns(trained.after, domains),
         "heldout": {score.domain: [score.documents, score.tokens] for score in trained.after},
-        "peak_allocated_gib": peak, "seconds": seconds, "at_once": job.at_once,
-        "gpu_seconds": seconds / job.at_once if on_gpu else None, "versions": versions(), "command": job.command,
+        "peak_allocated_gib": peak, "begun": begun, "ended": ended, "seconds": ended - begun, "at_once": job.at_once,
+        "versions": versions(), "command": job.command,
     }  # fmt: skip

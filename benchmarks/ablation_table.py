@@ -167,11 +167,9 @@ def results(ladder: Ladder, way: str) -> list[str]:
             cells.append(f"{before:.4f} → {Estimate.of([bits(row, domain) for row in rows]).text()}")
         embedding = rows[0]["embedding_learning_rate"]
         embedding_rate = "–" if embedding is None else f"{embedding:g}"
-        seconds = [row["gpu_seconds"] for row in rows if row["gpu_seconds"] is not None]
-        cost = f"{np.mean(seconds):.0f} (n = {len(seconds)})" if seconds else "–"
         rate = f"{rows[0]['learning_rate']:g}"
-        lines.append([label(name), arm_over(*name).says, rate, embedding_rate, *cells, cost])
-    head = ["arm", "what it is", "rate", "embeddings' rate", LANGUAGE[ladder.new], LANGUAGE[ladder.old], "GPU s"]
+        lines.append([label(name), arm_over(*name).says, rate, embedding_rate, *cells])
+    head = ["arm", "what it is", "rate", "embeddings' rate", LANGUAGE[ladder.new], LANGUAGE[ladder.old]]
     return markdown(head, lines) if lines else []
 
 
@@ -224,12 +222,28 @@ def grids(ladder: Ladder) -> tuple[list[str], list[str]]:
     return (markdown(["arm", *(f"{rate:g}" for rate in rates)], lines) if lines else []), at_end
 
 
+def gpu_seconds(rows: Sequence[Row]) -> tuple[float, bool]:
+    """For how long a run or more was under way on the card, and whether that is an estimate.
+
+    Rows from before they said when they began are put behind each other as they stand in the file: of a call each goes
+    to the process that is free first.
+    """
+    seconds, until = 0.0, float("-inf")
+    for row in sorted((row for row in rows if "begun" in row), key=lambda row: row["begun"]):
+        seconds += max(0.0, row["ended"] - max(row["begun"], until))
+        until = max(until, row["ended"])
+    calls: dict[str, list[float]] = {}
+    for row in (row for row in rows if "begun" not in row):
+        free = calls.setdefault(row["command"], [0.0] * row["at_once"])
+        free[free.index(min(free))] += row["seconds"]
+    return seconds + sum(map(max, calls.values())), bool(calls)
+
+
 def title(ladder: Ladder) -> str:
     work, rows = ladder.work, [*ladder.runs, *ladder.grid_runs]
     versions = sorted({", ".join(f"{name} {row['versions'][name]}" for name in ("torch", "transformers", "peft")
                                  if name in row["versions"]) for row in rows})  # fmt: skip
-    gpu = [row["gpu_seconds"] for row in rows if row["gpu_seconds"] is not None]
-    cost = f" {sum(gpu) / 60:.0f} GPU minutes, {len(ladder.grid_runs)} runs of the grid included." if gpu else ""
+    cost = "" if work.gpu == "none" else f" {_cost(rows)}, {len(ladder.grid_runs)} runs of the grid included."
     heldout = ", ".join(f"{LANGUAGE[domain]} {documents} documents, {tokens:,} tokens"
                         for domain, (documents, tokens) in ladder.runs[0]["heldout"].items())  # fmt: skip
     return (
@@ -237,6 +251,12 @@ def title(ladder: Ladder) -> str:
         f"{work.steps:,} steps of {work.batch} × {work.seq}, rank {work.r}; {'; '.join(versions)}.{cost} Held out: "
         f"{heldout}. Bits a byte, fewer are better; mean ± half of the 95 % interval by Student's t over n seeds."
     )
+
+
+def _cost(rows: Sequence[Row]) -> str:
+    seconds, estimated = gpu_seconds(rows)
+    minutes = f"{seconds / 60:.0f} GPU minutes"
+    return f"About {minutes} (estimated: rows do not say when they began)" if estimated else minutes
 
 
 def paragraphs(ladder: Ladder) -> Iterator[list[str]]:

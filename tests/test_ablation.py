@@ -91,7 +91,7 @@ def test_all_arms_train_the_same_rows_and_are_scored_on_the_same_text(lines: lis
             quantised = "nf4" in (ARMS[name].model.get("base"), name)
             assert row["before"][domain]["bits_per_byte"] == pytest.approx(before, rel=2e-2 if quantised else 2e-3)
         assert row["after"]["ko"]["bits_per_byte"] != row["before"]["ko"]["bits_per_byte"]
-        assert row["seconds"] > 0 and row["versions"]["torch"] and row["gpu_seconds"] is None
+        assert row["versions"]["torch"] and row["seconds"] == row["ended"] - row["begun"] > 0
     curves = [tuple(row["curve"]["loss"]) for row in runs.values()]
     assert len(set(curves)) == len(curves), "no two arms compute the same"
 
@@ -143,7 +143,7 @@ def test_an_arm_differs_from_the_one_below_it_in_one_thing() -> None:
         if arm.on is None:
             continue
         below = ARMS[arm.on]
-        fields = {field.name for field in dataclasses.fields(arm)} - {"says", "on", "better", "by", "on_top"}
+        fields = {field.name for field in dataclasses.fields(arm)} - {"says", "on", "better", "by", "on_top", "rates"}
         differ = {field for field in fields if getattr(arm, field) != getattr(below, field)}
         expected = {"gate": {"targets"}, "embeddings": {"saved", "slower"}, FULL: {"whole", "slower", "model"}}
         assert len(differ) == 1 or differ == expected[name], name
@@ -313,7 +313,8 @@ def line(
                   "loss": [9.0 + own] * (work.steps - 1) + [loss + own]},
         "before": {"ko": {"loss": 2.0, "bits_per_byte": 2.5}, "en": {"loss": 2.0, "bits_per_byte": 1.1}},
         "after": {"ko": {"loss": 2.0, "bits_per_byte": ko}, "en": {"loss": 2.0, "bits_per_byte": en}},
-        "heldout": {"ko": [5, 900], "en": [6, 950]}, "gpu_seconds": 30.0, "versions": {"torch": "2"},
+        "heldout": {"ko": [5, 900], "en": [6, 950]}, "begun": 100.0 * seed, "ended": 100.0 * seed + 30,
+        "versions": {"torch": "2"},
     }  # fmt: skip
 
 
@@ -376,7 +377,36 @@ def test_differences_are_of_runs_with_the_same_seed() -> None:
     assert "overlap | as the advice says |" in said, "the two means' intervals overlap, though the difference is clear"
     assert "2.5000 → 2.1000 ± 0.2484 (n = 3)" in said and "2.5000 → 1.7500 ± " in said
     assert "Every step that was measured is in the order of the advice" in said
-    assert "4 GPU minutes, 0 runs of the grid included" in said and "30 (n = 3)" in said
+    assert " 2 GPU minutes, 0 runs of the grid included." in said, "both arms had the card at once, with each seed"
+
+
+def test_gpu_minutes_are_those_in_which_a_run_was_under_way() -> None:
+    spans = [(0, 60), (30, 90), (40, 50), (100, 130), (130, 140)]
+    rows = [{"begun": begun, "ended": ended} for begun, ended in reversed(spans)]
+    assert ablation_table.gpu_seconds(rows) == (130.0, False)
+    older = [
+        {"command": command, "at_once": at_once, "seconds": seconds}
+        for command, at_once, times in (("a", 2, (10, 40, 20, 20)), ("b", 1, (5, 5))) for seconds in times
+    ]  # fmt: skip
+    assert ablation_table.gpu_seconds(older) == (50.0 + 10.0, True)  # 10 + 20 + 20 beside 40
+    assert ablation_table.gpu_seconds([*older, *rows]) == (190.0, True)
+    undated = [{**row, "command": "a", "at_once": 1, "seconds": 60.0} for row in three("lora", 2.0, 2.1)]
+    for row in undated:
+        del row["begun"]
+    assert " About 2 GPU minutes (estimated: rows do not say when they began), 0 runs" in ablation_table.tell(
+        planned, RATE
+    )
+    on_cpu = [{**row, "gpu": "none"} for row in undated]
+    assert "GPU minutes" not in ablation_table.tell(on_cpu, RATE)
+
+
+def test_a_grid_reaches_as_far_as_it_had_to() -> None:
+    """The rates that the results have of each arm's grid are those that the command tries now."""
+    found: dict[str, set[float]] = {}
+    for row in lines_of(ROOT / "benchmarks" / "results" / "2026-11-29-h200-ablation.jsonl"):
+        if row["part"] == GRID and row["text"] == "ko-tech":
+            found.setdefault(row["arm"], set()).add(row["learning_rate"])
+    assert set(found) == set(CORE) and found == {arm: set(ARMS[arm].rates) for arm in found}
 
 
 def test_a_contradiction_is_named() -> None:
