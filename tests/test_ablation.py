@@ -394,7 +394,7 @@ def test_gpu_minutes_are_those_in_which_a_run_was_under_way() -> None:
     for row in undated:
         del row["begun"]
     assert " About 2 GPU minutes (estimated: rows do not say when they began), 0 runs" in ablation_table.tell(
-        planned, RATE
+        undated, RATE
     )
     on_cpu = [{**row, "gpu": "none"} for row in undated]
     assert "GPU minutes" not in ablation_table.tell(on_cpu, RATE)

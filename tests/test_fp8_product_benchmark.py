@@ -1,5 +1,5 @@
 """`benchmarks.fp8` times what it says, at small sizes on a CPU: groups are held against their weights, and the share is
-of products, quantisation and transposition."""
+of products, quantisation and transposition. `benchmarks.fp8_tiles` keeps what it finds of each tile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import fp8, measuring
+from benchmarks import fp8, fp8_tiles, measuring
 
 
 @pytest.fixture
@@ -120,3 +120,38 @@ def test_fp8_products_are_timed_on_a_gpu_with_units_for_them(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with pytest.raises(SystemExit, match="no GPU with fp8 units"):
         fp8.main([])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_each_tile_that_was_tried_has_a_line_that_says_where(
+    backward: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the kernel itself, in Triton's interpreter; a tile that is wrong or cannot be is not tried on other shapes."""
+    small, wide = (fp8_tiles.Tile(64, 64, 128, 64, 4, 2, splits) for splits in (True, False))
+    impossible, tried = small._replace(half=3), []
+    product = fp8_tiles.fp8_linear.product
+
+    def tracked(*given: Any, tile: Any) -> None:
+        tried.append((given[2].shape, tile))
+        product(*given, tile=tile)
+        if tile == wide:
+            given[4].div_(2)
+
+    monkeypatch.setattr(fp8_tiles.fp8_linear, "product", tracked)
+    monkeypatch.setattr(fp8_tiles, "DEVICE", "cpu")
+    monkeypatch.setattr(fp8_tiles, "milliseconds", lambda launch: 0.5)
+    monkeypatch.setattr(fp8_tiles, "candidates", lambda: iter((small, wide, impossible)))
+    out = tmp_path / "rows.jsonl"
+    words = f"--tokens 48 --rank 16 --shapes 128x128 128x192 --out {out}"
+    fp8_tiles.main([*words.split(), *(["--backward"] * backward)])
+    rows = list(map(json.loads, out.read_text().splitlines()))
+    assert all(row["gpu"] == "none" and row["versions"]["torch"] and row["command"] for row in rows)
+    names = ["torch", "torch", "write", "transpose"]
+    assert [row["name"] for row in rows] == [*names, *["tile"] * 3, *names, "tile"]
+    right, halved, failed = rows[4:7]
+    assert right["right"] and right["splits"] and right["backward"] is backward
+    assert not halved["right"] and halved["wrong"] == pytest.approx(0.5, abs=0.01)
+    assert failed["half"] == 3 and failed["error"]
+    assert [shape[0] for shape, tile in tried if tile != small] == [128, 128], "the second shape has the best alone"
+    assert right["of_torch"] == pytest.approx((128 + 16) / 128)
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
