@@ -4,11 +4,11 @@
                                    [--out FILE]
 
 A shape is K x N. Prints what each measurement gave, and appends one line of JSON each to
-`benchmarks/results/DATE-GPU-fp8-tiles.jsonl`, as soon as it is known: `torch` without and with fast accumulation (the bare product,
-row scales), `write` and `transpose` of such a weight, and each tile with the adapters of `--rank` in its sum, with sums
-that are split and with sums that stay in the card's short accumulator (`splits`). All tiles are tried on the first
-shape, and on the others the BEST of them. The clock falls under load, so compare within one call; `of_torch` is the
-share of the bare product's speed without fast accumulation, the adapter's own work counted.
+`benchmarks/results/DATE-GPU-fp8-tiles.jsonl`, as soon as it is known: `torch` without and with fast accumulation (the
+bare product, row scales), `write` and `transpose` of such a weight, and each tile with the adapters of `--rank` in
+its sum, with sums that are split and with sums that stay in the card's short accumulator (`splits`). All tiles are
+tried on the first shape, and on the others the BEST of them. The clock falls under load, so compare within one call;
+`of_torch` is the share of the bare product's speed without fast accumulation, the adapter's own work counted.
 """
 
 from __future__ import annotations
