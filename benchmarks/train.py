@@ -12,11 +12,11 @@ A time is the median of the steps after the third, each of which stands in `seco
 the step has to do, none twice, over the measured speed of a bf16 product; packed rows have none, since the work of
 attention differs from step to step. `steep` is `steep train`, with everything that it does; `steep-fp8` the same over
 a base in e4m3 (`model.base: fp8`, not QLoRA); `-lean` behind either: without clipping, updated inside the backward
-pass, the optimizer's states in host memory; `steep-bare` its model and optimizer in the loop of the others, `steep-
-script` that of `hf` after `steep.install(model)`. --cap-gib holds the first three to so much allocated memory, and to
-a ninth more with the gaps between allocations, and nobody else; `--cap-gib hf` to the peak of the fastest of hf, hf-
-flash and hf-varlen, which the call then begins with. Without --peers these are all timed on packed rows, hf-flash
-where the package flash-attn is installed.
+pass, the optimizer's states in host memory; `steep-bare` its model and optimizer in the loop of the others,
+`steep-script` that of `hf` after `steep.install(model)`. --cap-gib holds the first three to so much allocated memory,
+and to a ninth more with the gaps between allocations, and nobody else; `--cap-gib hf` to the peak of the fastest of
+hf, hf-flash and hf-varlen, which the call then begins with. Without --peers these are all timed on packed rows,
+hf-flash where the package flash-attn is installed.
 
 The losses of all bare loops have to agree, the first and the last, and steep's first one with theirs as far as its
 other tokens let it; over e4m3 its base has other weights too, and the first loss may differ as much as that of another

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from steep.planning.rates import LAUNCHED, OF_MEASURED, OF_PUBLISHED, TILE, Rate
 from steep.planning.step_work import StepWork, Transfer, Work, mean_document, step_work
 from steep.terminal import duration_line
 from tests.planning.test_fitting import ground_of
-from tests.test_fused_run import config_of, empty_llama, measured, measured_config, step_of
+from tests.test_fused_run import config_of, empty_llama, measured, measured_config, name_of, step_of
 
+PAGE = Path(__file__).parents[2] / "docs" / "fused-step.md"
 H200 = rates_of(card_named("H200"))
 # Bare work on an H200, at the clocks of work that goes on; attention by cuDNN in documents of 2,048 and of 16,384
 # tokens, and by flash.
@@ -284,12 +286,8 @@ def test_the_link_says_which_copies_are_hidden() -> None:
 # ---- against what was measured
 
 
-def of_first_day(row: dict[str, Any]) -> bool:
-    """Small models waited for the host then; the next day's rows are of the same command."""
-    return row["call"] < "2026-11-29" and row["shape"] in ("llama-3.2-3b", "gemma-3-4b")
-
-
-ROWS = [row for row in measured() if not of_first_day(row)]
+ROWS = measured()
+LONG = 65_536  # tokens of a document from which on attention is most of a step
 
 
 def seconds_of(row: dict[str, Any], rates: Rates | None) -> float:
@@ -302,45 +300,68 @@ def seconds_of(row: dict[str, Any], rates: Rates | None) -> float:
     return rates.seconds_of_step(of_step, len(row["levels"]), tiles)
 
 
-def name_of(row: dict[str, Any]) -> str:
-    within = f" within {row['cap_gib']:.3g}" if row["cap_gib"] else ""
-    return f"{row['call'][:10]}, {row['peer']}, {row['shape']}, {row['batch']} x {row['seq']}{within}"
-
-
-# What is predicted of a measured step, as a share, where that is further off than of others: both were measured a day
-# before the host took half as long for updates over its memory, and products in e4m3 were faster.
-MISSED = {
-    "2026-11-29, steep-lean, llama-3-8b, 2 x 2048 within 9": 0.83,
-    "2026-11-29, steep-fp8, llama-3-8b, 2 x 2048 within 26.4": 0.97,
+# By the minute of their call, runs that waited for a slow host, and what is predicted of a step as a share of it. The
+# same command took less later.
+SLOW_HOST = {
+    "2026-11-28T19:12": 0.87,  # 1B
+    "2026-11-28T19:26": 0.80,  # Gemma 4B
+    "2026-11-28T22:35": 0.69,  # 3B
+    "2026-11-29T22:17": 0.83,  # lean, within 9 GiB
 }
+# Shares of published rates and rates of bare work are those of documents of 16,384 tokens at the most: attention is
+# faster in longer ones. A calibration measured it in documents of 4,096, until it came to longer ones itself.
+BY_SHARES, BY_BARE_WORK, BY_SHORT_CALIBRATION = 1.17, 1.095, 1.15
+CALIBRATED_LONG = "2026-11-30T13:00"
 
 
-def measured_seconds(row: dict[str, Any]) -> Any:
-    missed = MISSED.get(name_of(row))
-    return pytest.approx(row["step_s"], rel=0.15) if missed is None else pytest.approx(missed * row["step_s"], rel=0.03)
+def is_near(found: float, row: dict[str, Any], of_long: float, near: float) -> bool:
+    """Whether so many seconds are predicted of a step as they are meant to be.
+
+    Args:
+        of_long: what is predicted of one of long documents, as a share of it.
+        near: the share by which any other may be off.
+    """
+    slow = SLOW_HOST.get(row["call"][:16])
+    share = slow or (of_long if row["seq"] >= LONG else 1.0)
+    return found == pytest.approx(share * row["step_s"], rel=near if share == 1.0 else 0.03)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_steps_took_as_long(row: dict[str, Any]) -> None:
     """Shares of the H200's rates were fitted to these; no row alone, but for that in fp8."""
-    assert seconds_of(row, H200) == measured_seconds(row)
+    found = seconds_of(row, H200)
+    assert is_near(found, row, BY_SHARES, 0.10), found / row["step_s"]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_and_so_by_rates_of_bare_work(row: dict[str, Any]) -> None:
     attention = FLASH if row["packed"] else CUDNN_LONG if row["seq"] > 2048 else CUDNN
-    assert seconds_of(row, rates_of(None, replace(BARE, attention=attention))) == measured_seconds(row)
+    found = seconds_of(row, rates_of(None, replace(BARE, attention=attention)))
+    assert is_near(found, row, BY_BARE_WORK, 0.10), found / row["step_s"]
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.get("measured")], ids=name_of)
+CALIBRATED = [row for row in ROWS if row.get("measured")]
+
+
+@pytest.mark.parametrize("row", CALIBRATED, ids=name_of)
 def test_and_by_the_calibration_before_it(row: dict[str, Any]) -> None:
-    """Of 7B and 8B models: 7 % too long in one document of 16,384 tokens, over e4m3 and in tiles within 4 %, the others
-    within 2 %."""
+    """Of 7B, 8B and 70B models: 7 % too long in one document of 16,384 tokens, over e4m3 and in tiles within 4 %, the
+    others within 2 %."""
     found = seconds_of(row, rates_of(None, Measured(**row["measured"])))
-    assert found == measured_seconds(row)
-    of_tiles = row["tile"] < row["batch"] * row["seq"]
-    near = 0.08 if row["seq"] > 2048 else 0.04 if of_tiles or row["fp8_products"] == "both" else 0.02
-    assert name_of(row) in MISSED or found == pytest.approx(row["step_s"], rel=near)
+    of_long = BY_SHORT_CALIBRATION if row["call"] < CALIBRATED_LONG else 1.0
+    of_tiles = row["tile"] < row["batch"] * row["seq"] < LONG
+    near = 0.08 if row["seq"] == 16_384 else 0.04 if of_tiles or row["fp8_products"] == "both" else 0.02
+    assert is_near(found, row, of_long, near), found / row["step_s"]
+
+
+def test_the_page_says_how_far_off_the_time_was() -> None:
+    page = " ".join(PAGE.read_text(encoding="utf-8").split())
+    for rows, rates, said in (
+        (ROWS, lambda row: H200, "from {} % too short to {} % too long"),
+        (CALIBRATED, lambda row: rates_of(None, Measured(**row["measured"])), "{} % too short to {} % too long"),
+    ):
+        off = [seconds_of(row, rates(row)) / row["step_s"] - 1 for row in rows]
+        assert said.format(f"{-min(off):.0%}".rstrip("%"), f"{max(off):.0%}".rstrip("%")) in page
 
 
 def test_the_last_layers_copies_are_waited_for() -> None:
@@ -359,4 +380,5 @@ def test_the_last_layers_copies_are_waited_for() -> None:
 def test_every_run_that_was_measured_is_there() -> None:
     """Of each peer that is `steep train`, and none has a figure that is not looked at."""
     assert {row["peer"] for row in ROWS} == set(RUNS)
-    assert set(MISSED) <= {name_of(row) for row in ROWS} and len([row for row in ROWS if row.get("measured")]) == 12
+    assert set(SLOW_HOST) <= {row["call"][:16] for row in ROWS}
+    assert len(ROWS) == 38 and len(CALIBRATED) == 20 and sum(row["seq"] >= LONG for row in CALIBRATED) == 6
