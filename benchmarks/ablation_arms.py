@@ -20,7 +20,8 @@ ALPHA = 32.0
 ADAPTER_RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
 FULL_RATES = (1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4, 3.2e-4, 6.4e-4)
 RECIPE, FULL = "rslora", "full"
-NEW, OLD = "new", "old"  # text: what is learned, and what may be forgotten
+# Text: what is learned, what may be forgotten and is replayed, and what may be forgotten and never is.
+NEW, OLD, UNSEEN = "new", "old", "unseen"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from steep.training.trainer import Trainer
 
 NEW_TEXTS, OLD_TEXT = {"ko-tech": "ko", "ko-law": "ko", "en-med": "med"}, "en-books"
 OLD_DOMAIN = "en"
+UNSEEN_TEXT, UNSEEN_DOMAIN = "en-wiki", "wiki"  # in the old language, and never replayed
 GRID, RUN = "grid", "run"
 GIB = 2**30
 
@@ -104,7 +105,7 @@ class Job:
 
 
 def files(data: Path, text: str) -> dict[str, Path]:
-    """The four files of a work, by what they are for."""
+    """The four files of a work, by what they are for; a fifth may be there, which is only scored."""
     return {
         "train": data / f"{text}.train.jsonl.gz",
         "heldout": data / f"{text}.heldout.jsonl.gz",
@@ -128,6 +129,8 @@ def run_config(job: Job, output: Path) -> RunConfig:
         {"path": str(found["heldout"]), "role": "heldout", "domain": domain},
         {"path": str(found["old heldout"]), "role": "heldout", "domain": OLD_DOMAIN},
     ]
+    if (unseen := job.data_folder / f"{UNSEEN_TEXT}.heldout.jsonl.gz").exists():
+        sources.append({"path": str(unseen), "role": "heldout", "domain": UNSEEN_DOMAIN})
     if arm.replay:
         sources.insert(1, {"path": str(found["replay"]), "role": "replay", "domain": OLD_DOMAIN})
     own = run_file(arm, work.r, job.learning_rate)
@@ -269,7 +272,7 @@ def one_run(job: Job) -> dict[str, Any]:
     free_memory()
     refuse_unequal(trained.ledger, job.work)
     ended = time.time()
-    domains = (NEW_TEXTS[job.work.text], OLD_DOMAIN)
+    domains = [score.domain for score in trained.after]
     return {
         **job.key, "steps": job.work.steps, "targets": trained.ledger["targets_trained"],
         "replay_share": arm.replay, "peak_rates": peak_rates(trained.steps),

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ablation_arms import ARMS, BESIDE, CORE, FULL, NEW, OLD, arm_over
-from benchmarks.ablation_run import GRID, NEW_TEXTS, OLD_DOMAIN, RUN, Work
+from benchmarks.ablation_arms import ARMS, BESIDE, CORE, FULL, NEW, OLD, UNSEEN, arm_over
+from benchmarks.ablation_run import GRID, NEW_TEXTS, OLD_DOMAIN, RUN, UNSEEN_DOMAIN, Work
 from benchmarks.estimate import Estimate
 from benchmarks.pages import markdown, with_part
 
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 Named = tuple[str, str]  # an arm, and the rung that it stands on or ""
 
 BEGIN, END = "<!-- benchmarks.ablation: begin -->", "<!-- benchmarks.ablation: end -->"
-LANGUAGE = {"ko": "Korean", "med": "medicine", OLD_DOMAIN: "English"}
+LANGUAGE = {"ko": "Korean", "med": "medicine", OLD_DOMAIN: "English", UNSEEN_DOMAIN: "English Wikipedia"}
 COMMON, OWN = "at the common rate", "each at its own rate"
 WORK = [field.name for field in dataclasses.fields(Work)]
 
@@ -80,7 +80,8 @@ class Ladder:
         rows_of: dict[tuple[int, float], Row] = {}
         curves: dict[tuple[int, str], Row] = {}
         for row in self.runs:
-            if row["heldout"] != self.runs[0]["heldout"]:
+            shared = row["heldout"].keys() & self.runs[0]["heldout"].keys()
+            if any(row["heldout"][domain] != self.runs[0]["heldout"][domain] for domain in shared):
                 raise SystemExit(f"{row['arm']} and {self.runs[0]['arm']} were scored on other held-out text.")
             other = rows_of.setdefault((row["seed"], row["replay_share"]), row)
             if row["targets"] != other["targets"]:
@@ -103,7 +104,12 @@ class Ladder:
         return {row["seed"]: row for row in found}
 
     def domain(self, text: str) -> str:
-        return {NEW: self.new, OLD: self.old}[text]
+        return {NEW: self.new, OLD: self.old, UNSEEN: UNSEEN_DOMAIN}[text]
+
+    @property
+    def texts(self) -> list[str]:
+        """That all runs were scored on; the first ones do not have the last."""
+        return [NEW, OLD, *([UNSEEN] if all(UNSEEN_DOMAIN in row["after"] for row in self.runs) else [])]
 
     def below(self, name: Named) -> Named | None:
         """What an arm stands on."""
@@ -162,14 +168,15 @@ def results(ladder: Ladder, way: str) -> list[str]:
         if not rows:
             continue
         cells = []
-        for domain in (ladder.new, ladder.old):
+        for domain in map(ladder.domain, ladder.texts):
             before = float(np.mean([bits(row, domain, "before") for row in rows]))
             cells.append(f"{before:.4f} → {Estimate.of([bits(row, domain) for row in rows]).text()}")
         embedding = rows[0]["embedding_learning_rate"]
         embedding_rate = "–" if embedding is None else f"{embedding:g}"
         rate = f"{rows[0]['learning_rate']:g}"
         lines.append([label(name), arm_over(*name).says, rate, embedding_rate, *cells])
-    head = ["arm", "what it is", "rate", "embeddings' rate", LANGUAGE[ladder.new], LANGUAGE[ladder.old]]
+    languages = [LANGUAGE[ladder.domain(text)] for text in ladder.texts]
+    head = ["arm", "what it is", "rate", "embeddings' rate", *languages]
     return markdown(head, lines) if lines else []
 
 
@@ -177,7 +184,7 @@ def steps(ladder: Ladder, way: str) -> tuple[list[str], list[str]]:
     """A line a step, and the steps that are not in the order of the advice, or only seem to be."""
     lines, odd = [], []
     for name, other in ladder.pairs():
-        changes = {text: ladder.differences(name, other, way, text) for text in (NEW, OLD)}
+        changes = {text: ladder.differences(name, other, way, text) for text in ladder.texts}
         if not changes[NEW]:
             continue
         arm = arm_over(*name)
@@ -186,11 +193,11 @@ def steps(ladder: Ladder, way: str) -> tuple[list[str], list[str]]:
             "–" if arm.better is None else f"{LANGUAGE[ladder.domain(arm.by)]} {'better' if arm.better else 'worse'}"
         )
         step = f"{other[0]} → {label(name)}"
-        estimates = [Estimate.of(changes[text]).text("+") for text in (NEW, OLD)]
+        estimates = [Estimate.of(each).text("+") for each in changes.values()]
         lines.append([step, advice, *estimates, apart(ladder, name, other, way, arm.by), said])
         if arm.better is not None and said != "as the advice says":
             odd.append(f"- {step}, {way}: {said} ({Estimate.of(changes[arm.by]).text('+')} bits a byte).")
-    head = ["step", "advice", *(f"{LANGUAGE[domain]}, change" for domain in (ladder.new, ladder.old)),
+    head = ["step", "advice", *(f"{LANGUAGE[ladder.domain(text)]}, change" for text in ladder.texts),
             "intervals of the two", "verdict"]  # fmt: skip
     return (markdown(head, lines) if lines else []), odd
 
@@ -245,7 +252,8 @@ def title(ladder: Ladder) -> str:
                                  if name in row["versions"]) for row in rows})  # fmt: skip
     cost = "" if work.gpu == "none" else f" {_cost(rows)}, {len(ladder.grid_runs)} runs of the grid included."
     heldout = ", ".join(f"{LANGUAGE[domain]} {documents} documents, {tokens:,} tokens"
-                        for domain, (documents, tokens) in ladder.runs[0]["heldout"].items())  # fmt: skip
+                        for domain, (documents, tokens) in ladder.runs[0]["heldout"].items()
+                        if domain in map(ladder.domain, ladder.texts))  # fmt: skip
     return (
         f"{work.model}{' (untied)' if work.untied else ''} on {work.text}, {work.gpu}: {work.tokens:,} tokens in "
         f"{work.steps:,} steps of {work.batch} × {work.seq}, rank {work.r}; {'; '.join(versions)}.{cost} Held out: "

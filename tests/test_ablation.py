@@ -41,10 +41,10 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, korean, english = tmp_path_factory.mktemp("data"), documents("ko", 150), documents("en", 150)
+    folder, korean, english = tmp_path_factory.mktemp("data"), documents("ko", 150), documents("en", 180)
     for name, texts in {
         "ko-tech.train": korean[:120], "ko-tech.heldout": korean[120:],
-        "en-books.train": english[:120], "en-books.heldout": english[120:],
+        "en-books.train": english[:120], "en-books.heldout": english[120:150], "en-wiki.heldout": english[150:],
     }.items():  # fmt: skip
         with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as stream:
             stream.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
@@ -86,7 +86,8 @@ def test_all_arms_train_the_same_rows_and_are_scored_on_the_same_text(lines: lis
         assert row["heldout"] == runs["lora"]["heldout"] and all(tokens <= 120 for _, tokens in row["heldout"].values())
         if not name.startswith("replay"):
             assert row["targets"] == runs["lora"]["targets"]
-        for domain in ("ko", "en"):
+        assert list(row["after"]) == list(row["heldout"]) == ["ko", "en", "wiki"]
+        for domain in row["after"]:
             before = runs["lora"]["before"][domain]["bits_per_byte"]
             quantised = "nf4" in (ARMS[name].model.get("base"), name)
             assert row["before"][domain]["bits_per_byte"] == pytest.approx(before, rel=2e-2 if quantised else 2e-3)
@@ -443,6 +444,21 @@ def test_replay_is_judged_by_what_is_forgotten() -> None:
     rows = [*three("rslora", 2.0, 2.0, 2.1), *three("dora", 1.9, 1.8, 2.05)]
     assert "| rslora → dora (on rslora) | – |" in ablation_table.tell(rows, RATE)
     assert "| better, but its interval holds zero |" in ablation_table.tell(rows, RATE)
+
+
+def test_text_that_is_never_replayed_has_a_column_where_all_runs_were_scored_on_it() -> None:
+    rows = [*three("rslora", 2.0, 2.0), *three("replay-5", 2.1, 2.1)]
+    without = ablation_table.tell(rows, RATE)
+    for seed, row in enumerate(rows):
+        row["before"] |= {"wiki": {"loss": 2.0, "bits_per_byte": 1.3}}
+        row["after"] |= {"wiki": {"loss": 2.0, "bits_per_byte": 1.5 - seed / 10}}
+        row["heldout"] |= {"wiki": [7, 960]}
+    said = ablation_table.tell(rows, RATE)
+    assert "| Korean | English | English Wikipedia |" in said and "English Wikipedia 7 documents, 960 tokens" in said
+    assert "| 1.3000 → 1.4500 ± " in said and "| -0.2000 ± 0.0000 (n = 2) |" in said
+    assert "English Wikipedia" not in without
+    del rows[0]["after"]["wiki"], rows[0]["before"]["wiki"], rows[0]["heldout"]["wiki"]
+    assert ablation_table.tell(rows, RATE) == without
 
 
 def test_own_rates_have_a_table_of_their_own() -> None:
