@@ -300,7 +300,8 @@ class TrainingSection(BaseModel):
         "warn",
         description="What is done with a step whose loss or gradient norm jumps: off, warn (say it), skip (do not "
         "apply it), rollback (go back to the last checkpoint and pass over its rows). A kind of text that jumps more "
-        "than five times in four spike_windows is trained; what comes more seldom is skipped each time, and said.",
+        "than five times in four spike_windows is trained; what comes more seldom is skipped each time, and said. A "
+        "step with fewer rows than the others, as the last of an epoch may have, is not looked at.",
     )
     spike_threshold: Number = Field(
         6.0, gt=0, description="A jump is so many robust standard deviations above the median of the steps before."

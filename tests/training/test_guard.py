@@ -507,11 +507,12 @@ def test_scores_of_steps_that_are_trained_again_are_dropped(corpus: Corpus, tmp_
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_the_last_step_of_an_epoch_may_be_the_one(action: str, corpus: Corpus, tmp_path: Path) -> None:
-    """It has fewer micro-batches than accumulation 3 asks for; and the first one after it is not finite."""
-    last = -(-len(corpus.train) // 3)
+    """And the first one after it is not finite."""
+    last = len(corpus.train) // 2
+    assert len(corpus.train) % 2 == 0
     saved = (last - 1) // 5 * 5
     settings: dict[str, Any] = {
-        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": last + 4,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": last + 4,
         "spike_action": action, "save_strategy": "steps", "save_steps": 5, **QUICK,
     }  # fmt: skip
 
@@ -523,10 +524,10 @@ def test_the_last_step_of_an_epoch_may_be_the_one(action: str, corpus: Corpus, t
         return trainer
 
     whole = run("whole")
-    assert whole.ledger()["adds_up"] and whole.times_seen.sum() == len(corpus.train) + 12
+    assert whole.ledger()["adds_up"] and whole.times_seen.sum() == len(corpus.train) + 8
     assert (whole.guard.steps_skipped, whole.steps_not_finite) == (1, 1)
     found = lines(tmp_path / "whole" / "incidents.jsonl")
-    assert [(row["step"], len(row["rows"])) for row in found] == [(last, len(corpus.train) % 3), (last + 1, 3)]
+    assert [(row["step"], len(row["rows"])) for row in found] == [(last, 2), (last + 1, 2)]
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     for path in (tmp_path / "again").glob("checkpoint-*"):
         if int(path.name.removeprefix("checkpoint-")) > saved:
@@ -535,12 +536,55 @@ def test_the_last_step_of_an_epoch_may_be_the_one(action: str, corpus: Corpus, t
     assert lines(tmp_path / "again" / "incidents.jsonl") == found
 
 
+def without_numbers(corpus: Corpus) -> list[dict[str, Any]]:
+    """The rows as a data set of the caller's own, which has no ledger."""
+    rows = (corpus.train[row] for row in range(len(corpus.train)))
+    return [{key: value for key, value in row.items() if key != "row"} for row in rows]
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "known"), [(3, 1, True), (1, 3, True), (1, 3, False)])
+@pytest.mark.parametrize("action", ["warn", "skip", "rollback"])
+def test_a_short_step_is_not_judged(
+    action: str, batch: int, accumulation: int, known: bool, corpus: Corpus, tmp_path: Path
+) -> None:
+    """The last one of an epoch, which scatters more than the full ones do: neither it, nor those after it by it."""
+    last = -(-len(corpus.train) // 3)
+    assert len(corpus.train) % 3
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": last + 3,
+        "spike_action": action, "remove_unused_columns": False, **QUICK, "spike_window": 32,
+    }  # fmt: skip
+    rows: Any = corpus if known else without_numbers(corpus)
+    trainer = Trainer(model=adapted(), args=arguments(tmp_path, **settings), train_dataset=rows)
+    raise_losses(trainer, {last, last + 2})
+    trainer.train()
+    (incident,) = lines(tmp_path / "incidents.jsonl")
+    assert (incident["step"], incident["action"]) == (last + 2, action)
+    assert len(trainer.guard.state()["detector"]["losses"]["window"]) == last + 2
+    if known:
+        assert trainer.times_trained.sum() == len(corpus.train) + (9 if action == "warn" else 6)
+
+
+def test_a_short_step_that_is_passed_over_is_not_remembered(corpus: Corpus, tmp_path: Path) -> None:
+    """A list that was written when such steps were judged."""
+    last = -(-len(corpus.train) // 3)
+    settings: dict[str, Any] = {"per_device_train_batch_size": 3, "max_steps": last, "spike_action": "rollback"}
+    trainer = trainer_for(adapted(), corpus, tmp_path, **settings, **QUICK)
+    rows = epoch_order(len(corpus.train), trainer.args.seed, 0)[3 * (last - 1) :].tolist()
+    trainer.guard.skip_list.add(last, Skipped(rows, 1e6, 1e6))
+    shutil.copy(tmp_path / "skipped_steps.json", tmp_path / "list")
+    before = {**settings, **QUICK, "max_steps": last - 1, "save_strategy": "steps"}
+    trainer_for(adapted(), corpus, tmp_path, **before).train()
+    shutil.copy(tmp_path / "list", tmp_path / "skipped_steps.json")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.guard.steps_skipped == 1 and trainer.times_skipped.nonzero().flatten().tolist() == sorted(rows)
+    assert max(trainer.guard.state()["detector"]["losses"]["window"]) < 100
+
+
 def test_rows_that_nobody_knows(corpus: Corpus, tmp_path: Path) -> None:
     """A data set of the caller's own has no ledger: its incidents have no rows, and its steps are passed over too."""
-    rows = [
-        {key: value for key, value in corpus.train[row].items() if key != "row"} for row in range(len(corpus.train))
-    ]
     args = arguments(tmp_path, max_steps=12, spike_action="rollback", remove_unused_columns=False, **QUICK)
+    rows: Any = without_numbers(corpus)
     trainer = Trainer(model=adapted(), args=args, train_dataset=rows)
     raise_losses(trainer, {10})
     trainer.train()

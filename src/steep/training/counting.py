@@ -35,7 +35,7 @@ class Counting(Rollback):
     def _begin_step(self) -> None:
         """Forget the micro-batches so far: an interrupted step may have left some."""
         self._rows_of_step: list[np.ndarray] = []
-        self._tokens_of_step = 0
+        self._tokens_of_step = self._micro_batches = 0
 
     def _note_rows(self, rows: Any) -> None:
         """Take the rows of a micro-batch; a collator of the caller's own may have made their numbers a tensor."""
@@ -50,6 +50,15 @@ class Counting(Rollback):
         """Numbers of the rows that all processes have in the step, as far as they are known: int64 [rows]."""
         rows = ranks.gathered(np.concatenate([np.empty(0, np.int64), *self._rows_of_step]))
         return rows[rows != FILLER]
+
+    @property
+    def _is_short(self) -> bool:
+        """Whether the step, whose rows are `_rows`, has fewer than others, as the last of an epoch may. Where nobody
+        knows its rows it is told by its micro-batches."""
+        if not len(self._rows):
+            return self._micro_batches < self.args.gradient_accumulation_steps
+        full = self._train_batch_size * self.args.gradient_accumulation_steps * ranks.world_size()
+        return len(self._rows) < full
 
     def _count_step(self, outcome: Outcome) -> int:
         """Count the step that ends, whose rows are `_rows`; gives its tokens, of all processes. Padding is no work

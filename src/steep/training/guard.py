@@ -102,12 +102,16 @@ class Guard:
                 }
             )
 
-    def judge(self, step: int, loss: float, gradients: GradientReport, overflowed: bool, rows: np.ndarray) -> Outcome:
+    def judge(
+        self, step: int, loss: float, gradients: GradientReport, overflowed: bool, rows: np.ndarray, is_short: bool
+    ) -> Outcome:
         """What becomes of a step whose loss and gradients are known.
 
         Args:
             overflowed: a gradient is not finite, and too high a loss scale explains it.
             rows: numbers of its rows, where they are known.
+            is_short: it has fewer rows than others. Its loss and norm scatter more than theirs, so that it is held
+                against none of them, nor any against it.
 
         Raises:
             GoBack: it is a spike, and the run goes back for it.
@@ -120,7 +124,7 @@ class Guard:
             self.steps_overflowed += 1
             return Outcome.OVERFLOWED
         self._not_finite_in_a_row = 0
-        if self._args.spike_action == "off":
+        if self._args.spike_action == "off" or is_short:
             return Outcome.APPLIED
         spike = self._detector.judge(loss, gradients.total)
         if spike is None or spike.recurs:
@@ -132,8 +136,11 @@ class Guard:
         self._detector.remember(loss, gradients.total)
         return outcome
 
-    def pass_over(self, step: int, rows: np.ndarray) -> None:
+    def pass_over(self, step: int, rows: np.ndarray, is_short: bool) -> None:
         """Count a step of the skip list.
+
+        Args:
+            rows, is_short: see `judge`.
 
         Raises:
             RunError: the list names other rows for it.
@@ -145,7 +152,8 @@ class Guard:
                 "is not of this run"
             )
         self._count_skipped(step)
-        self._detector.remember(skipped.loss, skipped.grad_norm)  # nothing is computed now
+        if not is_short:
+            self._detector.remember(skipped.loss, skipped.grad_norm)  # nothing is computed now
 
     def _refuse(self, step: int, loss: float, gradients: GradientReport, rows: np.ndarray) -> None:
         is_loss = not math.isfinite(loss)

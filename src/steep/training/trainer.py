@@ -245,6 +245,7 @@ class Trainer(Reporting):
         """One micro-batch. The loss that goes back to transformers is zero where it is not finite, since its running
         sum would stay NaN for ever; what is reported is counted here."""
         rows = inputs.get("row")
+        self._micro_batches += 1
         if self.corpus is not None and rows is not None:
             self._note_rows(rows)
         if self.state.global_step + 1 in self.guard.skip_list:
@@ -329,7 +330,7 @@ class Trainer(Reporting):
         # Too high a loss scale explains such a gradient; one that no longer magnifies anything does not.
         overflowed = not self._gradients.finite and scaler is not None and scaler.get_scale() > 1
         try:
-            self._outcome = self.guard.judge(step, loss, self._gradients, overflowed, self._rows)
+            self._outcome = self.guard.judge(step, loss, self._gradients, overflowed, self._rows, self._is_short)
         except GoBack:
             forget_ahead(self._own_optimizer, self.model)
             self.finish_saving()  # what is gone back to may be on its way; that it failed would end the run
@@ -358,7 +359,7 @@ class Trainer(Reporting):
         """Note what was applied, at the rates it was applied with (the schedule moves on right after)."""
         self._meter.rates = {g.get("name", "other"): float(g["lr"]) for g in self.optimizer.param_groups}
         if self._outcome is Outcome.PASSED_OVER:
-            self.guard.pass_over(self.state.global_step + 1, self._rows)
+            self.guard.pass_over(self.state.global_step + 1, self._rows, self._is_short)
         self._meter.tokens += self._count_step(self._outcome)
         if self._outcome is not Outcome.APPLIED:
             return
