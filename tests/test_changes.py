@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 
 from steep.changes import _STAYS, HARMLESS, LENGTHS, changeable, judge_length, why_it_stays
-from steep.errors import UserError
+from steep.config import load_config
+from steep.errors import Stopped, UserError
+from steep.hand_over import export_run
+from steep.report.read import read_run
+from steep.result import evaluate_run
 from steep.resume import accept_changes, record_changes
 from steep.run import train_run
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
+from steep.stopping import Stop
 from steep.terminal import Terminal
 from steep.training.passed_through import HONOURED
 from tests.test_run import lines, run_file
@@ -206,6 +211,71 @@ def test_a_longer_run_is_the_one_that_was_that_long_from_the_start(
         ledger, expected = ((root / "ledger.json").read_text(encoding="utf-8") for root in (folder, whole))
         assert ledger == expected
         assert lines(folder / "changes.jsonl") == [{"step": step, "field": "training.max_steps", "old": 6, "new": 9}]
+
+
+class AfterASecondStep(Stop):
+    """Asks for an end when it is looked at for the second time."""
+
+    looks = 0
+
+    @property
+    def asked(self) -> bool:
+        self.looks += 1
+        return self.looks >= 2
+
+    @asked.setter
+    def asked(self, value: bool) -> None:
+        pass
+
+
+def test_a_longer_run_that_is_stopped_is_not_finished(
+    constant: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    """Its old result would pass for that of all steps which its run file now has."""
+    folder = shutil.copytree(constant, tmp_path / "ko")
+    weights = (folder / "final" / "adapter_model.safetensors").read_bytes()
+    terminal, said = listening()
+
+    def go_on(steps: int, stop: Stop | None = None) -> None:
+        settings = {**CONSTANT, "max_steps": steps}
+        config = run_file(llama_folder, korean_corpus, folder, adapter={"lora_dropout": 0.1}, training=settings)
+        train_run(config, resume=True, stop=stop, terminal=terminal)
+
+    go_on(6)
+    assert (folder / "final" / "adapter_model.safetensors").read_bytes() == weights
+    assert not any("is removed" in line for line in said)
+    with pytest.raises(Stopped, match="stopped after step 8"):
+        go_on(12, AfterASecondStep())
+    assert f"steps are still to come: {folder / 'final'}, the result so far, is removed" in said
+    assert read_run(folder).finished is False
+    for use in (evaluate_run, lambda run: export_run(run, tmp_path / "out")):
+        with pytest.raises(UserError, match=r"ko is not finished.*Finish it with: steep train .*run\.yaml --resume"):
+            use(folder)
+    go_on(12)
+    assert read_run(folder).finished and evaluate_run(folder)[1][0].step == 12
+
+
+def test_a_kill_after_the_result_is_removed_loses_nothing(
+    constant: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is then that of the old run before it was told its result, which its own run file writes again."""
+    folder = shutil.copytree(constant, tmp_path / "ko")
+    before = {name: content for name, content in contents(folder).items() if name.endswith(".safetensors")}
+    settings = {**CONSTANT, "max_steps": 12}
+    config = run_file(llama_folder, korean_corpus, folder, adapter={"lora_dropout": 0.1}, training=settings)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("steep.run.record_changes", killed)
+        train_run(config, resume=True)
+    assert not (folder / "final").exists()
+    with pytest.raises(UserError, match="ko is not finished"):
+        evaluate_run(folder)
+    train_run(load_config(folder / "run.yaml"), resume=True)
+    after = {name: content for name, content in contents(folder).items() if name.endswith(".safetensors")}
+    assert after == before and "final/adapter_model.safetensors" in after
 
 
 def test_a_decay_that_had_not_begun_moves_with_the_end(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:

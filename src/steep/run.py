@@ -218,6 +218,8 @@ def _train(
             assert begun is not None
             (staging / NEW_ROWS).write_bytes(begun.to_bytes())
     done = found.step if found else plan.first_step
+    if done < plan.last_step and folder.drop_result():  # before run.yaml, whose result it is not
+        terminal.say(f"steps are still to come: {folder.final}, the result so far, is removed")
     record_changes(folder, changes, config, done)
     folder.write_text("run.yaml", _as_it_was_begun(config).to_yaml())
     folder.write_json("plan.json", plan.as_dict())

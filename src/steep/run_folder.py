@@ -262,6 +262,13 @@ class RunFolder:
         for name in SHAPES:
             self.read_lines(name) if name.endswith(".jsonl") else self.read_json(name)
 
+    def drop_result(self) -> bool:
+        """Remove `final`, if it is there: a run that goes on is not finished. Whether it was."""
+        if not self.final.is_dir():
+            return False
+        remove(self.final)
+        return True
+
     def rewind(self, step: int, names: Iterable[str] = _REWOUND) -> None:
         """Drop the lines that were written after `step`: the steps behind them are about to be trained again."""
         for name in names:
@@ -295,6 +302,9 @@ class FolderOfAnother(RunFolder):
 
     def sync_lines(self) -> None:
         pass
+
+    def drop_result(self) -> bool:
+        return False
 
     def rewind(self, step: int, names: Iterable[str] = ()) -> None:
         pass
