@@ -83,7 +83,6 @@ _STAYS = {
     "training.gradient_accumulation_steps": "the place in the text is counted in steps of that batch",
     "training.seed": "the order of the rows follows from it",
     "training.data_seed": "the order of the rows follows from it",
-    "training.dataloader_in_order": "the order of the rows follows from it",
     "training.average_tokens_across_devices": "each step's mean is taken in that way",
     "training.optim": "the states in the checkpoint are that optimizer's",
     "training.optimizer_states": "the states in the checkpoint are of that kind",

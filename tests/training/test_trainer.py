@@ -367,3 +367,11 @@ def test_operations_are_transformers_own_estimate(corpus: Corpus, tmp_path: Path
         batch = {"input_ids": torch.zeros(rows, 64, dtype=torch.int64)}
         expected = transformers.Trainer.floating_point_ops(trainer, batch)
         assert trainer.floating_point_ops(batch) == expected > 0
+
+
+def test_rows_out_of_order_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    """Of a data set of the caller's own nothing is counted, and it may come in any order."""
+    with pytest.raises(UserError, match=r"^dataloader_in_order: a resumed run finds its rows by their order.*out\.$"):
+        trainer_for(adapted(), corpus, tmp_path, dataloader_in_order=False)
+    given = arguments(tmp_path, dataloader_in_order=False)
+    Trainer(model=adapted(), args=given, train_dataset=[{"input_ids": [5, 6], "labels": [5, 6]}])

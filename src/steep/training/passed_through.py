@@ -13,7 +13,7 @@ from steep.training.arguments import TrainingArguments
 
 # Honoured as they are: transformers' own code does what they say, and nothing of steep stands in its way.
 HONOURED = {
-    "adam_beta1", "adam_beta2", "adam_epsilon", "average_tokens_across_devices", "data_seed", "dataloader_in_order",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "average_tokens_across_devices", "data_seed",
     "dataloader_multiprocessing_context", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "eval_delay", "eval_strategy", "full_determinism", "log_level",
     "logging_first_step", "logging_strategy", "lr_scheduler_kwargs", "optim_args", "optim_target_modules",
@@ -74,6 +74,7 @@ REFUSED = {
         ("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), _CHECKPOINTING
     ),
     "dataloader_persistent_workers": "torch draws a number where workers start: a resumed run would draw others",
+    "dataloader_in_order": "a resumed run finds its rows by their order, and workers would hand them over as they come",
     "use_cpu": "a GPU is used where there is one; hide it with CUDA_VISIBLE_DEVICES=",
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "it patches classes for the whole process"),
     "use_cache": "packed documents would see each other through a cache",

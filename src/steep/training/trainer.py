@@ -36,6 +36,7 @@ from steep.training.guard import GoBack, Guard, Outcome
 from steep.training.in_backward import UpdatesInBackward, check_trainer, updates_in_backward
 from steep.training.incidents import described
 from steep.training.observations import refuse_other_counts
+from steep.training.passed_through import REFUSED
 from steep.training.proof import Proof
 from steep.training.reporting import Reporting
 from steep.training.retention import check_best_metric
@@ -88,6 +89,8 @@ class Trainer(Reporting):
         self.corpus = train_dataset if isinstance(train_dataset, Corpus) else None
         rows: Any = train_dataset
         if self.corpus is not None:
+            if not args.dataloader_in_order:
+                raise UserError("dataloader_in_order", REFUSED["dataloader_in_order"], "Leave it out.")
             rows = self.corpus.train
             eval_dataset = self.corpus.heldout if eval_dataset is None else eval_dataset
             data_collator = data_collator or collate
