@@ -259,6 +259,10 @@ class CheckpointFormat(TypedDict):
 
 class TrainingArguments(TypedDict):
     metric_for_best_model: NotRequired[str | None]
+    per_device_train_batch_size: NotRequired[Count]
+    gradient_accumulation_steps: NotRequired[Count]
+    seed: NotRequired[Count]
+    data_seed: NotRequired[Count | None]
 
 
 class Choices(TypedDict):

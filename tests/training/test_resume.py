@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
-from steep.data.packing import Corpus
+from steep.data.packing import Corpus, pack
 from steep.errors import UserError
 from steep.model.adapters import add_adapters
 from steep.model.load import load
 from steep.training import bitsandbytes_update
 from steep.training.trainer import Trainer
+from tests.tiny import write_corpus
 from tests.training.helpers import AtStep, adapted, trained_weights, trainer_for
 from tests.trees import tree_differences
 
@@ -215,3 +217,43 @@ def test_a_checkpoint_of_other_adapters_is_refused(corpus: Corpus, tmp_path: Pat
     other = trainer_for(adapted(r=4), corpus, tmp_path / "b")
     with pytest.raises(UserError, match="does not fit"):
         other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "here"),
+    [
+        ("per_device_train_batch_size", 2, 1),
+        ("gradient_accumulation_steps", 2, 1),
+        ("seed", 42, 7),
+        ("data_seed", None, 7),
+    ],
+)
+def test_a_run_does_not_go_on_in_other_steps(
+    name: str, before: int | None, here: int, corpus: Corpus, tmp_path: Path
+) -> None:
+    """Some rows would be trained twice, and others never."""
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer_for(adapted(), corpus, tmp_path / "a", max_steps=2, **settings).train()
+    place = str(tmp_path / "a" / "checkpoint-2")
+    other = trainer_for(adapted(), corpus, tmp_path / "b", max_steps=4, **{**settings, name: here})
+    start = trained_weights(other.model)
+    told = rf"^{name}: it was {before} up to .*checkpoint-2, and is {here} here: .*Give {name}={before}, or begin a new"
+    with pytest.raises(UserError, match=told):
+        other.train(resume_from_checkpoint=place)
+    assert tree_differences(start, trained_weights(other.model)) == []
+    trainer_for(adapted(), corpus, tmp_path / "c", max_steps=4, **settings).train(resume_from_checkpoint=place)
+
+
+def test_a_run_does_not_go_on_with_another_text(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Also not with as many rows of it."""
+    trainer_for(adapted(), corpus, tmp_path / "a", max_steps=2, save_strategy="steps", save_steps=2).train()
+    folder = write_corpus(tmp_path / "text", 20)
+    (file,) = folder.iterdir()
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    file.write_text("".join(json.dumps({**row, "text": row["text"][::-1]}) + "\n" for row in rows), encoding="utf-8")
+    text = pack(folder, tokenizer, max_length=64, holdout=0.1, cache_dir=tmp_path / "tokens")
+    other = trainer_for(adapted(), text, tmp_path / "b", max_steps=4)
+    with pytest.raises(UserError, match=rf"^train_dataset: its fingerprint is {text.fingerprint}, and .*Pack the same"):
+        other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))

@@ -15,12 +15,23 @@ import torch
 from steep.data.packing import Corpus
 from steep.errors import UserError
 from steep.model.choices import take_over
+from steep.recorded import parsed
 from steep.training.branch import Branch
 from steep.training.checkpoint import Checkpoint, choose, given, read_choices
 from steep.training.ending import Ending
 from steep.training.exact_checkpoints import load_optimizer
 from steep.training.observations import load_observations, refuse_other_counts
 from steep.training.state_files import load_state, putting_back
+
+# What a place in the text follows from, and why. How many processes there are is compared with the random states.
+_IN_STEPS = "the place in the text is counted in steps of that batch"
+_IN_ORDER = "the order of the rows follows from it"
+_PLACE = {
+    "per_device_train_batch_size": _IN_STEPS,
+    "gradient_accumulation_steps": _IN_STEPS,
+    "seed": _IN_ORDER,
+    "data_seed": _IN_ORDER,
+}
 
 
 class Branching(Ending):
@@ -62,7 +73,7 @@ class Branching(Ending):
         or else the parent's. Reads what was observed. A `Checkpoint` was verified when it was found.
 
         Raises:
-            UserError: it is damaged, or not there.
+            UserError: it is damaged, or not there, or its place in the text is another one here.
         """
         field, begin = "resume_from_checkpoint", None
         if checkpoint is True:
@@ -79,9 +90,38 @@ class Branching(Ending):
             assert self.branch is not None
             begin = self.branch.verify("branch")
         self.resumed_state = None if begin is None else load_observations(begin.path)
+        if begin is not None and not self._begins_branch:
+            self._refuse_other_rows(begin.path)
         if begin is not None:
             take_over(self.model, read_choices(begin.path, field))
         return None if begin is None else str(begin.path)
+
+    def _refuse_other_rows(self, checkpoint: Path) -> None:
+        """Check that the steps of a run that goes on have the rows that they would have had: of the corpus, which is
+        gone through in an order and in steps that follow from a few arguments.
+
+        Raises:
+            UserError: they have others.
+        """
+        assert self.resumed_state is not None
+        if self.corpus is None:
+            return
+        before = parsed(checkpoint / "training_args.json", nan=True)
+        for name, reason in _PLACE.items():
+            here = getattr(self.args, name)
+            if name in before and before[name] != here:
+                raise UserError(
+                    name,
+                    f"it was {before[name]} up to {checkpoint}, and is {here} here: {reason}",
+                    f"Give {name}={before[name]}, or begin a new run.",
+                )
+        if (there := self.resumed_state["fingerprint"]) != self.fingerprint:
+            raise UserError(
+                "train_dataset",
+                f"its fingerprint is {self.fingerprint}, and that of the text of {checkpoint} is {there}: other tokens "
+                "stand in its rows",
+                "Pack the same text in the same way, or begin a new run, or a branch.",
+            )
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         epochs, per_epoch, *rest, max_steps = super().set_initial_training_values(*args, **kwargs)
