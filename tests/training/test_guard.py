@@ -155,6 +155,7 @@ def test_skip_does_not_apply_it(planted: Planted, tmp_path: Path) -> None:
     rows = {row["step"]: row for row in trainer.state.log_history if "tokens" in row}
     assert list(rows) == list(range(1, planted.steps + 1))  # the place in the data and the schedule move on
     assert [rows[step]["steps_skipped"] for step in (planted.step - 1, planted.step, planted.steps)] == [0, 1, 1]
+    assert rows[planted.step]["tokens"] == rows[planted.step - 1]["tokens"] and rows[planted.step]["tokens_per_second"]
 
 
 def test_a_killed_run_writes_its_incidents_once(planted: Planted, tmp_path: Path) -> None:

@@ -137,6 +137,8 @@ def test_a_step_with_a_nan_is_not_applied(corpus: Corpus, tmp_path: Path) -> Non
     assert "loss" not in rows[3] and "grad_norm" not in rows[3]
     assert [rows[step]["steps_not_finite"] for step in (2, 3, 4)] == [0, 1, 1]
     assert trainer.times_trained.sum() == 12  # the rows of step 3 were not trained
+    assert rows[3]["tokens"] == rows[2]["tokens"] < rows[4]["tokens"] and rows[3]["tokens_per_second"] > 0
+    assert rows[7]["tokens"] == (trainer.times_trained * torch.from_numpy(corpus.train.row_tokens)).sum()
 
 
 def test_a_step_with_a_nan_gradient_is_not_applied(

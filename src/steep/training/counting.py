@@ -1,4 +1,4 @@
-"""The part of the Trainer that counts: which rows a step has, what became of them, and how many tokens it trained."""
+"""The part of the Trainer that counts: which rows a step has, what became of them, and how many tokens it has."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class Counting(Rollback):
         return len(self._rows) < full
 
     def _count_step(self, outcome: Outcome) -> int:
-        """Count the step that ends, whose rows are `_rows`; gives its tokens, of all processes. Padding is no work
-        done, and neither is what was passed over."""
+        """Count the step that ends, whose rows are `_rows`; gives the tokens that were computed, of all processes.
+        Padding is no work done, and neither is what was passed over."""
         rows = torch.from_numpy(self._rows)
         once = torch.ones_like(rows)
         self.times_seen.index_add_(0, rows, once)  # a row that came twice counts twice

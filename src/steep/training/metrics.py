@@ -23,20 +23,27 @@ class Meter:
     """Sums since the last log line, and over the whole run.
 
     Attributes:
-        tokens: tokens trained so far in the run, padding not counted.
+        tokens: tokens of the steps so far in the run that were applied, padding not counted.
         rates: learning rate of each group at the last step.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
         self.rates: dict[str, float] = {}
+        self._computed = 0  # tokens since the last log line, of steps that were not applied too
         self._losses: list[float] = []
         self._loss_sum, self._loss_steps = 0.0, 0
         self.restart()
 
     def restart(self) -> None:
         """Start the clock anew, so that a pause does not count as training time."""
-        self._tokens_at_start, self._started = self.tokens, time.perf_counter()
+        self._computed, self._started = 0, time.perf_counter()
+
+    def add_tokens(self, tokens: int, *, applied: bool) -> None:
+        """Count one step's tokens: what is not applied took its time, and is no training."""
+        self._computed += tokens
+        if applied:
+            self.tokens += tokens
 
     def add_loss(self, loss: float) -> None:
         """Count one step's loss; one that is not finite takes no part in any mean."""
@@ -60,7 +67,7 @@ class Meter:
             "embedding_learning_rate": self.rates.get("embeddings", math.nan),
             **{f"learning_rate_{kind}": rate for kind, rate in self.rates.items()},
             "tokens": self.tokens,
-            "tokens_per_second": (self.tokens - self._tokens_at_start) / max(seconds, 1e-9),
+            "tokens_per_second": self._computed / max(seconds, 1e-9),
             "peak_memory_bytes": peak_memory_bytes(),
         }
         self._losses.clear()

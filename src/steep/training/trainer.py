@@ -363,7 +363,7 @@ class Trainer(Reporting):
         self._meter.rates = {g.get("name", "other"): float(g["lr"]) for g in self.optimizer.param_groups}
         if self._outcome is Outcome.PASSED_OVER:
             self.guard.pass_over(self.state.global_step + 1, self._rows, self._is_short)
-        self._meter.tokens += self._count_step(self._outcome)
+        self._meter.add_tokens(self._count_step(self._outcome), applied=self._outcome is Outcome.APPLIED)
         if self._outcome is not Outcome.APPLIED:
             return
         assert self.proof is not None and self._gradients is not None
