@@ -101,6 +101,15 @@ def test_the_exit_code_of_an_error(error: BaseException, code: int) -> None:
     assert ranks.exit_code(error) == code
 
 
+def test_the_highest_seed_is_drawn_apart_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 1, 2)
+    drawn = []
+    for seed in (41, 2**32 - 2, 2**32 - 1):
+        parallel.draw_apart(seed)
+        drawn.append(torch.initial_seed())
+    assert drawn == [42, 2**32 - 1, 0]
+
+
 def test_processes_that_transformers_would_train_apart_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -128,7 +128,7 @@ def loader(trainer: transformers.Trainer, sampler: Any) -> Any:
 def draw_apart(seed: int) -> None:
     """At the first step of a run, let each process draw its own dropout; from then on its random state is kept."""
     if not ranks.is_main():
-        transformers.set_seed(seed + ranks.rank())
+        transformers.set_seed((seed + ranks.rank()) % 2**32)  # numpy takes none above
 
 
 def _average_each_tensor(_, bucket):  # without annotations: DDP refuses those that are text, as all are in this file
