@@ -377,3 +377,19 @@ def test_rows_out_of_order_are_refused(corpus: Corpus, tmp_path: Path) -> None:
         trainer_for(adapted(), corpus, tmp_path, dataloader_in_order=False)
     given = arguments(tmp_path, dataloader_in_order=False)
     Trainer(model=adapted(), args=given, train_dataset=[{"input_ids": [5, 6], "labels": [5, 6]}])
+
+
+def test_a_model_that_averages_by_forward_takes_one_a_step(corpus: Corpus, tmp_path: Path) -> None:
+    """Else a target in a row with few of them would count for more than others."""
+    one = {"gradient_accumulation_steps": 1, "max_steps": 2}
+
+    def model() -> Any:
+        made = adapted()
+        unwrap(made).accepts_loss_kwargs = False
+        return made
+
+    with pytest.raises(UserError, match=r"^model\.name: LlamaForCausalLM takes no num_items_in_batch, so each forward"):
+        trainer_for(model(), corpus, tmp_path, gradient_accumulation_steps=2)
+    trainer_for(model(), corpus, tmp_path, **one).train()
+    own = {"args": arguments(tmp_path, gradient_accumulation_steps=2), "train_dataset": corpus}
+    Trainer(model=model(), compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs["loss"], **own)

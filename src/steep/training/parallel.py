@@ -21,6 +21,7 @@ from steep import ranks
 from steep.errors import RunError, UserError
 from steep.model.checksum import checksum
 from steep.model.fp8_linear import Fp8Linear
+from steep.model.unwrap import unwrap
 
 
 def settle_arguments(args: Any) -> None:
@@ -52,18 +53,20 @@ def settle_trainer(trainer: transformers.Trainer) -> None:
     """The same for what the trainer has made of them.
 
     Raises:
-        UserError: the model cannot average its loss over the targets of all processes.
+        UserError: the model cannot average its loss over the targets of a step, of all its forwards and processes.
         RunError: the processes hold other frozen weights in e4m3.
     """
-    if ranks.world_size() == 1:
-        return
-    if not trainer.model_accepts_loss_kwargs:
+    several = ranks.world_size() > 1
+    by_forward = trainer.args.gradient_accumulation_steps > 1 and trainer.compute_loss_func is None
+    if not trainer.model_accepts_loss_kwargs and (several or by_forward):
         raise UserError(
             "model.name",
-            f"{type(trainer.model).__name__} takes no num_items_in_batch, so each process would average over its own "
-            "targets",
-            "Train it in one process.",
+            f"{type(unwrap(trainer.model)).__name__} takes no num_items_in_batch, so each "
+            f"{'process' if several else 'forward of a step'} would average over its own targets",
+            "Train it in one process, with gradient_accumulation_steps: 1.",
         )
+    if not several:
+        return
     model: Any = trainer.model
     leave_out_e4m3(model)
     accelerator: Any = trainer.accelerator
