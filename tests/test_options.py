@@ -146,6 +146,10 @@ def test_what_cannot_be_is_refused_by_the_plan(base: Path, llama_folder: Path, k
     def check(match: str, path: Path = base, **sections: dict[str, Any]) -> None:
         refused(match, path, korean_corpus, tmp_path / "run", **sections)
 
+    check("eval_steps: eval_strategy is steps, and after how many", training={"eval_strategy": "steps"})
+    for strategy in ("no", False, "epoch"):  # YAML reads a bare no as false
+        both = {"eval_strategy": strategy, "eval_steps": 2}
+        check("eval_steps: eval_strategy is (no|epoch), with which", training=both)
     nf4: dict[str, Any] = {"base": "nf4"}
     check("init_lora_weights: loftq begins at", adapter={"init_lora_weights": "loftq"})
     check("init_lora_weights: steep does not have 'olora'", adapter={"init_lora_weights": "olora"}, model=nf4)

@@ -45,6 +45,7 @@ from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.settings import (
     check_batch,
+    check_evaluation,
     check_optimizer,
     check_warmup,
     choose_best_metric,
@@ -293,6 +294,7 @@ def _work_out(
     if to_train:  # else nothing is written there, and the run may lie elsewhere now
         folder.check_place()
         folder.refuse_data(config.data.sources)
+        check_evaluation(config)
     resolved = resolve(
         model.name,
         revision=model.revision,

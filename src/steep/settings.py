@@ -84,6 +84,27 @@ def check_batch(config: RunConfig) -> None:
         )
 
 
+def check_evaluation(config: RunConfig) -> None:
+    """That what is said of when held-out text is scored says one thing.
+
+    Raises:
+        UserError: it does not.
+    """
+    steps, strategy = config.training.eval_steps, config.training.further.get("eval_strategy")
+    if strategy == "steps" and steps is None:
+        raise UserError(
+            "training.eval_steps",
+            "eval_strategy is steps, and after how many is not said: transformers would take logging_steps",
+            "Give it; eval_strategy may then be left out.",
+        )
+    if strategy in ("no", "epoch") and steps is not None:
+        raise UserError(
+            "training.eval_steps",
+            f"eval_strategy is {strategy}, with which nothing is scored after so many steps",
+            "Leave one of the two out.",
+        )
+
+
 def uses_checkpointing(config: RunConfig, on_card: bool) -> bool:
     """Whether transformers' forward recomputes activations: as asked, by default on a GPU."""
     given = config.training.gradient_checkpointing

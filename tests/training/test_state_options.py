@@ -13,9 +13,11 @@ from steep.errors import UserError
 from steep.model.install import fused_of
 from steep.model.step_bytes import training_bytes
 from steep.ops.host_states import state_bytes
+from steep.settings import training_arguments
 from steep.training.adamw8bit import AdamW8bit
 from steep.training.state_options import bytes_on_host
 from steep.training.trainer import Trainer
+from tests.test_run import run_file
 from tests.training.helpers import adapted, arguments, trainer_for
 from tests.training.test_in_backward import BF16, lean, model_of
 
@@ -45,6 +47,21 @@ def test_another_optimizer_is_refused_by_name(
         arguments(tmp_path, **{field: "some"})
     made = trainer_for(adapted(), corpus, tmp_path, optim="adamw_8bit", **given).create_optimizer()
     assert isinstance(made, AdamW8bit) and getattr(made, keyword) == value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [("optim_args", "betas=0.5", "adam_beta1, "), ("optim_target_modules", ["attn"], "what requires a gradient")],
+)
+def test_what_is_for_other_optimizers_is_refused(
+    field: str, value: Any, remedy: str, corpus: Corpus, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=rf"^{field}: adamw_8bit does not heed it\. Leave it out: {remedy}"):
+        trainer_for(adapted(), corpus, tmp_path, optim="adamw_8bit", **{field: value})
+    trainer_for(adapted(), corpus, tmp_path, optim="lion_32bit", **{field: value})
+    config = run_file(tmp_path, tmp_path, tmp_path, training={field: value})
+    with pytest.raises(UserError, match=rf"^training\.{field}: adamw_8bit does not heed it"):
+        training_arguments(config, None)
 
 
 def test_whose_weights_can_have_masters(corpus: Corpus, tmp_path: Path) -> None:

@@ -31,6 +31,11 @@ _OPTIONS = (
     _Option("optimizer_states", "states", "8bit", "has states of its own kind"),
     _Option("master_weights", "masters", "none", "keeps no masters beside bf16 weights"),
 )
+# What transformers gives to other optimizers alone, and what to set in its place.
+_OF_OTHERS = {
+    "optim_args": "adam_beta1, adam_beta2, adam_epsilon and weight_decay are arguments of their own",
+    "optim_target_modules": "what requires a gradient trains",
+}
 _BY_TENSOR = ("offload_optimizer", "master_weights")  # they say whose
 
 
@@ -61,6 +66,9 @@ def check_states(args: TrainingArguments, section: str = "") -> None:
                 f"{OptimizerNames(args.optim).value} {others}",
                 f"Set {section}optim: adamw_8bit, or {section}{field}: {usual}.",
             )
+    for field, instead in _OF_OTHERS.items():
+        if args.optim in ADAMW_8BIT and getattr(args, field, None):
+            raise UserError(f"{section}{field}", "adamw_8bit does not heed it", f"Leave it out: {instead}.")
 
 
 def bytes_of_value(args: TrainingArguments) -> int:
