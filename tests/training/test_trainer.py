@@ -384,8 +384,8 @@ def test_a_model_that_averages_by_forward_takes_one_a_step(corpus: Corpus, tmp_p
     one = {"gradient_accumulation_steps": 1, "max_steps": 2}
 
     def model() -> Any:
-        made = adapted()
-        unwrap(made).accepts_loss_kwargs = False
+        made: Any = adapted()
+        made.base_model.model.accepts_loss_kwargs = False
         return made
 
     with pytest.raises(UserError, match=r"^model\.name: LlamaForCausalLM takes no num_items_in_batch, so each forward"):

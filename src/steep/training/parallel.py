@@ -56,18 +56,18 @@ def settle_trainer(trainer: transformers.Trainer) -> None:
         UserError: the model cannot average its loss over the targets of a step, of all its forwards and processes.
         RunError: the processes hold other frozen weights in e4m3.
     """
+    model: Any = trainer.model
     several = ranks.world_size() > 1
     by_forward = trainer.args.gradient_accumulation_steps > 1 and trainer.compute_loss_func is None
     if not trainer.model_accepts_loss_kwargs and (several or by_forward):
         raise UserError(
             "model.name",
-            f"{type(unwrap(trainer.model)).__name__} takes no num_items_in_batch, so each "
+            f"{type(unwrap(model)).__name__} takes no num_items_in_batch, so each "
             f"{'process' if several else 'forward of a step'} would average over its own targets",
             "Train it in one process, with gradient_accumulation_steps: 1.",
         )
     if not several:
         return
-    model: Any = trainer.model
     leave_out_e4m3(model)
     accelerator: Any = trainer.accelerator
     given = accelerator.ddp_handler
