@@ -278,6 +278,20 @@ def test_a_kill_after_the_result_is_removed_loses_nothing(
     assert after == before and "final/adapter_model.safetensors" in after
 
 
+def test_a_result_is_not_lost_to_a_run_that_would_begin_anew(
+    constant: Path, llama_folder: Path, korean_corpus: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(constant, tmp_path / "ko")
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = contents(folder)
+    settings = {**CONSTANT, "max_steps": 12}
+    config = run_file(llama_folder, korean_corpus, folder, adapter={"lora_dropout": 0.1}, training=settings)
+    with pytest.raises(UserError, match="is a result, and no checkpoint is left to go on from"):
+        train_run(config, resume=True)
+    assert contents(folder) == before
+
+
 def test_a_decay_that_had_not_begun_moves_with_the_end(llama_folder: Path, korean_corpus: Path, tmp_path: Path) -> None:
     """The number of steps is kept in steep's own schedule, which a checkpoint would bring back."""
     training = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 1, "decay_steps": 3, "save_steps": 2}

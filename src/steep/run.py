@@ -128,6 +128,12 @@ def _resume(
     folder.refuse_damage()
     config = with_choices(config, folder, "--resume")
     found = choose(folder.path)
+    if found is None and folder.final.is_dir():
+        raise UserError(
+            "--resume",
+            f"{folder.final} is a result, and no checkpoint is left to go on from: the run would begin anew",
+            "Put a checkpoint back, or start a new run with another training.output_dir.",
+        )
     changes = accept_changes(folder, config, found.step if found else 0, allow)
     parent = branch_of(folder)
     if parent is not None and found is None:
