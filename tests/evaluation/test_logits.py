@@ -138,10 +138,10 @@ def test_no_logits_are_larger_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> No
     [score] = evaluate(model, {"d": documents}, max_length=500, batch_tokens=5000)
     scored = 9 * 499 + 299
     assert score.tokens == scored
-    assert head_rows[:2] == [32, 32]  # the probe, both ways
+    assert head_rows[:4] == [32, 32, 16, 16]  # the probes: both ways, and of documents that see each other
     assert max(head_rows) == tile_size(VOCAB_SIZE) == 1024
-    assert sum(head_rows[2:]) == scored
-    assert loss_rows == [(rows, torch.float32) for rows in head_rows[2:]]
+    assert sum(head_rows[4:]) == scored
+    assert loss_rows == [(rows, torch.float32) for rows in head_rows[4:]]
 
 
 @pytest.mark.parametrize("vocabulary", [32_000, 128_256, 262_208])

@@ -60,8 +60,8 @@ def test_it_learns_as_in_fp32(fp16: Fp16, corpus: Corpus, tmp_path: Path) -> Non
     model = adapted()
     dtypes: set[torch.dtype] = set()
     layer = next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp.up_proj"))
-    layer.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
     trainer = fp16(model, max_steps=10, embedding_learning_rate=1e-2)
+    layer.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
     trainer.train()
     assert dtypes == {torch.float16} and trainer.autocast_dtype == torch.float16
     assert {weight.dtype for weight in trained_weights(model).values()} == {torch.float32}

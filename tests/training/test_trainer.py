@@ -22,7 +22,7 @@ from steep.model.adapters import add_adapters
 from steep.model.load import load
 from steep.model.unwrap import unwrap
 from steep.training.trainer import Trainer
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, VOCAB_SIZE
 from tests.training.helpers import AtStep, adapted, arguments, losses, trained_weights, trainer_for
 
 
@@ -348,6 +348,34 @@ def test_a_row_that_comes_twice_in_a_step_does_not_add_up(
     trainer.train()
     assert trainer.times_seen[:4].tolist() == [2, 1, 1, 0]
     assert not corpus.ledger(trainer.times_trained.numpy(), trainer.times_seen.numpy())["adds_up"]
+
+
+def opt_model() -> Any:
+    """Its documents see each other: it makes its mask without positions."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 128}
+    config = transformers.AutoConfig.for_model(
+        "opt", vocab_size=VOCAB_SIZE, word_embed_proj_dim=64, init_std=0.1, **sizes
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return add_adapters(transformers.AutoModelForCausalLM.from_config(config), r=8, target_modules="all-linear")
+
+
+def test_a_model_whose_documents_see_each_other_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="OPTForCausalLM .opt. lets the documents of a row see each other") as raised:
+        trainer_for(opt_model(), corpus, tmp_path)
+    assert raised.value.field == "model.name"
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in (corpus.train[0], corpus.train[1])]
+    Trainer(model=opt_model(), args=arguments(tmp_path), train_dataset=rows)  # rows of the caller's own are not packed
+
+
+def test_looking_whether_documents_see_each_other_draws_nothing(corpus: Corpus, tmp_path: Path) -> None:
+    model = adapted(lora_dropout=0.5).train()
+    transformers.set_seed(7)  # as a Trainer does when it is made
+    expected = torch.rand(3)
+    trainer_for(model, corpus, tmp_path, seed=7)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(module.training for module in model.modules())
 
 
 def test_the_rows_of_a_batch_stay_on_the_cpu(corpus: Corpus) -> None:

@@ -66,17 +66,21 @@ def agrees(head: Head, model: nn.Module, tokens: torch.Tensor) -> bool:
     """Whether the head gives the logits that the outermost model gives for `tokens` (int64 [1, n], one document).
 
     Both run the same layers on the same input, so they may differ by the rounding of one matrix product and of what
-    follows it in the model's dtype: 4 units in the last place of the largest logit, but no finer than 1e-4 of it.
-    NaN agrees with NaN: a diverged model is no reason to distrust the head.
+    follows it in the model's dtype, as `are_near` allows.
     """
     theirs = model(input_ids=tokens, use_cache=False).logits[0]
     hidden = head.decoder(input_ids=tokens, use_cache=False).last_hidden_state[0]
-    ours = head.logits(hidden)
     epsilon = max(torch.finfo(theirs.dtype).eps, torch.finfo(hidden.dtype).eps)
-    theirs = theirs.float()
+    return are_near(head.logits(hidden), theirs, epsilon)
+
+
+def are_near(ours: torch.Tensor, theirs: torch.Tensor, epsilon: float) -> bool:
+    """Whether logits are the same but for rounding: 4 units in the last place of the largest one, by the `epsilon` of
+    a dtype, but no finer than 1e-4 of it. NaN is near NaN: a diverged model is no reason to distrust how it computes.
+    """
+    ours, theirs = ours.float(), theirs.float()
     largest = torch.nan_to_num(theirs, posinf=0.0, neginf=0.0).abs().max().item()
-    tolerance = max(4 * epsilon, 1e-4) * largest
-    return torch.allclose(ours, theirs, rtol=0.0, atol=tolerance, equal_nan=True)
+    return torch.allclose(ours, theirs, rtol=0.0, atol=max(4 * epsilon, 1e-4) * largest, equal_nan=True)
 
 
 def losses_from_hidden(head: Head, hidden: torch.Tensor, where: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 Every token of a document after its first is predicted once, with all of the document before it as context, or at least
 `max_length - stride` tokens of it where it is longer than `max_length`. Windows of several documents share a row and
-don't see each other. Training loss is something else: there a document that is cut at a row's end loses its context.
+don't see each other; each has a row of its own where the model would let them. Training loss is something else: there a document that is cut at a row's end loses its context.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from steep.errors import UserError
 from steep.evaluation.logits import Head, agrees, find_head, losses_from_hidden, losses_from_logits
 from steep.evaluation.mode import inference_mode, input_device
 from steep.evaluation.score import DomainScore
-from steep.evaluation.windows import Batch, Row, pack, windows
+from steep.evaluation.separation import keeps_documents_apart
+from steep.evaluation.windows import Batch, Row, apart, pack, windows
 from steep.model.unwrap import unwrap
 
 Progress = Callable[[str, int, int], None]
@@ -95,8 +96,10 @@ def evaluate(
         for domain, domain_documents in chosen.items():
             cut = (window for document in domain_documents for window in windows(document.tokens, max_length, stride))
             rows = pack(cut, max_length)
-            # Once, on the first row: is the head all that lies between the hidden states and the model's logits?
+            # Once, on the first row: is the head all that lies between the hidden states and the model's logits, and do
+            # documents not see each other?
             scorer = scorer or Scorer(model, rows[0])
+            rows = rows if scorer.packs else apart(rows)
             num_tokens, done, nats = sum(len(document.tokens) - 1 for document in domain_documents), 0, 0.0
             for batch in scorer.batches(rows, max(1, batch_tokens // max_length)):
                 losses = scorer.losses(batch)
@@ -133,12 +136,19 @@ class Scorer:
                 "through its own forward, one row at a time: right, but slower, and a row's logits exist whole",
                 stacklevel=3,
             )
+        self.packs = keeps_documents_apart(model)
+        if not self.packs:
+            warnings.warn(
+                f"{type(unwrap(model)).__name__} lets the documents of a row see each other, so evaluation gives each a "
+                "row of its own: right, but slower",
+                stacklevel=3,
+            )
 
     def batches(self, rows: Sequence[Row], rows_each: int) -> Iterator[Batch]:
         rows_each = rows_each if self.head is not None else 1
         for start in range(0, len(rows), rows_each):
             batch = Batch.of(rows[start : start + rows_each], self.device)
-            yield batch.as_one_row() if self.flatten else batch
+            yield batch.as_one_row() if self.flatten and self.packs else batch
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """Nats of each scored token, fp32 [N]."""

@@ -79,6 +79,12 @@ def pack(all_windows: Iterable[Window], max_length: int) -> list[Row]:
     return rows
 
 
+def apart(rows: Iterable[Row]) -> list[Row]:
+    """The windows of `rows` in a row each, longest first, so that those of a batch are of like length."""
+    alone = (Row([window], len(window.tokens)) for row in rows for window in row.windows)
+    return sorted(alone, key=lambda row: -row.length)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows ready for the model, on its device.

@@ -17,6 +17,8 @@ from steep.data.packed_dataset import collate
 from steep.data.packing import Corpus
 from steep.data.sampler import EpochSampler
 from steep.errors import RunError, UserError
+from steep.evaluation.mode import inference_mode
+from steep.evaluation.separation import keeps_documents_apart
 from steep.model.embeddings import is_tied
 from steep.model.install import fused_of, is_installed
 from steep.model.recompute import Updates
@@ -64,7 +66,8 @@ class Trainer(Reporting):
         planned_bytes: what a step was planned to need of the card, to be told where it needs more.
 
     Raises:
-        UserError: settings that contradict each other; before the first step.
+        UserError: settings that contradict each other, or a model that lets the documents of the `Corpus` see each
+            other; before the first step.
         RunError: a tensor that is meant to train does not, too many steps in a row were not finite, or too many were
             spikes.
         Stopped: `stop` asked for it.
@@ -108,6 +111,8 @@ class Trainer(Reporting):
             width = state_options.bytes_of_value(args)
             updates = Updates(args.optimizer_in_backward, args.offload_optimizer, tied, width)
             fused_of(self.model).expect(updates, state_options.bytes_on_host(self.model, args))
+        if self.corpus is not None:
+            self._refuse_documents_that_are_seen()
         self.let_end(stop)
         self.add_callback(_StepObserver(self))
         self.proof: Proof | None = None
@@ -121,6 +126,20 @@ class Trainer(Reporting):
         self.planned_bytes: int | None = None
         self._outcome = Outcome.APPLIED
         self._operations_a_token: float | None = None
+
+    def _refuse_documents_that_are_seen(self) -> None:
+        """Where the model is whole, and before anything is scored. One process looks: all go on, or none."""
+        with inference_mode(self.model, self.autocast_dtype):
+            if ranks.from_main(partial(keeps_documents_apart, self.model)):
+                return
+        base = unwrap(self.model)
+        raise UserError(
+            "model.name",
+            f"{type(base).__name__} ({base.config.model_type}) lets the documents of a row see each other: positions "
+            "that begin anew tell it nothing, and rows always hold several documents",
+            "Give a model that keeps them apart: Llama, Mistral, Mixtral, Qwen2, Qwen3, Gemma, Phi, OLMo, Granite and "
+            "GPT-NeoX do.",
+        )
 
     # ---- optimizer and schedule
 
