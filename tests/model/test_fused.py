@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 import subprocess
 import sys
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from bitsandbytes.functional import int8_vectorwise_dequant
 from bitsandbytes.nn import Linear8bitLt
 from peft import AutoPeftModel, LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, LlamaForCausalLM
 from transformers.utils import find_labels
 
 from steep.errors import UserError
@@ -481,10 +484,36 @@ def test_a_mask_of_another_kind_goes_through_the_library(caplog: pytest.LogCaptu
     assert len(said) == 1 and "right padding" in said[0]
 
 
-def test_a_cache_in_training_is_an_error() -> None:
+@pytest.mark.parametrize("given", [{"use_cache": True}, {"past_key_values": DynamicCache()}, {"cache": DynamicCache()}])
+def test_a_cache_in_training_is_an_error(given: dict[str, Any]) -> None:
+    """By either of its names: transformers 5.24 has another one."""
     model = install(adapted(tiny_model("llama")))
     with pytest.raises(UserError, match="use_cache"):
-        model(**packed(), use_cache=True)
+        model(**packed(), **given)
+    batch = packed()
+    with pytest.raises(UserError, match="use_cache"):
+        unwrap(model).model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **given)
+
+
+def test_a_call_with_a_cache_is_the_librarys() -> None:
+    model = adapted(tiny_model("llama")).eval()
+    name = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+    tokens = packed()["input_ids"]
+
+    def two_calls(first: dict[str, Any]) -> list[torch.Tensor]:
+        whole = model(input_ids=tokens[:, :40], **first)
+        rest = {"input_ids": tokens[:, 40:], "labels": tokens[:, 40:], name: whole[name]}
+        with_labels = model(**rest)
+        assert with_labels[name].get_seq_length() == 64
+        return [whole.logits, with_labels.loss]
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")  # of the name that the other version has
+        expected = two_calls({"use_cache": True})
+        install(model)
+        for first in ({"use_cache": True}, {name: DynamicCache()}):
+            assert all(map(partial(torch.allclose, atol=1e-5), two_calls(first), expected))
+    assert fused_of(model).calls == 0
 
 
 @pytest.mark.parametrize(

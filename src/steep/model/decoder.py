@@ -67,6 +67,13 @@ class FusedLayer(nn.Module):
         return library(hidden_states, *args, **kwargs)
 
 
+def caches_given(past_key_values: Any, cache: Any) -> dict[str, Any]:
+    """A key-value cache under the name that it was given by: transformers 5.24 has another for it, and warns of the old
+    one."""
+    given = {"past_key_values": past_key_values, "cache": cache}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 class FusedDecoder(nn.Module):
     """A decoder whose layers are `FusedLayer`s."""
 
@@ -87,11 +94,13 @@ class FusedDecoder(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         document_lengths: Sequence[int] | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' arguments, and its output.
 
         Args:
+            cache: what transformers >= 5.24 calls `past_key_values`.
             document_lengths: tokens of each document, row after row, as `position_ids` have them: without it the host
                 reads those back, and so waits for all that the GPU has to do.
 
@@ -107,7 +116,8 @@ class FusedDecoder(nn.Module):
             )
         if document_lengths is not None and position_ids is None:
             raise ValueError("document_lengths need position_ids, which begin with 0 at each document")
-        if "fused" in self.__dict__ and not self._wants_cache(past_key_values, use_cache):
+        caches = caches_given(past_key_values, cache)
+        if "fused" in self.__dict__ and not self._wants_cache(bool(caches), use_cache):
             use_cache = False
             try:
                 refuse_config(self.config, self.layers)
@@ -129,9 +139,9 @@ class FusedDecoder(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **caches,
             **kwargs,
         )
 
@@ -141,14 +151,14 @@ class FusedDecoder(nn.Module):
             self.fused.forget()
         return super()._apply(*args, **kwargs)
 
-    def _wants_cache(self, past_key_values: Any, use_cache: bool | None) -> bool:
+    def _wants_cache(self, has_cache: bool, use_cache: bool | None) -> bool:
         trains = self.training and torch.is_grad_enabled()
-        if trains and (past_key_values is not None or use_cache):
+        if trains and (has_cache or use_cache):
             raise UserError(
                 "use_cache", "a key-value cache in training lets documents see each other", "Pass use_cache=False."
             )
-        if past_key_values is not None or trains:
-            return past_key_values is not None
+        if has_cache or trains:
+            return has_cache
         return bool(self.config.use_cache if use_cache is None else use_cache)
 
     @not_compiled

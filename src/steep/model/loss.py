@@ -10,6 +10,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from steep.model.decoder import caches_given
 from steep.model.fused import Fused
 from steep.model.original_module import OriginalHead
 from steep.model.projections import Unfused, compute_dtype, in_use, refuse_hooks
@@ -55,6 +56,7 @@ class FusedCausalLM(Walked):
         num_items_in_batch: torch.Tensor | int | None = None,
         ignore_index: int = IGNORED,
         return_dict: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' arguments (Trainer reads their names: one with "label" in it is taken for a column of labels),
@@ -63,6 +65,7 @@ class FusedCausalLM(Walked):
         Args:
             labels: [B, L], not shifted. The loss is the mean over those that are not `ignore_index`, or their sum over
                 `num_items_in_batch`.
+            cache: what transformers >= 5.24 calls `past_key_values`.
             **kwargs: also `shift_labels` [B, L], shifted already, in place of `labels`.
 
         Raises:
@@ -70,13 +73,13 @@ class FusedCausalLM(Walked):
         """
         shift_labels: torch.Tensor | None = kwargs.pop("shift_labels", None)
         learns = labels is not None or shift_labels is not None
-        if learns and past_key_values is None and use_cache is None:
+        caches = caches_given(past_key_values, cache)
+        if learns and not caches and use_cache is None:
             use_cache = False  # nothing is generated, and documents would see each other
-        kwargs |= {
+        kwargs |= caches | {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
@@ -96,7 +99,7 @@ class FusedCausalLM(Walked):
         computed = self._computed_rows(shift_labels, attention_mask, ignore_index)
         calls = self.fused.calls
         outputs = self.model(**kwargs, return_dict=True)
-        others = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         hidden_states, is_fused = outputs.last_hidden_state, self.fused.calls > calls
         del outputs  # hidden states that are converted below need not live until the loss is made
         if not (self.training or torch.is_grad_enabled() or self.fused.logits):
