@@ -2,7 +2,8 @@
 
 Every token of a document after its first is predicted once, with all of the document before it as context, or at least
 `max_length - stride` tokens of it where it is longer than `max_length`. Windows of several documents share a row and
-don't see each other; each has a row of its own where the model would let them. Training loss is something else: there a document that is cut at a row's end loses its context.
+don't see each other; each has a row of its own where the model would let them. Training loss is something else: there
+a document that is cut at a row's end loses its context.
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ class Scorer:
         self.packs = keeps_documents_apart(model)
         if not self.packs:
             warnings.warn(
-                f"{type(unwrap(model)).__name__} lets the documents of a row see each other, so evaluation gives each a "
-                "row of its own: right, but slower",
+                f"{type(unwrap(model)).__name__} lets the documents of a row see each other, so evaluation gives each "
+                "a row of its own: right, but slower",
                 stacklevel=3,
             )
 
