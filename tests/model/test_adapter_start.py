@@ -17,6 +17,7 @@ from steep.evaluation.adapters import base_model
 from steep.model.adapter_start import ADAPTER, START, best_factors, joined_config
 from steep.model.adapters import add_adapters, load_adapter_weights, open_adapter, save_adapter
 from steep.model.load import keep_4bit_layout, load
+from tests.fp8_checkpoints import compressed, publish
 from tests.tiny import save_tiny
 
 DEVICE = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
@@ -108,6 +109,13 @@ def test_loftq_without_the_16_bit_weights_is_refused(tmp_path: Path) -> None:
     model, _ = load(str(tmp_path), base="nf4")
     save_tiny("llama", tmp_path, num_hidden_layers=1)  # another checkpoint in its place
     with pytest.raises(UserError, match=r"loftq needs the 16-bit model\.layers\.1\.self_attn\.q_proj\.weight"):
+        add_adapters(model, r=4, init_lora_weights="loftq")
+
+
+def test_loftq_over_weights_that_are_published_in_e4m3_is_refused(base: Path, tmp_path: Path) -> None:
+    """They are floating point too, and what they lack is their scale."""
+    model, _ = load(str(publish(base, tmp_path / "published", compressed())))
+    with pytest.raises(UserError, match=r"loftq needs the 16-bit model\.layers\.0\.self_attn\.q_proj\.weight"):
         add_adapters(model, r=4, init_lora_weights="loftq")
 
 

@@ -78,7 +78,13 @@ def start_from_quantisation_error(model: PeftModel) -> None:
     for name, layer in _layers(model):
         frozen = dequantize_module_weight(layer.get_base_layer())  # pyright: ignore[reportArgumentType]
         weight = tensors.get(f"{name}.weight")
-        if weight is None or weight.shape != frozen.shape or not weight.is_floating_point():
+        # A weight stored in e4m3 is floating point too, but without its scale it is not W, and with it it is Q(W).
+        if (
+            weight is None
+            or weight.shape != frozen.shape
+            or not weight.is_floating_point()
+            or weight.element_size() == 1
+        ):
             raise UserError(
                 "adapter.init_lora_weights",
                 f"loftq needs the 16-bit {name}.weight, and the model's checkpoint has none of that name and shape",
