@@ -52,8 +52,10 @@ def corpora(draw: st.DrawFn) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         ]
         # A character alone: without BOS and EOS it is a single token, and cannot be trained.
         texts += draw(st.lists(st.sampled_from("abc"), max_size=3))
-        sources.append({"texts": texts, "role": role, "repeat": draw(st.booleans())})
-        if weighted:
+        sources.append({"texts": texts, "role": role})
+        if role == "replay" or (role == "train" and weighted):
+            sources[-1]["repeat"] = draw(st.booleans())
+        if role != "heldout" and weighted:
             sources[-1]["weight"] = draw(st.floats(0.2, 5))
     options = {
         "max_length": MAX_LENGTH,
@@ -266,6 +268,29 @@ def test_train_and_replay_of_the_same_default_domain(tmp_path: Path, byte_tokeni
     assert packed("ko", None).roles == {"ko": "train", "corpus": "replay"}
     assert packed(None, None, "heldout").roles == {"corpus": "train"}  # what is trained, measured
     assert packed(None, None, "train").roles == {"corpus": "train"}
+
+
+def test_held_out_text_of_a_trained_domain_by_its_name_alone(tmp_path: Path, byte_tokenizer):
+    for name in ("ko/corpus", "en/corpus", "ko/corpus.heldout"):
+        file = tmp_path / f"{name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"text": name}) + "\n")
+    ko, en = str(tmp_path / "ko/corpus.jsonl"), str(tmp_path / "en/corpus.jsonl")
+
+    def warnings(*sources: Source) -> list[str]:
+        corpus = pack(sources, byte_tokenizer, cache_dir=tmp_path / "c", max_length=8, holdout=0)
+        return [warning for warning in corpus.warnings if "measured as part of" in warning]
+
+    for role in ("train", "replay"):
+        trained = [Source(path=ko, role=role)] + [Source(path=str(tmp_path / "*/*heldout.jsonl"), domain="x")] * (
+            role == "replay"
+        )
+        [warning] = warnings(*trained, Source(path=en, role="heldout"))
+        assert warning.startswith(f"{en} (heldout) is measured as part of corpus, which {ko} ({role}) is called too")
+        assert "domain: corpus if they belong together" in warning
+    assert not warnings(Source(path=ko), Source(path=en, role="heldout", domain="corpus"))
+    assert not warnings(Source(path=ko), Source(path=en, role="heldout", domain="en"))
+    assert not warnings(Source(path=ko), Source(path=str(tmp_path / "ko/corpus.heldout.jsonl"), role="heldout"))
 
 
 def test_one_encoder_reads_all_sources(tmp_path: Path, byte_tokenizer, monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral, Real
@@ -70,7 +70,7 @@ class Corpus:
         found = [warning for item in self.sources for warning in item.warnings]
         if not self.sources[0].has_eos:  # one tokenizer read them all
             found.append("the tokenizer has no end token: documents will not be separated by one")
-        return [*found, *self.mixture.warnings]
+        return [*found, *_measured_with_others([item.source for item in self.sources]), *self.mixture.warnings]
 
     @cached_property
     def roles(self) -> dict[str, str]:
@@ -284,6 +284,27 @@ def _reject_shared_default_domains(sources: list[Source]) -> None:
                 f"{one.location} ({one.role}) and {other.location} ({other.role}) are both called {one.domain_name!r}",
                 "Give each a domain, the same one if they shall be measured together",
             )
+
+
+def _measured_with_others(sources: list[Source]) -> Iterator[str]:
+    """Held-out text that is of a trained domain by its default name alone: ko/corpus.jsonl and en/corpus.jsonl are both
+    "corpus". Of one folder that is meant (ko.train.jsonl, ko.heldout.jsonl), and so it is where the name was given."""
+    trained = [source for source in sources if source.role != "heldout"]
+    for heldout in sources:
+        if heldout.role != "heldout" or heldout.domain:
+            continue
+        alike = [source for source in trained if source.domain_name == heldout.domain_name]
+        if alike and _place(heldout) not in map(_place, alike):
+            other, name = alike[0], heldout.domain_name
+            yield (
+                f"{heldout.location} (heldout) is measured as part of {name}, which {other.location} ({other.role}) is "
+                f"called too: by its name alone. Give it a domain, domain: {name} if they belong together."
+            )
+
+
+def _place(source: Source) -> str:
+    """The folder that a source lies in, or its name on the hub."""
+    return source.hub or str(Path(source.location).expanduser().absolute().parent)
 
 
 def _reject_ids_outside(tokenized: list[TokenizedSource], vocab_size: int) -> None:
