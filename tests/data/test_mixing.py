@@ -103,7 +103,7 @@ def test_heldout_documents(pack_texts: Pack, byte_tokenizer):
 
 
 def test_without_weights_every_document_once(pack_texts: Pack):
-    corpus = pack_texts((texts("a", 30), {}), (texts("b", 5), {"repeat": True}))
+    corpus = pack_texts((texts("a", 30), {}), (texts("b", 5), {}))
     assert [planned.tolist() for planned in corpus.mixture.planned] == [[1] * 30, [1] * 5]
 
 

@@ -33,6 +33,28 @@ def test_unknown_and_changed_fields_are_refused():
         Source(path="x").path = "y"  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"split": "test"}, "split: test belongs to a hub data set"),
+        ({"role": "heldout", "weight": 2}, "weight and repeat are of text that is trained"),
+        ({"role": "heldout", "repeat": True}, "weight and repeat are of text that is trained"),
+        ({"repeat": True}, "repeat needs weights"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(fields: dict[str, object], said: str):
+    with pytest.raises(ValidationError, match=said):
+        Source.model_validate({"path": "x", **fields})
+
+
+def test_settings_that_do_something_are_not():
+    Source(hub="x", split="test")
+    Source(path="x", weight=1, repeat=True)
+    Source(path="x", role="replay", repeat=True)
+    for source in (Source(path="x"), Source(path="x", role="heldout")):
+        assert Source.model_validate(source.model_dump()) == source  # every field, as in the run.yaml of a run
+
+
 def test_every_field_is_described():
     assert [name for name, field in Source.model_fields.items() if not field.description] == []
 

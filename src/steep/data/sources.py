@@ -94,10 +94,21 @@ class Source(BaseModel):
             raise ValueError(f"a source needs exactly one of path and hub, and has {found}")
         if self.path and (self.subset or self.revision):
             raise ValueError("subset and revision belong to a hub data set, and this source has a path")
+        # By its value: the run.yaml of a run names every field.
+        if self.path and self.split != "train":
+            raise ValueError(f"split: {self.split} belongs to a hub data set, and this source has a path; see role")
         if self.stream and not self.hub:
             raise ValueError("stream belongs to a hub data set, and this source has a path, which is not downloaded")
         if self.stream and self.max_tokens is None:
             raise ValueError("stream needs max_tokens: how much of the data set to read, e.g. 200_000_000")
+        return self
+
+    @model_validator(mode="after")
+    def _mixed_as_it_says(self) -> Source:
+        if self.role == "heldout" and (self.weight is not None or self.repeat):
+            raise ValueError("weight and repeat are of text that is trained, and this source is held out")
+        if self.role == "train" and self.repeat and self.weight is None:
+            raise ValueError("repeat needs weights: without them every document of a train source counts once an epoch")
         return self
 
     @property
