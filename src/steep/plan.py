@@ -35,7 +35,7 @@ from steep.planning.computation import Ground
 from steep.planning.duration import Duration, Pace
 from steep.planning.fitting import Shortfall, changed, forwards_of, shortfall_of
 from steep.planning.fp8_choice import dequantised
-from steep.planning.fusing import decide
+from steep.planning.fusing import check_adapters, decide
 from steep.planning.memory import Shape, gaps
 from steep.planning.micro_batch import with_micro_batch
 from steep.planning.rates import rates_of
@@ -311,6 +311,7 @@ def _work_out(
         untie(empty)
     check_embeddings(empty, config.adapter.modules_to_save)
     check_rank(empty, config.adapter.target_modules, config.adapter.r)
+    check_adapters(config, empty)
     check_length(config.data.max_length, resolved.config)
     check_batch(config)
     layer, not_fused = decide(config, empty, before, card)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from steep.config import parse_config
 from steep.errors import UserError
 from steep.model.adapter_config import read_adapter_config
 from steep.model.adapters import (
@@ -23,7 +24,8 @@ from steep.model.adapters import (
     save_adapter,
 )
 from steep.model.embeddings import is_tied
-from tests.tiny import FAMILIES, save_tiny, tiny_model
+from steep.plan import plan_run
+from tests.tiny import FAMILIES, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer, write_corpus
 
 
 def ids() -> torch.Tensor:
@@ -234,6 +236,35 @@ def test_an_unknown_target_lists_the_models_own() -> None:
         add_adapters(tiny_model("llama"), target_modules=["q_prj"])
     assert "the model has no linear layer 'q_prj'. Did you mean 'q_proj'?" in str(raised.value)
     assert "It has: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj." in str(raised.value)
+
+
+def mamba() -> Any:
+    config = AutoConfig.for_model("mamba", vocab_size=VOCAB_SIZE, hidden_size=64, num_hidden_layers=2, pad_token_id=0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+REFUSED_BY_PEFT = r"PEFT refuses them on MambaForCausalLM: .*'out_proj' is incompatible"
+
+
+def test_layers_that_peft_refuses() -> None:
+    with pytest.raises(UserError, match=REFUSED_BY_PEFT) as raised:
+        add_adapters(mamba(), r=8, target_modules="all-linear", modules_to_save=[])
+    assert raised.value.field == "adapter.target_modules"
+
+
+def test_layers_that_peft_refuses_are_told_in_the_plan(tmp_path: Path) -> None:
+    mamba().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    config = parse_config(
+        {
+            "model": {"name": str(tmp_path / "base"), "base": "fp32"},
+            "adapter": {"r": 8, "target_modules": "all-linear", "modules_to_save": []},
+            "data": {"sources": [{"path": str(write_corpus(tmp_path / "text", 20))}], "max_length": 64},
+            "training": {"output_dir": str(tmp_path / "run")},
+        }
+    )
+    with pytest.raises(UserError, match=REFUSED_BY_PEFT):
+        plan_run(config)
 
 
 def test_all_linear_leaves_the_head_alone() -> None:

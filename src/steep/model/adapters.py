@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from steep.model.unwrap import has_adapters
 from steep.tensor_files import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
+_OTHER_LAYERS = "Leave out the layers that it names, or give another model."
 _ANOTHER = "Use the model and adapter settings that it was written with."
 logger = logging.getLogger("steep")
 
@@ -150,8 +151,8 @@ def add_adapters(
         A plain `peft.PeftModel`.
 
     Raises:
-        UserError: r ≤ 0, a model that has adapters, an unknown target, a module that is not there, options that exclude
-            each other.
+        UserError: r ≤ 0, a model that has adapters, an unknown target, one that PEFT refuses, a module that is not
+            there, options that exclude each other.
     """
     if r <= 0:
         raise UserError("adapter.r", f"{r} is not a rank", "Give a number above 0, such as 256.")
@@ -181,7 +182,8 @@ def add_adapters(
         use_dora=use_dora,
         task_type="CAUSAL_LM",
     )
-    peft_model = _wrapped(model, config, trained_dtype, offloads)
+    told = told_as_input("adapter.target_modules", f"PEFT refuses them on {type(model).__name__}", _OTHER_LAYERS)
+    peft_model = _wrapped(model, config, trained_dtype, offloads, told)
     _begin(peft_model, resumed=resumed)
     if resumed and init_lora_weights == "pissa":
         add_frozen_start(peft_model)
@@ -206,20 +208,27 @@ def open_adapter(
     """
     config = read_adapter_config(folder, field)
     config.inference_mode = False
-    with told_as_input(field, f"the adapter_config.json of {folder} does not fit the model", _ANOTHER):
-        peft_model = _wrapped(model, config, trained_dtype, offloads)
+    told = told_as_input(field, f"the adapter_config.json of {folder} does not fit the model", _ANOTHER)
+    peft_model = _wrapped(model, config, trained_dtype, offloads, told)
     load_adapter_weights(peft_model, folder, field)
     return peft_model
 
 
-def _wrapped(model: Any, config: LoraConfig, trained_dtype: str, offloads: bool) -> PeftModel:
-    """`model` with adapters whose A is still to come, but for DoRA's: from A times a B of zeros it takes lengths."""
+def _wrapped(
+    model: Any, config: LoraConfig, trained_dtype: str, offloads: bool, told: AbstractContextManager[None]
+) -> PeftModel:
+    """`model` with adapters whose A is still to come, but for DoRA's: from A times a B of zeros it takes lengths.
+
+    Args:
+        told: says what PEFT refuses, as in `steep.foreign`.
+    """
     dtype = DTYPES[trained_dtype]
     with (
         nullcontext() if config.use_dora else NotInitialised(dtype),
         copied_to_nowhere(model, config.modules_to_save or ()) if offloads else nullcontext() as share,
     ):
-        peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+        with told:
+            peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
         if share is not None:
             share(peft_model)
     if offloads:

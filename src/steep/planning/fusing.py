@@ -47,7 +47,7 @@ def decide(config: RunConfig, empty: Any, before: Choices | None, card: Card | N
         return None, "model.fused is off"
     if asked == "auto" and not was_fused and (reason := _why_not_by_itself(config, card)):
         return None, reason
-    model = adapted(config, empty)
+    model = empty if fused_class(type(empty)) is None else adapted(config, empty)
     reason = _why_not_with_options(config) or why_not_this_model(model) or why_not_on(card)
     if asked == "auto" and before is not None and not was_fused:
         return None, reason or "the run began so"
@@ -67,13 +67,22 @@ def decide(config: RunConfig, empty: Any, before: Choices | None, card: Card | N
 
 
 def adapted(config: RunConfig, empty: Any) -> Any:
-    """A copy of `empty` with the adapters that the run would train; without any where its family is not known."""
+    """A copy of `empty` with the adapters that the run would train."""
     base = copy.deepcopy(empty).requires_grad_(False)
-    if fused_class(type(base)) is None:
-        return base
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # PEFT says them once more of the real model
         return add_adapters(base, **config.adapter.model_dump(), resumed=True).train()
+
+
+def check_adapters(config: RunConfig, empty: Any) -> None:
+    """Let PEFT see a model of a family that is not known here: it has layers that it refuses (Mamba's), and would say
+    so only when the weights are loaded.
+
+    Raises:
+        UserError: it refuses.
+    """
+    if fused_class(type(empty)) is None:
+        adapted(config, empty)
 
 
 def resolve_trained_dtype(config: RunConfig, fused: bool, compute: str, before: Choices | None) -> str:
