@@ -69,6 +69,13 @@ class FrozenMatrix:
             rows[own] = self._own_rows[place[own]]
         return rows
 
+    def check(self) -> None:
+        """
+        Raises:
+            RunError: the file is another than it was.
+        """
+        self._read()
+
     def whole(self, device: torch.device, rows: int | None = None) -> torch.Tensor:
         """A copy of the first `rows` rows, of all by default, on `device`.
 

@@ -163,8 +163,13 @@ class OriginalModule(nn.Module, ABC):
         self._holds, self._held = holds, None
 
     def lend(self, weight: torch.Tensor) -> None:
-        """Have `weight`, [V, H], for as long as it is held."""
+        """Have `weight`, [V, H], for as long as it is held.
+
+        Raises:
+            RunError: the base's file is another than it was.
+        """
         assert self._holds
+        self.matrix.check()
         self._held = weight.to(self.dtype)
 
     @contextmanager
