@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
@@ -102,6 +103,18 @@ def test_a_text_model_that_says_something_else_is_not_written(tmp_path: Path, mo
 
     monkeypatch.setattr(text_model, "_text_model", halved)
     with pytest.raises(UserError, match="taken out, is not what it is inside"):
+        extract_text_model(str(whole), tmp_path / "text")
+    assert not (tmp_path / "text").exists()
+
+
+def test_a_checkpoint_without_some_weights_is_refused(tmp_path: Path) -> None:
+    """transformers fills them with random numbers, in both models that are compared."""
+    whole = multimodal("mistral3", tmp_path / "whole", tie_word_embeddings=False)
+    tensors = load_file(whole / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "language_model" not in name or "1.mlp" not in name}
+    assert len(kept) == len(tensors) - 3
+    save_file(kept, whole / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"whole lacks .*layers\.1\.mlp\.down_proj\.weight, .*which the model has"):
         extract_text_model(str(whole), tmp_path / "text")
     assert not (tmp_path / "text").exists()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from steep.errors import UserError
+from steep.model.missing_weights import refuse_missing
 from steep.model.resolve import ResolvedModel, read_config, read_tokenizer, text_config_of
 from steep.model.safety import check_safe
 from steep.storage import published
@@ -32,7 +33,8 @@ def extract_text_model(name: str, folder: str | Path, *, revision: str | None = 
         `folder`.
 
     Raises:
-        UserError: there is something in `folder`, or the model has no text model that can stand alone.
+        UserError: there is something in `folder`, the model has no text model that can stand alone, or its checkpoint
+            lacks a weight.
     """
     if Path(name).expanduser().exists():
         name = str(Path(name).expanduser())
@@ -47,7 +49,14 @@ def extract_text_model(name: str, folder: str | Path, *, revision: str | None = 
         raise UserError("name", f"{name} ({config.model_type}) has no text model that can stand alone", remedy)
     resolved = ResolvedModel(name, arguments, config)
     check_safe(resolved, "name")
-    whole: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", use_safetensors=True, **arguments)
+    whole, found = cast(
+        tuple[Any, dict[str, Any]],
+        AutoModelForImageTextToText.from_pretrained(
+            name, dtype="auto", use_safetensors=True, output_loading_info=True, **arguments
+        ),
+    )
+    # transformers fills what is missing with random numbers, in the whole model and so in what is taken out of it.
+    refuse_missing(found["missing_keys"], name, "name", "Download it again, or give a whole checkpoint.")
     tokenizer = read_tokenizer(resolved, "name")
     model = _text_model(whole, text_config)
     if model is None or not _agree(whole, model, tokenizer):
