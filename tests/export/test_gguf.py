@@ -18,10 +18,11 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from steep.errors import UserError
-from steep.export import gguf, gguf_check, gguf_families
+from steep.export import gguf, gguf_check
 from steep.export.gguf import check_convertible, open_model, write_gguf
 from steep.export.gguf_check import GgufJudge, other_tokens, read_back
-from steep.export.gguf_families import FAMILIES
+from steep.model import gguf_families
+from steep.model.gguf_families import FAMILIES
 from steep.model.resolve import resolve
 from tests.export.llama_cpp_judge import logits, relative_error, token_ids
 from tests.export.tokenizers_of_kinds import byte_level, sentencepiece_style
@@ -147,7 +148,7 @@ def test_a_missing_rotary_scale_is_seen(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.llama_cpp
 def test_a_query_scale_left_out_is_seen(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(case, tmp_path)
-    monkeypatch.setattr(gguf_families, "_query_scale", lambda *_: 1.0)
+    monkeypatch.setattr(gguf_families, "query_scale", lambda *_: 1.0)
     assert error_of(folder, tmp_path / "out") > 2 * F16
 
 

@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import AddedToken
 from steep.errors import UserError
 from steep.export import gguf_tokenizer
 from steep.export.gguf_tokenizer import Vocabulary, add_vocabulary, is_misread_by_converter, read_vocabulary
-from steep.export.pre_tokenizers import pre_tokenizer_name
+from steep.model.pre_tokenizers import pre_tokenizer_name
 from tests.export.gguf_texts import TEXTS
 from tests.export.llama_cpp_judge import opened, token_ids
 from tests.export.tokenizers_of_kinds import SPACE, byte_level, sentencepiece_json, sentencepiece_style

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from steep.errors import UserError
 from steep.export import gguf
 from steep.export.gguf import write_gguf
-from steep.export.gguf_families import add_settings
 from steep.model.gguf import converted_folder
+from steep.model.gguf_families import add_settings
 from steep.model.load import load
 from steep.model.resolve import read_tokenizer, resolve
 from tests.tiny import EOS, tiny_model, tiny_tokenizer

@@ -1,7 +1,8 @@
 """GGUF files from a merged 16-bit folder: f16 and q8_0, for llama.cpp, Ollama and what is built on them.
 
-Names of tensors and keys come from the gguf package's own tables; what a family needs from `gguf_families`, the
-tokenizer from `gguf_tokenizer`. Tensors are read one at a time and go into both files, so one of them is in memory.
+Names of tensors and keys come from the gguf package's own tables; what a family needs from
+`steep.model.gguf_families`, the tokenizer from `gguf_tokenizer`. Tensors are read one at a time and go into both files,
+so one of them is in memory.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 
 from steep.errors import UserError
-from steep.export.gguf_families import FIELD, REMEDY, Family, add_settings, family_of, layout, rotary_factors
+from steep.export.gguf_refusals import FIELD, REMEDY, family_of
 from steep.export.gguf_tokenizer import Vocabulary, add_vocabulary, read_vocabulary
 from steep.export.modelfile import modelfile
 from steep.model.base_tensors import BaseTensors
+from steep.model.gguf_families import ROTARY_FACTORS, Family, add_settings, gguf_names, layout, rotary_factors
 from steep.model.resolve import read_tokenizer, resolve
 
 if TYPE_CHECKING:
@@ -47,15 +49,12 @@ class GgufModel:
 
     def expected(self, name: str) -> torch.Tensor:
         """The tensor that GGUF calls `name`, laid out for llama.cpp, in fp32."""
-        if name == _ROTARY_FACTORS:
+        if name == ROTARY_FACTORS:
             factors = rotary_factors(self.config)
             assert factors is not None
             return factors
         stored = self.names[name]
         return layout(stored, self.config, self.family)(self.tensors[stored].float())
-
-
-_ROTARY_FACTORS = "rope_freqs.weight"
 
 
 def check_convertible(config: Any, tokenizer: Any) -> None:
@@ -75,8 +74,6 @@ def open_model(model_folder: Path) -> GgufModel:
     Raises:
         UserError: as `check_convertible`, or the folder's tensors are not those of its family.
     """
-    from gguf import MODEL_ARCH, get_tensor_name_map  # optional
-
     resolved = resolve(str(model_folder), field=FIELD)
     config = resolved.config
     if resolved.quantization is not None:
@@ -84,17 +81,13 @@ def open_model(model_folder: Path) -> GgufModel:
     family = family_of(config)
     vocabulary = read_vocabulary(read_tokenizer(resolved, FIELD), config)
     tensors = BaseTensors(resolved.name, field=FIELD)
-    known = get_tensor_name_map(MODEL_ARCH[family.architecture], config.num_hidden_layers)
     names: dict[str, str] = {}
-    for stored in tensors:
-        if stored == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        name = known.get_name(stored, try_suffixes=(".weight", ".bias"))
+    for stored, name in gguf_names(tensors, config, family).items():
         if name is None:
             raise UserError(FIELD, f"{model_folder} has {stored}, which GGUF has no name for", REMEDY)
         names[name] = stored
     if rotary_factors(config) is not None:
-        names[_ROTARY_FACTORS] = ""
+        names[ROTARY_FACTORS] = ""
     return GgufModel(config, family, vocabulary, tensors, names)
 
 
@@ -171,7 +164,7 @@ def _check_installed() -> None:
 
 
 def _shape(model: GgufModel, name: str) -> tuple[int, ...]:
-    if name == _ROTARY_FACTORS:
+    if name == ROTARY_FACTORS:
         return tuple(model.expected(name).shape)
     return model.tensors.shape(model.names[name])
 

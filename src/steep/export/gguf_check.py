@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from steep.evaluation.mode import inference_mode, input_device
 from steep.export.gate import open_plainly
 from steep.export.gguf import GgufModel, open_model
-from steep.export.gguf_families import FIELD, add_settings
+from steep.export.gguf_refusals import FIELD
 from steep.export.gguf_tokenizer import add_vocabulary
 from steep.model.attention import attention
+from steep.model.gguf_families import add_settings
 from steep.model.resolve import read_tokenizer, resolve
 
 _BITS_LIMITS = {"1": 0.005, "7": 0.02}

@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steep.errors import UserError
-from steep.export.gguf_families import FIELD, REMEDY
-from steep.export.pre_tokenizers import pre_tokenizer_name
+from steep.export.gguf_refusals import refused
+from steep.model.pre_tokenizers import pre_tokenizer_name
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -68,14 +67,14 @@ def read_vocabulary(tokenizer: Any, config: Any) -> Vocabulary:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise _refused("the tokenizer has no tokenizer.json")
+        raise refused("the tokenizer has no tokenizer.json")
     description = json.loads(backend.to_str())
     model = description["model"]
     if model["type"] != "BPE":
-        raise _refused(f"llama.cpp's tokenizers here are BPE, and this one is {model['type']}")
+        raise refused(f"llama.cpp's tokenizers here are BPE, and this one is {model['type']}")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
-            raise _refused(f"the tokenizer's BPE has {option} {model[option]!r}, which llama.cpp lacks")
+            raise refused(f"the tokenizer's BPE has {option} {model[option]!r}, which llama.cpp lacks")
     pieces: dict[str, int] = dict(model["vocab"])
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     special = _special_ids(tokenizer, config)
@@ -95,7 +94,7 @@ def read_vocabulary(tokenizer: Any, config: Any) -> Vocabulary:
         tokens, types = _by_id(pieces, added, config.vocab_size, special.get("unk"))
         missing = set(_BYTES) - set(pieces)
         if missing:
-            raise _refused(f"the tokenizer has no token for {len(missing)} bytes ({min(missing)} …)")
+            raise refused(f"the tokenizer has no token for {len(missing)} bytes ({min(missing)} …)")
         rank = {}
         for number, pair in enumerate(merges):
             rank.setdefault("".join(pair), number)
@@ -103,12 +102,12 @@ def read_vocabulary(tokenizer: Any, config: Any) -> Vocabulary:
         return Vocabulary("llama", "default", tokens, types, scores=scores, adds_space=adds_space, **shared)
     name = pre_tokenizer_name(description["pre_tokenizer"], bool(model.get("ignore_merges")))
     if name is None:
-        raise _refused(
+        raise refused(
             "how this tokenizer cuts text into words is none of the ways that steep knows llama.cpp's name of: "
             f"{json.dumps(description['pre_tokenizer'])}"
         )
     if description["normalizer"] not in (None, {"type": "NFC"}):  # llama.cpp composes nothing; text mostly is in NFC
-        raise _refused(f"the tokenizer changes its text first, which llama.cpp does not: {description['normalizer']}")
+        raise refused(f"the tokenizer changes its text first, which llama.cpp does not: {description['normalizer']}")
     tokens, types = _by_id(pieces, _added(description, set()), config.vocab_size, None)
     return Vocabulary("gpt2", name, tokens, types, merges=[" ".join(pair) for pair in merges], **shared)
 
@@ -144,7 +143,7 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
 
 def _special_ids(tokenizer: Any, config: Any) -> dict[str, int]:
     if tokenizer.eos_token_id is None:
-        raise _refused("the tokenizer has no end-of-sequence token")
+        raise refused("the tokenizer has no end-of-sequence token")
     # Without a beginning token llama.cpp takes token 11 for it, whatever that is.
     ids = {
         "bos": next(i for i in (tokenizer.bos_token_id, config.bos_token_id, tokenizer.eos_token_id) if i is not None),
@@ -162,7 +161,7 @@ def _adds(tokenizer: Any, special: dict[str, int]) -> tuple[bool, bool]:
         for adds_eos in (False, True):
             if whole == [special["bos"]] * adds_bos + bare + [special["eos"]] * adds_eos:
                 return adds_bos, adds_eos
-    raise _refused(f"the tokenizer adds other tokens to a text than BOS and EOS: {whole} for {bare}")
+    raise refused(f"the tokenizer adds other tokens to a text than BOS and EOS: {whole} for {bare}")
 
 
 def _added(description: dict[str, Any], merged: set[str]) -> dict[int, tuple[str, int]]:
@@ -179,7 +178,7 @@ def _added(description: dict[str, Any], merged: set[str]) -> dict[int, tuple[str
         text, kind = token["content"], CONTROL if token["special"] else USER_DEFINED
         if kind == USER_DEFINED:
             if token["single_word"] or token["lstrip"] or token["rstrip"]:
-                raise _refused(f"the added token {text!r} takes the spaces around it, which llama.cpp does not")
+                raise refused(f"the added token {text!r} takes the spaces around it, which llama.cpp does not")
             if _SPACE in text and not token["normalized"] and text in merged:
                 kind = NORMAL
             elif token["normalized"] and spaces_replaced:
@@ -197,12 +196,12 @@ def _by_id(
         by_id[unk] = (by_id[unk][0], UNKNOWN)
     beyond = [text for number, (text, kind) in by_id.items() if number >= rows and kind != CONTROL]
     if beyond:
-        raise _refused(f"{len(beyond)} tokens have no row in the embeddings ({beyond[0]!r} …)")
+        raise refused(f"{len(beyond)} tokens have no row in the embeddings ({beyond[0]!r} …)")
     # Gemma 3's tokenizer marks images by a token that the text model has no row for.
     filled = [by_id.get(number, (f"[PAD{number}]", UNUSED)) for number in range(rows)]
     tokens = [text for text, _ in filled]
     if len(set(tokens)) != rows or "" in tokens:
-        raise _refused("two tokens have the same text, or one has none")
+        raise refused("two tokens have the same text, or one has none")
     return tokens, [kind for _, kind in filled]
 
 
@@ -220,7 +219,7 @@ def _sentencepiece_space(description: dict[str, Any]) -> tuple[bool, bool]:
         metaspace = pre_tokenizer[0]
         if metaspace["replacement"] == _SPACE and not metaspace["split"]:
             return metaspace["prepend_scheme"] != "never", metaspace["prepend_scheme"] == "always"
-    raise _refused(
+    raise refused(
         "the tokenizer treats spaces in none of the ways that llama.cpp has: "
         f"{json.dumps({'normalizer': description['normalizer'], 'pre_tokenizer': description['pre_tokenizer']})}"
     )
@@ -230,7 +229,7 @@ def _check_text_after_added(description: dict[str, Any], prepends: bool) -> None
     """llama.cpp puts a space in front of the text that follows an added token, if it does so at the beginning."""
     normalized = any(token["normalized"] and not token["special"] for token in description["added_tokens"])
     if not prepends or normalized:
-        raise _refused("the tokenizer has added ordinary tokens, and llama.cpp would put a space after each of them")
+        raise refused("the tokenizer has added ordinary tokens, and llama.cpp would put a space after each of them")
 
 
 def _check_missing_merges(
@@ -244,7 +243,7 @@ def _check_missing_merges(
             if left not in parts or right not in parts or (left, right) in known:
                 continue
             if len(backend.model.tokenize(piece)) > 1:
-                raise _refused(
+                raise refused(
                     f"llama.cpp would merge {left!r} and {right!r} into {piece!r}, which this tokenizer does not"
                 )
 
@@ -257,7 +256,3 @@ def _parts(step: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
 
 def _bare(part: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in part.items() if value is not None}
-
-
-def _refused(problem: str) -> UserError:
-    return UserError(FIELD, problem, REMEDY)

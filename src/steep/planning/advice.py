@@ -6,7 +6,7 @@ from typing import Any
 
 from steep.data.packing import Corpus
 from steep.errors import UserError
-from steep.export.gguf_families import family_of
+from steep.export.gguf_refusals import family_of
 from steep.model.machine import Card
 from steep.model.positions import unstretched
 from steep.model.resolve import ResolvedModel, looks_like_chat

@@ -1,30 +1,26 @@
 """What llama.cpp computes for each family, and how a transformers checkpoint has to be laid out for it.
 
 llama.cpp's graphs fix a few things that a transformers config leaves open: the activation, which biases exist, the
-scale of attention in Gemma. Where a model differs, `check_config` refuses it, or `layout` puts the difference into the
-weights. Source: llama.cpp's `src/models/*.cpp`; the tests hold each family against it.
+scale of attention in Gemma. `difference` says where a model is another one; what can be put into the weights `layout`
+puts there. Files are written by this (`steep.export.gguf`) and held to it when they are read (`steep.model.gguf`).
+Source: llama.cpp's `src/models/*.cpp`; the tests hold each family against it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from steep.errors import UserError
-
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-FIELD = "--to"
-REMEDY = (
-    "Export with --to merged, which transformers and vLLM read. llama.cpp's convert_hf_to_gguf.py may take that folder "
-    "too, but not where it has a SentencePiece tokenizer and no tokenizer.model: it then gives every piece one score."
-)
+ROTARY_FACTORS = "rope_freqs.weight"
+"""The tensor of `rotary_factors`, which no checkpoint has."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +59,6 @@ FAMILIES = {
     ),
     "gemma3_text": Family("GEMMA3", "gelu_pytorch_tanh", norm_offset=1.0, window_period=6, layers_of_27b=62),
 }
-
-
-def family_of(config: Any) -> Family:
-    """The family of a model that llama.cpp computes as transformers does.
-
-    Raises:
-        UserError: the family is another one, or the model has something that its graph in llama.cpp lacks.
-    """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise _refused(f"GGUF is written for {', '.join(FAMILIES)}, and this model is a {config.model_type}")
-    reason = _difference(config, family)
-    if reason is not None:
-        raise _refused(f"llama.cpp computes {config.model_type} otherwise than this model: {reason}")
-    return family
 
 
 def head_dim(config: Any) -> int:
@@ -120,8 +101,28 @@ def add_settings(writer: GGUFWriter, config: Any, family: Family) -> None:
     if family.window_period is not None:
         writer.add_sliding_window(config.sliding_window)
         windows = [kind == "sliding_attention" for kind in config.layer_types]
-        if windows != [bool((layer + 1) % family.window_period) for layer in range(len(windows))]:
+        if windows != windowed_layers(len(windows), family.window_period):
             writer.add_sliding_window_pattern(windows)
+
+
+def windowed_layers(layers: int, period: int) -> list[bool]:
+    """Which layers have a window, if every `period`-th sees the whole context."""
+    return [bool((layer + 1) % period) for layer in range(layers)]
+
+
+def gguf_names(stored: Iterable[str], config: Any, family: Family) -> dict[str, str | None]:
+    """The checkpoint's name of each tensor → GGUF's, in the same order; None where GGUF has none.
+
+    Tied output embeddings, which a GGUF file does without, are left out.
+    """
+    from gguf import MODEL_ARCH, get_tensor_name_map  # optional
+
+    known = get_tensor_name_map(MODEL_ARCH[family.architecture], config.num_hidden_layers)
+    return {
+        name: known.get_name(name, try_suffixes=(".weight", ".bias"))
+        for name in stored
+        if not (name == "lm_head.weight" and config.tie_word_embeddings)
+    }
 
 
 def rotary_factors(config: Any) -> torch.Tensor | None:
@@ -147,7 +148,7 @@ def layout(name: str, config: Any, family: Family) -> Callable[[torch.Tensor], t
             tensor = _pairs_adjacent(tensor, config.num_key_value_heads)
         scaled = {"gemma2": "q_proj.weight", "gemma3_text": "q_norm.weight"}.get(config.model_type)
         if scaled is not None and name.endswith(scaled):
-            tensor = tensor * _query_scale(config, family)
+            tensor = tensor * query_scale(config, family)
         return tensor
 
     return laid_out
@@ -158,7 +159,7 @@ def _pairs_adjacent(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def _query_scale(config: Any, family: Family) -> float:
+def query_scale(config: Any, family: Family) -> float:
     """What Gemma's queries lack for llama.cpp's own scale to make `query_pre_attn_scalar` ** -0.5 of it; often 1."""
     built_in = head_dim(config)
     if config.num_hidden_layers == family.layers_of_27b:
@@ -166,12 +167,13 @@ def _query_scale(config: Any, family: Family) -> float:
     return math.sqrt(built_in / config.query_pre_attn_scalar)
 
 
-def _difference(config: Any, family: Family) -> str | None:
+def difference(config: Any, family: Family) -> str | None:
+    """Where a model is another one than its family's graph in llama.cpp computes, in words."""
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     rope, windowed_rope = rope_of(config)
     kind = rope["rope_type"]
     window = getattr(config, "sliding_window", None)
-    windowed_layers = set(getattr(config, "layer_types", None) or []) != {"full_attention"}
+    has_windows = set(getattr(config, "layer_types", None) or []) != {"full_attention"}
     if activation != family.activation:
         return f"its activation is {activation}, not {family.activation}"
     if kind not in ("default", "linear") and not (kind == "llama3" and family.architecture == "LLAMA"):
@@ -185,7 +187,7 @@ def _difference(config: Any, family: Family) -> str | None:
     if config.model_type == "qwen2" and head_dim(config) * config.num_attention_heads != config.hidden_size:
         return f"its heads of {head_dim(config)} do not add up to its hidden size {config.hidden_size}"
     if family.window_period is None:
-        if window is not None and windowed_layers and window < config.max_position_embeddings:
+        if window is not None and has_windows and window < config.max_position_embeddings:
             return f"it sees {window} tokens back, fewer than its context of {config.max_position_embeddings}"
     elif window is None:
         return "it has no sliding window"
@@ -201,7 +203,3 @@ def _difference(config: Any, family: Family) -> str | None:
     if config.model_type == "gemma3_text" and caps["attn_logit_softcapping"] is not None:
         return "its attention has a soft cap"
     return None
-
-
-def _refused(problem: str) -> UserError:
-    return UserError(FIELD, problem, REMEDY)
