@@ -26,7 +26,7 @@ from steep.export.gguf import GgufModel, open_model
 from steep.export.gguf_refusals import FIELD
 from steep.export.gguf_tokenizer import add_vocabulary
 from steep.model.attention import attention
-from steep.model.gguf_families import add_settings
+from steep.model.gguf_families import add_settings, same_value
 from steep.model.resolve import read_tokenizer, resolve
 
 _BITS_LIMITS = {"1": 0.005, "7": 0.02}
@@ -185,7 +185,7 @@ def read_back(file: Path, model: GgufModel) -> list[str]:
     add_vocabulary(wanted, model.vocabulary)
     for key, value in wanted.kv_data[0].items():
         stored = reader.fields[key].contents() if key in reader.fields else None
-        if not _same(stored, value.value):
+        if not same_value(stored, value.value):
             problems.append(f"{key} is {str(stored)[:80]}, not {str(value.value)[:80]}")
     return problems
 
@@ -195,14 +195,6 @@ def _block_maximum(values: NDArray[np.float32], kind: str) -> NDArray[np.float32
         return np.abs(values)
     blocks = np.abs(values).reshape(-1, 32).max(1, keepdims=True)
     return np.broadcast_to(blocks, (len(blocks), 32)).reshape(values.shape)
-
-
-def _same(stored: Any, wanted: Any) -> bool:
-    if isinstance(wanted, float):
-        return stored is not None and math.isclose(stored, wanted, rel_tol=1e-6)
-    if isinstance(wanted, (list, tuple)):
-        return stored is not None and list(stored) == list(wanted)
-    return stored == wanted
 
 
 def other_tokens(texts: Sequence[str], *, adds_space: bool, composes: bool) -> tuple[list[str], list[str]]:

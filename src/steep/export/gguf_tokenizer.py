@@ -17,15 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steep.export.gguf_refusals import refused
+from steep.model.gguf_vocabulary import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from steep.model.pre_tokenizers import pre_tokenizer_name
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-# gguf.TokenType, which is optional
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-
-_SPACE = "▁"
 _BYTES = [f"<0x{value:02X}>" for value in range(256)]
 _UNREACHABLE = -1e9  # the score of a piece that no merge makes; single characters need none
 
@@ -171,7 +168,7 @@ def _added(description: dict[str, Any], merged: set[str]) -> dict[int, tuple[str
     tokenizer runs of "▁" are added *and* made by merges: the merges do the work there, since "▁" is rare in text.
     """
     spaces_replaced = any(
-        part["type"] == "Replace" and part["content"] == _SPACE for part in _parts(description["normalizer"])
+        part["type"] == "Replace" and part["content"] == SPACE for part in _parts(description["normalizer"])
     )
     added: dict[int, tuple[str, int]] = {}
     for token in description["added_tokens"]:
@@ -179,10 +176,10 @@ def _added(description: dict[str, Any], merged: set[str]) -> dict[int, tuple[str
         if kind == USER_DEFINED:
             if token["single_word"] or token["lstrip"] or token["rstrip"]:
                 raise refused(f"the added token {text!r} takes the spaces around it, which llama.cpp does not")
-            if _SPACE in text and not token["normalized"] and text in merged:
+            if SPACE in text and not token["normalized"] and text in merged:
                 kind = NORMAL
             elif token["normalized"] and spaces_replaced:
-                text = text.replace(_SPACE, " ")
+                text = text.replace(SPACE, " ")
         added[token["id"]] = (text, kind)
     return added
 
@@ -209,15 +206,15 @@ def _sentencepiece_space(description: dict[str, Any]) -> tuple[bool, bool]:
     """Whether a text gets a space in front, and whether each part of it between added tokens does."""
     normalizer = [_bare(part) for part in _parts(description["normalizer"])]
     pre_tokenizer = [_bare(part) for part in _parts(description["pre_tokenizer"])]
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    prepend = {"type": "Prepend", "prepend": _SPACE}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
     # Gemma's cuts at spaces, of which its normaliser leaves none.
     at_spaces = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
     if pre_tokenizer in ([], [at_spaces]) and normalizer in ([replace], [prepend, replace]):
         return prepend in normalizer, prepend in normalizer
     if not normalizer and len(pre_tokenizer) == 1 and pre_tokenizer[0]["type"] == "Metaspace":
         metaspace = pre_tokenizer[0]
-        if metaspace["replacement"] == _SPACE and not metaspace["split"]:
+        if metaspace["replacement"] == SPACE and not metaspace["split"]:
             return metaspace["prepend_scheme"] != "never", metaspace["prepend_scheme"] == "always"
     raise refused(
         "the tokenizer treats spaces in none of the ways that llama.cpp has: "

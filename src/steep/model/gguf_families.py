@@ -203,3 +203,12 @@ def difference(config: Any, family: Family) -> str | None:
     if config.model_type == "gemma3_text" and caps["attn_logit_softcapping"] is not None:
         return "its attention has a soft cap"
     return None
+
+
+def same_value(stored: Any, wanted: Any) -> bool:
+    """Whether a key of a file has the value that is wanted; a file keeps numbers in fp32."""
+    if isinstance(wanted, float):
+        return isinstance(stored, int | float) and math.isclose(stored, wanted, rel_tol=1e-6)
+    if isinstance(wanted, (list, tuple)):
+        return isinstance(stored, (list, tuple)) and list(stored) == list(wanted)
+    return stored == wanted

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tokenizers import Regex, pre_tokenizers
+
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,6 +38,28 @@ def pre_tokenizer_name(pre_tokenizer: dict[str, Any] | None, ignore_merges: bool
     """
     steps = _steps(pre_tokenizer)
     return None if steps is None else _NAMES.get((steps, ignore_merges))
+
+
+def pre_tokenizer_called(name: str) -> tuple[pre_tokenizers.PreTokenizer, bool] | None:
+    """The rule that llama.cpp calls `name`, and whether words that are whole tokens skip the merges; None: unknown."""
+    rules = [rule for rule, known in _NAMES.items() if known == name]
+    if not rules:
+        return None
+    ((steps, ignore_merges),) = rules
+    parts = [_part(step) for step in steps]
+    if "gpt2 words" not in steps:
+        parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    return pre_tokenizers.Sequence(parts), ignore_merges  # pyright: ignore[reportReturnType]
+
+
+def _part(step: str) -> Any:
+    if step == "gpt2 words":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return (
+        pre_tokenizers.Digits(individual_digits=True)
+        if step == "single digits"
+        else pre_tokenizers.Split(Regex(step), "isolated")
+    )
 
 
 def _steps(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...] | None:

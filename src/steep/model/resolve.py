@@ -20,7 +20,10 @@ from steep.errors import UserError, did_you_mean, shown
 from steep.foreign import fault_of_json, panics_held, reason, told_as_input, told_by
 from steep.model.fp8_published import check_published, is_published_fp8
 from steep.model.generation_config import check_generation_config
-from steep.model.gguf import check_readable, converted_folder, correct_special_tokens
+from steep.model.gguf import converted_folder
+from steep.model.gguf_fidelity import check_config
+from steep.model.gguf_file import GgufFile, read_gguf
+from steep.model.gguf_vocabulary import tokenizer_in
 from steep.model.look_up import find, is_taken_as_it_is
 from steep.model.names import can_only_be_path
 from steep.model.rope import stretch
@@ -102,6 +105,7 @@ def resolve(
         arguments["revision"] = revision
     if Path(name).expanduser().exists():
         name = str(Path(name).expanduser())
+    gguf: GgufFile | None = None
     if name.endswith(".gguf"):
         file = Path(name)
         if not file.is_file():
@@ -109,7 +113,7 @@ def resolve(
         if (folder := converted_folder(file)).is_dir():
             name = str(folder)
         else:
-            check_readable(file, field)
+            gguf = read_gguf(file, field)
             name, arguments["gguf_file"] = str(file.parent), file.name
     elif not Path(name).is_dir() and can_only_be_path(name):
         raise UserError(field, f"there is no folder {name}", "Give an existing model folder or a name on the hub.")
@@ -120,6 +124,8 @@ def resolve(
             what = "holds an adapter, not a model" if is_adapter else "has no config.json"
             raise UserError(field, f"the folder {name} {what}", remedy)
     config = read_config(name, arguments, field)
+    if gguf is not None:
+        check_config(gguf, config, field)
     resolved = ResolvedModel(name, arguments, config, rope_scaling)
     with told_as_input(field, f"the config.json of {name} cannot be understood", ODD_CONFIG):
         _check_causal(config, name, field)
@@ -152,15 +158,15 @@ def read_tokenizer(model: ResolvedModel, field: str = "model.name") -> Any:
     if folder.is_dir() and "gguf_file" not in model.arguments and not _holds_tokenizer(folder):
         remedy = "Put the files of the base model's tokenizer beside it (tokenizer.json, tokenizer_config.json)."
         raise UserError(field, f"the folder {folder} has no tokenizer", remedy)
-    tokenizer = _read_tokenizer(model.name, model.arguments, field)
-    if "gguf_file" in model.arguments:
-        correct_special_tokens(tokenizer, Path(model.name) / model.arguments["gguf_file"], field)
-    return tokenizer
+    return _read_tokenizer(model.name, model.arguments, field)
 
 
 def _read_tokenizer(name: str, arguments: dict[str, Any], field: str) -> Any:
     with panics_held(), told_by(lambda error: _unreadable(error, name, arguments, field, TOKENIZER)):
-        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+        if "gguf_file" in arguments:
+            tokenizer = tokenizer_in(read_gguf(Path(name) / arguments["gguf_file"], field), field)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
         # Some faults show when it is used.
         for special in (False, True):
             tokenizer.decode(tokenizer("a", add_special_tokens=special)["input_ids"])

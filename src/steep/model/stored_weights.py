@@ -21,6 +21,8 @@ from steep.foreign import told_as_input
 from steep.model.base_tensors import BaseTensors
 from steep.model.fp8_published import REMEDY as REMEDY_FP8
 from steep.model.fp8_published import STORED_E4M3, is_published_fp8, read_published, scale_name, scale_shape
+from steep.model.gguf_fidelity import check_tensors
+from steep.model.gguf_file import read_gguf
 from steep.model.loading_progress import Progress
 from steep.model.quantisable import plain_config, quantisable
 from steep.model.resolve import ODD_CONFIG, ResolvedModel
@@ -46,6 +48,8 @@ def check_stored(resolved: ResolvedModel, empty: Any, field: str = "model.name",
         UserError: a file is missing or damaged, a tensor is missing, has another shape, or is in 8 bits or integers.
     """
     if "gguf_file" in resolved.arguments:  # converted first
+        file = read_gguf(Path(resolved.name) / resolved.arguments["gguf_file"], field)
+        check_tensors(file, empty.state_dict(), resolved.config, field)
         return []
     files = weight_files(resolved.name, revision=resolved.arguments.get("revision"), field=field, download=download)
     stored, kinds = {}, {}
