@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -523,6 +524,9 @@ def test_a_result_is_uploaded(runs: Runs, tmp_path: Path, monkeypatch: pytest.Mo
     class Api:
         def create_repo(self, name: str, **given: Any) -> str:
             return f"hub:{name}"
+
+        def model_info(self, name: str) -> Any:
+            return SimpleNamespace(private=True, siblings=[])
 
         def upload_folder(self, folder_path: Path, **given: Any) -> None:
             assert (folder_path / "README.md").read_text().count('"ada/ko"') == 2

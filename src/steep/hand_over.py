@@ -94,8 +94,7 @@ def export_run(
         result = export.adapter() if to == "adapter" else export.merged(to, base)
     terminal.say(f"result: {output}")
     if push_to is not None:
-        terminal.say(f"uploading to {push_to} (private until you open it on its page)")
-        result["address"] = push(output, push_to, api)
+        result["address"] = push(output, push_to, terminal.say, api)
         terminal.say(f"uploaded: {result['address']}")
     return {"path": output, "base": None, "gaps": {}, "address": None} | result
 

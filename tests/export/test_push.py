@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,15 +34,25 @@ def test_nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 class FakeApi:
-    """Notes what a `huggingface_hub.HfApi` is asked."""
+    """Notes what a `huggingface_hub.HfApi` is asked.
 
-    def __init__(self, error: Exception | None = None) -> None:
+    Args:
+        files: that the model's repository holds.
+        private: whether others cannot see it.
+        error: of the upload.
+    """
+
+    def __init__(self, *files: str, private: bool = True, error: Exception | None = None) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
-        self.error = error
+        self.files, self.private, self.error = files, private, error
 
     def create_repo(self, repo_id: str, **given: Any) -> str:
         self.asked.append(("create_repo", {"repo_id": repo_id, **given}))
         return f"https://huggingface.co/{repo_id}"
+
+    def model_info(self, repo_id: str) -> Any:
+        self.asked.append(("model_info", {"repo_id": repo_id}))
+        return SimpleNamespace(private=self.private, siblings=[SimpleNamespace(rfilename=name) for name in self.files])
 
     def upload_folder(self, **given: Any) -> None:
         self.asked.append(("upload_folder", given))
@@ -49,14 +60,32 @@ class FakeApi:
             raise self.error
 
 
-def test_a_folder_is_uploaded_as_a_private_model(tmp_path: Path) -> None:
-    api = FakeApi()
-    assert push(tmp_path, "ada/x", api) == "https://huggingface.co/ada/x"
-    (_, made), (_, sent) = api.asked
+@pytest.mark.parametrize("files", [(), (".gitattributes",), (".gitattributes", "README.md")])
+def test_a_folder_is_uploaded_as_a_private_model(files: tuple[str, ...], tmp_path: Path) -> None:
+    api, said = FakeApi(*files), []
+    assert push(tmp_path, "ada/x", said.append, api) == "https://huggingface.co/ada/x"
+    (_, made), (_, looked_at), (_, sent) = api.asked
     assert made == {"repo_id": "ada/x", "private": True, "exist_ok": True}
+    assert looked_at == {"repo_id": "ada/x"}
     assert (sent["repo_id"], sent["folder_path"]) == ("ada/x", tmp_path)
+    assert said == ["uploading to ada/x (private until you open it on its page)"]
+
+
+def test_a_model_that_is_there_is_not_mixed_with_another(tmp_path: Path) -> None:
+    api, said = FakeApi(".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"), []
+    problem = r"ada/x on the hub holds files already \(adapter_config\.json, adapter_model\.safetensors\)"
+    with pytest.raises(RunError, match=rf"{problem}.*The result is in {tmp_path}: .*hf upload USER/NAME"):
+        push(tmp_path, "ada/x", said.append, api)
+    assert [name for name, _ in api.asked] == ["create_repo", "model_info"]
+    assert said == []
+
+
+def test_a_public_model_is_not_called_private(tmp_path: Path) -> None:
+    said: list[str] = []
+    push(tmp_path, "ada/x", said.append, FakeApi(private=False))
+    assert said == ["uploading to ada/x (that was there before and is public: everybody can read it)"]
 
 
 def test_a_refusal_says_where_the_result_is(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=rf"refused ada/x: off\. The result is in {tmp_path}"):
-        push(tmp_path, "ada/x", FakeApi(OfflineModeIsEnabled("off")))
+        push(tmp_path, "ada/x", print, FakeApi(error=OfflineModeIsEnabled("off")))
