@@ -388,6 +388,14 @@ def test_statistics(tmp_path: Path, byte_tokenizer):
     assert figures["targets"] == 12
 
 
+def test_rows_that_are_one_document_are_counted(tmp_path: Path, byte_tokenizer):
+    """One that fills a row, one that fills two, two in one row, and one with padding behind it: of 5 rows 3."""
+    sources = write_sources(tmp_path, [{"texts": ["efghij", "k" * 13, "ab", "cd", "abc"]}])
+    rows = pack(sources, byte_tokenizer, cache_dir=tmp_path, max_length=8, holdout=0, strategy="best_fit").train
+    assert len(rows) == 5
+    assert rows.whole_rows == 3 / 5
+
+
 def test_rows_reach_worker_processes(tmp_path: Path, byte_tokenizer):
     (tmp_path / "x.txt").write_text("abc" * 50)
     rows = pack(tmp_path / "x.txt", byte_tokenizer, cache_dir=tmp_path / "c", holdout=0, max_length=8).train

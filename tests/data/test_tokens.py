@@ -20,7 +20,7 @@ import pytest
 import tokenizers
 from datasets import config
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_python import PythonBackend
 
 from steep.data import token_file, tokens
@@ -108,6 +108,25 @@ def test_special_tokens_in_the_text_are_text(make_tokenizer: Make, tmp_path: Pat
         assert tokenizer.backend_tokenizer.encode_special_tokens is False
     else:
         assert len(ids) == len(text) + 1
+
+
+def test_the_ids_of_a_slow_tokenizer_are_those_of_the_text() -> None:
+    tokenizer = ByT5Tokenizer()
+    assert tokenizer("ab").input_ids == [100, 101, 1]  # it appends EOS
+    encoder = Encoder(tokenizer)
+    assert [row.tolist() for row in encoder.encode(["ab", "b"])] == [[100, 101], [101]]
+    assert (encoder.prefix, encoder.eos) == ([], 1)
+
+
+def test_a_tokenizer_that_changes_ids_when_it_adds_special_tokens_is_refused() -> None:
+    class Replacing(Slow):
+        def build_inputs_with_special_tokens(
+            self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+        ) -> list[int]:
+            return [0, *(number + 1 for number in token_ids_0)]
+
+    with pytest.raises(UserError, match=r"ids for 'a' are \[197\] without special tokens and \[0, 198\] with them"):
+        Encoder(Replacing(bos_token="<s>", eos_token="</s>", unk_token="<unk>"))
 
 
 def test_a_vocabulary_that_holds_eos_as_a_word_is_refused(tmp_path: Path, write_jsonl: Write):
