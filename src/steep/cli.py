@@ -321,7 +321,8 @@ def export(
         str, typer.Option(help="What a run over 4 or 8 bits is merged into. auto: the better of two. original.")
     ] = "auto",
     push: Annotated[
-        str | None, typer.Option(metavar="USER/NAME", help="Upload it to the Hugging Face hub as a new model, private at first.")
+        str | None,
+        typer.Option(metavar="USER/NAME", help="Upload it to the Hugging Face hub as a new model, private at first."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
