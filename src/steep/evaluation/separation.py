@@ -31,9 +31,11 @@ def keeps_documents_apart(model: nn.Module) -> bool:
     """
     if is_installed(model):
         return True
-    base, device = unwrap(model), input_device(model)
-    config: Any = base.config.get_text_config(decoder=True)
-    one, other, document = np.random.Generator(np.random.PCG64(0)).integers(0, config.vocab_size, (3, _LENGTH))
+    base: Any = unwrap(model)
+    device = input_device(model)
+    named = base.get_input_embeddings().named_parameters()
+    rows = min(len(table) for name, table in named if name.endswith("weight"))  # the base has none of new tokens
+    one, other, document = np.random.Generator(np.random.PCG64(0)).integers(0, rows, (3, _LENGTH))
     position_ids = torch.arange(_LENGTH, device=device).repeat(2)[None]
 
     def behind(before: np.ndarray) -> torch.Tensor:
