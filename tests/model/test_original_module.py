@@ -152,6 +152,7 @@ def test_before_training_the_copies_are_lent(
     base, _ = load(str(folder_of(tmp_path, tied=tied)), base="bf16")
     model = install(add_adapters(base, r=4, trained_dtype=trained_dtype, offloads=True))
     scores, modules = [], original_modules(model)
+    lent: dict[str, Any] = {}
     for untrained in (False, True):
         with base_model(model, untrained=untrained):
             scores.append(evaluate(model, {"d": DOCUMENTS}, max_length=64))

@@ -101,6 +101,7 @@ def lend_copies(model: Any) -> None:
     be trained yet: the two are the same then. So no head is read, and none is there twice."""
     for module in model.modules():
         if isinstance(module, _Wrapper) and module.disable_adapters:
+            copied: Any
             (copied,) = module.modules_to_save.values()
             module.original_module.lend(copied.weight.detach())
 
