@@ -105,7 +105,7 @@ class Job:
 
 
 def files(data: Path, text: str) -> dict[str, Path]:
-    """The four files of a work, by what they are for; a fifth may be there, which is only scored."""
+    """The four files of a work, by what they are for."""
     return {
         "train": data / f"{text}.train.jsonl.gz",
         "heldout": data / f"{text}.heldout.jsonl.gz",

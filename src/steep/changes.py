@@ -16,6 +16,7 @@ from steep.errors import UserError, did_you_mean
 from steep.schema import FORWARDS, RunConfig
 from steep.settings import planned_steps, training_arguments
 from steep.training.arguments import TrainingArguments
+from steep.training.branching import PLACE
 from steep.training.passed_through import HONOURED
 from steep.training.schedules import factor_of
 
@@ -79,10 +80,7 @@ _STAYS = {
     "data.": "the place in the text is counted in those rows",
     "evaluation.": "its scores are compared with those before",
     "training.rows_per_step": "the place in the text is counted in steps of so many",
-    "training.per_device_train_batch_size": "the place in the text is counted in steps of that batch",
-    "training.gradient_accumulation_steps": "the place in the text is counted in steps of that batch",
-    "training.seed": "the order of the rows follows from it",
-    "training.data_seed": "the order of the rows follows from it",
+    **{f"training.{name}": reason for name, reason in PLACE.items()},
     "training.average_tokens_across_devices": "each step's mean is taken in that way",
     "training.optim": "the states in the checkpoint are that optimizer's",
     "training.optimizer_states": "the states in the checkpoint are of that kind",

@@ -88,8 +88,10 @@ def with_chosen_forwards(config: RunConfig, folder: RunFolder, field: str) -> Ru
         UserError: what was recorded is damaged; the same rows go on, in more processes or fewer, or in steps of another
             number of them.
     """
-    rows, before, plan = config.training.rows_per_step, recorded_config(folder / "run.yaml", field), _plan_of(folder)
-    if rows is None or plan is None or (field == "--branch" and config.data != before.data):
+    if (rows := config.training.rows_per_step) is None:
+        return config
+    before, plan = recorded_config(folder / "run.yaml", field), _plan_of(folder)
+    if plan is None or (field == "--branch" and config.data != before.data):
         return config
     ranks.refuse_other_number(plan.get("processes", 1), field)
     if rows != plan["rows_per_step"]:

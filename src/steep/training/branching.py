@@ -26,7 +26,7 @@ from steep.training.state_files import load_state, putting_back
 # What a place in the text follows from, and why. How many processes there are is compared with the random states.
 _IN_STEPS = "the place in the text is counted in steps of that batch"
 _IN_ORDER = "the order of the rows follows from it"
-_PLACE = {
+PLACE = {
     "per_device_train_batch_size": _IN_STEPS,
     "gradient_accumulation_steps": _IN_STEPS,
     "seed": _IN_ORDER,
@@ -107,7 +107,7 @@ class Branching(Ending):
         if self.corpus is None:
             return
         before = parsed(checkpoint / "training_args.json", nan=True)
-        for name, reason in _PLACE.items():
+        for name, reason in PLACE.items():
             here = getattr(self.args, name)
             if name in before and before[name] != here:
                 raise UserError(
