@@ -116,12 +116,12 @@ def work_bytes(
 
 def _in_heads(layer: Layer, tokens: int, width: int) -> int:
     """Bytes for a token and each of a head's columns in attention's backward over q, k and v: the gradients of the
-    heads at a time, three copies of q's size, dq in fp32, and of k and v each query head's own gradients, and their
+    heads at a time, two copies of q's size, dq in fp32, and of k and v each query head's own gradients, and their
     sums where those come one after the other. What of it a backend takes is not known: it fits measured peaks."""
     attention = layer.attention
     num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
     heads, kv_heads = heads_at_once(tokens, num_heads, num_kv_heads, attention.head_dim, width)
-    found = (heads + 2 * kv_heads) * width + heads * (3 * width + 4)
+    found = (heads + 2 * kv_heads) * width + heads * (2 * width + 4)
     found += 2 * heads * width if heads > kv_heads else 0
     return found + (2 * 4 * kv_heads if heads * num_kv_heads < kv_heads * num_heads else 0)
 

@@ -198,7 +198,7 @@ def documents(
     tokens, length = min(tokens, _LONGEST), max(round(document), 1)
     most = rate / 5 * _ATTENTION * seconds / (_FEWEST + 1)
     while tokens > 1 and tokens * _operations(attention, [min(length, tokens)]) > most:
-        tokens //= 2
+        tokens -= min(1024, tokens // 2)  # halves would make a rate of a percent less one of documents half as long
     length = min(length, tokens)
     lengths = [length] * (tokens // length)
     if uneven and length >= 3:
