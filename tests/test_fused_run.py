@@ -649,10 +649,11 @@ def test_the_budget(asked: str, found: float, monkeypatch: pytest.MonkeyPatch) -
     fake = SimpleNamespace(
         is_available=lambda: True, mem_get_info=lambda: (50 * 10**9, 80 * 10**9), memory_reserved=lambda: 10 * 10**9,
         get_device_capability=lambda: (9, 0), get_device_name=lambda: "NVIDIA X",
+        get_device_properties=lambda: SimpleNamespace(multi_processor_count=132),
     )  # fmt: skip
     monkeypatch.setattr(machine.torch, "cuda", fake)
     card = machine.card_here()
-    assert card == Card("NVIDIA X", (9, 0), 80 * 10**9, 60 * 10**9)
+    assert card == Card("NVIDIA X", (9, 0), 80 * 10**9, 60 * 10**9, processors=132)
     assert vram_budget(asked, card) == pytest.approx(found)
     assert vram_budget("90GB", card) == 80 * 10**9  # no card holds more than it has
     fake.mem_get_info = lambda: (0, 80 * 10**9)

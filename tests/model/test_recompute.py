@@ -6,7 +6,7 @@ import gc
 from dataclasses import replace
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -38,6 +38,7 @@ from steep.model.tiling import tile_sizes
 from steep.model.unwrap import unwrap
 from steep.ops.backend import interpreted
 from steep.ops.host_states import staging_bytes
+from steep.ops.linear_cross_entropy import Way
 from tests.allocations import allocations
 from tests.model.test_fused import adapted, packed
 from tests.tiny import FAMILIES, tiny_model
@@ -170,6 +171,13 @@ def test_a_long_batch_takes_what_attention_reads_and_no_more() -> None:
     assert 32_000 < (long - short) / 65_536 < 37 * 1024
 
 
+def test_gate_and_up_are_gone_when_attention_is_differentiated() -> None:
+    """Those of level 0, in tiles too: its work is less than at level 1, where they never were whole."""
+    read, bf16, tokens = layer_of_8b(), torch.bfloat16, 32_768
+    kept, computed_again = (work_bytes(read, bf16, bf16, level, tokens, "none", 4096) for level in (0, 1))
+    assert kept < computed_again - 2**29
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_layer_writes_over_a_gradient_that_is_its_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And over no other: not where a layer is called by itself, or has a hook, as FSDP's."""
@@ -254,6 +262,10 @@ def test_a_script_leaves_room_for_the_head(tied: bool) -> None:
     with_sum = loss_bytes(10**5, 128_256, 4096, 2, 2, 2, "tokens", converts=False)
     assert with_sum > 4 * 128_256 * 4096 + 2**29
     assert loss_bytes(10**5, 128_256, 4096, 2, 2, 2, "vocabulary", converts=False) < with_sum
+    fp16 = {way: [loss_bytes(10**4, 128_256, 4096, 2, 4, 4, way, converts=True, lifted=each) for each in (False, True)]
+            for way in get_args(Way)}  # fmt: skip
+    assert fp16["tokens"][1] - fp16["tokens"][0] == 10**4 * 4096 * 2  # the gradient stays in fp32
+    assert fp16["vocabulary"][1] == fp16["vocabulary"][0]
     base = unwrap(model).model
     assert all(p.dtype == torch.float32 for p in base.parameters() if p.requires_grad)
     counted = training_bytes([*base.parameters(), *base.parameters()])

@@ -12,6 +12,7 @@ import yaml
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from steep.errors import UserError
+from steep.model.step_bytes import work_bytes
 from steep.plan import Plan, plan_run
 from steep.planning.cards import CARDS, CONTEXT, card_named
 from steep.planning.computation import Ground
@@ -159,14 +160,15 @@ def test_the_command(steep: Steep, llama_folder: Path, korean_corpus: Path, tmp_
 
 
 @pytest.mark.parametrize(("card", "compute"), [("T4", "fp16"), ("4090", "fp32"), ("4090", "bf16")])
-def test_scores_that_exist_whole_are_counted(card: str, compute: str) -> None:
-    """A soft cap is for the compiled attention alone, which old cards lack, as all do in fp32."""
+def test_what_no_kernel_computes_is_counted(card: str, compute: str) -> None:
+    """A soft cap is for the compiled attention alone, which old cards lack, as all do in fp32; and torch's own, which
+    is left without a cap, takes a mask where there is a window."""
 
-    def work(softcap: float | None, length: int) -> int:
+    def work(softcap: float | None, length: int, window: int = 4096) -> int:
         with torch.device("meta"):
             config = Gemma2Config(
-                vocab_size=64, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
-                num_key_value_heads=4, head_dim=32, attn_logit_softcapping=softcap,
+                vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8,
+                num_key_value_heads=4, head_dim=32, attn_logit_softcapping=softcap, sliding_window=window,
             )  # fmt: skip
             empty = Gemma2ForCausalLM(config).requires_grad_(False)
         training = {"per_device_train_batch_size": 2, "gradient_checkpointing": True}
@@ -179,6 +181,27 @@ def test_scores_that_exist_whole_are_counted(card: str, compute: str) -> None:
         assert step is not None
         return step.by_item([3, 3], "tokens", 2 * length)["work of a layer"]
 
-    for length in (512, 1024):
-        scores = 0 if (card, compute) == ("4090", "bf16") else 6 * 4 * 8 * 2 * length**2
+    has_kernels, width = (card, compute) == ("4090", "bf16"), 4 if compute == "fp32" else 2
+    for length in (512, 1024):  # of one document of two, and of those of all heads
+        scores, mask = (0, 0) if has_kernels else (6 * 4 * 8 * length**2, (1 + width) * length**2)
         assert work(50.0, length) - work(None, length) == scores
+        assert work(None, length, window=256) - work(None, length) == mask
+
+
+@pytest.mark.parametrize(("layers", "kinds"), [(2, 2), (1, 1)])
+def test_rope_is_turned_for_each_kind_of_layer(layers: int, kinds: int) -> None:
+    """Layers with a window and without one have cos and sin of their own, in fp32 for each token."""
+    with torch.device("meta"):
+        config = Gemma2Config(
+            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=32,
+        )  # fmt: skip
+        empty = Gemma2ForCausalLM(config).requires_grad_(False)
+    run = config_of(data={"max_length": 1024}, training={"per_device_train_batch_size": 2})
+    layer, _ = decide(run, empty, None, card_named("H200"))
+    ground = Ground(SimpleNamespace(quantization=None), empty, layer, card_named("H200"), 2**34, None)  # pyright: ignore[reportArgumentType]
+    step = ground.sized(run, ground.computation(run)).step
+    assert step is not None
+    how = torch.bfloat16, torch.bfloat16, 3, 2048, "none", 2048, "gpu", step.form
+    of_layer = max(work_bytes(each, *how) for each in step.layers)
+    assert step._work(2048, 3, "gpu") - of_layer == kinds * 2 * 2048 * 16 * 4

@@ -370,7 +370,7 @@ def test_the_estimate_bounds_what_was_measured(row: dict[str, Any]) -> None:
     assert step is not None
     memory = step.by_item(row["levels"], row["loss_way"], row["tile"], row["places"])
     beyond = row["peak_reserved_gib"] - row["peak_allocated_gib"]
-    assert beyond <= gaps(memory) / GIB <= 3.5
+    assert beyond <= gaps(memory) / GIB
     if row["call"] >= ONE_HEAD_SINCE or row["seq"] < LONG:
         assert (sum(memory.values()) + WORKSPACES) / GIB == pytest.approx(row["peak_allocated_gib"], rel=0.01, abs=0.1)
 

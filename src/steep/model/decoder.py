@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from steep.errors import UserError
+from steep.model.attention_bytes import AttentionForm
 from steep.model.block import block
 from steep.model.fp8_linear import Fp8Linear
 from steep.model.fused import Fused
@@ -226,7 +227,7 @@ class FusedDecoder(nn.Module):
         levels: Sequence[int | None] = [None] * len(kinds)
         hosts: Sequence[HostLayer | None] = [None] * len(kinds)
         if torch.is_grad_enabled():
-            levels = self._levels(hidden_states, dtype)
+            levels = self._levels(hidden_states, dtype, positions.shape[1])
             hosts = self.fused.host_layers(len(kinds), hidden_states.device)
         tile = self.fused.tile or tile_sizes(packing.num_tokens)[0]
         with left_in_an_error(hosts[-1]):
@@ -292,15 +293,17 @@ class FusedDecoder(nn.Module):
             where = f"in {len(reasons)} of {len(layers)} layers"
             self.fused.say_once(f"{groups}, {where}, are not in fp8: {reasons[0][0]}", fused=True)
 
-    def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> list[int]:
+    def _levels(self, hidden_states: torch.Tensor, dtype: torch.dtype, row: int) -> list[int]:
         fused, tokens = self.fused, len(hidden_states)
-        fused.last = tokens, dtype, hidden_states.dtype
+        fused.last = tokens, dtype, hidden_states.dtype, row
         if fused.levels is None:
             fused.measure(self)  # later, states of the optimizer would be counted twice
         if fused.levels is None or 0 < fused.chosen_for < tokens:
             layer, stream = fused.layer(self.layers[0]), hidden_states.dtype
+            form = AttentionForm.here(layer, dtype, row, hidden_states.device)
+            room, host_room, beside, fp8 = fused.room, fused.host_room, fused.beside, self._fp8()
             fused.levels, fused.places, fused.tile = levels_within(
-                fused.room, fused.host_room, len(self.layers), layer, dtype, stream, tokens, fused.beside, self._fp8()
+                room, host_room, len(self.layers), layer, dtype, stream, tokens, beside, fp8, form
             )
             fused.chosen_for = tokens
         return fused.levels

@@ -47,7 +47,8 @@ class Fused:
             LM did, and no loss is counted (a trainer may call the decoder by itself).
         calls: fused forwards of the decoder so far.
         was_fused: whether the last call without a key-value cache was one.
-        last: tokens of the last batch that trained, and the dtypes of its products and of its residual stream.
+        last: tokens of the last batch that trained, the dtypes of its products and of its residual stream, and tokens
+            of a row.
         said: reasons that were told already.
     """
 
@@ -68,7 +69,7 @@ class Fused:
     beside_for: int = 0
     calls: int = 0
     was_fused: bool = False
-    last: tuple[int, torch.dtype, torch.dtype] | None = None
+    last: tuple[int, torch.dtype, torch.dtype, int] | None = None
     said: set[str] = field(default_factory=set)
     _readings: dict[int, Reading] = field(default_factory=dict, repr=False)
     _host: HostStore = field(default_factory=HostStore, repr=False)

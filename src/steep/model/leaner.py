@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from steep.model.attention_bytes import AttentionForm
 from steep.model.block import Place
 from steep.model.fused import Fused
 from steep.model.install import fused_of
@@ -34,12 +35,13 @@ def make_leaner(model: Any) -> str | None:
     causal: Any = unwrap(model)
     if fused.levels is None or fused.last is None or (fused.calls and not fused.was_fused):
         return None
-    tokens, dtype, stream = fused.last
+    tokens, dtype, stream, row = fused.last
     layer, fp8 = fused.layer(causal.model.layers[0]), fused.fp8 or "none"
     kept = Kept.of([layer], dtype, stream, fp8, tokens)
     on_gpu: list[Place] = ["gpu"] * len(fused.levels)
     places: Sequence[Place] = fused.places or on_gpu
-    needed = needed_bytes(kept, layer, dtype, stream, tokens, fp8)
+    form = AttentionForm.here(layer, dtype, row, causal.model.norm.weight.device)
+    needed = needed_bytes(kept, layer, dtype, stream, tokens, fp8, form)
     here = fused.levels, fused.tile or tile_sizes(tokens)[0]
     on_host = kept.in_host_memory(fused.levels, places)
 

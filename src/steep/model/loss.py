@@ -120,8 +120,9 @@ class FusedCausalLM(Walked):
             if labels_left_out:
                 self.fused.say_once(_OF_PADDING, fused=True)
         _check_labels(shift_labels, len(head), ignore_index)
+        hidden_states = hidden_states.to(self._dtype_of_products(hidden_states, is_fused))
         loss = linear_cross_entropy(
-            hidden_states.to(self._dtype_of_products(hidden_states, is_fused)),
+            hidden_states,
             head,
             shift_labels,
             num_items=num_items_in_batch,

@@ -34,6 +34,7 @@ class Card:
         memory: bytes, as CUDA counts them.
         free: those of them that a run may take: neither others hold them, nor CUDA itself.
         is_here: it is this machine's.
+        processors: its multiprocessors; 0: not known.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Card:
     memory: int
     free: int
     is_here: bool = True
+    processors: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """In `plan.json`."""
@@ -67,8 +69,9 @@ def card_here() -> Card | None:
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info()
-    capability = torch.cuda.get_device_capability()
-    return Card(torch.cuda.get_device_name(), capability, total, free + torch.cuda.memory_reserved())
+    capability, properties = torch.cuda.get_device_capability(), torch.cuda.get_device_properties()
+    free += torch.cuda.memory_reserved()
+    return Card(torch.cuda.get_device_name(), capability, total, free, processors=properties.multi_processor_count)
 
 
 def available_on_host() -> int:

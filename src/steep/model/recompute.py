@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from steep.model.attention_bytes import BY_KERNEL, AttentionForm
 from steep.model.block import LEVELS, Place
 from steep.model.layer import Layer
 from steep.model.placement import Kept
@@ -111,6 +112,7 @@ def levels_within(
     tokens: int,
     beside: int,
     fp8: Fp8Products = "none",
+    form: AttentionForm = BY_KERNEL,
 ) -> tuple[list[int], list[Place], int]:
     """The first of `candidates` that needs no more than a room (`room_on_card`), less what the head takes, with the
     fewest layers that have something in host memory; or the last one; the first one without a card.
@@ -120,12 +122,13 @@ def levels_within(
         layer: one of the decoder's.
         beside: bytes that the head takes, with its loss.
         fp8: which products are in fp8.
+        form: how attention is computed.
     """
     if room is None:
         levels, tile = next(candidates(num_layers, tokens))
         return levels, ["gpu"] * num_layers, tile
     kept, limit = Kept.of([layer], dtype, stream, fp8, tokens), room - beside
-    needed = needed_bytes(kept, layer, dtype, stream, tokens, fp8)
+    needed = needed_bytes(kept, layer, dtype, stream, tokens, fp8, form)
 
     def fits(levels: list[int], places: list[Place], tile: int) -> bool:
         return needed(levels, places, tile) <= limit
@@ -153,14 +156,20 @@ def leaner_than(
 
 
 def needed_bytes(
-    kept: Kept, layer: Layer, dtype: torch.dtype, stream: torch.dtype, tokens: int, fp8: Fp8Products
+    kept: Kept,
+    layer: Layer,
+    dtype: torch.dtype,
+    stream: torch.dtype,
+    tokens: int,
+    fp8: Fp8Products,
+    form: AttentionForm,
 ) -> Callable[[Sequence[int], Sequence[Place], int], int]:
     """Bytes that layers need on the GPU at their peak, at given levels and places in a given tile: what they keep, and
     the work of one."""
 
     @cache
     def work(tile: int, level: int, place: Place) -> int:
-        return work_bytes(layer, dtype, stream, level, tokens, fp8, tile, place)
+        return work_bytes(layer, dtype, stream, level, tokens, fp8, tile, place, form)
 
     def needed(levels: Sequence[int], places: Sequence[Place], tile: int) -> int:
         return max(own + work(tile, levels[index], places[index]) for index, own in kept.in_backward(levels, places))

@@ -9,16 +9,13 @@ from typing import NamedTuple
 
 import torch
 
+from steep.model.attention_bytes import BY_KERNEL, AttentionForm, in_heads
 from steep.model.block import PLACES, Place, drops_x2
 from steep.model.layer import Layer
-from steep.ops.attention import heads_at_once
 from steep.ops.backend import gradient_dtype
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, chunk_size, faster_way, tile_size
 from steep.ops.lora import Group
-
-# Tensors of a soft-capped attention's scores at the peak of its backward, by torch's autograd: 5.2 were counted.
-_SCORES = 6
 
 
 class Stored(NamedTuple):
@@ -68,6 +65,7 @@ def work_bytes(
     fp8: Fp8Products = "none",
     tile: int | None = None,
     place: Place = "gpu",
+    form: AttentionForm = BY_KERNEL,
 ) -> int:
     """Bytes that a layer's backward pass takes beside what it kept, at its peak: weight buffers, rows that are computed
     again, and gradients between them, where that of its output is its own (`Batch.takes_dy`). The peak is in the MLP or
@@ -77,6 +75,7 @@ def work_bytes(
     Args:
         tile: tokens that are computed at a time where that is row by row; None: all.
         place: where it was kept, and comes back from before.
+        form: how attention is computed.
     """
     qkv, o, _, _ = layer.groups(dtype, fp8)
     attention, width, x = layer.attention, dtype.itemsize, layer.o.weight.shape[0] * stream.itemsize
@@ -99,47 +98,19 @@ def work_bytes(
     between += qkv.buffer_bytes if level >= 2 else 0
     between += _in_mlp(layer, dtype, level, of_tile, fp8, several=several)
     buffers = qkv.buffer_bytes + _dy_in_fp8(qkv, of_tile)
-    dq = 4 * heads  # in fp32, in some backends
+    freed = tokens * layer.groups(dtype, fp8).gate_up.gradient_width * width if level == 0 else 0  # by then
     if several:
         made = tokens * heads * width  # the gradient of attention's output; that of x2 is written over dy
         in_fp32 = 4 * sum(matrix.numel() for matrix in layer.trained())
-        group = tokens * attention.head_dim * _in_heads(layer, tokens, width)
+        group = in_heads(layer, tokens, width, form)
         rows = of_tile * (qkv.gradient_width + qkv.input_width + o.outputs) * width
-        return standing + made + in_fp32 + max(between, group, buffers + rows)
+        return standing + made + in_fp32 + max(between, max(group, buffers + rows) - freed)
+    dq = 4 * heads * form.sums(tokens, attention.num_heads)  # in fp32, in some backends
     in_attention = buffers + tokens * (x + dq + (o.gradient_width + heads + qkv.gradient_width + qkv.outputs) * width)
+    in_attention += form.beyond_kernel(layer, tokens, width, attention.num_heads) - freed
     in_forward = qkv.buffer_bytes + tokens * qkv.input_width * width
     in_forward += max(qkv.forward_bytes(tokens), o.forward_bytes(tokens))
-    if level == 0:
-        in_attention -= tokens * layer.groups(dtype, fp8).gate_up.gradient_width * width  # which was kept
     return standing + max(between, in_attention, in_forward)
-
-
-def _in_heads(layer: Layer, tokens: int, width: int) -> int:
-    """Bytes for a token and each of a head's columns in attention's backward over q, k and v: the gradients of the
-    heads at a time, two copies of q's size, dq in fp32, and of k and v each query head's own gradients, and their
-    sums where those come one after the other. What of it a backend takes is not known: it fits measured peaks."""
-    attention = layer.attention
-    num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
-    heads, kv_heads = heads_at_once(tokens, num_heads, num_kv_heads, attention.head_dim, width)
-    found = (heads + 2 * kv_heads) * width + heads * (2 * width + 4)
-    found += 2 * heads * width if heads > kv_heads else 0
-    return found + (2 * 4 * kv_heads if heads * num_kv_heads < kv_heads * num_heads else 0)
-
-
-def scores_bytes(layer: Layer, tokens: int, row: int, width: int, tile: int | None) -> int:
-    """Bytes of attention's backward where no kernel knows its form, so that scores of [heads, L, L] exist in fp32: as
-    they are, under their soft cap and softmax, and gradients. Documents are taken to be as long as a row.
-
-    Args:
-        row: tokens of a row.
-        width: bytes of a value of q.
-        tile: as in `work_bytes`: where there are several, some heads are computed at a time.
-    """
-    attention = layer.attention
-    heads = attention.num_heads
-    if tile is not None and tile < tokens:
-        heads, _ = heads_at_once(tokens, heads, attention.num_kv_heads, attention.head_dim, width)
-    return _SCORES * 4 * heads * tokens * row
 
 
 def _in_mlp(layer: Layer, dtype: torch.dtype, level: int, tokens: int, fp8: Fp8Products, *, several: bool) -> int:
@@ -175,6 +146,7 @@ def loss_bytes(
     way: Way | None,
     *,
     converts: bool,
+    lifted: bool = False,
 ) -> int:
     """Bytes that the head's loss takes at its peak, the head's gradient not counted: the last hidden states, before and
     after the final norm, and their gradient, logits, and what is summed or converted. See
@@ -184,20 +156,21 @@ def loss_bytes(
         width, stream: bytes of a hidden state after the norm and before it.
         gradient: bytes of a value of the head's gradient; 0: it has none.
         converts: the head is kept in another dtype than the hidden states.
+        lifted: products in fp16, whose gradients are in fp32 until the loss's own is known.
     """
     table, sums = vocabulary * hidden, gradient not in (0, 4)
     way = way or faster_way(tokens, hidden, width, sums)
     if way != "tokens":
         chunk = chunk_size(tokens, vocabulary, width, gradients=True, way=way)
         copy = chunk * hidden * width if converts else 0
-        rounded = tokens * hidden * width  # the gradient, once the logits are gone
+        rounded = 0 if lifted else tokens * hidden * width  # the gradient, once the logits are gone
         return tokens * hidden * (stream + width + 4) + max(tokens * chunk * width, rounded) + copy
     tile = min(tile_size(tokens, vocabulary, width, not gradient), tokens)
     copy = table * width if converts else 0
     logits, summed = tile * vocabulary * width, 0
     if sums and tile < tokens:
         logits, summed = max(logits - table * gradient, 0), 4 * table  # what the sum becomes takes the logits' place
-    return tokens * hidden * (stream + 2 * width) + logits + summed + copy
+    return tokens * hidden * (stream + width + (4 if lifted else width)) + logits + summed + copy
 
 
 def whole_logits_bytes(tokens: int, vocabulary: int) -> int:

@@ -8,12 +8,13 @@ from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
+from steep.model.attention_bytes import BY_KERNEL, AttentionForm
 from steep.model.block import Place
 from steep.model.layer import Layer
 from steep.model.load import DTYPES
 from steep.model.placement import HIDDEN, Kept
 from steep.model.recompute import candidates
-from steep.model.step_bytes import loss_bytes, scores_bytes, work_bytes
+from steep.model.step_bytes import loss_bytes, work_bytes
 from steep.model.tiling import tile_sizes
 from steep.ops.fp8_groups import Fp8Products
 from steep.ops.linear_cross_entropy import Way, faster_way
@@ -44,7 +45,7 @@ class FusedStep:
         accumulates_in_fp32: whether gradients of several are added up in fp32 where they can be (`grad_accum_dtype`).
         trains_table: whether the input embeddings have a gradient.
         hidden: operations of a layer forward for each byte from which on its copy to the host is hidden.
-        row: tokens of a row, where no kernel of the card knows this attention, so that its scores exist; else 0.
+        form: how attention is computed.
     """
 
     shape: Shape
@@ -68,7 +69,7 @@ class FusedStep:
     accumulates_in_fp32: bool = True
     trains_table: bool = False
     hidden: float = HIDDEN
-    row: int = 0
+    form: AttentionForm = BY_KERNEL
     _works: dict[tuple[int, int, Place], int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _least: dict[Any, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -157,16 +158,14 @@ class FusedStep:
     @cached_property
     def _turns(self) -> int:
         """Bytes of rope's cos and sin, in fp32, of layers with a window and of those without."""
-        widths = {layer.attention.window is None: layer.attention.head_dim for layer in self.layers}
-        return 4 * self.tokens * sum(widths.values())
+        kinds = 2 if 0 < self.shape.unwindowed < self.shape.layers else 1
+        return 4 * self.tokens * kinds * max(layer.attention.head_dim for layer in self.layers)
 
     def _work(self, tile: int, level: int, place: Place) -> int:
         key = tile, level, place
         if key not in self._works:
-            how = DTYPES[self.compute], DTYPES[self.stream], level, self.tokens, self.fp8, tile, place
-            scores = self.tokens, self.row, WIDTH[self.compute], tile
-            works = (work_bytes(layer, *how) + scores_bytes(layer, *scores) for layer in self.layers)
-            self._works[key] = self._turns + max(works)
+            how = DTYPES[self.compute], DTYPES[self.stream], level, self.tokens, self.fp8, tile, place, self.form
+            self._works[key] = self._turns + max(work_bytes(layer, *how) for layer in self.layers)
         return self._works[key]
 
     def _at_least(self, levels: list[int], way: Way, tile: int, host_room: int) -> int:
@@ -257,7 +256,10 @@ class FusedStep:
         shape, gradient = self.shape, self.gradient_width if self.trains_head else 0
         converts = self.trains_head and self.trained != self.compute
         widths = WIDTH[self.compute], WIDTH[self.stream]
-        return loss_bytes(self.tokens, shape.vocabulary, shape.hidden, *widths, gradient, way, converts=converts)
+        fp16 = self.compute == "fp16"
+        return loss_bytes(
+            self.tokens, shape.vocabulary, shape.hidden, *widths, gradient, way, converts=converts, lifted=fp16
+        )
 
 
 def _some(places: list[Place]) -> list[Place] | None:

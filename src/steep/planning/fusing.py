@@ -13,18 +13,20 @@ import torch
 from steep import ranks
 from steep.errors import UserError
 from steep.model.adapters import add_adapters
+from steep.model.attention_bytes import BY_KERNEL, AttentionForm
 from steep.model.block import LEVELS
 from steep.model.choices import Choices
 from steep.model.families import fused_class
 from steep.model.install import why_not_this_model
 from steep.model.layer import Layer
+from steep.model.load import DTYPES
 from steep.model.machine import Card, why_not_on
 from steep.model.placement import HIDDEN
 from steep.model.read_layer import read_layer
 from steep.model.tiling import tile_sizes
 from steep.model.unwrap import unwrap
-from steep.ops.attention_flex import OLDEST_CARD as OLDEST_COMPILED
 from steep.ops.fp8_groups import Fp8Products
+from steep.planning.cards import MOST_PROCESSORS
 from steep.planning.fused_memory import FusedStep
 from steep.planning.memory import WORKSPACES, Shape, masters_kept
 from steep.schema import RunConfig
@@ -153,14 +155,14 @@ def fused_step(
         accumulates_in_fp32=training.grad_accum_dtype == "fp32",
         trains_table="embed_tokens" in saved or (tied and bool(saved)),
         hidden=hidden,
-        row=config.data.max_length if on_card and _lacks_attention(layers, compute, card) else 0,
+        form=_form(config, layers[0], compute, card) if on_card else BY_KERNEL,
     )
 
 
-def _lacks_attention(layers: Sequence[Layer], compute: str, card: Card | None) -> bool:
-    """Whether no kernel computes the attention of these layers there: soft caps are for the compiled one alone."""
-    capped = any(layer.attention.softcap is not None for layer in layers)
-    return capped and (compute == "fp32" or (card is not None and card.capability < OLDEST_COMPILED))
+def _form(config: RunConfig, layer: Layer, compute: str, card: Card | None) -> AttentionForm:
+    processors = (card and card.processors) or MOST_PROCESSORS
+    capability, shared = card and card.capability, processors if config.training.deterministic else None
+    return AttentionForm.of(layer, DTYPES[compute], config.data.max_length, capability, shared)
 
 
 def settle(
