@@ -204,10 +204,11 @@ def lean_table(rows: Iterable[Row]) -> str:
         [
             "The same training with weights updated inside the backward pass (so without clipping by the norm of all",
             "gradients), the optimizer's states in host memory, and of what layers keep as much as the limit asks for.",
-            f"A time is the {medians(newest.values())}. A limit is on what is allocated: where its",
-            "process was held to another than the run was asked for, both are there. Host memory is what the plan has",
-            "there of states and of what layers keep; ≤: what the run was allowed, where its row says no more.",
-            "The command of a line is in its row of `benchmarks/results/*-train.jsonl`.",
+            f"A time is the {medians(newest.values())}; a row of text is one document.",
+            "A limit is on what is allocated: where its process was held to another than the run was asked for, both",
+            "are there. Host memory is what the plan has there of states and of what layers keep; ≤: what the run was",
+            "allowed, where its row says no more. The command of a line is in its row of",
+            "`benchmarks/results/*-train.jsonl`.",
             "",
             *markdown(head, body),
         ]

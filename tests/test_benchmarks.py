@@ -332,7 +332,7 @@ def test_the_lean_table_has_each_work_within_its_limit_once(tmp_path: Path) -> N
         f"llama-3-8b, 1 × 131,072 | NF4 | no limit, asked for 9.5 | 21 s | 9 | 195 | {peaks} | – |",
         f"llama-3-8b, 1 × 262,144, positions stretched 2× | NF4 | {held} | 20 s | 9 | 205 | {peaks} | ≤ 9 GiB |",
     ]
-    assert "the median of 1 to 9 steps, random weights." in table.lean_table(found)
+    assert "the median of 1 to 9 steps, random weights; a row of text is one document." in table.lean_table(found)
     assert len(lines_of(found)) == 1 and table.lean_table(found[-2:]) == ""
 
 

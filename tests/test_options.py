@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -186,3 +187,19 @@ def test_more_passes_than_teach_are_warned_of(base: Path, korean_corpus: Path, t
     assert unneeded in warned(master_weights="embeddings")
     assert "each step is a whole pass" not in warned()
     assert "a step takes 2,000,000 rows and the text has" in warned(gradient_accumulation_steps=10**6)
+
+
+def test_long_rows_of_short_documents_are_warned_of(
+    base: Path, korean_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They cost memory, and documents of a row do not see each other."""
+
+    def warned(length: int) -> str:
+        data = {"max_length": length}
+        return " ".join(plan_run(run_file(base, korean_corpus, tmp_path / "run", data=data)).warnings)
+
+    assert "the longest document" not in warned(512)  # such rows cost little
+    monkeypatch.setattr("steep.planning.advice.LONG_ROWS", 256)
+    said = re.search(r"rows have 512 tokens \(data\.max_length\), and the longest document (\d+)", warned(512))
+    assert said is not None and 0 < int(said[1]) <= 256
+    assert "the longest document" not in warned(256)

@@ -224,7 +224,7 @@ def plan_run(
         choices: what was chosen for the steps before, if the run goes on: it stays.
         card: that it is planned for, in place of the one that is here.
         to_train: whether steps are still to come, so that the disk has to hold their checkpoints.
-        refuses: a step that does not fit the card is an error; else it is said in a warning.
+        refuses: what does not fit the card, the host or the disk is an error; else it is said in a warning.
         measures: how fast the card is, if it is here: up to 3 s for the time of a step, and for what layers may keep in
             host memory. Else the maker's figures are taken.
 
@@ -405,7 +405,7 @@ def _work_out(
     steps = planned_steps(config, len(corpus.train))
     schedule = schedule_of(arguments, steps, start=branch.rate_factor if branch else None, section="training.")
     if branch is None:  # which begins at a rate that it has
-        check_warmup(arguments, steps)
+        check_warmup(arguments, steps, rows_per_step(config), len(corpus.train))
     if measured is not None and layer is not None:
         batch, of_run = training.per_device_train_batch_size, training.deterministic
         measured = with_attention(measured, layer, corpus.train, batch, dtype, stored, of_run=of_run)
@@ -455,12 +455,15 @@ def _work_out(
         plan.vocabulary, plan.new_tokens = vocabulary, vocabulary.figures(corpus)
         plan.warnings += warnings(plan.new_tokens)
     if to_train and folder.free_bytes() + folder.kept_bytes() < sum(disk.values()):
-        raise UserError(
+        full = UserError(
             "training.output_dir",
             f"the disk of {folder.path} has {human_bytes(folder.free_bytes())} free, and the run needs about "
             f"{human_bytes(sum(disk.values()))} for its checkpoints and its result",
             "Give another folder, or lower training.save_total_limit or adapter.r.",
         )
+        if refuses:
+            raise full
+        plan.warnings.append(f"steep train refuses it: {full}")
     return plan
 
 

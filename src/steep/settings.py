@@ -274,7 +274,7 @@ def choose_best_metric(arguments: TrainingArguments, corpus: Corpus) -> None:
     check_best_metric(arguments, corpus.heldout, section="training.")
 
 
-def check_warmup(arguments: TrainingArguments, steps: int) -> None:
+def check_warmup(arguments: TrainingArguments, steps: int, of_step: int, rows: int) -> None:
     """Check that the run outlasts its warm-up, which begins with a step that trains nothing.
 
     Raises:
@@ -292,8 +292,9 @@ def check_warmup(arguments: TrainingArguments, steps: int) -> None:
     if steps == warmup == 1 and not arguments.warmup_lr_rate:
         raise UserError(
             "training.warmup_steps",
-            "the run has one step, and a warm-up begins at a rate of 0: nothing would train",
-            "Set warmup_steps: 0, or train more steps.",
+            f"the run has one step, of {of_step:,} rows where the text has {rows:,}, and a warm-up begins at a rate of "
+            "0: nothing would train",
+            "Take fewer rows a step, train more steps, or set warmup_steps: 0.",
         )
 
 

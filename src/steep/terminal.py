@@ -299,12 +299,14 @@ def bases_table(plan: Mapping[str, Any]) -> Table:
     table = Table(
         "base", "frozen linear weights", "memory of a step", "a step", "relative error of the weights", title="bases"
     )
+    cut_otherwise = len({base["rows"] for base in plan["bases"].values() if base["rows"]}) > 1
     for name, base in plan["bases"].items():
+        rows = f", {base['rows']} rows a forward" if cut_otherwise and base["rows"] else ""
         peak, seconds, error = base["peak_bytes"], base["seconds_per_step"], base["weight_error"]
         table.add_row(
             "16 bits" if name == "bf16" else name,
             human_bytes(base["bytes"]),
-            "–" if peak is None else human_bytes(peak) + (", does not fit" if base["fits"] is False else ""),
+            "–" if peak is None else human_bytes(peak) + rows + (", does not fit" if base["fits"] is False else ""),
             "–" if seconds is None else human_seconds(seconds),
             "–" if error is None else f"{error:.2%}",
         )

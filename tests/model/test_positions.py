@@ -37,6 +37,9 @@ def test_a_scaled_rope_reaches_further(settings: dict[str, Any], limit: int) -> 
     again = tiny_config("llama", **settings)
     stretch(again, yaml.safe_load(proposed[1]))
     check_length(limit + 1, again)
+    with pytest.raises(UserError) as beyond:
+        check_length(1024 * limit + 1, config)
+    assert "model.rope_scaling" not in str(beyond.value)  # which would refuse it
 
 
 def test_ropes_by_kind_of_layer() -> None:

@@ -94,7 +94,7 @@ def test_a_base_that_cannot_be_has_its_bytes_alone() -> None:
     computation = ground.computation(config)
     sizes = ground.sized(config, computation)
     found = bases_of(config, ground, sizes, None, {}, base="nf4", compute="fp32")
-    assert found["bf16"] == Base(sizes.shape.linear_bytes("bf16", "fp32"), None, None, None, None)
+    assert found["bf16"] == Base(sizes.shape.linear_bytes("bf16", "fp32"), None, None, None, None, None)
     assert found["int8"].peak_bytes is not None and found["int8"].fits is None  # there is no card
 
 
@@ -241,6 +241,10 @@ def test_the_table(steep: Steep, llama_folder: Path, korean_corpus: Path, tmp_pa
     assert by_name["nf4"][2].endswith(" s") and by_name["nf4"][3].endswith("%")
     assert by_name["int8"][1:3] == ("–", "–")
     assert by_name["16 bits"][1].endswith(", does not fit") and by_name["16 bits"][2:] == ("–", "–")
+    assert "rows a forward" not in " ".join(rows[2])
+    figures["bases"]["nf4"]["rows"] *= 2  # a plan may cut a step otherwise over another base
+    in_words = list(map(str, bases_table(figures).columns[2].cells))
+    assert in_words[0].endswith(f", {figures['bases']['nf4']['rows']} rows a forward") and in_words[1] == "–"
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
     said = steep("plan", file, "--card", "L4")

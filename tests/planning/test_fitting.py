@@ -431,6 +431,9 @@ def test_what_is_set_by_hand_is_taken_at_its_word() -> None:
         assert found.is_refused == refused, vram
         assert ("To try it all the same" in found.remedy) == (refused and found.peak <= memory)
         assert ("steep train refuses it" in str(found)) == refused
+        assert ("steep train begins all the same" in str(found)) == (not refused)
+    near = replace(far("10GB", memory=80e9, free=80e9), peak=20.650 * 2**30, budget=round(20.648 * 2**30))
+    assert "a step needs about 20.65 GiB, 2.0 MiB too much, and 20.65 GiB of" in near.problem
     escape = far(memory=31e9, free=31e9).remedy.rpartition("training.vram: ")[2].rstrip(".")
     assert not far(escape).is_refused
 

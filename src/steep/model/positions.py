@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from steep.errors import UserError
 
 FROM = "original_max_position_embeddings"
+FURTHEST = 1024  # times as far as a model was made for: beyond what has ever been made to work
 
 
 def positions(config: PretrainedConfig) -> int | None:
@@ -53,9 +54,9 @@ def check_length(max_length: int, config: PretrainedConfig, field: str = "data.m
     scaled = next(_scaled_ropes(config.get_text_config()), None)
     if scaled is not None:
         _, origin = scaled
-    if origin is not None:
+    factor = math.inf if origin is None else math.ceil(max_length / origin)
+    if factor <= FURTHEST:
         known = f", {FROM}: {origin}" if scaled is not None else ""
-        factor = math.ceil(max_length / origin)
         remedy += f", or stretch them: model.rope_scaling, such as {{rope_type: yarn, factor: {factor:.1f}{known}}}"
     raise UserError(
         field, f"{max_length} tokens are beyond the {limit} positions that the model was made for", f"{remedy}."

@@ -14,10 +14,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_rope_utils import logger as rope_logger
 
 from steep.errors import UserError, shown
-from steep.model.positions import FROM
+from steep.model.positions import FROM, FURTHEST
 
 KINDS = ("linear", "yarn", "llama3", "longrope")
-FURTHEST = 1024  # times as far: beyond what has ever been made to work
 _UNWINDOWED = "full_attention"
 _KNOW_THEIR_ORIGIN = ("yarn", "llama3", "longrope")  # by that name, beside a length that is already the longer one
 _REACH_BY_FACTOR = ("yarn", "longrope")  # times their origin; Llama 3.1's reaches twice that

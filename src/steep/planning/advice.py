@@ -22,6 +22,8 @@ PARAMETERS_PER_TOKEN = 0.5
 MANY_TOKENS_PER_CHARACTER = 1.0
 # Up to 4 passes a text is worth nearly as much as new one, and next to nothing beyond 16 (Muennighoff et al. 2023).
 MANY_EPOCHS = 16
+# Tokens. Shorter rows cost little, and a few documents fill them up.
+LONG_ROWS = 8192
 ADVISED_RATES = (1e-5, 5e-4)
 ADVISED_EMBEDDING_RATIO = (2, 20)
 
@@ -112,6 +114,13 @@ def advice(
                 f"{source['domain']}: rows hold little text. Give it {'more ' if config.model.new_tokens else ''}new "
                 "tokens (model.new_tokens), or take a model with a vocabulary for it."
             )
+    length, longest = config.data.max_length, int(corpus.train.length.max())
+    if length > LONG_ROWS and longest <= length / 2:
+        found.append(
+            f"rows have {length:,} tokens (data.max_length), and the longest document {longest:,}: the documents of a "
+            "row do not see each other, so nothing learns from further back. Shorter rows take less memory, and teach "
+            "the same."
+        )
     rows = len(corpus.train)
     epochs = planned_epochs(config, rows)
     if (of_step := rows_per_step(config)) > rows:

@@ -29,6 +29,7 @@ class Base:
         bytes: of the frozen linear weights.
         peak_bytes: of a step, its layers keeping what fits; None: this run cannot be over it, or has no step to come.
         fits: whether that is within what it may fill; None: there is no limit, or no peak.
+        rows: of a forward, which the plan may cut otherwise over another base; None as with `peak_bytes`.
         seconds_per_step: None: not known, or it does not fit.
         weight_error: of the frozen linear weights (`steep.model.weight_error`); None: not known, or none.
     """
@@ -36,6 +37,7 @@ class Base:
     bytes: int
     peak_bytes: int | None
     fits: bool | None
+    rows: int | None
     seconds_per_step: float | None
     weight_error: float | None
 
@@ -70,6 +72,7 @@ def bases_of(
             bytes=sizes.shape.linear_bytes(name, compute),
             peak_bytes=None if there is None else there.peak,
             fits=fits,
+            rows=None if there is None or there.step is None else there.step.tokens // config.data.max_length,
             seconds_per_step=None if pace is None or there is None or not fits else pace.seconds(there),
             weight_error=errors.get(name),
         )

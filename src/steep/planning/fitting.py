@@ -92,10 +92,10 @@ class Shortfall:
             of_card = f"of the {human_bytes(self.card.memory)} of the {self.card.name}"
             if self.card.is_here:
                 of_card += f" ({human_bytes(self.card.free)} are free)"
-        return (
-            f"a step needs about {human_bytes(self.peak)}, and {human_bytes(self.budget)} {of_card} may be filled "
-            f"(training.vram: {self.vram})"
-        )
+        needs, may = human_bytes(self.peak), human_bytes(self.budget)
+        if needs == may:
+            needs += f", {human_bytes(self.peak - self.budget)} too much"
+        return f"a step needs about {needs}, and {may} {of_card} may be filled (training.vram: {self.vram})"
 
     @property
     def remedy(self) -> str:
@@ -116,8 +116,11 @@ class Shortfall:
         return UserError("training.vram", self.problem, self.remedy)
 
     def __str__(self) -> str:
-        refused = ", and steep train refuses it" if self.is_refused else ""
-        return f"{self.problem}{refused}. {self.remedy}"
+        what = ""
+        if self.limit is not None:
+            begins = "steep train begins all the same, since training.vram says so, and is likely to run out of it"
+            what = f", and {'steep train refuses it' if self.is_refused else begins}"
+        return f"{self.problem}{what}. {self.remedy}"
 
     def as_dict(self) -> dict[str, Any]:
         """In `plan.json`."""
