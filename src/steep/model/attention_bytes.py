@@ -21,8 +21,8 @@ class AttentionForm(NamedTuple):
         row: tokens of a row; 0: all of a batch are one.
         by: a kernel, which keeps nothing of [L, L]; torch's own, which has a mask [L, L] where there is a window, and
             in q's dtype what it adds by it; or plain torch, whose scores [heads, L, L] exist in fp32, of one document.
-        shares: of dq's sum, that each come to a tensor of their own in fp32 where they are spread over documents and
-            heads: a multiprocessor each in flash's deterministic backward. 1: there is one tensor.
+        shares: into how many sums of its own a kernel splits dq, spread over documents and heads: with an order that is
+            fixed, flash has one for each multiprocessor. 1: it does not.
     """
 
     row: int = 0
@@ -54,7 +54,7 @@ class AttentionForm(NamedTuple):
         return cls.of(layer, dtype, row, (card.major, card.minor), processors)
 
     def sums(self, tokens: int, heads: int) -> int:
-        """Tensors of dq in fp32, for so many heads at a time."""
+        """Sums of dq of q's shape, in fp32, in the backward pass of so many heads at a time."""
         documents = max(tokens // (self.row or tokens), 1)
         return max(-(-self.shares // (documents * heads)), 1)
 
