@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -370,13 +371,9 @@ def _work_out(
     if refuses and shortfall is not None and shortfall.is_refused:
         raise shortfall.error()
     host, goes_on = host_bytes(config, shape, memory, trained, sizes.on_host), before is not None and branch is None
-    try:
+    with _refused_or_told(refuses, stored):
         limit = host_limit(training.host_memory, card, None if goes_on or not to_train else host_memory)
         check_host(host, limit, goes_on=goes_on)
-    except UserError as error:
-        if refuses:
-            raise
-        stored.append(f"steep train refuses it: {error}")
     for index, prompt in enumerate(config.evaluation.prompts):
         ids = prompt_ids_of(tokenizer, prompt, rows=shape.vocabulary, field=f"evaluation.prompts[{index}]")
         check_length(len(ids), resolved.config, f"evaluation.prompts[{index}]")
@@ -454,17 +451,26 @@ def _work_out(
     if vocabulary is not None:
         plan.vocabulary, plan.new_tokens = vocabulary, vocabulary.figures(corpus)
         plan.warnings += warnings(plan.new_tokens)
-    if to_train and folder.free_bytes() + folder.kept_bytes() < sum(disk.values()):
-        full = UserError(
-            "training.output_dir",
-            f"the disk of {folder.path} has {human_bytes(folder.free_bytes())} free, and the run needs about "
-            f"{human_bytes(sum(disk.values()))} for its checkpoints and its result",
-            "Give another folder, or lower training.save_total_limit or adapter.r.",
-        )
-        if refuses:
-            raise full
-        plan.warnings.append(f"steep train refuses it: {full}")
+    with _refused_or_told(refuses, plan.warnings):
+        if to_train and folder.free_bytes() + folder.kept_bytes() < sum(disk.values()):
+            raise UserError(
+                "training.output_dir",
+                f"the disk of {folder.path} has {human_bytes(folder.free_bytes())} free, and the run needs about "
+                f"{human_bytes(sum(disk.values()))} for its checkpoints and its result",
+                "Give another folder, or lower training.save_total_limit or adapter.r.",
+            )
     return plan
+
+
+@contextmanager
+def _refused_or_told(refuses: bool, told: list[str]) -> Iterator[None]:
+    """What this machine lacks: an error for a run that is to begin here, and a warning where it is planned alone."""
+    try:
+        yield
+    except UserError as error:
+        if refuses:
+            raise
+        told.append(f"steep train refuses it: {error}")
 
 
 def _gaps(plan: Plan) -> list[str]:

@@ -13,11 +13,10 @@ from steep.model.step_bytes import work_bytes
 from steep.ops.attention import attention_backward, attention_forward
 from steep.ops.packing import Packing
 from steep.planning.cards import card_named
-from steep.planning.fitting import changed, forwards_of
 from tests.allocations import allocations
 from tests.model.test_recompute import layer_of_8b
 from tests.planning.test_fitting import ground_of
-from tests.planning.test_micro_batch import asking, smallest_peak
+from tests.planning.test_micro_batch import asking, in_forwards, smallest_peak
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 OLD, NEW = (7, 5), (9, 0)
@@ -81,10 +80,8 @@ def test_a_plan_counts_them() -> None:
     lean = {"optimizer_in_backward": True, "max_grad_norm": 0.0}
     usual = smallest_peak("llama-3-8b", 1, 65_536, **lean)
     assert smallest_peak("llama-3-8b", 1, 65_536, **lean, deterministic=True) == pytest.approx(usual + 4.0, abs=0.3)
-    config = changed(
-        asking(1, 65_536, training={"deterministic": True, "vram": "40GiB"}, model={"compute_dtype": "bf16"}),
-        {"training.rows_per_step": None, **forwards_of(1, 1)},
-    )
+    config = asking(1, 65_536, training={"deterministic": True, "vram": "40GiB"}, model={"compute_dtype": "bf16"})
+    config = in_forwards(config, 1, 1)
     shares = [
         ground.sized(config, ground.computation(config)).step.form.shares  # pyright: ignore[reportOptionalMemberAccess]
         for ground in (ground_of(config, card) for card in (card_named("L4"), card_named("H200"), None))

@@ -53,6 +53,11 @@ def asking(rows: int, length: int = 2048, /, **sections: Any) -> RunConfig:
     return parse_config({name: {**part, **sections.get(name, {})} for name, part in given.items()})
 
 
+def in_forwards(config: RunConfig, batch: int, forwards: int) -> RunConfig:
+    """A step cut by hand, where the plan would do it."""
+    return changed(config, {"training.rows_per_step": None, **forwards_of(batch, forwards)})
+
+
 def cut(config: RunConfig, card: Card | None, shape: str = "llama-3-8b") -> tuple[int, int, str]:
     new, reason = with_micro_batch(config, ground_of(config, card, shape))
     assert reason is not None
@@ -77,7 +82,7 @@ def test_the_smallest_that_is_nearly_as_fast_as_any_is_chosen(name: str, shape: 
     seconds: dict[int, float] = {}
     ways = [part for part in range(1, rows + 1) if rows % part == 0]
     for part in ways:
-        one = changed(config, {"training.rows_per_step": None, **forwards_of(part, rows // part)})
+        one = in_forwards(config, part, rows // part)
         sizes, pace = ground.sized(one, ground.computation(one)), Pace.of(one, rates, [2048])
         assert pace is not None and ground.budget is not None
         if sizes.peak <= ground.budget:
@@ -152,7 +157,7 @@ def test_fp8_is_chosen_where_some_way_to_cut_a_step_fits_over_it() -> None:
     """Here all rows at once, whose gradients then are summed in no fp32; by two or one it does not."""
     config = asking(4, model={"base": "auto"}, training={"vram": "20GiB"})
     ground = ground_of(config, card_named("L40S"))
-    halves = changed(config, {"training.rows_per_step": None, **forwards_of(2, 2)})
+    halves = in_forwards(config, 2, 2)
     assert with_base(halves, ground)[0].model.base == "nf4"
     chosen, _ = with_base(config, ground)
     assert chosen == changed(config, {"model.base": "fp8"})
@@ -364,7 +369,7 @@ def test_the_estimate_bounds_what_was_measured(row: dict[str, Any]) -> None:
     lean = {"optimizer_in_backward": True, "max_grad_norm": 0.0, "offload_optimizer": "all"}
     base, training = ("fp8" if "fp8" in row["peer"] else "nf4"), (lean if "lean" in row["peer"] else {})
     config = asking(row["batch"], row["seq"], model={"base": base}, training=training)
-    config = changed(config, {"training.rows_per_step": None, **forwards_of(row["batch"], 1)})
+    config = in_forwards(config, row["batch"], 1)
     ground = ground_of(config, card_named("H200"), row["shape"])
     step = ground.sized(config, ground.computation(config)).step
     assert step is not None
@@ -378,7 +383,7 @@ def test_the_estimate_bounds_what_was_measured(row: dict[str, Any]) -> None:
 def smallest_peak(shape: str, rows: int, length: int, **training: Any) -> float:
     """GiB, states on the host."""
     training = {"vram": "1GiB", "host_memory": "130GiB", "offload_optimizer": "all", **training}
-    config = changed(asking(rows, length, training=training), {"training.rows_per_step": None, **forwards_of(rows, 1)})
+    config = in_forwards(asking(rows, length, training=training), rows, 1)
     ground = ground_of(config, card_named("H200"), shape)
     return sum(ground.sized(config, ground.computation(config)).memory.values()) / GIB
 
