@@ -8,6 +8,7 @@ runs it is of; of one there is no interval.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -246,6 +247,10 @@ def gpu_seconds(rows: Sequence[Row]) -> tuple[float, bool]:
     return seconds + sum(map(max, calls.values())), bool(calls)
 
 
+def short_title(work: Work) -> str:
+    return f"{work.model}{' (untied)' if work.untied else ''} on {work.text}"
+
+
 def title(ladder: Ladder) -> str:
     work, rows = ladder.work, [*ladder.runs, *ladder.grid_runs]
     versions = sorted({", ".join(f"{name} {row['versions'][name]}" for name in ("torch", "transformers", "peft")
@@ -255,9 +260,9 @@ def title(ladder: Ladder) -> str:
                         for domain, (documents, tokens) in ladder.runs[0]["heldout"].items()
                         if domain in map(ladder.domain, ladder.texts))  # fmt: skip
     return (
-        f"{work.model}{' (untied)' if work.untied else ''} on {work.text}, {work.gpu}: {work.tokens:,} tokens in "
-        f"{work.steps:,} steps of {work.batch} × {work.seq}, rank {work.r}; {'; '.join(versions)}.{cost} Held out: "
-        f"{heldout}. Bits a byte, fewer are better; mean ± half of the 95 % interval by Student's t over n seeds."
+        f"{short_title(work)}, {work.gpu}: {work.tokens:,} tokens in {work.steps:,} steps of {work.batch} × "
+        f"{work.seq}, rank {work.r}; {'; '.join(versions)}.{cost} Held out: {heldout}. Bits a byte, fewer are better; "
+        "mean ± half of the 95 % interval by Student's t over n seeds."
     )
 
 
@@ -295,8 +300,35 @@ def paragraphs(ladder: Ladder) -> Iterator[list[str]]:
         yield [f"The best rate is at the end of its grid, and a wider one may have a better: {', '.join(at_end)}."]
 
 
+def beside(found: Sequence[Ladder], text: str) -> list[str]:
+    """A line a step of the core, with its change in each work: of the new text, or of what may be forgotten (the text
+    that is never replayed, where a work's runs were scored on it)."""
+    heads, pairs, columns = [], dict.fromkeys(pair for each in found for pair in each.pairs()), []
+    for ladder in found:
+        scored = NEW if text == NEW else ladder.texts[-1]
+        heads.append(f"{short_title(ladder.work)}: {LANGUAGE[ladder.domain(scored)]}")
+        columns.append({pair: ladder.differences(*pair, OWN, scored) for pair in pairs})
+    lines = [
+        [
+            f"{other[0]} → {name[0]}",
+            *(Estimate.of(of[name, other]).text("+") if of[name, other] else "" for of in columns),
+        ]
+        for name, other in pairs
+        if name[0] in CORE and any(of[name, other] for of in columns)
+    ]
+    return markdown(["step", *heads], lines)
+
+
+def in_short(found: Sequence[Ladder]) -> Iterator[list[str]]:
+    yield ["### Side by side"]
+    yield [f"What a step changes of the new text, {OWN}:"]
+    yield beside(found, NEW)
+    yield [f"And of what may be forgotten, {OWN}:"]
+    yield beside(found, OLD)
+
+
 def tell(lines: Sequence[Row], common: float) -> str:
-    """Markdown, of every work.
+    """Markdown, of every work; of several, first their steps beside each other.
 
     Raises:
         SystemExit: there are no runs but a grid's; and see `Ladder`.
@@ -304,7 +336,12 @@ def tell(lines: Sequence[Row], common: float) -> str:
     found = ladders(lines, common)
     if not found:
         raise SystemExit("--summary: the file has no runs beside a grid's.")
-    return "\n\n".join("\n".join(part) for ladder in found for part in paragraphs(ladder))
+    if len(found) == 1:
+        parts = list(paragraphs(found[0]))
+    else:
+        headed = (([f"### {short_title(ladder.work)}"], *paragraphs(ladder)) for ladder in found)
+        parts = [*in_short(found), *itertools.chain.from_iterable(headed)]
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
 def in_docs(text: str, said: str, file: str) -> str:

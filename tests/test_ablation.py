@@ -405,7 +405,7 @@ def test_a_grid_reaches_as_far_as_it_had_to() -> None:
     """The rates that the results have of each arm's grid are those that the command tries now."""
     found: dict[str, set[float]] = {}
     for row in lines_of(ROOT / "benchmarks" / "results" / "2026-11-29-h200-ablation.jsonl"):
-        if row["part"] == GRID and row["text"] == "ko-tech":
+        if row["part"] == GRID and (row["model"], row["text"], row["untied"]) == ("smollm2", "ko-tech", False):
             found.setdefault(row["arm"], set()).add(row["learning_rate"])
     assert set(found) == set(CORE) and found == {arm: set(ARMS[arm].rates) for arm in found}
 
@@ -459,6 +459,38 @@ def test_text_that_is_never_replayed_has_a_column_where_all_runs_were_scored_on_
     assert "English Wikipedia" not in without
     del rows[0]["after"]["wiki"], rows[0]["before"]["wiki"], rows[0]["heldout"]["wiki"]
     assert ablation_table.tell(rows, RATE) == without
+
+
+def test_several_works_stand_beside_each_other() -> None:
+    """Steps of the core, each arm at its own rate; forgotten is what is never replayed, where that was scored."""
+    works = {"ko-tech": WORK, "ko-law": dataclasses.replace(WORK, text="ko-law")}
+    rows = [
+        line(dataclasses.replace(work, tokens=GRID_WORK.tokens), arm, 0, rate, part=GRID, loss=loss)
+        for work in works.values() for arm in ("lora", "gate", "apart-10", "pissa")
+        for rate, loss in ((RATE, 2.5), (1e-2, 2.4))
+    ]  # fmt: skip
+    rows += [line(works["ko-tech"], arm, 0, 1e-2, ko, en) for arm, ko, en in (("lora", 2.0, 1.0), ("gate", 1.75, 1.25))]
+    rows += [line(works["ko-tech"], arm, 0, RATE, ko=5.0) for arm in ("lora", "gate", "pissa")]  # at the common rate
+    law = [line(works["ko-law"], arm, 0, 1e-2, ko) for arm, ko in (("lora", 2.0), ("gate", 2.5), ("apart-10", 2.25))]
+    for row, wiki in zip(law, (1.0, 1.125, 1.5), strict=True):
+        row["before"] |= {"wiki": {"loss": 2.0, "bits_per_byte": 1.3}}
+        row["after"] |= {"wiki": {"loss": 2.0, "bits_per_byte": wiki}}
+        row["heldout"] |= {"wiki": [7, 960]}
+    said = ablation_table.tell([*rows, *law], RATE)
+    beside, tech, of_law = said.split("\n### ")
+    assert beside.startswith("### Side by side\n") and [tech.split("\n")[0], of_law.split("\n")[0]] == [
+        f"{WORK.model} on ko-tech", f"{WORK.model} on ko-law",
+    ]  # fmt: skip
+    learned, forgotten = (part.split("\n\n")[0].splitlines() for part in beside.split("| step |")[1:])
+    assert learned[0] == f" {WORK.model} on ko-tech: Korean | {WORK.model} on ko-law: Korean |"
+    assert learned[2:] == [
+        "| lora → gate | -0.2500 (n = 1) | +0.5000 (n = 1) |", "| gate → apart-10 |  | -0.2500 (n = 1) |",
+    ]  # fmt: skip
+    assert forgotten[0] == f" {WORK.model} on ko-tech: English | {WORK.model} on ko-law: English Wikipedia |"
+    assert forgotten[2:] == [
+        "| lora → gate | +0.2500 (n = 1) | +0.1250 (n = 1) |", "| gate → apart-10 |  | +0.3750 (n = 1) |",
+    ]  # fmt: skip
+    assert "###" not in ablation_table.tell(rows, RATE), "one work needs none"
 
 
 def test_own_rates_have_a_table_of_their_own() -> None:

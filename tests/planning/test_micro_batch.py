@@ -368,6 +368,8 @@ def test_the_estimate_bounds_what_was_measured(row: dict[str, Any]) -> None:
     too much for a 70B."""
     lean = {"optimizer_in_backward": True, "max_grad_norm": 0.0, "offload_optimizer": "all"}
     base, training = ("fp8" if "fp8" in row["peer"] else "nf4"), (lean if "lean" in row["peer"] else {})
+    if "--training.offload_optimizer all" in row["steep_args"]:
+        training = {**training, "offload_optimizer": "all"}
     config = asking(row["batch"], row["seq"], model={"base": base}, training=training)
     config = in_forwards(config, row["batch"], 1)
     ground = ground_of(config, card_named("H200"), row["shape"])
