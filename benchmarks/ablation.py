@@ -1,8 +1,7 @@
 """The ladder of advice, step by step: what a model learns of a new text, and what it forgets, arm by arm.
 
-    python -m benchmarks.ablation --model FOLDER --data FOLDER --grid [--jobs N] [--out FILE]
-    python -m benchmarks.ablation --model FOLDER --data FOLDER [--arms lora gate ...] [--seeds 3] [--first-seed 0]
-                                  [--tokens 1000000] [--jobs N] [--out FILE]
+    python -m benchmarks.ablation --model FOLDER --data FOLDER [--whole | --grid] [--arms lora gate ...] [--seeds 3]
+                                  [--first-seed 0] [--tokens 1000000] [--jobs N] [--out FILE]
     python -m benchmarks.ablation --summary FILE [--docs] [--figure FILE.svg [--arms ...]]
 
 The arms are in `benchmarks/ablation_arms.py`; without --arms they are those of the core. They share rows and their
@@ -11,7 +10,7 @@ order (of a seed), schedule, optimizer, held-out documents and the number of tok
 --grid trains every arm at a few rates, with the first seed and half the tokens. An arm's own rate is the one with the
 lowest training loss over the last quarter of these steps: on rows that no step has seen before, so no held-out text
 takes part in the choice. Without --grid each arm trains at --learning-rate, the common one, and at its own where the
-file has its grid; full finetuning at its own alone.
+file has its grid; full finetuning at its own alone. --whole does the grid and then the runs.
 
 --data holds NAME.train.jsonl.gz and NAME.heldout.jsonl.gz of the text that is learned (--text) and of en-books. A run
 appends one line of JSON to --out, by default `benchmarks/results/DATE-GPU-ablation.jsonl`; one whose line is there is
@@ -58,8 +57,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of a run, rounded down to whole steps")
-    parser.add_argument("--grid", action="store_true", help="find each arm's rate: one seed, half the tokens")
-    parser.add_argument("--rates", type=float, nargs="+", help="of --grid; default: the arm's own grid")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--grid", action="store_true", help="find each arm's rate: one seed, half the tokens")
+    parts.add_argument("--whole", action="store_true", help="do the grid, then the runs")
+    parser.add_argument("--rates", type=float, nargs="+", help="of the grid; default: the arm's own")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="the common one")
     parser.add_argument("--batch", type=int, default=8, help="rows in a step")
     parser.add_argument("--seq", type=int, default=1024, help="tokens in a row")
@@ -77,8 +78,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error("give --model and --data, or --summary")
     if arguments.summary is None and (arguments.docs or arguments.figure):
         parser.error("--docs and --figure are of a --summary")
-    if arguments.rates and not arguments.grid:
-        parser.error("--rates are of --grid")
+    if arguments.rates and not (arguments.grid or arguments.whole):
+        parser.error("--rates are of --grid or --whole")
     for name in ("jobs", "seeds", "batch"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name}: give 1 or more")
@@ -96,11 +97,11 @@ def refuse(arguments: argparse.Namespace) -> None:
     absent = [file.name for file in files(arguments.data, arguments.text).values() if not file.is_file()]
     if absent:
         raise SystemExit(f"--data: {arguments.data} lacks {', '.join(absent)}.")
-    least = 2 * arguments.batch * arguments.seq * (2 if arguments.grid else 1)
+    has_grid = arguments.grid or arguments.whole
+    least = 2 * arguments.batch * arguments.seq * (2 if has_grid else 1)
     if arguments.tokens < least:  # a warm-up begins with a step that trains nothing
         raise SystemExit(
-            f"--tokens: {arguments.tokens:,} are less than two steps{' of a grid' * arguments.grid}, "
-            f"which take {least:,}."
+            f"--tokens: {arguments.tokens:,} are less than two steps{' of a grid' * has_grid}, which take {least:,}."
         )
     headless = [name for name in arms_of(arguments) if not has_head(arguments, name)]
     if arguments.untied and headless:
@@ -235,6 +236,17 @@ def main(words: list[str] | None = None) -> None:
         return
     refuse(arguments)
     out = arguments.out or results_file("ablation")
+    for is_grid in (True, False) if arguments.whole else (arguments.grid,):
+        arguments.grid = is_grid
+        do_what_is_missing(arguments, out)
+
+
+def do_what_is_missing(arguments: argparse.Namespace, out: Path) -> None:
+    """The runs that were asked for and have no line in `out`.
+
+    Raises:
+        SystemExit: some failed.
+    """
     lines = lines_of(out)
     asked = list(jobs_of(arguments, lines))
     jobs = [job for job in asked if not is_done(job, lines)]

@@ -222,6 +222,30 @@ def test_what_is_there_is_not_done_again(
     assert len({row["data"] for row in lines_of(out)}) == 1
 
 
+def test_one_command_does_the_grid_and_then_the_runs(
+    data: Path, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, begun = tmp_path / "rows.jsonl", []
+
+    def run(job: ablation_run.Job) -> Row:
+        begun.append((job.part, job.arm, job.learning_rate))
+        if len(begun) == 2:
+            raise RuntimeError("a run that fails")
+        row = line(job.work, job.arm, job.seed, job.learning_rate, part=job.part, loss=job.learning_rate)
+        return {**row, "seconds": 1.0}
+
+    monkeypatch.setattr(ablation, "one_run", run)
+    words = words_for(llama_folder, data, out, "--whole", "--arms", "lora", FULL, "--rates", "1e-3", "3e-3")
+    with pytest.raises(SystemExit, match="1 of 4 runs failed"):
+        ablation.main(words)
+    grid = [(GRID, arm, rate) for arm in ("lora", FULL) for rate in (1e-3, 3e-3)]
+    assert begun == grid, "no run at a rate that is not known yet"
+    ablation.main(words)
+    assert begun[len(grid) :] == [grid[1], (RUN, "lora", RATE), (RUN, "lora", 1e-3), (RUN, FULL, 1e-3)]
+    ablation.main(words)
+    assert len(begun) == 8
+
+
 def test_other_text_is_other_work(data: Path, tmp_path: Path) -> None:
     for file in data.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -274,6 +298,8 @@ def test_a_run_over_rows_seen_before_is_no_result(data: Path, llama_folder: Path
         (["--model", "{model}", "--data", "{data}", "--tokens", "9000"], "less than two steps"),
         (["--model", "{model}", "--data", "{data}", "--tokens", "20000", "--grid"], "less than two steps of a grid"),
         (["--model", "{model}", "--data", "{data}", "--untied", "--arms", "gate", "rslora"], "gate trains no head"),
+        (["--model", "{model}", "--data", "{data}", "--tokens", "20000", "--whole"], "less than two steps of a grid"),
+        (["--model", "{model}", "--data", "{data}", "--grid", "--whole"], "not allowed with"),
         (["--model", "{model}", "--data", "{data}", "--rates", "1e-3"], "--rates are of --grid"),
         (["--model", "{model}", "--data", "{data}", "--docs"], "are of a --summary"),
         (["--model", "{model}", "--data", "{data}", "--jobs", "0"], "give 1 or more"),
