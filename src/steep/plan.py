@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from steep import ranks
-from steep.amounts import human_bytes
 from steep.data.packing import Corpus, pack
 from steep.data.token_file import Progress
 from steep.errors import UserError
@@ -41,13 +40,14 @@ from steep.planning.memory import Shape, gaps
 from steep.planning.micro_batch import with_micro_batch
 from steep.planning.rates import rates_of
 from steep.planning.sizes import disk_bytes, host_bytes
-from steep.planning.vram import check_host, host_budget, host_limit, remarks, vram_budget
+from steep.planning.vram import check_host, host_budget, host_limit, remarks, remarks_on_gaps, vram_budget
 from steep.run_folder import RunFolder
 from steep.schema import RunConfig
 from steep.settings import (
     check_batch,
     check_evaluation,
     check_optimizer,
+    check_stride,
     check_warmup,
     choose_best_metric,
     embedding_rate,
@@ -329,13 +329,7 @@ def _work_out(
     if to_train:
         check_login(config.training.report_to)
     check_optimizer(arguments, empty)
-    stride = config.evaluation.stride
-    if stride is not None and stride >= data.max_length:
-        raise UserError(
-            "evaluation.stride",
-            f"{stride} leaves a window no context: it has to be below data.max_length, {data.max_length}",
-            "Leave it out (half a row), or lower it.",
-        )
+    check_stride(config)
     pinned = {index: {"revision": commit} for index, commit in commits.items()}
     sources = [source.model_copy(update=pinned.get(index)) for index, source in enumerate(data.sources)]
     vocabulary = None
@@ -374,10 +368,7 @@ def _work_out(
     with _refused_or_told(refuses, stored):
         limit = host_limit(training.host_memory, card, None if goes_on or not to_train else host_memory)
         check_host(host, limit, goes_on=goes_on)
-    for index, prompt in enumerate(config.evaluation.prompts):
-        ids = prompt_ids_of(tokenizer, prompt, rows=shape.vocabulary, field=f"evaluation.prompts[{index}]")
-        check_length(len(ids), resolved.config, f"evaluation.prompts[{index}]")
-        check_length(config.evaluation.max_new_tokens, resolved.config, "evaluation.max_new_tokens")
+    _check_prompts(config, tokenizer, resolved, shape.vocabulary)
     corpus = pack(
         sources,
         tokenizer,
@@ -441,9 +432,15 @@ def _work_out(
     )
     errors = weight_errors(resolved, quantisable(empty)) if to_train else {}
     plan.bases = bases_of(as_asked, ground, sizes, pace, errors, base=base, compute=compute)
+    if shortfall is not None:
+        of_memory = [str(shortfall)]
+    elif (beyond := plan.fragmentation) is not None:
+        of_memory = remarks_on_gaps(sum(memory.values()), beyond["bytes"], beyond["left_bytes"])
+    else:
+        of_memory = []
     plan.warnings = [
         *stored,
-        *([str(shortfall)] if shortfall else _gaps(plan)),
+        *of_memory,
         *(remarks(training, card, host) if to_train else []),
         *advice(config, resolved, tokenizer, corpus, shape, computation, card),
         *corpus.warnings,
@@ -451,15 +448,18 @@ def _work_out(
     if vocabulary is not None:
         plan.vocabulary, plan.new_tokens = vocabulary, vocabulary.figures(corpus)
         plan.warnings += warnings(plan.new_tokens)
-    with _refused_or_told(refuses, plan.warnings):
-        if to_train and folder.free_bytes() + folder.kept_bytes() < sum(disk.values()):
-            raise UserError(
-                "training.output_dir",
-                f"the disk of {folder.path} has {human_bytes(folder.free_bytes())} free, and the run needs about "
-                f"{human_bytes(sum(disk.values()))} for its checkpoints and its result",
-                "Give another folder, or lower training.save_total_limit or adapter.r.",
-            )
+    if to_train:
+        with _refused_or_told(refuses, plan.warnings):
+            folder.check_room(sum(disk.values()))
     return plan
+
+
+def _check_prompts(config: RunConfig, tokenizer: Any, resolved: ResolvedModel, rows: int) -> None:
+    """That each is tokens of the model's `rows`, and no more of them than it has positions for."""
+    for index, prompt in enumerate(config.evaluation.prompts):
+        ids = prompt_ids_of(tokenizer, prompt, rows=rows, field=f"evaluation.prompts[{index}]")
+        check_length(len(ids), resolved.config, f"evaluation.prompts[{index}]")
+        check_length(config.evaluation.max_new_tokens, resolved.config, "evaluation.max_new_tokens")
 
 
 @contextmanager
@@ -471,15 +471,3 @@ def _refused_or_told(refuses: bool, told: list[str]) -> Iterator[None]:
         if refuses:
             raise
         told.append(f"steep train refuses it: {error}")
-
-
-def _gaps(plan: Plan) -> list[str]:
-    """What a user should know where a step fits, and gaps between its allocations may not."""
-    found = plan.fragmentation
-    if found is None or found["left_bytes"] is None or found["bytes"] <= found["left_bytes"]:
-        return []
-    return [
-        f"a step has {human_bytes(sum(plan.memory.values()))}, and gaps between allocations may take up to "
-        f"{human_bytes(found['bytes'])} more, where the card has {human_bytes(found['left_bytes'])}: most runs have "
-        "far fewer. If memory runs out, the step is computed again and keeps less; a smaller training.vram leaves room."
-    ]

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from steep.amounts import human_bytes
 from steep.data.sources import Source
 from steep.errors import UserError
 from steep.recorded import SHAPES, read_json, read_lines
@@ -195,6 +196,20 @@ class RunFolder:
     def free_bytes(self) -> int:
         """Room on the disk that the folder is, or will be, on."""
         return shutil.disk_usage(self._standing_place()).free
+
+    def check_room(self, needed: int) -> None:
+        """That the disk has `needed` bytes for what a run writes, where that of now makes room.
+
+        Raises:
+            UserError: it has not.
+        """
+        if self.free_bytes() + self.kept_bytes() < needed:
+            raise UserError(
+                "training.output_dir",
+                f"the disk of {self.path} has {human_bytes(self.free_bytes())} free, and the run needs about "
+                f"{human_bytes(needed)} for its checkpoints and its result",
+                "Give another folder, or lower training.save_total_limit or adapter.r.",
+            )
 
     def _standing_place(self) -> Path:
         """The folder, or the nearest one above it that exists."""

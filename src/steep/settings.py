@@ -105,6 +105,21 @@ def check_evaluation(config: RunConfig) -> None:
         )
 
 
+def check_stride(config: RunConfig) -> None:
+    """That a window of scored text has a context.
+
+    Raises:
+        UserError: it has none.
+    """
+    stride, length = config.evaluation.stride, config.data.max_length
+    if stride is not None and stride >= length:
+        raise UserError(
+            "evaluation.stride",
+            f"{stride} leaves a window no context: it has to be below data.max_length, {length}",
+            "Leave it out (half a row), or lower it.",
+        )
+
+
 def uses_checkpointing(config: RunConfig, on_card: bool) -> bool:
     """Whether transformers' forward recomputes activations: as asked, by default on a GPU."""
     given = config.training.gradient_checkpointing

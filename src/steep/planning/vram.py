@@ -111,6 +111,23 @@ def remarks(training: TrainingSection, card: Card | None, host: Mapping[str, int
     return []
 
 
+def remarks_on_gaps(step: int, gaps: int, left: int | None) -> list[str]:
+    """What a user should know where a step fits, and gaps between its allocations may not.
+
+    Args:
+        step: bytes of its peak.
+        gaps: bytes that may be reserved beyond it.
+        left: bytes that the card has beyond it; None: not known.
+    """
+    if left is None or gaps <= left:
+        return []
+    return [
+        f"a step has {human_bytes(step)}, and gaps between allocations may take up to {human_bytes(gaps)} more, where "
+        f"the card has {human_bytes(left)}: most runs have far fewer. If memory runs out, the step is computed again "
+        "and keeps less; a smaller training.vram leaves room."
+    ]
+
+
 def asked_bytes(vram: str, card: Card | None) -> int:
     """What is set by hand, though a card may have less."""
     number, unit = as_amount(vram)
