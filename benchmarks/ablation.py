@@ -12,11 +12,12 @@ lowest training loss over the last quarter of these steps: on rows that no step 
 takes part in the choice. Without --grid each arm trains at --learning-rate, the common one, and at its own where the
 file has its grid; full finetuning at its own alone. --whole does the grid and then the runs.
 
---data holds NAME.train.jsonl.gz and NAME.heldout.jsonl.gz of the text that is learned (--text) and of en-books. A run
-appends one line of JSON to --out, by default `benchmarks/results/DATE-GPU-ablation.jsonl`; one whose line is there is
-not done again. --jobs processes share the card; each imports once, and takes run after run. --summary says what the
-lines come to (`benchmarks/ablation_table.py`); with --docs it writes that into docs/evidence.md, and a table of the
-core into the README.
+--data holds NAME.train.jsonl.gz and NAME.heldout.jsonl.gz of the text that is learned (--text) and of en-books; where
+en-wiki.heldout.jsonl.gz is there too, it is scored and never replayed. A run appends one line of JSON to --out, by
+default `benchmarks/results/DATE-GPU-ablation.jsonl`; one whose line is there is not done again. --jobs processes share
+the card; each imports once, and takes run after run. --summary says what the lines come to
+(`benchmarks/ablation_table.py`); with --docs it writes that into docs/evidence.md, and a table of the core into the
+README.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ class Arm:
         says: what it is, in words.
         on: the arm that it is held against; None: it is the first.
         better: whether the advice is that it is better than that; None: there is none.
-        by: the text whose bits a byte decide it, `NEW` or `OLD`.
+        by: the text whose bits a byte decide it: `NEW`, or `OLD` for what is forgotten, which `UNSEEN` decides where
+            runs were scored on it.
         targets, saved: layers with adapters, and modules trained whole.
         slower: the embeddings' rate is the adapters' divided by this.
         rslora: alpha / sqrt(r) in place of alpha / r.

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ablation_arms import ARMS, BESIDE, CORE, FULL, NEW, OLD, UNSEEN, arm_over
+from benchmarks.ablation_arms import ARMS, BESIDE, CORE, FULL, NEW, OLD, UNSEEN, Arm, arm_over
 from benchmarks.ablation_run import GRID, NEW_TEXTS, OLD_DOMAIN, RUN, UNSEEN_DOMAIN, Work
 from benchmarks.estimate import Estimate
 from benchmarks.pages import markdown, with_part
@@ -40,16 +40,22 @@ def settled_loss(row: Row) -> float:
     return float(np.mean(losses[-max(1, len(losses) // 4) :]))
 
 
-def grid_of(lines: Iterable[Row], grid: Work, arm: str, over: str) -> dict[float, float]:
-    """Rate → settled loss, of the arm's lines of the grid; the lowest rate first."""
+def grid_of(lines: Iterable[Row], grid: Work, arm: str, over: str) -> dict[float, Row]:
+    """Rate → the arm's line of the grid; the lowest rate first.
+
+    Raises:
+        SystemExit: they are of several seeds, whose losses are of other rows.
+    """
     wanted = {**dataclasses.asdict(grid), "part": GRID, "arm": arm, "over": over}
-    found = {row["learning_rate"]: settled_loss(row) for row in lines if wanted.items() <= row.items()}
-    return dict(sorted(found.items()))
+    found = [row for row in lines if wanted.items() <= row.items()]
+    if len(seeds := sorted({row["seed"] for row in found})) > 1:
+        raise SystemExit(f"The grid of {arm} has the seeds {', '.join(map(str, seeds))}: a rate is chosen on one.")
+    return {row["learning_rate"]: row for row in sorted(found, key=lambda row: row["learning_rate"])}
 
 
 def own_rate(lines: Iterable[Row], grid: Work, arm: str, over: str) -> float | None:
     """The arm's best rate; None where its grid has not two lines."""
-    losses = grid_of(lines, grid, arm, over)
+    losses = {rate: settled_loss(row) for rate, row in grid_of(lines, grid, arm, over).items()}
     return min(losses, key=losses.__getitem__) if len(losses) > 1 else None
 
 
@@ -112,6 +118,14 @@ class Ladder:
         """That all runs were scored on; the first ones do not have the last."""
         return [NEW, OLD, *([UNSEEN] if all(UNSEEN_DOMAIN in row["after"] for row in self.runs) else [])]
 
+    @property
+    def forgotten(self) -> str:
+        """The text that forgetting is judged by: the one that is never replayed, where there is one."""
+        return self.texts[-1]
+
+    def judged_by(self, arm: Arm) -> str:
+        return NEW if arm.by == NEW else self.forgotten
+
     def below(self, name: Named) -> Named | None:
         """What an arm stands on."""
         on = arm_over(*name).on
@@ -147,18 +161,21 @@ def ladders(lines: Sequence[Row], common: float) -> list[Ladder]:
 
 def verdict(change: Estimate, better: bool | None) -> str:
     """Whether a step of bits a byte, of which fewer are better, is what the advice says."""
-    clear = change.half is not None and (change.high < 0 or change.low > 0)
-    sure = "" if clear else "one seed, no interval" if change.half is None else "its interval holds zero"
+    sure = "" if change.clear else "one seed, no interval" if change.half is None else "its interval holds zero"
     found = "better" if change.mean < 0 else "worse" if change.mean > 0 else "the same"
     if better is None:
         return f"{found}{f', but {sure}' if sure else ''}"
     if (change.mean < 0) == better and change.mean:
         return f"as the advice says{f', but {sure}' if sure else ''}"
-    return "CONTRADICTS the advice" if clear else f"NOT in the order of the advice, but {sure}"
+    return "CONTRADICTS the advice" if change.clear else f"NOT in the order of the advice, but {sure}"
 
 
 def label(name: Named) -> str:
     return f"{name[0]} (on {name[1]})" if name[1] else name[0]
+
+
+def step_label(name: Named, other: Named) -> str:
+    return f"{other[0]} → {label(name)}"
 
 
 def results(ladder: Ladder, way: str) -> list[str]:
@@ -188,16 +205,14 @@ def steps(ladder: Ladder, way: str) -> tuple[list[str], list[str]]:
         changes = {text: ladder.differences(name, other, way, text) for text in ladder.texts}
         if not changes[NEW]:
             continue
-        arm = arm_over(*name)
-        said = verdict(Estimate.of(changes[arm.by]), arm.better)
-        advice = (
-            "–" if arm.better is None else f"{LANGUAGE[ladder.domain(arm.by)]} {'better' if arm.better else 'worse'}"
-        )
-        step = f"{other[0]} → {label(name)}"
+        arm, step = arm_over(*name), step_label(name, other)
+        text = ladder.judged_by(arm)
+        said = verdict(Estimate.of(changes[text]), arm.better)
+        advice = "–" if arm.better is None else f"{LANGUAGE[ladder.domain(text)]} {'better' if arm.better else 'worse'}"
         estimates = [Estimate.of(each).text("+") for each in changes.values()]
-        lines.append([step, advice, *estimates, apart(ladder, name, other, way, arm.by), said])
+        lines.append([step, advice, *estimates, apart(ladder, name, other, way, text), said])
         if arm.better is not None and said != "as the advice says":
-            odd.append(f"- {step}, {way}: {said} ({Estimate.of(changes[arm.by]).text('+')} bits a byte).")
+            odd.append(f"- {step}, {way}: {said} ({Estimate.of(changes[text]).text('+')} bits a byte).")
     head = ["step", "advice", *(f"{LANGUAGE[ladder.domain(text)]}, change" for text in ladder.texts),
             "intervals of the two", "verdict"]  # fmt: skip
     return (markdown(head, lines) if lines else []), odd
@@ -214,20 +229,23 @@ def apart(ladder: Ladder, name: Named, below: Named, way: str, text: str) -> str
     return "apart" if ours.high < theirs.low or theirs.high < ours.low else "overlap"
 
 
-def grids(ladder: Ladder) -> tuple[list[str], list[str]]:
-    """A line an arm: the settled loss at each rate; and the arms whose best rate is at the end of those tried."""
-    losses = {name: grid_of(ladder.lines, ladder.grid_work, *name) for name in ladder.names}
-    rates = sorted({rate for found in losses.values() for rate in found})
-    lines, at_end = [], []
-    for name, found in losses.items():
+def grids(ladder: Ladder) -> tuple[list[str], list[str], list[str]]:
+    """A line an arm: the settled loss at each rate; the arms whose best rate is at the end of those tried; and those
+    whose rates had other rows, so that their losses are of other text."""
+    grid = {name: grid_of(ladder.lines, ladder.grid_work, *name) for name in ladder.names}
+    rates = sorted({rate for found in grid.values() for rate in found})
+    lines, at_end, unlike = [], [], []
+    for name, found in grid.items():
         best = own_rate(ladder.lines, ladder.grid_work, *name)
         if best is None:
             continue
-        cells = {rate: f"{found[rate]:.4f}" if rate in found else "" for rate in rates}
+        cells = {rate: f"{settled_loss(found[rate]):.4f}" if rate in found else "" for rate in rates}
         lines.append([label(name), *(f"**{cell}**" if rate == best else cell for rate, cell in cells.items())])
         if best in (min(found), max(found)):
             at_end.append(f"{label(name)} ({best:g})")
-    return (markdown(["arm", *(f"{rate:g}" for rate in rates)], lines) if lines else []), at_end
+        if others := [f"{rate:g}" for rate, row in found.items() if row["targets"] != found[best]["targets"]]:
+            unlike.append(f"{label(name)} ({', '.join(others)} beside {best:g})")
+    return (markdown(["arm", *(f"{rate:g}" for rate in rates)], lines) if lines else []), at_end, unlike
 
 
 def gpu_seconds(rows: Sequence[Row]) -> tuple[float, bool]:
@@ -269,7 +287,7 @@ def title(ladder: Ladder) -> str:
 def _cost(rows: Sequence[Row]) -> str:
     seconds, estimated = gpu_seconds(rows)
     minutes = f"{seconds / 60:.0f} GPU minutes"
-    return f"About {minutes} (estimated: rows do not say when they began)" if estimated else minutes
+    return f"About {minutes} (estimated where rows do not say when they began)" if estimated else minutes
 
 
 def paragraphs(ladder: Ladder) -> Iterator[list[str]]:
@@ -291,40 +309,50 @@ def paragraphs(ladder: Ladder) -> Iterator[list[str]]:
         yield odd
     elif judged:
         yield ["Every step that was measured is in the order of the advice, and no such interval holds zero."]
-    lines, at_end = grids(ladder)
+    lines, at_end, unlike = grids(ladder)
     if lines:
-        n = len({row["seed"] for row in ladder.grid_runs})
-        yield [f"The grid: training loss over the last quarter of {ladder.grid_work.steps:,} steps (n = {n} a figure)."]
+        yield [f"The grid: training loss over the last quarter of {ladder.grid_work.steps:,} steps (n = 1 a figure)."]
         yield lines
+    if unlike:
+        yield [f"Rates that had rows in another order, so that their losses are of other text: {', '.join(unlike)}."]
     if at_end:
         yield [f"The best rate is at the end of its grid, and a wider one may have a better: {', '.join(at_end)}."]
 
 
-def beside(found: Sequence[Ladder], text: str) -> list[str]:
-    """A line a step of the core, with its change in each work: of the new text, or of what may be forgotten (the text
-    that is never replayed, where a work's runs were scored on it)."""
+def beside(found: Sequence[Ladder], texts: Sequence[str]) -> list[str]:
+    """A line a step of the core, with what it changes in each work; `texts`: the one of each that is looked at."""
     heads, pairs, columns = [], dict.fromkeys(pair for each in found for pair in each.pairs()), []
-    for ladder in found:
-        scored = NEW if text == NEW else ladder.texts[-1]
-        heads.append(f"{short_title(ladder.work)}: {LANGUAGE[ladder.domain(scored)]}")
-        columns.append({pair: ladder.differences(*pair, OWN, scored) for pair in pairs})
+    for ladder, text in zip(found, texts, strict=True):
+        heads.append(f"{short_title(ladder.work)}, {ladder.work.tokens:,} tokens: {LANGUAGE[ladder.domain(text)]}")
+        columns.append({pair: change_cell(ladder.differences(*pair, OWN, text)) for pair in pairs})
     lines = [
-        [
-            f"{other[0]} → {name[0]}",
-            *(Estimate.of(of[name, other]).text("+") if of[name, other] else "" for of in columns),
-        ]
-        for name, other in pairs
-        if name[0] in CORE and any(of[name, other] for of in columns)
+        [step_label(*pair), *(of[pair] for of in columns)]
+        for pair in pairs
+        if pair[0][0] in CORE and any(of[pair] for of in columns)
     ]
     return markdown(["step", *heads], lines)
 
 
+def change_cell(differences: Sequence[float]) -> str:
+    """Bold where the interval does not hold zero; empty where there are none."""
+    if not differences:
+        return ""
+    change = Estimate.of(differences)
+    return f"**{change.text('+')}**" if change.clear else change.text("+")
+
+
 def in_short(found: Sequence[Ladder]) -> Iterator[list[str]]:
     yield ["### Side by side"]
-    yield [f"What a step changes of the new text, {OWN}:"]
-    yield beside(found, NEW)
-    yield [f"And of what may be forgotten, {OWN}:"]
-    yield beside(found, OLD)
+    yield [
+        f"What a step changes of the new text, {OWN}, in bits a byte: below zero it is learned better. **Bold**: the "
+        "interval does not hold zero; of one seed (n = 1) there is none."
+    ]
+    yield beside(found, [NEW] * len(found))
+    yield [
+        'And of the English that forgetting is judged by: above zero more is forgotten. "English" is books of the '
+        "collection that is replayed; English Wikipedia is never replayed."
+    ]
+    yield beside(found, [ladder.forgotten for ladder in found])
 
 
 def tell(lines: Sequence[Row], common: float) -> str:

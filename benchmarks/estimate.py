@@ -38,6 +38,11 @@ class Estimate:
     def high(self) -> float:
         return self.mean + (self.half or 0.0)
 
+    @property
+    def clear(self) -> bool:
+        """Whether there is an interval, and it does not hold zero."""
+        return self.half is not None and (self.high < 0 or self.low > 0)
+
     def text(self, sign: str = "") -> str:
         half = "" if self.half is None else f" ± {self.half:.4f}"
         return f"{self.mean:{sign}.4f}{half} (n = {self.n})"
