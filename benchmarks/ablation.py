@@ -23,9 +23,12 @@ README.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -35,13 +38,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from benchmarks.ablation_arms import ARMS, CORE, FULL, LADDER, RECIPE, arm_over
 from benchmarks.ablation_figure import figure
-from benchmarks.ablation_run import GRID, NEW_TEXTS, RUN, Job, Work, data_name, files, one_run, run_config
+from benchmarks.ablation_run import (
+    GRID,
+    NEW_TEXTS,
+    RUN,
+    Job,
+    Work,
+    check,
+    data_name,
+    files,
+    one_run,
+    run_config,
+    weights_name,
+)
 from benchmarks.ablation_table import in_docs, in_readme, own_rate, tell
 from benchmarks.measuring import append, command, gpu_name, lines_of, results_file
 from benchmarks.real_runs import tokenise_once
+from steep.errors import UserError
 from steep.export.gate import free_memory
 
 README = Path(__file__).parent.parent / "README.md"
@@ -81,9 +98,13 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error("--docs and --figure are of a --summary")
     if arguments.rates and not (arguments.grid or arguments.whole):
         parser.error("--rates are of --grid or --whole")
-    for name in ("jobs", "seeds", "batch"):
+    for name in ("jobs", "seeds", "batch", "seq", "r", "heldout_tokens"):
         if getattr(arguments, name) < 1:
-            parser.error(f"--{name}: give 1 or more")
+            parser.error(f"--{name.replace('_', '-')}: give 1 or more")
+    if arguments.first_seed < 0:
+        parser.error("--first-seed: give 0 or more")
+    if not all(0 < rate < math.inf for rate in (arguments.learning_rate, *(arguments.rates or ()))):
+        parser.error("--learning-rate, --rates: give numbers above 0")
     return arguments
 
 
@@ -93,8 +114,8 @@ def refuse(arguments: argparse.Namespace) -> None:
         SystemExit: a file is not there; fewer than two steps are asked for, or a head of its own for an arm that trains
             none.
     """
-    if not (arguments.model / "config.json").is_file():
-        raise SystemExit(f"--model: {arguments.model} holds no model.")
+    if not (arguments.model / "config.json").is_file() or not any(arguments.model.glob("*.safetensors")):
+        raise SystemExit(f"--model: {arguments.model} holds no config.json with 16-bit weights in safetensors.")
     absent = [file.name for file in files(arguments.data, arguments.text).values() if not file.is_file()]
     if absent:
         raise SystemExit(f"--data: {arguments.data} lacks {', '.join(absent)}.")
@@ -137,19 +158,20 @@ def jobs_of(arguments: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> I
     first = Job(
         GRID if arguments.grid else RUN, "", "", arguments.first_seed, arguments.learning_rate,
         grid if arguments.grid else work, arguments.model.resolve(), arguments.data.resolve(), arguments.vram, called,
-        arguments.jobs,
+        arguments.jobs, weights_name(arguments.model),
     )  # fmt: skip
+    over_of = {name: arguments.over if ARMS[name].on_top else "" for name in arms_of(arguments)}
+    own_of = {name: own_rate(lines, grid, name, over) for name, over in over_of.items()}
+    if not arguments.grid and (unknown := [name for name, own in own_of.items() if own is None]):
+        print(f"Not at their own rates: {', '.join(unknown)}. For these the file has not two rates of a grid (--grid).")
     seeds = 1 if arguments.grid else arguments.seeds
     for seed in range(arguments.first_seed, arguments.first_seed + seeds):
-        for name in arms_of(arguments):
-            over = arguments.over if ARMS[name].on_top else ""
-            own = own_rate(lines, grid, name, over)
+        for name, over in over_of.items():
+            own = own_of[name]
             if arguments.grid:
                 rates = arguments.rates or ARMS[name].rates
             else:
                 rates = [rate for rate in (None if name == FULL else arguments.learning_rate, own) if rate is not None]
-                if own is None and seed == arguments.first_seed:
-                    print(f"{name}: the file has no grid of it, so its own rate is not known")
             for rate in dict.fromkeys(rates):
                 yield replace(first, arm=name, over=over, seed=seed, learning_rate=rate)
 
@@ -169,14 +191,25 @@ def do(job: Job, out: Path) -> str:
     return f"{', '.join(scores)} bits a byte; {row['seconds']:.0f} s"
 
 
-def share_threads(processes: int) -> None:
+def begin_process(processes: int) -> None:
+    """Of a pool: a share of the cores, and an end with the process that began it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_it() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     leave_out_notes()
 
 
 def leave_out_notes() -> None:
-    """What PEFT asks of transformers would be said at every run; `steep train` leaves such notes out too."""
+    """What PEFT asks of transformers, and transformers says of each tokenizer, would be said at every run."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.logging.set_verbosity_error()
 
 
 def attempt(job: Job, out: Path) -> tuple[str, bool]:
@@ -184,6 +217,8 @@ def attempt(job: Job, out: Path) -> tuple[str, bool]:
     keeps what it raised, with the frames that it went through, and they the model on the card."""
     try:
         return do(job, out), True
+    except UserError as error:
+        said = str(error)
     except Exception:
         said = traceback.format_exc()
     free_memory()
@@ -207,27 +242,43 @@ def do_all(jobs: Sequence[Job], out: Path, at_once: int) -> list[Job]:
             tell_end(job, *attempt(job, out))
         return failed
     spawn = multiprocessing.get_context("spawn")  # CUDA does not outlive a fork
-    with ProcessPoolExecutor(at_once, spawn, initializer=share_threads, initargs=(at_once,)) as pool:
+    with ProcessPoolExecutor(at_once, spawn, initializer=begin_process, initargs=(at_once,)) as pool:
         under_way = {pool.submit(attempt, job, out): job for job in jobs}
-        for future in as_completed(under_way):
-            died = future.exception()  # its process
-            tell_end(under_way[future], *((repr(died), False) if died else future.result()))
+        try:
+            for future in as_completed(under_way):
+                died = future.exception()  # its process
+                tell_end(under_way[future], *((repr(died), False) if died else future.result()))
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     return failed
 
 
 def summarise(arguments: argparse.Namespace) -> None:
-    lines = lines_of(arguments.summary)
+    lines, rate = lines_of(arguments.summary), arguments.learning_rate
     if not lines:
         raise SystemExit(f"--summary: {arguments.summary} has no lines.")
-    said = tell(lines, arguments.learning_rate)
+    if not all("part" in row for row in lines):
+        raise SystemExit(f"--summary: {arguments.summary} is of another benchmark.")
+    rates = sorted({row["learning_rate"] for row in lines if row["part"] == RUN and row["arm"] != FULL})
+    if rates and rate not in rates:
+        raise SystemExit(
+            f"--learning-rate: no run was at {rate:g}; the common one is among {', '.join(map('{:g}'.format, rates))}."
+        )
+    said = tell(lines, rate)
     print(said)
     if arguments.figure:
-        arguments.figure.write_text(figure(lines, arguments.learning_rate, arguments.arms or CORE), encoding="utf-8")
+        drawn = figure(lines, rate, arguments.arms or CORE)
+        try:
+            arguments.figure.write_text(drawn, encoding="utf-8")
+        except OSError as error:
+            raise SystemExit(f"--figure: {arguments.figure} cannot be written: {error.strerror}.") from None
     if arguments.docs:
+        readme = in_readme(README.read_text(encoding="utf-8"), lines, rate, arguments.summary.name)
         text = in_docs(DOCS.read_text(encoding="utf-8"), said, arguments.summary.name)
         DOCS.write_text(text, encoding="utf-8")
-        text = in_readme(README.read_text(encoding="utf-8"), lines, arguments.learning_rate, arguments.summary.name)
-        README.write_text(text, encoding="utf-8")
+        README.write_text(readme, encoding="utf-8")
 
 
 def main(words: list[str] | None = None) -> None:
@@ -237,26 +288,51 @@ def main(words: list[str] | None = None) -> None:
         return
     refuse(arguments)
     out = arguments.out or results_file("ablation")
-    for is_grid in (True, False) if arguments.whole else (arguments.grid,):
-        arguments.grid = is_grid
-        do_what_is_missing(arguments, out)
+    try:
+        for is_grid in (True, False) if arguments.whole else (arguments.grid,):
+            arguments.grid = is_grid
+            do_what_is_missing(arguments, out)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; the same command goes on with what is not done.") from None
+
+
+def refuse_another_model(jobs: Sequence[Job], lines: Sequence[dict[str, Any]], out: Path) -> None:
+    """
+    Raises:
+        SystemExit: the file has runs of a model of the same name with other weights.
+    """
+    for job in jobs[:1]:
+        known = {row["weights"] for row in lines if row["model"] == job.work.model and "weights" in row}
+        if known - {job.weights}:
+            raise SystemExit(
+                f"--out: {out} has runs of another {job.work.model}, with other weights. Give another file."
+            )
 
 
 def do_what_is_missing(arguments: argparse.Namespace, out: Path) -> None:
     """The runs that were asked for and have no line in `out`.
 
     Raises:
-        SystemExit: some failed.
+        SystemExit: some failed, or cannot be done; or `out` cannot be written.
     """
     lines = lines_of(out)
     asked = list(jobs_of(arguments, lines))
+    refuse_another_model(asked, lines, out)
     jobs = [job for job in asked if not is_done(job, lines)]
     print(f"{len(asked)} runs, of which {len(asked) - len(jobs)} are done; {arguments.jobs} at once", flush=True)
     if not jobs:
         return
-    out.parent.mkdir(parents=True, exist_ok=True)  # before hours of work have no place to go to
+    try:  # before hours of work have no place to go to
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a").close()
+    except OSError as error:
+        raise SystemExit(f"--out: {out} cannot be written: {error.strerror}.") from None
     by_replay = {bool(job.definition.replay): job for job in jobs}  # the text of runs differs in nothing else
     tokenise_once(run_config(job, out.parent) for job in by_replay.values())
+    for job in {job.arm: job for job in jobs}.values():
+        check(job)
     failed = do_all(jobs, out, arguments.jobs)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed; the same command does these again.")

@@ -75,6 +75,7 @@ class Job:
         model_folder, data_folder: on this machine; in no line of results.
         command: how the ablation was called.
         at_once: processes that share the card.
+        weights: first digits of the SHA-256 of the model's files.
     """
 
     part: str
@@ -88,6 +89,7 @@ class Job:
     vram: str
     command: str
     at_once: int
+    weights: str
 
     @property
     def key(self) -> dict[str, Any]:
@@ -121,6 +123,14 @@ def data_name(data: Path, text: str) -> str:
     return f"{text}+{OLD_TEXT}:{digest.hexdigest()[:12]}"
 
 
+def weights_name(model: Path) -> str:
+    digest = hashlib.sha256((model / "config.json").read_bytes())
+    for file in sorted(model.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
 def run_config(job: Job, output: Path) -> RunConfig:
     arm, work, found = job.definition, job.work, files(job.data_folder, job.work.text)
     domain = NEW_TEXTS[work.text]
@@ -148,6 +158,29 @@ def run_config(job: Job, output: Path) -> RunConfig:
         },
         "evaluation": {"max_tokens": work.heldout_tokens},
     })  # fmt: skip
+
+
+def check(job: Job) -> None:
+    """That a run can be done, by its plan.
+
+    Raises:
+        SystemExit: there is too little text to train each row once, or replay is not what the arm says.
+        UserError: settings do not go together.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        corpus = plan_run(run_config(job, Path(temporary) / "run"), refuses=True).corpus
+    work, rows = job.work, len(corpus.train)
+    if rows < work.steps * work.batch:
+        raise SystemExit(
+            f"--tokens: {job.arm} trains {work.steps * work.batch:,} rows of {work.seq:,} tokens, each once, and the "
+            f"text has {rows:,}. Give fewer, or more text."
+        )
+    share, asked = corpus.mixing["replay_share_achieved"], job.definition.replay
+    if abs(share - asked) > 0.1 * asked:
+        raise SystemExit(
+            f"--data: {job.arm} replays {share:.1%} of its tokens, not {asked:.0%}: {OLD_TEXT} has too little text, or "
+            f"the same as {work.text}."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,5 +313,5 @@ def one_run(job: Job) -> dict[str, Any]:
         "before": columns(trained.before, domains), "after": columns(trained.after, domains),
         "heldout": {score.domain: [score.documents, score.tokens] for score in trained.after},
         "peak_allocated_gib": peak, "begun": begun, "ended": ended, "seconds": ended - begun, "at_once": job.at_once,
-        "versions": versions(), "command": job.command,
+        "weights": job.weights, "versions": versions(), "command": job.command,
     }  # fmt: skip

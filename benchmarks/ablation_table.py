@@ -378,7 +378,11 @@ def in_docs(text: str, said: str, file: str) -> str:
 
 
 def in_readme(text: str, lines: Sequence[Row], common: float, file: str) -> str:
-    """The README's text with the core of the file's first work between its marks, each arm at its own rate."""
+    """The README's text with the core of the file's first work between its marks, each arm at its own rate.
+
+    Raises:
+        SystemExit: it has no run at its own rate.
+    """
     ladder = ladders(lines, common)[0]
     trained = {name: rows for name in ladder.names if name[0] in CORE and (rows := ladder.by_seed(name, OWN))}
     domains, body = (ladder.new, ladder.old), []
@@ -388,10 +392,12 @@ def in_readme(text: str, lines: Sequence[Row], common: float, file: str) -> str:
             body.append(["–", "not trained", *(f"{bits(first, domain, 'before'):.4f}" for domain in domains)])
         of = [Estimate.of([bits(row, domain) for row in rows.values()]).text() for domain in domains]
         body.append([label(name), arm_over(*name).says, *of])
+    if not body:
+        raise SystemExit("--docs: the README's table is of runs at each arm's own rate, and the file has none.")
     said = (
         f"{ladder.work.model} on {ladder.work.text}, {ladder.work.tokens:,} tokens a run, each at its own best rate:\n"
         "bits a byte of held-out text, fewer are better; mean ± half of the 95 % interval over n seeds.\n"
         f"`python -m benchmarks.ablation --summary benchmarks/results/{file} --docs`"
     )
     table = markdown(["arm", "what it is", *(LANGUAGE[domain] for domain in domains)], body)
-    return with_part(text, BEGIN, END, "\n".join([said, "", *table]) if body else "")
+    return with_part(text, BEGIN, END, "\n".join([said, "", *table]))

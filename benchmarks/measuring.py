@@ -125,8 +125,24 @@ def results_file(name: str) -> Path:
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of results; none where it is not there."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    """The rows of a file of results; none where it is not there.
+
+    Raises:
+        SystemExit: it cannot be read, or a line is no object of JSON, as where a write was cut off.
+    """
+    try:
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+    except OSError as error:
+        raise SystemExit(f"{file} cannot be read: {error.strerror}.") from None
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise SystemExit(
+                f"{file}: line {number} is no result: cut off? Delete it, and what it was of is done again."
+            ) from None
+    return rows
 
 
 def append(file: Path, row: dict[str, object]) -> None:

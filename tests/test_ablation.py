@@ -8,8 +8,10 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 import weakref
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -246,6 +248,80 @@ def test_one_command_does_the_grid_and_then_the_runs(
     assert len(begun) == 8
 
 
+def test_a_stop_by_hand_says_how_to_go_on(
+    data: Path, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(job: ablation_run.Job) -> Row:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablation, "one_run", stopped)
+    with pytest.raises(SystemExit, match="stopped; the same command goes on"):
+        ablation.main(words_for(llama_folder, data, tmp_path / "rows.jsonl", "--arms", "lora"))
+
+
+def test_processes_of_the_pool_end_with_the_one_that_began_them(data: Path, llama_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = [*words_for(llama_folder, data, out, "--jobs", "2", "--arms", "lora"), "--seeds", "50"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    with subprocess.Popen([sys.executable, "-m", "benchmarks.ablation", *words], cwd=ROOT, env=environment) as main:
+        until = time.monotonic() + 200
+        while not out.exists() or not out.read_text(encoding="utf-8"):
+            assert main.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        children = Path(f"/proc/{main.pid}/task/{main.pid}/children").read_text(encoding="utf-8").split()
+        main.kill()
+    assert len(children) >= 2
+    until = time.monotonic() + 30
+    while alive := [child for child in children if Path(f"/proc/{child}").exists()]:
+        assert time.monotonic() < until, f"{alive} are still there"
+        time.sleep(0.1)
+
+
+def test_a_line_that_was_cut_off_is_named(data: Path, llama_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    whole = json.dumps(line(WORK, "lora", 0, RATE))
+    out.write_text(f"{whole}\n{whole[:300]}")
+    for words in (words_for(llama_folder, data, out), ["--summary", str(out)]):
+        with pytest.raises(SystemExit, match=r"rows\.jsonl: line 2 is no result: cut off\? Delete it"):
+            ablation.main(words)
+
+
+def test_what_a_summary_cannot_be_of_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in three("lora", 2.0)))
+    with pytest.raises(SystemExit, match=r"no run was at 0\.001; the common one is among 0\.004"):
+        ablation.main(["--summary", str(file), "--learning-rate", "1e-3"])
+    figure_words = ["--figure", str(tmp_path / "no" / "f.svg"), "--arms", "lora"]
+    with pytest.raises(SystemExit, match=r"--figure: .* cannot be written"):
+        ablation.main(["--summary", str(file), "--learning-rate", f"{RATE}", *figure_words])
+    file.write_text('{"shape": "llama"}\n')
+    with pytest.raises(SystemExit, match="is of another benchmark"):
+        ablation.main(["--summary", str(file)])
+
+
+def test_another_model_of_the_same_name_is_not_taken_for_it(
+    lines: list[Row], data: Path, llama_folder: Path, tmp_path: Path
+) -> None:
+    out, other = tmp_path / "rows.jsonl", tmp_path / llama_folder.name
+    shutil.copytree(llama_folder, other)
+    assert ablation_run.weights_name(other) == ablation_run.weights_name(llama_folder) == lines[0]["weights"]
+    out.write_text("".join(json.dumps(row) + "\n" for row in lines if row["arm"] == "lora"))
+    ablation.main(words_for(other, data, out, "--arms", "lora"))
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(SystemExit, match=f"has runs of another {llama_folder.name}, with other weights"):
+        ablation.main(words_for(other, data, out, "--arms", "lora"))
+
+
+def test_replay_that_is_the_new_text_is_refused(data: Path, llama_folder: Path, tmp_path: Path) -> None:
+    for file in data.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "en-books.train.jsonl.gz").write_bytes((tmp_path / "ko-tech.train.jsonl.gz").read_bytes())
+    with pytest.raises(SystemExit, match=r"replay-25 replays 0\.0% of its tokens, not 25%"):
+        ablation.main(words_for(llama_folder, tmp_path, tmp_path / "rows.jsonl", "--arms", "lora", "replay-25"))
+    assert not lines_of(tmp_path / "rows.jsonl"), "before any run"
+
+
 def test_other_text_is_other_work(data: Path, tmp_path: Path) -> None:
     for file in data.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -292,7 +368,7 @@ def test_a_run_over_rows_seen_before_is_no_result(data: Path, llama_folder: Path
     ("words", "said"),
     [
         ([], "give --model and --data, or --summary"),
-        (["--model", "{folder}", "--data", "{folder}"], "holds no model"),
+        (["--model", "{folder}", "--data", "{folder}"], "holds no config.json with 16-bit weights"),
         (["--model", "{model}", "--data", "{folder}"], "lacks ko-tech.train.jsonl.gz"),
         (["--model", "{model}", "--data", "{data}", "--arms", "lora2"], "invalid choice: 'lora2'"),
         (["--model", "{model}", "--data", "{data}", "--tokens", "9000"], "less than two steps"),
@@ -302,7 +378,21 @@ def test_a_run_over_rows_seen_before_is_no_result(data: Path, llama_folder: Path
         (["--model", "{model}", "--data", "{data}", "--grid", "--whole"], "not allowed with"),
         (["--model", "{model}", "--data", "{data}", "--rates", "1e-3"], "--rates are of --grid"),
         (["--model", "{model}", "--data", "{data}", "--docs"], "are of a --summary"),
-        (["--model", "{model}", "--data", "{data}", "--jobs", "0"], "give 1 or more"),
+        (["--model", "{model}", "--data", "{data}", "--jobs", "0"], "--jobs: give 1 or more"),
+        (["--model", "{model}", "--data", "{data}", "--heldout-tokens", "0"], "--heldout-tokens: give 1 or more"),
+        (["--model", "{model}", "--data", "{data}", "--learning-rate", "nan"], "give numbers above 0"),
+        (["--model", "{model}", "--data", "{data}", "--grid", "--rates", "1e-3", "-1"], "give numbers above 0"),
+        (["--model", "{model}", "--data", "{data}", "--first-seed", "-1"], "--first-seed: give 0 or more"),
+        (["--model", "{model}", "--data", "{data}", "--out", "{folder}"], "cannot be read: Is a directory"),
+        (["--model", "{model}", "--data", "{data}", "--out", "/proc/none/a.jsonl"], "--out: /proc/none/a.jsonl cannot"),
+        (
+            ["--model", "{model}", "--data", "{data}", "--seq", "64", "--vram", "lots", "--out", "{folder}/a"],
+            "training.vram: 'lots' is not valid",
+        ),
+        (
+            ["--model", "{model}", "--data", "{data}", "--seq", "64", "--out", "{folder}/a"],
+            "each once, and the text has",
+        ),
         (["--summary", "{folder}/none.jsonl"], "has no lines"),
     ],
 )
@@ -621,9 +711,8 @@ def test_the_readme_has_the_core_each_at_its_own_rate() -> None:
         and "9.0" not in front
         and "3.0000 (n = 1)" in front
     )
-    assert "| --- |" not in ablation_table.in_readme(marks, three("lora", 2.0), RATE, "rows.jsonl"), (
-        "no grid, no own rate"
-    )
+    with pytest.raises(SystemExit, match="runs at each arm's own rate, and the file has none"):
+        ablation_table.in_readme(marks, three("lora", 2.0), RATE, "rows.jsonl")
 
 
 def test_a_figure_draws_losses_and_what_they_differ_by() -> None:
