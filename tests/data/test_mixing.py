@@ -178,11 +178,46 @@ def test_replay_that_runs_out_is_reported_or_repeated(pack_texts: Pack):
     train = (texts("a", 100), {})
     short = pack_texts(train, (texts("r", 10), {"role": "replay"}), replay_share=0.5)
     assert short.mixing["replay_share_achieved"] == pytest.approx(1 / 11)
-    assert "Replay makes up 9.09% of the training tokens and not 50.00%" in short.warnings[0]
+    assert short.warnings[0] == (
+        "Replay makes up 9.09% of the training tokens and not 50.00%: its sources hold too little text. Add replay "
+        "text, or set repeat: true on it."
+    )
     assert short.mixture.planned[1].tolist() == [1] * 10
     repeated = pack_texts(train, (texts("r", 10), {"role": "replay", "repeat": True}), replay_share=0.5)
     assert repeated.mixing["replay_share_achieved"] == 0.5
     assert repeated.mixture.planned[1].tolist() == [10] * 10
+
+
+def test_replay_that_is_a_copy_of_trained_text_is_named(pack_texts: Pack):
+    copied, own = texts("a", 100), texts("r", 5)
+    replay = {"role": "replay", "domain": "en"}
+    copy = pack_texts((copied, {}), (copied, replay), replay_share=0.1)
+    assert copy.warnings[0] == (
+        "Replay makes up 0.00% of the training tokens and not 10.00%: its sources hold too little text of their own. "
+        "Left out as duplicates of text that comes before: 100 of 100 documents of en. Add replay text."
+    )
+    repeated = pack_texts((copied, {}), (copied, {**replay, "repeat": True}), replay_share=0.1)
+    assert repeated.warnings[0] == copy.warnings[0]  # nothing is there to repeat
+    part = pack_texts((copied, {}), (copied[:3], {**replay, "domain": "de"}), (own + own, replay), replay_share=0.1)
+    assert part.warnings[0].endswith(
+        "comes before: 3 of 3 documents of de, 5 of 10 documents of en. Add replay text, or set repeat: true on it."
+    )
+    enough = pack_texts((copied, {}), (copied + texts("r", 20), replay), replay_share=0.1)
+    assert not any("Replay makes up" in warning for warning in enough.warnings)
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_replay_in_documents_too_long_for_the_text_that_is_learned(repeat: bool, pack_texts: Pack):
+    long = (texts("r", 9, length=400), {"role": "replay", "domain": "en", "repeat": repeat})
+    for learned, achieved in ((["a"], "0.00%"), (texts("a", 100), "15.45%")):
+        warning = pack_texts((learned, {}), long, replay_share=0.1).warnings[0]
+        assert warning == (
+            f"Replay makes up {achieved} of the training tokens and not 10.00%: its documents are taken whole, and "
+            f"they are too long for such a share beside the {sum(len(text) + 2 for text in learned):,} tokens that are "
+            "learned. Add text to learn, or cut the documents of replay."
+        )
+    fitting = pack_texts((texts("a", 330), {}), long, replay_share=0.1)
+    assert not any("Replay makes up" in warning for warning in fitting.warnings)
 
 
 def test_no_replay_wanted_and_no_replay_given(pack_texts: Pack):

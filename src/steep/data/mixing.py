@@ -156,7 +156,7 @@ def mix(sources: Sequence[TokenizedSource], sides: Sequence[np.ndarray], replay_
     for index, documents in chosen.items():
         np.add.at(planned[index], documents, 1)
     summary = _summary(sources, train, replay, chosen, quotas, replay_share)
-    warnings = _warnings(sources, replay, summary, sides)
+    warnings = _warnings(sources, replay, tokens, summary, sides)
     small = np.min_scalar_type(len(sources))
     source = np.concatenate([np.full(len(chosen[index]), index, small) for index in sorted(chosen)])
     document = np.concatenate([chosen[index] for index in sorted(chosen)])
@@ -300,7 +300,11 @@ def _summary(
 
 
 def _warnings(
-    sources: Sequence[TokenizedSource], replay: list[int], summary: dict[str, Any], sides: Sequence[np.ndarray]
+    sources: Sequence[TokenizedSource],
+    replay: list[int],
+    tokens: list[int],
+    summary: dict[str, Any],
+    sides: Sequence[np.ndarray],
 ) -> list[str]:
     warnings = []
     asked, achieved = summary["replay_share"], summary["replay_share_achieved"]
@@ -308,8 +312,8 @@ def _warnings(
         warnings.append("data.replay_share is 0, so nothing of the replay sources is trained.")
     elif replay and abs(achieved - asked) > _TOLERANCE * asked:
         warnings.append(
-            f"Replay makes up {achieved:.2%} of the training tokens and not {asked:.2%}: its sources hold too little "
-            "text, or documents too long for the share. Add replay text, or set repeat: true on it."
+            f"Replay makes up {achieved:.2%} of the training tokens and not {asked:.2%}: "
+            + _why_another_share(sources, tokens, summary, sides)
         )
     for row in summary["sources"]:
         if row["role"] == "train" and abs(row["tokens"] - row["tokens_asked"]) > _TOLERANCE * row["tokens_asked"]:
@@ -318,6 +322,32 @@ def _warnings(
                 f"{row['tokens_asked']:,}: it consists of few long documents."
             )
     return [*warnings, *_not_measured(sources, sides)]
+
+
+def _why_another_share(
+    sources: Sequence[TokenizedSource], tokens: list[int], summary: dict[str, Any], sides: Sequence[np.ndarray]
+) -> str:
+    """Why replay has another share than the one asked for, and what to do."""
+    replay = [row for row in summary["sources"] if row["role"] == "replay"]
+    has = {row["source"]: tokens[row["source"]] for row in replay}
+    runs_out = any(
+        row["tokens_asked"] > (number := has[row["source"]]) and not (number and sources[row["source"]].source.repeat)
+        for row in replay
+    )
+    if any(has.values()) and not runs_out:
+        return (
+            "its documents are taken whole, and they are too long for such a share beside the "
+            f"{summary['train_tokens']:,} tokens that are learned. Add text to learn, or cut the documents of replay."
+        )
+    duplicates = [
+        f"{left_out:,} of {len(sides[row['source']]):,} documents of {row['domain']}"
+        for row in replay
+        if (left_out := int((sides[row["source"]] == Side.DUPLICATE).sum()))
+    ]
+    why = "its sources hold too little text"
+    if duplicates:
+        why += f" of their own. Left out as duplicates of text that comes before: {', '.join(duplicates)}"
+    return f"{why}. Add replay text{', or set repeat: true on it' if any(has.values()) else ''}."
 
 
 def _not_measured(sources: Sequence[TokenizedSource], sides: Sequence[np.ndarray]) -> list[str]:
