@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from importlib import metadata, util
 from pathlib import Path
@@ -124,7 +125,9 @@ def test_the_small_run_is_that_of_local_folders_alone(
 # ---- the cell that installs
 
 
-def installed_by(source: str, missing: set[str], monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def installed_by(
+    source: str, missing: set[str], monkeypatch: pytest.MonkeyPatch, torch: str = "9.5.0"
+) -> list[list[str]]:
     """The calls of a cell on a machine that lacks some modules, and has a folder in place of one."""
     calls: list[list[str]] = []
 
@@ -132,9 +135,10 @@ def installed_by(source: str, missing: set[str], monkeypatch: pytest.MonkeyPatch
         return None if name in missing else SimpleNamespace(origin=None if f"{name}/" in missing else f"{name}.py")
 
     monkeypatch.setattr(util, "find_spec", find)
-    monkeypatch.setattr(metadata, "version", lambda name: f"9.{len(name)}")
+    monkeypatch.setattr(metadata, "version", {"torch": torch}.__getitem__)
     monkeypatch.setattr(subprocess, "run", lambda words, check: calls.append(list(words)))
     monkeypatch.setenv("PATH", os.environ["PATH"])
+    monkeypatch.chdir(FOLDER)
     exec(compile(source, "cell", "exec"), {})
     return calls
 
@@ -144,10 +148,39 @@ def test_only_what_is_missing_is_installed_and_never_torch(name: str, monkeypatc
     source = cell_of(read(name), "install").source
     assert installed_by(source, set(), monkeypatch) == []
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    assert installed_by(source, {"steep"}, monkeypatch) == [[*pip, "..", "torch==9.5"]]
-    assert installed_by(source, {"steep/"}, monkeypatch) == [[*pip, "..", "torch==9.5"]]  # a clone of that name
+    assert installed_by(source, {"steep"}, monkeypatch) == [[*pip, "..", "torch==9.5.0"]]
+    assert installed_by(source, {"steep/"}, monkeypatch) == [[*pip, "..", "torch==9.5.0"]]  # a clone of that name
     drawing = [[*pip, "matplotlib"]] if name in RUN_FILES else []
     assert installed_by(source, {"matplotlib", "torch"}, monkeypatch) == drawing
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_pip_could_not_install_is_refused_in_a_sentence(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = cell_of(read(name), "install").source
+    least = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    assert "torch>=2.11" in least
+
+    def elsewhere(place: str) -> str:
+        assert 'STEEP = ".."' in source
+        return source.replace('STEEP = ".."', f"STEEP = {place!r}")
+
+    with pytest.raises(SystemExit, match=f"^{tmp_path} is no clone of steep: clone the repository, and put its folder"):
+        installed_by(elsewhere(str(tmp_path)), {"steep"}, monkeypatch)
+    assert installed_by(elsewhere(str(tmp_path)), set(), monkeypatch) == []  # nothing is to be installed of there
+    for place in ("git+https://x.org/steep", "https://x.org/steep.zip"):
+        assert place in installed_by(elsewhere(place), {"steep"}, monkeypatch)[0]
+
+    for old in ("2.10.0", "1.13.1+cu117"):
+        with pytest.raises(
+            SystemExit, match=rf"^torch {re.escape(old)} is here, and steep needs 2\.11 or newer: upgrade"
+        ):
+            installed_by(source, {"steep"}, monkeypatch, old)
+        assert installed_by(source, set(), monkeypatch, old) == []
+    for enough in ("2.11.0+cu128", "3.0.0"):
+        assert f"torch=={enough}" in installed_by(source, {"steep"}, monkeypatch, enough)[0]
+    assert installed_by(source, {"steep", "torch"}, monkeypatch, "2.10.0")
 
 
 # ---- top to bottom
