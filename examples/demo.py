@@ -91,13 +91,14 @@ def main() -> None:
     steep("report", str(RUN))
     say("7. A merged model, opened again by plain transformers and held against the adapter")
     steep("export", str(RUN), "--to", "merged", "-o", str(MERGED))
+    name = called()
     print(
         f"""
 Done in {time.monotonic() - started:.0f} s. Open {RUN}/report.html; the merged model is in {MERGED}/.
 The run is in {RUN}/ (docs/run-folder.md says what each file holds).
 Next, on a GPU and with text of your own:
-    steep init --model mistralai/Mistral-7B-v0.3 --data corpus/ --replay general-english/ -o ko.yaml
-    steep plan ko.yaml && steep train ko.yaml"""
+    {name} init --model mistralai/Mistral-7B-v0.3 --data corpus/ --replay general-english/ -o ko.yaml
+    {name} plan ko.yaml && {name} train ko.yaml"""
     )
 
 
@@ -157,19 +158,25 @@ def write_corpora() -> None:
         (INPUT / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
+def called() -> str:
+    """How a user calls `steep` here: by its path, unless this environment's is the one on the PATH."""
+    program = Path(sys.executable).with_name("steep")
+    return "steep" if shutil.which("steep") == str(program) else os.path.relpath(program)
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "steep", *arguments]
 
 
 def steep(*arguments: str) -> None:
-    print("$ steep " + " ".join(arguments), flush=True)
+    print(f"$ {called()} " + " ".join(arguments), flush=True)
     if subprocess.run(command(*arguments)).returncode:
         sys.exit(f"error: steep {arguments[0]} failed")
 
 
 def train_and_kill(run_file: Path) -> None:
     """Start training, wait for a checkpoint and the first step after it, and kill the process."""
-    print(f"$ steep train {run_file}", flush=True)
+    print(f"$ {called()} train {run_file}", flush=True)
     process = subprocess.Popen(command("train", str(run_file)), stdout=subprocess.DEVNULL)
     metrics = RUN / "metrics.jsonl"
     while process.poll() is None:

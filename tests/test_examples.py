@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
-from examples import continue_adapter, open_result, trackers, trl_sft, two_lines
+from examples import continue_adapter, demo, open_result, trackers, trl_sft, two_lines
 from steep.config import parse_config
 from steep.errors import UserError
 from steep.result import generate_run
@@ -314,3 +315,17 @@ def test_weights_and_biases_offline(
     assert not list((tmp_path / "here").iterdir())
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert not [name for name in names if "wandb" in name]
+
+
+# --- the demo --------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_names_the_command_as_it_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = (tmp_path / "here" / name / "bin" for name in (".venv", "other"))
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+        (folder / "steep").touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(own / "python"))
+    for path, called in {"": ".venv/bin/steep", str(other): ".venv/bin/steep", str(own): "steep"}.items():
+        monkeypatch.setenv("PATH", path)
+        assert demo.called() == called
