@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# On two cores two processes with one thread each took 48 s for 402 tests, one process 69 s (worksteal: 51 s). A file's
-# tests stay together, so that its fixtures are made once. A single test is faster without: `.venv/bin/pytest FILE -k NAME`.
+# Processes with one thread each end sooner than one process with all threads, as measured on two cores; single tests
+# shared out (worksteal) were no faster. A file's tests stay together, so that its fixtures are made once.
+# A single test is faster without: `.venv/bin/pytest FILE -k NAME`.
 # Files are begun in the order of tests/conftest.py, the longest first, and not by the number of their tests.
 # A process that dies ends the run: a new one in its place can leave pytest waiting for ever.
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
