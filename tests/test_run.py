@@ -291,7 +291,8 @@ def test_resume_without_a_run(llama_folder: Path, korean_corpus: Path, tmp_path:
 
 def test_a_place_that_takes_no_file(llama_folder: Path, korean_corpus: Path) -> None:
     """Also as root, whom permissions do not stop."""
-    with pytest.raises(UserError, match=r"^training\.output_dir: /proc cannot be written into: .*you may write"):
+    said = r"^training\.output_dir: /proc cannot be written into: no file can be made there\. Give a folder"
+    with pytest.raises(UserError, match=said):
         plan_run(run_file(llama_folder, korean_corpus, Path("/proc/runs/ko")))
 
 

@@ -172,7 +172,9 @@ class RunFolder:
             with tempfile.TemporaryFile(dir=place):
                 pass
         except OSError as error:
-            problem = f"{place} cannot be written into: {error.strerror}"
+            # "No such file" of a folder that is there: /proc and its like take no new ones.
+            why = "no file can be made there" if isinstance(error, FileNotFoundError) else error.strerror
+            problem = f"{place} cannot be written into: {why}"
             raise UserError(field, problem, "Give a folder you may write.") from error
 
     def refuse_data(self, sources: Sequence[Source], field: str = "training.output_dir") -> None:
