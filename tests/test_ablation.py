@@ -561,6 +561,18 @@ def test_an_order_that_the_seeds_do_not_settle_is_said() -> None:
     )
 
 
+def test_intervals_of_two_arms_are_apart_on_either_side() -> None:
+    for gate, said in ((1.9, "apart"), (2.1, "apart"), (2.01, "overlap"), (1.99, "overlap")):
+        rows = [*three("lora", 2.00, 2.01, 2.02), *three("gate", gate, gate + 0.01, gate + 0.02)]
+        lines = ablation_table.tell(rows, RATE).splitlines()
+        head, step = (next(line for line in lines if line.startswith(begin)) for begin in ("| step |", "| lora → gate"))
+        cells = dict(zip(head.split(" | "), step.split(" | "), strict=True))
+        assert cells["intervals of the two"] == said, gate
+    assert " | – | as the advice says, but one seed" in ablation_table.tell(
+        [*three("lora", 2.0), *three("gate", 1.9)], RATE
+    )
+
+
 def test_replay_is_judged_by_what_is_forgotten() -> None:
     rows = [
         *(line(WORK, "rslora", seed, RATE, 2.0, 1.2 + seed / 100) for seed in range(3)),
@@ -602,6 +614,7 @@ def test_several_works_stand_beside_each_other() -> None:
         line(dataclasses.replace(work, tokens=GRID_WORK.tokens), arm, 0, rate, part=GRID, loss=loss)
         for work in works.values() for arm in ("lora", "gate", "apart-10", "rslora", "pissa")
         for rate, loss in ((RATE, 2.5), (1e-2, 2.4))
+        if (work.text, arm) != ("ko-tech", "apart-10")  # an arm that the first work knows nothing of
     ]  # fmt: skip
     rows += [line(works["ko-tech"], arm, 0, 1e-2, ko, en) for arm, ko, en in (("lora", 2.0, 1.0), ("gate", 1.75, 1.25))]
     rows += [line(works["ko-tech"], arm, 1, 1e-2, ko, 1.0) for arm, ko in (("lora", 3.0), ("gate", 2.75))]
