@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -54,9 +55,10 @@ def grid_of(lines: Iterable[Row], grid: Work, arm: str, over: str) -> dict[float
 
 
 def own_rate(lines: Iterable[Row], grid: Work, arm: str, over: str) -> float | None:
-    """The arm's best rate; None where its grid has not two lines."""
+    """The arm's best rate; None where its grid has not two lines, or no loss of them is finite."""
     losses = {rate: settled_loss(row) for rate, row in grid_of(lines, grid, arm, over).items()}
-    return min(losses, key=losses.__getitem__) if len(losses) > 1 else None
+    best = min(losses, key=losses.__getitem__) if len(losses) > 1 else None
+    return None if best is None or math.isinf(losses[best]) else best
 
 
 # ---- the lines of one work

@@ -448,6 +448,9 @@ def test_the_grid_picks_the_rate_with_the_lowest_loss_at_the_end() -> None:
     assert ablation_table.own_rate(rows, WORK, "lora", "") is None, "a run's line is none of the grid"
     rows[1]["curve"]["loss"] = rows[1]["curve"]["loss"][:-1]  # a step without a finite loss
     assert ablation_table.own_rate(rows, GRID_WORK, "lora", "") == 4e-4
+    for row in rows:
+        row["curve"]["loss"] = row["curve"]["loss"][: GRID_WORK.steps - 1]
+    assert ablation_table.own_rate(rows, GRID_WORK, "lora", "") is None, "each diverged"
     rows.append(line(GRID_WORK, "lora", 1, 8e-4, part=GRID, loss=2.0))
     with pytest.raises(SystemExit, match="The grid of lora has the seeds 0, 1"):
         ablation_table.own_rate(rows, GRID_WORK, "lora", "")
