@@ -153,8 +153,7 @@ def work_of(arguments: argparse.Namespace, tokens: int) -> Work:
 def jobs_of(arguments: argparse.Namespace, lines: Sequence[dict[str, Any]]) -> Iterator[Job]:
     """All runs that were asked for, done or not; seed after seed, so that what is cut short has whole ladders."""
     work = work_of(arguments, arguments.tokens)
-    grid = work_of(arguments, work.tokens // 2)
-    called = command()
+    grid, called = work.of_grid, command()
     first = Job(
         GRID if arguments.grid else RUN, "", "", arguments.first_seed, arguments.learning_rate,
         grid if arguments.grid else work, arguments.model.resolve(), arguments.data.resolve(), arguments.vram, called,
@@ -298,17 +297,14 @@ def main(words: list[str] | None = None) -> None:
         raise SystemExit("\nstopped; the same command goes on with what is not done.") from None
 
 
-def refuse_another_model(jobs: Sequence[Job], lines: Sequence[dict[str, Any]], out: Path) -> None:
+def refuse_another_model(job: Job, lines: Sequence[dict[str, Any]], out: Path) -> None:
     """
     Raises:
         SystemExit: the file has runs of a model of the same name with other weights.
     """
-    for job in jobs[:1]:
-        known = {row["weights"] for row in lines if row["model"] == job.work.model and "weights" in row}
-        if known - {job.weights}:
-            raise SystemExit(
-                f"--out: {out} has runs of another {job.work.model}, with other weights. Give another file."
-            )
+    known = {row["weights"] for row in lines if row["model"] == job.work.model and "weights" in row}
+    if known - {job.weights}:
+        raise SystemExit(f"--out: {out} has runs of another {job.work.model}, with other weights. Give another file.")
 
 
 def do_what_is_missing(arguments: argparse.Namespace, out: Path) -> None:
@@ -319,7 +315,8 @@ def do_what_is_missing(arguments: argparse.Namespace, out: Path) -> None:
     """
     lines = lines_of(out)
     asked = list(jobs_of(arguments, lines))
-    refuse_another_model(asked, lines, out)
+    if asked:
+        refuse_another_model(asked[0], lines, out)
     jobs = [job for job in asked if not is_done(job, lines)]
     print(f"{len(asked)} runs, of which {len(asked) - len(jobs)} are done; {arguments.jobs} at once", flush=True)
     if not jobs:

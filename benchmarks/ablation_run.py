@@ -64,6 +64,11 @@ class Work:
     def steps(self) -> int:
         return self.tokens // (self.batch * self.seq)
 
+    @property
+    def of_grid(self) -> Work:
+        """With half the tokens."""
+        return dataclasses.replace(self, tokens=self.steps // 2 * self.batch * self.seq)
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:

@@ -74,11 +74,9 @@ class Ladder:
     def __init__(self, work: Work, lines: Sequence[Row], common: float) -> None:
         self.work, self.lines, self.common = work, lines, common
         self.new, self.old = NEW_TEXTS[work.text], OLD_DOMAIN
-        step = work.batch * work.seq
-        self.grid_work = dataclasses.replace(work, tokens=work.tokens // 2 // step * step)
         mine = dataclasses.asdict(work)
         self.runs = [row for row in lines if row["part"] == RUN and mine.items() <= row.items()]
-        grid = dataclasses.asdict(self.grid_work)
+        grid = dataclasses.asdict(work.of_grid)
         self.grid_runs = [row for row in lines if row["part"] == GRID and grid.items() <= row.items()]
         order = list(ARMS)
         names = {(row["arm"], row["over"]) for row in [*self.runs, *self.grid_runs]}
@@ -104,7 +102,7 @@ class Ladder:
 
     def rate(self, name: Named, way: str) -> float | None:
         if way == OWN:
-            return own_rate(self.lines, self.grid_work, *name)
+            return own_rate(self.lines, self.work.of_grid, *name)
         return None if name[0] == FULL else self.common
 
     def by_seed(self, name: Named, way: str) -> dict[int, Row]:
@@ -234,11 +232,11 @@ def apart(ladder: Ladder, name: Named, below: Named, way: str, text: str) -> str
 def grids(ladder: Ladder) -> tuple[list[str], list[str], list[str]]:
     """A line an arm: the settled loss at each rate; the arms whose best rate is at the end of those tried; and those
     whose rates had other rows, so that their losses are of other text."""
-    grid = {name: grid_of(ladder.lines, ladder.grid_work, *name) for name in ladder.names}
+    grid = {name: grid_of(ladder.lines, ladder.work.of_grid, *name) for name in ladder.names}
     rates = sorted({rate for found in grid.values() for rate in found})
     lines, at_end, unlike = [], [], []
     for name, found in grid.items():
-        best = own_rate(ladder.lines, ladder.grid_work, *name)
+        best = own_rate(ladder.lines, ladder.work.of_grid, *name)
         if best is None:
             continue
         cells = {rate: f"{settled_loss(found[rate]):.4f}" if rate in found else "" for rate in rates}
@@ -313,7 +311,9 @@ def paragraphs(ladder: Ladder) -> Iterator[list[str]]:
         yield ["Every step that was measured is in the order of the advice, and no such interval holds zero."]
     lines, at_end, unlike = grids(ladder)
     if lines:
-        yield [f"The grid: training loss over the last quarter of {ladder.grid_work.steps:,} steps (n = 1 a figure)."]
+        yield [
+            f"The grid: training loss over the last quarter of {ladder.work.of_grid.steps:,} steps (n = 1 a figure)."
+        ]
         yield lines
     if unlike:
         yield [f"Rates that had rows in another order, so that their losses are of other text: {', '.join(unlike)}."]
